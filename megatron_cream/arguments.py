@@ -1,0 +1,458 @@
+"""The command line: Megatron's flags and ours, YAML recipes, defaults by what is installed.
+
+Everything a user sets comes in here, and leaves as plain values: Megatron's
+namespace for Megatron, small dataclasses and dicts for the rest of the package.
+The order of authority, weakest first: Megatron's defaults, this project's, the
+recipe given with `--config`, the command line.
+"""
+
+import argparse
+import importlib.util
+import io
+import sys
+from argparse import Namespace
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from megatron.core.transformer.enums import AttnBackend
+from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args
+from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import set_global_variables
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_cream import checks, console, platform, progress
+from megatron_cream.checks import UsageError
+from megatron_cream.data.dataset import LongDocumentDatasetConfig
+from megatron_cream.model.attention import ATTENTION_BACKENDS, choose_backend
+from megatron_cream.model.llama import LlamaModelConfig
+from megatron_cream.model.rotary import rope_scaling_dict
+
+
+@dataclass
+class CreamConfig:
+    """What this project adds to Megatron's flags."""
+
+    config: str | None = None
+    """A YAML recipe: any flag by its name (dashes or underscores). The command line wins."""
+
+    print_config: bool = False
+    """Print what would run, as a recipe, and exit."""
+
+    position_sampler: Literal["cream", "pose", "randpos", "pi", "full"] = "cream"
+    """How position ids are drawn. cream: Wu et al. 2024; pose: Zhu et al. 2023; randpos: N sorted random
+    positions; pi: 0 .. N-1 (position interpolation); full: 0 .. L-1 at the target length."""
+
+    target_length: int | None = None
+    """L, the window to extend to, in tokens: a multiple of --seq-length. Default: --seq-length."""
+
+    cream_sigma: float | None = None
+    """Deviation of the truncated Gaussian that draws the middle's scale. Default: 3.0."""
+
+    cream_variant: str | None = None
+    """paper: as published; released: as in the code its authors released. Default: paper."""
+
+    mask_segment_starts: bool = False
+    """No loss on the first token of the middle and tail blocks, where the text jumps."""
+
+    rope_scaling_type: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """How the rotary embedding is scaled for --target-length; --rope-scaling-factor defaults to L / N."""
+
+    original_max_position_embeddings: int | None = None
+    """The pre-trained window that yarn and llama3 scale from. Default: --seq-length."""
+
+    fp32: bool = False
+    """Train in float32 on a GPU too, where bf16 is the default."""
+
+    embedded_data: bool = False
+    """Train on the Python standard library's own sources, with a tokenizer made from them."""
+
+    eval_lengths: list[int] | None = field(default=None)
+    """At every evaluation, measure held-out perplexity with this many tokens of context, for each."""
+
+    eval_documents: int = 32
+    """How many held-out documents --eval-lengths reads, at most."""
+
+    console: Literal["full", "progress"] = "full"
+    """full: Megatron's log and ours on the terminal; progress: ours only, Megatron's to megatron.log in --save."""
+
+
+# Megatron's switches for its own rotary embedding and model families: not ours.
+UNSUPPORTED = {
+    "use_rope_scaling": "--rope-scaling-type llama3",
+    "rotary_interleaved": "the half-rotated form, which Llama uses",
+    "rotary_seq_len_interpolation_factor": "--rope-scaling-type linear",
+    "reset_position_ids": "--position-sampler, which sets position ids",
+    "reset_attention_mask": "one document a sample, as this project's data always is",
+    "multi_latent_attention": "Llama's grouped-query attention",
+    "num_experts": "a dense Llama",
+    "hybrid_layer_pattern": "a Llama",
+    "spec": "--attention-backend, which chooses the layer spec",
+    "yaml_cfg": "--config",
+    "sft": "tools/preprocess_data.py and --data-path",
+    "mock_data": "--embedded-data",
+}
+
+
+def project_defaults() -> dict[str, Any]:
+    """A Llama on Megatron, and switches whose Megatron default bites somebody new to it."""
+    cuda = platform.has_cuda()
+    return dict(
+        # Llama
+        swiglu=True,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        untie_embeddings_and_output_weights=True,
+        position_embedding_type="none",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        rope_scaling_factor=None,
+        # Kernels: what is not installed must not be asked for.
+        bf16=cuda,
+        distributed_backend="nccl" if cuda else "gloo",
+        attention_backend="auto",
+        apply_rope_fusion=False,
+        masked_softmax_fusion=False,
+        no_persist_layer_norm=True,
+        use_cpu_initialization=not cuda,
+        # A checkpoint that any TP x PP x DP opens, optimizer included.
+        dist_ckpt_optim_fully_reshardable=True,
+        # Every token of a global batch weighs the same, however the batch is split over ranks.
+        calculate_per_token_loss=True,
+        # The attention is causal by construction: no mask of s x s is made.
+        create_attention_mask_in_dataloader=False,
+        tokenizer_type="SentencePieceTokenizer",
+        split="969,30,1",
+        log_interval=1,
+        eval_interval=1000,
+        eval_iters=10,
+        lr_decay_style="linear",
+    )
+
+
+def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
+    """Read, check and let Megatron validate the command line; set Megatron's global variables.
+
+    Args:
+        argv: the flags; None takes the process's own.
+
+    Returns: the namespace, and what Megatron said meanwhile (its list of 800 arguments),
+        to be printed where the run's log goes.
+
+    Raises:
+        UsageError: one clear line about what is wrong. Nothing was started or written.
+        SystemExit: after --help or --print-config.
+    """
+    args = read(argv)
+    if args.print_config:
+        if args.rank == 0:
+            print(describe(args))
+        raise SystemExit(0)
+    args.attention_backend = AttnBackend[args.attention.te_kernel]
+    words = io.StringIO()
+    try:
+        with console.captured(words):
+            if args.use_checkpoint_args:
+                load_args_from_checkpoint(args)
+            validate_args(args, {})
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UsageError(str(error) or "Megatron refused this combination of flags") from error
+    with console.captured(words):
+        set_global_variables(args)
+    return args, words.getvalue()
+
+
+def read(argv: list[str] | None = None) -> Namespace:
+    """The flags, parsed, filled in and checked by us, before Megatron has seen them.
+
+    Raises:
+        UsageError: as `parse`.
+    """
+    args = _parse_flags(argv)
+    _unsupported(args)
+    if args.embedded_data:
+        _use_embedded_data(args)
+    _resolve(args)
+    try:
+        rope_scaling = rope_scaling_options(args)
+    except ValueError as error:
+        raise UsageError(f"--rope-scaling-type {args.rope_scaling_type}: {error}") from error
+    checks.check(args, sampler_options(args), rope_scaling)
+    args.transformer_impl = "transformer_engine" if args.attention.transformer_engine else "local"
+    return args
+
+
+# ------------------------------------------------------------------- flags and recipes
+
+
+def _parse_flags(argv: list[str] | None) -> Namespace:
+    saved, sys.argv = sys.argv, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
+    try:
+        args = parse_args(_add_arguments)
+    finally:
+        sys.argv = saved
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Megatron's parser with our flags and defaults (as `parse` uses it)."""
+    return _add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def one_line(message: str):
+        raise UsageError(message)
+
+    parser.error = one_line  # not Megatron's 800 flags first
+    ArgumentGroupFactory(CreamConfig).build_group(parser, "cream")
+    # One flag for attention: Megatron's names (all of them Transformer Engine's) and ours.
+    attention = _action(parser, "attention_backend")
+    attention.type, attention.choices = str, ATTENTION_BACKENDS
+    parser.set_defaults(**project_defaults())
+    recipe = _recipe_path(sys.argv[1:])
+    if recipe is not None:
+        parser.set_defaults(**read_recipe(recipe, parser))
+    return parser
+
+
+def _recipe_path(argv: list[str]) -> Path | None:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config")
+    try:
+        path = finder.parse_known_args(argv)[0].config
+    except argparse.ArgumentError as error:
+        raise UsageError("--config: give the path of a YAML recipe") from error
+    return None if path is None else Path(path)
+
+
+def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """A flat YAML mapping of flag names to values, as defaults for `parser`.
+
+    Raises:
+        UsageError: no such file, not a mapping, an unknown key, a value of the wrong type.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config {path}: not a YAML file that can be read: {reason}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--config {path}: must map flag names to values")
+    values = {}
+    for key, value in recipe.items():
+        name = str(key).replace("-", "_")
+        action = _action(parser, name)
+        if action is None or name in ("config", "help"):
+            raise UsageError(f"--config {path}: unknown key '{key}'; --help lists every flag")
+        values[action.dest] = _value(action, name, value, f"--config {path}: {key}: {value!r}")
+    return values
+
+
+def _action(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
+    """The action of the flag `name`, or the one that sets the variable `name`."""
+    flag = "--" + name.replace("_", "-")
+    by_flag = parser._option_string_actions.get(flag) or parser._option_string_actions.get("--" + name)
+    return by_flag or next((a for a in parser._actions if a.dest == name), None)
+
+
+def _value(action: argparse.Action, name: str, value: Any, where: str) -> Any:
+    """`value` as the command line would have parsed it."""
+    if value is None:
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UsageError(f"{where}: must be true or false")
+        is_flag = any(o.lstrip("-").replace("-", "_") == name for o in action.option_strings)
+        if isinstance(action, argparse.BooleanOptionalAction) or not is_flag:
+            return value
+        return action.const if value else not action.const
+
+    def one(item: Any) -> Any:
+        if isinstance(item, (dict, list)) or (isinstance(item, bool) and action.type is not bool):
+            raise UsageError(f"{where}: must be {_kind(action)}")
+        try:
+            item = (action.type or str)(str(item))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{where}: must be {_kind(action)}") from error
+        if action.choices is not None and item not in action.choices:
+            choices = ", ".join(str(getattr(c, "name", c)) for c in action.choices)
+            raise UsageError(f"{where}: choose from {choices}")
+        return item
+
+    if action.nargs in ("+", "*"):
+        return [one(item) for item in (value if isinstance(value, list) else str(value).split())]
+    return one(value)
+
+
+def _kind(action: argparse.Action) -> str:
+    one = {int: "a whole number", float: "a number"}.get(action.type, "one value")
+    return f"a list of {one}s" if action.nargs in ("+", "*") else one
+
+
+# ------------------------------------------------------------------- filling in
+
+
+def _unsupported(args: Namespace) -> None:
+    for name, instead in UNSUPPORTED.items():
+        if getattr(args, name, None):
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: not supported here; use {instead}")
+    if args.position_embedding_type not in ("none", "rope"):
+        raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
+    if args.rotary_percent != 1.0:
+        raise UsageError(f"--rotary-percent {args.rotary_percent}: only 1.0 is supported here")
+    args.position_embedding_type = "none"  # Megatron's own rotary embedding stays out of the way
+
+
+def _use_embedded_data(args: Namespace) -> None:
+    from megatron_cream.data import embedded
+
+    for name in ("data_path", "train_data_path", "valid_data_path", "tokenizer_model"):
+        if getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')} with --embedded-data: give one of the two")
+    corpus = embedded.prepare()
+    args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", str(corpus.tokenizer_model)
+    args.train_data_path, args.valid_data_path = [str(corpus.train_prefix)], [str(corpus.valid_prefix)]
+
+
+def _resolve(args: Namespace) -> None:
+    """Fill in what follows from other values and from what is installed."""
+    checks.require(args)
+    cuda = platform.has_cuda()
+    if args.fp16 or args.fp32:
+        args.bf16 = False
+    if args.train_data_path or args.per_split_data_args_path or args.data_args_path:
+        args.split = None if not args.data_args_path else args.split
+    args.target_length = args.target_length or args.seq_length
+    if args.position_sampler == "cream":
+        args.cream_sigma = 3.0 if args.cream_sigma is None else args.cream_sigma
+        args.cream_variant = args.cream_variant or "paper"
+    if args.rope_scaling_type != "none" and args.rope_scaling_factor is None:
+        window = args.original_max_position_embeddings or args.seq_length
+        args.rope_scaling_factor = args.target_length / window
+    args.max_position_embeddings = max(
+        args.max_position_embeddings or 0, args.target_length, *(args.eval_lengths or [0])
+    )
+    # Megatron multiplies this by TP; divided first, a checkpoint's vocabulary is the same at any TP.
+    tp = args.tensor_model_parallel_size
+    if args.make_vocab_size_divisible_by % tp == 0:
+        args.make_vocab_size_divisible_by //= tp
+    args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+    try:
+        args.attention = choose_backend(args.attention_backend, has_cuda=cuda)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if not args.attention.transformer_engine and not _has_fused_weight_gradient():
+        args.gradient_accumulation_fusion = False
+
+
+def _has_fused_weight_gradient() -> bool:
+    """NVIDIA's apex, by the one extension of it that Megatron uses (PyPI's `apex` is another project)."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+# ------------------------------------------------------------------- leaving as plain values
+
+
+def sampler_options(args: Namespace) -> dict[str, Any]:
+    """Keyword arguments of `build_sampler`, but for the seed."""
+    options = dict(name=args.position_sampler, window=args.seq_length, target=args.target_length)
+    if args.position_sampler == "cream":
+        options |= dict(sigma=args.cream_sigma, variant=args.cream_variant)
+    return options
+
+
+def rope_scaling_options(args: Namespace) -> dict[str, Any] | None:
+    """The `rope_scaling` dict of a Hugging Face config.json, or None."""
+    if args.rope_scaling_type == "none" or args.rope_scaling_factor == 1.0:
+        return None
+    return rope_scaling_dict(
+        args.rope_scaling_type,
+        args.rope_scaling_factor,
+        args.original_max_position_embeddings or args.seq_length,
+    )
+
+
+def model_config(args: Namespace, vocab_size: int) -> LlamaModelConfig:
+    """What the model builder needs.
+
+    Args:
+        vocab_size: the tokenizer's, without padding.
+    """
+    return LlamaModelConfig(
+        **vars(gpt_config_from_args(args)),
+        rope_scaling_config=rope_scaling_options(args),
+        rope_max_positions=args.max_position_embeddings,
+        attention=args.attention,
+        real_vocab_size=args.vocab_size or vocab_size,
+    )
+
+
+def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
+    """What Megatron's dataset builder and our transform need."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return LongDocumentDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        sampler=sampler_options(args),
+        mask_segment_starts=args.mask_segment_starts,
+        eod_token=tokenizer.eod if args.eod_mask_loss else None,
+    )
+
+
+def flops_per_token(args: Namespace) -> float:
+    return progress.flops_per_token(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_query_groups=args.num_query_groups or args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        num_attention_heads=args.num_attention_heads,
+        vocab_size=args.padded_vocab_size,
+        seq_length=args.seq_length,
+    )
+
+
+def held_out_prefixes(args: Namespace) -> list[str]:
+    """The prefixes of the validation data, or of all data where one blend is split by `--split`."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend_per_split is not None and blend_per_split[1] is not None:
+        return blend_per_split[1][0]
+    return blend[0] if blend is not None else []
+
+
+def describe(args: Namespace) -> str:
+    """What will run: a few lines for a reader, then every value that is not Megatron's default, as a recipe."""
+    defaults = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    ours = {f.name for f in fields(CreamConfig)} - {"config", "print_config"}
+    recipe = {}
+    for action in build_parser()._actions:
+        name, value = action.dest, getattr(args, action.dest, None)
+        if name in ours or (name not in _DERIVED and value != defaults.get_default(name)):
+            recipe[name] = value
+    head = [
+        f"attention: {args.attention.name} ({args.attention.reason})",
+        f"positions: {sampler_options(args)}",
+        f"rope: theta {args.rotary_base}, scaling {rope_scaling_options(args)}",
+        f"parallel: world {args.world_size}, TP {args.tensor_model_parallel_size}, "
+        f"PP {args.pipeline_model_parallel_size}, CP {args.context_parallel_size}",
+    ]
+    lines = "".join(f"# {line}\n" for line in head)
+    plain = {k: v for k, v in recipe.items() if v is not None}
+    return lines + yaml.safe_dump(plain, sort_keys=True, default_flow_style=None)
+
+
+_DERIVED = {"help", "config", "print_config", "transformer_impl", "kv_channels", "position_embedding_type"}
+

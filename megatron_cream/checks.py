@@ -1,0 +1,194 @@
+"""Every check of a command line, before a process group or a GPU is touched.
+
+Each says, in one line, which flag, what value, and what would be right.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.model.rotary import RotaryEmbedding
+from megatron_cream.positions import build_sampler
+
+
+class UsageError(Exception):
+    """What a user set cannot run. The message is the one line they read; exit code 2."""
+
+
+def require(args: Namespace) -> None:
+    """What has no default, and whole numbers that must be positive."""
+    needed = {
+        "num_layers": "the number of transformer layers, 32 for Llama-2-7B",
+        "hidden_size": "the width of the model, 4096 for Llama-2-7B",
+        "num_attention_heads": "the number of query heads, 32 for Llama-2-7B",
+        "seq_length": "N, the window the model was pre-trained with, 4096 for Llama 2",
+        "micro_batch_size": "samples a GPU takes at once, e.g. 1",
+    }
+    for name, meaning in needed.items():
+        if getattr(args, name) is None:
+            raise UsageError(f"{_flag(name)} is missing: give {meaning}; or no flags at all for the embedded default")
+    if args.train_iters is None and args.train_samples is None and not args.skip_train:
+        raise UsageError("--train-iters is missing: give the number of steps, 1000 in the paper")
+    positive = [*needed, "target_length", "num_query_groups", "tensor_model_parallel_size"]
+    positive += ["pipeline_model_parallel_size", "context_parallel_size", "global_batch_size", "eval_documents"]
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{_flag(name)} {value}: must be 1 or more")
+    for length in args.eval_lengths or []:
+        if length < 2:
+            raise UsageError(f"--eval-lengths {length}: must be 2 or more")
+
+
+def check(args: Namespace, sampler: dict[str, Any], rope_scaling: dict[str, Any] | None) -> None:
+    """Raise UsageError at the first thing that cannot run.
+
+    Args:
+        args: the namespace, filled in.
+        sampler: keyword arguments of `build_sampler`, but for the seed.
+        rope_scaling: the dict of a Hugging Face config.json, or None.
+    """
+    _positions(args, sampler)
+    _rope(args, rope_scaling)
+    _shapes(args)
+    _parallel(args)
+    _files(args)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _positions(args: Namespace, options: dict[str, Any]) -> None:
+    window, target, sampler = args.seq_length, args.target_length, args.position_sampler
+    for name in ("cream_sigma", "cream_variant"):
+        value = getattr(args, name)
+        if value is not None and sampler != "cream":
+            raise UsageError(f"{_flag(name)} {value}: only with --position-sampler cream, not {sampler}")
+    if target % window:
+        raise UsageError(
+            f"--target-length {target}: must be a multiple of --seq-length {window}, "
+            f"e.g. {(target // window + 1) * window}"
+        )
+    if sampler == "full" and target != window:
+        raise UsageError(
+            f"--position-sampler full trains at the target length: --seq-length {window} must be --target-length {target}"
+        )
+    if args.mask_segment_starts and sampler not in ("cream", "pose"):
+        raise UsageError(f"--mask-segment-starts: only with --position-sampler cream or pose, not {sampler}")
+    try:
+        build_sampler(**options, seed=args.seed)
+    except ValueError as error:
+        raise UsageError(f"--position-sampler {sampler}: {error}") from error
+
+
+def _rope(args: Namespace, rope_scaling: dict[str, Any] | None) -> None:
+    if args.rope_scaling_type == "none":
+        if args.rope_scaling_factor is not None:
+            raise UsageError(
+                f"--rope-scaling-factor {args.rope_scaling_factor}: only with --rope-scaling-type linear, ntk, "
+                "yarn or llama3"
+            )
+        if args.original_max_position_embeddings is not None:
+            raise UsageError(
+                f"--original-max-position-embeddings {args.original_max_position_embeddings}: only with "
+                "--rope-scaling-type yarn or llama3"
+            )
+    try:
+        RotaryEmbedding(
+            head_dim=args.kv_channels,
+            rope_theta=float(args.rotary_base),
+            max_position_embeddings=args.max_position_embeddings,
+            rope_scaling=rope_scaling,
+        )
+    except ValueError as error:
+        raise UsageError(f"--rope-scaling-type {args.rope_scaling_type}: {error}") from error
+
+
+def _shapes(args: Namespace) -> None:
+    hidden, heads, groups = args.hidden_size, args.num_attention_heads, args.num_query_groups
+    if hidden % heads:
+        raise UsageError(f"--num-attention-heads {heads}: must divide --hidden-size {hidden}")
+    if args.group_query_attention:
+        if not groups or heads % groups:
+            raise UsageError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
+    elif groups not in (None, 1, heads):
+        raise UsageError(f"--num-query-groups {groups}: add --group-query-attention")
+    tp = args.tensor_model_parallel_size
+    if heads % tp:
+        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --num-attention-heads {heads}")
+    if args.group_query_attention and groups % tp and tp % groups:
+        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --num-query-groups {groups}, or be a multiple")
+    if args.ffn_hidden_size and args.ffn_hidden_size % tp:
+        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --ffn-hidden-size {args.ffn_hidden_size}")
+
+
+def _parallel(args: Namespace) -> None:
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    if args.world_size % (tp * pp * cp):
+        raise UsageError(
+            f"{args.world_size} ranks: must be a multiple of --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {tp * pp * cp}"
+        )
+    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
+    if args.num_layers % pp and not uneven and not args.pipeline_model_parallel_layout:
+        raise UsageError(f"--pipeline-model-parallel-size {pp}: must divide --num-layers {args.num_layers}")
+    for length in (args.seq_length, *(args.eval_lengths or [])):
+        name = "--seq-length" if length == args.seq_length else "--eval-lengths"
+        if cp > 1 and length % (2 * cp):
+            raise UsageError(f"{name} {length}: must be a multiple of 2 x --context-parallel-size {cp}")
+        if args.sequence_parallel and length % (tp * cp):
+            raise UsageError(
+                f"{name} {length}: must be a multiple of --tensor-model-parallel-size {tp} under --sequence-parallel"
+            )
+    data_parallel = args.world_size // (tp * pp * cp)
+    samples = args.micro_batch_size * data_parallel
+    if args.global_batch_size is not None and args.global_batch_size % samples:
+        raise UsageError(
+            f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
+            f"{args.micro_batch_size} x {data_parallel} data-parallel ranks = {samples}"
+        )
+    if args.attention.name == "local" and cp > 1:
+        raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
+
+
+def _files(args: Namespace) -> None:
+    prefixes = [
+        (_flag(name), item)
+        for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+        for item in getattr(args, name) or []
+        if not _is_number(item)
+    ]
+    listed = args.data_args_path or args.per_split_data_args_path
+    if not prefixes and not listed:
+        raise UsageError(
+            "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes one), "
+            "or --embedded-data"
+        )
+    for flag, prefix in prefixes:
+        for suffix in (".bin", ".idx"):
+            if not Path(prefix + suffix).is_file():
+                raise UsageError(f"{flag} {prefix}: there is no {prefix}{suffix}; give the path without its suffix")
+    model = args.tokenizer_model
+    if args.tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
+        if model is None:
+            raise UsageError(f"--tokenizer-model is missing: give the .model file of --tokenizer-type {args.tokenizer_type}")
+        if not Path(model).is_file():
+            raise UsageError(f"--tokenizer-model {model}: no such file")
+    for name in ("load", "pretrained_checkpoint"):
+        path = getattr(args, name)
+        # `--load` of a folder that `--save` is to make is how a restartable job is written.
+        if path and not Path(path).is_dir() and path != args.save:
+            raise UsageError(f"{_flag(name)} {path}: no such folder")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,116 @@
+"""Position sampling as a transform over Megatron's indexed datasets.
+
+`LongDocumentDataset` is what Megatron's BlendedMegatronDatasetBuilder builds for each
+prefix and split: it keeps the documents that are long enough, visits them in a new
+order each epoch, and hands out N tokens of one with the position ids that the sampler
+planned for this (seed, epoch, sample). Nothing is written ahead; files stay memory-mapped.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+from megatron.core.utils import log_single_rank
+
+from megatron_cream.data.order import permute
+from megatron_cream.positions import build_sampler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LongDocumentDatasetConfig(BlendedMegatronDatasetConfig):
+    """Megatron's blend, split and cache settings, and how positions are drawn."""
+
+    sampler: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `build_sampler`: name, window, target and the sampler's own."""
+
+    mask_segment_starts: bool = False
+    """No loss on the first token of the middle and tail blocks, where the text jumps."""
+
+    eod_token: int | None = None
+    """Where given, no loss on predicting past this token (`--eod-mask-loss`)."""
+
+
+class LongDocumentDataset(MegatronDataset):
+    """Samples of `sampler.sequence_length` tokens with planned position ids.
+
+    `__getitem__` returns int64 arrays [n]: `tokens`, `labels` (the next token within the
+    sample), `position_ids`; and float32 `loss_mask`, 0 on the last token, which has no
+    label, and on what the configuration masks.
+
+    Sample i is visit i // len(documents) of the document at place i % len(documents) of
+    that epoch's order; it does not depend on ranks, workers or batch sizes.
+
+    Raises:
+        ValueError: a split that samples are asked of has no document long enough.
+    """
+
+    def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config):
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        self.sampler = build_sampler(**config.sampler, seed=config.random_seed)
+        lengths = dataset.sequence_lengths[indices]
+        self.documents = indices[lengths >= self.sampler.sequence_length]
+        log_single_rank(
+            logger,
+            logging.INFO,
+            f"> {index_split.name}: {len(self.documents)} of {len(indices)} documents of {dataset_path} have "
+            f"{self.sampler.sequence_length} tokens or more",
+        )
+        if num_samples and not len(self.documents):
+            raise ValueError(
+                f"{index_split.name} split of {dataset_path}: none of its {len(indices)} documents has "
+                f"{self.sampler.sequence_length} tokens; give longer documents, or eval-iters 0 for no such split"
+            )
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        return low_level_dataset.sequence_lengths.shape[0]
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: LongDocumentDatasetConfig) -> IndexedDataset:
+        return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        # Names the blend's cached index: everything that changes what a sample is.
+        return ["random_seed", "sequence_length", "split", "split_matrix", "sampler"]
+
+    def __len__(self) -> int:
+        return len(self.documents) if self.num_samples is None else self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        epoch, place = divmod(int(index), len(self.documents))
+        sample = permute(place, len(self.documents), (self.config.random_seed, epoch))
+        if self.index_split is not Split.train:
+            epoch = 0  # what is held out is the same at every evaluation
+        document = int(self.documents[sample])
+        length = int(self.dataset.sequence_lengths[document])
+        plan = self.sampler.plan(epoch=epoch, sample=sample, document_length=length)
+        tokens = self._read(document, plan.token_indices)
+
+        loss_mask = np.ones(len(tokens), dtype=np.float32)
+        loss_mask[-1] = 0.0
+        if self.config.mask_segment_starts:
+            starts = np.cumsum([size for _, size in plan.segments])[:-1]
+            loss_mask[starts - 1] = 0.0
+        if self.config.eod_token is not None:
+            loss_mask[tokens == self.config.eod_token] = 0.0
+        return {
+            "tokens": tokens,
+            "labels": np.append(tokens[1:], 0),
+            "loss_mask": loss_mask,
+            "position_ids": plan.position_ids,
+        }
+
+    def _read(self, document: int, token_indices: np.ndarray) -> np.ndarray:
+        """The document's tokens at `token_indices`, one read for each contiguous run."""
+        breaks = np.flatnonzero(np.diff(token_indices) != 1) + 1
+        runs = np.split(token_indices, breaks)
+        reads = [self.dataset.get(document, offset=int(run[0]), length=len(run)) for run in runs]
+        return np.concatenate(reads).astype(np.int64)

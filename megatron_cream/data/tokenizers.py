@@ -1,0 +1,73 @@
+"""Megatron's own tokenizers, built outside of a training run.
+
+There is no tokenizer of ours: text is encoded by the object that the trainer builds from
+the same two flags, so the ids agree by construction.
+"""
+
+from pathlib import Path
+from typing import Any
+
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer")
+"""Synonyms for Megatron: a sentencepiece `.model` file."""
+
+TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
+"""Values of --tokenizer-type that text is preprocessed with."""
+
+
+def check_tokenizer_files(tokenizer_type: str, tokenizer_model: Path) -> None:
+    """Cheap checks of what a tokenizer is loaded from, without importing Megatron.
+
+    Raises:
+        ValueError: unknown type, or `tokenizer_model` is not what the type loads.
+    """
+    if tokenizer_type not in TOKENIZER_TYPES:
+        raise ValueError(f"{tokenizer_type}: expected one of {', '.join(TOKENIZER_TYPES)}")
+    if tokenizer_type in SENTENCEPIECE_TYPES and not tokenizer_model.is_file():
+        raise ValueError(f"{tokenizer_model}: no such file; {tokenizer_type} takes a sentencepiece .model file")
+    # A name that is no folder would send transformers to the network.
+    if tokenizer_type == "HuggingFaceTokenizer" and not tokenizer_model.is_dir():
+        raise ValueError(f"{tokenizer_model}: no such folder; {tokenizer_type} takes a folder with tokenizer.json")
+
+
+def load_tokenizer(tokenizer_type: str, tokenizer_model: Path) -> Any:
+    """The tokenizer of the trainer's --tokenizer-type and --tokenizer-model.
+
+    Returns Megatron's MegatronTokenizerText: `tokenize(text) -> list[int]`,
+    `detokenize(ids)`, `vocab_size`, `eod`, `bos` (None or -1 where there is none).
+
+    Raises:
+        ValueError: as `check_tokenizer_files`, or the files hold no tokenizer.
+    """
+    tokenizer_model = Path(tokenizer_model)
+    check_tokenizer_files(tokenizer_type, tokenizer_model)
+    # Imported here, as it takes seconds: a cached corpus or a wrong flag should not wait.
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.config import TokenizerConfig
+
+    config = TokenizerConfig(tokenizer_type=tokenizer_type, tokenizer_model=str(tokenizer_model), pad_vocab_size=False)
+    try:
+        return build_tokenizer(config)
+    except Exception as error:  # each library raises its own kinds
+        kind = "sentencepiece model" if tokenizer_type in SENTENCEPIECE_TYPES else "Hugging Face tokenizer folder"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{tokenizer_model}: not a {kind} ({reason})") from error
+
+
+def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None) -> int | None:
+    """The id that starts each document, or None.
+
+    `prepend_bos` None follows the model family: a sentencepiece tokenizer that has a BOS
+    starts documents with it, as Llama was trained; a Hugging Face tokenizer is asked
+    whether it adds one itself.
+
+    Raises:
+        ValueError: `prepend_bos` is True and the tokenizer has no BOS.
+    """
+    bos = tokenizer.bos
+    if bos is None or bos < 0:
+        if prepend_bos:
+            raise ValueError("the tokenizer has no BOS token to prepend (--no-prepend-bos)")
+        return None
+    if prepend_bos is None:
+        prepend_bos = getattr(tokenizer, "library", "") != "huggingface" or tokenizer.tokenize("a")[:1] == [bos]
+    return bos if prepend_bos else None

@@ -1,0 +1,225 @@
+"""Attention: which implementation runs, and the modules behind Megatron's core attention.
+
+`choose_backend` is the one place of choice. None of the implementations here ever
+builds the s x s matrix of scores, except `local`, Megatron's own plain version,
+which is kept as the one to compare with.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_cream.model.rotary import apply_rotary
+
+# What `--attention-backend` takes. `fused` and `unfused` are Transformer Engine's own.
+ATTENTION_BACKENDS = ("auto", "te", "flash", "fused", "unfused", "sdpa", "local")
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """The attention that will run.
+
+    name: one of `te`, `flash`, `sdpa`, `local`.
+    transformer_engine: the layers are Transformer Engine's (norms, linears, attention).
+    te_kernel: which of Transformer Engine's kernels: `auto`, `flash`, `fused`, `unfused`.
+    reason: why, in words, for the log.
+    """
+
+    name: str
+    transformer_engine: bool
+    te_kernel: str
+    reason: str
+
+
+def has_transformer_engine() -> bool:
+    """Transformer Engine with its torch extension (a core library alone is not enough)."""
+    return all(importlib.util.find_spec(m) for m in ("transformer_engine", "transformer_engine_torch"))
+
+
+def flash_attention_function():
+    """The installed flash-attention (4, then 2) as `f(q_bsnd, k, v, causal=True)`, or None."""
+    try:
+        from flash_attn.cute import flash_attn_func
+
+        # flash-attn 4 returns (out, log-sum-exp).
+        return lambda q, k, v, **kw: flash_attn_func(q, k, v, **kw)[0]
+    except ImportError:
+        pass
+    try:
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func
+    except ImportError:
+        return None
+
+
+def choose_backend(requested: str, *, has_cuda: bool) -> AttentionBackend:
+    """Resolve `--attention-backend`.
+
+    Raises:
+        ValueError: the backend asked for cannot run on this machine.
+    """
+    te = has_cuda and has_transformer_engine()
+    flash = has_cuda and flash_attention_function() is not None
+
+    def need(ok: bool, what: str) -> None:
+        if not ok:
+            raise ValueError(
+                f"--attention-backend {requested}: needs {what}; use auto, which takes what is installed"
+            )
+
+    if requested == "auto":
+        if te:
+            return AttentionBackend("te", True, "auto", "Transformer Engine is installed")
+        if flash:
+            return AttentionBackend("flash", False, "auto", "flash-attn is installed")
+        reason = "neither Transformer Engine nor flash-attn is installed" if has_cuda else "no CUDA device"
+        return AttentionBackend("sdpa", False, "auto", reason)
+    if requested in ("te", "fused", "unfused"):
+        need(te, "a CUDA device and transformer-engine[pytorch]")
+        kernel = "auto" if requested == "te" else requested
+        return AttentionBackend("te", True, kernel, "asked for")
+    if requested == "flash":
+        need(te or flash, "a CUDA device and flash-attn or transformer-engine[pytorch]")
+        return AttentionBackend("te" if te else "flash", te, "flash", "asked for")
+    if requested in ("sdpa", "local"):
+        return AttentionBackend(requested, False, "auto", "asked for")
+    raise ValueError(f"--attention-backend {requested}: choose from {', '.join(ATTENTION_BACKENDS)}")
+
+
+class RotarySelfAttention(SelfAttention):
+    """Megatron's self attention, with rotary angles that differ from sample to sample.
+
+    Takes `rotary_pos_emb=(cos, sin)`, float32 [b, s, head_dim] each, in place of
+    Megatron's table of angles: a pair of tensors passes through every kind of
+    activation recompute unchanged.
+    """
+
+    def forward(self, hidden_states, attention_mask, rotary_pos_emb=None, **kwargs):
+        # Handed to get_query_key_value_tensors, the one point between the projection
+        # and the attention where Megatron lets a subclass in.
+        self._cos_sin = rotary_pos_emb
+        try:
+            return super().forward(hidden_states, attention_mask, rotary_pos_emb=None, **kwargs)
+        finally:
+            self._cos_sin = None
+
+    def get_query_key_value_tensors(self, *args, **kwargs):
+        query_SBND, key_SBND, value_SBND = super().get_query_key_value_tensors(*args, **kwargs)
+        if self._cos_sin is not None:
+            cos, sin = self._cos_sin
+            query_SBND = apply_rotary(query_SBND, cos, sin)
+            key_SBND = apply_rotary(key_SBND, cos, sin)
+        return query_SBND, key_SBND, value_SBND
+
+
+class _CausalCoreAttention(MegatronModule):
+    """Shared shell of the core attentions of this project: causal, no dropout, no packing.
+
+    forward: query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> [s, b, n * d].
+    A subclass has `attend`, the same without the last reshape: causal attention, aligned at
+    the end where there are more keys than queries.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout:
+            raise ValueError(f"--attention-dropout {dropout}: this attention has none; use 0")
+        self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("attention bias and packed sequences need --attention-backend te")
+        if self.cp_group is not None:
+            out_SBND = _context_parallel(self.attend, query, key, value, self.cp_group)
+        else:
+            out_SBND = self.attend(query, key, value)
+        return out_SBND.flatten(2)
+
+
+class SdpaCoreAttention(_CausalCoreAttention):
+    """`torch.nn.functional.scaled_dot_product_attention`: cuDNN or flash kernels on a GPU."""
+
+    def attend(self, query_SBND, key_SBND, value_SBND):
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBND, value_SBND))
+        same = q.shape[2] == k.shape[2]
+        out_BNSD = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if same else causal_lower_right(q.shape[2], k.shape[2]),
+            is_causal=same,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out_BNSD.permute(2, 0, 1, 3)
+
+
+class FlashCoreAttention(_CausalCoreAttention):
+    """flash-attn, without Transformer Engine around it."""
+
+    def attend(self, query_SBND, key_SBND, value_SBND):
+        q, k, v = (x.transpose(0, 1) for x in (query_SBND, key_SBND, value_SBND))
+        out_BSND = flash_attention_function()(q, k, v, softmax_scale=self.softmax_scale, causal=True)
+        return out_BSND.transpose(0, 1)
+
+
+def _context_parallel(attend, query_SBND, key_SBND, value_SBND, cp_group) -> Tensor:
+    """Causal attention over a sequence split in Megatron's load-balanced halves.
+
+    Rank r of c holds chunks r and 2c-1-r of 2c. Keys and values are gathered
+    (their gradients reduce-scattered); each half of the queries then attends to the
+    keys up to its own end, in sequence order.
+    """
+    ranks, rank = cp_group.size(), cp_group.rank()
+    half = query_SBND.shape[0] // 2
+    # Gathered chunks come as 0, 2c-1, 1, 2c-2, ..: `order[i]` is where chunk i lies.
+    held = [chunk for r in range(ranks) for chunk in (r, 2 * ranks - 1 - r)]
+    order = [held.index(chunk) for chunk in range(2 * ranks)]
+
+    def gather(x: Tensor) -> Tensor:
+        chunks = gather_from_sequence_parallel_region(x.contiguous(), group=cp_group).split(half)
+        return torch.cat([chunks[i] for i in order])
+
+    key_SBND, value_SBND = gather(key_SBND), gather(value_SBND)
+    halves = []
+    for queries, chunk in zip(query_SBND.split(half), (rank, 2 * ranks - 1 - rank)):
+        end = (chunk + 1) * half
+        halves.append(attend(queries, key_SBND[:end], value_SBND[:end]))
+    return torch.cat(halves)
+
+
+CORE_ATTENTIONS = {"sdpa": SdpaCoreAttention, "flash": FlashCoreAttention, "local": DotProductAttention}

@@ -1,0 +1,114 @@
+"""Llama on Megatron's GPTModel: the one file that constructs the model.
+
+RMSNorm, SwiGLU, grouped or multi-head attention, no biases, tied or untied
+embeddings are TransformerConfig's; what is added here is rotary by explicit
+position ids. Megatron announces the end of GPTModel (successor: HybridModel); a
+move changes this file only.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_cream.model.attention import AttentionBackend
+from megatron_cream.model.layer_spec import llama_block_spec
+from megatron_cream.model.rotary import RotaryEmbedding
+
+
+class LlamaModel(GPTModel):
+    """GPTModel whose rotary angles come from `position_ids` [b, s], on every pipeline stage.
+
+    Under context parallelism `position_ids` are the local ones, sliced with the tokens.
+    """
+
+    def __init__(self, *args, rotary: RotaryEmbedding, real_vocab_size: int, **kwargs):
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        # Not a module: casting the model to bf16 must not touch the frequencies.
+        self.rotary = rotary
+        self.real_vocab_size = real_vocab_size
+
+    def _preprocess(self, input_ids, position_ids, *args, **kwargs):
+        decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        return (decoder_input, self.rotary.cos_sin(position_ids), *rest)
+
+    def compute_language_model_loss(self, labels, logits):
+        """Per-token cross-entropy [b, s], with no probability on the rows that only pad the vocabulary.
+
+        So the loss is that of the model as transformers computes it, at any tensor-parallel size.
+        """
+        mine = logits.shape[-1]
+        real = self.real_vocab_size - self.pg_collection.tp.rank() * mine
+        if real < mine:
+            logits[..., max(real, 0) :] = float("-inf")
+        return super().compute_language_model_loss(labels, logits)
+
+
+@dataclass(kw_only=True)
+class LlamaModelConfig(GPTModelConfig):
+    """What `LlamaModelBuilder` needs beyond Megatron's GPTModelConfig (its `rotary_base` is rope_theta).
+
+    rope_scaling_config: the `rope_scaling` dict of a Hugging Face config.json, or None.
+    rope_max_positions: position ids lie in [0, rope_max_positions).
+    attention: the resolved attention backend.
+    real_vocab_size: the tokenizer's, without padding.
+    """
+
+    builder: ClassVar[str] = "megatron_cream.model.llama.LlamaModelBuilder"
+    rope_scaling_config: dict[str, Any] | None
+    rope_max_positions: int
+    attention: AttentionBackend
+    real_vocab_size: int
+
+
+class LlamaModelBuilder(GPTModelBuilder):
+    """Builds one pipeline stage; Megatron's base class wraps it for distributed training."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> LlamaModel:
+        model = self._model_config
+        config = model.transformer
+        vp_size = config.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pg_collection.pp)
+        if post_process is None:
+            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pg_collection.pp)
+        vocab_size = model.vocab_size
+        if model.should_pad_vocab:
+            vocab_size = calculate_padded_vocab_size(
+                vocab_size, model.make_vocab_size_divisible_by, config.tensor_model_parallel_size
+            )
+        return LlamaModel(
+            config=config,
+            transformer_layer_spec=llama_block_spec(config, model.attention, vp_stage),
+            vocab_size=vocab_size,
+            max_sequence_length=model.rope_max_positions,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=model.fp16_lm_cross_entropy,
+            parallel_output=model.parallel_output,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            real_vocab_size=model.real_vocab_size,
+            rotary=RotaryEmbedding(
+                head_dim=config.kv_channels,
+                rope_theta=float(model.rotary_base),
+                max_position_embeddings=model.rope_max_positions,
+                rope_scaling=model.rope_scaling_config,
+            ),
+        )

@@ -1,0 +1,46 @@
+"""Position sampling: which tokens of a document a sample takes, and at which positions.
+
+    sampler = build_sampler("cream", window=4096, target=32768, seed=1234, sigma=3.0, variant="paper")
+    plan = sampler.plan(epoch=0, sample=17, document_length=20000)
+    plan.token_indices, plan.position_ids, plan.segments, plan.alpha
+
+Pure functions of (seed, epoch, sample, document length): neither torch nor Megatron is known here.
+"""
+
+import inspect
+
+from megatron_cream.positions.cream import CreamSampler
+from megatron_cream.positions.plain import FullSampler, PiSampler
+from megatron_cream.positions.plan import Plan, Plans
+from megatron_cream.positions.pose import PoseSampler
+from megatron_cream.positions.randpos import RandposSampler
+from megatron_cream.positions.sampler import Sampler
+
+_CLASSES = {cls.name: cls for cls in (CreamSampler, PoseSampler, RandposSampler, PiSampler, FullSampler)}
+SAMPLERS = tuple(_CLASSES)
+
+__all__ = ["SAMPLERS", "Plan", "Plans", "Sampler", "build_sampler"]
+
+
+def build_sampler(name: str, *, window: int, target: int, seed: int = 0, **options) -> Sampler:
+    """The sampler `name`.
+
+    Args:
+        name: one of SAMPLERS.
+        window: N, the pre-trained window, in tokens.
+        target: L, the window to extend to: a multiple of N.
+        seed: an integer in [0, 2**64).
+        options: the sampler's own; cream: sigma, variant.
+
+    Raises:
+        ValueError: an unknown name, an option it does not take, a value out of range; in one line.
+    """
+    if name not in _CLASSES:
+        raise ValueError(f"sampler {name}: choose from {', '.join(SAMPLERS)}")
+    cls = _CLASSES[name]
+    known = set(inspect.signature(cls).parameters) - {"window", "target", "seed"}
+    for option in options:
+        if option not in known:
+            takes = f"takes {', '.join(sorted(known))}" if known else "takes none"
+            raise ValueError(f"{option}: not an option of sampler {name}, which {takes}")
+    return cls(window=window, target=target, seed=seed, **options)

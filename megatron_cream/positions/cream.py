@@ -1,0 +1,94 @@
+"""CREAM: Continuity-Relativity indExing with gAussian Middle (Wu, Zhao, Zheng 2024, Algorithm 1).
+
+N tokens take positions from 0 .. L-1 in three contiguous blocks: a head at 0, a tail that
+ends at L-1, and a middle in between whose place follows a truncated Gaussian. The paper
+and the code its authors released differ in four points; both are here:
+
+| point | variant `paper` | variant `released` |
+|---|---|---|
+| head and tail lengths: N/3 or 4s | a coin for each sample | a coin for each batch of 3000 samples |
+| scale of the middle | truncated Gaussian: the CDF is renormalised over [2, 2s] | censored: mass beyond the ends lies on 2 and 2s |
+| middle near the document's end | moved before the tail: no token twice | may repeat the tail's tokens |
+| when drawn | anew at each visit | once: every epoch is alike |
+"""
+
+import math
+
+import numpy as np
+
+from megatron_cream.positions.random import unit, words
+from megatron_cream.positions.sampler import BlockSampler
+
+VARIANTS = ("paper", "released")
+_RELEASED_BATCH = 3000
+_POINTS = 1000
+
+
+class CreamSampler(BlockSampler):
+    """See the module's docstring, and `Sampler` for window, target and seed.
+
+    Args:
+        sigma: deviation of the Gaussian, in half steps of the middle's scale (3.0 in the paper).
+        variant: `paper` or `released`.
+    """
+
+    name = "cream"
+
+    def __init__(self, window: int, target: int, seed: int = 0, sigma: float = 3.0, variant: str = "paper"):
+        super().__init__(window, target, seed)
+        if not (sigma > 0 and math.isfinite(sigma)):
+            raise ValueError(f"sigma {sigma}: must be a positive number, 3.0 in the paper")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant {variant}: choose from {', '.join(VARIANTS)}")
+        self.factor = target // window
+        if window <= 8 * self.factor:
+            raise ValueError(
+                f"window {window}: head and tail of 4 x {self.factor} tokens leave no middle; "
+                f"must be more than {8 * self.factor} for target {target}"
+            )
+        self.sigma, self.variant = sigma, variant
+        self.thresholds = scale_thresholds(self.factor, sigma, censored=variant == "released")
+
+    def _blocks(self, math, epoch, sample, document_length):
+        n, s, t_len = self.window, self.factor, document_length
+        released = self.variant == "released"
+        epoch = 0 if released else epoch
+        coin, scale, place, _ = words(self.seed, epoch, sample)
+        if released:
+            coin = words(self.seed, 0, sample // _RELEASED_BATCH, stream=1)[0]
+
+        # Step 1: relativity (thirds) or continuity (a long middle).
+        head = tail = math.where(unit(coin) < 0.5, n // 3, 4 * s)
+        middle = n - head - tail
+        # Step 2: the scale of the middle, in half steps k = 2 alpha of {2 .. 2s}.
+        k = 2 + math.rank(self.thresholds, unit(scale))
+        # Step 3: the position of the middle's last token.
+        end = math.draw(unit(place), head + k * (middle - 1) // 2, k * n // 2 - tail - 1)
+        # Step 4: the document's own tokens at those positions, or those right before its tail.
+        limit = t_len if released else t_len - tail
+        token_end = math.where(end < limit, end, t_len - tail - 1)
+        return (
+            (0 * head, token_end - middle + 1, t_len - tail),
+            (0 * head, end - middle + 1, self.target - tail),
+            (head, middle, tail),
+            k / 2,
+        )
+
+
+def scale_thresholds(factor: int, sigma: float, censored: bool) -> np.ndarray | list[float]:
+    """Where the inverse CDF passes from one half step to the next (Algorithm 1, step 2).
+
+    x follows a Gaussian of mean 1 + factor over [2, 2 factor]; its CDF is tabulated on 1000
+    evenly spaced points and inverted by linear interpolation; k = floor(x). So k is 2 plus
+    the number of thresholds that a uniform u in [0, 1) reaches.
+
+    Returns: float64 list [2 factor - 2]: the u at which x = 3, 4, .. 2 factor.
+    """
+    low, high = 2.0, 2.0 * factor
+    if factor == 1:
+        return []
+    points = np.linspace(low, high, _POINTS)
+    cdf = np.array([0.5 * math.erfc((1 + factor - x) / (sigma * math.sqrt(2.0))) for x in points])
+    if not censored:
+        cdf = (cdf - cdf[0]) / (cdf[-1] - cdf[0])
+    return np.interp(np.arange(3, 2 * factor + 1), points, cdf).tolist()

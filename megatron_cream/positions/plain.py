@@ -1,0 +1,25 @@
+"""Positions 0 .. n-1: position interpolation at the window, and full-length training."""
+
+from megatron_cream.positions.random import unit, words
+from megatron_cream.positions.sampler import BlockSampler
+
+
+class PiSampler(BlockSampler):
+    """Positions 0 .. N-1 of N tokens from a uniformly drawn place of the document (Chen et al. 2023)."""
+
+    name = "pi"
+
+    def _blocks(self, math, epoch, sample, document_length):
+        n = self.sequence_length
+        start = math.draw(unit(words(self.seed, epoch, sample)[0]), 0, document_length - n)
+        return (start,), (0 * start,), (n + 0 * start,), None
+
+
+class FullSampler(PiSampler):
+    """Positions 0 .. L-1 of L tokens: what the others avoid paying for."""
+
+    name = "full"
+
+    @property
+    def sequence_length(self) -> int:
+        return self.target

@@ -1,0 +1,135 @@
+"""What a person watching a run reads: one line a step, and how fast the hardware is used."""
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from megatron_cream import platform
+
+# Dense bf16 peak, TFLOP/s, by a part of the name torch gives the device. From NVIDIA's data sheets.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "H20": 148,
+    "B200": 2250, "B300": 2250, "A100": 312, "A800": 312, "A40": 150, "A10": 125, "L40S": 362, "L40": 181,
+    "L4": 121, "RTX 4090": 165, "RTX A6000": 155, "V100": 125,
+}  # fmt: skip
+
+
+def peak_flops() -> float | None:
+    """Peak FLOP/s of one of this machine's GPUs in bf16; None where it is not known."""
+    if not platform.has_cuda():
+        return None
+    name = torch.cuda.get_device_name()
+    # The longest name that fits: "GH200" before "H200", "H100 PCIe" before "H100".
+    fits = [part for part in PEAK_TFLOPS if part in name]
+    return PEAK_TFLOPS[max(fits, key=len)] * 1e12 if fits else None
+
+
+def flops_per_token(
+    *, num_layers: int, hidden_size: int, ffn_hidden_size: int, num_query_groups: int, kv_channels: int,
+    num_attention_heads: int, vocab_size: int, seq_length: int,
+) -> float:  # fmt: skip
+    """Floating-point operations of one trained token, forward and backward.
+
+    6 x the parameters that stand in a matrix product (the embedding's look-up is none) and
+    6 x layers x sequence x attention width: causal attention, counted once.
+    """
+    attention_width = num_attention_heads * kv_channels
+    attention = hidden_size * (2 * attention_width + 2 * num_query_groups * kv_channels)
+    parameters = num_layers * (attention + 3 * hidden_size * ffn_hidden_size) + hidden_size * vocab_size
+    return 6.0 * parameters + 6.0 * num_layers * seq_length * attention_width
+
+
+@dataclass
+class StepLine:
+    """Prints a line for each logged step: loss, lr, gradient norm, speed, memory, time left.
+
+    total_steps: the step the run ends at.
+    tokens_per_step: over all ranks.
+    ranks: GPUs (or CPU processes) that share the work.
+    flops_per_token: see `flops_per_token`.
+    stream: where to print.
+    """
+
+    total_steps: int
+    tokens_per_step: int
+    ranks: int
+    flops_per_token: float
+    stream: object = None
+
+    def __post_init__(self):
+        self.stream = self.stream or sys.stdout
+        self.peak = peak_flops()
+        self.last_step = self.last_time = None
+
+    def start(self, step: int) -> None:
+        """Measure from the end of `step`: before it, kernels were compiled and memory allocated."""
+        self.last_step, self.last_time = step, time.perf_counter()
+
+    def show(self, step: int, loss: float | None, learning_rate: float | None, grad_norm: float | None) -> None:
+        parts = [f"step {step}/{self.total_steps}"]
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
+        if learning_rate is not None:
+            parts.append(f"lr {learning_rate:.2e}")
+        if grad_norm is not None:
+            parts.append(f"grad norm {grad_norm:.2f}")
+        if self.last_step is not None and step > self.last_step:
+            seconds = (time.perf_counter() - self.last_time) / (step - self.last_step)
+            rate = self.tokens_per_step / seconds / self.ranks
+            parts.append(f"{rate:,.0f} tokens/s/{'GPU' if platform.has_cuda() else 'rank'}")
+            if self.peak:
+                parts.append(f"MFU {100 * rate * self.flops_per_token / self.peak:.1f} %")
+            parts.append(f"ETA {_duration((self.total_steps - step) * seconds)}")
+        parts.append(f"{_memory_gib():.1f} GiB")
+        print(" | ".join(parts), file=self.stream, flush=True)
+        self.start(step)
+
+
+def _memory_gib() -> float:
+    used = torch.cuda.max_memory_allocated() if platform.has_cuda() else psutil.Process().memory_info().rss
+    return used / 2**30
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+@contextlib.contextmanager
+def each_step(line: StepLine, interval: int) -> Iterator[None]:
+    """Show `line` after Megatron's own log, every `interval` steps, on the rank that has the loss.
+
+    Megatron offers no call-back that is given the loss, so its log function is wrapped
+    while the run lasts.
+    """
+    from megatron.training import training
+    from megatron.training.utils import is_last_rank
+
+    megatron_log = training.training_log
+
+    @functools.wraps(megatron_log)
+    def log(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory, skipped, grad_norm,
+            *rest, **kwargs):  # fmt: skip
+        result = megatron_log(
+            loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory, skipped, grad_norm,
+            *rest, **kwargs,
+        )  # fmt: skip
+        if iteration % interval == 0 and is_last_rank():
+            loss = loss_dict.get("lm loss")
+            line.show(iteration, None if loss is None else float(loss), learning_rate, grad_norm)
+        elif line.last_step is None:
+            line.start(iteration)
+        return result
+
+    training.training_log = log
+    try:
+        yield
+    finally:
+        training.training_log = megatron_log

@@ -1,0 +1,183 @@
+"""Extend a Llama's context window with CREAM, on NVIDIA Megatron.
+
+The embedded default: a tiny Llama and text that is already on this machine, CPU or GPU:
+
+    torchrun --nproc_per_node=2 pretrain_cream.py
+
+A recipe, and any flag of Megatron's or ours on top of it (--help lists them all):
+
+    torchrun --nproc_per_node=2 pretrain_cream.py --config examples/llama2_7b_32k.yaml --load ckpt/ --data-path data/pile
+
+What would run, without running it:
+
+    python pretrain_cream.py --config examples/llama2_7b_32k.yaml --print-config
+"""
+
+import sys
+
+if sys.version_info < (3, 12):
+    sys.exit(f"megatron_cream needs Python 3.12 or newer; this is Python {sys.version.split()[0]}")
+
+from megatron_cream import platform
+
+platform.setup()  # before anything of Megatron is imported
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+from megatron_cream import arguments, compat, console, progress
+from megatron_cream.checks import UsageError
+from megatron_cream.data.dataset import LongDocumentDataset
+from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
+
+
+def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
+    """The next micro-batch of this rank, [b, n / context_parallel_size] each.
+
+    Every pipeline stage gets one, since rotary needs `position_ids` in every layer.
+    """
+    names = ["tokens", "labels", "loss_mask", "position_ids"]
+    data = None
+    if data_iterator is not None:
+        data = {name: tensor.long() for name, tensor in next(data_iterator).items()}
+    batch = tensor_parallel.broadcast_data(names, data, torch.int64)
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+    )
+
+
+def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
+    """The summed loss of a micro-batch, its number of tokens, and both to report.
+
+    Args:
+        loss_mask: [b, n], 1 where a token counts.
+        losses: float32 [b, n], each token's cross-entropy.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for name, rejection in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=rejection,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    num_tokens = mask.sum().to(torch.int)
+    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+
+
+def forward_step(data_iterator, model):
+    """One micro-batch through this rank's part of the model."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses, functools.partial(loss_func, batch["loss_mask"])
+
+
+def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None):
+    """Built on the first tensor-parallel rank of every pipeline stage."""
+    config = arguments.dataset_config(get_args(), get_tokenizer())
+    return BlendedMegatronDatasetBuilder(
+        LongDocumentDataset,
+        train_val_test_num_samples,
+        lambda: parallel_state.get_tensor_model_parallel_rank() == 0,
+        config,
+    ).build()
+
+
+train_valid_test_datasets_provider.is_distributed = True
+
+
+def train(argv: list[str] | None = None) -> None:
+    """One training run, from flags to checkpoint.
+
+    Args:
+        argv: the flags; None takes the command line's.
+
+    Raises:
+        UsageError: the flags cannot run.
+    """
+    args, words = arguments.parse(argv)
+    compat.apply()
+    with console.divert(args.console, args.save) as terminal:
+        print(words, end="")
+        step_line = progress.StepLine(
+            total_steps=args.train_iters or 0,
+            tokens_per_step=args.global_batch_size * args.seq_length,
+            ranks=args.world_size,
+            flops_per_token=arguments.flops_per_token(args),
+            stream=terminal,
+        )
+        if args.rank == 0:
+            print(f"attention: {args.attention.name} ({args.attention.reason})", file=terminal, flush=True)
+        with progress.each_step(step_line, args.log_interval):
+            pretrain(
+                pretrain_cfg_container_from_args(args, arguments.model_config(args, get_tokenizer().vocab_size)),
+                train_valid_test_datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+                non_loss_data_func=_long_evaluation(args, terminal) if args.eval_lengths else None,
+            )
+
+
+def _long_evaluation(args, terminal):
+    """What Megatron calls at the end of every evaluation, with the model: perplexity by length."""
+    documents = held_out_documents(
+        arguments.held_out_prefixes(args), max(args.eval_lengths), args.eval_documents
+    )
+
+    def evaluate(model) -> None:
+        scored = min(args.eval_lengths) // 2
+        result = perplexity_by_length(model, documents, args.eval_lengths, scored)
+        if not is_last_rank(args):
+            return
+        text = ", ".join(f"{n}: {value:.2f}" for n, value in result.items())
+        print(f"perplexity by context length | {text}", file=terminal, flush=True)
+        writer = get_tensorboard_writer()
+        if writer:
+            for n, value in result.items():
+                writer.add_scalar(f"perplexity/{n}", value, args.curr_iteration)
+        if args.save:
+            record = dict(iteration=args.curr_iteration, documents=len(documents), perplexity=result)
+            with open(Path(args.save) / "perplexity_by_length.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    return evaluate
+
+
+def is_last_rank(args) -> bool:
+    return args.rank == args.world_size - 1
+
+
+def main() -> int:
+    try:
+        if len(sys.argv) == 1:
+            from megatron_cream.quickstart import quickstart
+
+            quickstart(train)
+        else:
+            train()
+    except UsageError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

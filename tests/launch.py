@@ -1,0 +1,55 @@
+"""Run pretrain_cream.py as users do, with real torchrun ranks, and read what it logged."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 100  # padded to 128: the padding must not show in the loss
+
+# A tiny Llama with grouped-query attention; 10 steps on synthetic documents.
+TINY = [
+    *"--num-layers 2 --hidden-size 32 --ffn-hidden-size 88 --num-attention-heads 4".split(),
+    *"--group-query-attention --num-query-groups 2 --seq-length 96 --target-length 384".split(),
+    *"--rope-scaling-type linear --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --weight-decay 0.1".split(),
+    f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --seed 7 --num-workers 0".split(),
+    *"--eval-iters 1 --eval-interval 1000 --log-interval 1".split(),
+]
+TINY = [flag for item in TINY for flag in ([item] if isinstance(item, str) else item)]
+
+
+def write_documents(prefix: Path, documents: int = 60, shortest: int = 60, longest: int = 900) -> Path:
+    """Documents with structure to learn at once: few tokens are common, and each repeats a phrase."""
+    rng = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in rng.integers(shortest, longest, size=documents):
+        phrase = np.minimum(rng.zipf(1.4, size=rng.integers(5, 30)), VOCABULARY - 2)
+        tokens = np.resize(phrase, length)
+        noise = rng.random(length) < 0.1
+        tokens[noise] = rng.integers(1, VOCABULARY - 1, size=noise.sum())
+        builder.add_document(torch.from_numpy(tokens), [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def torchrun(ranks: int, *flags, cwd: Path | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
+    """`torchrun --nproc_per_node=ranks pretrain_cream.py flags`, output captured."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    command += [str(ROOT / "pretrain_cream.py"), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd or ROOT)
+
+
+def train(ranks: int, folder: Path, *flags, fp32: bool = True) -> dict[int, float]:
+    """A run that must succeed. Returns step -> loss, as logged to TensorBoard (float32, exact)."""
+    precision = ["--fp32"] if fp32 else []
+    result = torchrun(ranks, *TINY, *precision, "--tensorboard-dir", folder, *flags)
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    events = EventAccumulator(str(folder)).Reload()
+    return {event.step: event.value for event in events.Scalars("lm loss")}

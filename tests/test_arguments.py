@@ -1,0 +1,170 @@
+"""The command line: recipes, precedence, and one clear line for everything that cannot run."""
+
+import sys
+
+import pytest
+import yaml
+
+from megatron_cream import arguments
+from megatron_cream.arguments import UsageError, build_parser, read_recipe, rope_scaling_options, sampler_options
+from megatron_cream.positions import build_sampler
+from tests.launch import ROOT, torchrun, write_documents
+
+RECIPES = sorted((ROOT / "examples").glob("*.yaml"))
+
+GOOD = {
+    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 128, "target_length": 512,
+    "micro_batch_size": 1, "train_iters": 2, "rope_scaling_type": "linear", "tokenizer_type": "NullTokenizer",
+    "vocab_size": 100,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(write_documents(tmp_path_factory.mktemp("data") / "documents"))
+
+
+def read(monkeypatch, tmp_path, recipe: dict, *flags, world_size: int = 1):
+    """The filled-in and checked namespace, short of Megatron's own validation."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    return arguments.read(["--config", str(path), *map(str, flags)])
+
+
+def test_command_line_wins_over_recipe_over_defaults(monkeypatch, tmp_path, data):
+    args = read(monkeypatch, tmp_path, GOOD | {"data_path": data, "lr": 1e-3, "swiglu": True}, "--lr", "5e-4")
+    assert args.lr == 5e-4  # command line
+    assert args.seq_length == 128 and args.data_path == [data]  # recipe
+    assert args.normalization == "RMSNorm" and args.dist_ckpt_optim_fully_reshardable  # project
+    assert args.adam_beta2 == 0.999  # Megatron
+
+
+def test_recipe_values_are_parsed_as_the_command_line_would(tmp_path):
+    path = tmp_path / "r.yaml"
+    # PyYAML reads 1e-5 as text; a dash or an underscore, a flag's name or its variable's, are the same.
+    path.write_text("lr: 1e-5\nnum-layers: 3\nadd_bias_linear: false\nno_bias_swiglu_fusion: true\neval_lengths: 64\n")
+    values = read_recipe(path, build_parser())
+    assert values == {
+        "lr": 1e-5, "num_layers": 3, "add_bias_linear": False, "bias_swiglu_fusion": False, "eval_lengths": [64],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, data):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(b"")
+    own = ["--data-path", data, "--tokenizer-model", str(tokenizer)] if "quickstart" not in recipe.stem else []
+    args = arguments.read(["--config", str(recipe), *own])
+    sampler = build_sampler(**sampler_options(args), seed=args.seed)
+    plan = sampler.plan(epoch=0, sample=0, document_length=args.target_length)
+    assert len(plan.position_ids) == args.seq_length and plan.position_ids[-1] < args.target_length
+    if "llama2" in recipe.stem:
+        factor = args.target_length / 4096
+        assert rope_scaling_options(args) == {"rope_type": "linear", "factor": factor}
+        assert (args.lr, args.global_batch_size, args.adam_beta2, args.weight_decay) == (2e-5, 32, 0.999, 0.0)
+
+
+def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data):
+    first = read(monkeypatch, tmp_path, GOOD | {"data_path": data})
+    text = arguments.describe(first)
+    assert "attention: sdpa" in text
+    again = read(monkeypatch, tmp_path, yaml.safe_load(text))
+    different = {k for k in vars(first) if getattr(first, k) != getattr(again, k, None)} - {"config"}
+    assert not different
+
+
+# What a user sets beyond GOOD, ranks, and what the one line must name: the flag, the value, what would be right.
+BAD = [
+    ({"target_length": 500}, 1, ["--target-length 500", "multiple of --seq-length 128", "512"]),
+    ({"seq_length": 10}, 1, ["--target-length 512", "multiple of --seq-length 10"]),
+    ({"num_layers": None}, 1, ["--num-layers is missing"]),
+    ({"train_iters": None}, 1, ["--train-iters is missing"]),
+    ({"hidden_size": 0}, 1, ["--hidden-size 0", "1 or more"]),
+    ({"num_attention_heads": 5}, 1, ["--num-attention-heads 5", "--hidden-size 64"]),
+    ({"tensor_model_parallel_size": 3}, 3, ["--tensor-model-parallel-size 3", "--num-attention-heads 4"]),
+    ({"tensor_model_parallel_size": 2}, 1, ["1 ranks", "--tensor-model-parallel-size 2"]),
+    ({"pipeline_model_parallel_size": 2, "num_layers": 3}, 2, ["--pipeline-model-parallel-size 2", "--num-layers 3"]),
+    ({"context_parallel_size": 3}, 3, ["--seq-length 128", "--context-parallel-size 3"]),
+    ({"global_batch_size": 3, "micro_batch_size": 2}, 1, ["--global-batch-size 3", "--micro-batch-size 2", "= 2"]),
+    ({"global_batch_size": 4}, 3, ["--global-batch-size 4", "3 data-parallel ranks"]),
+    ({"group_query_attention": True, "num_query_groups": 3}, 1, ["--num-query-groups 3", "--num-attention-heads 4"]),
+    ({"num_query_groups": 2}, 1, ["--num-query-groups 2", "--group-query-attention"]),
+    ({"position_sampler": "pose", "cream_sigma": 2.0}, 1, ["--cream-sigma 2.0", "cream", "pose"]),
+    ({"position_sampler": "pi", "cream_variant": "released"}, 1, ["--cream-variant released", "pi"]),
+    ({"position_sampler": "randpos", "mask_segment_starts": True}, 1, ["--mask-segment-starts", "randpos"]),
+    ({"position_sampler": "full"}, 1, ["--position-sampler full", "--seq-length 128", "--target-length 512"]),
+    ({"position_sampler": "alibi"}, 1, ["position_sampler", "alibi", "cream, pose, randpos, pi, full"]),
+    ({"cream_sigma": -1.0}, 1, ["sigma", "-1.0"]),
+    ({"cream_variant": "draft"}, 1, ["variant", "draft", "paper"]),
+    ({"rope_scaling_type": "none", "rope_scaling_factor": 8.0}, 1, ["--rope-scaling-factor 8.0"]),
+    ({"rope_scaling_factor": 0.5}, 1, ["--rope-scaling-type linear", "0.5"]),
+    ({"use_rope_scaling": True}, 1, ["--use-rope-scaling", "--rope-scaling-type llama3"]),
+    ({"rotary_percent": 0.5}, 1, ["--rotary-percent 0.5"]),
+    ({"reset_position_ids": True}, 1, ["--reset-position-ids"]),
+    ({"attention_backend": "te"}, 1, ["--attention-backend te", "auto"]),
+    ({"attention_backend": "magic"}, 1, ["attention_backend", "magic", "sdpa"]),
+    ({"context_parallel_size": 2, "attention_backend": "local"}, 2, ["--context-parallel-size 2", "local"]),
+    ({"data_path": None}, 1, ["--data-path is missing"]),
+    ({"data_path": "no/such/prefix"}, 1, ["--data-path no/such/prefix", "no/such/prefix.bin"]),
+    ({"tokenizer_type": "SentencePieceTokenizer"}, 1, ["--tokenizer-model is missing"]),
+    ({"tokenizer_type": "Llama2Tokenizer", "tokenizer_model": "no.model"}, 1, ["--tokenizer-model no.model"]),
+    ({"load": "no/such/folder"}, 1, ["--load no/such/folder"]),
+    ({"eval_lengths": [1]}, 1, ["--eval-lengths 1"]),
+    ({"learning_rate": 1e-3}, 1, ["unknown key 'learning_rate'"]),
+    ({"train_iters": "many"}, 1, ["train_iters: 'many'", "a whole number"]),
+    ({"train_iters": True}, 1, ["train_iters: True", "a whole number"]),
+    ({"sequence_parallel": "yes please"}, 1, ["sequence_parallel", "true or false"]),
+    ({"lr_decay_style": "zigzag"}, 1, ["lr_decay_style", "zigzag", "cosine"]),
+]
+
+
+@pytest.mark.parametrize("changed, ranks, words", BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_clear_line(changed, ranks, words, monkeypatch, tmp_path, data):
+    recipe = {k: v for k, v in (GOOD | {"data_path": data} | changed).items() if v is not None}
+    with pytest.raises(UsageError) as caught:
+        read(monkeypatch, tmp_path, recipe, world_size=ranks)
+    message = str(caught.value)
+    assert "\n" not in message
+    missing = [word for word in words if word not in message]
+    assert not missing, message
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [("- a\n- b\n", "must map"), ("a: [", "not a YAML file"), ("lr: !!python/object/apply:os.getcwd []", "not a YAML")],
+)
+def test_recipe_that_is_none(text, word, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=word):
+        read_recipe(path, build_parser())
+
+
+def test_exit_code_2_before_any_process_group_and_nothing_written(tmp_path, data):
+    import subprocess
+
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (GOOD | {"target_length": 500}).items()]
+    result = subprocess.run(
+        [sys.executable, ROOT / "pretrain_cream.py", *flags, "--data-path", data, "--save", tmp_path / "save"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("pretrain_cream.py: error: --target-length 500"), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_flag_is_one_line(monkeypatch):
+    with pytest.raises(UsageError, match="--no-such-flag"):
+        arguments.read(["--no-such-flag", "1"])
+
+
+def test_print_config_runs_nothing(data, tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in GOOD.items()]
+    result = torchrun(1, *flags, "--data-path", data, "--save", tmp_path / "save", "--print-config")
+    assert result.returncode == 0 and not (tmp_path / "save").exists()
+    printed = yaml.safe_load(result.stdout)
+    assert printed["target_length"] == 512
+    assert "# attention: sdpa" in result.stdout

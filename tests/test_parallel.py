@@ -1,0 +1,80 @@
+"""Every parallel layout trains the same model: real torchrun ranks over gloo, in float32.
+
+All layouts start from one checkpoint, written by one rank, so that each also shows that
+the checkpoint opens at its layout.
+"""
+
+import pytest
+
+from tests.launch import train, write_documents
+
+STEPS = 10
+LAYOUTS = {
+    "dp2": (2, "--use-distributed-optimizer"),
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp2-sp-full-recompute": (
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full "
+        "--recompute-method uniform --recompute-num-layers 1",
+    ),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "pp2-selective-recompute": (
+        2,
+        "--pipeline-model-parallel-size 2 --recompute-granularity selective --recompute-modules core_attn",
+    ),
+    "cp2": (2, "--context-parallel-size 2"),
+    "one-rank-local-attention": (1, "--attention-backend local"),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Data, a checkpoint to start from, and the losses of one rank."""
+    folder = tmp_path_factory.mktemp("parallel")
+    data = ["--data-path", write_documents(folder / "documents"), "--split", "90,10,0"]
+    train(1, folder / "tb0", *data, "--train-iters", 1, "--save", folder / "start", "--save-interval", 1)
+    flags = [*data, "--train-iters", STEPS, "--pretrained-checkpoint", folder / "start"]
+    return folder, flags, train(1, folder / "tb1", *flags)
+
+
+def relative_error(losses: dict[int, float], reference: dict[int, float]) -> float:
+    assert losses.keys() == reference.keys()
+    return max(abs(losses[step] - reference[step]) / reference[step] for step in reference)
+
+
+def test_one_rank_learns(start):
+    losses = start[2]
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1] - 0.05
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_losses(start, layout):
+    folder, flags, reference = start
+    ranks, extra = LAYOUTS[layout]
+    losses = train(ranks, folder / layout, *flags, *extra.split())
+    assert relative_error(losses, reference) < 1e-5
+
+
+def test_resume(start):
+    """A run that stops at step 5 goes on: bit-equal at its layout, within 1e-5 at any other."""
+    folder, flags, _ = start
+    saved = folder / "saved"
+    layout = ["--use-distributed-optimizer"]
+    whole = train(2, folder / "whole", *flags, *layout, "--save", saved, "--save-interval", 5)
+
+    def resume(ranks, name, *extra):
+        # --pretrained-checkpoint stands in the flags; --load of what was saved goes before it.
+        return train(ranks, folder / name, *flags, "--load", saved, "--ckpt-step", 5, *extra)
+
+    same = resume(2, "same", *layout)
+    assert list(same) == [6, 7, 8, 9, 10]
+    assert same == {step: whole[step] for step in same}, "not bit-equal at the same layout"
+    rest = {step: whole[step] for step in same}
+    for name, ranks, extra in [
+        ("to-tp2", 2, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
+        ("to-pp2", 2, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
+        ("to-one", 1, "--use-distributed-optimizer"),
+    ]:
+        assert relative_error(resume(ranks, name, *extra.split()), rest) < 1e-5, name

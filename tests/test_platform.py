@@ -1,0 +1,88 @@
+"""The CPU platform: Megatron sees a device, torch sees the truth, and nothing changes where there is CUDA."""
+
+import subprocess
+import sys
+
+import torch
+
+from megatron_cream import platform
+from tests.launch import ROOT
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_cuda_means_cpu_and_torch_is_not_lied_to():
+    out = run(
+        "from megatron_cream import platform; platform.setup(); platform.setup()\n"
+        "import torch\n"
+        "assert not torch.cuda.is_available() and not platform.has_cuda()\n"
+        "ask = {'__name__': 'megatron.core.somewhere', 'torch': torch}\n"
+        "assert eval('torch.cuda.is_available()', ask)\n"
+        "x = torch.ones(3, device='cuda')\n"
+        "assert x.device.type == 'cpu' and x.cuda() is x and x.to('cuda:0').device.type == 'cpu'\n"
+        "assert torch.empty(2, device=torch.cuda.current_device()).device.type == 'cpu'\n"
+        "assert x.bfloat16().type() == 'torch.cuda.BFloat16Tensor' and x.long().type() == 'torch.LongTensor'\n"
+        "assert torch.nn.Linear(2, 2).cuda(0).weight.device.type == 'cpu'\n"
+        "assert torch.empty(2, device='meta').device.type == 'meta'\n"
+        "print('fine')"
+    )
+    assert out.strip() == "fine"
+
+
+def test_devices_inside_backward():
+    """Recompute and collectives allocate on 'cuda' while torch runs a backward pass."""
+
+    class Allocates(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.full(grad.shape, 2.0, device="cuda") * grad
+
+    class Nested(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.detach() * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                y = Allocates.apply(x)
+            torch.autograd.backward(y, grad)
+            return x.grad
+
+    x = torch.ones(3, requires_grad=True, device="cuda")
+    (Allocates.apply(x) + Nested.apply(x)).sum().backward()
+    assert torch.equal(x.grad.cpu(), torch.full((3,), 4.0))
+
+
+def test_no_effect_where_there_is_cuda():
+    """With a (pretended) CUDA device, setup replaces nothing in torch."""
+    out = run(
+        "import torch\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "before = dict(vars(torch.cuda)); engine = torch.autograd._engine_run_backward\n"
+        "from megatron_cream import platform\n"
+        "platform._use_prebuilt_dataset_helpers = lambda: None\n"
+        "platform.setup()\n"
+        "changed = [k for k, v in vars(torch.cuda).items() if before.get(k) is not v]\n"
+        "assert not changed, changed\n"
+        "assert torch.autograd._engine_run_backward is engine and platform.has_cuda()\n"
+        "from torch.overrides import _get_current_function_mode_stack as stack\n"
+        "assert not stack()\n"
+        "print('untouched')"
+    )
+    assert out.strip() == "untouched"
+
+
+def test_has_cuda_is_the_truth():
+    out = run("import torch; print(torch.cuda.is_available())")
+    assert platform.has_cuda() == (out.strip() == "True")

@@ -1,0 +1,132 @@
+"""What the samplers draw follows the distributions the paper (and the released code) state. Fixed seeds."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from megatron_cream.positions import build_sampler
+
+DRAWS = 200_000
+REJECT = 1e-4
+
+
+def cream(window, factor, sigma=3.0, variant="paper", draws=DRAWS, seed=1234):
+    sampler = build_sampler("cream", window=window, target=factor * window, seed=seed, sigma=sigma, variant=variant)
+    return sampler, sampler.plan_many(0, np.arange(draws), 10**7)
+
+
+def exact_scale(factor: int, sigma: float, variant: str) -> np.ndarray:
+    """Probability of k = 2 .. 2 factor, k = floor of a truncated (paper) or censored (released) Gaussian."""
+    cdf = stats.norm(1 + factor, sigma).cdf(np.arange(2, 2 * factor + 1))
+    inside = np.diff(cdf)
+    if variant == "paper":
+        return np.append(inside / inside.sum(), 0.0)
+    return np.append(inside, 1 - cdf[-1]) + np.append(cdf[0], np.zeros(len(inside)))
+
+
+def chi_square(k: np.ndarray, probabilities: np.ndarray) -> float:
+    """p-value; neighbouring bins are merged until each is expected 20 times."""
+    counts = np.bincount(k - 2, minlength=len(probabilities))
+    expected = probabilities * len(k)
+    edges, total = [0], 0.0
+    for i, e in enumerate(expected):
+        total += e
+        if total >= 20 and expected[i + 1 :].sum() >= 20:
+            edges.append(i + 1)
+            total = 0.0
+    return stats.chisquare(np.add.reduceat(counts, edges), np.add.reduceat(expected, edges)).pvalue
+
+
+SCALES = [(8, 3.0), (64, 3.0), (2, 1.0), (16, 10.0), (8, 6.0)]
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("factor, sigma", SCALES)
+def test_scale_of_the_middle(factor, sigma, variant):
+    _, plans = cream(1024, factor, sigma, variant)
+    k = (2 * plans.alpha).astype(int)
+    assert chi_square(k, exact_scale(factor, sigma, variant)) > REJECT
+    if variant == "paper":
+        assert k.max() < 2 * factor  # the end of a continuous law has no mass
+
+
+@pytest.mark.parametrize("factor, sigma", [(8, 3.0), (8, 6.0), (16, 10.0)])
+def test_the_two_variants_are_told_apart(factor, sigma):
+    """The chi-square test above rejects either variant for the other."""
+    for variant, other in (("paper", "released"), ("released", "paper")):
+        k = (2 * cream(1024, factor, sigma, variant)[1].alpha).astype(int)
+        expected = np.maximum(exact_scale(factor, sigma, other), 1e-12)
+        assert chi_square(k, expected / expected.sum()) < REJECT
+
+
+def test_both_strategies_at_one_half():
+    sampler, plans = cream(1024, 8)
+    thirds = plans.lengths[:, 0] == 1024 // 3
+    assert set(plans.lengths[:, 0]) == {1024 // 3, 32}
+    assert stats.binomtest(int(thirds.sum()), DRAWS).pvalue > REJECT
+    # And independent of the scale that is drawn beside it.
+    table = [np.bincount((2 * plans.alpha[thirds == side]).astype(int), minlength=17)[4:15] for side in (0, 1)]
+    assert stats.chi2_contingency(table).pvalue > REJECT
+
+
+def test_released_tosses_once_for_3000_documents():
+    _, plans = cream(1024, 8, variant="released", draws=600 * 3000)
+    batches = (plans.lengths[:, 0] == 1024 // 3).reshape(600, 3000)
+    assert np.all(batches == batches[:, :1])
+    assert stats.binomtest(int(batches[:, 0].sum()), 600).pvalue > REJECT
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_end_of_the_middle_is_uniform(variant):
+    _, plans = cream(1024, 8, variant=variant)
+    head, middle, tail = plans.lengths.T
+    k = (2 * plans.alpha).astype(int)
+    end = plans.position_starts[:, 1] + middle - 1
+    low, high = head + k * (middle - 1) // 2, k * 1024 // 2 - tail - 1
+    wide = high > low
+    # Both ends are reached, and the place within the interval, dithered, is uniform.
+    assert np.any(end[wide] == low[wide]) and np.any(end[wide] == high[wide])
+    place = (end - low + np.random.default_rng(0).random(DRAWS)) / (high - low + 1)
+    assert stats.kstest(place[wide], "uniform").pvalue > REJECT
+
+
+def test_pose_draws_are_uniform():
+    sampler = build_sampler("pose", window=100, target=800, seed=5)
+    plans = sampler.plan_many(0, np.arange(DRAWS), 300)
+    first = plans.lengths[:, 0]
+    draws = {"split": (first - 1, 99), "shift": (plans.position_starts[:, 1] - first, 701),
+             "gap": (plans.token_starts[:, 1] - first, 201)}  # fmt: skip
+    for name, (values, n) in draws.items():
+        assert stats.chisquare(np.bincount(values, minlength=n)).pvalue > REJECT, name
+    names = list(draws)
+    for a, b in [(0, 1), (0, 2), (1, 2)]:
+        assert stats.pearsonr(draws[names[a]][0], draws[names[b]][0]).pvalue > REJECT
+
+
+def test_pi_starts_uniformly():
+    plans = build_sampler("pi", window=100, target=100, seed=5).plan_many(0, np.arange(DRAWS), 150)
+    assert stats.chisquare(np.bincount(plans.token_starts[:, 0], minlength=51)).pvalue > REJECT
+
+
+@pytest.mark.parametrize("target", [48, 400])
+def test_randpos_takes_every_position_alike(target):
+    """Counts of each position, and of neighbouring pairs, over many samples."""
+    size, draws = 16, 20_000
+    sampler = build_sampler("randpos", window=size, target=target, seed=2)
+    ids = np.stack([sampler.plan(0, i, 64).position_ids for i in range(draws)])
+    counts = np.bincount(ids.ravel(), minlength=target)
+    # Without replacement the counts vary less than a multinomial's, by (1 - N / L).
+    statistic = np.sum((counts - draws * size / target) ** 2 / (draws * size / target)) / (1 - size / target)
+    assert stats.chi2(target - 1).sf(statistic * (target - 1) / target) > REJECT
+    pairs = np.sum(np.diff(ids) == 1)
+    expected = draws * (target - 1) * size * (size - 1) / (target * (target - 1))
+    assert pairs == pytest.approx(expected, rel=0.03)
+
+
+def test_neighbours_and_epochs_are_independent():
+    sampler, plans = cream(1024, 8)
+    values = plans.alpha
+    assert stats.pearsonr(values[:-1], values[1:]).pvalue > REJECT
+    assert stats.pearsonr(values, sampler.plan_many(1, np.arange(DRAWS), 10**7).alpha).pvalue > REJECT
+    other = build_sampler("cream", window=1024, target=8192, seed=1235).plan_many(0, np.arange(DRAWS), 10**7)
+    assert stats.pearsonr(values, other.alpha).pvalue > REJECT

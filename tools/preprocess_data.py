@@ -1,0 +1,143 @@
+"""Turn text into the .bin/.idx files that --data-path reads.
+
+    python tools/preprocess_data.py --input data/part-*.jsonl.gz --output-prefix data/pile \\
+        --tokenizer-type Llama2Tokenizer --tokenizer-model llama/tokenizer.model --workers 16
+
+    python tools/preprocess_data.py --input books/ --glob '*.txt' --output-prefix data/books \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model Llama-3.1-8B/
+
+Inputs are JSON lines (.jsonl, .ndjson, .json; also .gz), text files (.txt; also .gz) or
+folders of either, one document a line or a text file. Each document becomes BOS, text,
+EOD. Bad input ends with one line and exit code 2, and writes nothing.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+# So that the file runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cream.data.documents import find_files
+from megatron_cream.data.preprocess import PreprocessReport, check_output, preprocess
+from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_files, load_tokenizer
+
+LONG_DOCUMENTS = (4096, 8192, 16384, 32768)
+"""Lengths in tokens that the report counts documents from."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    parser = build_parser()
+    args = parser.parse_args()
+    try:
+        check(args)
+        from megatron_cream import platform
+
+        # Says that there is no GPU, where text is often prepared on a machine without.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        platform.setup()  # before anything of Megatron is imported
+        with blame("--tokenizer-model"):
+            tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
+        report = preprocess(
+            args.input,
+            args.output_prefix,
+            tokenizer,
+            json_key=args.json_key,
+            glob=args.glob,
+            append_eod=args.append_eod,
+            prepend_bos=args.prepend_bos,
+            min_document_tokens=args.min_document_tokens,
+            workers=args.workers,
+            overwrite=args.overwrite,
+            strict=args.strict,
+        )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print_report(report, args.output_prefix)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--input", type=Path, nargs="+", required=True, help="files and folders of text")
+    add("--glob", default="*.txt", help="which files of an input folder are read (default: %(default)s)")
+    add("--json-key", "--json-keys", default="text", help="key of the text in a JSON line (default: %(default)s)")
+    add("--output-prefix", type=Path, required=True, help="writes OUTPUT_PREFIX.bin and OUTPUT_PREFIX.idx")
+    add("--overwrite", action="store_true", help="replace output that is there")
+    add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="as for the trainer")
+    add("--tokenizer-model", type=Path, required=True, help="a sentencepiece .model, or a Hugging Face folder")
+    add("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end documents with EOD")
+    add(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="start documents with BOS (default: yes for sentencepiece; as the tokenizer does for Hugging Face)",
+    )
+    add("--min-document-tokens", type=int, default=1, help="drop documents with less text (default: %(default)s)")
+    add("--workers", type=int, default=1, help="processes that tokenize (default: %(default)s)")
+    add("--strict", action="store_true", help="stop at the first document that cannot be read")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Everything that can be told before Megatron is imported, which takes seconds.
+
+    Raises:
+        ValueError: one line with the flag, its value and what would be right.
+    """
+    for flag in ("workers", "min_document_tokens"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a whole number from 1")
+    with blame("--tokenizer-model"):
+        check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
+    with blame("--input"):
+        find_files(args.input, args.glob)
+    prefix = args.output_prefix
+    if prefix.is_dir() or prefix.suffix in (".bin", ".idx"):
+        raise ValueError(f"--output-prefix {prefix}: expected a path up to .bin and .idx, such as data/pile")
+    try:
+        check_output(prefix, args.overwrite)
+    except FileExistsError as error:
+        raise ValueError(f"--output-prefix {prefix}: {error}; give another prefix, or --overwrite") from error
+
+
+@contextlib.contextmanager
+def blame(flag: str) -> Iterator[None]:
+    """Put the flag in front of the message of a ValueError that is raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
+
+
+def print_report(report: PreprocessReport, prefix: Path) -> None:
+    table = Table(title=f"{prefix}.bin, {prefix}.idx", show_header=False)
+    table.add_row("documents", f"{report.documents:,}")
+    table.add_row("tokens", f"{report.tokens:,}")
+    table.add_row("longest document", f"{report.lengths.max():,} tokens")
+    for length in LONG_DOCUMENTS:
+        table.add_row(f"documents of {length:,} tokens or more", f"{report.documents_of_at_least(length):,}")
+    for reason, count in report.dropped.items():
+        table.add_row(f"dropped: {reason}", f"{count:,}")
+    table.add_row("seconds", f"{report.seconds:.1f}")
+    Console().print(table)
+    for reason, where in report.first_dropped.items():  # below, where a path is not wrapped
+        print(f"first dropped: {reason}: {where}")
+
+
+if __name__ == "__main__":
+    main()
