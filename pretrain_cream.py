@@ -113,7 +113,7 @@ def train(argv: list[str] | None = None) -> None:
         UsageError: the flags cannot run.
     """
     args, words = arguments.parse(argv)
-    compat.apply()
+    compat.apply(args)
     with console.divert(args.console, args.save) as terminal:
         print(words, end="")
         step_line = progress.StepLine(
@@ -124,7 +124,7 @@ def train(argv: list[str] | None = None) -> None:
             stream=terminal,
         )
         if args.rank == 0:
-            print(f"attention: {args.attention.name} ({args.attention.reason})", file=terminal, flush=True)
+            print(f"attention: {args.attention}", file=terminal, flush=True)
         with progress.each_step(step_line, args.log_interval):
             pretrain(
                 pretrain_cfg_container_from_args(args, arguments.model_config(args, get_tokenizer().vocab_size)),
@@ -176,6 +176,8 @@ def main() -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
         return 2
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

@@ -342,10 +342,10 @@ def _resolve(args: Namespace) -> None:
         args.make_vocab_size_divisible_by //= tp
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     try:
-        args.attention = choose_backend(args.attention_backend, has_cuda=cuda)
+        args.attention = choose_backend(args.attention_backend, has_cuda=cuda, half=args.bf16 or args.fp16)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if not args.attention.transformer_engine and not _has_fused_weight_gradient():
+    if not _has_fused_weight_gradient():
         args.gradient_accumulation_fusion = False
 
 
@@ -443,7 +443,7 @@ def describe(args: Namespace) -> str:
         if name in ours or (name not in _DERIVED and value != defaults.get_default(name)):
             recipe[name] = value
     head = [
-        f"attention: {args.attention.name} ({args.attention.reason})",
+        f"attention: {args.attention}",
         f"positions: {sampler_options(args)}",
         f"rope: theta {args.rotary_base}, scaling {rope_scaling_options(args)}",
         f"parallel: world {args.world_size}, TP {args.tensor_model_parallel_size}, "

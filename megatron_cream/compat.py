@@ -1,11 +1,21 @@
 """Corrections to megatron-core 0.19, each with its reason. Delete what a newer release no longer needs."""
 
 import functools
+from argparse import Namespace
+from types import SimpleNamespace
 
 
-def apply() -> None:
-    """Idempotent; call before the optimizer is built."""
+def apply(args: Namespace) -> None:
+    """Call before `pretrain`; again for another run in the same process."""
+    _one_command_line(args)
     _distributed_optimizer_resumes_with_torch_adam()
+
+
+def _one_command_line(args: Namespace) -> None:
+    """`pretrain` parses sys.argv once more for its fault tolerance, with a parser that knows no recipe."""
+    from megatron.training import ft_integration
+
+    ft_integration.arguments = SimpleNamespace(parse_args=lambda **_: args)
 
 
 def _distributed_optimizer_resumes_with_torch_adam() -> None:

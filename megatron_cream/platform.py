@@ -20,6 +20,9 @@ import sys
 import types
 import warnings
 
+# Read when torch is loaded: its C++ libraries announce every connection otherwise.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -47,11 +50,11 @@ def _quiet_import_noise() -> None:
     They name accelerators that are optional here (`--print-config` shows what is in
     use) and APIs that only Megatron itself can move off.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for module in ("megatron", "torch", "transformer_engine"):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # from compiling Megatron's files the first time
     for text in ("Apex is not installed", "Transformer Engine", ".*ModelConfig.*instead"):
         warnings.filterwarnings("ignore", message=rf"\s*{text}")
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(

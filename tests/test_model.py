@@ -1,5 +1,6 @@
 """Our Llama against transformers' Llama: same weights, same logits and losses, at any position ids."""
 
+import numpy as np
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -8,6 +9,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_cream.evaluation.perplexity import perplexity_by_length
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
 
@@ -36,7 +38,7 @@ def megatron_llama(groups, *, kv_heads, tied, backend, scaling):
         transformer=config, vocab_size=VOCABULARY, should_pad_vocab=True, make_vocab_size_divisible_by=128,
         share_embeddings_and_output_weights=tied, position_embedding_type="none", rotary_base=10000,
         rope_scaling_config=scaling, rope_max_positions=TARGET, real_vocab_size=VOCABULARY,
-        attention=choose_backend(backend, has_cuda=False),
+        attention=choose_backend(backend, has_cuda=False, half=False),
     )  # fmt: skip
     return LlamaModelBuilder(model).build_model(groups, pre_process=True, post_process=True)
 
@@ -133,10 +135,31 @@ def test_casting_the_model_leaves_the_angles_alone(one_rank):
 
 
 def test_backend_choice_says_why():
-    assert choose_backend("auto", has_cuda=False).reason == "no CUDA device"
+    assert choose_backend("auto", has_cuda=False, half=True).reason == "no CUDA device"
     with pytest.raises(ValueError, match="--attention-backend flash: needs a CUDA device"):
-        choose_backend("flash", has_cuda=False)
+        choose_backend("flash", has_cuda=False, half=True)
 
 
 def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return (torch.linalg.norm(ours - expected) / torch.linalg.norm(expected)).item()
+
+
+def test_perplexity_against_a_plain_loop(one_rank):
+    """The evaluation's figures are those of transformers on the same windows, one by one."""
+    torch.manual_seed(0)
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    ours = megatron_llama(one_rank, kv_heads=2, tied=False, backend="sdpa", scaling=scaling).eval()
+    for parameter in ours.parameters():  # a model that is sure of something
+        if parameter.dim() > 1:
+            parameter.data *= 8
+    theirs = transformers_llama(ours, kv_heads=2, tied=False, scaling=scaling)
+    documents = [np.random.default_rng(i).integers(0, VOCABULARY, size=96) for i in range(3)]
+    with torch.no_grad():
+        measured = perplexity_by_length([ours], documents, [24, 48, 96], scored=12)
+        for n, value in measured.items():
+            losses = []
+            for document in documents:
+                window = torch.from_numpy(document[96 - n :])[None]
+                logits = theirs(window[:, :-1]).logits[0]
+                losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none")[-12:])
+            assert value == pytest.approx(torch.cat(losses).double().mean().exp().item(), rel=1e-4)

@@ -25,6 +25,7 @@ LAYOUTS = {
     ),
     "cp2": (2, "--context-parallel-size 2"),
     "one-rank-local-attention": (1, "--attention-backend local"),
+    "dp2-sdpa": (2, "--attention-backend sdpa"),
 }
 
 

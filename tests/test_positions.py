@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cream.positions import SAMPLERS, build_sampler
-from megatron_cream.positions.random import unit, words
+from megatron_cream.positions.random import unit, word_source, words
+from megatron_cream.positions.randpos import _first_distinct
+from megatron_cream.positions.sampler import Arrays, Integers
 
 WORD = st.integers(0, 2**64 - 1)
 
@@ -66,6 +68,34 @@ def test_cream_blocks(case):
     assert tokens[1][-1] == expected
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_middle_near_the_end_of_the_document(variant):
+    """Step 4 where the middle's end e meets the document's last t tokens, and just before and after them."""
+    sampler = build_sampler("cream", window=128, target=1024, seed=1, variant=variant)
+    lengths = 128 + np.arange(200_000) % 900
+    plans = sampler.plan_many(0, np.arange(len(lengths)), lengths)
+    head, middle, tail = plans.lengths.T
+    end = plans.position_starts[:, 1] + middle - 1
+    tokens = plans.token_starts[:, 1]
+    own, before_tail = end - middle + 1, lengths - tail - middle
+    for place in (end == lengths - tail - 1, end == lengths - tail, end == lengths - 1, end == lengths):
+        assert place.sum() > 20  # the cases at the borders do occur
+    if variant == "paper":
+        np.testing.assert_array_equal(tokens, np.where(end < lengths - tail, own, before_tail))
+        assert np.all(head <= tokens) and np.all(tokens + middle <= lengths - tail)  # no token twice
+    else:
+        np.testing.assert_array_equal(tokens, np.where(end < lengths, own, before_tail))
+        assert np.any(tokens + middle > lengths - tail) and np.all(tokens + middle <= lengths)
+
+
+def test_draws_on_a_threshold():
+    """One plan and many count a threshold alike when a draw falls right on it."""
+    thresholds = [0.0, 0.0, 0.25, 0.5, 1.0]
+    draws = [0.0, 0.1, 0.25, 0.5, 0.75]
+    assert [Integers.rank(thresholds, u) for u in draws] == [2, 2, 3, 4, 4]
+    assert Arrays.rank(thresholds, np.array(draws)).tolist() == [2, 2, 3, 4, 4]
+
+
 @settings(max_examples=150, deadline=None)
 @given(cases(names=("cream", "pose", "pi", "full")), st.integers(0, 2**62))
 def test_many_equal_one_by_one(case, first):
@@ -88,6 +118,72 @@ def test_words_are_philox(seed, epoch, sample, stream):
     arrays = words(seed, epoch, np.array([sample, sample], dtype=np.uint64), stream)
     assert [int(a[1]) for a in arrays] == expected
     assert unit(expected[0]) == unit(np.array(expected, dtype=np.uint64))[0] and 0 <= unit(expected[0]) < 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(WORD, st.integers(1, 60), st.data())
+def test_randpos_reads_one_row_of_draws(seed, population, data):
+    size = data.draw(st.integers(0, population // 2))
+    source, row = word_source(seed, 1, 3, stream=2), []
+    while len(row) < size:
+        value = int(unit(source.random_raw()) * population)
+        if value not in row:
+            row.append(value)
+    assert _first_distinct(word_source(seed, 1, 3, stream=2), population, size).tolist() == sorted(row)
+
+
+# (name, options, segments (randpos: the first three), first token, 65th token) for epoch 1, sample 2**40, 2000 tokens.
+KEPT = [
+    ("cream", {}, ((0, 42), (469, 44), (982, 42)), 0, 491),
+    ("cream", {"variant": "released"}, ((0, 42), (436, 44), (982, 42)), 0, 458),
+    ("pose", {}, ((0, 19), (602, 109)), 0, 1469),
+    ("pi", {}, ((0, 128),), 273, 337),
+    ("full", {}, ((0, 1024),), 142, 206),
+    ("randpos", {}, ((28, 1), (42, 1), (45, 1)), 273, 337),
+]
+
+
+@pytest.mark.parametrize("name, options, segments, first, later", KEPT, ids=str)
+def test_plans_stay_as_they_are(name, options, segments, first, later):
+    """A run resumed under another release, or another numpy, must see the same samples."""
+    plan = build_sampler(name, window=128, target=1024, seed=1234, **options).plan(1, 2**40, 2000)
+    assert tuple(plan.segments)[:3] == segments
+    assert (plan.token_indices[0], plan.token_indices[64]) == (first, later)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_numpy_integers_are_integers(name):
+    python = build_sampler(name, window=128, target=1024, seed=3).plan(2, 17, 2000)
+    numpy_ = build_sampler(name, window=np.int32(128), target=np.int64(1024), seed=np.uint64(3)).plan(
+        np.int64(2), np.int32(17), np.int32(2000)
+    )
+    np.testing.assert_array_equal(python.token_indices, numpy_.token_indices)
+    np.testing.assert_array_equal(python.position_ids, numpy_.position_ids)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("epoch, sample", [(-1, 0), (0, -1), (2**64, 0), (0, 2**64), (0, 1.5), (0, None)])
+def test_samples_and_epochs_out_of_range(name, epoch, sample):
+    sampler = build_sampler(name, window=128, target=1024)
+    with pytest.raises(ValueError, match=r"^(epoch|sample) .*must be an integer, in 0 \.\. 2\*\*64 - 1$"):
+        sampler.plan(epoch, sample, 2000)
+    if name != "randpos":
+        with pytest.raises(ValueError, match="must be (an )?integer"):
+            sampler.plan_many(epoch, [sample], 2000)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_many_of_none(name):
+    if name != "randpos":
+        assert len(build_sampler(name, window=128, target=1024).plan_many(0, [], 2000)) == 0
+
+
+def test_extreme_deviations():
+    """A tiny sigma is a point at k = 1 + s; a huge one is uniform over [2, 2s]."""
+    draw = lambda sigma: build_sampler("cream", window=512, target=4096, sigma=sigma)
+    assert set(draw(1e-300).plan_many(0, np.arange(500), 5000).alpha) <= {4.0, 4.5}
+    for sigma in (1e9, 1e17, 1e308):
+        np.testing.assert_allclose(draw(sigma).thresholds, np.arange(1, 15) / 14, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -117,6 +213,10 @@ def test_epochs():
         (dict(window=64, target=512), ["window 64", "more than 64"]),
         (dict(seed=-1), ["seed -1"]),
         (dict(seed=2**64), ["seed"]),
+        (dict(seed=1.5), ["seed 1.5", "integer"]),
+        (dict(window=512.0), ["window 512.0", "integer"]),
+        (dict(sigma="3"), ["sigma 3", "number"]),
+        (dict(sigma=float("inf")), ["sigma inf"]),
         (dict(sigma=0.0), ["sigma 0.0", "positive"]),
         (dict(sigma=float("nan")), ["sigma nan"]),
         (dict(variant="draft"), ["variant draft", "paper, released"]),

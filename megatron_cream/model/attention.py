@@ -5,6 +5,7 @@ builds the s x s matrix of scores, except `local`, Megatron's own plain version,
 which is kept as the one to compare with.
 """
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 
@@ -31,9 +32,9 @@ ATTENTION_BACKENDS = ("auto", "te", "flash", "fused", "unfused", "sdpa", "local"
 class AttentionBackend:
     """The attention that will run.
 
-    name: one of `te`, `flash`, `sdpa`, `local`.
-    transformer_engine: the layers are Transformer Engine's (norms, linears, attention).
-    te_kernel: which of Transformer Engine's kernels: `auto`, `flash`, `fused`, `unfused`.
+    name: what computes attention: `te`, `flash`, `sdpa` or `local`.
+    transformer_engine: the layers around it (norms, linears) are Transformer Engine's.
+    te_kernel: with `te`, which of its kernels: `auto`, `fused`, `unfused`.
     reason: why, in words, for the log.
     """
 
@@ -42,12 +43,17 @@ class AttentionBackend:
     te_kernel: str
     reason: str
 
+    def __str__(self) -> str:
+        layers = " in Transformer Engine's layers" if self.transformer_engine else ""
+        return f"{self.name}{layers} ({self.reason})"
+
 
 def has_transformer_engine() -> bool:
     """Transformer Engine with its torch extension (a core library alone is not enough)."""
     return all(importlib.util.find_spec(m) for m in ("transformer_engine", "transformer_engine_torch"))
 
 
+@functools.cache
 def flash_attention_function():
     """The installed flash-attention (4, then 2) as `f(q_bsnd, k, v, causal=True)`, or None."""
     try:
@@ -65,38 +71,47 @@ def flash_attention_function():
         return None
 
 
-def choose_backend(requested: str, *, has_cuda: bool) -> AttentionBackend:
+def choose_backend(requested: str, *, has_cuda: bool, half: bool) -> AttentionBackend:
     """Resolve `--attention-backend`.
+
+    Args:
+        requested: one of ATTENTION_BACKENDS.
+        has_cuda: whether there is a CUDA device.
+        half: training is in bf16 or fp16, which flash-attn needs.
 
     Raises:
         ValueError: the backend asked for cannot run on this machine.
     """
     te = has_cuda and has_transformer_engine()
-    flash = has_cuda and flash_attention_function() is not None
+    installed = has_cuda and flash_attention_function() is not None
+    flash = installed and half
+    if requested not in ATTENTION_BACKENDS:
+        raise ValueError(f"--attention-backend {requested}: choose from {', '.join(ATTENTION_BACKENDS)}")
+    if requested in ("te", "fused", "unfused") and not te:
+        raise ValueError(
+            f"--attention-backend {requested}: needs a CUDA device and transformer-engine[pytorch]; "
+            "use auto, which takes what is installed"
+        )
+    if requested == "flash" and not flash:
+        raise ValueError(
+            "--attention-backend flash: needs a CUDA device, flash-attn-4 (or flash-attn) and bf16 or fp16; "
+            "use auto, which takes what fits"
+        )
 
-    def need(ok: bool, what: str) -> None:
-        if not ok:
-            raise ValueError(
-                f"--attention-backend {requested}: needs {what}; use auto, which takes what is installed"
-            )
-
+    name, reason = requested, "asked for"
     if requested == "auto":
-        if te:
-            return AttentionBackend("te", True, "auto", "Transformer Engine is installed")
-        if flash:
-            return AttentionBackend("flash", False, "auto", "flash-attn is installed")
-        reason = "neither Transformer Engine nor flash-attn is installed" if has_cuda else "no CUDA device"
-        return AttentionBackend("sdpa", False, "auto", reason)
-    if requested in ("te", "fused", "unfused"):
-        need(te, "a CUDA device and transformer-engine[pytorch]")
-        kernel = "auto" if requested == "te" else requested
-        return AttentionBackend("te", True, kernel, "asked for")
-    if requested == "flash":
-        need(te or flash, "a CUDA device and flash-attn or transformer-engine[pytorch]")
-        return AttentionBackend("te" if te else "flash", te, "flash", "asked for")
-    if requested in ("sdpa", "local"):
-        return AttentionBackend(requested, False, "auto", "asked for")
-    raise ValueError(f"--attention-backend {requested}: choose from {', '.join(ATTENTION_BACKENDS)}")
+        name = "flash" if flash else "te" if te else "sdpa"
+        reason = {
+            "flash": "flash-attn is installed",
+            "te": "Transformer Engine is installed",
+            "sdpa": "neither Transformer Engine nor flash-attn is installed" if has_cuda else "no CUDA device",
+        }[name]
+    if name in ("fused", "unfused"):
+        return AttentionBackend("te", True, name, reason)
+    # Transformer Engine 2.20 leaves the causal mask out when it picks flash-attn 4 by itself
+    # (benchmarks/RESULTS.md): with both installed it is held to cuDNN's kernels.
+    kernel = "fused" if name == "te" and flash else "unfused" if name == "te" and installed else "auto"
+    return AttentionBackend(name, te and name in ("te", "flash"), kernel, reason)
 
 
 class RotarySelfAttention(SelfAttention):

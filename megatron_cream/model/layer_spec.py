@@ -30,7 +30,10 @@ def llama_block_spec(
     """
     if backend.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        layer.submodules.self_attention.module = RotarySelfAttention
+        attention = layer.submodules.self_attention
+        attention.module = RotarySelfAttention
+        if backend.name != "te":
+            attention.submodules.core_attention = CORE_ATTENTIONS[backend.name]
         return layer
     layers = [_local_layer(config, backend)] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

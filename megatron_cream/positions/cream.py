@@ -13,6 +13,7 @@ and the code its authors released differ in four points; both are here:
 """
 
 import math
+from numbers import Real
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class CreamSampler(BlockSampler):
 
     def __init__(self, window: int, target: int, seed: int = 0, sigma: float = 3.0, variant: str = "paper"):
         super().__init__(window, target, seed)
-        if not (sigma > 0 and math.isfinite(sigma)):
+        if not (isinstance(sigma, Real) and sigma > 0 and math.isfinite(sigma)):
             raise ValueError(f"sigma {sigma}: must be a positive number, 3.0 in the paper")
         if variant not in VARIANTS:
             raise ValueError(f"variant {variant}: choose from {', '.join(VARIANTS)}")
@@ -46,8 +47,8 @@ class CreamSampler(BlockSampler):
                 f"window {window}: head and tail of 4 x {self.factor} tokens leave no middle; "
                 f"must be more than {8 * self.factor} for target {target}"
             )
-        self.sigma, self.variant = sigma, variant
-        self.thresholds = scale_thresholds(self.factor, sigma, censored=variant == "released")
+        self.sigma, self.variant = float(sigma), variant
+        self.thresholds = scale_thresholds(self.factor, self.sigma, censored=variant == "released")
 
     def _blocks(self, math, epoch, sample, document_length):
         n, s, t_len = self.window, self.factor, document_length
@@ -75,20 +76,22 @@ class CreamSampler(BlockSampler):
         )
 
 
-def scale_thresholds(factor: int, sigma: float, censored: bool) -> np.ndarray | list[float]:
+def scale_thresholds(factor: int, sigma: float, censored: bool) -> list[float]:
     """Where the inverse CDF passes from one half step to the next (Algorithm 1, step 2).
 
     x follows a Gaussian of mean 1 + factor over [2, 2 factor]; its CDF is tabulated on 1000
     evenly spaced points and inverted by linear interpolation; k = floor(x). So k is 2 plus
     the number of thresholds that a uniform u in [0, 1) reaches.
 
-    Returns: float64 list [2 factor - 2]: the u at which x = 3, 4, .. 2 factor.
+    Returns: [2 factor - 2]: the u at which x = 3, 4, .. 2 factor.
     """
     low, high = 2.0, 2.0 * factor
     if factor == 1:
         return []
     points = np.linspace(low, high, _POINTS)
-    cdf = np.array([0.5 * math.erfc((1 + factor - x) / (sigma * math.sqrt(2.0))) for x in points])
+    # erf is exact to the last digits around 0, so that even a near-uniform law (huge sigma) is resolved.
+    signed = np.array([math.erf((x - 1 - factor) / sigma / math.sqrt(2.0)) for x in points.tolist()])
+    cdf = 0.5 + 0.5 * signed
     if not censored:
-        cdf = (cdf - cdf[0]) / (cdf[-1] - cdf[0])
+        cdf = (signed - signed[0]) / (signed[-1] - signed[0])
     return np.interp(np.arange(3, 2 * factor + 1), points, cdf).tolist()

@@ -62,9 +62,11 @@ class Plans:
 
 
 def _concatenated(starts: tuple[int, ...], lengths: tuple[int, ...]) -> np.ndarray:
+    if len(starts) == 1:
+        return np.arange(starts[0], starts[0] + lengths[0], dtype=np.int64)
     out = np.empty(sum(lengths), dtype=np.int64)
     at = 0
     for start, length in zip(starts, lengths):
-        out[at : at + length] = np.arange(start, start + length)
+        out[at : at + length] = np.arange(start, start + length, dtype=np.int64)
         at += length
     return out

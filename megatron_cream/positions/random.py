@@ -31,6 +31,18 @@ def words(seed: int, epoch: int, sample, stream: int = 0) -> tuple:
     return _rounds((sample, stream, 0, 0), (seed, epoch), _multiply_integers)
 
 
+def word_source(seed: int, epoch: int, sample: int, stream: int) -> np.random.Philox:
+    """As many words of one sample as wanted, by `random_raw`.
+
+    numpy keeps a bit generator's words from version to version; it does not promise that
+    for the methods of its Generator. Counters are (block, stream, sample, 1), apart from
+    those of `words`, which end in 0.
+    """
+    return np.random.Philox(
+        counter=np.array([0, stream, sample, 1], dtype=np.uint64), key=np.array([seed, epoch], dtype=np.uint64)
+    )
+
+
 def unit(word):
     """A word's first 53 bits as a float64 in [0, 1)."""
     if isinstance(word, np.ndarray):

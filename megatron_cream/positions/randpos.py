@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cream.positions.plan import Plan
-from megatron_cream.positions.random import unit, words
+from megatron_cream.positions.random import unit, word_source, words
 from megatron_cream.positions.sampler import Integers, Sampler
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandposPlan:
-    """As `Plan`, from the positions themselves: there are hundreds of blocks, rarely asked for."""
+    """As `positions.plan.Plan`, from the positions themselves: there are hundreds of blocks, rarely asked for."""
 
     token_indices: np.ndarray
     position_ids: np.ndarray
@@ -31,34 +30,41 @@ class RandposSampler(Sampler):
 
     name = "randpos"
 
-    def plan(self, epoch: int, sample: int, document_length: int) -> Plan | RandposPlan:
-        self._check_length(document_length)
-        first, *key = words(self.seed, epoch, sample)
-        generator = np.random.Generator(np.random.Philox(key=key[:2]))
-        start = Integers.draw(unit(first), 0, document_length - self.window)
+    def plan(self, epoch: int, sample: int, document_length: int) -> RandposPlan:
+        epoch, sample, document_length = self._checked(epoch, sample, document_length)
+        start = Integers.draw(unit(words(self.seed, epoch, sample)[0]), 0, document_length - self.window)
+        source = word_source(self.seed, epoch, sample, stream=2)
         return RandposPlan(
-            token_indices=np.arange(start, start + self.window),
-            position_ids=_sorted_subset(generator, self.target, self.window),
+            token_indices=np.arange(start, start + self.window, dtype=np.int64),
+            position_ids=_sorted_subset(source, self.target, self.window),
         )
 
 
-def _sorted_subset(generator: np.random.Generator, population: int, size: int) -> np.ndarray:
-    """`size` of 0 .. population-1, every subset equally likely, sorted; int64.
+def _sorted_subset(source: np.random.Philox, population: int, size: int) -> np.ndarray:
+    """`size` of 0 .. population-1, every subset equally likely, sorted; int64."""
+    if 2 * size <= population:
+        return _first_distinct(source, population, size)
+    # Most are taken: draw those left out, instead of waiting for the last few to come up.
+    keep = np.ones(population, dtype=bool)
+    keep[_first_distinct(source, population, population - size)] = False
+    return np.flatnonzero(keep)
 
-    Sorting draws with replacement and dropping what is too many is faster than numpy's
-    `choice`: the distinct values of any number of draws are a uniform subset, and so is a
-    uniform subset of those.
+
+def _first_distinct(source: np.random.Philox, population: int, size: int) -> np.ndarray:
+    """The first `size` distinct values of an endless row of uniform draws of 0 .. population-1, sorted; int64.
+
+    How many are drawn at a time does not matter to the result. size <= population / 2.
     """
-    if 2 * size > population:
-        return np.sort(generator.choice(population, size, replace=False, shuffle=False))
     draws = math.ceil(-population * math.log1p(-size / population))  # gives `size` distinct ones, on average
     draws += 4 * math.isqrt(draws)
+    values = np.empty(0, dtype=np.int64)
     while True:
-        values = np.sort(generator.integers(0, population, size=draws, dtype=np.int32))
-        values = values[np.concatenate(([True], values[1:] != values[:-1]))]
-        extra = len(values) - size
-        if extra >= 0:
+        values = np.concatenate((values, (unit(source.random_raw(draws)) * population).astype(np.int64)))
+        # Value and place in one integer: one sort brings equal values together, the earliest first.
+        bits = len(values).bit_length()
+        keys = np.sort(values << bits | np.arange(len(values)))
+        keys = keys[np.diff(keys >> bits, prepend=-1) != 0]
+        if len(keys) >= size:
             break
-    keep = np.ones(len(values), dtype=bool)
-    keep[generator.choice(len(values), extra, replace=False, shuffle=False)] = False
-    return values[keep].astype(np.int64)
+    places = keys & ((1 << bits) - 1)
+    return keys[places < np.sort(places)[size]] >> bits if len(keys) > size else keys >> bits

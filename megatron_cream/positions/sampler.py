@@ -1,5 +1,6 @@
 """What every sampler shares: its window and target, its checks, one plan or many from one formula."""
 
+import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 
@@ -37,6 +38,25 @@ class Arrays:
         return np.searchsorted(thresholds, u, side="right")
 
 
+def as_integer(name: str, value: int, low: int = 0) -> int:
+    """`value` as a Python integer in [low, 2**64), or a ValueError that names it."""
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        integer = -1
+    if not low <= integer < 2**64:
+        valid = f"{low} or more" if low else "in 0 .. 2**64 - 1"
+        raise ValueError(f"{name} {value}: must be an integer, {valid}")
+    return integer
+
+
+def _as_integers(name: str, values) -> np.ndarray:
+    array = np.asarray(values)
+    if array.size and (array.dtype.kind not in "iu" or array.min() < 0):
+        raise ValueError(f"{name}: must be integers in 0 .. 2**64 - 1")
+    return array
+
+
 class Sampler(ABC):
     """Base of the samplers. A plan is a pure function of (seed, epoch, sample, document length).
 
@@ -52,13 +72,10 @@ class Sampler(ABC):
     name: str
 
     def __init__(self, window: int, target: int, seed: int = 0):
-        if window < 1:
-            raise ValueError(f"window {window}: must be 1 or more")
+        window, target = as_integer("window", window, low=1), as_integer("target", target, low=1)
         if target < window or target % window:
             raise ValueError(f"target {target}: must be a multiple of window {window}")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"seed {seed}: must be in 0 .. 2**64 - 1")
-        self.window, self.target, self.seed = window, target, seed
+        self.window, self.target, self.seed = window, target, as_integer("seed", seed)
 
     @property
     def sequence_length(self) -> int:
@@ -69,9 +86,19 @@ class Sampler(ABC):
     def plan(self, epoch: int, sample: int, document_length: int) -> Plan:
         """Tokens and positions of one visit of a document.
 
+        Args:
+            epoch, sample: integers in [0, 2**64), Python's or numpy's.
+            document_length: T, in tokens.
+
         Raises:
-            ValueError: the document is shorter than `sequence_length`.
+            ValueError: the document is shorter than `sequence_length`; an argument is no such integer.
         """
+
+    def _checked(self, epoch: int, sample: int, document_length: int) -> tuple[int, int, int]:
+        """The arguments of `plan` as Python integers: numpy's would overflow in the generator."""
+        document_length = as_integer("document_length", document_length)
+        self._check_length(document_length)
+        return as_integer("epoch", epoch), as_integer("sample", sample), document_length
 
     def _check_length(self, document_length: int) -> None:
         if document_length < self.sequence_length:
@@ -88,7 +115,7 @@ class BlockSampler(Sampler):
         """(token starts, position starts, lengths) of the blocks, and alpha or None; in `math`'s numbers."""
 
     def plan(self, epoch: int, sample: int, document_length: int) -> Plan:
-        self._check_length(document_length)
+        epoch, sample, document_length = self._checked(epoch, sample, document_length)
         token_starts, position_starts, lengths, alpha = self._blocks(Integers, epoch, sample, document_length)
         if 0 in lengths:
             keep = [i for i, length in enumerate(lengths) if length]
@@ -103,12 +130,16 @@ class BlockSampler(Sampler):
         Args:
             samples: integers [n].
             document_lengths: integers [n], or one for all.
+
+        Raises:
+            ValueError: as `plan`, for any of them.
         """
-        samples = np.asarray(samples)
-        lengths_ = np.broadcast_to(np.asarray(document_lengths, dtype=np.int64), samples.shape)
+        epoch = as_integer("epoch", epoch)
+        samples = _as_integers("samples", samples).astype(np.uint64)
+        lengths_ = np.broadcast_to(_as_integers("document_lengths", document_lengths).astype(np.int64), samples.shape)
         if len(lengths_):
             self._check_length(int(lengths_.min()))
-        *rows, alpha = self._blocks(Arrays, epoch, samples.astype(np.uint64), lengths_)
+        *rows, alpha = self._blocks(Arrays, epoch, samples, lengths_)
         columns = [
             np.stack([np.broadcast_to(np.asarray(v, dtype=np.int64), samples.shape) for v in row], axis=1)
             for row in rows

@@ -1,0 +1,54 @@
+"""The command with no flags: a newcomer's first run, on two ranks, and what it must show."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch import ROOT
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("default")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    result = subprocess.run(
+        [*command, str(ROOT / "pretrain_cream.py")], capture_output=True, text=True, cwd=folder, env=env, timeout=900
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return next((folder / "runs").iterdir()), result
+
+
+def perplexity(folder):
+    line = (folder / "perplexity_by_length.jsonl").read_text().splitlines()[-1]
+    return {int(n): value for n, value in json.loads(line)["perplexity"].items()}
+
+
+def test_extension_works(run):
+    """Far below before at sN, and as good at N. Measured: 43 -> 18 at 2048, 16.8 -> 16.1 at 256.
+
+    The margins tell a working extension from a broken one (benchmarks/RESULTS.md): without
+    positions beyond the window, or without the rotary scaling, perplexity at sN misses them.
+    """
+    folder, _ = run
+    before, after = perplexity(folder / "base"), perplexity(folder / "cream")
+    assert list(before) == list(after) == [256, 512, 1024, 2048]
+    assert before[2048] > 1.8 * before[256], "the base model should fail beyond its window"
+    assert after[256] < 1.05 * before[256]
+    assert after[2048] < 0.6 * before[2048]
+    assert after[2048] < 1.25 * after[256]
+
+
+def test_what_a_newcomer_reads(run):
+    folder, result = run
+    out = result.stdout
+    assert "Held-out perplexity by context length" in out and "2048 = 8 N" in out and "Try next" in out
+    assert "step 400/400" in out and "step 150/150" in out and "ETA" in out
+    assert (folder / "perplexity.png").stat().st_size > 10_000
+    assert (folder / "cream" / "latest_checkpointed_iteration.txt").read_text() == "150"
+    assert "iteration      150" in (folder / "cream" / "megatron.log").read_text()  # Megatron's own log, kept
+    noise = [line for line in (out + result.stderr).splitlines() if "Warning" in line or "DEPRECATED" in line]
+    assert not noise, noise

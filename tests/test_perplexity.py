@@ -1,0 +1,63 @@
+"""Perplexity by context length: which tokens are scored, and the same figures from every layout."""
+
+import json
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_cream.evaluation.perplexity import _window, held_out_documents
+from tests.launch import train, write_documents
+
+LENGTHS = [96, 192, 384]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("perplexity")
+    return folder, write_documents(folder / "documents")
+
+
+def test_documents_are_spread_over_the_long_ones(data):
+    dataset = IndexedDataset(str(data[1]))
+    long = [i for i, n in enumerate(dataset.sequence_lengths) if n >= 384]
+    documents = held_out_documents([str(data[1])], minimum=384, most=5)
+    assert len(documents) == 5 and all(len(d) == 384 for d in documents)
+    chosen = [i for d in documents for i in long if np.array_equal(dataset.get(i, 0, 384), d)]
+    assert chosen[0] == long[0] and chosen[-1] == long[-1]
+    assert len(held_out_documents([str(data[1])], 384, 10**6)) == len(long)
+    assert held_out_documents([str(data[1])], 10**6, 5) == []
+
+
+def test_the_scored_tokens_are_the_last_that_have_a_label():
+    window = _window(np.arange(100, 110), scored=4)
+    mask = window["loss_mask"][0].bool()
+    assert window["labels"][0][mask].tolist() == [106, 107, 108, 109]
+    assert window["position_ids"][0].tolist() == list(range(10))
+
+
+def test_every_layout_measures_alike(data, tmp_path):
+    """One rank, TP 2, PP 2, CP 2 and DP 2 (with 5 documents: uneven) report the same perplexities."""
+    folder, prefix = data
+    flags = ["--data-path", prefix, "--split", "50,50,0", "--train-iters", 1]
+    flags += ["--eval-documents", 5, "--eval-lengths", *LENGTHS]
+    train(1, tmp_path / "tb", *flags, "--save", tmp_path / "start", "--save-interval", 1)
+
+    def measured(name, ranks, *extra):
+        save = tmp_path / name
+        # A learning rate of 0: what is measured is the checkpoint.
+        train(ranks, tmp_path / f"tb-{name}", *flags, "--lr", 0, "--pretrained-checkpoint", tmp_path / "start",
+              "--save", save, "--save-interval", 1, *extra)  # fmt: skip
+        line = (save / "perplexity_by_length.jsonl").read_text().splitlines()[-1]
+        return {int(n): value for n, value in json.loads(line)["perplexity"].items()}
+
+    one = measured("one", 1)
+    assert list(one) == LENGTHS and all(1 < value < 200 for value in one.values())
+    for name, extra in {
+        "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
+        "pp2": "--pipeline-model-parallel-size 2",
+        "cp2": "--context-parallel-size 2",
+        "dp2": "--use-distributed-optimizer",
+    }.items():
+        other = measured(name, 2, *extra.split())
+        assert other == pytest.approx(one, rel=1e-5), name
