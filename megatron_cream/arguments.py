@@ -9,6 +9,8 @@ recipe given with `--config`, the command line.
 import argparse
 import importlib.util
 import io
+import math
+import os
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
@@ -322,6 +324,10 @@ def _resolve(args: Namespace) -> None:
     """Fill in what follows from other values and from what is installed."""
     checks.require(args)
     cuda = platform.has_cuda()
+    if args.print_config and "WORLD_SIZE" not in os.environ:
+        # Planned without a launcher: the fewest ranks that the layout needs.
+        sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+        args.world_size = math.prod(sizes)
     if args.fp16 or args.fp32:
         args.bf16 = False
     if args.train_data_path or args.per_split_data_args_path or args.data_args_path:

@@ -30,8 +30,9 @@ def perplexity(folder):
 def test_extension_works(run):
     """Far below before at sN, and as good at N. Measured: 43 -> 18 at 2048, 16.8 -> 16.1 at 256.
 
-    The margins tell a working extension from a broken one (benchmarks/RESULTS.md): without
-    positions beyond the window, or without the rotary scaling, perplexity at sN misses them.
+    The margins tell a working extension from a broken one: trained on positions inside the window
+    only (sampler pi, or a rotary that is not given the ids), perplexity at sN stays at 41
+    (benchmarks/RESULTS.md); a rotary without effect would leave the base model nothing to fail at.
     """
     folder, _ = run
     before, after = perplexity(folder / "base"), perplexity(folder / "cream")
