@@ -6,7 +6,7 @@ The embedded default: a tiny Llama and text that is already on this machine, CPU
 
 A recipe, and any flag of Megatron's or ours on top of it (--help lists them all):
 
-    torchrun --nproc_per_node=2 pretrain_cream.py --config examples/llama2_7b_32k.yaml --load ckpt/ --data-path data/pile
+    torchrun --nproc_per_node=2 pretrain_cream.py --config examples/llama2_7b_32k.yaml --data-path data/pile ...
 
 What would run, without running it:
 
@@ -52,9 +52,7 @@ def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
     if data_iterator is not None:
         data = {name: tensor.long() for name, tensor in next(data_iterator).items()}
     batch = tensor_parallel.broadcast_data(names, data, torch.int64)
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
@@ -137,9 +135,7 @@ def train(argv: list[str] | None = None) -> None:
 
 def _long_evaluation(args, terminal):
     """What Megatron calls at the end of every evaluation, with the model: perplexity by length."""
-    documents = held_out_documents(
-        arguments.held_out_prefixes(args), max(args.eval_lengths), args.eval_documents
-    )
+    documents = held_out_documents(arguments.held_out_prefixes(args), max(args.eval_lengths), args.eval_documents)
 
     def evaluate(model) -> None:
         scored = min(args.eval_lengths) // 2

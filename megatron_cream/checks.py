@@ -72,7 +72,8 @@ def _positions(args: Namespace, options: dict[str, Any]) -> None:
         )
     if sampler == "full" and target != window:
         raise UsageError(
-            f"--position-sampler full trains at the target length: --seq-length {window} must be --target-length {target}"
+            f"--position-sampler full trains at the target length: --seq-length {window} must be "
+            f"--target-length {target}"
         )
     if args.mask_segment_starts and sampler not in ("cream", "pose"):
         raise UsageError(f"--mask-segment-starts: only with --position-sampler cream or pose, not {sampler}")
@@ -118,7 +119,9 @@ def _shapes(args: Namespace) -> None:
     if heads % tp:
         raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --num-attention-heads {heads}")
     if args.group_query_attention and groups % tp and tp % groups:
-        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --num-query-groups {groups}, or be a multiple")
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp}: must divide --num-query-groups {groups}, or be a multiple"
+        )
     if args.ffn_hidden_size and args.ffn_hidden_size % tp:
         raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --ffn-hidden-size {args.ffn_hidden_size}")
 
@@ -176,7 +179,9 @@ def _files(args: Namespace) -> None:
     model = args.tokenizer_model
     if args.tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
         if model is None:
-            raise UsageError(f"--tokenizer-model is missing: give the .model file of --tokenizer-type {args.tokenizer_type}")
+            raise UsageError(
+                f"--tokenizer-model is missing: give the .model file of --tokenizer-type {args.tokenizer_type}"
+            )
         if not Path(model).is_file():
             raise UsageError(f"--tokenizer-model {model}: no such file")
     for name in ("load", "pretrained_checkpoint"):

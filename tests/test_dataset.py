@@ -37,7 +37,9 @@ def config(prefixes, sampler=SAMPLER, seed=5, **options) -> LongDocumentDatasetC
 
 
 def build(prefix, samples=(200, 40, 0), **options):
-    return BlendedMegatronDatasetBuilder(LongDocumentDataset, list(samples), lambda: True, config([prefix], **options)).build()
+    return BlendedMegatronDatasetBuilder(
+        LongDocumentDataset, list(samples), lambda: True, config([prefix], **options)
+    ).build()
 
 
 def test_samples_are_what_the_sampler_planned(prefix):
@@ -141,4 +143,3 @@ def test_order_looks_random():
     assert chisquare(counts).pvalue > 1e-4
     together = np.mean([abs(permute(3, n, (1, e)) - permute(4, n, (1, e))) == 1 for e in range(epochs)])
     assert together == pytest.approx(2 / n, abs=0.015)
-

@@ -23,7 +23,9 @@ def test_attention_kernels_against_float64(queries, groups):
     s, b, d = 512, 2, 64
     q, k, v = (torch.randn(s, b, n, d, device="cuda", dtype=torch.bfloat16) for n in (queries, groups, groups))
     repeat = queries // groups
-    q64, k64, v64 = (x.double().permute(1, 2, 0, 3) for x in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)))
+    q64, k64, v64 = (
+        x.double().permute(1, 2, 0, 3) for x in (q, k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2))
+    )
     scores = q64 @ k64.mT / d**0.5
     scores.masked_fill_(torch.ones(s, s, device="cuda", dtype=torch.bool).triu(1), float("-inf"))
     expected = (scores.softmax(-1) @ v64).permute(2, 0, 1, 3).flatten(2)

@@ -87,9 +87,7 @@ def _window(tokens: np.ndarray, scored: int) -> dict[str, torch.Tensor]:
 
 def _forward_step(data_iterator: Iterator, model):
     batch = {k: v.to(torch.cuda.current_device()) for k, v in next(data_iterator).items()}
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
     def collect(losses_BS):

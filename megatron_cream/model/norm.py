@@ -1,9 +1,8 @@
 """RMSNorm for the layer stack that needs no Transformer Engine."""
 
 import torch
-from torch import Tensor, nn
-
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):

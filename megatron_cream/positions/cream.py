@@ -7,7 +7,7 @@ and the code its authors released differ in four points; both are here:
 | point | variant `paper` | variant `released` |
 |---|---|---|
 | head and tail lengths: N/3 or 4s | a coin for each sample | a coin for each batch of 3000 samples |
-| scale of the middle | truncated Gaussian: the CDF is renormalised over [2, 2s] | censored: mass beyond the ends lies on 2 and 2s |
+| scale of the middle | truncated: CDF renormalised over [2, 2s] | censored: mass beyond lies on 2 and 2s |
 | middle near the document's end | moved before the tail: no token twice | may repeat the tail's tokens |
 | when drawn | anew at each visit | once: every epoch is alike |
 """
