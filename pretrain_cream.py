@@ -115,7 +115,7 @@ def train(argv: list[str] | None = None) -> None:
     with console.divert(args.console, args.save) as terminal:
         print(words, end="")
         step_line = progress.StepLine(
-            total_steps=args.train_iters or 0,
+            total_steps=args.train_iters or (args.train_samples or 0) // args.global_batch_size,
             tokens_per_step=args.global_batch_size * args.seq_length,
             ranks=args.world_size,
             flops_per_token=arguments.flops_per_token(args),

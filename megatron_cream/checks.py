@@ -155,6 +155,8 @@ def _parallel(args: Namespace) -> None:
             f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
             f"{args.micro_batch_size} x {data_parallel} data-parallel ranks = {samples}"
         )
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UsageError("--full-validation: works in megatron-core 0.19 only with --multiple-validation-sets")
     if args.attention.name == "local" and cp > 1:
         raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
 

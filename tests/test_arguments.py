@@ -108,6 +108,7 @@ BAD = [
     ({"attention_backend": "te"}, 1, ["--attention-backend te", "auto"]),
     ({"attention_backend": "magic"}, 1, ["attention_backend", "magic", "sdpa"]),
     ({"context_parallel_size": 2, "attention_backend": "local"}, 2, ["--context-parallel-size 2", "local"]),
+    ({"full_validation": True}, 1, ["--full-validation", "--multiple-validation-sets"]),
     ({"data_path": None}, 1, ["--data-path is missing"]),
     ({"data_path": "no/such/prefix"}, 1, ["--data-path no/such/prefix", "no/such/prefix.bin"]),
     ({"tokenizer_type": "SentencePieceTokenizer"}, 1, ["--tokenizer-model is missing"]),

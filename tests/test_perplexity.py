@@ -40,7 +40,7 @@ def test_every_layout_measures_alike(data, tmp_path):
     """One rank, TP 2, PP 2, CP 2 and DP 2 (with 5 documents: uneven) report the same perplexities."""
     folder, prefix = data
     flags = ["--data-path", prefix, "--split", "50,50,0", "--train-iters", 1]
-    flags += ["--eval-documents", 5, "--eval-lengths", *LENGTHS]
+    flags += ["--eval-documents", 5, "--eval-lengths", *LENGTHS, "--num-layers", 4]
     train(1, tmp_path / "tb", *flags, "--save", tmp_path / "start", "--save-interval", 1)
 
     def measured(name, ranks, *extra):
@@ -56,6 +56,7 @@ def test_every_layout_measures_alike(data, tmp_path):
     for name, extra in {
         "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
         "pp2": "--pipeline-model-parallel-size 2",
+        "pp2-interleaved": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
         "cp2": "--context-parallel-size 2",
         "dp2": "--use-distributed-optimizer",
     }.items():

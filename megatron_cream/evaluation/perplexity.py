@@ -51,16 +51,25 @@ def perplexity_by_length(
     end = max(lengths)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = documents[rank::ranks]
+    # The interleaved schedule takes micro-batches in groups of the pipeline's size.
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    padding = -len(mine) % stages if len(model) > 1 else 0
+
+    def windows(length: int) -> Iterator[dict[str, torch.Tensor]]:
+        for document in mine:
+            yield _window(document[end - length : end], scored)
+        for _ in range(padding):
+            yield _window(mine[0][end - length : end], scored=0)
+
     result = {}
     for length in lengths:
-        windows = (_window(document[end - length : end], scored) for document in mine)
         total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
         if mine:
             outputs = get_forward_backward_func()(
                 forward_step_func=_forward_step,
-                data_iterator=windows if len(model) == 1 else [windows] * len(model),
+                data_iterator=windows(length) if len(model) == 1 else [windows(length) for _ in model],
                 model=model,
-                num_microbatches=len(mine),
+                num_microbatches=len(mine) + padding,
                 seq_length=length,
                 micro_batch_size=1,
                 decoder_seq_length=length,
