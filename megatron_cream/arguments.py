@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from argparse import Namespace
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
@@ -153,6 +153,10 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
             print(describe(args))
         raise SystemExit(0)
     args.attention_backend = AttnBackend[args.attention.te_kernel]
+    # Megatron multiplies this by TP; divided first, a checkpoint's vocabulary is the same at any TP.
+    tp = args.tensor_model_parallel_size
+    if args.make_vocab_size_divisible_by % tp == 0:
+        args.make_vocab_size_divisible_by //= tp
     words = io.StringIO()
     try:
         with console.captured(words):
@@ -198,12 +202,12 @@ def _parse_flags(argv: list[str] | None) -> Namespace:
     return args
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Megatron's parser with our flags and defaults (as `parse` uses it)."""
-    return _add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+def build_parser(recipe: bool = True) -> argparse.ArgumentParser:
+    """Megatron's parser with our flags and defaults, as `parse` uses it; `recipe`: and those of --config."""
+    return _add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), recipe)
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argparse.ArgumentParser:
     def one_line(message: str):
         raise UsageError(message)
 
@@ -213,10 +217,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     attention = find_action(parser, "attention_backend")
     attention.type, attention.choices = str, ATTENTION_BACKENDS
     parser.set_defaults(**project_defaults())
-    path = recipe_path(sys.argv[1:])
+    for action in parser._actions:
+        _mend_help(action)
+    path = recipe_path(sys.argv[1:]) if recipe else None
     if path is not None:
         parser.set_defaults(**read_recipe(path, parser))
     return parser
+
+
+def _mend_help(action: argparse.Action) -> None:
+    """Some of Megatron's help texts hold a bare %, on which argparse stops."""
+    try:
+        (action.help or "") % vars(action)
+    except (ValueError, TypeError, KeyError):
+        action.help = action.help.replace("%", "%%")
 
 
 # ------------------------------------------------------------------- filling in
@@ -266,10 +280,6 @@ def _resolve(args: Namespace) -> None:
     args.max_position_embeddings = max(
         args.max_position_embeddings or 0, args.target_length, *(args.eval_lengths or [0])
     )
-    # Megatron multiplies this by TP; divided first, a checkpoint's vocabulary is the same at any TP.
-    tp = args.tensor_model_parallel_size
-    if args.make_vocab_size_divisible_by % tp == 0:
-        args.make_vocab_size_divisible_by //= tp
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     try:
         args.attention = choose_backend(args.attention_backend, has_cuda=cuda, half=args.bf16 or args.fp16)
@@ -364,24 +374,27 @@ def held_out_prefixes(args: Namespace) -> list[str]:
 
 
 def describe(args: Namespace) -> str:
-    """What will run: a few lines for a reader, then every value that is not Megatron's default, as a recipe."""
-    defaults = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    ours = {f.name for f in fields(CreamConfig)} - {"config", "print_config"}
-    recipe = {}
-    for action in build_parser()._actions:
-        name, value = action.dest, getattr(args, action.dest, None)
-        if name in ours or (name not in _DERIVED and value != defaults.get_default(name)):
-            recipe[name] = value
+    """What will run: a few lines for a reader, then every value that is not a default, as a recipe.
+
+    What follows from the machine (backend, fusions) is left out, so that a recipe printed on a
+    laptop is right on a cluster.
+    """
+    defaults = vars(build_parser(recipe=False).parse_args([]))
+    derived = {"config", "print_config", "transformer_impl", "kv_channels", "gradient_accumulation_fusion"}
+    if args.embedded_data:
+        derived |= {"train_data_path", "valid_data_path", "tokenizer_model"}
+    known = defaults.keys() - derived
+    recipe = {name: value for name, value in vars(args).items() if name in known and value != defaults[name]}
+    data_parallel = args.world_size // (
+        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    )
+    batch = args.global_batch_size or args.micro_batch_size * data_parallel
     head = [
         f"attention: {args.attention}",
         f"positions: {sampler_options(args)}",
         f"rope: theta {args.rotary_base}, scaling {rope_scaling_options(args)}",
-        f"parallel: world {args.world_size}, TP {args.tensor_model_parallel_size}, "
-        f"PP {args.pipeline_model_parallel_size}, CP {args.context_parallel_size}",
+        f"parallel: {args.world_size} ranks, TP {args.tensor_model_parallel_size}, "
+        f"PP {args.pipeline_model_parallel_size}, CP {args.context_parallel_size}, DP {data_parallel}",
+        f"batch: {batch} samples of {args.seq_length} tokens, {batch * args.seq_length:,} a step",
     ]
-    lines = "".join(f"# {line}\n" for line in head)
-    plain = {k: v for k, v in recipe.items() if v is not None}
-    return lines + yaml.safe_dump(plain, sort_keys=True, default_flow_style=None)
-
-
-_DERIVED = {"help", "config", "print_config", "transformer_impl", "kv_channels", "position_embedding_type"}
+    return "".join(f"# {line}\n" for line in head) + yaml.safe_dump(recipe, sort_keys=True, default_flow_style=None)

@@ -69,10 +69,15 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, data):
 
 
 def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data):
-    first = read(monkeypatch, tmp_path, GOOD | {"data_path": data})
+    recipe = GOOD | {"data_path": data, "tensor_model_parallel_size": 2, "eval_lengths": [128, 512], "lr": 1e-4}
+    first = read(monkeypatch, tmp_path, recipe, world_size=2)
     text = arguments.describe(first)
-    assert "attention: sdpa" in text
-    again = read(monkeypatch, tmp_path, yaml.safe_load(text))
+    assert "attention: sdpa" in text and "2 ranks, TP 2" in text
+    # Nothing of this machine goes into it.
+    assert not {"distributed_backend", "use_cpu_initialization", "gradient_accumulation_fusion"} & set(
+        yaml.safe_load(text)
+    )
+    again = read(monkeypatch, tmp_path, yaml.safe_load(text), world_size=2)
     different = {k for k in vars(first) if getattr(first, k) != getattr(again, k, None)} - {"config"}
     assert not different
 
@@ -157,6 +162,11 @@ def test_exit_code_2_before_any_process_group_and_nothing_written(tmp_path, data
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("pretrain_cream.py: error: --target-length 500"), result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_both():
+    text = build_parser(recipe=False).format_help()
+    assert "--position-sampler" in text and "--tensor-model-parallel-size" in text
 
 
 def test_unknown_flag_is_one_line(monkeypatch):
