@@ -135,21 +135,27 @@ def train(argv: list[str] | None = None) -> None:
 
 def _long_evaluation(args, terminal):
     """What Megatron calls at the end of every evaluation, with the model: perplexity by length."""
-    documents = held_out_documents(arguments.held_out_prefixes(args), max(args.eval_lengths), args.eval_documents)
+    longest = max(args.eval_lengths)
+    documents = held_out_documents(arguments.held_out_files(args), longest, args.eval_documents)
+    if not documents:
+        raise UsageError(
+            f"--eval-lengths {longest}: no held-out document has as many tokens; give less, or longer text"
+        )
 
     def evaluate(model) -> None:
         scored = min(args.eval_lengths) // 2
         result = perplexity_by_length(model, documents, args.eval_lengths, scored)
         if not is_last_rank(args):
             return
+        iteration = args.iteration if args.skip_train else args.curr_iteration + 1
         text = ", ".join(f"{n}: {value:.2f}" for n, value in result.items())
         print(f"perplexity by context length | {text}", file=terminal, flush=True)
         writer = get_tensorboard_writer()
         if writer:
             for n, value in result.items():
-                writer.add_scalar(f"perplexity/{n}", value, args.curr_iteration)
+                writer.add_scalar(f"perplexity/{n}", value, iteration)
         if args.save:
-            record = dict(iteration=args.curr_iteration, documents=len(documents), perplexity=result)
+            record = dict(iteration=iteration, documents=len(documents), perplexity=result)
             with open(Path(args.save) / "perplexity_by_length.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 

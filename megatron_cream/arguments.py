@@ -17,6 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
@@ -79,23 +83,6 @@ class CreamConfig:
 
     console: Literal["full", "progress"] = "full"
     """full: Megatron's log and ours on the terminal; progress: ours only, Megatron's to megatron.log in --save."""
-
-
-# Megatron's switches for its own rotary embedding and model families: not ours.
-UNSUPPORTED = {
-    "use_rope_scaling": "--rope-scaling-type llama3",
-    "rotary_interleaved": "the half-rotated form, which Llama uses",
-    "rotary_seq_len_interpolation_factor": "--rope-scaling-type linear",
-    "reset_position_ids": "--position-sampler, which sets position ids",
-    "reset_attention_mask": "one document a sample, as this project's data always is",
-    "multi_latent_attention": "Llama's grouped-query attention",
-    "num_experts": "a dense Llama",
-    "hybrid_layer_pattern": "a Llama",
-    "spec": "--attention-backend, which chooses the layer spec",
-    "yaml_cfg": "--config",
-    "sft": "tools/preprocess_data.py and --data-path",
-    "mock_data": "--embedded-data",
-}
 
 
 def project_defaults() -> dict[str, Any]:
@@ -177,7 +164,8 @@ def read(argv: list[str] | None = None) -> Namespace:
         UsageError: as `parse`.
     """
     args = _parse_flags(argv)
-    _unsupported(args)
+    checks.unsupported(args)
+    args.position_embedding_type = "none"  # Megatron's own rotary embedding stays out of the way
     if args.embedded_data:
         _use_embedded_data(args)
     _resolve(args)
@@ -234,17 +222,6 @@ def _mend_help(action: argparse.Action) -> None:
 
 
 # ------------------------------------------------------------------- filling in
-
-
-def _unsupported(args: Namespace) -> None:
-    for name, instead in UNSUPPORTED.items():
-        if getattr(args, name, None):
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: not supported here; use {instead}")
-    if args.position_embedding_type not in ("none", "rope"):
-        raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
-    if args.rotary_percent != 1.0:
-        raise UsageError(f"--rotary-percent {args.rotary_percent}: only 1.0 is supported here")
-    args.position_embedding_type = "none"  # Megatron's own rotary embedding stays out of the way
 
 
 def _use_embedded_data(args: Namespace) -> None:
@@ -365,12 +342,13 @@ def flops_per_token(args: Namespace) -> float:
     )
 
 
-def held_out_prefixes(args: Namespace) -> list[str]:
-    """The prefixes of the validation data, or of all data where one blend is split by `--split`."""
+def held_out_files(args: Namespace) -> list[tuple[str, tuple[float, float]]]:
+    """Prefixes of the validation data, each with the share of its documents that validation has."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    if blend_per_split is not None and blend_per_split[1] is not None:
-        return blend_per_split[1][0]
-    return blend[0] if blend is not None else []
+    if blend_per_split is not None:
+        return [(prefix, (0.0, 1.0)) for prefix in (blend_per_split[1] or ([],))[0]]
+    share = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[1]
+    return [(prefix, share) for prefix in blend[0]] if share else []
 
 
 def describe(args: Namespace) -> str:

@@ -3,16 +3,49 @@
 Each says, in one line, which flag, what value, and what would be right.
 """
 
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_cream.console import captured
 from megatron_cream.model.rotary import RotaryEmbedding
 from megatron_cream.positions import build_sampler
 
 
 class UsageError(Exception):
     """What a user set cannot run. The message is the one line they read; exit code 2."""
+
+
+# Megatron's switches for its own rotary embedding and model families: not ours.
+UNSUPPORTED = {
+    "use_rope_scaling": "--rope-scaling-type llama3",
+    "rotary_interleaved": "the half-rotated form, which Llama uses",
+    "rotary_seq_len_interpolation_factor": "--rope-scaling-type linear",
+    "reset_position_ids": "--position-sampler, which sets position ids",
+    "reset_attention_mask": "one document a sample, as this project's data always is",
+    "multi_latent_attention": "Llama's grouped-query attention",
+    "num_experts": "a dense Llama",
+    "hybrid_layer_pattern": "a Llama",
+    "spec": "--attention-backend, which chooses the layer spec",
+    "yaml_cfg": "--config",
+    "sft": "tools/preprocess_data.py and --data-path",
+    "mock_data": "--embedded-data",
+}
+
+
+def unsupported(args: Namespace) -> None:
+    """Flags of Megatron's that this project replaces or does not carry."""
+    for name, instead in UNSUPPORTED.items():
+        if getattr(args, name, None):
+            raise UsageError(f"{_flag(name)} {getattr(args, name)}: not supported here; use {instead}")
+    if args.position_embedding_type not in ("none", "rope"):
+        raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
+    if args.rotary_percent != 1.0:
+        raise UsageError(f"--rotary-percent {args.rotary_percent}: only 1.0 is supported here")
 
 
 def require(args: Namespace) -> None:
@@ -178,6 +211,13 @@ def _files(args: Namespace) -> None:
         for suffix in (".bin", ".idx"):
             if not Path(prefix + suffix).is_file():
                 raise UsageError(f"{flag} {prefix}: there is no {prefix}{suffix}; give the path without its suffix")
+        lengths = _document_lengths(flag, prefix)
+        need = args.target_length if args.position_sampler == "full" else args.seq_length
+        if not (lengths >= need).any():
+            raise UsageError(
+                f"{flag} {prefix}: none of its {len(lengths)} documents has {need} tokens, which a sample takes; "
+                f"the longest has {max(lengths, default=0)}"
+            )
     model = args.tokenizer_model
     if args.tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
         if model is None:
@@ -191,6 +231,16 @@ def _files(args: Namespace) -> None:
         # `--load` of a folder that `--save` is to make is how a restartable job is written.
         if path and not Path(path).is_dir() and path != args.save:
             raise UsageError(f"{_flag(name)} {path}: no such folder")
+
+
+def _document_lengths(flag: str, prefix: str) -> np.ndarray:
+    try:
+        with captured(io.StringIO()):  # it reports each part of the index
+            dataset = IndexedDataset(prefix)
+    except Exception as error:  # Megatron asserts, numpy and the system complain, each in their own way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{flag} {prefix}: not a .bin/.idx pair that can be read: {reason}") from error
+    return dataset.sequence_lengths.copy()
 
 
 def _is_number(text: str) -> bool:

@@ -26,6 +26,12 @@ def data(tmp_path_factory):
     return str(write_documents(tmp_path_factory.mktemp("data") / "documents"))
 
 
+@pytest.fixture(scope="module")
+def long_data(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("long") / "documents"
+    return str(write_documents(prefix, documents=3, shortest=5000, longest=6000))
+
+
 def read(monkeypatch, tmp_path, recipe: dict, *flags, world_size: int = 1):
     """The filled-in and checked namespace, short of Megatron's own validation."""
     path = tmp_path / "recipe.yaml"
@@ -53,11 +59,11 @@ def test_recipe_values_are_parsed_as_the_command_line_would(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, data):
+def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data):
     monkeypatch.setenv("WORLD_SIZE", "2")
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes(b"")
-    own = ["--data-path", data, "--tokenizer-model", str(tokenizer)] if "quickstart" not in recipe.stem else []
+    own = ["--data-path", long_data, "--tokenizer-model", str(tokenizer)] if "quickstart" not in recipe.stem else []
     args = arguments.read(["--config", str(recipe), *own])
     sampler = build_sampler(**sampler_options(args), seed=args.seed)
     plan = sampler.plan(epoch=0, sample=0, document_length=args.target_length)
@@ -116,6 +122,7 @@ BAD = [
     ({"full_validation": True}, 1, ["--full-validation", "--multiple-validation-sets"]),
     ({"data_path": None}, 1, ["--data-path is missing"]),
     ({"data_path": "no/such/prefix"}, 1, ["--data-path no/such/prefix", "no/such/prefix.bin"]),
+    ({"seq_length": 1024, "target_length": 1024}, 1, ["--data-path", "none of its 60 documents has 1024 tokens"]),
     ({"tokenizer_type": "SentencePieceTokenizer"}, 1, ["--tokenizer-model is missing"]),
     ({"tokenizer_type": "Llama2Tokenizer", "tokenizer_model": "no.model"}, 1, ["--tokenizer-model no.model"]),
     ({"load": "no/such/folder"}, 1, ["--load no/such/folder"]),
@@ -150,6 +157,13 @@ def test_recipe_that_is_none(text, word, tmp_path):
         read_recipe(path, build_parser())
 
 
+def test_broken_index_is_one_line(monkeypatch, tmp_path):
+    (tmp_path / "x.bin").write_bytes(b"12")
+    (tmp_path / "x.idx").write_bytes(b"not an index")
+    with pytest.raises(UsageError, match="--data-path .*not a .bin/.idx pair"):
+        read(monkeypatch, tmp_path, GOOD | {"data_path": str(tmp_path / "x")})
+
+
 def test_exit_code_2_before_any_process_group_and_nothing_written(tmp_path, data):
     import subprocess
 
@@ -174,10 +188,10 @@ def test_unknown_flag_is_one_line(monkeypatch):
         arguments.read(["--no-such-flag", "1"])
 
 
-def test_print_config_of_a_two_gpu_recipe_needs_no_launcher(monkeypatch, tmp_path, data):
+def test_print_config_of_a_two_gpu_recipe_needs_no_launcher(monkeypatch, tmp_path, long_data):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    flags = ["--data-path", data, "--tokenizer-model", str(tmp_path / "tokenizer.model"), "--print-config"]
+    flags = ["--data-path", long_data, "--tokenizer-model", str(tmp_path / "tokenizer.model"), "--print-config"]
     args = arguments.read(["--config", str(ROOT / "examples/llama2_7b_32k.yaml"), *flags])
     assert args.world_size == 2 and "TP 2" in arguments.describe(args)
 

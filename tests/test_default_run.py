@@ -36,6 +36,7 @@ def test_extension_works(run):
     """
     folder, _ = run
     before, after = perplexity(folder / "base"), perplexity(folder / "cream")
+    assert json.loads((folder / "cream" / "perplexity_by_length.jsonl").read_text())["iteration"] == 150
     assert list(before) == list(after) == [256, 512, 1024, 2048]
     assert before[2048] > 1.8 * before[256], "the base model should fail beyond its window"
     assert after[256] < 1.05 * before[256]

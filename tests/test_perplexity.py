@@ -21,12 +21,16 @@ def data(tmp_path_factory):
 def test_documents_are_spread_over_the_long_ones(data):
     dataset = IndexedDataset(str(data[1]))
     long = [i for i, n in enumerate(dataset.sequence_lengths) if n >= 384]
-    documents = held_out_documents([str(data[1])], minimum=384, most=5)
+    documents = held_out_documents([(str(data[1]), (0.0, 1.0))], minimum=384, most=5)
     assert len(documents) == 5 and all(len(d) == 384 for d in documents)
     chosen = [i for d in documents for i in long if np.array_equal(dataset.get(i, 0, 384), d)]
     assert chosen[0] == long[0] and chosen[-1] == long[-1]
-    assert len(held_out_documents([str(data[1])], 384, 10**6)) == len(long)
-    assert held_out_documents([str(data[1])], 10**6, 5) == []
+    whole = [(str(data[1]), (0.0, 1.0))]
+    assert len(held_out_documents(whole, 384, 10**6)) == len(long)
+    assert held_out_documents(whole, 10**6, 5) == []
+    # Only the share that is held out: documents 30 .. 53 of 60.
+    part = held_out_documents([(str(data[1]), (0.5, 0.9))], 384, 10**6)
+    assert len(part) == sum(30 <= i < 54 for i in long)
 
 
 def test_the_scored_tokens_are_the_last_that_have_a_label():

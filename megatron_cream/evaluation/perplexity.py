@@ -17,15 +17,22 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 
-def held_out_documents(prefixes: list[str], minimum: int, most: int) -> list[np.ndarray]:
+def held_out_documents(files: list[tuple[str, tuple[float, float]]], minimum: int, most: int) -> list[np.ndarray]:
     """The first `minimum` tokens of up to `most` documents that have as many, spread over the files.
+
+    Args:
+        files: prefixes of .bin/.idx pairs, each with the share of its documents that is held
+            out: (0.969, 0.999) for the validation part of Megatron's split 969,30,1.
+        minimum: tokens of each document.
+        most: documents in all.
 
     Returns: int64 arrays [minimum]; empty where no document is long enough.
     """
     found = []
-    for prefix in prefixes:
+    for prefix, share in files:
         dataset = IndexedDataset(prefix)
-        long = np.flatnonzero(dataset.sequence_lengths >= minimum)
+        first, last = (round(bound * len(dataset)) for bound in share)
+        long = np.flatnonzero(dataset.sequence_lengths[first:last] >= minimum) + first
         found += [(dataset, int(i)) for i in long]
     chosen = np.unique(np.linspace(0, len(found) - 1, num=min(most, len(found)), dtype=np.int64))
     pick = [found[i] for i in chosen]
