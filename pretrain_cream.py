@@ -35,6 +35,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.utils import is_last_rank
 
 from megatron_cream import arguments, compat, console, progress
 from megatron_cream.checks import UsageError
@@ -145,7 +146,7 @@ def _long_evaluation(args, terminal):
     def evaluate(model) -> None:
         scored = min(args.eval_lengths) // 2
         result = perplexity_by_length(model, documents, args.eval_lengths, scored)
-        if not is_last_rank(args):
+        if not is_last_rank():
             return
         iteration = args.iteration if args.skip_train else args.curr_iteration + 1
         text = ", ".join(f"{n}: {value:.2f}" for n, value in result.items())
@@ -160,10 +161,6 @@ def _long_evaluation(args, terminal):
                 file.write(json.dumps(record) + "\n")
 
     return evaluate
-
-
-def is_last_rank(args) -> bool:
-    return args.rank == args.world_size - 1
 
 
 def main() -> int:

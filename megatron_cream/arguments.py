@@ -245,8 +245,8 @@ def _resolve(args: Namespace) -> None:
         args.world_size = math.prod(sizes)
     if args.fp16 or args.fp32:
         args.bf16 = False
-    if args.train_data_path or args.per_split_data_args_path or args.data_args_path:
-        args.split = None if not args.data_args_path else args.split
+    if (args.train_data_path or args.per_split_data_args_path) and not args.data_args_path:
+        args.split = None
     args.target_length = args.target_length or args.seq_length
     if args.position_sampler == "cream":
         args.cream_sigma = 3.0 if args.cream_sigma is None else args.cream_sigma
