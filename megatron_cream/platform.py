@@ -55,7 +55,9 @@ def _quiet_import_noise() -> None:
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
     warnings.filterwarnings("ignore", category=SyntaxWarning)  # from compiling Megatron's files the first time
-    for text in ("Apex is not installed", "Transformer Engine", ".*ModelConfig.*instead"):
+    texts = ["Apex is not installed", "Transformer Engine", ".*ModelConfig.*instead"]
+    texts += ["Detected a Jax installation", "Argument aux_data"]  # Transformer Engine's, flash-attn-4's
+    for text in texts:
         warnings.filterwarnings("ignore", message=rf"\s*{text}")
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
         lambda record: "DEPRECATED" not in record.getMessage()

@@ -6,6 +6,7 @@ Both trainings are ordinary runs of two recipes under `examples/`.
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def show(before: dict, after: dict, window: int, folder: Path, picture: Path, se
 def plot(before: dict, after: dict, window: int, path: Path) -> Path:
     import matplotlib
 
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
