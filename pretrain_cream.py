@@ -25,6 +25,7 @@ platform.setup()  # before anything of Megatron is imported
 import functools
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers, get_
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank
 
-from megatron_cream import arguments, compat, console, progress
+from megatron_cream import arguments, compat, console, pretrained, progress
 from megatron_cream.checks import UsageError
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
@@ -102,11 +103,13 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
 train_valid_test_datasets_provider.is_distributed = True
 
 
-def train(argv: list[str] | None = None) -> None:
+def train(argv: list[str] | None = None) -> Namespace:
     """One training run, from flags to checkpoint.
 
     Args:
         argv: the flags; None takes the command line's.
+
+    Returns: what the flags came to.
 
     Raises:
         UsageError: the flags cannot run.
@@ -122,16 +125,18 @@ def train(argv: list[str] | None = None) -> None:
             flops_per_token=arguments.flops_per_token(args),
             stream=terminal,
         )
+        pretrained.carry(args)
         if args.rank == 0:
             print(f"attention: {args.attention}", file=terminal, flush=True)
         with progress.each_step(step_line, args.log_interval):
             pretrain(
-                pretrain_cfg_container_from_args(args, arguments.model_config(args, get_tokenizer().vocab_size)),
+                pretrain_cfg_container_from_args(args, arguments.model_config(args)),
                 train_valid_test_datasets_provider,
                 ModelType.encoder_or_decoder,
                 forward_step,
                 non_loss_data_func=_long_evaluation(args, terminal) if args.eval_lengths else None,
             )
+    return args
 
 
 def _long_evaluation(args, terminal):
@@ -169,14 +174,18 @@ def main() -> int:
             from megatron_cream.quickstart import quickstart
 
             quickstart(train)
+            finished = None
         else:
-            train()
+            finished = train()
+        # Rank 0 may write for long: no other waits for it in a collective.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if finished:
+            pretrained.save_hf(finished)
     except UsageError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
         return 2
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     return 0
 
 

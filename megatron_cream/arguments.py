@@ -25,10 +25,10 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_cream import checks, console, platform, progress
+from megatron_cream import checks, console, platform, pretrained, progress
 from megatron_cream.checks import UsageError
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
 from megatron_cream.model.attention import ATTENTION_BACKENDS, choose_backend
@@ -63,14 +63,22 @@ class CreamConfig:
     mask_segment_starts: bool = False
     """No loss on the first token of the middle and tail blocks, where the text jumps."""
 
-    rope_scaling_type: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
-    """How the rotary embedding is scaled for --target-length; --rope-scaling-factor defaults to L / N."""
+    rope_scaling_type: Literal["none", "linear", "ntk", "yarn", "llama3"] | None = None
+    """How the rotary embedding is scaled for --target-length; --rope-scaling-factor defaults to L / N.
+    Default: as the model was that training starts from, else none."""
 
     original_max_position_embeddings: int | None = None
     """The pre-trained window that yarn and llama3 scale from. Default: --seq-length."""
 
     fp32: bool = False
     """Train in float32 on a GPU too, where bf16 is the default."""
+
+    load_hf: str | None = None
+    """Start from these Hugging Face weights: a folder, or a model's name on the Hub. Its shape, rotary
+    embedding and tokenizer are taken from there. --load of a checkpoint that exists goes before it."""
+
+    save_hf: str | None = None
+    """When training ends, write a Hugging Face folder here, new, that transformers and vLLM load."""
 
     embedded_data: bool = False
     """Train on the Python standard library's own sources, with a tokenizer made from them."""
@@ -154,6 +162,8 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         raise UsageError(str(error) or "Megatron refused this combination of flags") from error
     with console.captured(words):
         set_global_variables(args)
+    # Saved with the checkpoint: what of its padded vocabulary is real.
+    args.vocab_size = args.vocab_size or get_tokenizer().vocab_size
     return args, words.getvalue()
 
 
@@ -168,12 +178,15 @@ def read(argv: list[str] | None = None) -> Namespace:
     args.position_embedding_type = "none"  # Megatron's own rotary embedding stays out of the way
     if args.embedded_data:
         _use_embedded_data(args)
+    pretrained.adopt(args, vars(build_parser(recipe=False).parse_args([])))
     _resolve(args)
     try:
         rope_scaling = rope_scaling_options(args)
     except ValueError as error:
         raise UsageError(f"--rope-scaling-type {args.rope_scaling_type}: {error}") from error
     checks.check(args, sampler_options(args), rope_scaling)
+    pretrained.check_ends(args)
+    args.rope_scaling_config = rope_scaling
     args.transformer_impl = "transformer_engine" if args.attention.transformer_engine else "local"
     return args
 
@@ -251,7 +264,9 @@ def _resolve(args: Namespace) -> None:
     if args.position_sampler == "cream":
         args.cream_sigma = 3.0 if args.cream_sigma is None else args.cream_sigma
         args.cream_variant = args.cream_variant or "paper"
-    if args.rope_scaling_type != "none" and args.rope_scaling_factor is None:
+    if args.rope_scaling_type is None and args.model_rope_scaling is None:
+        args.rope_scaling_type = "none"
+    if args.rope_scaling_type not in (None, "none") and args.rope_scaling_factor is None:
         window = args.original_max_position_embeddings or args.seq_length
         args.rope_scaling_factor = args.target_length / window
     args.max_position_embeddings = max(
@@ -284,6 +299,8 @@ def sampler_options(args: Namespace) -> dict[str, Any]:
 
 def rope_scaling_options(args: Namespace) -> dict[str, Any] | None:
     """The `rope_scaling` dict of a Hugging Face config.json, or None."""
+    if args.rope_scaling_type is None:
+        return args.model_rope_scaling
     if args.rope_scaling_type == "none" or args.rope_scaling_factor == 1.0:
         return None
     return rope_scaling_dict(
@@ -293,18 +310,16 @@ def rope_scaling_options(args: Namespace) -> dict[str, Any] | None:
     )
 
 
-def model_config(args: Namespace, vocab_size: int) -> LlamaModelConfig:
-    """What the model builder needs.
-
-    Args:
-        vocab_size: the tokenizer's, without padding.
-    """
+def model_config(args: Namespace) -> LlamaModelConfig:
+    """What the model builder needs."""
+    load = pretrained.weights_hook(args)
+    options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": [load] if load else []}
     return LlamaModelConfig(
-        **vars(gpt_config_from_args(args)),
-        rope_scaling_config=rope_scaling_options(args),
+        **options,
+        rope_scaling_config=args.rope_scaling_config,
         rope_max_positions=args.max_position_embeddings,
         attention=args.attention,
-        real_vocab_size=args.vocab_size or vocab_size,
+        real_vocab_size=args.vocab_size,
     )
 
 

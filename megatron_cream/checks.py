@@ -41,7 +41,7 @@ def unsupported(args: Namespace) -> None:
     """Flags of Megatron's that this project replaces or does not carry."""
     for name, instead in UNSUPPORTED.items():
         if getattr(args, name, None):
-            raise UsageError(f"{_flag(name)} {getattr(args, name)}: not supported here; use {instead}")
+            raise UsageError(f"{flag(name)} {getattr(args, name)}: not supported here; use {instead}")
     if args.position_embedding_type not in ("none", "rope"):
         raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
     if args.rotary_percent != 1.0:
@@ -59,7 +59,7 @@ def require(args: Namespace) -> None:
     }
     for name, meaning in needed.items():
         if getattr(args, name) is None:
-            raise UsageError(f"{_flag(name)} is missing: give {meaning}; or no flags at all for the embedded default")
+            raise UsageError(f"{flag(name)} is missing: give {meaning}; or no flags at all for the embedded default")
     if args.train_iters is None and args.train_samples is None and not args.skip_train:
         raise UsageError("--train-iters is missing: give the number of steps, 1000 in the paper")
     positive = [*needed, "target_length", "num_query_groups", "tensor_model_parallel_size"]
@@ -67,7 +67,7 @@ def require(args: Namespace) -> None:
     for name in positive:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UsageError(f"{_flag(name)} {value}: must be 1 or more")
+            raise UsageError(f"{flag(name)} {value}: must be 1 or more")
     for length in args.eval_lengths or []:
         if length < 2:
             raise UsageError(f"--eval-lengths {length}: must be 2 or more")
@@ -88,7 +88,8 @@ def check(args: Namespace, sampler: dict[str, Any], rope_scaling: dict[str, Any]
     _files(args)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The flag that sets the variable `name`."""
     return "--" + name.replace("_", "-")
 
 
@@ -97,7 +98,7 @@ def _positions(args: Namespace, options: dict[str, Any]) -> None:
     for name in ("cream_sigma", "cream_variant"):
         value = getattr(args, name)
         if value is not None and sampler != "cream":
-            raise UsageError(f"{_flag(name)} {value}: only with --position-sampler cream, not {sampler}")
+            raise UsageError(f"{flag(name)} {value}: only with --position-sampler cream, not {sampler}")
     if target % window:
         raise UsageError(
             f"--target-length {target}: must be a multiple of --seq-length {window}, "
@@ -117,7 +118,7 @@ def _positions(args: Namespace, options: dict[str, Any]) -> None:
 
 
 def _rope(args: Namespace, rope_scaling: dict[str, Any] | None) -> None:
-    if args.rope_scaling_type == "none":
+    if args.rope_scaling_type in (None, "none"):
         if args.rope_scaling_factor is not None:
             raise UsageError(
                 f"--rope-scaling-factor {args.rope_scaling_factor}: only with --rope-scaling-type linear, ntk, "
@@ -196,7 +197,7 @@ def _parallel(args: Namespace) -> None:
 
 def _files(args: Namespace) -> None:
     prefixes = [
-        (_flag(name), item)
+        (flag(name), item)
         for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
         for item in getattr(args, name) or []
         if not _is_number(item)
@@ -207,15 +208,15 @@ def _files(args: Namespace) -> None:
             "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes one), "
             "or --embedded-data"
         )
-    for flag, prefix in prefixes:
+    for name, prefix in prefixes:
         for suffix in (".bin", ".idx"):
             if not Path(prefix + suffix).is_file():
-                raise UsageError(f"{flag} {prefix}: there is no {prefix}{suffix}; give the path without its suffix")
-        lengths = _document_lengths(flag, prefix)
+                raise UsageError(f"{name} {prefix}: there is no {prefix}{suffix}; give the path without its suffix")
+        lengths = _document_lengths(name, prefix)
         need = args.target_length if args.position_sampler == "full" else args.seq_length
         if not (lengths >= need).any():
             raise UsageError(
-                f"{flag} {prefix}: none of its {len(lengths)} documents has {need} tokens, which a sample takes; "
+                f"{name} {prefix}: none of its {len(lengths)} documents has {need} tokens, which a sample takes; "
                 f"the longest has {max(lengths, default=0)}"
             )
     model = args.tokenizer_model
@@ -230,16 +231,16 @@ def _files(args: Namespace) -> None:
         path = getattr(args, name)
         # `--load` of a folder that `--save` is to make is how a restartable job is written.
         if path and not Path(path).is_dir() and path != args.save:
-            raise UsageError(f"{_flag(name)} {path}: no such folder")
+            raise UsageError(f"{flag(name)} {path}: no such folder")
 
 
-def _document_lengths(flag: str, prefix: str) -> np.ndarray:
+def _document_lengths(name: str, prefix: str) -> np.ndarray:
     try:
         with captured(io.StringIO()):  # it reports each part of the index
             dataset = IndexedDataset(prefix)
     except Exception as error:  # Megatron asserts, numpy and the system complain, each in their own way
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{flag} {prefix}: not a .bin/.idx pair that can be read: {reason}") from error
+        raise UsageError(f"{name} {prefix}: not a .bin/.idx pair that can be read: {reason}") from error
     return dataset.sequence_lengths.copy()
 
 

@@ -46,10 +46,14 @@ def torchrun(ranks: int, *flags, cwd: Path | None = None, timeout: int = 300) ->
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd or ROOT)
 
 
-def train(ranks: int, folder: Path, *flags, fp32: bool = True) -> dict[int, float]:
-    """A run that must succeed. Returns step -> loss, as logged to TensorBoard (float32, exact)."""
+def train(ranks: int, folder: Path, *flags, base=TINY, fp32: bool = True) -> dict[int, float]:
+    """A run that must succeed. Returns step -> loss, as logged to TensorBoard (float32, exact).
+
+    Args:
+        base: flags that go before `flags`.
+    """
     precision = ["--fp32"] if fp32 else []
-    result = torchrun(ranks, *TINY, *precision, "--tensorboard-dir", folder, *flags)
+    result = torchrun(ranks, *base, *precision, "--tensorboard-dir", folder, *flags)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     events = EventAccumulator(str(folder)).Reload()
     return {event.step: event.value for event in events.Scalars("lm loss")}

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.launch import ROOT
+from tests.test_convert import run_tool
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,19 @@ def test_extension_works(run):
     assert after[256] < 1.05 * before[256]
     assert after[2048] < 0.6 * before[2048]
     assert after[2048] < 1.25 * after[256]
+
+
+def test_export(run):
+    """The checkpoint becomes a folder that transformers loads: the same weights, the same logits, the tokenizer."""
+    folder, _ = run
+    for flags in (["export"], ["verify", "--text", "import os\n\ndef main(argv=None):\n    return 0\n"]):
+        result = run_tool(*flags, "--checkpoint", folder / "cream", "--hf-path", folder / "hf")
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert "logits: " in result.stdout and "same best token at 100.0%" in result.stdout
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 2048
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    assert (folder / "hf" / "tokenizer.model").is_file()
 
 
 def test_what_a_newcomer_reads(run):

@@ -1,0 +1,97 @@
+"""Megatron's older checkpoint: one `mp_rank_XX` file for each tensor- and pipeline-parallel rank."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_cream.checkpoint.families import ModelShape
+from megatron_cream.checkpoint.mapping import Row, megatron_shape, pieces, tensor_parallel_shard
+
+# Linear layers whose modules expect an (empty) extra state in a state dict.
+_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def write_classic(
+    folder: Path,
+    shape: ModelShape,
+    *,
+    padded_vocab_size: int,
+    dtypes: dict[str, torch.dtype],
+    produce: Callable[[Row, int | None], Tensor],
+    common_state: dict[str, Any],
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    transformer_engine: bool,
+    progress: Callable[[int], None],
+) -> dict[str, str]:
+    """Files that Megatron loads with `--ckpt-format torch`, at this layout only.
+
+    Each is first written with room for its tensors, which are then put in one by one, so that
+    one parameter is in memory at a time. Arguments as `write_torch_dist`'s, and:
+
+    Args:
+        tensor_parallel, pipeline_parallel: must divide the heads, the feed-forward and the padded
+            vocabulary; the layers.
+        transformer_engine: name the norms as Transformer Engine's layers do, not as this project's.
+
+    Returns: nothing hashed yet: the files are not written in order.
+    """
+    ranks = [(tp, pp) for pp in range(pipeline_parallel) for tp in range(tensor_parallel)]
+
+    def shard_names(row: Row, layer: int | None) -> list[tuple[int, str]]:
+        """(pipeline rank, name there) of every place that has this parameter."""
+        if layer is not None:
+            stage, local = divmod(layer, shape.num_layers // pipeline_parallel)
+            return [(stage, row.module_name(local, transformer_engine))]
+        if row.key.startswith("embedding."):
+            tied_copy = [(pipeline_parallel - 1, "output_layer.weight")] if shape.tied and pipeline_parallel > 1 else []
+            return [(0, row.key), *tied_copy]
+        return [(pipeline_parallel - 1, row.key)]
+
+    with FakeTensorMode():  # sizes without memory
+        models: dict[tuple[int, int], dict[str, Any]] = {rank: {} for rank in ranks}
+        for row, layer in pieces(shape):
+            whole = torch.empty(megatron_shape(row, shape, padded_vocab_size), dtype=dtypes[row.key])
+            for tp, pp in ranks:
+                for stage, name in shard_names(row, layer):
+                    if stage == pp:
+                        models[tp, pp][name] = tensor_parallel_shard(row, whole, tp, tensor_parallel).clone()
+        for model in models.values():
+            for layer in range(shape.num_layers // pipeline_parallel):
+                model |= {f"decoder.layers.{layer}.{linear}._extra_state": None for linear in _LINEARS}
+
+    with contextlib.ExitStack() as stack:
+        files, offsets = {}, {}
+        for (tp, pp), model in models.items():
+            name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pipeline_parallel > 1 else "")
+            path = folder / name / "model_optim_rng.pt"
+            path.parent.mkdir()
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(common_state | {"model": model}, path)
+            with FakeTensorMode():
+                placed = torch.load(path, weights_only=True)["model"]
+            offsets[tp, pp] = {
+                name: tensor.untyped_storage()._checkpoint_offset
+                for name, tensor in placed.items()
+                if tensor is not None
+            }
+            files[tp, pp] = stack.enter_context(open(path, "r+b"))
+        for row, layer in pieces(shape):
+            whole = produce(row, layer)
+            for tp, pp in ranks:
+                for stage, name in shard_names(row, layer):
+                    if stage == pp:
+                        shard = tensor_parallel_shard(row, whole, tp, tensor_parallel).contiguous()
+                        files[tp, pp].seek(offsets[tp, pp][name])
+                        files[tp, pp].write(shard.view(torch.uint8).reshape(-1).numpy())
+                        progress(shard.nbytes)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    return {}

@@ -1,0 +1,207 @@
+"""Hugging Face folder -> Megatron checkpoint, and back: streamed, in one process, without a GPU."""
+
+import threading
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_cream.checkpoint import output
+from megatron_cream.checkpoint.classic import write_classic
+from megatron_cream.checkpoint.families import ModelShape
+from megatron_cream.checkpoint.hf_folder import CONFIG, Group, HfFolder, carry, write_config, write_json, write_weights
+from megatron_cream.checkpoint.mapping import (
+    Row,
+    hf_shapes,
+    join,
+    megatron_shape,
+    padded_vocabulary,
+    pieces,
+    split,
+)
+from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint, write_torch_dist
+from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.console import TransferBar
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Two readers and writers keep a disk busy while each hashes what it wrote.
+_THREADS = 2
+_ROOM = 64 << 20  # for tokenizer, metadata and the file system's own
+
+
+def import_hf(
+    source: HfFolder,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    vocabulary_divisor: int = 128,
+    checkpoint_format: Literal["torch_dist", "torch"] = "torch_dist",
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    transformer_engine: bool = True,
+    overwrite: bool = False,
+    progress: TransferBar | None = None,
+) -> None:
+    """Write a Megatron checkpoint of a Hugging Face model, as a `release` that training starts from.
+
+    Args:
+        dtype: of what is written; None keeps each tensor's own.
+        vocabulary_divisor: the vocabulary is padded with zeros to a multiple of it.
+        checkpoint_format: torch_dist opens at any layout; torch is one file for each rank of
+            `tensor_parallel` x `pipeline_parallel`, with the parameter names of Transformer
+            Engine's layers or of this project's.
+        progress: is told of what was written.
+
+    Raises:
+        UsageError: one line that says why nothing was written.
+    """
+    shape = source.shape
+    padded = padded_vocabulary(shape.vocab_size, vocabulary_divisor)
+
+    # One for all layers, which share a tensor in the checkpoint.
+    kinds: dict[str, torch.dtype] = {}
+    for row, layer in pieces(shape):
+        for name in row.names(layer):
+            kind = dtype or source.dtype(name)
+            kinds[row.key] = torch.promote_types(kinds.get(row.key, kind), kind)
+
+    scratch, read = _Scratch(), joined(source)
+
+    def produce(row: Row, layer: int | None) -> Tensor:
+        return read(row, layer, scratch.get(megatron_shape(row, shape, padded), kinds[row.key]))
+
+    needs = sum(
+        torch.Size(megatron_shape(row, shape, padded)).numel() * kinds[row.key].itemsize for row, _ in pieces(shape)
+    )
+    common_state = {
+        "args": checkpoint_args(shape, padded, tensor_parallel, pipeline_parallel),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+    }
+    progress = progress or TransferBar(None)
+    progress.expect(needs)
+    with output.new_folder(target, flag="--output", overwrite=overwrite, needs_bytes=needs + _ROOM) as folder:
+        step = folder / "release"
+        step.mkdir()
+        if checkpoint_format == "torch":
+            hashes = write_classic(
+                step, shape, padded_vocab_size=padded, dtypes=kinds, produce=produce, common_state=common_state,
+                tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
+                transformer_engine=transformer_engine, progress=progress,
+            )  # fmt: skip
+        else:
+            hashes = write_torch_dist(
+                step, shape, padded_vocab_size=padded, dtypes=kinds, produce=produce, common_state=common_state,
+                threads=_THREADS, progress=progress,
+            )  # fmt: skip
+            output.write_manifest(step, hashes)
+        (folder / HF).mkdir()
+        write_json(folder / HF / CONFIG, source.config)
+        carry(source.path, folder / HF)
+        output.write_manifest(folder, {f"release/{name}": digest for name, digest in hashes.items()})
+        (folder / TRACKER).write_text("release")
+
+
+def joined(source: HfFolder) -> Callable[[Row, int | None, Tensor], Tensor]:
+    """(row, layer, out) -> out, filled with the Megatron parameter."""
+    return lambda row, layer, out: join(row, [source.get(name) for name in row.names(layer)], source.shape, out)
+
+
+def checkpoint_args(
+    shape: ModelShape, padded_vocab_size: int, tensor_parallel: int = 1, pipeline_parallel: int = 1
+) -> Namespace:
+    """What Megatron (and `MegatronCheckpoint`) looks up among a checkpoint's flags."""
+    return Namespace(
+        **shape.megatron_args(),
+        padded_vocab_size=padded_vocab_size,
+        target_length=shape.max_position_embeddings,
+        max_position_embeddings=shape.max_position_embeddings,
+        rope_scaling_config=shape.rope_scaling,
+        position_embedding_type="none",
+        swiglu=True,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        world_size=tensor_parallel * pipeline_parallel,
+        data_parallel_size=1,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        no_save_optim=True,
+        no_save_rng=True,
+    )
+
+
+def export_hf(
+    source: MegatronCheckpoint,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    flag: str = "--hf-path",
+    progress: TransferBar | None = None,
+) -> None:
+    """Write a folder that transformers and vLLM load, from a checkpoint at any layout.
+
+    Args:
+        dtype: of what is written; None keeps each parameter's own.
+        max_shard_bytes: a shard is closed before it grows larger.
+        flag: what the user gave `target` with, for messages.
+        progress: is told of what was written.
+
+    Raises:
+        UsageError: one line that says why nothing was written.
+    """
+    groups = export_groups(source, dtype)
+    needs = sum(group.nbytes for group in groups)
+    progress = progress or TransferBar(None)
+    progress.expect(needs)
+    with output.new_folder(target, flag=flag, overwrite=overwrite, needs_bytes=needs + _ROOM) as folder:
+        hashes = write_weights(folder, groups, max_shard_bytes=max_shard_bytes, threads=_THREADS, progress=progress)
+        kinds = {kind for group in groups for _, kind, _ in group.entries}
+        write_config(folder, source.shape, source.config, max(kinds, key=lambda kind: kind.itemsize))
+        if source.hf_folder:
+            carry(source.hf_folder, folder)
+        output.write_manifest(folder, hashes)
+
+
+def export_groups(source: MegatronCheckpoint, dtype: torch.dtype | None) -> list[Group]:
+    """The tensors of the Hugging Face model, grouped by the Megatron parameter they come from."""
+    scratch = _Scratch()
+    shape = source.shape
+
+    def group(row: Row, layer: int | None) -> Group:
+        kind = dtype or source.dtype(row, layer)
+
+        def produce() -> list[Tensor]:
+            out = scratch.get(megatron_shape(row, shape, shape.vocab_size), kind)
+            return split(row, source.read(row, layer, out), shape)
+
+        names = zip(row.names(layer), hf_shapes(row, shape), strict=True)
+        return Group([(name, kind, size) for name, size in names], produce)
+
+    return [group(row, layer) for row, layer in pieces(shape)]
+
+
+class _Scratch:
+    """One piece of memory for each thread, used for one parameter after the other.
+
+    Fresh memory of these sizes costs more, in page faults, than filling it does.
+    """
+
+    def __init__(self):
+        self._threads = threading.local()
+
+    def get(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel()
+        memory = getattr(self._threads, "memory", None)
+        if memory is None or memory.nbytes < count * dtype.itemsize:
+            self._threads.memory = memory = np.empty(count * dtype.itemsize, dtype=np.uint8)
+        # Not a view of a larger tensor, which torch's writer would copy.
+        return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)

@@ -1,0 +1,240 @@
+"""Which Hugging Face models are Llamas to us: config.json <-> one plain description <-> Megatron's flags."""
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.checks import UsageError
+from megatron_cream.model.rotary import RotaryEmbedding
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a model type of transformers apart from Llama.
+
+    qkv_bias: query, key and value projections have a bias.
+    qk_norm: each head's queries and keys are normalised (RMSNorm over head_dim) before they rotate.
+    """
+
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),  # Llama 1, 2, 3.x, CodeLlama, TinyLlama, Vicuna, Yi ...
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+}
+
+# Keys of config.json that would make another model of it: (key, what we can run).
+_MUST_BE = (
+    ("hidden_act", "silu"),
+    ("attention_bias", False),
+    ("mlp_bias", False),
+    ("use_sliding_window", False),
+    ("partial_rotary_factor", 1.0),
+    ("quantization_config", None),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A Llama-like model, in Megatron's terms; sizes are numbers of elements."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    tied: bool
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    max_position_embeddings: int
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    def rotary(self) -> RotaryEmbedding:
+        return RotaryEmbedding(
+            head_dim=self.kv_channels,
+            rope_theta=self.rope_theta,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_scaling=self.rope_scaling,
+        )
+
+    def megatron_args(self) -> dict[str, Any]:
+        """The shape as values of Megatron's flags."""
+        return dict(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            group_query_attention=self.num_query_groups != self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+            vocab_size=self.vocab_size,
+            untie_embeddings_and_output_weights=not self.tied,
+            layernorm_epsilon=self.norm_epsilon,
+            rotary_base=self.rope_theta,
+            add_qkv_bias=self.family.qkv_bias,
+            qk_layernorm=self.family.qk_norm,
+        )
+
+    def hf_config(self, base: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The config.json of this model.
+
+        Args:
+            base: the config.json it came from; what does not describe the shape is kept.
+        """
+        config = dict(base) if base else {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
+        config.pop("rope_parameters", None)  # transformers 5's form; every release reads the older one
+        return config | {
+            "architectures": [self.family.architecture],
+            "model_type": self.model_type,
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_query_groups,
+            "head_dim": self.kv_channels,
+            "vocab_size": self.vocab_size,
+            "tie_word_embeddings": self.tied,
+            "rms_norm_eps": self.norm_epsilon,
+            **self.rotary().hf_config(),
+            **({"sliding_window": None} if self.model_type == "mistral" else {}),
+        }
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], ModelShape]:
+    """config.json as it stands, and the shape that transformers understands by it.
+
+    Raises:
+        UsageError: one line that names the file and what in it cannot be carried.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError("not a JSON object")
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: no config.json there; give a Hugging Face model's folder") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    return raw, shape_from_config(raw, path)
+
+
+def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
+    """As `read_config`, from the contents of config.json; `path` is named in messages."""
+    from transformers import AutoConfig
+
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        raise UsageError(f"{path}: model_type {model_type!r}: only {', '.join(FAMILIES)} are supported")
+    family = FAMILIES[model_type]
+    for architecture in raw.get("architectures") or []:
+        if architecture != family.architecture:
+            raise UsageError(f"{path}: architectures {architecture!r}: only {family.architecture} is supported")
+    for key, needed in _MUST_BE:
+        value = raw.get(key)
+        if key in raw and value is not None and value != needed:
+            shown = "" if isinstance(value, dict) else f" {json.dumps(value)}"
+            raise UsageError(f"{path}: {key}{shown}: not supported; only {json.dumps(needed)} is")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']}: only 1.0 is supported")
+    try:
+        config = AutoConfig.for_model(**raw)
+        scaling = {k: v for k, v in (config.rope_parameters or {}).items() if k != "partial_rotary_factor"}
+        theta = scaling.pop("rope_theta")
+        heads = config.num_attention_heads
+        shape = ModelShape(
+            model_type=model_type,
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.intermediate_size,
+            num_attention_heads=heads,
+            num_query_groups=config.num_key_value_heads or heads,
+            kv_channels=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            norm_epsilon=config.rms_norm_eps,
+            rope_theta=float(theta),
+            rope_scaling=None if scaling.get("rope_type", "default") == "default" else scaling,
+            max_position_embeddings=config.max_position_embeddings,
+        )
+        shape.rotary()
+        _check_sizes(shape)
+    except UsageError:
+        raise
+    except Exception as error:  # transformers validates in ways of its own
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
+    if _slides(config):
+        raise UsageError(
+            f"{path}: sliding_window {config.sliding_window}: attention over a sliding window is not supported; "
+            'only "sliding_window": null is'
+        )
+    return shape
+
+
+def _slides(config) -> bool:
+    if getattr(config, "layer_types", None):
+        return any(kind != "full_attention" for kind in config.layer_types)
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _check_sizes(shape: ModelShape) -> None:
+    for name, value in vars(shape).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{name} {value}: must be 1 or more")
+    if shape.num_attention_heads % shape.num_query_groups:
+        raise ValueError(
+            f"num_key_value_heads {shape.num_query_groups}: must divide num_attention_heads {shape.num_attention_heads}"
+        )
+
+
+def shape_from_args(args: Namespace, original: ModelShape | None) -> ModelShape:
+    """The model that a checkpoint of this project holds, by the flags saved in it.
+
+    Args:
+        original: the model it came from, if it came from Hugging Face weights.
+
+    Raises:
+        AttributeError: a flag is not there.
+        ValueError: no family has these flags.
+    """
+    bias_and_norm = (args.add_qkv_bias, args.qk_layernorm)
+    model_type = original.model_type if original else "llama"
+    if bias_and_norm != (FAMILIES[model_type].qkv_bias, FAMILIES[model_type].qk_norm):
+        families = {(family.qkv_bias, family.qk_norm): name for name, family in FAMILIES.items() if name != "mistral"}
+        if bias_and_norm not in families:
+            raise ValueError("no family has both --add-qkv-bias and --qk-layernorm")
+        model_type = families[bias_and_norm]
+    shape = ModelShape(
+        model_type=model_type,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        vocab_size=original.vocab_size if original else args.vocab_size,
+        tied=not args.untie_embeddings_and_output_weights,
+        norm_epsilon=args.layernorm_epsilon,
+        rope_theta=float(args.rotary_base),
+        rope_scaling=args.rope_scaling_config,
+        max_position_embeddings=args.target_length,
+    )
+    same_rope = original and (shape.rope_theta, shape.rope_scaling) == (original.rope_theta, original.rope_scaling)
+    if same_rope and original.max_position_embeddings > shape.max_position_embeddings:
+        # Trained at less than it can: it still can.
+        return replace(shape, max_position_embeddings=original.max_position_embeddings)
+    return shape

@@ -1,0 +1,300 @@
+"""A Hugging Face model folder: tensors read one by one, or written as sharded safetensors."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_cream.checkpoint.families import ModelShape, read_config
+from megatron_cream.checkpoint.mapping import hf_shapes, pieces
+from megatron_cream.checkpoint.output import HashingFile
+from megatron_cream.checks import UsageError
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+# In the order in which transformers looks for them: (file, is it an index of shards).
+_WEIGHTS = (
+    ("model.safetensors", False),
+    ("model.safetensors.index.json", True),
+    ("pytorch_model.bin", False),
+    ("pytorch_model.bin.index.json", True),
+)
+# What goes along with the weights: text, tokenizer models, chat templates; never weights or code.
+_CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+_CARRIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md", "merges.txt")
+_NOT_CARRIED = (CONFIG, "integrity.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Safetensors' names of the types that weights come in.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Files are mapped anew after a thread has read this much: what was read through a mapping counts
+# as this process's memory for as long as the mapping lives.
+_REMAP_BYTES = 128 << 20
+
+
+def locate(path: str, *, flag: str) -> Path:
+    """The folder that `path` names: a folder, or a model on the Hugging Face Hub, downloaded or cached.
+
+    Raises:
+        UsageError: there is no such folder, and no such model can be had.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UsageError(f"{flag} {path}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.bin", *(f"*{suffix}" for suffix in _CARRIED), *_CARRIED_NAMES]
+    try:
+        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]))
+    except Exception as error:  # of many kinds: no network, no such model, no permission
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{flag} {path}: no such folder, and not to be had from the Hugging Face Hub: {reason}"
+        ) from None
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Tokenizer, generation config, chat template, license: what is copied along with the weights."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file()
+        and file.name not in _NOT_CARRIED
+        and (file.suffix in _CARRIED or file.name in _CARRIED_NAMES)
+        and file.stat().st_size < 1 << 28
+    )
+
+
+def carry(source: Path, target: Path) -> None:
+    for file in carried_files(source):
+        shutil.copyfile(file, target / file.name)
+
+
+class HfFolder:
+    """Reads the tensors of a Hugging Face folder, each when it is asked for.
+
+    Attributes:
+        path: the folder.
+        config: config.json as it stands.
+        shape: what it describes.
+        weights: {name: file} of every tensor.
+
+    Raises:
+        UsageError: one line that names what is missing, too much, or of another shape.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config, self.shape = read_config(path)
+        self.weights = _find_weights(path)
+        self._open = threading.local()  # each thread reads through mappings of its own
+        self._files = {file: _TensorFile(file) for file in sorted(set(self.weights.values()))}
+        self._check()
+
+    def get(self, name: str) -> Tensor:
+        """A tensor on the CPU, a view into the mapped file: copy it before asking for many more."""
+        mappings = self._open.__dict__.setdefault("mappings", {})
+        if sum(mapping.bytes_read for mapping in mappings.values()) > _REMAP_BYTES:
+            mappings.clear()
+        file = self.weights[name]
+        if file not in mappings:
+            mappings[file] = _Mapping(file)
+        return mappings[file].get(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._files[self.weights[name]].dtypes[name]
+
+    def _check(self) -> None:
+        """Every tensor of the model is there, in its shape and in a floating-point type; no other is."""
+        expected = {}
+        for row, layer in pieces(self.shape):
+            expected |= dict(zip(row.names(layer), hf_shapes(row, self.shape), strict=True))
+        for name, shape in expected.items():
+            if name not in self.weights:
+                raise UsageError(f"{self.path}: tensor {name} is missing{self._hint(name)}")
+            file = self._files[self.weights[name]]
+            if name not in file.shapes:
+                raise UsageError(f"{file.path}: tensor {name} is missing, though the index says it is there")
+            if file.shapes[name] != shape:
+                raise UsageError(
+                    f"{file.path}: tensor {name} has shape {list(file.shapes[name])}; "
+                    f"config.json makes it {list(shape)}"
+                )
+            if file.dtypes[name] not in _DTYPE_NAMES:
+                raise UsageError(
+                    f"{file.path}: tensor {name} is of type {file.dtypes[name]}; only float32, bfloat16 and float16 "
+                    "weights can be converted"
+                )
+        for name in sorted(self.weights.keys() - expected.keys()):
+            if self.shape.tied and name == "lm_head.weight":
+                if not torch.equal(self.get(name), self.get("model.embed_tokens.weight")):
+                    raise UsageError(
+                        f"{self.path}: config.json says tie_word_embeddings, but lm_head.weight differs from "
+                        "model.embed_tokens.weight"
+                    )
+            elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that old releases of transformers saved
+                raise UsageError(f"{self.weights[name]}: tensor {name} is not part of a {self._model()}")
+
+    def _model(self) -> str:
+        return f"{self.shape.model_type} model of {self.shape.num_layers} layers"
+
+    def _hint(self, name: str) -> str:
+        if name == "lm_head.weight":
+            return ": config.json does not say tie_word_embeddings"
+        return f", which a {self._model()} has"
+
+
+def _find_weights(folder: Path) -> dict[str, Path]:
+    for name, is_index in _WEIGHTS:
+        file = folder / name
+        if file.is_file():
+            return _read_index(file) if is_index else {tensor: file for tensor in _TensorFile(file).shapes}
+    raise UsageError(f"{folder}: none of {', '.join(name for name, _ in _WEIGHTS)} is there")
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        entries = list(weight_map.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index}: not an index of shards that can be read: {error}") from error
+    for name, file in entries:
+        if not isinstance(file, str) or file != Path(file).name or file in ("", "..", "."):
+            raise UsageError(f"{index}: tensor {name}: {file!r}: must be the name of a file beside the index")
+        if not (index.parent / file).is_file():
+            raise UsageError(f"{index}: tensor {name} is in {file}, which is not there")
+    return {name: index.parent / file for name, file in entries}
+
+
+class _TensorFile:
+    """Shapes and types of the tensors in a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        mapping = _Mapping(path)
+        self.shapes, self.dtypes = mapping.shapes(), mapping.dtypes()
+
+
+class _Mapping:
+    """An open, memory-mapped file of tensors, safetensors or torch's zip."""
+
+    def __init__(self, path: Path):
+        self.bytes_read = 0
+        self._tensors: dict[str, Tensor] | None = None
+        try:
+            if path.suffix == ".safetensors":
+                self._file = safe_open(path, framework="pt")
+            else:
+                self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # a damaged file, or a pickle that is more than tensors
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"{path}: not a file of tensors that can be read: {reason}") from error
+        is_state_dict = isinstance(self._tensors, dict) and all(isinstance(t, Tensor) for t in self._tensors.values())
+        if self._tensors is not None and not is_state_dict:
+            raise UsageError(f"{path}: holds something other than named tensors")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        if self._tensors is not None:
+            return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}
+
+    def dtypes(self) -> dict[str, torch.dtype | str]:
+        if self._tensors is not None:
+            return {name: tensor.dtype for name, tensor in self._tensors.items()}
+        names = {name: self._file.get_slice(name).get_dtype() for name in self._file.keys()}
+        return {name: _DTYPES.get(dtype, dtype) for name, dtype in names.items()}
+
+    def get(self, name: str) -> Tensor:
+        tensor = self._tensors[name] if self._tensors is not None else self._file.get_tensor(name)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+
+# ---------------------------------------------------------------- writing
+
+
+class Group:
+    """Tensors that are written together because they come from one read.
+
+    entries: (name, dtype, shape) of each; produce: gives them, in the same order.
+    """
+
+    def __init__(
+        self,
+        entries: list[tuple[str, torch.dtype, tuple[int, ...]]],
+        produce: Callable[[], list[Tensor]],
+    ):
+        self.entries, self.produce = entries, produce
+        self.nbytes = sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in entries)
+
+
+def write_weights(
+    folder: Path, groups: list[Group], *, max_shard_bytes: int, threads: int, progress: Callable[[int], None]
+) -> dict[str, str]:
+    """Safetensors shards, and their index if there are several.
+
+    Only the group at hand is in memory: a shard's header is known before its tensors are.
+
+    Returns: SHA-256 of each shard, by file name.
+    """
+    shards: list[list[Group]] = [[]]
+    for group in groups:
+        if shards[-1] and sum(g.nbytes for g in shards[-1]) + group.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(group)
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        hashes = list(pool.map(lambda pair: _write_shard(folder / pair[0], pair[1], progress), zip(names, shards)))
+    if len(shards) > 1:
+        weight_map = {
+            name: file for file, shard in zip(names, shards) for group in shard for name, _, _ in group.entries
+        }
+        index = {"metadata": {"total_size": sum(g.nbytes for g in groups)}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    return dict(zip(names, hashes))
+
+
+def _write_shard(path: Path, groups: list[Group], progress: Callable[[int], None]) -> str:
+    """One safetensors file (format: github.com/huggingface/safetensors): header, then the bytes, in order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for group in groups:
+        for name, dtype, shape in group.entries:
+            end = offset + dtype.itemsize * torch.Size(shape).numel()
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as raw:
+        file = HashingFile(raw, progress)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for group in groups:
+            for (name, dtype, shape), tensor in zip(group.entries, group.produce(), strict=True):
+                assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
+                file.write(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
+        raw.flush()
+        os.fsync(raw.fileno())
+    return file.hexdigest()
+
+
+def write_config(folder: Path, shape: ModelShape, base: dict[str, Any] | None, dtype: torch.dtype) -> None:
+    """config.json; `dtype` is that of the weights."""
+    config = shape.hf_config(base)
+    config.pop("dtype", None)
+    # Read by every release; transformers 5 writes it as `dtype`.
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_json(folder / CONFIG, config)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

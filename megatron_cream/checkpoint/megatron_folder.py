@@ -1,0 +1,382 @@
+"""A Megatron checkpoint without a process group: tensors read one by one, or written as they come.
+
+The format is Megatron's `torch_dist`, which is torch.distributed.checkpoint with keys and stacked
+layers as Megatron's sharded state dicts name them; reading and writing go through torch's own
+planner and storage interfaces.
+"""
+
+import contextlib
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_cream.checkpoint.families import ModelShape, read_config, shape_from_args
+from megatron_cream.checkpoint.mapping import LAYERS, Row, megatron_shape, rows
+from megatron_cream.checkpoint.output import TRACKER, HashingFile
+from megatron_cream.checks import UsageError
+from megatron_cream.model.attention import AttentionBackend
+
+HF = "hf"  # config.json, tokenizer and generation config of the model that a checkpoint came from
+# The linear layers that, in Megatron's modules, carry an (empty) extra state of Transformer Engine's.
+_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_COMMON_STATE = "common_state/shard_0_1"
+
+
+# ---------------------------------------------------------------- reading
+
+
+class MegatronCheckpoint:
+    """Reads the parameters of one saved step, whatever layout it was saved at.
+
+    Attributes:
+        path: the folder of all steps, as given to --save.
+        step: the iteration, or "release" for a converted model that was not trained here.
+        folder: the step's own.
+        args: the flags that it was trained or converted with.
+        config: the config.json that came along with the model, or None.
+        shape: the model, with the rotary embedding that it was trained for.
+
+    Raises:
+        UsageError: one line that says what is missing or cannot be read.
+    """
+
+    def __init__(self, path: Path, step: int | None = None):
+        self.path = path
+        self.step = _newest_step(path) if step is None else step
+        self.folder = path / (self.step if self.step == "release" else f"iter_{self.step:07d}")
+        if not self.folder.is_dir():
+            raise UsageError(f"--checkpoint {path}: there is no {self.folder.name} in it")
+        if not (self.folder / ".metadata").is_file():
+            raise UsageError(
+                f"--checkpoint {path}: {self.folder.name} is not a whole torch_dist checkpoint: it has no .metadata"
+            )
+        self._reader = dcp.FileSystemReader(self.folder)
+        try:
+            with open(self.folder / ".metadata", "rb") as file:
+                self._metadata = _PlainUnpickler(file).load()
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            self.args = self._common_state()["args"]
+            self._tensors = {
+                key: entry
+                for key, entry in self._metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+        except Exception as error:  # a damaged or foreign file, in one of many ways
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"--checkpoint {path}: {self.folder.name} cannot be read: {reason}") from error
+        self.config, self.shape = self._model()
+        self._check()
+
+    @property
+    def hf_folder(self) -> Path | None:
+        return self.path / HF if (self.path / HF).is_dir() else None
+
+    def dtype(self, row: Row, layer: int | None) -> torch.dtype:
+        return self._tensors[self._stored(row, layer)[0]].properties.dtype
+
+    def read(self, row: Row, layer: int | None, out: Tensor) -> Tensor:
+        """Fill `out`, a whole parameter of one layer, cast to its dtype.
+
+        A vocabulary's out may have fewer rows than were saved (their padding), or more (left as they are).
+        """
+        key, stacked = self._stored(row, layer)
+        stored = self._tensors[key]
+        target = out.unsqueeze(0) if stacked else out
+        if row.fusion == "vocabulary":
+            target = target[: stored.size[0]]
+        offsets = torch.Size([layer if stacked else 0] + [0] * (target.dim() - 1))
+        box = ChunkStorageMetadata(offsets=offsets, sizes=target.shape)
+        items = create_read_items_for_chunk_list(key, stored, [box])
+        covered = sum(item.lengths.numel() for item in items)
+        if covered != target.numel():
+            raise UsageError(f"--checkpoint {self.path}: {key}: {target.numel() - covered} elements were not saved")
+        try:
+            slow = [item for item in items if not self._read_at_once(item, stored, target)]
+            if slow:
+                self._reader.read_data(LoadPlan(slow), _Into(target)).wait()
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"--checkpoint {self.folder}: {key} cannot be read: {reason}") from error
+        return out
+
+    def _read_at_once(self, item: ReadItem, stored: TensorStorageMetadata, target: Tensor) -> bool:
+        """Read a saved chunk straight from the file into `target`, if the bytes lie there as they should here.
+
+        torch's own reader copies every chunk twice more.
+        """
+        info = self._metadata.storage_data[item.storage_index]
+        place = _Into(target).resolve_tensor(item)
+        whole_rows = place.is_contiguous() and target.dtype == stored.properties.dtype
+        chunk = next(chunk for chunk in stored.chunks if chunk.offsets == item.storage_index.offset)
+        if not whole_rows or info.transform_descriptors or chunk.sizes[1:] != item.lengths[1:]:
+            return False
+        with open(self.folder / Path(info.relative_path).name, "rb") as file:
+            with FakeTensorMode():  # where in the file, without the bytes
+                view = _create_file_view(file, info.offset, info.length)
+                storage = torch.load(view, weights_only=True).untyped_storage()
+            first = item.storage_offsets[0] * (storage.nbytes() // chunk.sizes[0])
+            file.seek(info.offset + storage._checkpoint_offset + first)
+            return file.readinto(place.view(torch.uint8).reshape(-1).numpy()) == place.nbytes
+
+    def _stored(self, row: Row, layer: int | None) -> tuple[str, bool]:
+        """The key in the checkpoint, and whether it holds all layers."""
+        if row.key in self._tensors:
+            return row.key, row.layered
+        return row.module_name(layer, transformer_engine=True), False
+
+    def _common_state(self) -> dict[str, Any]:
+        info = self._metadata.storage_data[MetadataIndex(_COMMON_STATE)]
+        with open(self.folder / Path(info.relative_path).name, "rb") as stream:
+            stream.seek(info.offset)
+            return _load_plain(io.BytesIO(stream.read(info.length)))[0]
+
+    def _model(self) -> tuple[dict[str, Any] | None, ModelShape]:
+        config = original = None
+        if (self.path / HF / "config.json").is_file():
+            config, original = read_config(self.path / HF)
+        try:
+            shape = shape_from_args(self.args, original)
+            shape.rotary()
+        except (AttributeError, ValueError, StopIteration) as error:
+            raise UsageError(f"--checkpoint {self.path}: not a checkpoint of this project's models: {error}") from error
+        return config, shape
+
+    def _check(self) -> None:
+        for row in rows(self.shape):
+            key, stacked = self._stored(row, 0)
+            if key not in self._tensors:
+                raise UsageError(f"--checkpoint {self.path}: parameter {row.key} is missing")
+            saved = tuple(self._tensors[key].size)
+            needed = megatron_shape(row, self.shape, self.shape.vocab_size)
+            needed = (self.shape.num_layers, *needed) if stacked else needed
+            fits = saved[0] >= needed[0] and saved[1:] == needed[1:] if row.fusion == "vocabulary" else saved == needed
+            if not fits:
+                raise UsageError(
+                    f"--checkpoint {self.path}: parameter {row.key} has shape {list(saved)}; "
+                    f"its flags make it {list(needed)}"
+                )
+
+
+def _newest_step(path: Path) -> int | str:
+    tracker = path / TRACKER
+    if not path.is_dir():
+        raise UsageError(f"--checkpoint {path}: no such folder")
+    if not tracker.is_file():
+        raise UsageError(f"--checkpoint {path}: not a Megatron checkpoint: it has no {tracker.name}")
+    text = tracker.read_text().strip()
+    if text != "release" and not text.isdecimal():
+        raise UsageError(f"{tracker}: says {text[:50]!r}; must be a number or release")
+    return text if text == "release" else int(text)
+
+
+class _Into(dcp.LoadPlanner):
+    """Copies what is read into one tensor."""
+
+    def __init__(self, target: Tensor):
+        self._target = target
+
+    def resolve_tensor(self, read_item) -> Tensor:
+        tensor = self._target
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            tensor = tensor.narrow(axis, start, length)
+        return tensor
+
+    def commit_tensor(self, read_item, tensor) -> None:
+        pass
+
+    def set_up_planner(self, *args, **kwargs):
+        raise NotImplementedError
+
+    create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """torch's checkpoint metadata is a pickle; nothing but the classes it is made of is let in."""
+
+    _MODULES = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.planner",
+        "torch.distributed.checkpoint.filesystem",
+        "megatron.core.dist_checkpointing.strategies.torch",
+    )
+    _NAMES = (
+        ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+    )  # fmt: skip
+
+    def find_class(self, module: str, name: str):
+        value = super().find_class(module, name) if module in self._MODULES else None
+        # A class of these modules itself, not what they import.
+        if isinstance(value, type) and value.__module__ == module:
+            return value
+        if (module, name) in self._NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata")
+
+
+def _load_plain(file: io.BytesIO) -> Any:
+    with torch.serialization.safe_globals([AttentionBackend, type(None)]):
+        return torch.load(file, weights_only=True)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_torch_dist(
+    folder: Path,
+    shape: ModelShape,
+    *,
+    padded_vocab_size: int,
+    dtypes: dict[str, torch.dtype],
+    produce: Callable[[Row, int | None], Tensor],
+    common_state: dict[str, Any],
+    threads: int,
+    progress: Callable[[int], None],
+) -> dict[str, str]:
+    """A `torch_dist` checkpoint step that Megatron loads at any layout.
+
+    Args:
+        folder: empty.
+        dtypes: of each parameter, by its key.
+        produce: a whole parameter of a layer. Runs in `threads` threads at once; its tensor may be
+            reused once the thread asks for the next.
+        common_state: what Megatron keeps beside the tensors (args, iteration ...).
+
+    Returns: SHA-256 of each file, by name.
+    """
+    failure = _Failure()
+    planner = _StreamingPlanner(shape, padded_vocab_size, dtypes, produce, common_state, failure)
+    writer = dcp.FileSystemWriter(folder, thread_count=threads)
+    writer.fs = files = _HashingFileSystem(progress, failure)
+    with warnings.catch_warnings(action="ignore"):  # that there is no process group
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    if failure.error:
+        raise failure.error
+    if len(files.hashes) != threads + 1:  # and .metadata
+        raise OSError(f"{folder}: a file could not be written")
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    return files.hashes
+
+
+class _Failure:
+    """The first error while writing.
+
+    Neither torch's writer threads nor its zip writer can be relied on to pass an error on. So
+    errors are kept here, what follows is written to nowhere, and the caller raises at the end.
+    """
+
+    error: BaseException | None = None
+
+    def keep(self, error: BaseException) -> None:
+        self.error = self.error or error
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Plans every parameter from its shape, and makes each when its turn to be written comes."""
+
+    def __init__(self, shape, padded_vocab_size, dtypes, produce, common_state, failure: _Failure):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._produce, self._bytes, self._failure = produce, {}, failure
+        self._parameters: dict[tuple[str, int | None], tuple[Row, int | None]] = {}
+        items = []
+        for row in rows(shape):
+            local = megatron_shape(row, shape, padded_vocab_size)
+            layers = shape.num_layers if row.layered else None
+            for layer in range(layers) if layers else [None]:
+                self._parameters[row.key, layer] = (row, layer)
+                items.append(_tensor_item(row.key, local, layer, layers, dtypes[row.key]))
+        states = {
+            f"{LAYERS}{linear}._extra_state/shard_{layer}_{shape.num_layers}": [None]
+            for linear in _LINEARS
+            for layer in range(shape.num_layers)
+        }
+        for key, value in (states | {_COMMON_STATE: [common_state]}).items():
+            self._bytes[key] = value
+            items.append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
+        self._items = items
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(self._items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        is_bytes = write_item.type == WriteItemType.BYTE_IO
+        if self._failure.error is None:
+            try:
+                return self._resolve(write_item.index)
+            except BaseException as error:
+                self._failure.keep(error)
+        return io.BytesIO() if is_bytes else torch.empty(0)
+
+    def _resolve(self, index: MetadataIndex) -> Tensor | io.BytesIO:
+        if index.fqn in self._bytes:
+            file = io.BytesIO()
+            torch.save(self._bytes[index.fqn], file)
+            return file
+        layer = index.offset[0] if index.fqn.startswith(LAYERS) else None
+        row, layer = self._parameters[index.fqn, layer]
+        tensor = self._produce(row, layer)
+        return tensor if layer is None else tensor.unsqueeze(0)
+
+
+def _tensor_item(
+    key: str, local: tuple[int, ...], layer: int | None, layers: int | None, dtype: torch.dtype
+) -> WriteItem:
+    sizes = torch.Size(local if layers is None else (1, *local))
+    whole = torch.Size(local if layers is None else (layers, *local))
+    offsets = torch.Size([layer or 0] + [0] * (len(sizes) - 1))
+    return WriteItem(
+        index=MetadataIndex(key, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+            properties=TensorProperties(dtype=dtype),
+            size=whole,
+        ),
+    )
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self, progress: Callable[[int], None], failure: _Failure):
+        self.hashes: dict[str, str] = {}
+        self._progress, self._failure = progress, failure
+
+    @contextlib.contextmanager
+    def create_stream(self, path, mode: str) -> Iterator[HashingFile]:
+        with super().create_stream(path, mode) as stream:
+            yield (file := _KeepingErrors(stream, self._progress, self._failure))
+        self.hashes[Path(path).name.removesuffix(".tmp")] = file.hexdigest()
+
+
+class _KeepingErrors(HashingFile):
+    def __init__(self, file, progress, failure: _Failure):
+        super().__init__(file, progress)
+        self._failure = failure
+
+    def write(self, data) -> int:
+        if self._failure.error is None:
+            try:
+                return super().write(data)
+            except BaseException as error:
+                self._failure.keep(error)
+        return memoryview(data).nbytes

@@ -1,0 +1,107 @@
+"""A checkpoint's model in this process, on one rank, without Megatron's command line."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+
+from megatron_cream import platform
+from megatron_cream.checkpoint.families import ModelShape
+from megatron_cream.checkpoint.mapping import Row, megatron_shape, pieces, tensor_parallel_shard
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.model.attention import choose_backend
+from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModelConfig
+
+
+def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> LlamaModel:
+    """The whole model, in evaluation mode, on this project's layers; its vocabulary is not padded.
+
+    Starts a process group of one where there is none.
+    """
+    _one_rank()
+    model = _build_model(checkpoint.shape, dtype)
+    fill(model, checkpoint.shape, checkpoint.read)
+    return model.eval()
+
+
+def _build_model(shape: ModelShape, dtype: torch.dtype) -> LlamaModel:
+    args = shape.megatron_args()
+    names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels".split()
+    names += ["layernorm_epsilon", "add_qkv_bias", "qk_layernorm"]
+    config = TransformerConfig(
+        **{name: args[name] for name in names},
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu_initialization=not platform.has_cuda(),
+        perform_initialization=False,
+        masked_softmax_fusion=False,
+    )
+    model = LlamaModelConfig(
+        transformer=config,
+        vocab_size=shape.vocab_size,
+        should_pad_vocab=False,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="none",
+        rotary_base=shape.rope_theta,
+        rope_scaling_config=shape.rope_scaling,
+        rope_max_positions=shape.max_position_embeddings,
+        real_vocab_size=shape.vocab_size,
+        attention=choose_backend("sdpa", has_cuda=platform.has_cuda(), half=dtype != torch.float32),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return LlamaModelBuilder(model).build_model(groups, pre_process=True, post_process=True)
+
+
+@torch.no_grad()
+def fill(model: LlamaModel, shape: ModelShape, produce) -> None:
+    """Put weights into this rank's part of a model.
+
+    Args:
+        produce: (row, layer, out) fills out with a whole parameter: `MegatronCheckpoint.read`, or a
+            Hugging Face folder's `join`ed tensors.
+    """
+    parameters = dict(model.named_parameters())
+    group = model.pg_collection.tp
+    first = min((layer.layer_number for layer in model.decoder.layers), default=1) - 1
+    for row, layer in pieces(shape):
+        for name in _names(row, layer if layer is None else layer - first):
+            if name in parameters:
+                parameter = parameters.pop(name)
+                out = torch.zeros(
+                    _whole_shape(row, shape, parameter, group.size()), dtype=parameter.dtype, device="cpu"
+                )
+                parameter.copy_(tensor_parallel_shard(row, produce(row, layer, out), group.rank(), group.size()))
+                break
+    tied_copy = parameters.pop("output_layer.weight", None)
+    if tied_copy is not None and shape.tied:  # the last pipeline stage's
+        row, layer = next(pieces(shape))
+        out = torch.zeros(_whole_shape(row, shape, tied_copy, group.size()), dtype=tied_copy.dtype, device="cpu")
+        tied_copy.copy_(tensor_parallel_shard(row, produce(row, layer, out), group.rank(), group.size()))
+    assert not parameters, f"not filled: {sorted(parameters)}"
+
+
+def _names(row: Row, layer: int | None) -> list[str]:
+    if layer is not None and layer < 0:
+        return []
+    return [row.module_name(layer, transformer_engine) for transformer_engine in (True, False)]
+
+
+def _whole_shape(row: Row, shape: ModelShape, parameter, tensor_parallel: int) -> tuple[int, ...]:
+    padded = parameter.shape[0] * tensor_parallel if row.fusion == "vocabulary" else shape.vocab_size
+    return megatron_shape(row, shape, padded)
+
+
+def _one_rank() -> None:
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)

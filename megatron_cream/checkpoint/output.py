@@ -1,0 +1,192 @@
+"""A folder written whole or not at all, with checksums of what it holds."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_cream.checks import UsageError
+
+# Megatron's own manifest, by its own name: its --verify-integrity reads it as well.
+MANIFEST = "integrity.json"
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's; training moves it on, so no manifest lists it
+_READ_BYTES = 16 << 20
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, flag: str, overwrite: bool, needs_bytes: int) -> Iterator[Path]:
+    """Yields an empty folder beside `path`, which becomes `path` when the block ends without an error.
+
+    Until then `path` is as it was; a killed process leaves only `.NAME.partial`, which the next one
+    with the same `path` removes.
+
+    Args:
+        flag: what the user gave `path` with, for the message.
+        overwrite: allow `path` to be what an earlier conversion wrote.
+        needs_bytes: refuse to start with less free space.
+
+    Raises:
+        UsageError: one clear line; nothing was written.
+    """
+    path = path.absolute()
+    check_free(path, flag=flag, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_space(path, flag=flag, needs_bytes=needs_bytes)
+    partial = path.with_name(f".{path.name}.partial")
+    with _locked(path.with_name(f".{path.name}.lock"), f"{flag} {path}"):
+        if partial.exists():
+            shutil.rmtree(partial)
+        try:
+            partial.mkdir()
+            yield partial
+            check_free(path, flag=flag, overwrite=overwrite)  # somebody may have written meanwhile
+            _replace(path, partial)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(path: Path, *, flag: str, overwrite: bool) -> None:
+    """Raises UsageError if `path` holds something that must not be replaced."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{flag} {path}: exists and is not a folder; give a new one")
+    entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    if not entries:
+        return
+    if not overwrite:
+        raise UsageError(f"{flag} {path}: holds something already; give a new folder, or --overwrite")
+    strangers = sorted(entries - _written_names(path))
+    if strangers:
+        raise UsageError(
+            f"{flag} {path}: --overwrite replaces what a conversion wrote, and {strangers[0]} is not; give a new folder"
+        )
+
+
+def check_space(path: Path, *, flag: str, needs_bytes: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < needs_bytes:
+        raise UsageError(
+            f"{flag} {path}: needs {needs_bytes / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free there"
+        )
+
+
+def _written_names(path: Path) -> set[str]:
+    """The names directly in `path` that a conversion wrote, by its manifest."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        names = json.loads((path / MANIFEST).read_text())["files"]
+        return {MANIFEST, TRACKER} | {Path(name).parts[0] for name in names}
+    return set()
+
+
+def _replace(path: Path, new: Path) -> None:
+    _sync(new)
+    if not path.exists():
+        new.rename(path)
+    else:
+        old = path.with_name(f".{path.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        new.rename(path)
+        shutil.rmtree(old)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _locked(file: Path, what: str) -> Iterator[None]:
+    """Held while two writers of one folder must not meet; the kernel frees it if the process dies."""
+    with open(file, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{what}: another conversion is writing there now") from None
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+class HashingFile:
+    """A binary file for writing that hashes what passes (SHA-256) and reports how much."""
+
+    def __init__(self, file: BinaryIO, progress=None):
+        self._file, self._hash, self._progress = file, hashlib.sha256(), progress
+
+    def write(self, data) -> int:
+        self._file.write(data)
+        self._hash.update(data)
+        size = memoryview(data).nbytes
+        if self._progress:
+            self._progress(size)
+        return size
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+    def __getattr__(self, name):  # tell, flush, fileno, close
+        return getattr(self._file, name)
+
+
+def hash_file(path: Path, progress=None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            if progress:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, hashes: dict[str, str]) -> None:
+    """`integrity.json`: the SHA-256 of every file under `folder`.
+
+    Args:
+        hashes: of the files that were hashed as they were written, by their path in `folder`; the
+            others are read again.
+    """
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and file.name not in (MANIFEST, TRACKER) and name not in hashes:
+            hashes[name] = hash_file(file)
+    text = json.dumps({"algorithm": "sha256", "files": dict(sorted(hashes.items()))}, indent=2)
+    with open(folder / MANIFEST, "w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_manifest(folder: Path, progress=None) -> list[str]:
+    """Reads every file that a manifest in `folder` lists.
+
+    Returns: a line for each that is missing or differs; none if all is well.
+
+    Raises:
+        UsageError: the manifest cannot be read.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = {str(name): str(digest) for name, digest in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder / MANIFEST}: not a manifest that can be read: {error}") from error
+    wrong = []
+    for name, digest in files.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            wrong.append(f"{name}: a path out of the folder")
+        elif not file.is_file():
+            wrong.append(f"{file}: missing")
+        elif hash_file(file, progress) != digest:
+            wrong.append(f"{file}: its bytes are not those that were written (SHA-256 differs)")
+    return wrong

@@ -1,0 +1,151 @@
+"""A Megatron checkpoint and a Hugging Face folder, compared: checksums, tensors, logits."""
+
+import gc
+import os
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_cream.checkpoint import output
+from megatron_cream.checkpoint.convert import export_groups
+from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.checkpoint.mapping import pieces
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checkpoint.model import load_model
+from megatron_cream.checks import UsageError
+from megatron_cream.console import TransferBar
+
+TEXT = (
+    "The window of a language model is the number of tokens it was trained to read at once. "
+    "Positions beyond it are new to the model, unless they are made to look like old ones."
+)
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of logits, relative; bf16's is rounding alone
+
+
+def verify(checkpoint: MegatronCheckpoint, folder: HfFolder, *, text: str) -> bool:
+    """Print what was compared and the largest differences.
+
+    Returns: whether the two hold the same model.
+
+    Raises:
+        UsageError: the two are not of one shape.
+    """
+    same = _checksums(checkpoint, folder)
+    same &= _tensors(checkpoint, folder)
+    return _logits(checkpoint, folder, text) and same
+
+
+def _checksums(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
+    wrong: list[str] = []
+    with TransferBar("checksums: read") as progress:
+        # The checkpoint's own manifest lists what import wrote; one that training saved may have Megatron's.
+        of_checkpoint = checkpoint.path if checkpoint.step == "release" else checkpoint.folder
+        for place in (of_checkpoint, folder.path):
+            if (place / output.MANIFEST).is_file():
+                wrong += output.check_manifest(place, progress)
+            else:
+                print(f"checksums: {place} has no {output.MANIFEST}")
+    for line in wrong:
+        print(f"checksums: {line}")
+    return not wrong
+
+
+def _tensors(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
+    if checkpoint.shape.vocab_size != folder.shape.vocab_size:
+        raise UsageError(
+            f"--hf-path {folder.path}: a vocabulary of {folder.shape.vocab_size}, "
+            f"the checkpoint's is {checkpoint.shape.vocab_size}"
+        )
+    kinds = {row.names(layer)[0] for row, layer in pieces(folder.shape)}
+    groups = export_groups(checkpoint, None)
+    if kinds != {group.entries[0][0] for group in groups}:
+        raise UsageError(f"--hf-path {folder.path}: not the same model as --checkpoint {checkpoint.path}")
+    largest, where, equal, count, cast = 0.0, "", 0, 0, 0
+    with TransferBar("tensors: compared") as progress:
+        progress.expect(sum(group.nbytes for group in groups))
+        for group in groups:
+            for (name, _, shape), ours in zip(group.entries, group.produce(), strict=True):
+                theirs = folder.get(name)
+                if tuple(theirs.shape) != shape:
+                    raise UsageError(
+                        f"--hf-path {folder.path}: {name} has shape {list(theirs.shape)}, not {list(shape)}"
+                    )
+                count += 1
+                cast += ours.dtype != theirs.dtype
+                difference = _largest_difference(ours, theirs)
+                equal += difference == 0
+                if not difference <= largest:  # NaN counts as the largest
+                    largest, where = difference, name
+                progress(theirs.nbytes)
+    kind = f"; {cast} are of another type" if cast else ""
+    print(
+        f"tensors: {equal} of {count} equal{kind}; largest difference {largest:.3g}"
+        + (f", in {where}" if where else "")
+    )
+    return equal == count
+
+
+def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    if ours.dtype == theirs.dtype and torch.equal(
+        ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)
+    ):
+        return 0.0  # NaN equals NaN here
+    parts = zip(ours.reshape(-1).split(1 << 24), theirs.reshape(-1).split(1 << 24))
+    # A cast down is compared as such: the wider of the two, rounded to the narrower.
+    kind = min(ours.dtype, theirs.dtype, key=lambda d: d.itemsize)
+    return max(((a.to(kind).double() - b.to(kind).double()).abs().max().item() for a, b in parts), default=0.0)
+
+
+def _logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) -> bool:
+    """Both models on the same tokens, one after the other."""
+    tokens = _tokenize(folder.path, text, checkpoint.shape.vocab_size)
+    limit = checkpoint.shape.max_position_embeddings
+    tokens = tokens[:, : min(limit, 2048)]
+    dtype = _fitting_dtype(checkpoint)
+    theirs = _transformers_logits(folder.path, tokens, dtype)
+    gc.collect()
+    model = load_model(checkpoint, dtype)
+    with torch.inference_mode():
+        ours = model(tokens, torch.arange(tokens.shape[1])[None], None).float()[..., : theirs.shape[-1]]
+    absolute = (ours - theirs).abs().max().item()
+    relative = (torch.linalg.norm(ours - theirs) / torch.linalg.norm(theirs)).item()
+    name = str(dtype).removeprefix("torch.")
+    print(
+        f"logits: {tokens.shape[1]} tokens in {name}: largest difference {absolute:.3g}, relative error {relative:.3g}, "
+        f"same best token at {(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item():.1%}"
+    )
+    return relative <= _TOLERANCE[dtype]
+
+
+def _fitting_dtype(checkpoint: MegatronCheckpoint) -> torch.dtype:
+    """float32 if a copy of the model fits into memory, else bfloat16."""
+    elements = sum(
+        torch.Size(size).numel() for group in export_groups(checkpoint, None) for _, _, size in group.entries
+    )
+    return torch.float32 if 4 * elements + (2 << 30) < psutil.virtual_memory().available else torch.bfloat16
+
+
+def _transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    with torch.inference_mode():
+        return model(tokens).logits.float()
+
+
+def _tokenize(folder: Path, text: str, vocab_size: int) -> Tensor:
+    """int64 [1, n]: by the folder's tokenizer, or else the text's bytes as token ids."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+
+    try:
+        ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    except Exception:  # there is none, or not a whole one
+        ids = []
+    if not ids:
+        ids = list(text.encode())
+    return torch.tensor([[i % vocab_size for i in ids]])

@@ -1,0 +1,235 @@
+"""Hugging Face folders in and out, with transformers as the oracle."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from megatron_cream import platform
+
+platform.setup()
+
+from megatron_cream.checkpoint.convert import export_hf, import_hf
+from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.checkpoint.mapping import pieces
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checkpoint.model import load_model
+from megatron_cream.model.rotary import rope_scaling_dict
+from tests.hf_models import MODELS, logits_of, relative, save_model, some_tokens
+from tests.launch import ROOT, train, write_documents
+
+WINDOW = 128
+
+
+def run_tool(*flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "convert_hf.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_bit_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(tmp_path, name):
+    """Our logits are transformers'; the exported folder is bit-equal to the imported one, and has the same config."""
+    theirs = save_model(tmp_path / "hf", name)
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
+    checkpoint = MegatronCheckpoint(tmp_path / "ckpt")
+
+    tokens, ids = some_tokens(theirs)
+    with torch.inference_mode():
+        logits = load_model(checkpoint, torch.float32)(tokens, ids, None)
+    assert logits.shape[-1] == theirs.config.vocab_size
+    assert relative(logits, logits_of(theirs, tokens, ids)) < 1e-5
+
+    export_hf(checkpoint, tmp_path / "out")
+    assert_bit_equal(weights(tmp_path / "out"), weights(tmp_path / "hf"))
+    before, after = (AutoConfig.from_pretrained(tmp_path / folder).to_dict() for folder in ("hf", "out"))
+    before.pop("head_dim", None), after.pop("head_dim", None)  # written out where it was implied
+    assert after == before | {"_name_or_path": after.get("_name_or_path")} or after == before
+
+
+@pytest.mark.parametrize("rope_type", ["none", "linear", "ntk", "yarn", "llama3"])
+@pytest.mark.parametrize("name", ["llama-mha", "llama-gqa-odd-vocabulary"])
+def test_exported_rope_is_the_trained_one(tmp_path, name, rope_type):
+    """transformers' logits of an exported extension are ours, at positions up to the new length."""
+    save_model(tmp_path / "hf", name)
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
+    checkpoint = MegatronCheckpoint(tmp_path / "ckpt")
+    scaling = rope_scaling_dict(rope_type, 8.0, WINDOW)
+    checkpoint.shape = replace(checkpoint.shape, rope_scaling=scaling, max_position_embeddings=8 * WINDOW)
+    export_hf(checkpoint, tmp_path / "out")
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 8 * WINDOW
+    assert config["rope_scaling"] == (None if rope_type in ("none", "ntk") else scaling)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert isinstance(theirs, LlamaForCausalLM)
+    tokens, ids = some_tokens(theirs)
+    with torch.inference_mode():
+        ours = load_model(checkpoint, torch.float32)(tokens, ids, None)
+    assert relative(ours, logits_of(theirs, tokens, ids)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_types_are_kept_or_cast(tmp_path, dtype):
+    save_model(tmp_path / "hf", "llama-mha", dtype)
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "kept")
+    export_hf(MegatronCheckpoint(tmp_path / "kept"), tmp_path / "out")
+    theirs = weights(tmp_path / "hf")
+    assert_bit_equal(weights(tmp_path / "out"), theirs)
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == dtype
+
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "cast", dtype=torch.float32)
+    export_hf(MegatronCheckpoint(tmp_path / "cast"), tmp_path / "wide")
+    assert_bit_equal(weights(tmp_path / "wide"), {name: tensor.float() for name, tensor in theirs.items()})
+    export_hf(MegatronCheckpoint(tmp_path / "cast"), tmp_path / "narrow", dtype=dtype)
+    assert_bit_equal(weights(tmp_path / "narrow"), theirs)
+
+
+def test_shards_in_and_out(tmp_path):
+    """Sharded safetensors, and pytorch_model.bin in one file or several, read alike; shards are written as asked."""
+    model = save_model(tmp_path / "hf", "qwen2", torch.bfloat16, shard_size="100KB")
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    for folder in ("one", "many"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text((tmp_path / "hf" / "config.json").read_text())
+    torch.save(state, tmp_path / "one" / "pytorch_model.bin")
+    parts = [dict(list(state.items())[start::3]) for start in range(3)]
+    for i, part in enumerate(parts):
+        torch.save(part, tmp_path / "many" / f"pytorch_model-{i}.bin")
+    weight_map = {name: f"pytorch_model-{i}.bin" for i, part in enumerate(parts) for name in part}
+    (tmp_path / "many" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    for folder in ("hf", "one", "many"):
+        import_hf(HfFolder(tmp_path / folder), tmp_path / f"ckpt-{folder}")
+        export_hf(MegatronCheckpoint(tmp_path / f"ckpt-{folder}"), tmp_path / f"out-{folder}", max_shard_bytes=100_000)
+        files = sorted((tmp_path / f"out-{folder}").glob("*.safetensors"))
+        index = json.loads((tmp_path / f"out-{folder}" / "model.safetensors.index.json").read_text())
+        assert len(files) > 2 and {file.name for file in files} == set(index["weight_map"].values())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in state.values())
+        assert_bit_equal(weights(tmp_path / f"out-{folder}"), state)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{folder}", dtype=torch.bfloat16)
+        assert_bit_equal(loaded.state_dict(), model.state_dict())
+
+
+def test_what_travels_along(tmp_path):
+    """Tokenizer and generation config go through a checkpoint; weights and code do not."""
+    save_model(tmp_path / "hf", "llama-mha")
+    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja", "LICENSE"):
+        (tmp_path / "hf" / name).write_text(name)
+    (tmp_path / "hf" / "modeling.py").write_text("raise SystemExit")
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
+    export_hf(MegatronCheckpoint(tmp_path / "ckpt"), tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {file.name for file in (tmp_path / "hf").iterdir()} - {"modeling.py"} | {"integrity.json"}
+    assert (tmp_path / "out" / "tokenizer.model").read_text() == "tokenizer.model"
+
+
+def test_old_buffers_and_tied_heads(tmp_path):
+    """Buffers of old releases are passed over, and a tied head that was saved too, if it is the embedding."""
+    model = save_model(tmp_path / "hf", "llama-mqa-tied")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    state = dict(model.state_dict())
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    assert "lm_head.weight" in state
+    torch.save(state, tmp_path / "hf" / "pytorch_model.bin")
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
+    export_hf(MegatronCheckpoint(tmp_path / "ckpt"), tmp_path / "out")
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    assert_bit_equal(weights(tmp_path / "out"), expected)
+
+
+def test_keys_are_those_of_the_model(tmp_path):
+    """The table's names and shapes are those that Megatron's model gives a distributed checkpoint."""
+    save_model(tmp_path / "hf", "qwen3")
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
+    checkpoint = MegatronCheckpoint(tmp_path / "ckpt")
+    model = load_model(checkpoint, torch.float32)
+    saved = checkpoint._metadata.state_dict_metadata
+    wanted = {}
+    for entry in model.sharded_state_dict().values():
+        for part in entry.build() if hasattr(entry, "build") else [entry]:
+            for tensor in part.values() if isinstance(part, dict) else [part]:
+                wanted[getattr(tensor, "unique_key", tensor.key) if "_extra_state" in tensor.key else tensor.key] = (
+                    tensor
+                )
+    assert wanted.keys() <= saved.keys()
+    for key, tensor in wanted.items():
+        if not key.startswith(("embedding", "output_layer")) and hasattr(saved[key], "size"):
+            assert tuple(saved[key].size) == tuple(tensor.global_shape), key
+    assert len({row.key for row, _ in pieces(checkpoint.shape)}) == sum(hasattr(s, "size") for s in saved.values())
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A model, its import, and the flags and losses of a run that starts from that."""
+    folder = tmp_path_factory.mktemp("start")
+    save_model(folder / "hf", "qwen2")  # tied, with biases: every kind of parameter under TP and PP
+    result = run_tool("import", "--hf-path", folder / "hf", "--output", folder / "ckpt")
+    assert result.returncode == 0, result.stderr
+    documents = write_documents(folder / "documents")
+    # What follows from the model is not repeated: the shape in these flags is the fixture's other half.
+    flags = f"--data-path {documents} --split 90,10,0 --train-iters 3 --num-workers 0 --eval-iters 1"
+    flags += " --seq-length 96 --target-length 384 --rope-scaling-type linear --micro-batch-size 2"
+    flags += " --global-batch-size 4 --lr 1e-3 --tokenizer-type NullTokenizer --seed 7"
+    flags = flags.split()
+    return folder, flags, train(1, folder / "tb1", *flags, "--pretrained-checkpoint", folder / "ckpt", base=())
+
+
+LAYOUTS = {
+    "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "dp2": "--use-distributed-optimizer",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("source", ["--pretrained-checkpoint", "--load-hf"])
+def test_any_layout_starts_from_it(start, layout, source):
+    folder, flags, reference = start
+    path = folder / ("hf" if source == "--load-hf" else "ckpt")
+    losses = train(2, folder / f"{layout}{source}", *flags, *LAYOUTS[layout].split(), source, path, base=())
+    assert max(abs(losses[step] - reference[step]) / reference[step] for step in reference) < 1e-5
+
+
+def test_from_hugging_face_to_hugging_face(start):
+    """--load-hf and --save-hf in one run, without a Megatron checkpoint to be seen; PP by the way."""
+    folder, flags, reference = start
+    flags = [*flags, "--num-layers", 3, "--decoder-first-pipeline-num-layers", 1, "--pipeline-model-parallel-size", 2]
+    losses = train(2, folder / "pp2", *flags, "--load-hf", folder / "hf", "--save-hf", folder / "out", base=())
+    assert max(abs(losses[step] - reference[step]) / reference[step] for step in reference) < 1e-5
+    assert [path.name for path in folder.glob(".out*")] == []
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 384
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    ours, theirs = weights(folder / "out"), weights(folder / "hf")
+    assert ours.keys() == theirs.keys()
+    moved = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert len(moved) == len(ours)
+    assert all(relative(ours[name], theirs[name]) < 0.1 for name in ours)
+
+
+def test_classic_format(start):
+    """`--format torch` opens as Megatron's older checkpoint at the layout it was written for."""
+    folder, flags, reference = start
+    layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1".split()
+    options = [*layout, "--format", "torch", "--transformer-impl", "local"]
+    result = run_tool("import", "--hf-path", folder / "hf", "--output", folder / "classic", *options)
+    assert result.returncode == 0, result.stderr
+    assert len(list((folder / "classic" / "release").glob("mp_rank_*/model_optim_rng.pt"))) == 2
+    load = ["--load", folder / "classic", "--ckpt-format", "torch", *layout]
+    losses = train(2, folder / "tb-classic", *flags, *load, base=())
+    assert max(abs(losses[step] - reference[step]) / reference[step] for step in reference) < 1e-5

@@ -1,0 +1,156 @@
+"""Hugging Face weights in and out: one process, no GPU, no torchrun.
+
+python tools/convert_hf.py import --hf-path meta-llama/Llama-2-7b-hf --output ckpt/
+python tools/convert_hf.py export --checkpoint ckpt/ --hf-path out/
+python tools/convert_hf.py verify --checkpoint ckpt/ --hf-path out/
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+# So that the file runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_cream import console, platform
+
+platform.setup()  # before anything of Megatron is imported
+
+from megatron_cream.checkpoint import convert, hf_folder, verify
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checks import UsageError
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        return args.run(args)
+    except UsageError as error:
+        print(f"convert_hf.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that filled up, a file that went away
+        print(f"convert_hf.py: error: {error}; nothing was changed", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("convert_hf.py: interrupted; nothing was changed", file=sys.stderr)
+        return 130
+
+
+def run_import(args) -> int:
+    parallel = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    if args.format == "torch_dist" and parallel != (1, 1):
+        raise UsageError(
+            f"--tensor-model-parallel-size {parallel[0]} --pipeline-model-parallel-size {parallel[1]}: only with "
+            "--format torch; a torch_dist checkpoint opens at any layout"
+        )
+    source = hf_folder.HfFolder(hf_folder.locate(args.hf_path, flag="--hf-path"))
+    with console.TransferBar("imported") as progress:
+        convert.import_hf(
+            source,
+            args.output,
+            dtype=convert.DTYPES.get(args.dtype),
+            vocabulary_divisor=args.make_vocab_size_divisible_by,
+            checkpoint_format=args.format,
+            tensor_parallel=parallel[0],
+            pipeline_parallel=parallel[1],
+            transformer_engine=args.transformer_impl == "transformer_engine",
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    print(f"{args.output}: train from it with pretrain_cream.py --pretrained-checkpoint {args.output}")
+    return 0
+
+
+def run_export(args) -> int:
+    source = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
+    with console.TransferBar("exported") as progress:
+        convert.export_hf(
+            source,
+            Path(args.hf_path),
+            dtype=convert.DTYPES.get(args.dtype),
+            max_shard_bytes=args.max_shard_size,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    print(f"{args.hf_path}: {source.folder.name}, for {source.shape.max_position_embeddings} positions")
+    return 0
+
+
+def run_verify(args) -> int:
+    checkpoint = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
+    folder = hf_folder.HfFolder(hf_folder.locate(args.hf_path, flag="--hf-path"))
+    text = args.text_file.read_text() if args.text_file else args.text
+    return 0 if verify.verify(checkpoint, folder, text=text) else 1
+
+
+def size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a size such as 5GB or 800MB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def parser() -> argparse.ArgumentParser:
+    class OneLine(argparse.ArgumentParser):
+        def error(self, message: str):
+            self.exit(2, f"convert_hf.py: error: {message}\n")
+
+    main_parser = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = main_parser.add_subparsers(required=True, metavar="import|export|verify")
+    dtypes = dict(choices=list(convert.DTYPES), help="cast the weights; default: as they are")
+    overwrite = dict(action="store_true", help="replace what an earlier conversion wrote there")
+    step = dict(type=int, metavar="ITERATION", help="default: the newest")
+
+    command = commands.add_parser("import", help="Hugging Face folder -> Megatron checkpoint", allow_abbrev=False)
+    command.set_defaults(run=run_import)
+    command.add_argument("--hf-path", required=True, help="a folder, or a model's name on the Hugging Face Hub")
+    command.add_argument("--output", type=Path, required=True, help="the checkpoint's folder, new")
+    command.add_argument("--dtype", **dtypes)
+    command.add_argument(
+        "--format", choices=["torch_dist", "torch"], default="torch_dist",
+        help="torch_dist opens at any layout; torch writes mp_rank_XX files for another Megatron",
+    )  # fmt: skip
+    command.add_argument(
+        "--make-vocab-size-divisible-by", type=positive, default=128, metavar="N",
+        help="pad the vocabulary with zeros to a multiple of N (default 128)",
+    )  # fmt: skip
+    command.add_argument(
+        "--tensor-model-parallel-size", type=positive, default=1, metavar="TP", help="of --format torch"
+    )
+    command.add_argument(
+        "--pipeline-model-parallel-size", type=positive, default=1, metavar="PP", help="of --format torch"
+    )
+    command.add_argument(
+        "--transformer-impl", choices=["transformer_engine", "local"], default="transformer_engine",
+        help="whose names the parameters have in --format torch",
+    )  # fmt: skip
+    command.add_argument("--overwrite", **overwrite)
+
+    command = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face folder", allow_abbrev=False)
+    command.set_defaults(run=run_export)
+    command.add_argument("--checkpoint", type=Path, required=True, help="the folder given to --save or --output")
+    command.add_argument("--hf-path", required=True, help="the folder to write, new")
+    command.add_argument("--ckpt-step", **step)
+    command.add_argument("--dtype", **dtypes)
+    command.add_argument("--max-shard-size", type=size, default="5GB", help="of a safetensors file (default 5GB)")
+    command.add_argument("--overwrite", **overwrite)
+
+    command = commands.add_parser("verify", help="compare the two, by tensors and by logits", allow_abbrev=False)
+    command.set_defaults(run=run_verify)
+    command.add_argument("--checkpoint", type=Path, required=True)
+    command.add_argument("--hf-path", required=True)
+    command.add_argument("--ckpt-step", **step)
+    command.add_argument("--text", default=verify.TEXT, help="what the logits are compared on")
+    command.add_argument("--text-file", type=Path, help="the same, from a file")
+    return main_parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
