@@ -53,7 +53,11 @@ def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
     data = None
     if data_iterator is not None:
         data = {name: tensor.long() for name, tensor in next(data_iterator).items()}
-    batch = tensor_parallel.broadcast_data(names, data, torch.int64)
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        # The broadcast would wait for the device, at every micro-batch.
+        batch = {name: data[name].cuda(non_blocking=True) for name in names}
+    else:
+        batch = tensor_parallel.broadcast_data(names, data, torch.int64)
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
 
@@ -67,14 +71,13 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     if get_args().check_for_nan_in_loss_and_grad:
-        for name, rejection in (("NaN", torch.isnan), ("Inf", torch.isinf)):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=rejection,
-                message=f"found {name} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+        get_rerun_state_machine().validate_result(  # once: each look at the loss waits for the device
+            result=loss,
+            rejection_func=lambda value: not torch.isfinite(value),
+            message="found NaN or Inf in local forward loss calculation",
+            tolerance=0.0,
+            fatal=True,
+        )
     num_tokens = mask.sum().to(torch.int)
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
 

@@ -7,7 +7,6 @@ recipe given with `--config`, the command line.
 """
 
 import argparse
-import importlib.util
 import io
 import math
 import os
@@ -31,6 +30,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_cream import checks, console, platform, pretrained, progress
 from megatron_cream.checks import UsageError
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
+from megatron_cream.model import kernels
 from megatron_cream.model.attention import ATTENTION_BACKENDS, choose_backend
 from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.model.rotary import rope_scaling_dict
@@ -217,6 +217,7 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
     # One flag for attention: Megatron's names (all of them Transformer Engine's) and ours.
     attention = find_action(parser, "attention_backend")
     attention.type, attention.choices = str, ATTENTION_BACKENDS
+    find_action(parser, "rotary_base").type = float  # an exported ntk scaling is no whole number
     parser.set_defaults(**project_defaults())
     for action in parser._actions:
         _mend_help(action)
@@ -277,13 +278,11 @@ def _resolve(args: Namespace) -> None:
         args.attention = choose_backend(args.attention_backend, has_cuda=cuda, half=args.bf16 or args.fp16)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if not _has_fused_weight_gradient():
+    if not cuda:
         args.gradient_accumulation_fusion = False
-
-
-def _has_fused_weight_gradient() -> bool:
-    """NVIDIA's apex, by the one extension of it that Megatron uses (PyPI's `apex` is another project)."""
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    elif kernels.INSTALLED:
+        # Megatron's name for "the MLP's activation is a module of the layer spec's".
+        args.use_te_activation_func, args.bias_swiglu_fusion = True, False
 
 
 # ------------------------------------------------------------------- leaving as plain values
@@ -349,7 +348,7 @@ def flops_per_token(args: Namespace) -> float:
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
-        num_query_groups=args.num_query_groups or args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         kv_channels=args.kv_channels,
         num_attention_heads=args.num_attention_heads,
         vocab_size=args.padded_vocab_size,

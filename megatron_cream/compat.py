@@ -4,10 +4,17 @@ import functools
 from argparse import Namespace
 from types import SimpleNamespace
 
+import torch
+
+from megatron_cream import platform
+
 
 def apply(args: Namespace) -> None:
     """Call before `pretrain`; again for another run in the same process."""
     _one_command_line(args)
+    if platform.has_cuda():
+        _weight_gradients_without_apex()
+        _torch_adam_in_one_kernel()
     _distributed_optimizer_resumes_with_torch_adam()
 
 
@@ -16,6 +23,31 @@ def _one_command_line(args: Namespace) -> None:
     from megatron.training import ft_integration
 
     ft_integration.arguments = SimpleNamespace(parse_args=lambda **_: args)
+
+
+def _weight_gradients_without_apex() -> None:
+    """Megatron's linear layers add weight gradients to float32 in the GEMM only with an extension of apex's."""
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_cream.model.kernels import weight_gradient
+
+    if not layers._grad_accum_fusion_available:
+        layers.fused_weight_gradient_mlp_cuda = weight_gradient
+        layers._grad_accum_fusion_available = True
+
+
+def _torch_adam_in_one_kernel() -> None:
+    """Without Transformer Engine and apex Megatron takes torch's AdamW, and its slow form."""
+    from megatron.core import optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER or hasattr(torch.optim.AdamW.__init__, "__wrapped__"):
+        return
+
+    def fused(original, self, *args, **kwargs):
+        original(self, *args, **{"fused": True, **kwargs})
+
+    for cls in (torch.optim.AdamW, torch.optim.Adam):
+        _wrap(cls, "__init__", fused)
 
 
 def _distributed_optimizer_resumes_with_torch_adam() -> None:

@@ -45,8 +45,15 @@ def adopt(args: Namespace, defaults: dict[str, Any]) -> None:
     divisor, tp = args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
     args.padded_vocab_size = padded_vocabulary(shape.vocab_size, divisor if divisor % tp == 0 else divisor * tp)
     args.model_rope_scaling = shape.rope_scaling
-    unset = args.tokenizer_model is None and args.tokenizer_type == defaults["tokenizer_type"]
-    if unset and not args.embedded_data and any((folder / name).is_file() for name in _TOKENIZERS):
+    if args.tokenizer_model is None and not args.embedded_data:
+        _use_tokenizer(args, folder, defaults["tokenizer_type"])
+
+
+def _use_tokenizer(args: Namespace, folder: Path, default_type: str) -> None:
+    if args.tokenizer_type == "Llama2Tokenizer":
+        if (folder / "tokenizer.model").is_file():
+            args.tokenizer_model = str(folder / "tokenizer.model")
+    elif args.tokenizer_type == default_type and any((folder / name).is_file() for name in _TOKENIZERS):
         args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(folder)
 
 

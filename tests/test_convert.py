@@ -15,6 +15,8 @@ from megatron_cream import platform
 
 platform.setup()
 
+from megatron.core import parallel_state
+
 from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import pieces
@@ -25,6 +27,13 @@ from tests.hf_models import MODELS, logits_of, relative, save_model, some_tokens
 from tests.launch import ROOT, train, write_documents
 
 WINDOW = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_is_left():
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
 
 
 def run_tool(*flags) -> subprocess.CompletedProcess:

@@ -81,3 +81,24 @@ def test_bf16_backends_agree(start, backend):
     losses = train(1, folder / f"bf16-{backend}", *flags, "--attention-backend", backend, fp32=False)
     print(backend, losses, reference)
     assert max(abs(losses[s] - reference[s]) / reference[s] for s in reference) < 2e-2
+
+
+def test_hugging_face_weights_open_in_every_layer_stack(tmp_path):
+    """An imported checkpoint, and --load-hf, train alike in this project's layers and Transformer Engine's."""
+    from megatron_cream.checkpoint.convert import import_hf
+    from megatron_cream.checkpoint.hf_folder import HfFolder
+    from tests.hf_models import save_model
+
+    save_model(tmp_path / "hf", "qwen2", hidden_size=256, intermediate_size=688, head_dim=64)
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
+    flags = ["--data-path", write_documents(tmp_path / "documents"), "--split", "90,10,0", "--train-iters", 3]
+    flags += "--seq-length 96 --target-length 384 --micro-batch-size 2 --global-batch-size 4 --lr 1e-4".split()
+    flags += "--tokenizer-type NullTokenizer --rope-scaling-type linear --num-workers 0 --eval-iters 1".split()
+    checkpoint, weights = ["--pretrained-checkpoint", tmp_path / "ckpt"], ["--load-hf", tmp_path / "hf"]
+    reference = train(1, tmp_path / "tb0", *flags, *checkpoint, "--attention-backend", "sdpa", base=())
+    runs = {"sdpa": weights}
+    if has_transformer_engine():
+        runs["unfused"] = checkpoint
+    for backend, source in runs.items():
+        losses = train(1, tmp_path / backend, *flags, *source, "--attention-backend", backend, base=())
+        assert max(abs(losses[s] - reference[s]) / reference[s] for s in reference) < 2e-3, backend

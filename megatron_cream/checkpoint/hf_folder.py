@@ -35,7 +35,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # Files are mapped anew after a thread has read this much: what was read through a mapping counts
 # as this process's memory for as long as the mapping lives.
-_REMAP_BYTES = 128 << 20
+_REMAP_BYTES = 32 << 20
 
 
 def locate(path: str, *, flag: str) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_cream.model import kernels
 from megatron_cream.model.rotary import apply_rotary
 
 # What `--attention-backend` takes. `fused` and `unfused` are Transformer Engine's own.
@@ -130,13 +131,21 @@ class RotarySelfAttention(SelfAttention):
         finally:
             self._cos_sin = None
 
-    def get_query_key_value_tensors(self, *args, **kwargs):
-        query_SBND, key_SBND, value_SBND = super().get_query_key_value_tensors(*args, **kwargs)
-        if self._cos_sin is not None:
-            cos, sin = self._cos_sin
-            query_SBND = apply_rotary(query_SBND, cos, sin)
-            key_SBND = apply_rotary(key_SBND, cos, sin)
-        return query_SBND, key_SBND, value_SBND
+    def get_query_key_value_tensors(self, hidden_states, *args, **kwargs):
+        if self._cos_sin is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        cos, sin = self._cos_sin
+        if kernels.usable(hidden_states) and self._splits_plainly():
+            from megatron_cream.model.kernels.rotary import split_and_rotate
+
+            mixed_SBGX, (queries, *_) = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+            return split_and_rotate(mixed_SBGX, cos, sin, queries // self.hidden_size_per_attention_head)
+        query_SBND, key_SBND, value_SBND = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        return apply_rotary(query_SBND, cos, sin), apply_rotary(key_SBND, cos, sin), value_SBND
+
+    def _splits_plainly(self) -> bool:
+        """Nothing stands between the projection and the rotation: no norm, no group shared by ranks."""
+        return not self.config.qk_layernorm and self.config.num_query_groups >= self.world_size
 
 
 class _CausalCoreAttention(MegatronModule):

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_cream.model import kernels
 from megatron_cream.model.attention import CORE_ATTENTIONS, AttentionBackend, RotarySelfAttention
 from megatron_cream.model.norm import RMSNorm
 
@@ -34,9 +35,19 @@ def llama_block_spec(
         attention.module = RotarySelfAttention
         if backend.name != "te":
             attention.submodules.core_attention = CORE_ATTENTIONS[backend.name]
+        layer.submodules.mlp.keywords["submodules"].activation_func = _activation()
         return layer
     layers = [_local_layer(config, backend)] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _activation():
+    """What an MLP takes where `use_te_activation_func` is set, which it is where there is a GPU."""
+    if not kernels.INSTALLED:
+        return None
+    from megatron_cream.model.kernels.swiglu import SwiGlu
+
+    return SwiGlu
 
 
 def _local_layer(config: TransformerConfig, backend: AttentionBackend) -> ModuleSpec:
@@ -54,7 +65,9 @@ def _local_layer(config: TransformerConfig, backend: AttentionBackend) -> Module
     )
     mlp = partial(
         MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(
+            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=_activation()
+        ),
     )
     return ModuleSpec(
         module=TransformerLayer,

@@ -9,6 +9,7 @@ move changes this file only.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -20,9 +21,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_cream.model import kernels
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.layer_spec import llama_block_spec
 from megatron_cream.model.rotary import RotaryEmbedding
+
+
+_NORM_EXTRA_STATE = "norm._extra_state"
 
 
 class LlamaModel(GPTModel):
@@ -36,16 +41,37 @@ class LlamaModel(GPTModel):
         # Not a module: casting the model to bf16 must not touch the frequencies.
         self.rotary = rotary
         self.real_vocab_size = real_vocab_size
+        self._register_load_state_dict_pre_hook(self._add_norm_extra_states)
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         return (decoder_input, self.rotary.cos_sin(position_ids), *rest)
+
+    def sharded_state_dict(self, *args, **kwargs):
+        """Without the extra states of Transformer Engine's norms: they are empty, and other layers have none.
+
+        So what either kind of layers saved, the other loads.
+        """
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if not key.endswith(_NORM_EXTRA_STATE)}
+
+    def _add_norm_extra_states(self, state_dict, prefix, *_):
+        for name, module in self.named_modules():
+            has_state = type(module).set_extra_state is not torch.nn.Module.set_extra_state
+            if name.endswith("norm") and has_state:
+                state_dict.setdefault(f"{prefix}{name}._extra_state", None)
 
     def compute_language_model_loss(self, labels, logits):
         """Per-token cross-entropy [b, s], with no probability on the rows that only pad the vocabulary.
 
         So the loss is that of the model as transformers computes it, at any tensor-parallel size.
         """
+        if kernels.usable(logits) and not self.config.cross_entropy_loss_fusion:
+            from megatron_cream.model.kernels.cross_entropy import cross_entropy
+
+            labels_SB = labels.transpose(0, 1).contiguous()
+            losses_SB = cross_entropy(logits.contiguous(), labels_SB, self.real_vocab_size, self.pg_collection.tp)
+            return losses_SB.transpose(0, 1).contiguous()
         mine = logits.shape[-1]
         real = self.real_vocab_size - self.pg_collection.tp.rank() * mine
         if real < mine:

@@ -1,0 +1,195 @@
+"""Training steps of this project beside what people use today: tokens/s, MFU, peak memory, ratios.
+
+    python benchmarks/train_step.py OUTPUT_FOLDER [--config benchmarks/llama_7b_width.yaml] [--rows flash liger ...]
+
+Each row is a process of its own, one after the other, on one GPU; `--rounds` repeats the whole list. This project
+and Megatron run through Megatron's trainer, data loader and distributed optimizer, with float32 master weights
+and gradients, on real text and CREAM's positions (plain ones for Megatron's own model). The transformers loops
+hold everything in bf16, on random tokens. A row's figure is the median over its steps but the first
+`--warmup`. MFU: 6 x parameters in matrix products + 6 x layers x sequence x hidden, a token, against the
+GPU's dense bf16 peak.
+"""
+
+import argparse
+import json
+import os
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# name: (what it is, the first word of `child`, its flags)
+ROWS = {
+    "flash": ("this project, Transformer Engine's layers, flash-attn-4", "ours", ["--attention-backend", "flash"]),
+    "te": ("this project, Transformer Engine's layers and attention", "ours", ["--attention-backend", "te"]),
+    "flash-only": (
+        "this project, without Transformer Engine, flash-attn-4",
+        "without",
+        ["--attention-backend", "flash"],
+    ),
+    "torch-only": ("this project, nothing but torch", "without", ["--attention-backend", "sdpa"]),
+    "megatron-te": ("megatron-core + Transformer Engine", "megatron", []),
+    "transformers": ("transformers, sdpa, fused AdamW, all in bf16", "transformers", []),
+    "liger": ("the same + liger-kernel", "liger", []),
+}
+FP8 = [
+    "--fp8-format",
+    "hybrid",
+    "--fp8-recipe",
+    "delayed",
+    "--fp8-amax-history-len",
+    "16",
+    "--fp8-amax-compute-algo",
+    "max",
+]
+ROWS["flash-fp8"] = ("this project, FP8 delayed scaling, flash-attn-4", "ours", ["--attention-backend", "flash", *FP8])
+ROWS["megatron-te-fp8"] = ("megatron-core + Transformer Engine, FP8 delayed scaling", "megatron", FP8)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["child"]:
+        return child(sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--config", default=str(ROOT / "benchmarks" / "llama_7b_width.yaml"))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=8)
+    args, flags = parser.parse_known_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[dict]] = {}
+    for round_ in range(args.rounds):
+        for row in args.rows:
+            started = time.monotonic()
+            text = run(row, args, flags, args.output / f"{row}.{round_}.log")
+            steps = [(float(m[1].replace(",", "")), float(m[2])) for m in STEP.finditer(text)][args.warmup :]
+            losses = [float(x) for x in re.findall(r"\| loss ([\d.]+)", text)]
+            if steps:
+                rate, mfu = (statistics.median(values) for values in zip(*steps, strict=True))
+                peak = max(float(x) for x in re.findall(r"([\d.]+) GiB", text))
+                results.setdefault(row, []).append(dict(rate=rate, mfu=mfu, peak=peak, loss=losses[-1]))
+            seconds = time.monotonic() - started
+            print(f"{row:16} {results.get(row, ['failed'])[-1]}  ({seconds:.0f} s)", flush=True)
+    (args.output / "results.json").write_text(json.dumps(results, indent=2))
+    print("\n| row | tokens/s | MFU | peak GiB | last loss |\n|---|---|---|---|---|")
+    for row, values in results.items():
+        rate, mfu = (statistics.median(v[key] for v in values) for key in ("rate", "mfu"))
+        peak, loss = max(v["peak"] for v in values), values[-1]["loss"]
+        print(f"| {ROWS[row][0]} | {rate:,.0f} | {mfu:.1f} % | {peak:.1f} | {loss:.3f} |")
+
+
+STEP = re.compile(r"\| ([\d,]+) tokens/s/GPU \| MFU ([\d.]+) %")
+
+
+def run(row: str, args, flags: list[str], log: Path) -> str:
+    _, kind, extra = ROWS[row]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone", __file__, "child"]
+    command = [*launcher, kind, "--config", args.config, *extra, *flags]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "8"}
+    )
+    log.write_text(result.stdout + result.stderr)
+    if result.returncode:
+        print(result.stderr[-2500:], file=sys.stderr)
+    return result.stdout
+
+
+# ---------------------------------------------------------------- in a process of its own
+
+
+def child(kind: str, flags: list[str]) -> None:
+    if kind == "without":
+        for package in ("transformer_engine", "apex"):
+            sys.modules[package] = None  # as if it were not installed
+    if kind in ("ours", "without"):
+        sys.argv = [str(ROOT / "pretrain_cream.py"), *flags]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    elif kind == "megatron":
+        megatron(flags)
+    else:
+        transformers(flags, liger=kind == "liger")
+
+
+def megatron(flags: list[str]) -> None:
+    """Megatron's own GPTModel on Transformer Engine's layers, with its fused rotary over plain positions."""
+    import pretrain_cream as main_job
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_cream import arguments, compat
+
+    arguments.pretrained.weights_hook = lambda args: None
+    flags = [*flags, "--attention-backend", "te", "--position-sampler", "pi"]
+
+    def stock_config(args):
+        args.position_embedding_type, args.apply_rope_fusion = "rope", True
+        return gpt_config_from_args(args)
+
+    arguments.model_config = stock_config
+    compat._weight_gradients_without_apex = lambda: None
+    real_parse = arguments.parse
+
+    def parse(argv):
+        args, words = real_parse(argv)
+        # Megatron's output layer needs apex for it; Transformer Engine's layers do not.
+        args.gradient_accumulation_fusion = False
+        return args, words
+
+    arguments.parse = parse
+    main_job.train(flags)
+
+
+def transformers(flags: list[str], liger: bool) -> None:
+    import torch
+    import yaml
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron_cream.progress import flops_per_token, peak_flops
+
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    c = yaml.safe_load(Path(flags[flags.index("--config") + 1]).read_text())
+    groups = c.get("num_query_groups", c["num_attention_heads"])
+    config = LlamaConfig(
+        vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["ffn_hidden_size"],
+        num_hidden_layers=c["num_layers"], num_attention_heads=c["num_attention_heads"], num_key_value_heads=groups,
+        max_position_embeddings=c["seq_length"], use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    micro, accumulate = c["micro_batch_size"], c["global_batch_size"] // c["micro_batch_size"]
+    tokens = micro * accumulate * c["seq_length"]
+    flops = flops_per_token(
+        num_layers=c["num_layers"], hidden_size=c["hidden_size"], ffn_hidden_size=c["ffn_hidden_size"],
+        num_query_groups=groups, kv_channels=c["hidden_size"] // c["num_attention_heads"],
+        num_attention_heads=c["num_attention_heads"], vocab_size=c["vocab_size"], seq_length=c["seq_length"],
+    )  # fmt: skip
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(c["train_iters"]):
+        begin.record()
+        for _ in range(accumulate):
+            ids = torch.randint(0, c["vocab_size"], (micro, c["seq_length"]), device="cuda")
+            loss = model(input_ids=ids, labels=ids).loss / accumulate
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        end.record()
+        end.synchronize()
+        rate = tokens / (begin.elapsed_time(end) / 1000)
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        mfu = 100 * rate * flops / peak_flops()
+        print(f"| loss {loss.item() * accumulate:.4f} | {rate:,.0f} tokens/s/GPU | MFU {mfu:.1f} % | {peak:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()

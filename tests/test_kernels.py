@@ -1,0 +1,111 @@
+"""The Triton kernels against plain torch in float64: in Triton's interpreter here, compiled where there is a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_cream.model.rotary import RotaryEmbedding, apply_rotary
+
+triton = pytest.importorskip("triton")
+CUDA = torch.cuda.is_available() and "nvidia" in torch.cuda.get_device_name().lower()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run here")
+def test_in_the_interpreter():
+    """Triton must know of its interpreter when it is imported: in a process of its own."""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", __file__]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
+
+
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def relative(ours, expected):
+    return (torch.linalg.norm(ours.double() - expected) / torch.linalg.norm(expected)).item()
+
+
+def kernel_test(function):
+    """Runs where there is a GPU, and in the interpreter."""
+    return function if INTERPRETED else pytest.mark.gpu(function)
+
+
+@kernel_test
+@pytest.mark.parametrize("groups, per_group, d", [(4, 1, 128), (2, 4, 64), (3, 2, 24)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_split_and_rotate(groups, per_group, d, dtype, bound):
+    from megatron_cream.model.kernels.rotary import split_and_rotate
+
+    torch.manual_seed(0)
+    s, b = 9, 2
+    mixed = torch.randn(s, b, groups, (per_group + 2) * d).to(dtype).to(DEVICE).requires_grad_()
+    rope = RotaryEmbedding(head_dim=d, max_position_embeddings=262144)
+    cos, sin = rope.cos_sin(torch.randint(0, 262144, (b, s), device=DEVICE))
+    parts = split_and_rotate(mixed, cos, sin, per_group)
+
+    plain = mixed.detach().double().requires_grad_()
+    query, key, value = plain.split([per_group * d, d, d], dim=3)
+    expected = [apply_rotary(x.reshape(s, b, -1, d), cos.double(), sin.double()) for x in (query, key)] + [value]
+    for ours, theirs in zip(parts, expected, strict=True):
+        assert ours.is_contiguous() and relative(ours, theirs) < bound
+
+    # Gradients as attention leaves them: batch first.
+    grads = [torch.randn(b, s, *part.shape[2:]).to(dtype).to(DEVICE).transpose(0, 1) for part in parts]
+    torch.autograd.backward(parts, grads)
+    torch.autograd.backward(expected, [grad.double() for grad in grads])
+    assert relative(mixed.grad, plain.grad) < bound
+
+
+@kernel_test
+@pytest.mark.parametrize("width, real", [(5000, 5000), (4224, 4100), (100, 7)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_cross_entropy(width, real, dtype, bound):
+    from megatron_cream.model.kernels.cross_entropy import cross_entropy
+
+    torch.manual_seed(0)
+    logits = (8 * torch.randn(5, 2, width)).to(dtype).to(DEVICE).requires_grad_()
+    labels = torch.randint(0, real, (5, 2), device=DEVICE)
+    plain = logits.detach().double()[..., :real].requires_grad_()
+    losses = cross_entropy(logits * 1, labels, real)
+    expected = torch.nn.functional.cross_entropy(plain.flatten(0, 1), labels.flatten(), reduction="none").view(5, 2)
+    assert losses.dtype == torch.float32 and relative(losses, expected) < 1e-6
+    weight = torch.rand(5, 2, device=DEVICE)
+    (losses * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert relative(logits.grad[..., :real], plain.grad) < bound
+    assert not logits.grad[..., real:].any()
+
+
+@kernel_test
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_swiglu(dtype, bound):
+    from megatron_cream.model.kernels.swiglu import SwiGlu
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 2 * 1100).to(dtype).to(DEVICE).requires_grad_()
+    plain = x.detach().double().requires_grad_()
+    out, (gate, up) = SwiGlu()(x), plain.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    assert relative(out, expected) < bound
+    grad = torch.randn(out.shape).to(dtype).to(DEVICE)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert relative(x.grad, plain.grad) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="gpu: cuBLAS writes float32 from bf16 only there")
+def test_weight_gradient():
+    from megatron_cream.model.kernels.weight_gradient import wgrad_gemm_accum_fp32
+
+    torch.manual_seed(0)
+    inputs, grad = (torch.randn(512, n, device="cuda", dtype=torch.bfloat16) for n in (256, 128))
+    main_grad = torch.randn(128, 256, device="cuda")
+    expected = main_grad.double() + grad.double().T @ inputs.double()
+    wgrad_gemm_accum_fp32(inputs, grad, main_grad)
+    assert relative(main_grad, expected) < 1e-5
