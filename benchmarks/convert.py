@@ -61,9 +61,8 @@ def main() -> None:
                 assert same, "the exported weights are not the imported ones"
     for name, base in (("import", "cp (HF folder)"), ("export", "cp (checkpoint)")):
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
-        print(
-            f"{name}: {ratio:.2f} x cp, peak {peak[name]:.2f} GiB; the largest tensor is {4096 * 32000 * 2 / 2**30:.2f} GiB"
-        )
+        largest = 4096 * 32000 * 2 / 2**30
+        print(f"{name}: {ratio:.2f} x cp, peak {peak[name]:.2f} GiB; the largest tensor has {largest:.2f} GiB")
     shutil.rmtree(checkpoint)
     shutil.rmtree(source)
 

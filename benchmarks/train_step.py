@@ -118,9 +118,9 @@ def child(kind: str, flags: list[str]) -> None:
 
 def megatron(flags: list[str]) -> None:
     """Megatron's own GPTModel on Transformer Engine's layers, with its fused rotary over plain positions."""
-    import pretrain_cream as main_job
     from megatron.training.argument_utils import gpt_config_from_args
 
+    import pretrain_cream as main_job
     from megatron_cream import arguments, compat
 
     arguments.pretrained.weights_hook = lambda args: None

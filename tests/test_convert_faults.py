@@ -143,12 +143,13 @@ def test_bad_folders(hf, case):
     assert not (hf / "pwned").exists()
 
 
-def test_the_command_line_says_it_in_one_line(hf, tmp_path):
+def test_the_command_line_says_it_in_one_line(hf, tmp_path, model):
     config(model_type="gemma")(hf)
     result = run_tool("import", "--hf-path", hf, "--output", tmp_path / "ckpt")
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("convert_hf.py: error: ") and len(result.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+    classic = ["--format", "torch", "--tensor-model-parallel-size"]
     for flags, message in [
         (["import", "--hf-path", tmp_path / "none", "--output", tmp_path / "x"], "none: no such folder"),
         (["import", "--output", tmp_path / "x"], "required: --hf-path"),
@@ -157,6 +158,7 @@ def test_the_command_line_says_it_in_one_line(hf, tmp_path):
             "--format torch",
         ),
         (["export", "--checkpoint", tmp_path, "--hf-path", tmp_path / "x"], "not a Megatron checkpoint"),
+        (["import", "--hf-path", model, "--output", tmp_path / "x", *classic, "3"], "num_attention_heads, 4"),
         (
             ["export", "--checkpoint", tmp_path, "--hf-path", tmp_path / "x", "--max-shard-size", "big"],
             "'big': must be",

@@ -11,10 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_cream.checkpoint.families import ModelShape
-from megatron_cream.checkpoint.mapping import Row, megatron_shape, pieces, tensor_parallel_shard
-
-# Linear layers whose modules expect an (empty) extra state in a state dict.
-_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+from megatron_cream.checkpoint.mapping import LINEARS, Row, megatron_shape, pieces, tensor_parallel_shard
+from megatron_cream.checks import UsageError
 
 
 def write_classic(
@@ -40,8 +38,12 @@ def write_classic(
             vocabulary; the layers.
         transformer_engine: name the norms as Transformer Engine's layers do, not as this project's.
 
-    Returns: nothing hashed yet: the files are not written in order.
+    Returns: no checksums, since the files are not written in order.
+
+    Raises:
+        UsageError: the layout does not divide the model.
     """
+    _check_layout(shape, padded_vocab_size, tensor_parallel, pipeline_parallel)
     ranks = [(tp, pp) for pp in range(pipeline_parallel) for tp in range(tensor_parallel)]
 
     def shard_names(row: Row, layer: int | None) -> list[tuple[int, str]]:
@@ -64,7 +66,7 @@ def write_classic(
                         models[tp, pp][name] = tensor_parallel_shard(row, whole, tp, tensor_parallel).clone()
         for model in models.values():
             for layer in range(shape.num_layers // pipeline_parallel):
-                model |= {f"decoder.layers.{layer}.{linear}._extra_state": None for linear in _LINEARS}
+                model |= {f"decoder.layers.{layer}.{linear}._extra_state": None for linear in LINEARS}
 
     with contextlib.ExitStack() as stack:
         files, offsets = {}, {}
@@ -95,3 +97,19 @@ def write_classic(
             file.flush()
             os.fsync(file.fileno())
     return {}
+
+
+def _check_layout(shape: ModelShape, padded_vocab_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+    divided = {
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "intermediate_size": shape.ffn_hidden_size,
+        "padded vocabulary": padded_vocab_size,
+    }
+    for name, size in divided.items():
+        if size % tensor_parallel:
+            raise UsageError(f"--tensor-model-parallel-size {tensor_parallel}: must divide the model's {name}, {size}")
+    if shape.num_layers % pipeline_parallel:
+        raise UsageError(
+            f"--pipeline-model-parallel-size {pipeline_parallel}: must divide the model's layers, {shape.num_layers}"
+        )

@@ -28,8 +28,9 @@ from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.console import TransferBar
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Two readers and writers keep a disk busy while each hashes what it wrote.
-_THREADS = 2
+# Files written at once; each thread hashes what it wrote. Import makes as many files, of one size;
+# export's shards differ in size, and more threads keep the last of them from being written alone.
+_IMPORT_THREADS, _EXPORT_THREADS = 2, 4
 _ROOM = 64 << 20  # for tokenizer, metadata and the file system's own
 
 
@@ -97,7 +98,7 @@ def import_hf(
         else:
             hashes = write_torch_dist(
                 step, shape, padded_vocab_size=padded, dtypes=kinds, produce=produce, common_state=common_state,
-                threads=_THREADS, progress=progress,
+                threads=_IMPORT_THREADS, progress=progress,
             )  # fmt: skip
             output.write_manifest(step, hashes)
         (folder / HF).mkdir()
@@ -163,7 +164,9 @@ def export_hf(
     progress = progress or TransferBar(None)
     progress.expect(needs)
     with output.new_folder(target, flag=flag, overwrite=overwrite, needs_bytes=needs + _ROOM) as folder:
-        hashes = write_weights(folder, groups, max_shard_bytes=max_shard_bytes, threads=_THREADS, progress=progress)
+        hashes = write_weights(
+            folder, groups, max_shard_bytes=max_shard_bytes, threads=_EXPORT_THREADS, progress=progress
+        )
         kinds = {kind for group in groups for _, kind, _ in group.entries}
         write_config(folder, source.shape, source.config, max(kinds, key=lambda kind: kind.itemsize))
         if source.hf_folder:

@@ -15,6 +15,8 @@ from torch import Tensor
 from megatron_cream.checkpoint.families import ModelShape
 
 LAYERS = "decoder.layers."
+# Linear layers whose modules expect an (empty) extra state of Transformer Engine's in a checkpoint.
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 Fusion = Literal["copy", "qkv", "gate_up", "vocabulary"]
 

@@ -32,14 +32,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_cream.checkpoint.families import ModelShape, read_config, shape_from_args
-from megatron_cream.checkpoint.mapping import LAYERS, Row, megatron_shape, rows
+from megatron_cream.checkpoint.mapping import LAYERS, LINEARS, Row, megatron_shape, rows
 from megatron_cream.checkpoint.output import TRACKER, HashingFile
 from megatron_cream.checks import UsageError
 from megatron_cream.model.attention import AttentionBackend
 
 HF = "hf"  # config.json, tokenizer and generation config of the model that a checkpoint came from
-# The linear layers that, in Megatron's modules, carry an (empty) extra state of Transformer Engine's.
-_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 _COMMON_STATE = "common_state/shard_0_1"
 
 
@@ -311,7 +309,7 @@ class _StreamingPlanner(DefaultSavePlanner):
                 items.append(_tensor_item(row.key, local, layer, layers, dtypes[row.key]))
         states = {
             f"{LAYERS}{linear}._extra_state/shard_{layer}_{shape.num_layers}": [None]
-            for linear in _LINEARS
+            for linear in LINEARS
             for layer in range(shape.num_layers)
         }
         for key, value in (states | {_COMMON_STATE: [common_state]}).items():

@@ -111,19 +111,18 @@ def _logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) -> bool
         ours = model(tokens, torch.arange(tokens.shape[1])[None], None).float()[..., : theirs.shape[-1]]
     absolute = (ours - theirs).abs().max().item()
     relative = (torch.linalg.norm(ours - theirs) / torch.linalg.norm(theirs)).item()
-    name = str(dtype).removeprefix("torch.")
+    same_best = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     print(
-        f"logits: {tokens.shape[1]} tokens in {name}: largest difference {absolute:.3g}, relative error {relative:.3g}, "
-        f"same best token at {(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item():.1%}"
+        f"logits: {tokens.shape[1]} tokens in {str(dtype).removeprefix('torch.')}: largest difference {absolute:.3g}, "
+        f"relative error {relative:.3g}, same best token at {same_best:.1%}"
     )
     return relative <= _TOLERANCE[dtype]
 
 
 def _fitting_dtype(checkpoint: MegatronCheckpoint) -> torch.dtype:
     """float32 if a copy of the model fits into memory, else bfloat16."""
-    elements = sum(
-        torch.Size(size).numel() for group in export_groups(checkpoint, None) for _, _, size in group.entries
-    )
+    groups = export_groups(checkpoint, None)
+    elements = sum(torch.Size(size).numel() for group in groups for _, _, size in group.entries)
     return torch.float32 if 4 * elements + (2 << 30) < psutil.virtual_memory().available else torch.bfloat16
 
 

@@ -26,7 +26,6 @@ from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.layer_spec import llama_block_spec
 from megatron_cream.model.rotary import RotaryEmbedding
 
-
 _NORM_EXTRA_STATE = "norm._extra_state"
 
 
