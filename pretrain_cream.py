@@ -42,6 +42,7 @@ from megatron_cream import arguments, compat, console, pretrained, progress
 from megatron_cream.checks import UsageError
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
+from megatron_cream.model.attention import AttentionBackend
 
 
 def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
@@ -130,7 +131,7 @@ def train(argv: list[str] | None = None) -> Namespace:
         )
         pretrained.carry(args)
         if args.rank == 0:
-            print(f"attention: {args.attention}", file=terminal, flush=True)
+            print(f"attention: {AttentionBackend(**args.attention)}", file=terminal, flush=True)
         with progress.each_step(step_line, args.log_interval):
             pretrain(
                 pretrain_cfg_container_from_args(args, arguments.model_config(args)),

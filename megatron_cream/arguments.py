@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import yaml
@@ -28,10 +28,10 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream import checks, console, platform, pretrained, progress
-from megatron_cream.checks import UsageError
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
+from megatron_cream.errors import UsageError
 from megatron_cream.model import kernels
-from megatron_cream.model.attention import ATTENTION_BACKENDS, choose_backend
+from megatron_cream.model.attention import ATTENTION_BACKENDS, AttentionBackend, choose_backend
 from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.model.rotary import rope_scaling_dict
 from megatron_cream.recipe import find_action, read_recipe, recipe_path
@@ -147,7 +147,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         if args.rank == 0:
             print(describe(args))
         raise SystemExit(0)
-    args.attention_backend = AttnBackend[args.attention.te_kernel]
+    args.attention_backend = AttnBackend[args.attention["te_kernel"]]
     # Megatron multiplies this by TP; divided first, a checkpoint's vocabulary is the same at any TP.
     tp = args.tensor_model_parallel_size
     if args.make_vocab_size_divisible_by % tp == 0:
@@ -187,7 +187,7 @@ def read(argv: list[str] | None = None) -> Namespace:
     checks.check(args, sampler_options(args), rope_scaling)
     pretrained.check_ends(args)
     args.rope_scaling_config = rope_scaling
-    args.transformer_impl = "transformer_engine" if args.attention.transformer_engine else "local"
+    args.transformer_impl = "transformer_engine" if args.attention["transformer_engine"] else "local"
     return args
 
 
@@ -275,9 +275,10 @@ def _resolve(args: Namespace) -> None:
     )
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     try:
-        args.attention = choose_backend(args.attention_backend, has_cuda=cuda, half=args.bf16 or args.fp16)
+        backend = choose_backend(args.attention_backend, has_cuda=cuda, half=args.bf16 or args.fp16)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    args.attention = asdict(backend)  # plain, as it is saved with every checkpoint
     if not cuda:
         args.gradient_accumulation_fusion = False
     elif kernels.INSTALLED:
@@ -317,7 +318,7 @@ def model_config(args: Namespace) -> LlamaModelConfig:
         **options,
         rope_scaling_config=args.rope_scaling_config,
         rope_max_positions=args.max_position_embeddings,
-        attention=args.attention,
+        attention=AttentionBackend(**args.attention),
         real_vocab_size=args.vocab_size,
     )
 
@@ -382,7 +383,7 @@ def describe(args: Namespace) -> str:
     )
     batch = args.global_batch_size or args.micro_batch_size * data_parallel
     head = [
-        f"attention: {args.attention}",
+        f"attention: {AttentionBackend(**args.attention)}",
         f"positions: {sampler_options(args)}",
         f"rope: theta {args.rotary_base}, scaling {rope_scaling_options(args)}",
         f"parallel: {args.world_size} ranks, TP {args.tensor_model_parallel_size}, "

@@ -12,13 +12,9 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_cream.console import captured
+from megatron_cream.errors import UsageError
 from megatron_cream.model.rotary import RotaryEmbedding
 from megatron_cream.positions import build_sampler
-
-
-class UsageError(Exception):
-    """What a user set cannot run. The message is the one line they read; exit code 2."""
-
 
 # Megatron's switches for its own rotary embedding and model families: not ours.
 UNSUPPORTED = {
@@ -191,7 +187,7 @@ def _parallel(args: Namespace) -> None:
         )
     if args.full_validation and not args.multiple_validation_sets:
         raise UsageError("--full-validation: works in megatron-core 0.19 only with --multiple-validation-sets")
-    if args.attention.name == "local" and cp > 1:
+    if args.attention["name"] == "local" and cp > 1:
         raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
 
 

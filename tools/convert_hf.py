@@ -13,13 +13,15 @@ from pathlib import Path
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_cream import console, platform
-
-platform.setup()  # before anything of Megatron is imported
-
-from megatron_cream.checkpoint import convert, hf_folder, verify
+from megatron_cream import console
+from megatron_cream.checkpoint import convert, hf_folder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.checks import UsageError
+from megatron_cream.errors import UsageError
+
+TEXT = (
+    "The window of a language model is the number of tokens it was trained to read at once. "
+    "Positions beyond it are new to the model, unless they are made to look like old ones."
+)
 
 
 def main() -> int:
@@ -80,6 +82,11 @@ def run_export(args) -> int:
 def run_verify(args) -> int:
     checkpoint = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
     folder = hf_folder.HfFolder(hf_folder.locate(args.hf_path, flag="--hf-path"))
+    from megatron_cream import platform
+
+    platform.setup()  # the comparison runs Megatron's model; the conversions need nothing of Megatron's code
+    from megatron_cream.checkpoint import verify
+
     text = args.text_file.read_text() if args.text_file else args.text
     return 0 if verify.verify(checkpoint, folder, text=text) else 1
 
@@ -141,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=Path, required=True)
     command.add_argument("--hf-path", required=True)
     command.add_argument("--ckpt-step", **step)
-    command.add_argument("--text", default=verify.TEXT, help="what the logits are compared on")
+    command.add_argument("--text", default=TEXT, help="what the logits are compared on")
     command.add_argument("--text-file", type=Path, help="the same, from a file")
     return main_parser
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.checkpoint.mapping import LINEARS, Row, megatron_shape, pieces, tensor_parallel_shard
-from megatron_cream.checks import UsageError
+from megatron_cream.errors import UsageError
 
 
 def write_classic(
@@ -76,7 +77,7 @@ def write_classic(
             path.parent.mkdir()
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save(common_state | {"model": model}, path)
-            with FakeTensorMode():
+            with FakeTensorMode(), torch.serialization.safe_globals([Namespace]):
                 placed = torch.load(path, weights_only=True)["model"]
             offsets[tp, pp] = {
                 name: tensor.untyped_storage()._checkpoint_offset

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checks import UsageError
+from megatron_cream.errors import UsageError
 from megatron_cream.model.rotary import RotaryEmbedding
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_cream.checkpoint.families import ModelShape, read_config
 from megatron_cream.checkpoint.mapping import hf_shapes, pieces
 from megatron_cream.checkpoint.output import HashingFile
-from megatron_cream.checks import UsageError
+from megatron_cream.errors import UsageError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # In the order in which transformers looks for them: (file, is it an index of shards).
@@ -223,7 +223,8 @@ class _Mapping:
 class Group:
     """Tensors that are written together because they come from one read.
 
-    entries: (name, dtype, shape) of each; produce: gives them, in the same order.
+    entries: (name, dtype, shape) of each; produce: gives them, in the same order, or views that have these
+    shapes once their first axes are put together.
     """
 
     def __init__(
@@ -280,11 +281,21 @@ def _write_shard(path: Path, groups: list[Group], progress: Callable[[int], None
         file.write(len(text).to_bytes(8, "little") + text)
         for group in groups:
             for (name, dtype, shape), tensor in zip(group.entries, group.produce(), strict=True):
-                assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
-                file.write(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
+                assert tensor.dtype == dtype and tensor.numel() == torch.Size(shape).numel(), name
+                for part in _contiguous_parts(tensor):
+                    file.write(part.view(torch.uint8).reshape(-1).numpy())
         raw.flush()
         os.fsync(raw.fileno())
     return file.hexdigest()
+
+
+def _contiguous_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor's elements in order, without a copy of it."""
+    if tensor.is_contiguous():
+        yield tensor
+    else:
+        for part in tensor:
+            yield from _contiguous_parts(part)
 
 
 def write_config(folder: Path, shape: ModelShape, base: dict[str, Any] | None, dtype: torch.dtype) -> None:

@@ -146,10 +146,13 @@ def join(row: Row, tensors: list[Tensor], shape: ModelShape, out: Tensor) -> Ten
 
 
 def split(row: Row, parameter: Tensor, shape: ModelShape) -> list[Tensor]:
-    """The inverse of `join`: the Hugging Face tensors in a Megatron parameter, views where that is possible."""
+    """The inverse of `join`: views of the Hugging Face tensors in a Megatron parameter.
+
+    Those of qkv are [num_query_groups, heads, kv_channels, ...], whose first three axes are one in `hf_shapes`.
+    """
     match row.fusion:
         case "qkv":
-            return [part.reshape(-1, *parameter.shape[1:]) for part in _grouped(parameter, shape)]
+            return list(_grouped(parameter, shape))
         case "gate_up":
             return list(parameter.chunk(2))
         case "vocabulary":

@@ -9,13 +9,14 @@ import contextlib
 import io
 import os
 import pickle
+import signal
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import checkpoint as dcp
@@ -34,8 +35,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_cream.checkpoint.families import ModelShape, read_config, shape_from_args
 from megatron_cream.checkpoint.mapping import LAYERS, LINEARS, Row, megatron_shape, rows
 from megatron_cream.checkpoint.output import TRACKER, HashingFile
-from megatron_cream.checks import UsageError
-from megatron_cream.model.attention import AttentionBackend
+from megatron_cream.errors import UsageError
 
 HF = "hf"  # config.json, tokenizer and generation config of the model that a checkpoint came from
 _COMMON_STATE = "common_state/shard_0_1"
@@ -219,7 +219,6 @@ class _PlainUnpickler(pickle.Unpickler):
         "torch.distributed.checkpoint.metadata",
         "torch.distributed.checkpoint.planner",
         "torch.distributed.checkpoint.filesystem",
-        "megatron.core.dist_checkpointing.strategies.torch",
     )
     _NAMES = (
         ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
@@ -236,8 +235,19 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata")
 
 
+class _NotNeeded:
+    """Stands for what the flags hold of Megatron's own classes (enums), which nothing here asks for."""
+
+    def __init__(self, *_):
+        pass
+
+
 def _load_plain(file: io.BytesIO) -> Any:
-    with torch.serialization.safe_globals([AttentionBackend, type(None)]):
+    """What was saved, if it is made of plain values; no code that it names is imported or run."""
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    of_megatron = [(_NotNeeded, name) for name in named if name.startswith(("megatron.", "megatron_cream."))]
+    file.seek(0)
+    with torch.serialization.safe_globals([Namespace, signal.Signals, type(None), *of_megatron]):
         return torch.load(file, weights_only=True)
 
 
@@ -276,7 +286,8 @@ def write_torch_dist(
         raise failure.error
     if len(files.hashes) != threads + 1:  # and .metadata
         raise OSError(f"{folder}: a file could not be written")
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    # How Megatron knows its own format.
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     return files.hashes
 
 

@@ -14,13 +14,9 @@ from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import pieces
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.model import load_model
-from megatron_cream.checks import UsageError
 from megatron_cream.console import TransferBar
+from megatron_cream.errors import UsageError
 
-TEXT = (
-    "The window of a language model is the number of tokens it was trained to read at once. "
-    "Positions beyond it are new to the model, unless they are made to look like old ones."
-)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of logits, relative; bf16's is rounding alone
 
 
@@ -74,7 +70,7 @@ def _tensors(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
                     )
                 count += 1
                 cast += ours.dtype != theirs.dtype
-                difference = _largest_difference(ours, theirs)
+                difference = _largest_difference(ours.reshape(shape), theirs)
                 equal += difference == 0
                 if not difference <= largest:  # NaN counts as the largest
                     largest, where = difference, name
