@@ -43,6 +43,7 @@ from megatron_cream.checks import UsageError
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
 from megatron_cream.model.attention import AttentionBackend
+from megatron_cream.optimizer import finite
 
 
 def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
@@ -120,6 +121,10 @@ def train(argv: list[str] | None = None) -> Namespace:
     """
     args, words = arguments.parse(argv)
     compat.apply(args)
+    if arguments.one_pass_optimizer(args):
+        from megatron_cream.optimizer import one_pass
+
+        one_pass.install()
     with console.divert(args.console, args.save) as terminal:
         print(words, end="")
         step_line = progress.StepLine(
@@ -130,6 +135,7 @@ def train(argv: list[str] | None = None) -> Namespace:
             stream=terminal,
         )
         pretrained.carry(args)
+        finite.install(args.nan_policy, lambda norm: _say_not_finite(norm, terminal))
         if args.rank == 0:
             print(f"attention: {AttentionBackend(**args.attention)}", file=terminal, flush=True)
         with progress.each_step(step_line, args.log_interval):
@@ -141,6 +147,12 @@ def train(argv: list[str] | None = None) -> Namespace:
                 non_loss_data_func=_long_evaluation(args, terminal) if args.eval_lengths else None,
             )
     return args
+
+
+def _say_not_finite(norm: float, terminal) -> None:
+    if get_args().rank == 0:
+        done = "is left out" if get_args().nan_policy == "skip" else "stops the run"
+        print(f"step {get_args().curr_iteration + 1}: the gradient's norm is {norm}: {done}", file=terminal, flush=True)
 
 
 def _long_evaluation(args, terminal):
@@ -190,6 +202,9 @@ def main() -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
         return 2
+    except finite.NotFinite as error:
+        print(f"pretrain_cream.py: stopped: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this folder's profile.py hides the standard library's
 
 from megatron_cream.positions import SAMPLERS, Sampler, build_sampler
 

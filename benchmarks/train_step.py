@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
 
 # name: (what it is, the first word of `child`, its flags)
 ROWS = {
@@ -38,18 +38,19 @@ ROWS = {
     "transformers": ("transformers, sdpa, fused AdamW, all in bf16", "transformers", []),
     "liger": ("the same + liger-kernel", "liger", []),
 }
-FP8 = [
-    "--fp8-format",
-    "hybrid",
-    "--fp8-recipe",
-    "delayed",
-    "--fp8-amax-history-len",
-    "16",
-    "--fp8-amax-compute-algo",
-    "max",
-]
-ROWS["flash-fp8"] = ("this project, FP8 delayed scaling, flash-attn-4", "ours", ["--attention-backend", "flash", *FP8])
-ROWS["megatron-te-fp8"] = ("megatron-core + Transformer Engine, FP8 delayed scaling", "megatron", FP8)
+FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max".split()
+ROWS |= {
+    "flash-plain": (
+        "this project, Transformer Engine's layers, flash-attn-4, plain positions", "ours",
+        ["--attention-backend", "flash", "--position-sampler", "pi"],
+    ),
+    "flash-fp8": (
+        "this project, FP8 delayed scaling, flash-attn-4", "ours", ["--attention-backend", "flash", *FP8]
+    ),
+    "megatron-te-fp8": ("megatron-core + Transformer Engine, FP8 delayed scaling", "megatron", FP8),
+    "compile": ("transformers + torch.compile", "compile", []),
+    "compile-fp8": ("transformers + torch.compile + torchao float8 (tensorwise)", "compile-fp8", []),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -73,14 +74,16 @@ def main() -> None:
             if steps:
                 rate, mfu = (statistics.median(values) for values in zip(*steps, strict=True))
                 peak = max(float(x) for x in re.findall(r"([\d.]+) GiB", text))
-                results.setdefault(row, []).append(dict(rate=rate, mfu=mfu, peak=peak, loss=losses[-1]))
+                results.setdefault(row, []).append(dict(rate=rate, mfu=mfu, peak=peak, loss=losses[-1], losses=losses))
             seconds = time.monotonic() - started
-            print(f"{row:16} {results.get(row, ['failed'])[-1]}  ({seconds:.0f} s)", flush=True)
-    (args.output / "results.json").write_text(json.dumps(results, indent=2))
-    print("\n| row | tokens/s | MFU | peak GiB | last loss |\n|---|---|---|---|---|")
+            shown = {k: v for k, v in results[row][-1].items() if k != "losses"} if row in results else "failed"
+            print(f"{row:16} {shown}  ({seconds:.0f} s)", flush=True)
+    (args.output / "results.json").write_text(json.dumps(results))
+    print("\n| row | tokens/s | MFU | peak GiB | loss, last tenth of the steps |\n|---|---|---|---|---|")
     for row, values in results.items():
         rate, mfu = (statistics.median(v[key] for v in values) for key in ("rate", "mfu"))
-        peak, loss = max(v["peak"] for v in values), values[-1]["loss"]
+        peak, losses = max(v["peak"] for v in values), values[-1]["losses"]
+        loss = statistics.mean(losses[-max(len(losses) // 10, 1) :])
         print(f"| {ROWS[row][0]} | {rate:,.0f} | {mfu:.1f} % | {peak:.1f} | {loss:.3f} |")
 
 
@@ -113,7 +116,7 @@ def child(kind: str, flags: list[str]) -> None:
     elif kind == "megatron":
         megatron(flags)
     else:
-        transformers(flags, liger=kind == "liger")
+        transformers(flags, kind)
 
 
 def megatron(flags: list[str]) -> None:
@@ -122,6 +125,7 @@ def megatron(flags: list[str]) -> None:
 
     import pretrain_cream as main_job
     from megatron_cream import arguments, compat
+    from megatron_cream.optimizer import finite
 
     arguments.pretrained.weights_hook = lambda args: None
     flags = [*flags, "--attention-backend", "te", "--position-sampler", "pi"]
@@ -131,7 +135,10 @@ def megatron(flags: list[str]) -> None:
         return gpt_config_from_args(args)
 
     arguments.model_config = stock_config
-    compat._weight_gradients_without_apex = lambda: None
+    # None of this project's optimizer, checks and shortcuts, nor Megatron's own checks, which cost it time.
+    compat._weight_gradients_without_apex = compat._alone_without_collectives = lambda: None
+    arguments.one_pass_optimizer = lambda args: False
+    finite.install = lambda *_: None
     real_parse = arguments.parse
 
     def parse(argv):
@@ -144,14 +151,14 @@ def megatron(flags: list[str]) -> None:
     main_job.train(flags)
 
 
-def transformers(flags: list[str], liger: bool) -> None:
+def transformers(flags: list[str], kind: str) -> None:
     import torch
     import yaml
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from megatron_cream.progress import flops_per_token, peak_flops
 
-    if liger:
+    if kind == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
@@ -165,6 +172,13 @@ def transformers(flags: list[str], liger: bool) -> None:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
+    if kind == "compile-fp8":
+        from torchao.float8 import convert_to_float8_training
+
+        # The head stays in bf16, as torchtitan and torchao's recipes have it.
+        convert_to_float8_training(model, module_filter_fn=lambda module, name: name != "lm_head")
+    if kind.startswith("compile"):
+        model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     micro, accumulate = c["micro_batch_size"], c["global_batch_size"] // c["micro_batch_size"]
     tokens = micro * accumulate * c["seq_length"]

@@ -24,7 +24,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
-from megatron.training.global_vars import get_tokenizer, set_global_variables
+from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream import checks, console, platform, pretrained, progress
@@ -89,6 +89,10 @@ class CreamConfig:
     eval_documents: int = 32
     """How many held-out documents --eval-lengths reads, at most."""
 
+    nan_policy: Literal["stop", "skip", "rerun"] = "stop"
+    """When a loss or a gradient is NaN or infinite. stop: end on all ranks, weights as before the step; skip:
+    leave the step out; rerun: Megatron's rerun state machine, which looks at every micro-batch and is slower."""
+
     console: Literal["full", "progress"] = "full"
     """full: Megatron's log and ours on the terminal; progress: ours only, Megatron's to megatron.log in --save."""
 
@@ -118,6 +122,8 @@ def project_defaults() -> dict[str, Any]:
         dist_ckpt_optim_fully_reshardable=True,
         # Every token of a global batch weighs the same, however the batch is split over ranks.
         calculate_per_token_loss=True,
+        # Waits for the device at every step; --nan-policy rerun turns it on.
+        rerun_mode="disabled",
         # The attention is causal by construction: no mask of s x s is made.
         create_attention_mask_in_dataloader=False,
         tokenizer_type="SentencePieceTokenizer",
@@ -161,9 +167,12 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UsageError(str(error) or "Megatron refused this combination of flags") from error
     with console.captured(words):
-        set_global_variables(args)
+        tokenizer = rebuild_tokenizer(args)
     # Saved with the checkpoint: what of its padded vocabulary is real.
-    args.vocab_size = args.vocab_size or get_tokenizer().vocab_size
+    args.vocab_size = args.vocab_size or tokenizer.vocab_size
+    checks.token_ids(args)
+    with console.captured(words):  # last, as it opens log files
+        set_global_variables(args, build_tokenizer=False)
     return args, words.getvalue()
 
 
@@ -279,6 +288,9 @@ def _resolve(args: Namespace) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     args.attention = asdict(backend)  # plain, as it is saved with every checkpoint
+    args.check_for_nan_in_loss_and_grad = args.nan_policy == "rerun"
+    if args.nan_policy == "rerun" and args.rerun_mode == "disabled":
+        args.rerun_mode = "validate_results"
     if not cuda:
         args.gradient_accumulation_fusion = False
     elif kernels.INSTALLED:
@@ -287,6 +299,19 @@ def _resolve(args: Namespace) -> None:
 
 
 # ------------------------------------------------------------------- leaving as plain values
+
+
+def one_pass_optimizer(args: Namespace) -> bool:
+    """Whether the optimizer's step can be that of `optimizer.one_pass`: AdamW in float32 on a GPU."""
+    other = (
+        "use_precision_aware_optimizer",
+        "optimizer_cpu_offload",
+        "optimizer_cuda_graph",
+        "use_megatron_fsdp",
+        "use_torch_fsdp2",
+    )
+    plain = args.optimizer == "adam" and not any(getattr(args, name, False) for name in other)
+    return platform.has_cuda() and kernels.INSTALLED and plain
 
 
 def sampler_options(args: Namespace) -> dict[str, Any]:
@@ -341,6 +366,7 @@ def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
         sampler=sampler_options(args),
         mask_segment_starts=args.mask_segment_starts,
         eod_token=tokenizer.eod if args.eod_mask_loss else None,
+        vocab_size=args.vocab_size,
     )
 
 

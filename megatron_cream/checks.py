@@ -3,18 +3,24 @@
 Each says, in one line, which flag, what value, and what would be right.
 """
 
-import io
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 
-from megatron_cream.console import captured
+from megatron_cream.data import indexed
 from megatron_cream.errors import UsageError
 from megatron_cream.model.rotary import RotaryEmbedding
 from megatron_cream.positions import build_sampler
+
+SAMPLED_BYTES = 64 << 20
+"""Of all data, how much is looked at for token ids before a run."""
 
 # Megatron's switches for its own rotary embedding and model families: not ours.
 UNSUPPORTED = {
@@ -192,29 +198,21 @@ def _parallel(args: Namespace) -> None:
 
 
 def _files(args: Namespace) -> None:
-    prefixes = [
-        (flag(name), item)
-        for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-        for item in getattr(args, name) or []
-        if not _is_number(item)
-    ]
-    listed = args.data_args_path or args.per_split_data_args_path
-    if not prefixes and not listed:
+    prefixes = _data_prefixes(args)
+    if not prefixes:
         raise UsageError(
             "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes one), "
             "or --embedded-data"
         )
     for name, prefix in prefixes:
-        for suffix in (".bin", ".idx"):
-            if not Path(prefix + suffix).is_file():
-                raise UsageError(f"{name} {prefix}: there is no {prefix}{suffix}; give the path without its suffix")
-        lengths = _document_lengths(name, prefix)
+        lengths = _index(name, prefix).lengths
         need = args.target_length if args.position_sampler == "full" else args.seq_length
         if not (lengths >= need).any():
             raise UsageError(
                 f"{name} {prefix}: none of its {len(lengths)} documents has {need} tokens, which a sample takes; "
-                f"the longest has {max(lengths, default=0)}"
+                f"the longest has {lengths.max()}"
             )
+    _validation_data(args)
     model = args.tokenizer_model
     if args.tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
         if model is None:
@@ -230,14 +228,71 @@ def _files(args: Namespace) -> None:
             raise UsageError(f"{flag(name)} {path}: no such folder")
 
 
-def _document_lengths(name: str, prefix: str) -> np.ndarray:
+def _validation_data(args: Namespace) -> None:
+    if not args.eval_iters:
+        return
+    if args.split is not None:
+        try:
+            with np.errstate(invalid="raise"):  # no number at all is 0 / 0
+                share = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[1]
+        except (AssertionError, ValueError, ArithmeticError) as error:
+            raise UsageError(f"--split {args.split}: expected three numbers, such as 969,30,1") from error
+        if share is None:
+            raise UsageError(
+                f"--split {args.split}: leaves nothing to validate on; give its second part a share, or --eval-iters 0"
+            )
+    elif args.train_data_path and not args.valid_data_path:
+        raise UsageError("--valid-data-path is missing beside --train-data-path: give it, or --eval-iters 0")
+
+
+def token_ids(args: Namespace) -> None:
+    """Raise UsageError at data whose token ids are beyond the vocabulary, `args.vocab_size`.
+
+    Reads SAMPLED_BYTES at most, spread over the files; each sample of training is looked at too.
+    """
+    prefixes = _data_prefixes(args)
+    for name, prefix in prefixes:
+        least, greatest = indexed.token_range(prefix, _index(name, prefix), SAMPLED_BYTES // len(prefixes))
+        if not 0 <= least <= greatest < args.vocab_size:
+            raise UsageError(
+                f"{name} {prefix}: holds token id {least if least < 0 else greatest}, and the vocabulary of "
+                f"--tokenizer-type {args.tokenizer_type} has {args.vocab_size}; give the tokenizer that the data was "
+                "made with"
+            )
+        if indexed.has_loss_mask(prefix):
+            mask = indexed.loss_mask_prefix(prefix)
+            if indexed.token_range(mask, _index(name, mask), SAMPLED_BYTES // len(prefixes))[1] > 1:
+                raise UsageError(f"{name} {prefix}: {mask}.bin holds other values than 0 and 1, so it is no loss mask")
+
+
+def _data_prefixes(args: Namespace) -> list[tuple[str, str]]:
+    """(flag, prefix) of all data, weights of a blend left out."""
+    items = [
+        (flag(name), item)
+        for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+        for item in getattr(args, name) or []
+    ]
+    for name in ("data_args_path", "per_split_data_args_path"):
+        path = getattr(args, name)
+        if not path:
+            continue
+        try:
+            text = Path(path).read_text()
+            blends = json.loads(text).values() if name.startswith("per_split") else [text]
+            for blend in blends:
+                items += [(flag(name), item) for item in (blend.split() if isinstance(blend, str) else blend or [])]
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise UsageError(f"{flag(name)} {path}: not a list of data that can be read: {error}") from error
+    return [(name, item) for name, item in items if not _is_number(item)]
+
+
+def _index(name: str, prefix: str) -> indexed.Index:
     try:
-        with captured(io.StringIO()):  # it reports each part of the index
-            dataset = IndexedDataset(prefix)
-    except Exception as error:  # Megatron asserts, numpy and the system complain, each in their own way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{name} {prefix}: not a .bin/.idx pair that can be read: {reason}") from error
-    return dataset.sequence_lengths.copy()
+        index = indexed.read_index(prefix)
+        indexed.check_loss_mask(prefix, index)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{name} {prefix}: {error}") from error
+    return index
 
 
 def _is_number(text: str) -> bool:

@@ -12,9 +12,9 @@ from megatron_cream import platform
 def apply(args: Namespace) -> None:
     """Call before `pretrain`; again for another run in the same process."""
     _one_command_line(args)
+    _alone_without_collectives()
     if platform.has_cuda():
         _weight_gradients_without_apex()
-        _torch_adam_in_one_kernel()
     _distributed_optimizer_resumes_with_torch_adam()
 
 
@@ -36,18 +36,17 @@ def _weight_gradients_without_apex() -> None:
         layers._grad_accum_fusion_available = True
 
 
-def _torch_adam_in_one_kernel() -> None:
-    """Without Transformer Engine and apex Megatron takes torch's AdamW, and its slow form."""
-    from megatron.core import optimizer
+def _alone_without_collectives() -> None:
+    """At the end of each step the trainer asks the model-parallel ranks for two numbers; one rank waits for itself."""
+    from megatron.training import training
 
-    if not optimizer.USING_PYTORCH_OPTIMIZER or hasattr(torch.optim.AdamW.__init__, "__wrapped__"):
-        return
+    def alone(original, value, group=None):
+        if group is None or group.size() > 1:
+            return original(value, group=group)
+        return value.item() if isinstance(value, torch.Tensor) else value
 
-    def fused(original, self, *args, **kwargs):
-        original(self, *args, **{"fused": True, **kwargs})
-
-    for cls in (torch.optim.AdamW, torch.optim.Adam):
-        _wrap(cls, "__init__", fused)
+    for name in ("logical_and_across_model_parallel_group", "reduce_max_stat_across_model_parallel_group"):
+        wrap_method(training, name, alone)
 
 
 def _distributed_optimizer_resumes_with_torch_adam() -> None:
@@ -63,7 +62,7 @@ def _distributed_optimizer_resumes_with_torch_adam() -> None:
     from megatron.core.optimizer import distrib_optimizer
 
     cls = distrib_optimizer.DistributedOptimizer
-    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(cls.sharded_state_dict, "__wrapped__"):
+    if distrib_optimizer.HAVE_APEX_OR_TE:
         return
 
     def state_first(original, self, model_sharded_state_dict, is_loading=False, *args, **kwargs):
@@ -79,17 +78,23 @@ def _distributed_optimizer_resumes_with_torch_adam() -> None:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    _wrap(cls, "sharded_state_dict", state_first)
-    _wrap(cls, "_set_main_param_and_optimizer_states", step_apart)
-    _wrap(cls, "load_state_dict", a_step_each)
+    wrap_method(cls, "sharded_state_dict", state_first)
+    wrap_method(cls, "_set_main_param_and_optimizer_states", step_apart)
+    wrap_method(cls, "load_state_dict", a_step_each)
 
 
-def _wrap(cls: type, name: str, wrapper) -> None:
-    """Replace method `name` of `cls` by `wrapper`, which is given the original first."""
+def wrap_method(cls, name: str, wrapper) -> None:
+    """Replace method `name` of a class, or function of a module, by `wrapper`, which is given the original first.
+
+    Once: a second call for the same changes nothing.
+    """
     original = getattr(cls, name)
+    if getattr(original, "_replaced", False):
+        return
 
     @functools.wraps(original)
     def method(*args, **kwargs):
         return wrapper(original, *args, **kwargs)
 
+    method._replaced = True
     setattr(cls, name, method)

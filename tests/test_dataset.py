@@ -10,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
 from megatron_cream.data.order import permute
+from megatron_cream.errors import UsageError
 from megatron_cream.positions import build_sampler
 
 N, L = 96, 384
@@ -123,7 +124,7 @@ def test_blend_of_two_files(prefix, tmp_path):
 
 def test_no_document_long_enough_is_one_line(prefix):
     sampler = dict(name="pi", window=5000, target=5000)
-    with pytest.raises(ValueError, match=r"train split of .*: none of its 40 documents has 5000 tokens") as caught:
+    with pytest.raises(UsageError, match=r"train split of .*: none of its 40 documents has 5000 tokens") as caught:
         build(prefix, sampler=sampler)
     assert "\n" not in str(caught.value)
 

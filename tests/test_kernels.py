@@ -109,3 +109,37 @@ def test_weight_gradient():
     expected = main_grad.double() + grad.double().T @ inputs.double()
     wgrad_gemm_accum_fp32(inputs, grad, main_grad)
     assert relative(main_grad, expected) < 1e-5
+
+
+@kernel_test
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adamw(decoupled):
+    """Five steps of torch's optimizers in float64, on scaled gradients; the copy is the rounded weight."""
+    from megatron_cream.optimizer.adamw import FusedAdamW
+
+    torch.manual_seed(0)
+    start = [torch.randn(n) for n in (1, 1000, 5000)]
+    options = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    ours = [x.clone().to(DEVICE).requires_grad_() for x in start]
+    theirs = [x.double().requires_grad_() for x in start]
+    optimizer = FusedAdamW([dict(params=ours)], **options, adam_w_mode=decoupled)
+    reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **options)
+    optimizer.copies = {x: torch.zeros(x.numel(), dtype=torch.bfloat16, device=DEVICE) for x in ours[1:]}
+    for step in range(5):
+        optimizer.gradient_scale = torch.tensor(0.37, device=DEVICE) if step else None
+        for x, y in zip(ours, theirs, strict=True):
+            grad = torch.randn(x.shape)
+            x.grad, y.grad = (
+                grad.to(DEVICE),
+                grad.double() * (optimizer.gradient_scale or torch.ones(())).cpu().double(),
+            )
+        optimizer.step()
+        reference.step()
+    for x, y in zip(ours, theirs, strict=True):
+        assert relative(x.detach().cpu(), y.detach()) < 1e-6
+        assert relative(optimizer.state[x]["exp_avg_sq"].cpu(), reference.state[y]["exp_avg_sq"]) < 1e-6
+    assert optimizer.copies_written and optimizer.param_groups[0]["step"] == 5
+    for x, copy in optimizer.copies.items():
+        # The interpreter cuts off where a GPU rounds to the nearest.
+        rounded = x.detach().to(torch.bfloat16)
+        assert torch.equal(copy, rounded) if not INTERPRETED else relative(copy, x.detach().double()) < 2**-7

@@ -1,6 +1,7 @@
 """Documents to .bin/.idx: what is written, that it is whole or absent, and the tool's errors."""
 
 import gzip
+import io
 import json
 import os
 import random
@@ -8,12 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_cream.data import documents
-from megatron_cream.data.preprocess import output_paths, preprocess
+from megatron_cream.data import documents, json_array
+from megatron_cream.data import preprocess as preprocess_module
+from megatron_cream.data.indexed import paths as output_paths
+from megatron_cream.data.preprocess import preprocess
 from megatron_cream.data.tokenizers import bos_to_prepend, load_tokenizer
 
 TOOL = Path(__file__).parents[1] / "tools" / "preprocess_data.py"
@@ -37,7 +46,9 @@ class RaisingTokenizer(ByteTokenizer):
 
 def write_lines(path: Path, texts: list[str]) -> Path:
     data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    # Two frames, as `cat a.zst b.zst` leaves them.
+    zst = lambda data: zstandard.compress(data[:99]) + zstandard.compress(data[99:])
+    path.write_bytes({".gz": gzip.compress, ".zst": zst}.get(path.suffix, bytes)(data))
     return path
 
 
@@ -85,18 +96,48 @@ def huggingface_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.ndjson.gz", "folder"])
-def test_documents_hold_bos_the_tokenizers_ids_and_eod(tmp_path, name):
-    texts = some_texts(40)
-    path = tmp_path / name
-    if name == "folder":
+def write_input(path: Path, texts: list[str]) -> Path:
+    """The texts in the form that the name asks for; in folders, in the order of their files."""
+    if path.suffix == ".parquet":
+        # Row groups of 7 rows, a categorical column, and another one beside it.
+        texts = pyarrow.array(texts).dictionary_encode() if path.stem == "categories" else texts
+        table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    elif path.suffix == ".arrow":
+        table = pyarrow.table({"text": texts})
+        with pyarrow.ipc.new_file(path, table.schema) as file:
+            file.write_table(table, max_chunksize=9)
+    elif path.name == "array.json":
+        path.write_text(json.dumps([{"text": text} for text in texts], indent=1, ensure_ascii=False))
+    elif path.name == "dataset":
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(path, num_shards=3)
+    elif path.name == "dict":
+        datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(path)
+    elif path.name == "texts":
         for i, text in enumerate(texts):
             file = path / f"{i // 10}" / f"{i % 10}.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, newline="")
         (path / "notes.md").write_text("not a document")
+    elif path.name == "mixed":
+        (path / "b").mkdir(parents=True)
+        write_lines(path / "a.jsonl.zst", texts[:10])
+        write_input(path / "b" / "b.parquet", texts[10:25])
+        write_lines(path / "c.jsonl.gz", texts[25:])
+        (path / "dataset_infos.json").write_text("{}")
     else:
         write_lines(path, texts)
+    return path
+
+
+FORMS = ["a.jsonl", "a.json", "a.ndjson.gz", "a.jsonl.zst", "array.json", "a.parquet", "categories.parquet", "a.arrow"]
+FORMS += ["dataset", "dict", "texts", "mixed"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_documents_hold_bos_the_tokenizers_ids_and_eod(tmp_path, name):
+    texts = some_texts(40)
+    path = write_input(tmp_path / name, texts)
 
     report = preprocess([path], tmp_path / "out" / "v1.5", ByteTokenizer(), progress=False)
 
@@ -107,6 +148,18 @@ def test_documents_hold_bos_the_tokenizers_ids_and_eod(tmp_path, name):
     assert report.lengths.tolist() == list(map(len, expected))
     assert report.documents_of_at_least(1500) == sum(len(ids) >= 1500 for ids in expected)
     assert sorted(os.listdir(tmp_path / "out")) == ["v1.5.bin", "v1.5.idx"]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_reading_goes_on_from_the_end_of_any_batch(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(documents, "BATCH_BYTES", 4000)
+    inputs = [write_lines(tmp_path / "first.jsonl", ["a", "b"]), write_input(tmp_path / name, some_texts(40))]
+    files = documents.find_files([*inputs, write_lines(tmp_path / "last.jsonl", ["c"])])
+    batches = list(documents.read_batches(files))
+    assert len(batches) > 5
+    assert batches[-1].end.disk_bytes == sum(file.stat().st_size for file in files)
+    for i, batch in enumerate(batches):
+        assert list(documents.read_batches(files, start=batch.end)) == batches[i + 1 :]
 
 
 def test_inputs_are_read_in_the_order_given(tmp_path):
@@ -163,7 +216,8 @@ def test_unreadable_documents_are_counted_by_reason(tmp_path):
     assert [bytes(ids[1:-1]).decode() for ids in read_back(tmp_path / "x")] == ["good", "no newline at the end"]
     assert report.dropped == {
         "malformed JSON": 1,
-        "no key 'text'": 2,
+        "no key 'text'": 1,
+        "not a JSON object": 1,
         "key 'text' is not a string": 1,
         "not UTF-8": 2,
         "empty text": 1,
@@ -177,12 +231,93 @@ def test_unreadable_documents_are_counted_by_reason(tmp_path):
     assert not any(output.exists() for output in output_paths(tmp_path / "strict"))
 
 
-def test_a_cut_gzip_file_is_an_error_not_a_shorter_corpus(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl.gz", some_texts(50))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="not a whole gzip file"):
+@pytest.mark.parametrize("name, kind", [("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstd")])
+@pytest.mark.parametrize("kept", [0.5, 0.99])
+def test_a_cut_compressed_file_is_an_error_not_a_shorter_corpus(tmp_path, name, kind, kept):
+    path = write_lines(tmp_path / name, some_texts(50))
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match=f"{name}: not a whole {kind} file"):
         preprocess([path], tmp_path / "x", ByteTokenizer(), progress=False)
-    assert os.listdir(tmp_path) == ["a.jsonl.gz"]
+    assert os.listdir(tmp_path) == [name]
+    text = tmp_path / f"a.txt.{name.split('.')[-1]}"
+    text.write_bytes(path.read_bytes())
+    good = write_lines(tmp_path / "good.jsonl", ["good"])
+    report = preprocess([text, good], tmp_path / "x", ByteTokenizer(), progress=False)
+    assert report.documents == 1 and [reason for reason in report.dropped if f"not a whole {kind} file" in reason]
+
+
+def test_rows_that_hold_no_text_are_counted(tmp_path):
+    values = pyarrow.array([b"good", b"\xff", b"", None, b"fine"], pyarrow.binary())
+    broken = pyarrow.StringArray.from_buffers(5, values.buffers()[1], values.buffers()[2], values.buffers()[0])
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": broken}), path)
+    report = preprocess([path], tmp_path / "x", ByteTokenizer(), json_key="body", progress=False)
+    assert [bytes(ids[1:-1]) for ids in read_back(tmp_path / "x")] == [b"good", b"fine"]
+    assert report.dropped == {"not UTF-8": 1, "empty text": 2}
+    assert report.first_dropped["not UTF-8"] == f"{path}:2"
+
+
+def test_files_of_columns_are_checked_before_any_is_read(tmp_path, monkeypatch):
+    good = write_lines(tmp_path / "a.jsonl", ["good"])
+    tables = {"no": {"body": ["x"]}, "number": {"text": [1]}, "chat": {"text": [[{"from": "human", "value": "q"}]]}}
+    for name, columns in tables.items():
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    (tmp_path / "not.parquet").write_bytes(b"PAR1 not a table PAR1")
+    (tmp_path / "not.arrow").write_bytes(b"ARROW1 not")
+    datasets.DatasetDict({s: datasets.Dataset.from_dict({"text": ["x"]}) for s in ("train", "test")}).save_to_disk(
+        tmp_path / "two"
+    )
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
+    monkeypatch.setattr(preprocess_module, "map_in_order", lambda *_: pytest.fail("began to read"))
+    for path, message in [
+        ("no.parquet", "no.parquet: no column 'text'; it has body"),
+        ("number.parquet", "number.parquet: column 'text' is int64, expected text"),
+        ("chat.parquet", "chat.parquet: column 'text' is list<.*expected text"),
+        ("not.parquet", "not.parquet: not a Parquet file"),
+        ("not.arrow", "not.arrow: not an Arrow file"),
+        ("two", "two: a dataset of 2 splits; give those you mean: .*two/train, .*two/test"),
+        ("cut", "cut: its state.json names data-0.arrow, which is not there"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            preprocess([good, tmp_path / path], tmp_path / "x", ByteTokenizer(), progress=False)
+        assert "\n" not in str(caught.value)
+    chats = tmp_path / "no.parquet"
+    with pytest.raises(ValueError, match="no column 'conversations' or 'messages'"):
+        preprocess([chats], tmp_path / "x", ByteTokenizer(), chat_format="llama2", progress=False)
+
+
+@pytest.mark.parametrize("name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
+def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, name, package):
+    path = write_input(tmp_path / name, ["text"])
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"pip install {package}$"):
+        preprocess([path], tmp_path / "x", ByteTokenizer(), progress=False)
+    assert os.listdir(tmp_path) == [name]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(JSON), st.integers(1, 40), st.sampled_from([None, 1]), st.booleans())
+def test_elements_of_an_array_whatever_the_size_of_a_read(values, chunk, indent, ascii_only):
+    data = json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_array, "_CHUNK", chunk)
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            with pytest.raises(json_array.DamagedArray, match="not UTF-8"):
+                list(json_array.read_elements(io.BytesIO(data)))
+            return
+        assert [json.loads(element) for element in json_array.read_elements(io.BytesIO(data))] == values
+        for cut in {len(data) // 2, len(data) - 1}:
+            with pytest.raises(json_array.DamagedArray):
+                list(json_array.read_elements(io.BytesIO(data[:cut])))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -300,6 +435,7 @@ def test_the_tool_writes_and_reports(tmp_path, sentencepiece_model):
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, sentencepiece_model):
     path = write_lines(tmp_path / "a.jsonl", ["abc"])
     (tmp_path / "a.parquet").write_text("")
+    (tmp_path / "a.pdf").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "there.bin").write_text("old")
     good = {
@@ -310,8 +446,9 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, sentencepiece_model)
     }
     cases = [
         ({"--input": tmp_path / "no.jsonl"}, f"--input {tmp_path}/no.jsonl: no such file"),
-        ({"--input": tmp_path / "a.parquet"}, "a.parquet: expected a file that ends in .jsonl"),
-        ({"--input": tmp_path / "empty"}, "no file in this folder matches '*.txt'"),
+        ({"--input": tmp_path / "a.pdf"}, "a.pdf: expected a file that ends in .jsonl"),
+        ({"--input": tmp_path / "empty"}, "file in this folder; name others with --glob"),
+        ({"--input": tmp_path / "empty", "--glob": "*.md"}, "no file in this folder matches '*.md'"),
         ({"--output-prefix": tmp_path / "there"}, "there.bin already exists; give another prefix, or --overwrite"),
         ({"--output-prefix": tmp_path / "x.bin"}, "x.bin: expected a path up to .bin and .idx"),
         ({"--tokenizer-type": "BPE"}, "--tokenizer-type: invalid choice: 'BPE'"),

@@ -3,12 +3,24 @@
     python tools/preprocess_data.py --input data/part-*.jsonl.gz --output-prefix data/pile \\
         --tokenizer-type Llama2Tokenizer --tokenizer-model llama/tokenizer.model --workers 16
 
-    python tools/preprocess_data.py --input books/ --glob '*.txt' --output-prefix data/books \\
+    python tools/preprocess_data.py --input books/ --output-prefix data/books --glob '*.md' \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model Llama-3.1-8B/
 
-Inputs are JSON lines (.jsonl, .ndjson, .json; also .gz), text files (.txt; also .gz) or
-folders of either, one document a line or a text file. Each document becomes BOS, text,
-EOD. Bad input ends with one line and exit code 2, and writes nothing.
+    python tools/preprocess_data.py --input ShareGPT_V3.json --output-prefix data/sharegpt --chat-format llama2 \\
+        --tokenizer-type Llama2Tokenizer --tokenizer-model llama/tokenizer.model
+
+Inputs are JSON lines (.jsonl, .ndjson, .json), text files (.txt), both also .gz or .zst; a .json
+that is one array; .parquet; folders of these, or folders that `datasets.save_to_disk` wrote. One
+document a line, row, element or text file; each becomes BOS, text, EOD.
+
+With --chat-format the documents are chats, ShareGPT's {"conversations": [{"from", "value"}]} or
+OpenAI's {"messages": [{"role", "content"}]}. OUTPUT_PREFIX_loss_mask.bin/.idx is written too, and
+training finds it there: the loss counts on the assistant's answers alone. Answers before the first
+question and questions after the last answer are left out, as FastChat does; chats whose turns do
+not alternate, are empty, or have a role not known, are dropped and counted.
+
+A run that was killed goes on where it was when it is started again with the same flags. Bad input
+ends with one line and exit code 2, and writes nothing.
 """
 
 import argparse
@@ -25,9 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cream.data.chat import CHAT_FORMATS
 from megatron_cream.data.documents import find_files
-from megatron_cream.data.preprocess import PreprocessReport, check_output, preprocess
-from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_files, load_tokenizer
+from megatron_cream.data.partial import check_output
+from megatron_cream.data.preprocess import PreprocessReport, preprocess
+from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_files, load_tokenizer, tokenizer_id
 
 LONG_DOCUMENTS = (4096, 8192, 16384, 32768)
 """Lengths in tokens that the report counts documents from."""
@@ -57,15 +71,20 @@ def main() -> None:
             tokenizer,
             json_key=args.json_key,
             glob=args.glob,
-            append_eod=args.append_eod,
+            chat_format=args.chat_format,
+            append_eod=args.append_eod is not False,
             prepend_bos=args.prepend_bos,
             min_document_tokens=args.min_document_tokens,
             workers=args.workers,
             overwrite=args.overwrite,
             strict=args.strict,
+            tokenizer_id=tokenizer_id(args.tokenizer_type, args.tokenizer_model),
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     print_report(report, args.output_prefix)
 
 
@@ -75,13 +94,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", type=Path, nargs="+", required=True, help="files and folders of text")
-    add("--glob", default="*.txt", help="which files of an input folder are read (default: %(default)s)")
-    add("--json-key", "--json-keys", default="text", help="key of the text in a JSON line (default: %(default)s)")
+    add("--glob", help="which files of an input folder are read (default: those of a known suffix, but for .json)")
+    add(
+        "--json-key",
+        "--json-keys",
+        help="key or column of the text (default: text), or of a chat's turns (default: conversations or messages)",
+    )
+    add(
+        "--chat-format",
+        choices=CHAT_FORMATS,
+        help="documents are chats, written as Llama-2-chat's, or by the Hugging Face tokenizer's chat template",
+    )
     add("--output-prefix", type=Path, required=True, help="writes OUTPUT_PREFIX.bin and OUTPUT_PREFIX.idx")
     add("--overwrite", action="store_true", help="replace output that is there")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="as for the trainer")
     add("--tokenizer-model", type=Path, required=True, help="a sentencepiece .model, or a Hugging Face folder")
-    add("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="end documents with EOD")
+    add("--append-eod", action=argparse.BooleanOptionalAction, help="end documents with EOD (default: yes)")
     add(
         "--prepend-bos",
         action=argparse.BooleanOptionalAction,
@@ -102,6 +130,9 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("workers", "min_document_tokens"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a whole number from 1")
+    for flag in ("append_eod", "prepend_bos"):
+        if args.chat_format and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')}: not with --chat-format, whose tokens these are")
     with blame("--tokenizer-model"):
         check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
     with blame("--input"):
@@ -129,6 +160,8 @@ def print_report(report: PreprocessReport, prefix: Path) -> None:
     table.add_row("documents", f"{report.documents:,}")
     table.add_row("tokens", f"{report.tokens:,}")
     table.add_row("longest document", f"{report.lengths.max():,} tokens")
+    if report.loss_tokens is not None:
+        table.add_row("tokens of the assistant", f"{report.loss_tokens:,}")
     for length in LONG_DOCUMENTS:
         table.add_row(f"documents of {length:,} tokens or more", f"{report.documents_of_at_least(length):,}")
     for reason, count in report.dropped.items():

@@ -17,7 +17,9 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.utils import log_single_rank
 
+from megatron_cream.data.indexed import has_loss_mask, loss_mask_prefix
 from megatron_cream.data.order import permute
+from megatron_cream.errors import UsageError
 from megatron_cream.positions import build_sampler
 
 logger = logging.getLogger(__name__)
@@ -36,19 +38,24 @@ class LongDocumentDatasetConfig(BlendedMegatronDatasetConfig):
     eod_token: int | None = None
     """Where given, no loss on predicting past this token (`--eod-mask-loss`)."""
 
+    vocab_size: int | None = None
+    """Where given, a token id from here on is an error, not a fault on the device."""
+
 
 class LongDocumentDataset(MegatronDataset):
     """Samples of `sampler.sequence_length` tokens with planned position ids.
 
     `__getitem__` returns int64 arrays [n]: `tokens`, `labels` (the next token within the
     sample), `position_ids`; and float32 `loss_mask`, 0 on the last token, which has no
-    label, and on what the configuration masks.
+    label, and on what the configuration masks. Where the data has a loss mask beside it (see
+    `indexed.loss_mask_prefix`), the loss counts on labels that it marks: a sample in which it
+    marks none has no loss, and weighs nothing, as Megatron averages over a global batch's tokens.
 
     Sample i is visit i // len(documents) of the document at place i % len(documents) of
     that epoch's order; it does not depend on ranks, workers or batch sizes.
 
     Raises:
-        ValueError: a split that samples are asked of has no document long enough.
+        UsageError: a split that samples are asked of has no document long enough.
     """
 
     def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config):
@@ -62,8 +69,14 @@ class LongDocumentDataset(MegatronDataset):
             f"> {index_split.name}: {len(self.documents)} of {len(indices)} documents of {dataset_path} have "
             f"{self.sampler.sequence_length} tokens or more",
         )
+        self.loss_mask = None
+        if has_loss_mask(dataset_path):
+            self.loss_mask = self.build_low_level_dataset(loss_mask_prefix(dataset_path), config)
+            log_single_rank(
+                logger, logging.INFO, f"> loss on the tokens marked in {loss_mask_prefix(dataset_path)}.bin"
+            )
         if num_samples and not len(self.documents):
-            raise ValueError(
+            raise UsageError(
                 f"{index_split.name} split of {dataset_path}: none of its {len(indices)} documents has "
                 f"{self.sampler.sequence_length} tokens; give longer documents, or eval-iters 0 for no such split"
             )
@@ -92,10 +105,17 @@ class LongDocumentDataset(MegatronDataset):
         document = int(self.documents[sample])
         length = int(self.dataset.sequence_lengths[document])
         plan = self.sampler.plan(epoch=epoch, sample=sample, document_length=length)
-        tokens = self._read(document, plan.token_indices)
+        tokens = self._read(self.dataset, document, plan.token_indices)
+        if self.config.vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise ValueError(
+                f"{self.dataset_path}.bin: document {document} holds token ids {tokens.min()} to {tokens.max()}, "
+                f"and the vocabulary has {self.config.vocab_size}"
+            )
 
         loss_mask = np.ones(len(tokens), dtype=np.float32)
         loss_mask[-1] = 0.0
+        if self.loss_mask is not None:
+            loss_mask[:-1] = self._read(self.loss_mask, document, plan.token_indices)[1:]  # of the labels
         if self.config.mask_segment_starts:
             starts = np.cumsum([size for _, size in plan.segments])[:-1]
             loss_mask[starts - 1] = 0.0
@@ -108,9 +128,10 @@ class LongDocumentDataset(MegatronDataset):
             "position_ids": plan.position_ids,
         }
 
-    def _read(self, document: int, token_indices: np.ndarray) -> np.ndarray:
-        """The document's tokens at `token_indices`, one read for each contiguous run."""
+    @staticmethod
+    def _read(dataset: IndexedDataset, document: int, token_indices: np.ndarray) -> np.ndarray:
+        """What `dataset` holds of the document at `token_indices`, one read for each contiguous run."""
         breaks = np.flatnonzero(np.diff(token_indices) != 1) + 1
         runs = np.split(token_indices, breaks)
-        reads = [self.dataset.get(document, offset=int(run[0]), length=len(run)) for run in runs]
+        reads = [dataset.get(document, offset=int(run[0]), length=len(run)) for run in runs]
         return np.concatenate(reads).astype(np.int64)

@@ -1,29 +1,31 @@
 """Readers of training text: paths in, batches of raw documents out.
 
 Documents come in an order that depends on the inputs alone: inputs as given, the files
-of a folder sorted by path, the lines of a file as they stand. A batch is what one worker
-takes at a time; how documents fall into batches does not depend on the workers either.
+of a folder sorted by path, the lines or rows of a file as they stand. A batch is what one
+worker takes at a time; it says where the next one begins, so that reading can go on there.
+How documents fall into batches does not depend on the workers.
 """
 
-import gzip
+import codecs
 import json
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, Literal
+
+from megatron_cream.data.columns import COLUMN_SUFFIXES, check_column, dataset_files, read_rows
+from megatron_cream.data.compressed import COMPRESSED_SUFFIXES, DamagedFile, decompressed, suffix
+from megatron_cream.data.json_array import DamagedArray, read_elements, starts_array
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-"""One JSON object a line. `.json` too, as Megatron's own recipes name such files."""
+"""One JSON object a line. `.json` too, as Megatron's own recipes name such files; a `.json`
+that holds one array is read as its elements."""
 
 TEXT_SUFFIXES = (".txt", ".text")
-"""Files taken as one document when named themselves; in folders the glob decides."""
+"""Files taken as one document each; with a glob, so is any file of another suffix."""
 
 BATCH_BYTES = 1 << 20
 """A batch is closed once its text reaches this; one document is never split."""
-
-GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
-"""What reading a cut or damaged .gz raises."""
 
 
 class BadDocument(ValueError):
@@ -31,21 +33,45 @@ class BadDocument(ValueError):
 
 
 @dataclass(frozen=True)
+class Position:
+    """Where reading goes on."""
+
+    file: int = 0
+    """Place among the files of `find_files`."""
+
+    record: int = 0
+    """Lines, rows or elements of that file that were read."""
+
+    offset: int = 0
+    """Bytes of the (decompressed) file that those lines take."""
+
+    disk_bytes: int = 0
+    """What all that was read takes on disk, files before this one included: for progress."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Consecutive raw documents of one input."""
 
     path: Path
-    """The JSON-lines file; unused for text files, which are their own place."""
+    """The file the items lie in; unused for files, which are their own place."""
 
-    items: list[tuple[int, bytes]] | list[Path]
-    """Line number (from 1) and line, or one text file for each document."""
+    form: Literal["json", "text", "file"]
+    """What an item is: a JSON object, text, or a text file."""
 
-    disk_bytes: int
-    """What this batch takes on disk (compressed, for .gz), for progress by bytes."""
+    items: list[tuple[int, bytes | None]] | list[Path]
+    """Number (from 1) and content of lines, rows or elements; or one file for each document."""
+
+    end: Position
+    """Where the next batch begins."""
 
 
-def find_files(inputs: Iterable[Path], glob: str = "*.txt") -> list[Path]:
+def find_files(inputs: Iterable[Path], glob: str | None = None) -> list[Path]:
     """The files behind `inputs`, in reading order: files as named, folders recursively.
+
+    Args:
+        glob: which files of a folder are read. None: those of a known suffix but for `.json`,
+            the usual name of what lies beside data; of a folder that `datasets` saved, its data.
 
     Raises:
         ValueError: an input that does not exist, a folder without a matching file, or a
@@ -54,106 +80,200 @@ def find_files(inputs: Iterable[Path], glob: str = "*.txt") -> list[Path]:
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            try:
-                found = sorted(file for file in path.rglob(glob) if file.is_file())
-            except (ValueError, NotImplementedError) as error:
-                raise ValueError(f"--glob {glob!r}: expected a pattern such as '*.txt' ({error})") from error
-            if not found:
-                raise ValueError(f"{path}: no file in this folder matches {glob!r}; give another --glob")
-            files += found
+            files += _files_in(path, glob)
         elif not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        elif _suffix(path) not in JSON_LINES_SUFFIXES + TEXT_SUFFIXES:
-            known = ", ".join(JSON_LINES_SUFFIXES + TEXT_SUFFIXES)
-            raise ValueError(f"{path}: expected a file that ends in {known} (or these with .gz), or a folder")
+        elif _kind(path) is None:
+            known = ", ".join((*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES))
+            raise ValueError(f"{path}: expected a file that ends in {known} (text also in .gz or .zst), or a folder")
         else:
             files.append(path)
     return files
 
 
-def read_batches(files: list[Path]) -> Iterator[Batch]:
-    """All documents of `files` in order, about BATCH_BYTES of text to a batch."""
+def check_files(files: list[Path], keys: tuple[str, ...], chats: bool) -> None:
+    """What can be told before anything is read: columns that are there, packages that are installed.
+
+    Args:
+        keys: names under which a record may hold its text or its turns.
+        chats: the documents are chats.
+
+    Raises:
+        ValueError: one line with the path.
+    """
+    for file in files:
+        if _kind(file) == "columns":
+            check_column(file, keys, chats)
+        elif chats and _kind(file) != "lines":
+            raise ValueError(f"{file}: a chat is a JSON object or a row, not a text file")
+        elif file.suffix in COMPRESSED_SUFFIXES:
+            with file.open("rb") as raw:
+                decompressed(file, raw)
+
+
+def read_batches(
+    files: list[Path], keys: tuple[str, ...] = ("text",), chats: bool = False, start: Position = Position()
+) -> Iterator[Batch]:
+    """The documents of `files` from `start` on, in order, about BATCH_BYTES of text to a batch.
+
+    Raises:
+        ValueError: a damaged file. The message is one line and names the path.
+    """
     texts: list[Path] = []
     size = 0
-    for file in files:
-        is_lines = _suffix(file) in JSON_LINES_SUFFIXES
-        if not is_lines:
+    before = sum(file.stat().st_size for file in files[: start.file])
+    for number in range(start.file, len(files)):
+        file, kind, disk_bytes = files[number], _kind(files[number]), files[number].stat().st_size
+        if kind in ("lines", "columns"):
+            if texts:
+                yield Batch(texts[0].parent, "file", texts, Position(number, disk_bytes=before))
+                texts, size = [], 0
+            begin = start if number == start.file else Position(number)
+            form: Literal["json", "text"] = "json" if chats or kind == "lines" else "text"
+            records = _rows(file, keys, chats, begin) if kind == "columns" else _read_json(file, begin)
+            yield from _grouped(file, form, records, number, before, disk_bytes)
+        else:
             texts.append(file)
-            size += file.stat().st_size
-        if texts and (is_lines or size >= BATCH_BYTES):
-            yield Batch(texts[0].parent, texts, size)
-            texts, size = [], 0
-        if is_lines:
-            yield from _read_lines(file)
+            size += disk_bytes
+            if size >= BATCH_BYTES:
+                yield Batch(texts[0].parent, "file", texts, Position(number + 1, disk_bytes=before + disk_bytes))
+                texts, size = [], 0
+        before += disk_bytes
     if texts:
-        yield Batch(texts[0].parent, texts, size)
+        yield Batch(texts[0].parent, "file", texts, Position(len(files), disk_bytes=before))
 
 
-def read_documents(batch: Batch, json_key: str) -> Iterator[tuple[str, str | BadDocument]]:
-    """(place, text) of each document; place is `file` or `file:line`.
+def read_documents(batch: Batch, take: Callable[[dict], Any]) -> Iterator[tuple[str, Any]]:
+    """(place, document) of each; place is `file` or `file:number`.
 
-    Where a document cannot be read, a BadDocument stands in place of its text. Blank
-    lines are no documents.
+    Args:
+        take: the document that a JSON object holds; raises BadDocument where it holds none.
+
+    Where a document cannot be read, a BadDocument stands in its place.
     """
     for item in batch.items:
         where = str(item) if isinstance(item, Path) else f"{batch.path}:{item[0]}"
         try:
-            text = _read_text(item) if isinstance(item, Path) else _parse_line(item[1], json_key)
-            if not text:
-                raise BadDocument("empty text")
-            # JSON can spell lone surrogates, which no tokenizer takes.
-            text.isascii() or text.encode("utf-8")
-            yield where, text
+            if batch.form == "json":
+                document = take(_parse(item[1]))
+            else:
+                document = _checked_text(_read_text(item) if batch.form == "file" else item[1])
+            yield where, document
         except UnicodeError:
             yield where, BadDocument("not UTF-8")
         except BadDocument as error:
             yield where, error
 
 
-def _parse_line(line: bytes, json_key: str) -> str:
-    text = line.decode("utf-8-sig")
+def take_text(record: dict, key: str) -> str:
+    """The text under `key`.
+
+    Raises:
+        BadDocument: there is none.
+        UnicodeError: it holds lone surrogates, which JSON can spell and no tokenizer takes.
+    """
+    if key not in record:
+        raise BadDocument(f"no key {key!r}")
+    if not isinstance(record[key], str):
+        raise BadDocument(f"key {key!r} is not a string")
+    return _checked_text(record[key])
+
+
+def _files_in(folder: Path, glob: str | None) -> list[Path]:
+    if glob is None:
+        files = dataset_files(folder)
+        if files is not None:
+            return files
+        known = {*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, ".parquet"} - {".json"}
+        found = [path for path in folder.rglob("*") if suffix(path) in known and _kind(path) and path.is_file()]
+        if not found:
+            raise ValueError(f"{folder}: no {', '.join(sorted(known))} file in this folder; name others with --glob")
+        return sorted(found)
     try:
-        record = json.loads(text)
+        found = sorted(file for file in folder.rglob(glob) if file.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"--glob {glob!r}: expected a pattern such as '*.txt' ({error})") from error
+    if not found:
+        raise ValueError(f"{folder}: no file in this folder matches {glob!r}; give another --glob")
+    return found
+
+
+def _kind(path: Path) -> Literal["lines", "columns", "text"] | None:
+    if path.suffix in COLUMN_SUFFIXES:
+        return "columns"
+    if suffix(path) in JSON_LINES_SUFFIXES:
+        return "lines"
+    return "text" if suffix(path) in TEXT_SUFFIXES else None
+
+
+_Record = tuple[int, bytes | None, int, int]
+"""Number, content, bytes of the decompressed file and of the file on disk up to its end."""
+
+
+def _grouped(
+    path: Path, form: Literal["json", "text"], records: Iterator[_Record], file: int, before: int, disk_bytes: int
+) -> Iterator[Batch]:
+    items: list[tuple[int, bytes | None]] = []
+    size = 0
+    for number, data, offset, told in records:
+        if data is None or not data.isspace():
+            items.append((number, data))
+            size += len(data or b"")
+        if size >= BATCH_BYTES:
+            yield Batch(path, form, items, Position(file, number, offset, before + told))
+            items, size = [], 0
+    if items:
+        yield Batch(path, form, items, Position(file + 1, disk_bytes=before + disk_bytes))
+
+
+def _rows(path: Path, keys: tuple[str, ...], chats: bool, begin: Position) -> Iterator[_Record]:
+    for number, data, told in read_rows(path, keys, chats, begin.record):
+        yield number, data, 0, told
+
+
+def _read_json(path: Path, begin: Position) -> Iterator[_Record]:
+    """Lines that follow `begin`, or the elements of an array."""
+    with path.open("rb") as raw:
+        try:
+            stream = decompressed(path, raw)
+            if suffix(path) == ".json" and starts_array(stream):
+                for number, element in enumerate(read_elements(stream), 1):
+                    if number > begin.record:
+                        yield number, element, 0, raw.tell()
+                return
+            stream.seek(begin.offset)
+            offset = begin.offset
+            for number, line in enumerate(stream, begin.record + 1):
+                offset += len(line)
+                yield number, line, offset, raw.tell()
+        except (DamagedFile, DamagedArray) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _parse(line: bytes) -> dict:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError):
         raise BadDocument("malformed JSON") from None
-    if not isinstance(record, dict) or json_key not in record:
-        raise BadDocument(f"no key {json_key!r}")
-    if not isinstance(record[json_key], str):
-        raise BadDocument(f"key {json_key!r} is not a string")
-    return record[json_key]
+    if not isinstance(record, dict):
+        raise BadDocument("not a JSON object")
+    return record
 
 
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as raw:
-            return _decompressed(path, raw).read().decode("utf-8-sig")
-    except GZIP_ERRORS:
-        raise BadDocument("not a whole gzip file") from None
-
-
-def _read_lines(path: Path) -> Iterator[Batch]:
+def _read_text(path: Path) -> bytes:
     with path.open("rb") as raw:
-        lines: list[tuple[int, bytes]] = []
-        size, told = 0, 0
         try:
-            for number, line in enumerate(_decompressed(path, raw), 1):
-                if line.isspace():
-                    continue
-                lines.append((number, line))
-                size += len(line)
-                if size >= BATCH_BYTES:
-                    yield Batch(path, lines, raw.tell() - told)
-                    lines, size, told = [], 0, raw.tell()
-        except GZIP_ERRORS as error:
-            raise ValueError(f"{path}: not a whole gzip file ({error})") from error
-        if lines:
-            yield Batch(path, lines, raw.tell() - told)
+            return decompressed(path, raw).read().removeprefix(codecs.BOM_UTF8)
+        except DamagedFile as error:
+            raise BadDocument(str(error)) from None
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-
-
-def _suffix(path: Path) -> str:
-    """The suffix that tells the kind of file: that under `.gz`, where it is compressed."""
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+def _checked_text(text: str | bytes | None) -> str:
+    if not text:
+        raise BadDocument("empty text")
+    if isinstance(text, bytes):
+        return text.decode()
+    text.isascii() or text.encode()
+    return text

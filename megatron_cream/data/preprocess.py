@@ -1,21 +1,18 @@
-"""Text documents to Megatron's indexed dataset: PREFIX.bin and PREFIX.idx.
+"""Text documents and chats to Megatron's indexed dataset: PREFIX.bin and PREFIX.idx.
 
 The files are those of Megatron's own tool, less the suffix that it adds to the prefix:
 `preprocess(..., output_prefix)` writes what `--data-path output_prefix` reads. Each
-document is one sequence: BOS, the text's tokens, EOD. The bytes written depend on the
-inputs and the tokenizer, not on the number of workers.
+document is one sequence: BOS, the text's tokens, EOD; a chat as its format has it, with a
+mask of the assistant's tokens beside it. The bytes written depend on the inputs and the
+tokenizer, not on the number of workers, nor on how often the run was killed.
 """
 
 import contextlib
-import multiprocessing
-import os
-import signal
+import hashlib
 import sys
-import threading
 import time
-from collections import deque
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from megatron_cream.data.documents import BadDocument, Batch, find_files, read_batches, read_documents
-from megatron_cream.data.tokenizers import bos_to_prepend
+from megatron_cream.data.documents import check_files, find_files, read_batches
+from megatron_cream.data.encode import Encoder
+from megatron_cream.data.partial import State, check_output, open_partial
+from megatron_cream.data.workers import map_in_order
+
+FORMAT_VERSION = 1
+"""Raise it when the same inputs and settings would give other bytes: unfinished runs are not mixed."""
 
 
 @dataclass
@@ -40,6 +42,9 @@ class PreprocessReport:
 
     first_dropped: dict[str, str] = field(default_factory=dict)
     """Reason -> `file` or `file:line` of the first of them, in input order."""
+
+    loss_tokens: int | None = None
+    """Of chats: tokens that the loss counts on."""
 
     seconds: float = 0.0
     """Wall-clock time of reading, tokenizing and writing."""
@@ -61,8 +66,9 @@ def preprocess(
     output_prefix: Path,
     tokenizer: Any,
     *,
-    json_key: str = "text",
-    glob: str = "*.txt",
+    json_key: str | None = None,
+    glob: str | None = None,
+    chat_format: str | None = None,
     append_eod: bool = True,
     prepend_bos: bool | None = None,
     min_document_tokens: int = 1,
@@ -70,208 +76,100 @@ def preprocess(
     overwrite: bool = False,
     strict: bool = False,
     progress: bool = True,
+    tokenizer_id: str | None = None,
 ) -> PreprocessReport:
     """Tokenize `inputs` (see `documents.find_files`) into OUTPUT_PREFIX.bin and .idx.
 
     Args:
         tokenizer: has `tokenize(text) -> list[int]`, `vocab_size`, `eod` and `bos`, as
             `tokenizers.load_tokenizer` gives.
-        json_key: where the text of a JSON line stands.
-        glob: which files of a folder are documents.
+        json_key: where the text of a record stands, or the turns of a chat; None: `text`, or
+            `chat.CHAT_KEYS`.
+        glob: which files of a folder are documents; None: those of a known suffix.
+        chat_format: one of `chat.CHAT_FORMATS`: documents are chats, and OUTPUT_PREFIX_loss_mask
+            is written too. BOS and EOS are the format's own.
         prepend_bos: None follows the tokenizer, see `tokenizers.bos_to_prepend`.
         min_document_tokens: shorter documents are dropped; BOS and EOD do not count.
         workers: processes that tokenize. More than one needs `fork`: call it before the
             process starts threads or uses CUDA.
         strict: raise at the first document that cannot be read, instead of counting it.
+        tokenizer_id: what tells the tokenizer from others, see `tokenizers.tokenizer_id`. With it
+            a run that was killed or interrupted is gone on with by the next one of equal inputs
+            and settings; without it, nothing is kept.
 
     The output appears when it is complete, or not at all.
 
     Raises:
         FileExistsError: output is there and `overwrite` is not set.
-        ValueError: wrong inputs, no document left, or with `strict` a bad document.
+        ValueError: wrong inputs, no document left, with `strict` a bad document, or an
+            unfinished run of other inputs or settings, and `overwrite` is not set.
+        BlockingIOError: another process is writing this output.
     """
-    # Imported here, as it takes seconds that a wrong flag should not wait for.
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
     started = time.perf_counter()
+    output_prefix = Path(output_prefix)
     check_output(output_prefix, overwrite)
     files = find_files(inputs, glob)
-    encode = _Encoder(
-        tokenizer=tokenizer,
+    encode = Encoder(
+        tokenizer,
         json_key=json_key,
-        bos=bos_to_prepend(tokenizer, prepend_bos),
-        eod=_eod(tokenizer) if append_eod else None,
+        chat_format=chat_format,
+        append_eod=append_eod,
+        prepend_bos=prepend_bos,
         min_tokens=min_document_tokens,
         strict=strict,
-        vocab_size=tokenizer.vocab_size,
-        dtype=DType.optimal_dtype(tokenizer.vocab_size),
     )
-    report = PreprocessReport(lengths=np.zeros(0, dtype=np.int32))
-    with _complete_or_absent(Path(output_prefix), overwrite) as (bin_path, idx_path):
-        builder = IndexedDatasetBuilder(str(bin_path), dtype=encode.dtype)
-        with (
-            contextlib.closing(builder.data_file),
-            contextlib.closing(_map_in_order(encode, read_batches(files), workers)) as encoded,
-            _shown_progress(files, output_prefix, progress) as advance,
-        ):
-            for batch in encoded:
-                for ids in batch.documents:
-                    builder.add_document(ids, [len(ids)])
-                for reason, where in batch.dropped:
-                    report.dropped[reason] = report.dropped.get(reason, 0) + 1
-                    report.first_dropped.setdefault(reason, where)
-                advance(batch)
-        if not builder.sequence_lengths:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+    check_files(files, encode.keys, encode.chats)
+    settings = {
+        "version": FORMAT_VERSION,
+        "input": _digest(files),
+        "tokenizer": tokenizer_id or uuid.uuid4().hex,  # equal to no other
+        "json-key": encode.keys,
+        "chat-format": chat_format,
+        "append-eod": append_eod,
+        "prepend-bos": prepend_bos,
+        "min-document-tokens": min_document_tokens,
+        "strict": strict,
+    }
+    keep = tokenizer_id is not None
+    with open_partial(output_prefix, settings, encode.dtype, encode.chats, overwrite, keep) as partial:
+        state = partial.state
+        if not state.complete:
+            batches = read_batches(files, encode.keys, encode.chats, state.position)
+            with (
+                contextlib.closing(map_in_order(encode, batches, workers)) as encoded,
+                _shown_progress(files, output_prefix, state, progress) as advance,
+            ):
+                for batch in encoded:
+                    partial.append(batch)
+                    advance()
+        if not state.documents:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in state.dropped.items())
             raise ValueError(f"no document is left to write ({reasons or 'the inputs are empty'})")
-        report.lengths = np.array(builder.sequence_lengths, dtype=np.int32)
-        builder.finalize(str(idx_path))
-    report.seconds = time.perf_counter() - started
-    return report
+        lengths = partial.finish()
+    return PreprocessReport(
+        lengths=lengths,
+        dropped=state.dropped,
+        first_dropped=state.first_dropped,
+        loss_tokens=state.loss_tokens if encode.chats else None,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def output_paths(prefix: Path) -> tuple[Path, Path]:
-    """PREFIX.bin and PREFIX.idx, as Megatron derives them (dots in the prefix stay)."""
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-
-
-def check_output(prefix: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if there is output at `prefix` that may not be replaced."""
-    for path in output_paths(prefix):
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} already exists")
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """What an encoder made of one batch: token arrays [n], and (reason, place) of the rest."""
-
-    documents: list[np.ndarray]
-    dropped: list[tuple[str, str]]
-    disk_bytes: int
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """Batch -> _Encoded; what it needs is inherited by the workers, not sent to them."""
-
-    tokenizer: Any
-    json_key: str
-    bos: int | None
-    eod: int | None
-    min_tokens: int
-    strict: bool
-    vocab_size: int
-    dtype: type
-
-    def __call__(self, batch: Batch) -> _Encoded:
-        documents, dropped = [], []
-        for where, text in read_documents(batch, self.json_key):
-            if isinstance(text, BadDocument):
-                if self.strict:
-                    raise BadDocument(f"{where}: {text}")
-                dropped.append((str(text), where))
-                continue
-            ids = self._text_ids(where, text)
-            if len(ids) < self.min_tokens:
-                dropped.append((f"shorter than {self.min_tokens} tokens", where))
-                continue
-            start = [] if self.bos is None else [self.bos]
-            end = [] if self.eod is None else [self.eod]
-            documents.append(np.array([*start, *ids, *end], dtype=self.dtype))
-        return _Encoded(documents, dropped, batch.disk_bytes)
-
-    def _text_ids(self, where: str, text: str) -> list[int]:
-        try:
-            ids = list(self.tokenizer.tokenize(text))
-        except Exception as error:
-            error.add_note(f"while tokenizing {where}")
-            raise
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"{where}: token id {max(ids)}, but the tokenizer's vocab_size is {self.vocab_size}")
-        # Hugging Face tokenizers may add their own: there is one BOS and one EOD at most.
-        if ids[:1] == [self.tokenizer.bos]:
-            ids = ids[1:]
-        if ids[-1:] == [self.tokenizer.eod]:
-            ids = ids[:-1]
-        return ids
-
-
-def _eod(tokenizer: Any) -> int:
-    if tokenizer.eod is None or tokenizer.eod < 0:
-        raise ValueError("the tokenizer has no end-of-document token: do not append one (--no-append-eod)")
-    return tokenizer.eod
-
-
-_encode_here: Callable[[Batch], _Encoded]
-"""A worker process's encoder, set when it starts."""
-
-
-def _start_worker(encode: Callable[[Batch], _Encoded]) -> None:
-    global _encode_here
-    _encode_here = encode
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    # A parent that was killed closes no queue: its workers would wait for ever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _encode_in_worker(batch: Batch) -> _Encoded:
-    return _encode_here(batch)
-
-
-def _map_in_order(encode: Callable[[Batch], _Encoded], batches: Iterable[Batch], workers: int) -> Iterator[_Encoded]:
-    """`map(encode, batches)` over processes, in order, a few batches ahead of its reader."""
-    if workers == 1:
-        yield from map(encode, batches)
-        return
-    # Read by Hugging Face tokenizers, whose own threads would not survive a fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Fork: the tokenizer is shared as it is, whether or not it can be pickled.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (encode,))
-    try:
-        waiting = deque()
-        for batch in batches:
-            waiting.append(pool.submit(_encode_in_worker, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _digest(files: list[Path]) -> str:
+    """Of the inputs' names, sizes and times of change."""
+    listing = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(listing).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def _complete_or_absent(prefix: Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
-    """Temporary paths beside the output that take its names when the block ends well."""
-    bin_path, idx_path = output_paths(prefix)
-    bin_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = [path.with_name(f"{path.name}.tmp-{os.getpid()}") for path in (bin_path, idx_path)]
-    try:
-        yield temporary[0], temporary[1]
-        check_output(prefix, overwrite)  # another run may have finished meanwhile
-        # At no time is there an .idx that belongs to another .bin.
-        idx_path.unlink(missing_ok=True)
-        os.replace(temporary[0], bin_path)
-        os.replace(temporary[1], idx_path)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+def _shown_progress(files: list[Path], prefix: Path, state: State, enabled: bool) -> Iterator[Callable[[], None]]:
+    """Show on stderr how far `state` is: live on a terminal, elsewhere a line at the start and the end.
 
-
-@contextlib.contextmanager
-def _shown_progress(files: list[Path], prefix: Path, enabled: bool) -> Iterator[Callable[[_Encoded], None]]:
-    """Show progress on stderr: live on a terminal, elsewhere a line at the start and the end.
-
-    Gives the function to call with each batch that is written.
+    Gives the function to call when it has changed.
     """
     total = sum(file.stat().st_size for file in files)
     started = time.perf_counter()
-    read = documents = tokens = 0
+    first_byte, first_token = state.position.disk_bytes, state.tokens
     # No refresh thread: worker processes are forked while this is shown.
     bar = Progress(
         TextColumn("{task.fields[speed]}"),
@@ -281,19 +179,18 @@ def _shown_progress(files: list[Path], prefix: Path, enabled: bool) -> Iterator[
         auto_refresh=False,
         disable=not (enabled and sys.stderr.isatty()),
     )
-    task = bar.add_task("", total=total, speed="")
+    task = bar.add_task("", total=total, completed=first_byte, speed="")
 
     def speed() -> str:
         seconds = max(time.perf_counter() - started, 1e-9)
-        return f"{documents:,} documents, {read / 1e6 / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
+        read, tokens = state.position.disk_bytes - first_byte, state.tokens - first_token
+        return f"{state.documents:,} documents, {read / 1e6 / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
 
-    def advance(batch: _Encoded) -> None:
-        nonlocal read, documents, tokens
-        read += batch.disk_bytes
-        documents += len(batch.documents)
-        tokens += sum(map(len, batch.documents))
-        bar.update(task, completed=read, speed=speed(), refresh=True)
+    def advance() -> None:
+        bar.update(task, completed=state.position.disk_bytes, speed=speed(), refresh=True)
 
+    if enabled and state.documents:
+        print(f"preprocess: going on after {state.documents:,} documents of an unfinished run", file=sys.stderr)
     if enabled and bar.disable:
         print(f"preprocess: {len(files)} files, {total / 1e6:.1f} MB, to {prefix}.bin/.idx", file=sys.stderr)
     with bar:

@@ -4,6 +4,7 @@ There is no tokenizer of ours: text is encoded by the object that the trainer bu
 the same two flags, so the ids agree by construction.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,20 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: Path) -> Any:
         kind = "sentencepiece model" if tokenizer_type in SENTENCEPIECE_TYPES else "Hugging Face tokenizer folder"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{tokenizer_model}: not a {kind} ({reason})") from error
+
+
+def tokenizer_id(tokenizer_type: str, tokenizer_model: Path) -> str:
+    """The type, and a digest of the files that it is loaded from: other ids, another digest.
+
+    Of a folder, weights and other data are left out.
+    """
+    path = Path(tokenizer_model)
+    wanted = (".json", ".jinja", ".model", ".txt", ".py")
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in wanted)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}:".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return f"{tokenizer_type}:{digest.hexdigest()}"
 
 
 def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None) -> int | None:

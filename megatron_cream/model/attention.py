@@ -152,6 +152,8 @@ class _CausalCoreAttention(MegatronModule):
     """Shared shell of the core attentions of this project: causal, no dropout, no packing.
 
     forward: query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> [s, b, n * d].
+    attention_mask is None, but in generation with prompts of several lengths: bool [b, keys], False
+    on padding, and there is one query.
     A subclass has `attend`, the same without the last reshape: causal attention, aligned at
     the end where there are more keys than queries.
     """
@@ -186,7 +188,9 @@ class _CausalCoreAttention(MegatronModule):
     ) -> Tensor:
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention bias and packed sequences need --attention-backend te")
-        if self.cp_group is not None:
+        if attention_mask is not None:
+            out_SBND = _attend_unpadded(query, key, value, attention_mask, self.softmax_scale)
+        elif self.cp_group is not None:
             out_SBND = _context_parallel(self.attend, query, key, value, self.cp_group)
         else:
             out_SBND = self.attend(query, key, value)
@@ -197,7 +201,7 @@ class SdpaCoreAttention(_CausalCoreAttention):
     """`torch.nn.functional.scaled_dot_product_attention`: cuDNN or flash kernels on a GPU."""
 
     def attend(self, query_SBND, key_SBND, value_SBND):
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBND, value_SBND))
+        q, k, v = (_samples_as_heads(x).transpose(1, 2) for x in (query_SBND, key_SBND, value_SBND))
         same = q.shape[2] == k.shape[2]
         out_BNSD = scaled_dot_product_attention(
             q,
@@ -208,16 +212,36 @@ class SdpaCoreAttention(_CausalCoreAttention):
             scale=self.softmax_scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out_BNSD.permute(2, 0, 1, 3)
+        return out_BNSD.transpose(1, 2).reshape(query_SBND.shape)
 
 
 class FlashCoreAttention(_CausalCoreAttention):
     """flash-attn, without Transformer Engine around it."""
 
     def attend(self, query_SBND, key_SBND, value_SBND):
-        q, k, v = (x.transpose(0, 1) for x in (query_SBND, key_SBND, value_SBND))
+        q, k, v = (_samples_as_heads(x) for x in (query_SBND, key_SBND, value_SBND))
         out_BSND = flash_attention_function()(q, k, v, softmax_scale=self.softmax_scale, causal=True)
-        return out_BSND.transpose(0, 1)
+        return out_BSND.view(query_SBND.shape)
+
+
+def _samples_as_heads(x_SBND: Tensor) -> Tensor:
+    """[s, b, n, d] -> [1, s, b * n, d], a view: heads know nothing of each other, so samples may be heads.
+
+    Kernels want the batch first; with the batch inside no tensor is copied, neither here nor back. Grouped
+    heads stay with their group.
+    """
+    return x_SBND.flatten(1, 2).unsqueeze(0)
+
+
+def _attend_unpadded(query_1BND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, keys_BS: Tensor, scale) -> Tensor:
+    """Attention of one query a sample to the keys that are not padding. Returns [1, b, n, d]."""
+    key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (key_SBGD, value_SBGD))
+    # The query heads of a group are as many queries of its one key head: nothing is repeated.
+    query_BGND = query_1BND[0].unflatten(1, (key_SBGD.shape[2], -1))
+    out_BGND = scaled_dot_product_attention(
+        query_BGND, key_BGSD, value_BGSD, attn_mask=keys_BS[:, None, None], scale=scale
+    )
+    return out_BGND.flatten(1, 2).unsqueeze(0)
 
 
 def _context_parallel(attend, query_SBND, key_SBND, value_SBND, cp_group) -> Tensor:

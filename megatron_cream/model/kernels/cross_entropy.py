@@ -34,7 +34,7 @@ class _CrossEntropy(torch.autograd.Function):
         real = min(max(real_vocab_size - first, 0), mine)
         # Of this rank: the largest logit, the sum of exp(logit - largest), the label's logit or 0.
         largest, total, wanted = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
-        _forward[(rows,)](
+        _cross_entropy_forward[(rows,)](
             logits, labels, largest, total, wanted, logits.shape[-1], first, real, BLOCK=_BLOCK, num_warps=16
         )
         if size > 1:
@@ -51,7 +51,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         logits, labels, log_total = ctx.saved_tensors
-        _backward[(labels.numel(),)](
+        _cross_entropy_backward[(labels.numel(),)](
             logits, labels, log_total, grad.contiguous(), logits.shape[-1], ctx.first, ctx.real,
             BLOCK=_BLOCK, num_warps=16,
         )  # fmt: skip
@@ -59,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 @triton.jit
-def _forward(logits, labels, largest, total, wanted, width, first, real, BLOCK: tl.constexpr):
+def _cross_entropy_forward(logits, labels, largest, total, wanted, width, first, real, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row) - first
     cols = tl.arange(0, BLOCK)
@@ -79,7 +79,7 @@ def _forward(logits, labels, largest, total, wanted, width, first, real, BLOCK: 
 
 
 @triton.jit
-def _backward(logits, labels, log_total, grad, width, first, real, BLOCK: tl.constexpr):
+def _cross_entropy_backward(logits, labels, log_total, grad, width, first, real, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row) - first
     scale = tl.load(grad + row)

@@ -47,7 +47,7 @@ def _launch(mixed: Tensor, parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor, 
     s, b, g, width = mixed.shape
     d = width // (per_group + 2)
     heads = 8
-    _kernel[(s * b, triton.cdiv(g * (per_group + 2), heads))](
+    _split_and_rotate_kernel[(s * b, triton.cdiv(g * (per_group + 2), heads))](
         mixed, *parts, cos, sin, s, b, g,
         *(stride for part in parts for stride in part.stride()[:3]),
         PER_GROUP=per_group, HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), HEADS=heads, FORWARD=forward,
@@ -56,7 +56,7 @@ def _launch(mixed: Tensor, parts: tuple[Tensor, ...], cos: Tensor, sin: Tensor, 
 
 
 @triton.jit
-def _kernel(
+def _split_and_rotate_kernel(
     mixed, query, key, value, cos, sin, s, b, g,
     query_s, query_b, query_n, key_s, key_b, key_n, value_s, value_b, value_n,
     PER_GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, FORWARD: tl.constexpr,

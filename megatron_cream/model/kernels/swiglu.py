@@ -26,7 +26,7 @@ class _SwiGlu(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         f = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], f)
-        _forward[_grid(out)](gate_up, out, f, BLOCK=_BLOCK)
+        _swiglu_forward[_grid(out)](gate_up, out, f, BLOCK=_BLOCK)
         return out
 
     @staticmethod
@@ -34,7 +34,7 @@ class _SwiGlu(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         grad = grad.contiguous()
         out = torch.empty_like(gate_up)
-        _backward[_grid(grad)](gate_up, grad, out, grad.shape[-1], BLOCK=_BLOCK)
+        _swiglu_backward[_grid(grad)](gate_up, grad, out, grad.shape[-1], BLOCK=_BLOCK)
         return out
 
 
@@ -46,7 +46,7 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 
 @triton.jit
-def _forward(gate_up, out, f, BLOCK: tl.constexpr):
+def _swiglu_forward(gate_up, out, f, BLOCK: tl.constexpr):
     row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < f
     gate = tl.load(gate_up + row * 2 * f + cols, mask=mask, other=0.0).to(tl.float32)
@@ -55,7 +55,7 @@ def _forward(gate_up, out, f, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(gate_up, grad, out, f, BLOCK: tl.constexpr):
+def _swiglu_backward(gate_up, grad, out, f, BLOCK: tl.constexpr):
     row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < f
     gate = tl.load(gate_up + row * 2 * f + cols, mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,159 @@
+"""Where a training step's time goes: a torch profiler trace as a table, each row beside its own floor.
+
+    python benchmarks/profile.py OUTPUT_FOLDER [--config benchmarks/llama_7b_width.yaml] [any flag of the job]
+    python benchmarks/profile.py --trace rank-0.json.gz [--config ...]        # of a trace that is there already
+
+Runs pretrain_cream.py for twelve steps on one GPU, traces the last but one and two, and sorts every kernel into
+a kind. A floor is what the kind has to do at least (FLOPs, or bytes read once and written once) over what this
+GPU did in a plain large product, or copy, measured just before. `idle` is the time in which no kernel ran.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # in this folder a module hides the standard library's `profile`
+
+import argparse
+import gzip
+import json
+import re
+import subprocess
+from collections import Counter
+
+import yaml
+
+FIRST_STEP, STEPS = 8, 2
+# The first pattern that a kernel's name holds gives its kind.
+KINDS = [
+    ("communication", r"nccl"),
+    ("attention", r"flash|fmha|cudnn.*(attn|attention|sdpa)|mha_"),
+    ("cross-entropy", r"cross_entropy|nll_loss|log_?softmax"),
+    ("SwiGLU", r"swiglu|silu"),
+    ("rotary and split", r"rotary|rope|split_and_rotate"),
+    ("norm", r"rms_?norm|layer_?norm"),
+    ("optimizer", r"adam|multi_tensor|l2norm|foreach|lpnorm|NormTwo"),
+    ("cast to FP8", r"cast_transpose|quantize|fp8|amax|transpose_"),
+    ("GEMM", r"nvjet|gemm|cublas|cutlass|sm90_xmma|splitK"),
+    ("residual add", r"CUDAFunctor_add<c10::BFloat16>|fused_add"),
+    ("zero gradients", r"FillFunctor<float>"),
+    (
+        "embedding",
+        r"embedding|compute_grad_weight|sum_and_scatter|gather_kernel|radix|krn_|unique|CUDAFunctor_add<float>",
+    ),
+    ("copies", r"copy|Memcpy|Memset|Cat"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, nargs="?", help="for the trace and the log")
+    parser.add_argument("--trace", type=Path, help="a trace that is there already")
+    parser.add_argument("--config", default=str(ROOT / "benchmarks" / "llama_7b_width.yaml"))
+    args, flags = parser.parse_known_args()
+    if bool(args.output) == bool(args.trace):
+        parser.error("give OUTPUT_FOLDER, or --trace FILE")
+    trace = args.trace or record(args.output, ["--config", args.config, *flags])
+    recipe = yaml.safe_load(Path(args.config).read_text())
+    recipe |= {flag[2:].replace("-", "_"): int(value) for flag, value in zip(flags, flags[1:]) if value.isdigit()}
+    show(kernels(trace), floors(recipe, *ceilings()))
+
+
+def record(folder: Path, flags: list[str]) -> Path:
+    """One run on one GPU; the trace's file."""
+    last = FIRST_STEP + STEPS
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"]
+    command += [str(ROOT / "pretrain_cream.py"), *flags, "--train-iters", str(last + 2), "--profile"]
+    command += ["--use-pytorch-profiler", "--profile-step-start", str(FIRST_STEP), "--profile-step-end", str(last)]
+    command += ["--profile-ranks", "0", "--tensorboard-dir", str(folder / "tensorboard")]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log", "w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+    (trace,) = (folder / "torch_profile").glob("rank-0.json*")
+    return trace
+
+
+def kernels(trace: Path) -> tuple[Counter, Counter, float, float]:
+    """Microseconds of each kind and of each kernel that has none, of the whole, and with no kernel running."""
+    opened = gzip.open(trace) if trace.suffix == ".gz" else open(trace)
+    with opened as file:
+        events = json.load(file)["traceEvents"]
+    events = sorted(
+        (e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"]
+    )
+    kinds, unknown = Counter(), Counter()
+    end, idle = events[0]["ts"], 0.0
+    for event in events:
+        idle += max(event["ts"] - end, 0.0)
+        end = max(end, event["ts"] + event["dur"])
+        kind = next((kind for kind, pattern in KINDS if re.search(pattern, event["name"], re.IGNORECASE)), "other")
+        kinds[kind] += event["dur"]
+        if kind == "other":
+            unknown[event["name"][:90]] += event["dur"]
+    return kinds, unknown, end - events[0]["ts"], idle
+
+
+def ceilings() -> tuple[float, float]:
+    """FLOP/s of a large bf16 product and bytes/s of a large copy, on this GPU; an H200's where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 802e12, 4.24e12  # benchmarks/RESULTS.md
+
+    def seconds(work) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(3):
+            work()
+        begin.record()
+        for _ in range(20):
+            work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000 / 20
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source, target = (torch.empty(1 << 30, dtype=torch.int8, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / seconds(lambda: a @ b), 2 * source.numel() / seconds(lambda: target.copy_(source))
+
+
+def floors(c: dict, flops: float, bytes_: float) -> dict[str, float]:
+    """Microseconds that each kind needs at least, a step."""
+    h, f, layers, vocabulary = c["hidden_size"], c["ffn_hidden_size"], c["num_layers"], c["padded_vocab_size"]
+    heads = c["num_attention_heads"]
+    groups, d = c.get("num_query_groups", heads), h // heads
+    tokens = c["global_batch_size"] * c["seq_length"]
+    weights = layers * (h * (2 * heads + 2 * groups) * d + 3 * h * f) + h * vocabulary
+    moved = {  # bytes; bf16 activations
+        "rotary and split": 2 * tokens * layers * 4 * (heads + 2 * groups) * d,
+        "SwiGLU": 2 * tokens * layers * 8 * f,
+        "norm": 2 * tokens * (2 * layers + 1) * 5 * h,
+        "residual add": 2 * tokens * 2 * layers * 6 * h,
+        "cross-entropy": 2 * tokens * 3 * vocabulary,
+        # Gradient, for its norm and for the update; weight and two moments there and back; bf16 weight.
+        "optimizer": (weights + h * vocabulary) * (4 + 4 + 3 * 8 + 2),
+        "zero gradients": (weights + h * vocabulary) * 4,
+    }
+    worked = {
+        "GEMM": 6 * weights * tokens,
+        "attention": 6 * layers * c["seq_length"] * heads * d * tokens,
+    }
+    print(f"ceilings: {flops / 1e12:.0f} TFLOP/s in bf16, {bytes_ / 1e12:.2f} TB/s")
+    return {k: 1e6 * v / bytes_ for k, v in moved.items()} | {k: 1e6 * v / flops for k, v in worked.items()}
+
+
+def show(measured: tuple[Counter, Counter, float, float], floor: dict[str, float]) -> None:
+    kinds, unknown, whole, idle = measured
+    print(
+        f"{STEPS} steps, {whole / 1000 / STEPS:.1f} ms each\n\n| kind | ms a step | share | floor, ms | of its floor |"
+    )
+    print("|---|---|---|---|---|")
+    for kind, duration in [*kinds.most_common(), ("idle", idle)]:
+        each = duration / STEPS
+        least = f"{floor[kind] / 1000:.1f} | {each / floor[kind]:.2f} x" if kind in floor else "|"
+        print(f"| {kind} | {each / 1000:.1f} | {100 * duration / whole:.1f} % | {least} |")
+    for name, duration in unknown.most_common(5):
+        print(f"other: {duration / 1000 / STEPS:.2f} ms {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Files as they are or compressed (.gz, .zst), read as one stream of bytes.
+
+A compressed file that is cut or damaged is an error, never a shorter file.
+"""
+
+import gzip
+import io
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+
+_CHUNK = 1 << 14
+"""Compressed bytes taken at a time. Small, as the text that a chunk becomes is held in memory."""
+
+
+class DamagedFile(ValueError):
+    """A compressed file that ends early or does not hold what its suffix says."""
+
+
+def suffix(path: Path) -> str:
+    """The suffix that tells the kind of file: that under `.gz` or `.zst`, where it is compressed."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
+
+
+def decompressed(path: Path, raw: BinaryIO) -> io.BufferedReader:
+    """The content of `raw`, the file `path` opened for reading.
+
+    Reading and seeking forward raise DamagedFile, whose message is one line without the path.
+
+    Raises:
+        ValueError: a .zst file, and the package that reads it is not installed.
+    """
+    if path.suffix == ".gz":
+        return io.BufferedReader(_Gzip(raw), 1 << 17)
+    if path.suffix == ".zst":
+        return io.BufferedReader(_Zstandard(raw), 1 << 17)
+    return raw
+
+
+class _Forward(io.RawIOBase):
+    """A stream that can be sought forward, by reading."""
+
+    def __init__(self):
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or offset < self._position:
+            raise io.UnsupportedOperation("only forward, from the start")
+        while self._position < offset and self.read(min(offset - self._position, 1 << 20)):
+            pass
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        data = self._some(len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _some(self, most: int) -> bytes:
+        raise NotImplementedError
+
+
+class _Gzip(_Forward):
+    def __init__(self, raw: BinaryIO):
+        super().__init__()
+        self._file = gzip.GzipFile(fileobj=raw)
+
+    def _some(self, most: int) -> bytes:
+        try:
+            return self._file.read1(most)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DamagedFile(f"not a whole gzip file ({error})") from error
+
+
+class _Zstandard(_Forward):
+    """Frames one after the other. zstandard's own reader takes a cut file for a shorter one."""
+
+    def __init__(self, raw: BinaryIO):
+        super().__init__()
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError("reading .zst needs a package that is not installed: pip install zstandard") from None
+        self._raw = raw
+        self._error = zstandard.ZstdError
+        # Large windows, as `zstd --long` writes them.
+        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._frame = None
+        self._compressed = self._text = b""
+
+    def _some(self, most: int) -> bytes:
+        while not self._text:
+            self._compressed = self._compressed or self._raw.read(_CHUNK)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise DamagedFile("not a whole zstd file (it ends within a frame)")
+                return b""
+            self._frame = self._frame or self._new()
+            try:
+                self._text = self._frame.decompress(self._compressed)
+            except self._error as error:
+                raise DamagedFile(f"not a zstd file ({error})") from error
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
+        data, self._text = self._text[:most], self._text[most:]
+        return data

@@ -1,0 +1,121 @@
+"""Batches of raw documents to token ids: what a worker process does."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from megatron_cream.data.chat import CHAT_KEYS, Llama2Chat, TemplateChat, take_messages
+from megatron_cream.data.documents import BadDocument, Batch, Position, read_documents, take_text
+from megatron_cream.data.indexed import token_type
+from megatron_cream.data.tokenizers import bos_to_prepend
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of one batch."""
+
+    end: Position
+    """Where the next batch begins."""
+
+    documents: list[np.ndarray] = field(default_factory=list)
+    """Token ids [n] of each document."""
+
+    masks: list[np.ndarray] = field(default_factory=list)
+    """Of chats, uint8 [n] for each document: 1 where a token is the assistant's."""
+
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    """Why and where, of the documents that were left out."""
+
+
+class Encoder:
+    """Batch -> Encoded. Inherited by the workers, not sent to them, as tokenizers may not be picklable.
+
+    Args:
+        json_key: where a record keeps its text or turns; None: `text`, or CHAT_KEYS.
+        chat_format: of CHAT_FORMATS where documents are chats. Its BOS and EOS are its own.
+        append_eod, prepend_bos: of text, see `tokenizers.bos_to_prepend`.
+        min_tokens: shorter documents are dropped; a text's BOS and EOD do not count.
+        strict: raise at the first document that cannot be read.
+
+    Raises:
+        ValueError: the tokenizer lacks what this asks of it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        json_key: str | None,
+        chat_format: str | None,
+        append_eod: bool,
+        prepend_bos: bool | None,
+        min_tokens: int,
+        strict: bool,
+    ):
+        self.chats = chat_format is not None
+        self.keys = (json_key,) if json_key else CHAT_KEYS if self.chats else ("text",)
+        self.dtype = token_type(tokenizer.vocab_size)
+        self._tokenizer, self._vocab_size = tokenizer, tokenizer.vocab_size
+        self._min_tokens, self._strict = min_tokens, strict
+        self._take: Callable[[dict], Any]
+        if self.chats:
+            self._take = partial(take_messages, keys=self.keys)
+            self._encode_chat = (Llama2Chat if chat_format == "llama2" else TemplateChat)(tokenizer)
+        else:
+            self._take = partial(take_text, key=self.keys[0])
+            bos = bos_to_prepend(tokenizer, prepend_bos)
+            self._start = [] if bos is None else [bos]
+            self._end = [_eod(tokenizer)] if append_eod else []
+
+    def __call__(self, batch: Batch) -> Encoded:
+        encoded = Encoded(batch.end)
+        for where, document in read_documents(batch, self._take):
+            try:
+                if isinstance(document, BadDocument):
+                    raise document
+                self._add(encoded, where, document)
+            except BadDocument as error:
+                if self._strict and not isinstance(error, _TooShort):
+                    raise BadDocument(f"{where}: {error}") from None
+                encoded.dropped.append((str(error), where))
+        return encoded
+
+    def _add(self, encoded: Encoded, where: str, document: Any) -> None:
+        try:
+            ids, mask = self._encode_chat(document) if self.chats else (self._text_ids(document), None)
+        except BadDocument:
+            raise
+        except Exception as error:
+            error.add_note(f"while tokenizing {where}")
+            raise
+        if len(ids) < self._min_tokens:
+            raise _TooShort(f"shorter than {self._min_tokens} tokens")
+        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            raise ValueError(f"{where}: token id {max(ids)}, but the tokenizer's vocab_size is {self._vocab_size}")
+        if mask is not None:
+            encoded.masks.append(mask)
+        else:
+            ids = [*self._start, *ids, *self._end]
+        encoded.documents.append(np.array(ids, dtype=self.dtype))
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids = list(self._tokenizer.tokenize(text))
+        # Hugging Face tokenizers may add their own: there is one BOS and one EOD at most.
+        if ids[:1] == [self._tokenizer.bos]:
+            ids = ids[1:]
+        if ids[-1:] == [self._tokenizer.eod]:
+            ids = ids[:-1]
+        return ids
+
+
+class _TooShort(BadDocument):
+    pass
+
+
+def _eod(tokenizer: Any) -> int:
+    if tokenizer.eod is None or tokenizer.eod < 0:
+        raise ValueError("the tokenizer has no end-of-document token: do not append one (--no-append-eod)")
+    return tokenizer.eod

@@ -1,0 +1,192 @@
+"""Long filler text, and prompts that come as near to a length as their unit of filler allows."""
+
+import ast
+import re
+import sysconfig
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+from megatron_cream.data.embedded import source_files
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.task import Tokenizer
+
+_PARAGRAPH_END = re.compile(r"\n\s*\n")
+# After a full stop, where the next word does not begin with a small letter.
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[^a-z\s])")
+
+
+def sentences(folder: Path | None = None) -> list[str]:
+    """The sentences of a folder's .txt files, in the order of their names; whitespace is single spaces.
+
+    The published tests take Paul Graham's essays, which a user may put into such a folder. Without
+    one, the text is the prose of the standard library of the running Python: the docstrings and
+    help texts of its modules, about 1.1 million characters, which need no download.
+
+    Raises:
+        UsageError: the folder has no text.
+    """
+    return list(_standard_library()) if folder is None else _folder(Path(folder))
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, whose words with single spaces between them are the text's."""
+    return _SENTENCE_END.sub(lambda end: end.group().rstrip() + "\n", " ".join(text.split())).splitlines()
+
+
+class Haystack:
+    """Filler of any length: sentences one after the other, from the first again after the last."""
+
+    def __init__(self, tokenizer: Tokenizer, sentences: Sequence[str]):
+        self._tokenizer = tokenizer
+        self._sentences = sentences
+        self._words: list[str] = []
+        # For each sentence taken so far, and the next: words before it, tokens before it.
+        self._starts, self._tokens = [0], [0]
+
+    def words_of(self, tokens: int) -> int:
+        """About how many words have that many tokens."""
+        while self._tokens[-1] < tokens:
+            self._take_sentence()
+        return self._starts[bisect_left(self._tokens, tokens)]
+
+    def split(self, words: int, depths: Sequence[float]) -> list[str]:
+        """The first `words` words, cut between two sentences at each depth: len(depths) + 1 texts.
+
+        Args:
+            depths: ascending, share of the tokens that lie before the cut. A cut is at the start of
+                the sentence that is nearest, or after the last word.
+        """
+        while self._starts[-1] < words:
+            self._take_sentence()
+        last = bisect_right(self._starts, words) - 1
+        starts, tokens = self._starts[: last + 1], self._tokens[: last + 1]
+        if starts[-1] < words:  # the last sentence is cut short
+            share = (words - starts[-1]) / (self._starts[last + 1] - starts[-1])
+            tokens.append(tokens[-1] + share * (self._tokens[last + 1] - tokens[-1]))
+            starts.append(words)
+        cuts = [0, *(starts[_nearest(tokens, depth * tokens[-1])] for depth in depths), words]
+        return [" ".join(self._words[first:end]) for first, end in zip(cuts, cuts[1:], strict=False)]
+
+    def _take_sentence(self) -> None:
+        sentence = self._sentences[(len(self._starts) - 1) % len(self._sentences)]
+        self._words += sentence.split()
+        self._starts.append(len(self._words))
+        self._tokens.append(self._tokens[-1] + len(self._tokenizer.encode(sentence)))
+
+
+class Drawn[T]:
+    """Items drawn one by one, so that any n of them begin with any fewer."""
+
+    def __init__(self, items: Iterator[T]):
+        self._items, self._drawn = items, []
+
+    def first(self, n: int) -> list[T]:
+        self._drawn += islice(self._items, max(0, n - len(self._drawn)))
+        return self._drawn[:n]
+
+
+def distinct[T](draw: Callable[[], T]) -> Iterator[T]:
+    """What `draw` gives, without repetition, for ever."""
+    seen = set()
+    while True:
+        if (item := draw()) not in seen:
+            seen.add(item)
+            yield item
+
+
+def fit(
+    tokenizer: Tokenizer,
+    prompt: Callable[[int], str],
+    *,
+    task: str,
+    length: int,
+    max_new_tokens: int,
+    least: int,
+    guess: int | None = None,
+) -> int:
+    """The number of units of filler with which a prompt and its answer come nearest to `length`.
+
+    Args:
+        prompt: the prompt with n units of filler, which grows with n.
+        length: tokens of the prompt and of the longest answer together, at most.
+        least: units without which there is no prompt.
+        guess: about the answer, where it is known; it saves time only.
+
+    Returns: n >= least whose prompt fits, while n + 1 units do not.
+
+    Raises:
+        UsageError: not even `least` units fit.
+    """
+    budget = length - max_new_tokens
+
+    def count(n: int) -> int:
+        return len(tokenizer.encode(prompt(n)))
+
+    fits, fits_tokens = least, count(least)
+    if fits_tokens > budget:
+        raise UsageError(
+            f"context length {length}: too short for {task}, which takes {fits_tokens + max_new_tokens} tokens or more"
+        )
+    over, over_tokens, tries = None, 0, 0
+    n = max(guess or 0, 2 * least, least + 8)
+    while over is None or over - fits > 1:
+        tokens = count(n)
+        slope = max((tokens - fits_tokens) / (n - fits), 1e-3)
+        if tokens > budget:
+            over, over_tokens = n, tokens
+        else:
+            fits, fits_tokens = n, tokens
+        tries += 1
+        if over is None:
+            n = fits + min(int((budget - fits_tokens) / slope) + 1, 8 * fits)
+        else:
+            share = (budget - fits_tokens) / (over_tokens - fits_tokens)
+            # Halving now and then bounds the number of tries, whatever the text.
+            n = (fits + over) // 2 if tries % 4 == 0 else fits + int(share * (over - fits))
+            n = min(max(n, fits + 1), over - 1)
+    return fits
+
+
+@cache
+def _standard_library() -> tuple[str, ...]:
+    found: dict[str, None] = {}  # once each, in order
+    for path in source_files(Path(sysconfig.get_path("stdlib"))):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # files that show an error on purpose
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                for paragraph in _PARAGRAPH_END.split(node.value):
+                    if _is_prose(text := " ".join(paragraph.split())):
+                        found |= dict.fromkeys(split_sentences(text))
+    return tuple(found)
+
+
+def _is_prose(text: str) -> bool:
+    return text[:1].isupper() and text.endswith(".") and ">>>" not in text and text.count(" ") >= 7
+
+
+def _folder(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise UsageError(f"haystack {folder}: no such folder; give one with .txt files")
+    found = []
+    for path in sorted(folder.glob("*.txt")):
+        try:
+            found += split_sentences(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"haystack {path}: not a text file in UTF-8 ({error})") from error
+    if not found:
+        raise UsageError(f"haystack {folder}: there is no text in .txt files")
+    return found
+
+
+def _nearest(ascending: Sequence[float], value: float) -> int:
+    """Index of the entry nearest to `value`."""
+    i = bisect_left(ascending, value)
+    if i == len(ascending) or (i > 0 and value - ascending[i - 1] <= ascending[i] - value):
+        return i - 1
+    return i

@@ -1,0 +1,160 @@
+"""Lost in the Middle's key-value retrieval: the value of one key of a JSON object of UUIDs.
+
+Published: N. Liu and others, "Lost in the Middle" (arXiv 2307.03172): 75, 140 or 300 pairs, the
+pair that is asked for moved to chosen places, graded by whether its value is in the output. CREAM
+takes 75 and 140 pairs at five places and an answer of up to 50 tokens: `PUBLISHED` here.
+
+Ours: the words of the prompt.
+"""
+
+import random
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
+from megatron_cream.evaluation.tasks.sources import json_lines
+
+MAX_NEW_TOKENS = 50
+PUBLISHED = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}
+"""Number of pairs -> places, from 0, of the pair that CREAM asks for."""
+
+_PLACES = 5
+
+
+def examples(
+    tokenizer: Tokenizer,
+    *,
+    keys: Sequence[int] = tuple(PUBLISHED),
+    lengths: Sequence[int] = (),
+    gold: Sequence[int] | None = None,
+    seed: int = 0,
+    per_cell: int = 1,
+) -> Iterator[Example]:
+    """`per_cell` examples for each number of pairs, or each length, and each place.
+
+    The i-th example asks for the same pair at every place, among the same others, as published.
+
+    Args:
+        keys: numbers of pairs, 2 or more; such examples are as long as that makes them.
+        lengths: tokens of prompt and answer together; as many pairs as they hold, at five places.
+        gold: places of the pair that is asked for, from 0, with `keys` alone; None is PUBLISHED,
+            and for other numbers five places from the first to the last.
+
+    Raises:
+        UsageError: too few pairs, a place that is not among them, a length that is too short.
+    """
+    for count in keys:
+        _check(count, gold)
+    for count in keys:
+        for place in places(count) if gold is None else gold:
+            for i in range(per_cell):
+                pairs = _move(_pairs(f"{seed}/kv/{count}_keys/{i}").first(count), 0, place)
+                yield _example(tokenizer, f"kv/{count}_keys/{place}/{i}", pairs, place, part=f"{count}_keys")
+    for length in lengths:
+        for step in range(_PLACES):
+            for i in range(per_cell):
+                pairs, place = _fitted(tokenizer, _pairs(f"{seed}/kv/{length}/{i}"), length, step)
+                yield _example(tokenizer, f"kv/{length}/{step}/{i}", pairs, place, length=length)
+
+
+def load(
+    tokenizer: Tokenizer, files: Sequence[Path], *, gold: Sequence[int] | None = None, most: int | None = None
+) -> Iterator[Example]:
+    """The published pairs: kv-retrieval-N_keys.jsonl.gz (or .jsonl), each asked for at each place.
+
+    Args:
+        gold: as in `examples`.
+        most: so many of a file's examples at most.
+
+    Raises:
+        UsageError: a file that is not there, or not one of those.
+    """
+    for path in map(Path, files):
+        for i, case in enumerate(json_lines(path, ("ordered_kv_records", "key", "value"))):
+            if i == most:
+                break
+            try:
+                pairs = [(str(key), str(value)) for key, value in case["ordered_kv_records"]]
+                index = pairs.index((case["key"], case["value"]))
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"{path}: example {i + 1} is not one of key-value retrieval ({error})") from error
+            _check(len(pairs), gold)
+            stem = path.name.split(".")[0]
+            for place in places(len(pairs)) if gold is None else gold:
+                name = f"kv/{stem}/{place}/{i}"
+                yield _example(tokenizer, name, _move(pairs, index, place), place, part=f"{len(pairs)}_keys")
+
+
+def score(example: Example, output: str) -> float:
+    """1 where the value is in the output, else 0."""
+    return float(example.answers[0].lower() in output.lower())
+
+
+def places(count: int) -> tuple[int, ...]:
+    """PUBLISHED, or five places from the first of `count` to the last."""
+    return PUBLISHED.get(count) or tuple(dict.fromkeys(_place(count, step) for step in range(_PLACES)))
+
+
+def _place(count: int, step: int) -> int:
+    """The place of `step` (0 is the first, _PLACES - 1 the last) among `count`."""
+    return step * (count - 1) // (_PLACES - 1)
+
+
+def _check(count: int, gold: Sequence[int] | None) -> None:
+    if count < 2:
+        raise UsageError(f"keys {count}: must be 2 or more")
+    for place in gold or ():
+        if not 0 <= place < count:
+            raise UsageError(f"gold place {place}: must be from 0 to {count - 1}, for {count} keys")
+
+
+def _pairs(seed: str) -> Drawn[tuple[str, str]]:
+    rng = random.Random(seed)
+    ids = distinct(lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)))
+    return Drawn(zip(ids, ids, strict=False))
+
+
+def _fitted(
+    tokenizer: Tokenizer, pairs: Drawn[tuple[str, str]], length: int, step: int
+) -> tuple[list[tuple[str, str]], int]:
+    """As many pairs as `length` holds, the first of them moved to a place; the place."""
+
+    def moved(count: int) -> tuple[list[tuple[str, str]], int]:
+        place = _place(count, step)
+        return _move(pairs.first(count), 0, place), place
+
+    def prompt(count: int) -> str:
+        return _prompt(*moved(count))
+
+    return moved(fit(tokenizer, prompt, task="kv", length=length, max_new_tokens=MAX_NEW_TOKENS, least=2))
+
+
+def _move(pairs: list[tuple[str, str]], index: int, place: int) -> list[tuple[str, str]]:
+    rest = pairs[:index] + pairs[index + 1 :]
+    return [*rest[:place], pairs[index], *rest[place:]]
+
+
+def _prompt(pairs: list[tuple[str, str]], place: int) -> str:
+    records = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
+    return (
+        f"Find the value that belongs to a key of the JSON object below.\n\nJSON object:\n{{{records}}}\n\n"
+        f'Key: "{pairs[place][0]}"\nValue that belongs to it:'
+    )
+
+
+def _example(
+    tokenizer: Tokenizer,
+    name: str,
+    pairs: list[tuple[str, str]],
+    place: int,
+    *,
+    length: int | None = None,
+    part: str = "",
+) -> Example:
+    prompt = _prompt(pairs, place)
+    if length is None:
+        length = len(tokenizer.encode(prompt)) + MAX_NEW_TOKENS
+    return Example(name, prompt, (pairs[place][1],), MAX_NEW_TOKENS, length, place / (len(pairs) - 1), part)

@@ -1,0 +1,118 @@
+"""LongChat-Lines: the number on one of many lines.
+
+Published: D. Li and others, "How long can open-source LLMs truly promise on context length?"
+(LongChat, 2023), and its code's LRT-NL test: lines named by an adjective and a noun, each with a
+number up to 50,000, and the number on one line asked for. Grading is whether the number read from
+the output is the line's: CREAM's code reads the first of an output of 35 tokens, LongChat's the
+last of one of 100. This is CREAM's way, as a model without chat tuning goes on after its answer.
+
+Ours: the words of the prompt, which ends with the start of the line asked for.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
+from megatron_cream.evaluation.tasks.sources import json_lines, words
+
+MAX_NEW_TOKENS = 35
+_LARGEST = 50_000
+_INTRODUCTION = (
+    "Here is a record of lines to remember. Each line begins with 'line' and the line's name, and ends with its "
+    "REGISTER_CONTENT, which is a number. At the end of the record you will be asked for the REGISTER_CONTENT of one "
+    "line. The record begins:\n\n"
+)
+
+
+def examples(
+    tokenizer: Tokenizer,
+    *,
+    lengths: Sequence[int] = (),
+    lines: Sequence[int] = (),
+    seed: int = 0,
+    per_cell: int = 1,
+) -> Iterator[Example]:
+    """`per_cell` examples for each length, of as many lines as it holds, and for each number of lines.
+
+    Args:
+        lengths: tokens of prompt and answer together.
+        lines: numbers of lines, 2 or more; such examples are as long as that makes them.
+
+    Raises:
+        UsageError: a length that is too short, too few lines, or `wonderwords` is not installed.
+    """
+    for count in lines:
+        if count < 2:
+            raise UsageError(f"lines {count}: must be 2 or more")
+    for length in lengths:
+        for i in range(per_cell):
+            name = f"lines/{length}/{i}"
+            record = _Record(f"{seed}/{name}")
+            count = fit(tokenizer, record.prompt, task="lines", length=length, max_new_tokens=MAX_NEW_TOKENS, least=2)
+            yield record.example(name, count, length, part="")
+    for count in lines:
+        for i in range(per_cell):
+            name, part = f"lines/{count}_lines/{i}", f"{count}_lines"
+            record = _Record(f"{seed}/{name}")
+            length = len(tokenizer.encode(record.prompt(count))) + MAX_NEW_TOKENS
+            yield record.example(name, count, length, part)
+
+
+def load(tokenizer: Tokenizer, files: Sequence[Path], *, most: int | None = None) -> Iterator[Example]:
+    """The published tests: LongEval's JSONL files, N_lines.jsonl, prompts as they are.
+
+    Args:
+        most: so many of a file's examples at most.
+
+    Raises:
+        UsageError: a file that is not there, or not one of LongEval's.
+    """
+    for path in map(Path, files):
+        for i, case in enumerate(json_lines(path, ("prompt", "expected_number", "num_lines", "random_idx"))):
+            if i == most:
+                break
+            try:
+                count, number, (_, index) = int(case["num_lines"]), int(case["expected_number"]), case["random_idx"]
+                length = len(tokenizer.encode(case["prompt"])) + MAX_NEW_TOKENS
+                depth = int(index) / max(1, count - 1)
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"{path}: example {i + 1} is not one of LongEval's lines ({error})") from error
+            name, part = f"lines/{path.stem}/{i}", f"{count}_lines"
+            yield Example(name, case["prompt"], (str(number),), MAX_NEW_TOKENS, length, depth, part)
+
+
+def score(example: Example, output: str) -> float:
+    """1 where the first number in the output is the line's, else 0."""
+    numbers = re.findall(r"\d+", output)
+    return float(bool(numbers) and int(numbers[0]) == int(example.answers[0]))
+
+
+class _Record:
+    """One example's lines: any number of them begins with the same ones."""
+
+    def __init__(self, seed: str):
+        rng = random.Random(seed)
+        self._place = rng.random()
+        adjectives, nouns, _ = words()
+        names = distinct(lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}")
+        self._lines = Drawn((name, rng.randint(1, _LARGEST)) for name in names)
+
+    def gold(self, count: int) -> int:
+        """Which of `count` lines is asked for, from 0."""
+        return int(self._place * count)
+
+    def prompt(self, count: int) -> str:
+        lines = self._lines.first(count)
+        record = "".join(f"line {name}: REGISTER_CONTENT is <{number}>\n" for name, number in lines)
+        name = lines[self.gold(count)][0]
+        question = f"The record is over. What is the REGISTER_CONTENT of line {name}? Give the number.\n"
+        return f"{_INTRODUCTION}{record}\n{question}line {name}: REGISTER_CONTENT is"
+
+    def example(self, name: str, count: int, length: int, part: str) -> Example:
+        gold = self.gold(count)
+        answers = (str(self._lines.first(count)[gold][1]),)
+        return Example(name, self.prompt(count), answers, MAX_NEW_TOKENS, length, gold / (count - 1), part)

@@ -1,0 +1,272 @@
+"""LongBench (Y. Bai and others, arXiv 2308.14508): 21 data sets, which the user has downloaded.
+
+Published (github.com/THUDM/LongBench): the data, the order of a prompt's parts and their labels, the
+longest answers, the metrics, and that a prompt which is too long loses its middle. Ours: the words
+of the instructions, so scores compare in kind, not digit for digit.
+
+Metrics are in `longbench_metrics`.
+"""
+
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks import longbench_metrics as metrics
+from megatron_cream.evaluation.tasks.sources import json_lines, package, parse_lines, reported
+
+_FIELDS = ("input", "context", "answers", "all_classes", "_id")
+_SHORT = "Answer as briefly as you can, with a single phrase where possible, and explain nothing."
+_ONLY = "Give the answer alone, without any other words."
+_QASPER = (
+    "Answer as briefly as you can, with a single phrase or sentence where possible. If the article does not tell, "
+    'write "unanswerable". If it is a yes/no question, answer "yes", "no" or "unanswerable". Explain nothing.'
+)
+_PASSAGES = (
+    f"Answer the question from the passages that are given. {_ONLY}\n\nThese are the passages.\n{{context}}\n\n"
+    f"Answer the question from the passages that are given. {_ONLY}\n\nQuestion: {{input}}\nAnswer:"
+)
+_CODE = "Please go on with the code below. \n"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One of the data sets: how it is asked, and graded.
+
+    prompt: with {context} and {input}.
+    max_new_tokens: as published.
+    metric: of (output, answer, classes), 0 to 1.
+    first_line: only the output's first line is graded, as published.
+    """
+
+    prompt: str
+    max_new_tokens: int
+    metric: Callable[[str, str, Sequence[str]], float]
+    first_line: bool = False
+
+
+DATASETS = {
+    "narrativeqa": Dataset(
+        f"Here are a story, which is a novel or the script of a film, and a question about it. {_SHORT}\n\n"
+        f"Story: {{context}}\n\nNow answer the question about the story. {_SHORT}\n\nQuestion: {{input}}\n\nAnswer:",
+        128,
+        metrics.f1,
+    ),
+    "qasper": Dataset(
+        f"Here are a scientific article and a question about it. {_QASPER}\n\nArticle: {{context}}\n\n"
+        f"Now answer the question about the article. {_QASPER}\n\nQuestion: {{input}}\n\nAnswer:",
+        128,
+        metrics.f1,
+    ),
+    "multifieldqa_en": Dataset(
+        "Read the text below and answer in few words.\n\n{context}\n\n"
+        f"Now answer the question about the text above. {_ONLY}\n\nQuestion: {{input}}\nAnswer:",
+        64,
+        metrics.f1,
+    ),
+    "multifieldqa_zh": Dataset(
+        "请阅读下面的文字，并用中文简短作答：\n\n{context}\n\n"
+        "现在请根据上面的文字回答问题，只给出答案，不要写其他内容。\n\n问题：{input}\n回答：",
+        64,
+        metrics.f1_zh,
+    ),
+    "hotpotqa": Dataset(_PASSAGES, 32, metrics.f1),
+    "2wikimqa": Dataset(_PASSAGES, 32, metrics.f1),
+    "musique": Dataset(_PASSAGES, 32, metrics.f1),
+    "dureader": Dataset(
+        "请根据所给的文章回答问题。\n\n文章：{context}\n\n请根据上面的文章回答问题。\n\n问题：{input}\n回答：",
+        128,
+        metrics.rouge_l_zh,
+    ),
+    "gov_report": Dataset(
+        "Here is a report of a government agency. Write a summary of it, one page long.\n\nReport:\n{context}\n\n"
+        "Now write a summary of the report, one page long.\n\nSummary:",
+        512,
+        metrics.rouge_l,
+    ),
+    "qmsum": Dataset(
+        "Here are the transcript of a meeting and a query, which is a question or an instruction. Answer the query in "
+        "one sentence or a few.\n\nTranscript:\n{context}\n\nNow answer the query about the meeting in one sentence or "
+        "a few.\n\nQuery: {input}\nAnswer:",
+        512,
+        metrics.rouge_l,
+    ),
+    "multi_news": Dataset(
+        "Here are several news articles. Write a summary of all of them, one page long.\n\nNews:\n{context}\n\n"
+        "Now write a summary of all the news, one page long.\n\nSummary:",
+        512,
+        metrics.rouge_l,
+    ),
+    "vcsum": Dataset(
+        "下面是一份会议记录，请阅读后写一段话，概括会议内容。\n会议记录：\n{context}\n\n会议总结：",
+        512,
+        metrics.rouge_l_zh,
+    ),
+    "trec": Dataset(
+        "Tell of which type the last question below is. Some questions with their types come first.\n\n"
+        "{context}\n{input}",
+        64,
+        metrics.classification,
+        first_line=True,
+    ),
+    "triviaqa": Dataset(
+        f"Answer the question from the passage that is given. {_ONLY} Some examples come first.\n\n"
+        "{context}\n\n{input}",
+        32,
+        metrics.f1,
+        first_line=True,
+    ),
+    "samsum": Dataset(
+        "Summarize the dialogue in a few short sentences. Some examples come first.\n\n{context}\n\n{input}",
+        128,
+        metrics.rouge_l,
+        first_line=True,
+    ),
+    "lsht": Dataset(
+        "请给出最后一则新闻的类别，前面是一些例子。\n\n{context}\n{input}",
+        64,
+        metrics.classification,
+        first_line=True,
+    ),
+    "passage_count": Dataset(
+        "Below are paragraphs from Wikipedia, some of them more than once. Read them with care and find out how many "
+        "different paragraphs there are, counting those that come again only once.\n\n{context}\n\n"
+        "Give the number of different paragraphs. Write the number alone, such as 1, 2, 3.\n\nThe final answer is: ",
+        32,
+        metrics.number,
+    ),
+    "passage_retrieval_en": Dataset(
+        "Below are 30 paragraphs from Wikipedia and an abstract of one of them. Find out which paragraph the abstract "
+        "is of.\n\n{context}\n\nThis is the abstract.\n\n{input}\n\nGive the number of the paragraph that the abstract "
+        'is of. Write it as "Paragraph 1", "Paragraph 2" and so on.\n\nThe answer is: ',
+        32,
+        metrics.paragraph,
+    ),
+    "passage_retrieval_zh": Dataset(
+        "下面有若干段文字和其中一段的摘要，请找出摘要来自哪一段。\n\n{context}\n\n下面是摘要\n\n{input}\n\n"
+        '请写出摘要所属段落的编号，格式为"段落1"、"段落2"等\n\n答案是：',
+        32,
+        metrics.paragraph,
+    ),
+    "lcc": Dataset(f"{_CODE}{{context}}Next line of code:\n", 64, metrics.code_similarity),
+    "repobench-p": Dataset(f"{_CODE}{{context}}{{input}}Next line of code:\n", 64, metrics.code_similarity),
+}
+"""Name -> data set. LongBench-E's files, NAME_e.jsonl, are asked and graded as NAME."""
+
+
+@dataclass(frozen=True)
+class LongBenchExample(Example):
+    """classes: what a classification chooses from, else empty."""
+
+    classes: tuple[str, ...] = ()
+
+
+def examples(
+    tokenizer: Tokenizer,
+    *,
+    folder: Path,
+    length: int,
+    datasets: Sequence[str] | None = None,
+    most: int | None = None,
+) -> Iterator[LongBenchExample]:
+    """The examples of the user's data; an example's part is its data set (the file's name).
+
+    Args:
+        folder: with NAME.jsonl files, or the published data.zip.
+        length: tokens of prompt and answer together; longer prompts lose their middle.
+        datasets: of DATASETS, or with _e; None is all that are there.
+        most: so many of a data set's examples at most, the first ones.
+
+    Raises:
+        UsageError: no data there, an unknown data set, a damaged file, a length that is too short,
+            or a package is not installed that grading needs.
+    """
+    found = _files(Path(folder))
+    known = {name: read for name, read in found.items() if _base(name) in DATASETS}
+    if not known:
+        raise UsageError(f"LongBench {folder}: there is no NAME.jsonl of its data sets, such as narrativeqa.jsonl")
+    for name in datasets or ():
+        if _base(name) not in DATASETS:
+            raise UsageError(f"LongBench data set {name}: expected some of {', '.join(DATASETS)}")
+        if name not in known:
+            raise UsageError(f"LongBench data set {name}: {folder} has {', '.join(sorted(known))}")
+    chosen = datasets or sorted(known)
+    for name in chosen:
+        for module in metrics.MODULES.get(DATASETS[_base(name)].metric, ()):
+            package(module)
+    for name in chosen:
+        for i, record in enumerate(known[name]()):
+            if i == most:
+                break
+            yield _example(tokenizer, name, record, length)
+
+
+def score(example: Example, output: str) -> float:
+    """The data set's metric, the best over the answers."""
+    dataset = DATASETS[_base(example.part)]
+    if dataset.first_line:
+        output = output.lstrip("\n").split("\n")[0]
+    classes = example.classes if isinstance(example, LongBenchExample) else ()
+    return max((dataset.metric(output, answer, classes) for answer in example.answers), default=0.0)
+
+
+def without_middle(tokenizer: Tokenizer, text: str, most: int) -> str:
+    """The text, less its middle where it has more than `most` tokens: as much of its start as of its end."""
+    ids = tokenizer.encode(text)
+    result, keep, over = text, most, len(ids) - most
+    while over > 0:
+        half = max(0, keep // 2)
+        start, end = tokenizer.decode(ids[:half]), tokenizer.decode(ids[len(ids) - half :])
+        if not text.startswith(" "):
+            start = start.removeprefix(" ")  # some tokenizers put one before all text
+        result = start + end
+        # The joint may take more tokens than its two sides did.
+        over = len(tokenizer.encode(result)) - most
+        keep -= over
+    return result
+
+
+def _example(tokenizer: Tokenizer, name: str, record: dict[str, Any], length: int) -> LongBenchExample:
+    dataset = DATASETS[_base(name)]
+    if length <= dataset.max_new_tokens:
+        raise UsageError(f"context length {length}: too short for {name}, whose answer takes {dataset.max_new_tokens}")
+    if not isinstance(record["answers"], list):
+        raise UsageError(f"LongBench {name}, {record['_id']}: answers must be a list, not {record['answers']!r}")
+    parts = {"context": str(record["context"]), "input": str(record["input"])}
+    # In one pass: what is filled in may itself have braces.
+    prompt = re.sub(r"\{(context|input)\}", lambda field: parts[field.group(1)], dataset.prompt)
+    prompt = without_middle(tokenizer, prompt, length - dataset.max_new_tokens)
+    return LongBenchExample(
+        f"longbench/{name}/{record['_id']}",
+        prompt,
+        tuple(map(str, record["answers"])),
+        dataset.max_new_tokens,
+        length,
+        part=name,
+        classes=tuple(map(str, record["all_classes"] or ())),
+    )
+
+
+def _base(name: str) -> str:
+    return name.removesuffix("_e")
+
+
+def _files(folder: Path) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
+    """Name of each .jsonl file -> what reads its records."""
+    if folder.suffix == ".zip":
+        with reported(folder), zipfile.ZipFile(folder) as archive:
+            members = [Path(name) for name in archive.namelist() if name.endswith(".jsonl")]
+        return {member.stem: partial(_zipped, folder, member) for member in members}
+    if not folder.is_dir():
+        raise UsageError(f"LongBench {folder}: no such folder; give one with NAME.jsonl files, or data.zip")
+    return {path.stem: partial(json_lines, path, _FIELDS) for path in folder.glob("*.jsonl")}
+
+
+def _zipped(file: Path, member: Path) -> Iterator[dict[str, Any]]:
+    with reported(file), zipfile.ZipFile(file) as archive, archive.open(member.as_posix()) as lines:
+        yield from parse_lines(lines, f"{file}:{member}", _FIELDS)

@@ -1,0 +1,123 @@
+"""Needle in a Haystack: one fact in long filler, asked for at the end.
+
+Published: G. Kamradt's test (github.com/gkamradt/LLMTest_NeedleInAHaystack): a fact about San
+Francisco at a depth of essays, at a sentence's start, graded by a language model. CREAM's paper
+takes that fact at 10 lengths from 1,024 to 32,700 tokens by 6 depths, with an answer of up to 50
+tokens, and its released code grades by ROUGE-L: `sandwich` here, and `rouge_l`.
+
+Ours: the fact is by default a random number of a random city (`number`), so that no judge is
+needed, no model has read the answer elsewhere, and several examples in a cell differ. `score` is
+the share of the answer's key words that are in the output: all or nothing for a number.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks import longbench_metrics
+from megatron_cream.evaluation.tasks.filler import Haystack, fit, sentences
+
+MAX_NEW_TOKENS = 50
+KINDS = ("number", "sandwich")
+"""What the needle is."""
+
+_INTRODUCTION = "An important fact is hidden in the text below. Find it and remember it: you will be asked about it.\n"
+_CITIES = (
+    "Lisbon Nairobi Oslo Lima Kyoto Cairo Quito Riga Perth Lagos Turin Hanoi Dakar Bergen Cork Tunis Sofia Porto "
+    "Malmo Leeds Basel Tampa Zagreb Adelaide Montevideo"
+).split()
+_SANDWICH = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
+_SANDWICH_WORDS = ("eat", "sandwich", "sit", "Dolores", "Park", "sunny", "day")
+
+
+def grid(minimum: int, maximum: int, count: int, depths: int) -> tuple[list[int], list[float]]:
+    """`count` lengths from `minimum` to `maximum`, evenly, and `depths` depths from 0 to 1, evenly.
+
+    Raises:
+        UsageError: they cannot be spaced so.
+    """
+    if not 0 < minimum <= maximum or count < 1 or depths < 1:
+        raise UsageError(
+            f"{count} lengths from {minimum} to {maximum} by {depths} depths: give one of each or more, shorter first"
+        )
+    lengths = np.linspace(minimum, maximum, count).astype(int).tolist()
+    return sorted(set(lengths)), np.linspace(0, 1, depths).tolist()
+
+
+def examples(
+    tokenizer: Tokenizer,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    seed: int = 0,
+    per_cell: int = 1,
+    needle: str = "number",
+    haystack: Path | None = None,
+) -> Iterator[Example]:
+    """`per_cell` examples for each length and depth.
+
+    Args:
+        lengths: tokens of prompt and answer together.
+        depths: share of the filler's tokens before the needle, 0 to 1.
+        needle: of KINDS.
+        haystack: folder of .txt files; None is the standard library's prose.
+
+    Raises:
+        UsageError: a length that is too short, a depth or needle that does not exist, no filler.
+    """
+    if needle not in KINDS:
+        raise UsageError(f"needle {needle}: expected one of {', '.join(KINDS)}")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise UsageError(f"needle depth {depth}: must be from 0 to 1")
+    filler = Haystack(tokenizer, sentences(haystack))
+    for length in lengths:
+        for depth in depths:
+            for i in range(per_cell):
+                name = f"needle/{needle}/{length}/{depth:.6g}/{i}"
+                fact, question, answers = _needle(needle, random.Random(f"{seed}/{name}"))
+                prompt = _prompt(tokenizer, filler, fact, question, length, depth)
+                yield Example(name, prompt, answers, MAX_NEW_TOKENS, length, depth, part=needle)
+
+
+def score(example: Example, output: str) -> float:
+    """Share of the answer's key words (for a number: the number) that are whole words of the output."""
+    found = [re.search(rf"\b{re.escape(answer)}\b", output, re.IGNORECASE) for answer in example.answers]
+    return sum(map(bool, found)) / len(found)
+
+
+def rouge_l(output: str) -> float:
+    """ROUGE-L, F1, of the output's first line and the sentence about San Francisco, as CREAM's code grades it."""
+    return longbench_metrics.rouge_l(output.split("\n")[0], _SANDWICH)
+
+
+def _needle(kind: str, rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
+    """(the fact, the question with the start of its answer, key words of the answer)."""
+    if kind == "sandwich":
+        return _SANDWICH, "What is the best thing to do in San Francisco?\nAnswer:", _SANDWICH_WORDS
+    city, number = rng.choice(_CITIES), str(rng.randint(1_000_000, 9_999_999))
+    fact = f"The special magic number of {city} is {number}."
+    return fact, f"What is the special magic number of {city}?\nThe special magic number of {city} is", (number,)
+
+
+def _prompt(tokenizer: Tokenizer, filler: Haystack, fact: str, question: str, length: int, depth: float) -> str:
+    def prompt(words: int) -> str:
+        before, after = filler.split(words, [depth])
+        return f"{_INTRODUCTION}\n{before}\n{fact}\n{after}\n\n{question}"
+
+    room = length - MAX_NEW_TOKENS - len(tokenizer.encode(prompt(1)))
+    words = fit(
+        tokenizer,
+        prompt,
+        task="needle",
+        length=length,
+        max_new_tokens=MAX_NEW_TOKENS,
+        least=1,
+        guess=filler.words_of(room),
+    )
+    return prompt(words)

@@ -1,0 +1,92 @@
+"""RULER's counting tasks: cwe, the most common words of a list, and fwe, the most frequent coded words.
+
+Published: cwe has ten common words, 30 times each, among others, 3 times each (6 and once below
+4,096 tokens), after a small solved list. fwe has random words of six letters, the one of rank k
+N k**-2 / zeta(2) times, rounded down; the first is shown as dots and ignored, the next three are
+asked for. Ours: cwe's solved list has words of its own, and where the words of `wonderwords` run
+out (past about 200K tokens) pairs of words are added; fwe is never so short that the fourth and
+fifth rank come equally often.
+"""
+
+import math
+import random
+import string
+from collections.abc import Iterator, Sequence
+from itertools import chain, count
+
+from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
+from megatron_cream.evaluation.tasks.sources import words
+
+MAX_NEW_TOKENS = {"cwe": 120, "fwe": 50}
+COMMON = 10
+"""How many words cwe asks for."""
+
+_SHORT = 4096
+_ZETA_2 = math.pi**2 / 6
+_LEAST_CODED = 80
+"""From here on, each of the first four ranks comes more often than the next."""
+
+
+def common_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
+    """cwe: the example that is number `index` at `length`; `seed` is all that it depends on besides."""
+    rng = random.Random(seed)
+    vocabulary = Drawn(_words(rng))
+    solved_size, solved_times, times = (20, (3, 1), (6, 1)) if length < _SHORT else (40, (10, 3), (30, 3))
+    solved = vocabulary.first(solved_size)
+    shown = f"{_list_problem(solved, solved_times, f'{seed}/solved')} {_numbered(solved[:COMMON])}\n"
+
+    def prompt(size: int) -> str:
+        return shown + _list_problem(vocabulary.first(solved_size + size)[solved_size:], times, f"{seed}/order")
+
+    chosen = fit(tokenizer, prompt, task="cwe", length=length, max_new_tokens=MAX_NEW_TOKENS["cwe"], least=COMMON + 1)
+    answers = tuple(vocabulary.first(solved_size + chosen)[solved_size : solved_size + COMMON])
+    name = f"ruler/cwe/{length}/{index}"
+    return Example(name, prompt(chosen), answers, MAX_NEW_TOKENS["cwe"], length, part="cwe")
+
+
+def frequent_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
+    """fwe: the example that is number `index` at `length`; `seed` is all that it depends on besides."""
+    rng = random.Random(seed)
+    vocabulary = Drawn(distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6))))
+
+    def prompt(size: int) -> str:
+        text = []
+        for rank in count(1):
+            times = int(size * rank**-2 / _ZETA_2)
+            if times == 0:
+                break
+            text += ["..." if rank == 1 else vocabulary.first(rank)[-1]] * times
+        random.Random(f"{seed}/order").shuffle(text)
+        return (
+            "Read the coded text below and keep count of each coded word. Find the three coded words that come most "
+            f"often. {' '.join(text)}\nQuestion: Give no explanation, and leave the dots '...' out. Which three words "
+            "come most often in the coded text above? Answer: By the coded text above, the three words that come most "
+            "often are:"
+        )
+
+    size = fit(tokenizer, prompt, task="fwe", length=length, max_new_tokens=MAX_NEW_TOKENS["fwe"], least=_LEAST_CODED)
+    answers, name = tuple(vocabulary.first(4)[1:]), f"ruler/fwe/{length}/{index}"
+    return Example(name, prompt(size), answers, MAX_NEW_TOKENS["fwe"], length, part="fwe")
+
+
+def _words(rng: random.Random) -> Iterator[str]:
+    adjectives, nouns, verbs = words()
+    single = sorted({*adjectives, *nouns, *verbs})
+    rng.shuffle(single)
+    return chain(single, distinct(lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}"))
+
+
+def _list_problem(vocabulary: Sequence[str], times: tuple[int, int], seed: str) -> str:
+    """The question up to its answer; times: of a common word and of another."""
+    listed = [*vocabulary[:COMMON]] * times[0] + [*vocabulary[COMMON:]] * times[1]
+    random.Random(seed).shuffle(listed)
+    return (
+        "Below is a numbered list of words. Some of them come more often than others. Remember those that come most "
+        f"often.\n{_numbered(listed)}\nQuestion: Which {COMMON} words come most often in the list above? Answer: The "
+        f"{COMMON} words that come most often in the list are:"
+    )
+
+
+def _numbered(items: Sequence[str]) -> str:
+    return " ".join(f"{number}. {word}" for number, word in enumerate(items, start=1))

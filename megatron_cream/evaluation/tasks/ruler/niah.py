@@ -1,0 +1,118 @@
+"""RULER's retrieval tasks: needles, each a key and a value, in three kinds of haystack.
+
+Published: haystacks of one repeated line (noise), of essays, and of other needles; keys and values
+of adjective-noun words, numbers of seven digits, or UUIDs; four keys, values or queries in the
+tasks with several. Ours: no two keys are the same, and no two values, so that an answer is unique;
+a needle's depth is of the haystack's tokens where it is essays.
+"""
+
+import random
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice, repeat
+
+from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.filler import Drawn, Haystack, distinct, fit
+from megatron_cream.evaluation.tasks.sources import words
+
+MAX_NEW_TOKENS = 128
+NOISE = "The river is wide. The hill is green. The road is long. On we go. Day comes after night."
+"""The line that noise repeats."""
+
+_DEPTHS = 40
+"""Needles lie at distinct ones of so many depths, evenly from 0 to 1, as published."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the published configuration sets for a task; each key has `values` values, `queries` keys are asked for."""
+
+    haystack: str
+    key: str = "words"
+    value: str = "numbers"
+    keys: int = 1
+    values: int = 1
+    queries: int = 1
+
+
+SETTINGS = {
+    "niah_single_1": Setting("noise"),
+    "niah_single_2": Setting("essay"),
+    "niah_single_3": Setting("essay", value="uuids"),
+    "niah_multikey_1": Setting("essay", keys=4),
+    "niah_multikey_2": Setting("needle"),
+    "niah_multikey_3": Setting("needle", key="uuids", value="uuids"),
+    "niah_multivalue": Setting("essay", values=4),
+    "niah_multiquery": Setting("essay", keys=4, queries=4),
+}
+
+
+def example(task: str, essay: Haystack | None, tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
+    """The example of `task` that is number `index` at `length`.
+
+    Args:
+        essay: the haystack of the tasks with essays.
+        seed: all that the example depends on besides.
+    """
+    setting, rng = SETTINGS[task], random.Random(seed)
+    draw_key = distinct(_drawer(setting.key, rng))
+    draw_value = distinct(_drawer(setting.value, rng))
+    needles = {key: list(islice(draw_value, setting.values)) for key in islice(draw_key, setting.keys)}
+    queries = rng.sample(list(needles), setting.queries)
+    texts = [_needle(setting, key, value) for key, values in needles.items() for value in values]
+    rng.shuffle(texts)
+    depths = sorted(place / (_DEPTHS - 1) for place in rng.sample(range(_DEPTHS), len(texts)))
+    if setting.haystack == "noise":
+        filler = Drawn(repeat(NOISE))
+    else:
+        filler = Drawn(_needle(setting, next(draw_key), next(draw_value)) for _ in repeat(None))
+
+    def prompt(n: int) -> str:
+        if setting.haystack == "essay":
+            pieces, joint = essay.split(n, depths), " "
+        else:
+            lines, joint = filler.first(n), "\n"
+            cuts = [0, *(round(depth * n) for depth in depths), n]
+            pieces = [joint.join(lines[first:end]) for first, end in zip(cuts, cuts[1:], strict=False)]
+        parts = [pieces[0]] + [part for pair in zip(texts, pieces[1:], strict=True) for part in pair]
+        return _prompt(setting, joint.join(filter(None, parts)), queries)
+
+    units = fit(
+        tokenizer,
+        prompt,
+        task=task,
+        length=length,
+        max_new_tokens=MAX_NEW_TOKENS,
+        least=len(texts),
+        guess=essay.words_of(length - MAX_NEW_TOKENS) if setting.haystack == "essay" else None,
+    )
+    answers = tuple(value for key in queries for value in needles[key])
+    depth = depths[0] if len(texts) == 1 else None
+    return Example(f"ruler/{task}/{length}/{index}", prompt(units), answers, MAX_NEW_TOKENS, length, depth, part=task)
+
+
+def _needle(setting: Setting, key: str, value: str) -> str:
+    return f"A special magic {setting.value[:-1]} of {key} is: {value}."
+
+
+def _prompt(setting: Setting, context: str, queries: list[str]) -> str:
+    asked = queries[0] if len(queries) == 1 else f"{', '.join(queries[:-1])}, and {queries[-1]}"
+    if setting.queries * setting.values == 1:
+        kind, hidden, it, question, verb = setting.value[:-1], "A special magic {} is", "it", "What is", "is"
+    else:
+        kind, hidden, it, question, verb = setting.value, "Some special magic {} are", "them", "What are all", "are"
+    what = f"special magic {kind} of {asked} that the text mentions"
+    return (
+        f"{hidden.format(kind)} hidden in the text below. Remember {it}: you will be asked about {it} afterwards.\n"
+        f"{context}\n{question} the {what}? The {what} {verb}"
+    )
+
+
+def _drawer(kind: str, rng: random.Random) -> Callable[[], str]:
+    if kind == "numbers":
+        return lambda: str(rng.randint(1_000_000, 9_999_999))
+    if kind == "uuids":
+        return lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    adjectives, nouns, _ = words()
+    return lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}"

@@ -1,0 +1,126 @@
+"""RULER's qa_1 and qa_2: questions of SQuAD and HotpotQA among documents that do not answer them.
+
+Published: the question's own documents, then others (for SQuAD, of the same article first), as
+many as fit, in random order; questions in the file's order; where the file has too few documents,
+all of them over and over.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.filler import fit
+from megatron_cream.evaluation.tasks.sources import json_file
+
+MAX_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its right answers, and indices of documents: its own, and those of its article."""
+
+    text: str
+    answers: tuple[str, ...]
+    own: tuple[int, ...]
+    related: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a file holds."""
+
+    path: Path
+    questions: Sequence[Question]
+    documents: Sequence[str]
+
+
+def read_squad(path: Path) -> Questions:
+    """SQuAD's JSON, of version 1.1 or 2.0, less the questions without an answer.
+
+    Raises:
+        UsageError: no such file, or not SQuAD's.
+    """
+    data = json_file(path)
+    try:
+        articles = [article["paragraphs"] for article in data["data"]]
+        index, documents = _indexed(paragraph["context"] for paragraphs in articles for paragraph in paragraphs)
+        questions = []
+        for paragraphs in articles:
+            article = tuple(dict.fromkeys(index[paragraph["context"]] for paragraph in paragraphs))
+            for paragraph in paragraphs:
+                own = index[paragraph["context"]]
+                related = tuple(i for i in article if i != own)
+                for asked in paragraph["qas"]:
+                    answers = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"]))
+                    if answers and not asked.get("is_impossible"):
+                        questions.append(Question(asked["question"], answers, (own,), related))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: not SQuAD's JSON ({error!r})") from error
+    return _checked(path, questions, documents)
+
+
+def read_hotpotqa(path: Path) -> Questions:
+    """HotpotQA's JSON in the distractor setting.
+
+    Raises:
+        UsageError: no such file, or not HotpotQA's.
+    """
+    data = json_file(path)
+    try:
+        contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in case["context"]] for case in data]
+        index, documents = _indexed(document for context in contexts for document in context)
+        questions = [
+            Question(case["question"], (case["answer"],), tuple(index[document] for document in context), ())
+            for case, context in zip(data, contexts, strict=True)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: not HotpotQA's JSON ({error!r})") from error
+    return _checked(path, questions, documents)
+
+
+def example(task: str, data: Questions, tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
+    """The question that is number `index`, at `length`; `seed` is all that the example depends on besides.
+
+    Raises:
+        UsageError: there are not so many questions.
+    """
+    if index >= len(data.questions):
+        raise UsageError(f"{data.path}: has {len(data.questions)} questions, too few for {index + 1} examples")
+    question, rng = data.questions[index], random.Random(seed)
+    related = rng.sample(question.related, len(question.related))
+    known = {*question.own, *related}
+    others = [i for i in range(len(data.documents)) if i not in known]
+    rng.shuffle(others)
+    order = [*question.own, *related, *others]
+
+    def prompt(size: int) -> str:
+        chosen = list(islice(cycle(order), size))
+        random.Random(f"{seed}/order").shuffle(chosen)
+        return _prompt([data.documents[i] for i in chosen], question.text)
+
+    size = fit(tokenizer, prompt, task=task, length=length, max_new_tokens=MAX_NEW_TOKENS, least=len(question.own))
+    name = f"ruler/{task}/{length}/{index}"
+    return Example(name, prompt(size), question.answers, MAX_NEW_TOKENS, length, part=task)
+
+
+def _prompt(documents: Sequence[str], question: str) -> str:
+    task = "Answer the question from the documents that are given. Give the answer alone, without any other words."
+    context = "\n\n".join(f"Document {i}:\n{document}" for i, document in enumerate(documents, start=1))
+    return f"{task}\n\nThese are the documents.\n\n{context}\n\n{task}\n\nQuestion: {question} Answer:"
+
+
+def _indexed(documents: Any) -> tuple[dict[str, int], list[str]]:
+    """(index of each document, the documents), once each, sorted."""
+    unique = sorted(set(documents))
+    return {document: i for i, document in enumerate(unique)}, unique
+
+
+def _checked(path: Path, questions: list[Question], documents: list[str]) -> Questions:
+    if not questions:
+        raise UsageError(f"{path}: there are no questions in it")
+    return Questions(path, questions, documents)

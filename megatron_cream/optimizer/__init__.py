@@ -1,0 +1,1 @@
+"""The optimizer's step in one pass over memory, inside Megatron's own optimizers."""

@@ -1,0 +1,61 @@
+"""A gradient that is no number: found on all ranks in the step it appears in, before any weight changes.
+
+Megatron looks at every micro-batch's loss and at every bucket of gradients, waits for the device each time,
+and raises on the rank that has the NaN, while the others hang. The norm of the whole gradient is known to
+every rank anyway, and a loss that is no number leaves none that is.
+"""
+
+import math
+from collections.abc import Callable
+
+from megatron_cream.compat import wrap_method
+
+NAN_POLICIES = ("stop", "skip", "rerun")
+
+
+class NotFinite(RuntimeError):
+    """Training stopped; the weights are those of the step before."""
+
+
+class _Skipped(Exception):
+    pass
+
+
+class _Guard:
+    policy = "stop"
+    report: Callable[[float], None]
+
+
+_guard = _Guard()
+
+
+def install(policy: str, report: Callable[[float], None]) -> None:
+    """Look at the gradient's norm in each step of Megatron's optimizers.
+
+    Args:
+        policy: stop raises NotFinite on every rank; skip leaves the step out, as Megatron's `skipped
+            iterations` are; rerun leaves the matter to Megatron's rerun state machine.
+        report: is called on every rank with the norm before that.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    _guard.policy, _guard.report = policy, report
+    wrap_method(ChainedOptimizer, "get_grad_norm", _look)
+    wrap_method(ChainedOptimizer, "step", _step)
+
+
+def _look(original, self):
+    norm = original(self)
+    if _guard.policy == "rerun" or math.isfinite(norm):
+        return norm
+    _guard.report(float(norm))
+    if _guard.policy == "skip":
+        raise _Skipped
+    raise NotFinite(f"the gradient's norm is {float(norm)}")
+
+
+def _step(original, self):
+    try:
+        return original(self)
+    except _Skipped:
+        return False, None, None

@@ -1,0 +1,59 @@
+"""A NaN on one rank: all ranks know in that step, and no weight has changed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch import ROOT, TINY, write_documents
+
+# In the micro-batch of one rank, at step 3, the loss is no number.
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import pretrain_cream as job
+import torch
+from megatron.training import get_args, training
+
+original, log = job.loss_func, training.training_log
+def loss_func(mask, losses):
+    wrong = get_args().curr_iteration == 2 and os.environ["RANK"] == "1"
+    return original(mask, losses * float(os.environ["WRONG"]) if wrong else losses)
+job.loss_func = loss_func
+seen = []
+def training_log(loss_dict, total, lr, iteration, scale, report, skipped, grad_norm, *rest, **kw):
+    seen.append([iteration, skipped, grad_norm])
+    return log(loss_dict, total, lr, iteration, scale, report, skipped, grad_norm, *rest, **kw)
+training.training_log = training_log
+code = job.main()
+print("SEEN" + json.dumps(seen), flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    "policy, wrong, optimizer", [("stop", "nan", []), ("skip", "inf", ["--use-distributed-optimizer"])]
+)
+def test_policy(tmp_path, policy, wrong, optimizer):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    documents = write_documents(tmp_path / "documents", documents=20)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, ROOT]
+    command += [*TINY, "--fp32", "--data-path", documents, "--split", "90,10,0", "--train-iters", 5]
+    command += [*optimizer, "--nan-policy", policy]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WRONG": wrong}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=200, cwd=ROOT)
+    assert (result.returncode == 0) == (policy == "skip"), result.stdout[-2000:] + result.stderr[-2000:]
+    assert result.stdout.count("step 3: the gradient's norm is") == 1
+    seen = [json.loads(text) for text in re.findall(r"SEEN(\[\[.*?\]\])", result.stdout)]
+    if policy == "stop":
+        # Both ranks ended by themselves, neither by the launcher; no step after the second is logged.
+        assert result.stderr.count("pretrain_cream.py: stopped:") == 2
+        assert [step for step, *_ in seen[0]] == [1, 2]
+    else:
+        assert seen[0] == seen[1]
+        assert [(step, skipped) for step, skipped, _ in seen[0]] == [(1, 0), (2, 0), (3, 1), (4, 0), (5, 0)]
+        assert all(norm is not None and norm < 100 for step, _, norm in seen[0] if step != 3)

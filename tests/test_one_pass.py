@@ -1,0 +1,85 @@
+"""The optimizer's step in one pass, inside Megatron's optimizers on real ranks, beside Megatron's own step.
+
+The kernel itself is tested in test_kernels.py; here torch does its arithmetic, so that a CPU can run it.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.launch import ROOT, TINY, train, write_documents
+
+SCRIPT = """
+if __name__ == "__main__":  # checkpoints are written by processes that import this file
+    import sys
+    sys.path.insert(0, sys.argv.pop(1))
+    import pretrain_cream as job
+    import torch
+    from megatron_cream import arguments
+    from megatron_cream.optimizer import adamw
+
+    class Kernel:
+        launches = copies = scales = 0
+
+        def __getitem__(self, grid):
+            Kernel.launches += 1
+            return self.run
+
+        def run(self, p, g, m, v, copy, scale, count, lr, beta1, beta2, eps, decay, factor1, factor2, **flags):
+            g = g * scale if flags["HAS_SCALE"] else g
+            m.mul_(beta1).add_(g, alpha=1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            p.sub_(lr * (m * factor1 / (v.sqrt() * factor2 + eps) + decay * p))
+            if flags["HAS_COPY"]:
+                copy.copy_(p)
+            Kernel.copies += flags["HAS_COPY"]
+            Kernel.scales += flags["HAS_SCALE"]
+
+    adamw._adamw_kernel = Kernel()
+    arguments.one_pass_optimizer = lambda args: True
+    code = job.main()
+    assert Kernel.launches and Kernel.scales == Kernel.launches
+    assert Kernel.copies == (Kernel.launches if "--bf16" in sys.argv else 0)
+    sys.exit(code)
+"""
+
+
+def one_pass(script, folder, *flags):
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, ROOT]
+    command += [*TINY, "--tensorboard-dir", folder, *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=200, cwd=ROOT)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in ("lm loss", "grad-norm")}
+
+
+@pytest.mark.parametrize(
+    "layout, bound",
+    [
+        (["--use-distributed-optimizer", "--fp32"], 1e-6),
+        (["--use-distributed-optimizer", "--bf16"], 2e-3),  # sums in another order, then rounded
+        (["--pipeline-model-parallel-size", 2, "--fp32", "--clip-grad", 0.5], 1e-6),
+    ],
+)
+def test_trains_as_megatron_does(tmp_path, layout, bound):
+    """Gradients divided by tokens and clipped on the way: the same losses, also when resumed."""
+    flags = ["--data-path", write_documents(tmp_path / "documents"), "--split", "90,10,0", *layout]
+    save = ["--save", tmp_path / "saved", "--save-interval", 3]
+    reference = train(2, tmp_path / "reference", *flags, "--train-iters", 6, fp32=False)
+    ours = one_pass(tmp_path / "job.py", tmp_path / "ours", *flags, "--train-iters", 6, *save)
+    assert max(abs(ours["lm loss"][s] - reference[s]) / reference[s] for s in reference) < bound
+    events = EventAccumulator(str(tmp_path / "reference")).Reload()
+    for event in events.Scalars("grad-norm"):
+        assert abs(ours["grad-norm"][event.step] - event.value) / event.value < 10 * bound
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("3")
+    load = ["--train-iters", 6, "--load", tmp_path / "saved"]
+    if "--use-distributed-optimizer" in layout:  # whose checkpoint any AdamW opens
+        resumed = train(2, tmp_path / "resumed", *flags, *load, fp32=False)
+    else:
+        resumed = one_pass(tmp_path / "job.py", tmp_path / "resumed", *flags, *load)["lm loss"]
+    assert max(abs(resumed[s] - reference[s]) / reference[s] for s in (4, 5, 6)) < bound
