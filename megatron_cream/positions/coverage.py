@@ -1,0 +1,51 @@
+"""What a sampler's positions cover over many samples: each position, and each distance between two tokens."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_cream.positions.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Shares over samples.
+
+    position: float64 [L]: in how many samples a token has this position.
+    middle: float64 [L]: in how many its second of three segments holds it; 0 where there are not three.
+    distance: float64 [L]: in how many two tokens are this far apart.
+    pairs: float64 [L]: pairs of tokens of a sample that are this far apart, a mean.
+    """
+
+    position: np.ndarray
+    middle: np.ndarray
+    distance: np.ndarray
+    pairs: np.ndarray
+
+
+def coverage(sampler: Sampler, *, target: int, samples: int, document_length: int) -> Coverage:
+    """Draw `samples` plans and count.
+
+    Args:
+        target: L; position ids lie in [0, L).
+        document_length: of every document, in tokens.
+    """
+    position, middle, distance, pairs = np.zeros((4, target))
+    for sample in range(samples):
+        plan = sampler.plan(epoch=0, sample=sample, document_length=document_length)
+        position[plan.position_ids] += 1
+        if len(plan.segments) == 3:
+            (_, head), (_, size), _ = plan.segments
+            middle[plan.position_ids[head : head + size]] += 1
+        counts = distances(plan.position_ids, target)
+        distance += counts > 0
+        pairs += counts
+    return Coverage(position / samples, middle / samples, distance / samples, pairs / samples)
+
+
+def distances(position_ids: np.ndarray, target: int) -> np.ndarray:
+    """int64 [target]: how many pairs of tokens are 0, 1, .. target - 1 apart (autocorrelation, by FFT)."""
+    present = np.zeros(2 * target)
+    present[position_ids] = 1
+    spectrum = np.fft.rfft(present)
+    return np.rint(np.fft.irfft(spectrum * spectrum.conj(), 2 * target)[:target]).astype(np.int64)
