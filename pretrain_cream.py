@@ -41,9 +41,12 @@ from megatron.training.utils import is_last_rank
 from megatron_cream import arguments, compat, console, pretrained, progress
 from megatron_cream.checks import UsageError
 from megatron_cream.data.dataset import LongDocumentDataset
+from megatron_cream.data.recent import RecentSamples
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.optimizer import finite
+
+recent_samples = RecentSamples()
 
 
 def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
@@ -55,6 +58,7 @@ def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
     data = None
     if data_iterator is not None:
         data = {name: tensor.long() for name, tensor in next(data_iterator).items()}
+        recent_samples.add(get_args().curr_iteration, data)
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         # The broadcast would wait for the device, at every micro-batch.
         batch = {name: data[name].cuda(non_blocking=True) for name in names}
@@ -150,9 +154,14 @@ def train(argv: list[str] | None = None) -> Namespace:
 
 
 def _say_not_finite(norm: float, terminal) -> None:
-    if get_args().rank == 0:
-        done = "is left out" if get_args().nan_policy == "skip" else "stops the run"
-        print(f"step {get_args().curr_iteration + 1}: the gradient's norm is {norm}: {done}", file=terminal, flush=True)
+    """On rank 0 that it is so, and on each data-parallel rank what it had read."""
+    args = get_args()
+    if args.rank == 0:
+        done = "is left out" if args.nan_policy == "skip" else "stops the run"
+        print(f"step {args.curr_iteration + 1}: the gradient's norm is {norm}: {done}", file=terminal, flush=True)
+    if parallel_state.is_pipeline_first_stage():
+        for line in recent_samples.lines(args.curr_iteration):
+            print(f"step {args.curr_iteration + 1}, rank {args.rank}: {line}", file=terminal, flush=True)
 
 
 def _long_evaluation(args, terminal):

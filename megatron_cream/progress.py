@@ -2,8 +2,11 @@
 
 import contextlib
 import functools
+import math
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -66,6 +69,7 @@ class StepLine:
         self.stream = self.stream or sys.stdout
         self.peak = peak_flops()
         self.last_step = self.last_time = None
+        self.losses: deque[float] = deque(maxlen=100)
 
     def start(self, step: int) -> None:
         """Measure from the end of `step`: before it, kernels were compiled and memory allocated."""
@@ -88,7 +92,23 @@ class StepLine:
             parts.append(f"ETA {_duration((self.total_steps - step) * seconds)}")
         parts.append(f"{_memory_gib():.1f} GiB")
         print(" | ".join(parts), file=self.stream, flush=True)
+        if loss is not None:
+            self._watch(step, loss)
         self.start(step)
+
+    def _watch(self, step: int, loss: float) -> None:
+        """Warn of a loss far above the newest hundred: 8 of their median deviations, and a tenth of their median."""
+        if len(self.losses) >= 20:
+            usual = statistics.median(self.losses)
+            deviation = statistics.median(abs(x - usual) for x in self.losses)
+            if loss > usual + max(8 * deviation, 0.1 * abs(usual)):
+                print(
+                    f"warning: step {step}: loss spike, {loss:.4f} where {usual:.4f} is usual",
+                    file=self.stream,
+                    flush=True,
+                )
+        if math.isfinite(loss):
+            self.losses.append(loss)
 
 
 def _memory_gib() -> float:

@@ -48,6 +48,10 @@ def test_policy(tmp_path, policy, wrong, optimizer):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=200, cwd=ROOT)
     assert (result.returncode == 0) == (policy == "skip"), result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stdout.count("step 3: the gradient's norm is") == 1
+    # Two micro-batches of two samples each, and where they come from.
+    for rank in (0, 1):
+        line = rf"step 3, rank {rank}: sample \d+, document \d+, positions 0-\d+( \d+-\d+)*"
+        assert len(re.findall(line, result.stdout)) == 4
     seen = [json.loads(text) for text in re.findall(r"SEEN(\[\[.*?\]\])", result.stdout)]
     if policy == "stop":
         # Both ranks ended by themselves, neither by the launcher; no step after the second is logged.

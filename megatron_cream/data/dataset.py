@@ -46,7 +46,7 @@ class LongDocumentDataset(MegatronDataset):
     """Samples of `sampler.sequence_length` tokens with planned position ids.
 
     `__getitem__` returns int64 arrays [n]: `tokens`, `labels` (the next token within the
-    sample), `position_ids`; and float32 `loss_mask`, 0 on the last token, which has no
+    sample), `position_ids`; int64 `sample` and `document`, to find it by; and float32 `loss_mask`, 0 on the last token, which has no
     label, and on what the configuration masks. Where the data has a loss mask beside it (see
     `indexed.loss_mask_prefix`), the loss counts on labels that it marks: a sample in which it
     marks none has no loss, and weighs nothing, as Megatron averages over a global batch's tokens.
@@ -126,6 +126,8 @@ class LongDocumentDataset(MegatronDataset):
             "labels": np.append(tokens[1:], 0),
             "loss_mask": loss_mask,
             "position_ids": plan.position_ids,
+            "sample": np.int64(index),
+            "document": np.int64(document),
         }
 
     @staticmethod

@@ -1,0 +1,30 @@
+"""Which samples a step was made of, for the day that it goes wrong."""
+
+import numpy as np
+from torch import Tensor
+
+
+class RecentSamples:
+    """The micro-batches that this rank has read for the newest step."""
+
+    def __init__(self):
+        self._step, self._batches = -1, []
+
+    def add(self, step: int, batch: dict[str, Tensor]) -> None:
+        """Args: batch: of `LongDocumentDataset` samples, or of a blend's."""
+        if step != self._step:
+            self._step, self._batches = step, []
+        self._batches.append({name: batch[name] for name in ("sample", "document", "dataset_id") if name in batch})
+        self._batches[-1]["position_ids"] = batch["position_ids"]
+
+    def lines(self, step: int) -> list[str]:
+        """One for each sample of a step: where it comes from, and the position ids it was given."""
+        return [_line(batch, i) for batch in self._batches if self._step == step for i in range(len(batch["sample"]))]
+
+
+def _line(batch: dict[str, Tensor], i: int) -> str:
+    blend = f"data set {int(batch['dataset_id'][i])}, " if "dataset_id" in batch else ""
+    ids = batch["position_ids"][i].numpy()
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+    places = " ".join(f"{run[0]}-{run[-1]}" for run in runs[:8]) + (" ..." if len(runs) > 8 else "")
+    return f"{blend}sample {int(batch['sample'][i])}, document {int(batch['document'][i])}, positions {places}"
