@@ -54,12 +54,12 @@ def test_samples_are_what_the_sampler_planned(prefix):
         item = train[index]
         assert {k: (v.shape, v.dtype) for k, v in item.items()} == {
             "tokens": ((N,), np.int64), "labels": ((N,), np.int64), "position_ids": ((N,), np.int64),
-            "loss_mask": ((N,), np.float32),
+            "loss_mask": ((N,), np.float32), "sample": ((), np.int64), "document": ((), np.int64),
         }  # fmt: skip
         epoch, place = divmod(index, len(long))
         sample = permute(place, len(long), (5, epoch))
         document = int(item["tokens"][0]) // 1000
-        assert document == long[sample]
+        assert document == long[sample] == item["document"] and item["sample"] == index
         plan = sampler.plan(epoch=epoch, sample=sample, document_length=int(lengths[document]))
         np.testing.assert_array_equal(item["tokens"] - 1000 * document, plan.token_indices)
         np.testing.assert_array_equal(item["position_ids"], plan.position_ids)
