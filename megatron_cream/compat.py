@@ -1,8 +1,13 @@
 """Corrections to megatron-core 0.19, each with its reason. Delete what a newer release no longer needs."""
 
+import contextlib
 import functools
+import os
 from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 import torch
 
@@ -13,6 +18,7 @@ def apply(args: Namespace) -> None:
     """Call before `pretrain`; again for another run in the same process."""
     _one_command_line(args)
     _alone_without_collectives()
+    _tracker_replaced_at_once()
     if platform.has_cuda():
         _weight_gradients_without_apex()
     _distributed_optimizer_resumes_with_torch_adam()
@@ -23,6 +29,40 @@ def _one_command_line(args: Namespace) -> None:
     from megatron.training import ft_integration
 
     ft_integration.arguments = SimpleNamespace(parse_args=lambda **_: args)
+
+
+def _tracker_replaced_at_once() -> None:
+    """Megatron empties the file that names the newest checkpoint, then writes it: a kill in between loses them all."""
+    from megatron.training import checkpointing
+
+    files = checkpointing.maybe_msc
+    if not isinstance(files, _TrackerAtOnce):
+        checkpointing.maybe_msc = _TrackerAtOnce(files)
+
+
+class _TrackerAtOnce:
+    """Megatron's file functions, but that a tracker opened for writing takes its place when it is whole."""
+
+    def __init__(self, files):
+        self._files = files
+
+    def __getattr__(self, name: str):
+        return getattr(self._files, name)
+
+    def open(self, path, mode: str = "r", *args, **kwargs):
+        if mode == "w" and Path(path).name == "latest_checkpointed_iteration.txt" and Path(path).parent.is_dir():
+            return _replacing(Path(path))
+        return self._files.open(path, mode, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[TextIO]:
+    beside = path.with_name(f".{path.name}.partial")
+    with open(beside, "w") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def _weight_gradients_without_apex() -> None:

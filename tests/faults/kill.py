@@ -1,0 +1,166 @@
+"""Kill a training again and again, start it again each time, and compare its end with a run that was left alone.
+
+    python tests/faults/kill.py FOLDER [--kills 30] [--seed 0] [--steps 40]
+
+Two ranks over gloo, data parallel, distributed optimizer, a checkpoint every second step. Each kill is a SIGKILL of
+one rank, or of the launcher and all its ranks, at a random moment: some time after the start, or while a
+checkpoint is being written. At the end every tensor of the two runs' last checkpoints, weights and optimizer,
+must have the same bits.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from megatron_cream import platform
+
+platform.setup()
+
+import psutil
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.launch import TINY, write_documents
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    kill(args.folder, kills=args.kills, seed=args.seed, steps=args.steps)
+    return 0
+
+
+def kill(folder: Path, *, kills: int, seed: int, steps: int) -> dict[str, int]:
+    """Returns how many kills fell before, in, and after a first checkpoint of their launch.
+
+    Raises:
+        AssertionError: a launch did not resume, or the two ends differ.
+    """
+    rng = random.Random(seed)
+    documents = write_documents(folder / "documents", documents=20)
+    alone, killed = folder / "alone", folder / "killed"
+    started = time.monotonic()
+    process = launch(documents, alone, steps, folder / "alone.log")
+    assert process.wait() == 0, (folder / "alone.log").read_text()[-3000:]
+    whole = time.monotonic() - started
+    print(f"left alone: {whole:.1f} s", flush=True)
+
+    met = dict.fromkeys(("start", "training", "checkpoint"), 0)
+    for i in range(kills):
+        before = newest(killed)
+        if before >= steps:  # it came to its end: go on from nothing
+            compare(alone, killed, steps)
+            shutil.rmtree(killed)
+            before = 0
+        log = folder / f"killed.{i}.log"
+        process = launch(documents, killed, steps, log)
+        how = rng.choice(["rank", "all"])
+        if rng.random() < 0.5:
+            known = before + 2 * rng.randrange(4)
+            wait_for(lambda: newest(killed) >= known and writing(killed, known), process)
+            time.sleep(rng.uniform(0, 0.3))
+        else:
+            time.sleep(rng.uniform(0, whole))
+        if process.poll() is not None:
+            assert process.returncode == 0 and newest(killed) == steps, log.read_text()[-3000:]
+            print(f"{i}: at its end before the kill", flush=True)
+            continue
+        place = "checkpoint" if writing(killed, newest(killed)) else "training" if newest(killed) > before else "start"
+        victims = ranks(process) or [psutil.Process(process.pid)]
+        for victim in [rng.choice(victims)] if how == "rank" else [psutil.Process(process.pid), *victims]:
+            victim.send_signal(signal.SIGKILL)
+        process.wait()
+        for rest in ranks_of_folder(killed):
+            rest.kill()
+        met[place] += 1
+        print(f"{i}: killed {how} at {place}; newest checkpoint {newest(killed)} (was {before})", flush=True)
+        assert newest(killed) >= before
+    process = launch(documents, killed, steps, folder / "killed.last.log")
+    assert process.wait() == 0, (folder / "killed.last.log").read_text()[-3000:]
+    compare(alone, killed, steps)
+    print(f"bit-equal after {sum(met.values())} kills: {met}")
+    return met
+
+
+def launch(documents: Path, save: Path, steps: int, log: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [ROOT / "pretrain_cream.py", *TINY, "--fp32", "--data-path", documents, "--split", "90,10,0"]
+    command += ["--use-distributed-optimizer", "--train-iters", steps, "--lr-decay-iters", steps]
+    command += ["--save", save, "--load", save, "--save-interval", 2]
+    with open(log, "w") as out:
+        return subprocess.Popen(
+            list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def newest(save: Path) -> int:
+    """The step that a launch will go on from."""
+    tracker = save / TRACKER
+    return int(tracker.read_text()) if tracker.is_file() else 0
+
+
+def writing(save: Path, known: int) -> bool:
+    """A checkpoint's folder is there that the tracker does not name yet."""
+    steps = [int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")] if save.is_dir() else []
+    return any(step > max(known, newest(save)) for step in steps)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition() and process.poll() is None:
+        time.sleep(0.002)
+
+
+def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
+    children = psutil.Process(launcher.pid).children()
+    return [child for child in children if "pretrain_cream.py" in " ".join(child.cmdline())]
+
+
+def ranks_of_folder(save: Path) -> list[psutil.Process]:
+    """What is left of a launch: a rank whose launcher was killed may live on for a moment."""
+    left = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(save) in (process.info["cmdline"] or []) and process.pid != os.getpid():
+            left.append(process)
+    return left
+
+
+def compare(one: Path, other: Path, steps: int) -> None:
+    """Every tensor of both runs' checkpoints at `steps`, bit for bit."""
+    first, second = (tensors(path / f"iter_{steps:07d}") for path in (one, other))
+    assert first.keys() == second.keys() and first
+    for name, tensor in first.items():
+        same = torch.equal(tensor.view(torch.uint8), second[name].view(torch.uint8))
+        assert same, f"{name} differs"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    reader = dcp.FileSystemReader(folder)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {name: tensor.reshape(-1) for name, tensor in state.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
