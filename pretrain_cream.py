@@ -38,7 +38,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_timers, get_
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank
 
-from megatron_cream import arguments, compat, console, pretrained, progress
+from megatron_cream import arguments, compat, console, pretrained, progress, record
 from megatron_cream.checks import UsageError
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
@@ -139,6 +139,8 @@ def train(argv: list[str] | None = None) -> Namespace:
             stream=terminal,
         )
         pretrained.carry(args)
+        if args.save and args.rank == 0:
+            record.write(args, sys.argv[1:] if argv is None else argv)
         finite.install(args.nan_policy, lambda norm: _say_not_finite(norm, terminal))
         if args.rank == 0:
             print(f"attention: {AttentionBackend(**args.attention)}", file=terminal, flush=True)

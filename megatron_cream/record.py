@@ -1,0 +1,107 @@
+"""What a run was, kept in its folder: the command, every setting, versions, commit, machine, environment."""
+
+import importlib.metadata
+import os
+import platform as system
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_cream import platform
+
+_PACKAGES = (
+    "megatron-core", "torch", "triton", "transformer-engine", "flash-attn-4", "flash-attn", "transformers",
+    "safetensors", "sentencepiece", "numpy",
+)  # fmt: skip
+# What of the environment changes how a run computes or talks.
+_ENVIRONMENT = (
+    "CUDA",
+    "CUBLAS",
+    "CUDNN",
+    "NCCL",
+    "NVTE",
+    "TORCH",
+    "PYTORCH",
+    "TRITON",
+    "GLOO",
+    "OMP",
+    "MKL",
+    "SLURM_JOB",
+)
+
+
+def write(args: Namespace, argv: list[str]) -> Path:
+    """`--save`/runs/TIME.yaml, one for each start of the run.
+
+    Args:
+        argv: the command line, without the program.
+    """
+    folder = Path(args.save) / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / time.strftime("%Y%m%d-%H%M%S.yaml")
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(yaml.safe_dump(describe(args, argv), sort_keys=False, default_flow_style=None))
+    os.replace(beside, path)
+    return path
+
+
+def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": ["pretrain_cream.py", *argv],
+        "recipe": Path(args.config).read_text() if args.config else None,
+        "seed": args.seed,
+        "versions": {"python": sys.version.split()[0], **_versions()},
+        "commit": _commit(),
+        "machine": {
+            "system": system.platform(),
+            "gpu": torch.cuda.get_device_name() if platform.has_cuda() else None,
+            "cuda": torch.version.cuda,
+            "ranks": args.world_size,
+        },
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)},
+        "settings": {name: _plain(value) for name, value in sorted(vars(args).items())},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> dict[str, Any] | None:
+    """Of the checkout that this package runs from; None where it is no checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        return {"id": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain", "--untracked-files=no") != ""}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """As YAML writes it: numbers, texts, lists and mappings; the rest by name."""
+    if isinstance(value, Enum):  # before numbers, which some are too
+        return value.name
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    return str(value)
