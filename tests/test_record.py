@@ -14,7 +14,7 @@ def test_a_run_is_recorded_at_each_start(tmp_path, monkeypatch):
     recipe.write_text("clip_grad: 0.75\n")
     flags = ["--data-path", write_documents(tmp_path / "documents", documents=20), "--split", "90,10,0"]
     flags += ["--config", recipe, "--save", tmp_path / "run", "--load", tmp_path / "run"]
-    flags += ["--lr-decay-iters", 2]
+    flags += ["--override-opt-param-scheduler"]
     train(2, tmp_path / "tb1", *flags, "--train-iters", 1)
     train(2, tmp_path / "tb2", *flags, "--train-iters", 2)
     first, second = (yaml.safe_load(path.read_text()) for path in sorted((tmp_path / "run" / "runs").iterdir()))
