@@ -1,0 +1,301 @@
+"""What a run will need, before it is started: GPU memory, and the layouts that fit.
+
+Here are the plain values that `memory` and `layouts` work on, and how pretrain_cream.py's flags become them.
+"""
+
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron_cream import arguments, checks, pretrained
+from megatron_cream.checkpoint.mapping import padded_vocabulary
+from megatron_cream.data.tokenizers import load_tokenizer
+from megatron_cream.errors import UsageError
+
+# Flags that change what is stored in ways that `memory` does not know.
+_NOT_PLANNED = (
+    "use_megatron_fsdp", "use_torch_fsdp2", "optimizer_cpu_offload", "cpu_offloading_num_layers",
+    "fine_grained_activation_offloading", "fp4", "mtp_num_layers", "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "fp32_residual_connection",
+    "cross_entropy_loss_fusion",
+)  # fmt: skip
+_DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+_LLAMA2_VOCABULARY = 32000
+_RECOMPUTED = {"core_attn", "layernorm", "mlp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The shape of a Llama; sizes are numbers of elements."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    padded_vocab_size: int
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the work is split.
+
+    first_stage, last_stage: layers of these pipeline stages where they are given; the others share the rest.
+    recompute: none, selective (of `recompute_modules`), or full by `recompute_method`: uniform keeps the input
+        of every `recompute_layers` layers, block recomputes the first `recompute_layers` layers of each stage.
+    scatter_saved: the inputs kept under full recompute are split over the tensor-parallel ranks.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    virtual_pipeline: int = 1
+    first_stage: int | None = None
+    last_stage: int | None = None
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    seq_length: int
+    micro_batch: int
+    global_batch: int
+    recompute: str = "none"
+    recompute_modules: tuple[str, ...] = ()
+    recompute_method: str = "uniform"
+    recompute_layers: int = 1
+    scatter_saved: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def micro_batches(self) -> int:
+        """In a step, for each data-parallel rank."""
+        return self.global_batch // (self.micro_batch * self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What the software stores, and how wide.
+
+    element: bytes of a parameter and of an activation.
+    gradient: bytes of a gradient in Megatron's buffer.
+    optimizer: bytes of optimizer state for a parameter: master weight and both moments.
+    transformer_engine: its layers, which norm inside their linears.
+    own_kernels: this project's Triton kernels: the projection is split as it is rotated, the loss stays in
+        `element` and its gradient takes the logits' place.
+    fused_weight_gradients: added to the buffer inside the GEMM.
+    gathers_keys: under context parallelism each rank holds the keys and values of the whole sequence (flash
+        and sdpa); Transformer Engine's attention passes them around.
+    fp8: linears of the layers in FP8; fp8_parameters: which are then also the parameters.
+    """
+
+    transformer_engine: bool
+    element: int = 2
+    gradient: int = 4
+    optimizer: int = 12
+    own_kernels: bool = True
+    fused_weight_gradients: bool = True
+    gathers_keys: bool = True
+    fp8: bool = False
+    fp8_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its flags describe it.
+
+    gpus: what it is planned for; `layout` may need another number.
+    """
+
+    model: Model
+    layout: Layout
+    engine: Engine
+    gpus: int
+
+    def misfit(self) -> str | None:
+        """Why the layout cannot be spread over the GPUs; None if it can."""
+        layout = self.layout
+        if self.gpus % (layout.tensor * layout.pipeline * layout.context):
+            return (
+                f"--gpus {self.gpus}: must be a multiple of --tensor-model-parallel-size {layout.tensor} x "
+                f"--pipeline-model-parallel-size {layout.pipeline} x --context-parallel-size {layout.context}"
+            )
+        return None
+
+
+def run_from_flags(argv: list[str], gpus: int) -> Run:
+    """The run that pretrain_cream.py would start with these flags on `gpus` GPUs.
+
+    Data, tokenizer and optimization flags may be missing. Nothing is started, written, or asked of a GPU: the
+    machine that plans need not be the one that trains, so Transformer Engine's layers are assumed unless
+    --transformer-impl local or an --attention-backend says otherwise.
+
+    Args:
+        argv: the flags.
+
+    Raises:
+        UsageError: one line about what is missing or cannot run.
+    """
+    args = _parsed(argv)
+    checks.unsupported(args)
+    defaults = vars(arguments.build_parser(recipe=False).parse_args([]))
+    pretrained.adopt(args, defaults)
+    args.train_iters = args.train_iters or 1
+    args.micro_batch_size = args.micro_batch_size or 1
+    checks.require(args)
+    for name in _NOT_PLANNED:
+        if getattr(args, name):
+            raise UsageError(f"{checks.flag(name)} {getattr(args, name)}: its memory is not modelled; leave it out")
+    if args.optimizer != "adam":
+        raise UsageError(f"--optimizer {args.optimizer}: only adam's memory is modelled")
+    engine = _engine(args)
+    return Run(_model(args), _layout(args, gpus, engine), engine, gpus)
+
+
+def _parsed(argv: list[str]) -> Namespace:
+    saved, sys.argv = sys.argv, [sys.argv[0], *argv]  # where the parser looks for --config
+    try:
+        return arguments.build_parser().parse_args(argv)
+    finally:
+        sys.argv = saved
+
+
+def _model(args: Namespace) -> Model:
+    heads = args.num_attention_heads
+    if args.hidden_size % heads:
+        raise UsageError(f"--num-attention-heads {heads}: must divide --hidden-size {args.hidden_size}")
+    groups = args.num_query_groups if args.group_query_attention else heads
+    if not groups or heads % groups:
+        raise UsageError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
+    return Model(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        # As Megatron fills it in for SwiGLU.
+        ffn_hidden_size=args.ffn_hidden_size or int(4 * args.hidden_size * 2 / 3 / 64) * 64,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=args.kv_channels or args.hidden_size // heads,
+        padded_vocab_size=args.padded_vocab_size or padded_vocabulary(_vocabulary(args), _divisor(args)),
+        tied=not args.untie_embeddings_and_output_weights,
+        qkv_bias=args.add_qkv_bias,
+        qk_norm=args.qk_layernorm,
+    )
+
+
+def _divisor(args: Namespace) -> int:
+    tp = args.tensor_model_parallel_size
+    return args.make_vocab_size_divisible_by * (1 if args.make_vocab_size_divisible_by % tp == 0 else tp)
+
+
+def _vocabulary(args: Namespace) -> int:
+    if args.vocab_size:
+        return args.vocab_size
+    if args.embedded_data:
+        from megatron_cream.data import embedded
+
+        return embedded.prepare().vocab_size
+    if args.tokenizer_model is None and args.tokenizer_type == "Llama2Tokenizer":
+        return _LLAMA2_VOCABULARY
+    if args.tokenizer_model is None:
+        raise UsageError("--vocab-size is missing: give the tokenizer's, or --tokenizer-model, or --load-hf")
+    try:
+        return load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
+    except ValueError as error:
+        raise UsageError(f"--tokenizer-model {error}") from error
+
+
+def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    data = max(gpus // (tp * pp * cp), 1)
+    recompute = "selective" if args.recompute_activations else args.recompute_granularity or "none"
+    modules = tuple(args.recompute_modules or ["core_attn"]) if recompute == "selective" else ()
+    for module in modules:
+        if module not in _RECOMPUTED:
+            raise UsageError(f"--recompute-modules {module}: a Llama has {', '.join(sorted(_RECOMPUTED))}")
+    if "layernorm" in modules and not engine.transformer_engine:
+        raise UsageError(
+            "--recompute-modules layernorm: megatron-core 0.19 stops at it without Transformer Engine; leave it out"
+        )
+    if recompute == "full" and not (args.recompute_method and args.recompute_num_layers):
+        raise UsageError("--recompute-granularity full: give --recompute-method and --recompute-num-layers with it")
+    return Layout(
+        tensor=tp,
+        pipeline=pp,
+        context=cp,
+        data=data,
+        virtual_pipeline=_virtual_stages(args, pp),
+        first_stage=args.decoder_first_pipeline_num_layers,
+        last_stage=args.decoder_last_pipeline_num_layers,
+        sequence_parallel=args.sequence_parallel and tp > 1,
+        distributed_optimizer=args.use_distributed_optimizer,
+        seq_length=args.seq_length,
+        micro_batch=args.micro_batch_size,
+        global_batch=args.global_batch_size or args.micro_batch_size * data,
+        recompute=recompute,
+        recompute_modules=modules,
+        recompute_method=args.recompute_method or "uniform",
+        recompute_layers=args.recompute_num_layers or 1,
+        scatter_saved=args.distribute_saved_activations,
+    )
+
+
+def _virtual_stages(args: Namespace, pipeline: int) -> int:
+    if args.num_virtual_stages_per_pipeline_rank:
+        return args.num_virtual_stages_per_pipeline_rank
+    chunk = args.num_layers_per_virtual_pipeline_stage
+    if not chunk:
+        return 1
+    if args.num_layers % (pipeline * chunk):
+        raise UsageError(
+            f"--num-layers-per-virtual-pipeline-stage {chunk}: times --pipeline-model-parallel-size {pipeline} "
+            f"must divide --num-layers {args.num_layers}"
+        )
+    return args.num_layers // (pipeline * chunk)
+
+
+def _engine(args: Namespace) -> Engine:
+    backend = args.attention_backend
+    if backend in ("local", "unfused"):
+        raise UsageError(f"--attention-backend {backend}: stores its scores, which is not modelled; use flash")
+    local = args.transformer_impl == "local" or backend == "sdpa"
+    if local and backend in ("te", "fused"):
+        raise UsageError(f"--attention-backend {backend}: needs --transformer-impl transformer_engine")
+    if local and args.fp8:
+        raise UsageError(f"--fp8-format {args.fp8}: needs Transformer Engine; leave out --transformer-impl local")
+    element = 4 if args.fp32 else 2
+    return Engine(
+        transformer_engine=not local,
+        element=element,
+        gradient=_DTYPE_BYTES[args.main_grads_dtype],
+        optimizer=_optimizer_bytes(args, element, local),
+        fused_weight_gradients=args.gradient_accumulation_fusion,
+        gathers_keys=backend not in ("te", "fused"),
+        fp8=args.fp8 is not None,
+        fp8_parameters=args.fp8_param_gather,
+    )
+
+
+def _optimizer_bytes(args: Namespace, element: int, local: bool) -> int:
+    names = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    if not args.use_precision_aware_optimizer:
+        for name in names:
+            if getattr(args, name) != "fp32":
+                value = getattr(args, name)
+                raise UsageError(f"{checks.flag(name)} {value}: only with --use-precision-aware-optimizer")
+    elif not args.use_distributed_optimizer or local:
+        raise UsageError(
+            "--use-precision-aware-optimizer: needs --use-distributed-optimizer and Transformer Engine's layers"
+        )
+    moments = _DTYPE_BYTES[args.exp_avg_dtype] + _DTYPE_BYTES[args.exp_avg_sq_dtype]
+    if element == 4:
+        return moments  # the parameter is its own master
+    master = _DTYPE_BYTES[args.main_params_dtype]
+    tensorwise = args.fp8 is not None and args.fp8_recipe != "delayed"
+    if args.use_precision_aware_optimizer and not args.fp16 and not tensorwise and master == 4:
+        master = 2  # the bits of the float32 weight that its bf16 copy lacks
+    return master + moments

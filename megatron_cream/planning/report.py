@@ -1,0 +1,138 @@
+"""What the planner found: a table for a person, a dict for a program."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cream.planning import Layout, Run, layouts
+from megatron_cream.planning.layouts import Plan, flags, settings, undone
+from megatron_cream.planning.memory import COMMUNICATORS, CONTEXT, FRAGMENTATION, GIB, Memory, parameters
+
+SHOWN = 8
+
+
+def print_own(console: Console, run: Run, own: Memory, usable: float) -> None:
+    """The run's own layout, part by part."""
+    model, layout, engine = run.model, run.layout, run.engine
+    whole = parameters(model, Layout(seq_length=1, micro_batch=1, global_batch=1), 0)
+    console.print(
+        f"{whole / 1e9:.2f} B parameters, vocabulary {model.padded_vocab_size:,} (padded), "
+        f"{'Transformer Engine' if engine.transformer_engine else 'local'} layers, {8 * engine.element} bit"
+        f"{' with FP8 linears' if engine.fp8 else ''}, {layout.seq_length} tokens x micro-batch {layout.micro_batch}"
+    )
+    shards = layout.data * layout.context if layout.distributed_optimizer else 1
+    where = f"stage {own.stage} of {layout.pipeline}, " if layout.pipeline > 1 else ""
+    rows = [
+        ("parameters", own.parameters, where + _split(layout)),
+        ("gradients", own.gradients, f"{8 * engine.gradient} bit"),
+        ("optimizer", own.optimizer, f"{engine.optimizer} bytes a parameter" + f" / {shards}" * (shards > 1)),
+        ("activations", own.activations, f"kept for the backward pass; recompute {_recompute(layout)}"),
+        ("logits and loss", own.loss, "with their gradients"),
+        ("working", own.working, "what the backward pass adds"),
+        ("buffers", own.buffers, "workspaces, stand-ins for gradients, gathered sequences, FP8 weights"),
+        ("torch's peak", own.allocated, f"at: {own.peak_at}"),
+        ("on the device", own.device, _outside(own)),
+    ]
+    table = Table(title="this layout, of each GPU", title_justify="left")
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    table.add_column("", style="dim")
+    for name, value, remark in rows:
+        if value:
+            table.add_row(name, f"{value / GIB:.1f}", remark)
+    console.print(table)
+    console.print(_verdict(own, usable))
+
+
+def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: float) -> None:
+    """The layouts that fit, best first, with the flags of each."""
+    table = Table(title="layouts that fit, best first", title_justify="left")
+    for name in ("", "TP", "PP", "CP", "DP", "micro-batch", "recompute", "torch's peak", "on the device", "left"):
+        table.add_column(name, justify="left" if name == "recompute" else "right")
+    for number, plan in enumerate(plans[:SHOWN], 1):
+        layout, memory = plan.layout, plan.memory
+        sizes = (number, layout.tensor, layout.pipeline, layout.context, layout.data, layout.micro_batch)
+        values = (memory.allocated, memory.device, usable - memory.device)
+        table.add_row(*map(str, sizes), _recompute(layout), *(f"{value / GIB:.1f}" for value in values))
+    console.print(table)
+    console.print("what to add to the flags given:")
+    for number, plan in enumerate(plans[:SHOWN], 1):
+        console.print(f"{number}: {_difference(plan.layout, base)}", soft_wrap=True, highlight=False)
+    if len(plans) > SHOWN:
+        console.print(f"{len(plans) - SHOWN} more fit (--json lists all)")
+
+
+def nothing_fits(run: Run, usable: float, most_gpus: int) -> str:
+    """One line: what the GPUs would have to have, or how many of them would do."""
+    line = f"no layout fits into {usable / GIB:.1f} usable GiB of each of {run.gpus} GPU{'s' * (run.gpus > 1)}"
+    least = layouts.least(run.model, run.layout, run.engine, run.gpus)
+    if least:
+        line += f"; the least is {least.memory.device / GIB:.1f} GiB, with {words(least.layout)}"
+    more = 1 << (run.gpus.bit_length() - 1)
+    while (more := 2 * more) <= most_gpus:
+        found = layouts.fitting(run.model, run.layout, run.engine, more, usable)
+        if found:
+            return f"{line}; {more} GPUs would do, with {words(found[0].layout)}"
+    return f"{line}; at this global batch and length no number of GPUs up to {most_gpus} would do"
+
+
+def as_dict(run: Run, own: Memory | None, plans: list[Plan], gpu_memory: float, usable: float) -> dict[str, Any]:
+    """All of it, bytes as bytes.
+
+    Args:
+        own: of the run's own layout; None if that needs another number of GPUs.
+    """
+    return {
+        "gpus": run.gpus,
+        "gpu_memory": round(gpu_memory),
+        "usable": round(usable),
+        "model": asdict(run.model),
+        "engine": asdict(run.engine),
+        "own": _plan(Plan(run.layout, own)) | {"fits": own.device <= usable} if own else None,
+        "layouts": [_plan(plan) for plan in plans],
+    }
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    totals = {"allocated": plan.memory.allocated, "device": plan.memory.device}
+    return {"layout": asdict(plan.layout), "memory": asdict(plan.memory) | totals, "settings": settings(plan.layout)}
+
+
+def _difference(layout: Layout, base: Layout) -> str:
+    parts = [" ".join(flags(layout, base))] if flags(layout, base) else []
+    if undone(layout, base):
+        parts.append(f"in the recipe, {', '.join(f'{name}: null' for name in undone(layout, base))}")
+    return "; ".join(parts) or "nothing: this is the layout above"
+
+
+def _verdict(own: Memory, usable: float) -> str:
+    left = (usable - own.device) / GIB
+    if left >= 0:
+        return f"fits: {left:.1f} of {usable / GIB:.1f} GiB are left"
+    return f"does not fit: {-left:.1f} GiB more than the {usable / GIB:.1f} GiB that a GPU gives"
+
+
+def words(layout: Layout) -> str:
+    """The layout for a person."""
+    return f"{_split(layout)}, micro-batch {layout.micro_batch}, recompute {_recompute(layout)}"
+
+
+def _split(layout: Layout) -> str:
+    return f"TP {layout.tensor}, PP {layout.pipeline}, CP {layout.context}, DP {layout.data}"
+
+
+def _recompute(layout: Layout) -> str:
+    if layout.recompute == "selective":
+        return " ".join(layout.recompute_modules)
+    if layout.recompute == "full":
+        if layout.recompute_method == "uniform":
+            return "full"
+        return f"full, {layout.recompute_layers} layers a stage"
+    return "none"
+
+
+def _outside(own: Memory) -> str:
+    parts = f"{FRAGMENTATION:.0%} unused pieces, {CONTEXT / GIB:.1f} CUDA"
+    return parts + (f", {COMMUNICATORS / GIB:.1f} NCCL" if own.several_gpus else "")
