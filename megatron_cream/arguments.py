@@ -124,6 +124,8 @@ def project_defaults() -> dict[str, Any]:
         calculate_per_token_loss=True,
         # Waits for the device at every step; --nan-policy rerun turns it on.
         rerun_mode="disabled",
+        # SIGTERM, which clusters send before they take a machine away: save, then exit.
+        exit_signal_handler=True,
         # The attention is causal by construction: no mask of s x s is made.
         create_attention_mask_in_dataloader=False,
         tokenizer_type="SentencePieceTokenizer",

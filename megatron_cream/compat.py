@@ -2,9 +2,13 @@
 
 import contextlib
 import functools
+import multiprocessing
 import os
+import signal
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
@@ -12,6 +16,7 @@ from typing import TextIO
 import torch
 
 from megatron_cream import platform
+from megatron_cream.data.workers import exit_with_parent
 
 
 def apply(args: Namespace) -> None:
@@ -19,6 +24,7 @@ def apply(args: Namespace) -> None:
     _one_command_line(args)
     _alone_without_collectives()
     _tracker_replaced_at_once()
+    _checkpoint_writer_outlives_sigterm()
     if platform.has_cuda():
         _weight_gradients_without_apex()
     _distributed_optimizer_resumes_with_torch_adam()
@@ -38,6 +44,29 @@ def _tracker_replaced_at_once() -> None:
     files = checkpointing.maybe_msc
     if not isinstance(files, _TrackerAtOnce):
         checkpointing.maybe_msc = _TrackerAtOnce(files)
+
+
+def _checkpoint_writer_outlives_sigterm() -> None:
+    """The process that collects what a checkpoint's writers did dies of a cluster's SIGTERM, and not with its rank.
+
+    The checkpoint that the signal asks for could then not be written; and each rank that was killed left a
+    process of 0.7 GB behind.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def results_queue(mp_mode: str = "spawn"):
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            manager.start(_live_as_long_as_the_rank)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async.get_write_results_queue = results_queue
+
+
+def _live_as_long_as_the_rank() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 class _TrackerAtOnce:

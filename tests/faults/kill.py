@@ -91,6 +91,7 @@ def kill(folder: Path, *, kills: int, seed: int, steps: int) -> dict[str, int]:
         process.wait()
         for rest in ranks_of_folder(killed):
             rest.kill()
+        wait_for_no_helper()
         met[place] += 1
         print(f"{i}: killed {how} at {place}; newest checkpoint {newest(killed)} (was {before})", flush=True)
         assert newest(killed) >= before
@@ -142,6 +143,18 @@ def ranks_of_folder(save: Path) -> list[psutil.Process]:
         if str(save) in (process.info["cmdline"] or []) and process.pid != os.getpid():
             left.append(process)
     return left
+
+
+def wait_for_no_helper(seconds: float = 60.0) -> None:
+    """A checkpoint's helper processes end with the rank that started them."""
+    deadline = time.monotonic() + seconds
+    while left := [p for p in psutil.process_iter(["cmdline", "ppid"]) if _helper_of_nobody(p)]:
+        assert time.monotonic() < deadline, [p.info for p in left]
+        time.sleep(0.2)
+
+
+def _helper_of_nobody(process: psutil.Process) -> bool:
+    return process.info["ppid"] == 1 and any("multiprocessing.spawn" in word for word in process.info["cmdline"] or [])
 
 
 def compare(one: Path, other: Path, steps: int) -> None:
