@@ -1,0 +1,101 @@
+"""EleutherAI's lm-evaluation-harness on a model: what an extension of the window must not cost on short texts."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cream import platform
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.language_model import Source, hf_folder_of
+from megatron_cream.evaluation.results import Results
+
+FULL = "harness.json"
+_CACHE = "requests"  # lm_eval adds _rank0.db
+
+
+def find_tasks(names: Sequence[str], include: Path | None) -> Any:
+    """lm_eval's task manager, which knows all of `names`; their data is at hand.
+
+    Args:
+        include: a folder with further tasks, YAML files.
+
+    Raises:
+        UsageError: lm_eval is not installed, there is no such task, or its data cannot be had.
+    """
+    try:
+        import lm_eval.models.huggingface  # noqa: F401  (needs accelerate)
+        from lm_eval.tasks import TaskManager, get_task_dict
+    except ImportError as error:
+        raise UsageError(f"harness: {error}: pip install lm_eval accelerate") from error
+    if include is not None and not include.is_dir():
+        raise UsageError(f"--include-path {include}: no such folder; give one with tasks in YAML files")
+    manager = TaskManager(include_path=None if include is None else str(include))
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise UsageError(f"--tasks {name}: lm_eval has no such task; `lm_eval ls tasks` lists them")
+    try:
+        get_task_dict(list(names), manager)
+    except Exception as error:  # of many kinds: no network, a data set that moved, a package that it needs
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"--tasks {','.join(names)}: cannot be set up: {reason}") from error
+    return manager
+
+
+def run(
+    source: Source,
+    names: Sequence[str],
+    manager: Any,
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    chat: bool,
+    tokenizer: Path | None,
+    results: Results,
+    overwrite: bool,
+) -> dict[str, dict[str, Any]]:
+    """lm_eval.simple_evaluate with its transformers backend; a Megatron checkpoint is exported for the while.
+
+    Everything that lm_eval returns but the samples is written to harness.json; answers to requests
+    are cached in the results' folder, and a run that was stopped goes on with them.
+
+    Args:
+        tokenizer: a Hugging Face folder in place of the model's own.
+
+    Returns: {task: {metric: value}}.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    if overwrite:
+        for file in results.folder.glob(f"{_CACHE}_rank*.db"):
+            file.unlink()
+    with hf_folder_of(source) as folder:
+        model = HFLM(
+            pretrained=str(folder),
+            tokenizer=None if tokenizer is None else str(tokenizer),
+            dtype=source.dtype,
+            batch_size=batch_size,
+            device="cuda" if platform.has_cuda() else "cpu",
+        )
+    with torch.inference_mode():
+        full = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(names),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=chat,
+            use_cache=str(results.folder / _CACHE),
+            log_samples=False,
+        )
+    text = json.dumps(full, indent=2, ensure_ascii=False, default=handle_non_serializable)
+    partial = results.folder / f".{FULL}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(results.folder / FULL)
+    print(make_table(full))
+    return json.loads(text)["results"]

@@ -1,0 +1,216 @@
+"""The one way in to a model that is evaluated: a folder becomes a LanguageModel, whichever engine runs it."""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_cream import platform
+from megatron_cream.checkpoint.convert import DTYPES, export_hf
+from megatron_cream.checkpoint.hf_folder import GENERATION_CONFIG, locate
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.tokenizer import ModelTokenizer, has_tokenizer, open_tokenizer
+from megatron_cream.evaluation.vllm_model import VllmModel, import_vllm
+
+ENGINES = ("auto", "vllm")
+"""auto: transformers for a Hugging Face folder, Megatron-Core for a Megatron checkpoint."""
+
+_SAMPLE_BYTES = 1 << 20
+_ASIDE = (".md", ".py", ".png", ".lock")  # files that are no part of the model
+
+
+class LanguageModel(Protocol):
+    """What evaluation needs of a model."""
+
+    tokenizer: ModelTokenizer
+    max_positions: int
+    """Positions that its configuration names; it runs beyond them, as well as it can."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float,
+        top_p: float,
+        seeds: Sequence[int],
+    ) -> list[list[int]]:
+        """New tokens for each prompt, as `generation.generate` describes them."""
+
+    def log_probs(self, tokens: Tensor, start: int) -> Tensor:
+        """Natural logarithm of the probability of tokens[:, start:], each after all that stand before it.
+
+        Args:
+            tokens: int64 [b, s], without padding.
+            start: 1 or more.
+
+        Returns: float32 [b, s - start], on the CPU.
+        """
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model before it is loaded.
+
+    path: its folder.
+    checkpoint: read from `path`, if that is a Megatron checkpoint, else None.
+    tokenizer: of the model, or what the user gave in its place.
+    engine: transformers, megatron or vllm.
+    dtype: in which it runs.
+    """
+
+    path: Path
+    checkpoint: MegatronCheckpoint | None
+    tokenizer: ModelTokenizer
+    engine: str
+    dtype: torch.dtype
+
+    @property
+    def max_positions(self) -> int:
+        if self.checkpoint:
+            return self.checkpoint.shape.max_position_embeddings
+        return json.loads((self.path / "config.json").read_text()).get("max_position_embeddings", 1 << 40)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from another, and from itself after more training; no matter where it lies."""
+        folders = [self.checkpoint.folder, self.checkpoint.hf_folder] if self.checkpoint else [self.path]
+        return {
+            "format": "megatron" if self.checkpoint else "huggingface",
+            "step": self.checkpoint.step if self.checkpoint else None,
+            "digest": _digest([folder for folder in folders if folder]),
+            "engine": self.engine,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def find_model(
+    path: str,
+    *,
+    step: int | None = None,
+    tokenizer: Path | None = None,
+    engine: str = "auto",
+    dtype: str | None = None,
+    flag: str = "--model",
+) -> Source:
+    """Recognise a folder, and read what is small in it.
+
+    Args:
+        path: a Hugging Face folder or a name on its Hub, or a folder that `--save` or an import wrote.
+        step: of a Megatron checkpoint; None is the newest.
+        tokenizer: in place of the model's own.
+        engine: of ENGINES.
+        dtype: of convert.DTYPES; None is bfloat16 on a GPU and float32 on a CPU.
+        flag: what the user gave `path` with, for messages.
+
+    Raises:
+        UsageError: neither kind of folder, a damaged one, no tokenizer, or no vLLM where that is asked for.
+    """
+    if engine == "vllm":
+        import_vllm()
+    kind = DTYPES[dtype] if dtype else torch.bfloat16 if platform.has_cuda() else torch.float32
+    folder = Path(path)
+    if (folder / TRACKER).is_file():
+        try:
+            checkpoint = MegatronCheckpoint(folder, step)
+        except UsageError as error:
+            raise UsageError(str(error).replace("--checkpoint ", f"{flag} ", 1)) from error
+        words = open_tokenizer(tokenizer, flag="--tokenizer") if tokenizer else _own_tokenizer(checkpoint, flag)
+        return Source(folder, checkpoint, words, "vllm" if engine == "vllm" else "megatron", kind)
+    if step is not None:
+        raise UsageError(f"--ckpt-step {step}: only with a Megatron checkpoint, and {flag} {path} is none")
+    folder = locate(path, flag=flag)
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"{flag} {path}: neither a Hugging Face folder (it has no config.json) nor a Megatron checkpoint "
+            f"(it has no {TRACKER})"
+        )
+    if tokenizer:
+        words = open_tokenizer(tokenizer, flag="--tokenizer")
+    else:
+        words = open_tokenizer(folder, flag=flag)
+    return Source(folder, None, words, "vllm" if engine == "vllm" else "transformers", kind)
+
+
+def load(source: Source, *, prefill_chunk: int) -> LanguageModel:
+    """The model, on the GPU if there is one.
+
+    Args:
+        prefill_chunk: tokens of a prompt that are read at once; memory grows with it, results do not change.
+
+    Raises:
+        UsageError: weights that cannot be read.
+    """
+    stop_ids = source.tokenizer.stop_ids | _generation_stop_ids(source)
+    common = dict(tokenizer=source.tokenizer, stop_ids=stop_ids, max_positions=source.max_positions)
+    if source.engine == "vllm":
+        with hf_folder_of(source) as folder:
+            return VllmModel(folder, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
+    if source.engine == "megatron":
+        platform.setup()  # before anything of Megatron is imported
+        from megatron_cream.evaluation.megatron_model import MegatronModel
+
+        return MegatronModel(source.checkpoint, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
+    from megatron_cream.evaluation.hf_model import HfModel
+
+    return HfModel(source.path, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
+
+
+@contextlib.contextmanager
+def hf_folder_of(source: Source) -> Iterator[Path]:
+    """The Hugging Face folder of a model: its own, or one that a Megatron checkpoint is exported to for the while."""
+    if source.checkpoint is None:
+        yield source.path
+        return
+    with tempfile.TemporaryDirectory(prefix="megatron_cream_") as folder:
+        export_hf(source.checkpoint, Path(folder) / "hf", dtype=source.dtype)
+        yield Path(folder) / "hf"
+
+
+def _own_tokenizer(checkpoint: MegatronCheckpoint, flag: str) -> ModelTokenizer:
+    """That of the Hugging Face model it came from, or else what it was trained with."""
+    if checkpoint.hf_folder and has_tokenizer(checkpoint.hf_folder):
+        return open_tokenizer(checkpoint.hf_folder, flag=flag)
+    trained_with = getattr(checkpoint.args, "tokenizer_model", None)
+    if trained_with is None or not Path(trained_with).exists():
+        where = f"; {trained_with}, which it was trained with, is not there" if trained_with else ""
+        raise UsageError(
+            f"{flag} {checkpoint.path}: has no tokenizer{where}; give --tokenizer, a Hugging Face folder or a "
+            "sentencepiece .model file"
+        )
+    return open_tokenizer(Path(trained_with), flag=f"{flag} {checkpoint.path}: its tokenizer")
+
+
+def _generation_stop_ids(source: Source) -> frozenset[int]:
+    """eos_token_id of generation_config.json: chat models stop at more than the tokenizer's EOS."""
+    folder = source.checkpoint.hf_folder if source.checkpoint else source.path
+    file = folder / GENERATION_CONFIG if folder else None
+    if file is None or not file.is_file():
+        return frozenset()
+    try:
+        ids = json.loads(file.read_text()).get("eos_token_id")
+        return frozenset(() if ids is None else [ids] if isinstance(ids, int) else map(int, ids))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{file}: cannot be read: {error}") from error
+
+
+def _digest(folders: list[Path]) -> str:
+    """SHA-256 over names and sizes of the files of a model, and what stands at the start and the end of each."""
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix not in _ASIDE]
+    digest = hashlib.sha256()
+    for file in (file for file in files if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with open(file, "rb") as stream:
+            digest.update(stream.read(_SAMPLE_BYTES))
+            stream.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""LongPPL: perplexity over the tokens that need the long context (L. Fang and others, arXiv 2410.23771).
+
+A token is a key token if the long context makes it likelier, by more than alpha in natural
+logarithm, than a short context does (LSD > alpha), and if it is likely enough with the long one
+(LCL > beta). The paper's values are alpha 2 and beta -2, a short context of 4096 tokens, and 1024
+tokens that share one: each token's short context has from 4096 to 5119 tokens. Tokens before the
+4097th are never key tokens.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_cream.evaluation.language_model import LanguageModel
+from megatron_cream.evaluation.sliding_window import Document
+from megatron_cream.evaluation.tokenizer import ModelTokenizer
+
+
+@dataclass(frozen=True)
+class KeyTokenRule:
+    """alpha, beta: bounds of the gain, and of the log-probability.  short_context, block: in tokens."""
+
+    alpha: float = 2.0
+    beta: float = -2.0
+    short_context: int = 4096
+    block: int = 1024
+
+
+def key_tokens(model: LanguageModel, tokens: Sequence[int], long: Tensor, rule: KeyTokenRule) -> Tensor:
+    """Which tokens are key tokens, but for the first: bool [n - 1].
+
+    Args:
+        long: float32 [n - 1], log-probabilities of tokens[1:] with the long context.
+    """
+    ids = torch.tensor([tokens])
+    result = torch.zeros(len(tokens) - 1, dtype=torch.bool)
+    for begin in range(0, len(tokens) - rule.short_context, rule.block):
+        first = begin + rule.short_context
+        end = min(first + rule.block, len(tokens))
+        short = model.log_probs(ids[:, begin:end], rule.short_context)[0]
+        given_long = long[first - 1 : end - 1]
+        result[first - 1 : end - 1] = (given_long - short > rule.alpha) & (given_long > rule.beta)
+    return result
+
+
+def key_spans(model: LanguageModel, document: Document, tokenizer: ModelTokenizer, rule: KeyTokenRule) -> list[tuple]:
+    """The characters (start, end) of a document's key tokens by another model, joined where they touch.
+
+    Args:
+        tokenizer: what the document's tokens come from; the other model reads the same text in its own.
+    """
+    mine = model.tokenizer
+    text = document.text[: _spans(tokenizer, document.text, len(document.tokens))[-1][1]]
+    tokens = mine.prompt(text)
+    long = model.log_probs(torch.tensor([tokens]), 1)[0]
+    is_key = key_tokens(model, tokens, long, rule).tolist()
+    found: list[tuple[int, int]] = []
+    for key, (start, end) in zip(is_key, _spans(mine, text, len(tokens))[1:], strict=True):
+        if key and found and found[-1][1] >= start:  # tokens of parts of one character share its span
+            found[-1] = (found[-1][0], end)
+        elif key:
+            found.append((start, end))
+    return found
+
+
+def tokens_in(document: Document, tokenizer: ModelTokenizer, key: Sequence[tuple[int, int]]) -> Tensor:
+    """Which of a document's tokens lie whole within a span of characters, but for the first: bool [n - 1].
+
+    Args:
+        key: spans in order, without overlap.
+    """
+
+    def inside(start: int, end: int) -> bool:
+        place = bisect_right(starts, start) - 1
+        return place >= 0 and start < end <= key[place][1]
+
+    starts = [start for start, _ in key]
+    spans = _spans(tokenizer, document.text, len(document.tokens))[1:]
+    return torch.tensor([inside(*span) for span in spans], dtype=torch.bool)
+
+
+def _spans(tokenizer: ModelTokenizer, text: str, count: int) -> list[tuple[int, int]]:
+    """The characters of the first `count` tokens of a text; a BOS has none."""
+    bos = [] if tokenizer.bos is None else [(0, 0)]
+    return [*bos, *tokenizer.spans(text)][:count]

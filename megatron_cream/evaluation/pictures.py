@@ -1,0 +1,116 @@
+"""One picture of a task's results, as PNG."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from megatron_cream.evaluation.tasks import ruler
+
+
+def draw(task: str, summary: dict[str, Any], file: Path) -> None:
+    """Write the picture of `report.summarise`'s value, or of `runner.perplexities`' for the task perplexity."""
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    _DRAW[task](axes, summary)
+    partial = file.with_name(f".{file.name}.partial")
+    figure.savefig(partial, dpi=150, format="png")
+    pyplot.close(figure)
+    partial.replace(file)
+
+
+def _needle(axes: Axes, summary: dict[str, Any]) -> None:
+    cells = summary["by_length_and_depth"]
+    depths = sorted({depth for row in cells.values() for depth in row}, key=float)
+    grid = [[100 * cells[length].get(depth, float("nan")) for length in cells] for depth in depths]
+    image = axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(cells)), [f"{int(length):,}" for length in cells], rotation=45)
+    axes.set_yticks(range(len(depths)), [f"{100 * float(depth):.0f} %" for depth in depths])
+    axes.set(
+        title=_title("Needle in a haystack", summary), xlabel="context length (tokens)", ylabel="depth of the fact"
+    )
+    axes.figure.colorbar(image, label="found (%)")
+
+
+def _kv(axes: Axes, summary: dict[str, Any]) -> None:
+    for size, means in summary["by_position"].items():
+        axes.plot([100 * float(d) for d in means], [100 * m for m in means.values()], marker="o", label=_words(size))
+    axes.legend()
+    _percentages(axes)
+    axes.set(
+        title=_title("Key-value retrieval", summary), xlabel="place of the key that is asked for (% of the context)"
+    )
+
+
+def _lines(axes: Axes, summary: dict[str, Any]) -> None:
+    _by_length(axes, {"": summary["by_length"]})
+    axes.set(title=_title("LongChat-Lines", summary))
+
+
+def _ruler(axes: Axes, summary: dict[str, Any]) -> None:
+    _by_length(axes, summary["by_task"], alpha=0.35)
+    _by_length(axes, {"mean": summary["by_length"]}, color="black", linewidth=2.5)
+    axes.axhline(ruler.THRESHOLD, color="gray", linestyle="--", linewidth=1)
+    axes.legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    effective = summary["effective_length"]
+    reached = f"effective length {effective:,}" if effective else "effective length below the shortest"
+    axes.set(title=f"{_title('RULER', summary)}; {reached}")
+
+
+def _longbench(axes: Axes, summary: dict[str, Any]) -> None:
+    means = summary["by_dataset"]
+    axes.barh(list(means), [100 * mean for mean in means.values()])
+    axes.invert_yaxis()
+    axes.set(title=_title("LongBench", summary), xlabel="score (%)", xlim=(0, 100))
+
+
+def _perplexity(axes: Axes, summary: dict[str, Any]) -> None:
+    lengths, drawn = list(range(len(summary))), []
+    for key, label in (("perplexity", "perplexity"), ("longppl", "LongPPL (key tokens)")):
+        values = [row.get(key) for row in summary.values()]
+        if any(value is not None for value in values):
+            axes.plot(lengths, [float("nan") if v is None else v for v in values], marker="o", label=label)
+            drawn += [value for value in values if value is not None]
+    axes.set_xticks(lengths, [f"{int(length):,}" for length in summary])
+    axes.set(title="Perplexity by context length", xlabel="context length (tokens)")
+    if max(drawn) > 10 * min(drawn):
+        axes.set(yscale="log")
+    axes.legend()
+
+
+def _by_length(axes: Axes, lines: dict[str, dict[str, float]], **style: Any) -> None:
+    sizes = list(dict.fromkeys(size for means in lines.values() for size in means))
+    for name, means in lines.items():
+        places = [sizes.index(size) for size in means]
+        axes.plot(places, [100 * mean for mean in means.values()], marker="o", label=name, **style)
+    axes.set_xticks(range(len(sizes)), [_words(size) for size in sizes])
+    _percentages(axes)
+    axes.set(xlabel="context length (tokens)")
+
+
+def _percentages(axes: Axes) -> None:
+    axes.set(ylabel="right (%)", ylim=(-3, 103))
+    axes.grid(alpha=0.3)
+
+
+def _title(name: str, summary: dict[str, Any]) -> str:
+    return f"{name}: {100 * summary['score']:.1f} %"
+
+
+def _words(size: str) -> str:
+    """12_keys -> 12 keys; 4096 -> 4,096."""
+    return f"{int(size):,}" if size.isdecimal() else size.replace("_", " ")
+
+
+_DRAW = {
+    "needle": _needle,
+    "kv": _kv,
+    "lines": _lines,
+    "ruler": _ruler,
+    "longbench": _longbench,
+    "perplexity": _perplexity,
+}

@@ -1,0 +1,114 @@
+"""What each task of the command line runs: its examples, how many, and how they are graded.
+
+Too short a length, a missing file or a missing package is a UsageError here, before a model is loaded.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from megatron_cream.evaluation.runner import Plan
+from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks import kv, lines, longbench, needle, ruler
+
+
+def needle_plan(
+    tokenizer: Tokenizer,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    kind: str,
+    samples: int,
+    seed: int,
+    haystack: Path | None,
+) -> Plan:
+    """See needle.examples; `samples` for each length and depth."""
+
+    def examples(lengths: Sequence[int], per_cell: int) -> Iterable[Example]:
+        options = dict(depths=depths, seed=seed, needle=kind, haystack=haystack)
+        return needle.examples(tokenizer, lengths=lengths, per_cell=per_cell, **options)
+
+    def score(example: Example, output: str) -> dict[str, float]:
+        scores = {"score": needle.score(example, output)}
+        return scores | ({"rouge_l": needle.rouge_l(output)} if kind == "sandwich" else {})
+
+    first = next(iter(examples(lengths[:1], 1)))
+    score(first, "")  # needs a package that may not be there
+    cells = len(depths) * samples
+    return Plan(examples(lengths, samples), len(lengths) * cells, sum(lengths) * cells, score)
+
+
+def lines_plan(
+    tokenizer: Tokenizer,
+    *,
+    lengths: Sequence[int],
+    lines_counts: Sequence[int],
+    files: Sequence[Path],
+    samples: int,
+    seed: int,
+) -> Plan:
+    """See lines.examples, and lines.load for `files`, of each of which `samples` are taken."""
+    score = _scored(lines.score)
+    if files:
+        return _counted(lines.load(tokenizer, files, most=samples), score)
+    if lines_counts:
+        made = lines.examples(tokenizer, lengths=lengths, lines=lines_counts, seed=seed, per_cell=samples)
+        return _counted(made, score)
+    next(iter(lines.examples(tokenizer, lengths=lengths[:1], seed=seed)))
+    made = lines.examples(tokenizer, lengths=lengths, seed=seed, per_cell=samples)
+    return Plan(made, len(lengths) * samples, sum(lengths) * samples, score)
+
+
+def kv_plan(
+    tokenizer: Tokenizer,
+    *,
+    keys: Sequence[int],
+    lengths: Sequence[int],
+    gold: Sequence[int] | None,
+    files: Sequence[Path],
+    samples: int,
+    seed: int,
+) -> Plan:
+    """See kv.examples, and kv.load for `files`, of each of which `samples` are taken."""
+    if files:
+        return _counted(kv.load(tokenizer, files, gold=gold, most=samples), _scored(kv.score))
+    made = kv.examples(tokenizer, keys=keys, lengths=lengths, gold=gold, seed=seed, per_cell=samples)
+    return _counted(made, _scored(kv.score))
+
+
+def ruler_plan(
+    tokenizer: Tokenizer,
+    *,
+    lengths: Sequence[int],
+    tasks: Sequence[str] | None,
+    samples: int,
+    seed: int,
+    haystack: Path | None,
+    squad: Path | None,
+    hotpotqa: Path | None,
+) -> Plan:
+    """See ruler.examples; `samples` of each task at each length."""
+
+    def examples(lengths: Sequence[int], per_cell: int) -> Iterable[Example]:
+        options = dict(tasks=tasks, seed=seed, haystack=haystack, squad=squad, hotpotqa=hotpotqa)
+        return ruler.examples(tokenizer, lengths=lengths, per_cell=per_cell, **options)
+
+    per_length = samples * sum(1 for _ in examples(lengths[:1], 1))  # one of each task, at the shortest length
+    made = examples(lengths, samples)
+    return Plan(made, len(lengths) * per_length, sum(lengths) * per_length, _scored(ruler.score))
+
+
+def longbench_plan(
+    tokenizer: Tokenizer, *, folder: Path, length: int, datasets: Sequence[str] | None, samples: int | None
+) -> Plan:
+    """See longbench.examples; `samples` of each data set at most, None for all."""
+    made = longbench.examples(tokenizer, folder=folder, length=length, datasets=datasets, most=samples)
+    return _counted(made, _scored(longbench.score))
+
+
+def _counted(examples: Iterable[Example], score: Callable[[Example, str], dict[str, float]]) -> Plan:
+    made = list(examples)
+    return Plan(made, len(made), sum(example.length for example in made), score)
+
+
+def _scored(score: Callable[[Example, str], float]) -> Callable[[Example, str], dict[str, float]]:
+    return lambda example, output: {"score": score(example, output)}

@@ -1,0 +1,146 @@
+"""Means of a task's scores, as a plain value for summary.json and as a table for the console.
+
+Scores are shares from 0 to 1 in values, and percent in tables.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+from rich.table import Table
+
+from megatron_cream.evaluation.tasks import ruler
+
+Records = list[dict[str, Any]]
+
+
+def summarise(task: str, records: Records) -> dict[str, Any]:
+    """{"score": mean, "examples": n, and the means by what the task varies}; keys are strings, as in JSON.
+
+    Returns, beside those two:
+        needle: by_length_and_depth {length: {depth: mean}}; rouge_l, where it was taken.
+        lines: by_length {length or number of lines: mean}.
+        kv: by_position {number of keys or length: {depth: mean}}.
+        ruler: by_task {task: {length: mean}}, by_length {length: mean over tasks}, effective_length.
+        longbench: by_dataset {name: mean}; score is the mean over data sets, as published.
+    """
+    summary: dict[str, Any] = {"score": _mean(r["score"] for r in records), "examples": len(records)}
+    if task == "needle":
+        summary["by_length_and_depth"] = _nested(records, lambda r: r["length"], _depth)
+        if records and "rouge_l" in records[0]:
+            summary["rouge_l"] = _mean(r["rouge_l"] for r in records)
+    elif task == "lines":
+        summary["by_length"] = _means(records, _size)
+    elif task == "kv":
+        summary["by_position"] = _nested(records, _size, _depth)
+    elif task == "ruler":
+        by_task = _nested(records, lambda r: r["part"], lambda r: r["length"])
+        lengths = sorted({length for means in by_task.values() for length in means}, key=int)
+        by_length = {
+            length: _mean(means[length] for means in by_task.values() if length in means) for length in lengths
+        }
+        percent = {int(length): 100 * mean for length, mean in by_length.items()}
+        summary |= {
+            "by_task": by_task,
+            "by_length": by_length,
+            "threshold": ruler.THRESHOLD / 100,
+            "effective_length": ruler.effective_length(percent),
+        }
+    elif task == "longbench":
+        summary["by_dataset"] = _means(records, lambda r: r["part"])
+        summary["score"] = _mean(summary["by_dataset"].values())
+    return summary
+
+
+def table(task: str, summary: dict[str, Any]) -> Table:
+    """What a person reads of `summarise`'s value, or of `runner.perplexities`' for the task perplexity."""
+    if task == "perplexity":
+        return _perplexity(summary)
+    title = f"{task}: {_percent(summary['score'])} % over {summary['examples']} examples"
+    if "rouge_l" in summary:
+        title += f", ROUGE-L {summary['rouge_l']:.3f}"
+    if task == "needle":
+        return _grid(title, "depth \\ length", _turned(summary["by_length_and_depth"]), row_name=_in_percent)
+    if task == "kv":
+        return _grid(title, "", summary["by_position"], column_name=lambda depth: f"at {_in_percent(depth)}")
+    if task == "ruler":
+        effective = summary["effective_length"] or "below the shortest"
+        title += f"; effective length {effective} (at least {ruler.THRESHOLD} %)"
+        return _grid(title, "task \\ length", summary["by_task"] | {"mean": summary["by_length"]})
+    rows = summary["by_length"] if task == "lines" else summary["by_dataset"]
+    return _grid(title, "", {name: {"%": mean} for name, mean in rows.items()})
+
+
+def _perplexity(summary: dict[str, Any]) -> Table:
+    result = Table(title="perplexity by context length")
+    with_longppl = any("longppl" in row for row in summary.values())
+    for name in ("context", "perplexity", "tokens", *(("LongPPL", "key tokens") if with_longppl else ())):
+        result.add_column(name, justify="right")
+    for length, row in summary.items():
+        cells = [length, _number(row["perplexity"]), f"{row['tokens']:,}"]
+        if with_longppl:
+            cells += [_number(row["longppl"]), f"{row['key_tokens']:,}"]
+        result.add_row(*cells)
+    return result
+
+
+def _grid(
+    title: str,
+    corner: str,
+    rows: dict[str, dict[str, float]],
+    row_name: Callable[[str], str] = str,
+    column_name: Callable[[str], str] = str,
+) -> Table:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    result = Table(title=title, min_width=len(title))
+    result.add_column(corner)
+    for column in columns:
+        result.add_column(column_name(column), justify="right")
+    for name, row in rows.items():
+        result.add_row(row_name(name), *(_percent(row[column]) if column in row else "" for column in columns))
+    return result
+
+
+def _nested(records: Records, outer: Callable[[dict], Hashable], inner: Callable[[dict], Hashable]) -> dict:
+    groups = defaultdict(list)
+    for record in records:
+        groups[str(outer(record))].append(record)
+    return {name: _means(some, inner) for name, some in groups.items()}
+
+
+def _means(records: Records, key: Callable[[dict], Hashable]) -> dict[str, float]:
+    groups = defaultdict(list)
+    for record in records:
+        groups[str(key(record))].append(record["score"])
+    return {name: _mean(scores) for name, scores in groups.items()}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def _depth(record: dict) -> str:
+    return f"{record['depth']:.4g}"
+
+
+def _size(record: dict) -> str:
+    """How long an example is meant to be: the number of its keys or lines, where that was asked for."""
+    return record["part"] or str(record["length"])
+
+
+def _turned(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    return {column: {name: row[column] for name, row in rows.items() if column in row} for column in columns}
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _in_percent(depth: str) -> str:
+    return f"{100 * float(depth):.0f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value < 1e4 else f"{value:.3g}"

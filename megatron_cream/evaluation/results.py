@@ -1,0 +1,143 @@
+"""A folder of results that a run fills one example at a time, and that the next run goes on with."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform as python_platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cream import platform
+from megatron_cream.errors import UsageError
+
+RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
+_PACKAGES = ("torch", "transformers", "megatron-core", "tokenizers", "vllm", "lm_eval")
+
+
+class Results:
+    """Made by `open_results`.
+
+    Attributes:
+        folder: holds results.jsonl (a line an example), summary.json and picture.png.
+        records: of the examples that are done, by name.
+    """
+
+    def __init__(self, folder: Path, description: dict[str, Any], records: dict[str, dict[str, Any]], lines):
+        self.folder, self.records = folder, records
+        self._description, self._lines = description, lines
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep one example's result; `name` is its key. It is on disk when this returns."""
+        self._lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._lines.flush()
+        self.records[record["name"]] = record
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write summary.json anew, with the aggregate `results` of all examples."""
+        os.fsync(self._lines.fileno())
+        _write_summary(self.folder, self._description | {"finished": True, "results": results})
+
+
+@contextlib.contextmanager
+def open_results(
+    folder: Path, *, settings: dict[str, Any], model: dict[str, Any], model_path: Path, overwrite: bool
+) -> Iterator[Results]:
+    """The folder's results, and what was done before, if it was with the same settings and model.
+
+    Args:
+        settings: whatever changes the results, as JSON values, by flag.
+        model: `Source.identity()`.
+        model_path: where it lies now, for the reader of summary.json.
+        overwrite: begin anew, whatever an earlier run left there.
+
+    Raises:
+        UsageError: made with others, damaged, or in use by another run.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder}: exists and is not a folder; give another")
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {"settings": settings, "model": model, "model_path": str(model_path), "versions": versions()}
+    description = json.loads(json.dumps(description))
+    with open(folder / RESULTS, "a+", encoding="utf-8") as lines:
+        try:
+            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--output {folder}: another run is writing there now") from None
+        if overwrite:
+            lines.truncate(0)
+            for name in (SUMMARY, PICTURE):
+                (folder / name).unlink(missing_ok=True)
+        elif (folder / SUMMARY).exists():
+            _check_same(folder, description)
+        elif (folder / RESULTS).stat().st_size:
+            raise UsageError(f"--output {folder}: its {RESULTS} has no {SUMMARY}; give another folder, or --overwrite")
+        records = _read(folder / RESULTS)
+        _write_summary(folder, description | {"finished": False, "results": None})
+        yield Results(folder, description, records, lines)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of the packages that compute results, and the GPU's name."""
+    found = {"python": python_platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found | {"gpu": torch.cuda.get_device_name() if platform.has_cuda() else "none"}
+
+
+def _check_same(folder: Path, now: dict[str, Any]) -> None:
+    try:
+        before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        old, new = dict(before["settings"]), now["settings"]
+        same_model = before["model"] == now["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--output {folder}: its {SUMMARY} cannot be read ({error}); give another folder, or --overwrite"
+        ) from error
+    different = [key for key in [*new, *(old.keys() - new.keys())] if old.get(key) != new.get(key)]
+    if different:
+        key = different[0]
+        reason = f"{key} {_short(old.get(key))}, not {_short(new.get(key))}"
+    elif not same_model:
+        reason = "another model, or another --engine or --dtype"
+    else:
+        return
+    raise UsageError(f"--output {folder}: its results were made with {reason}; give another folder, or --overwrite")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The records of the whole lines; one that was cut when a run was killed is cut off."""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    records = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records[record["name"]] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"--output: {path}, line {number}: not a result ({error}); give another folder, or --overwrite"
+            ) from error
+    return records
+
+
+def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    partial = folder / f".{SUMMARY}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(summary, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / SUMMARY)

@@ -1,0 +1,97 @@
+"""Perplexity of long documents by a sliding window, with exact accounts of what is scored.
+
+The practice of ALiBi, LongLoRA, PoSE and CREAM: a window of the context length is moved over a
+document, and each token is scored once, in the first window that reaches it: the document's first
+window scores all its tokens, every later one the last `stride`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_cream.data.documents import BadDocument, check_files, find_files, read_batches, read_documents, take_text
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.language_model import LanguageModel
+from megatron_cream.evaluation.tokenizer import ModelTokenizer
+
+
+@dataclass(frozen=True)
+class Document:
+    """name: its file, and its line there.  tokens: with the tokenizer's BOS, cut to the longest length."""
+
+    name: str
+    text: str
+    tokens: list[int]
+
+
+def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, first, end) of each window over `length` tokens: tokens[first:end] are scored given tokens[begin:].
+
+    Each of the tokens 1 .. length - 1 is scored once, after at least window - stride + 1 tokens of
+    context (or all there are) and at most `window`.
+
+    Args:
+        window: the longest context of a token.
+        stride: 1 to window.
+    """
+    first, begin = 1, 0
+    while first < length:
+        end = min(begin + window + 1, length)
+        yield begin, first, end
+        first, begin = end, begin + stride
+
+
+def log_probs(model: LanguageModel, tokens: Sequence[int], window: int, stride: int) -> Tensor:
+    """Natural logarithm of each token's probability but the first's: float32 [n - 1]."""
+    ids = torch.tensor([tokens])
+    parts = [
+        model.log_probs(ids[:, begin:end], first - begin)[0]
+        for begin, first, end in windows(len(tokens), window, stride)
+    ]
+    return torch.cat(parts)
+
+
+def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of the documents in JSON lines, text or Parquet files, as the preprocessing reads them.
+
+    Raises:
+        UsageError: a file that is not there, or a document that cannot be read.
+    """
+    try:
+        files = find_files(inputs)
+        check_files(files, (json_key,), chats=False)
+        for batch in read_batches(files, (json_key,)):
+            for name, text in read_documents(batch, partial(take_text, key=json_key)):
+                if isinstance(text, BadDocument):
+                    raise UsageError(f"--dataset {name}: {text}")
+                yield name, text
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--dataset {error}") from error
+
+
+def long_documents(
+    tokenizer: ModelTokenizer, texts: Iterator[tuple[str, str]], *, minimum: int, longest: int, most: int
+) -> list[Document]:
+    """The first `most` documents that have `minimum` tokens, cut to `longest`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found, seen, best = [], 0, 0
+    for name, text in texts:
+        if len(found) == most:
+            break
+        seen += 1
+        tokens = tokenizer.prompt(text)
+        best = max(best, len(tokens))
+        if len(tokens) >= minimum:
+            found.append(Document(name, text, tokens[:longest]))
+    if not found:
+        raise UsageError(
+            f"--min-tokens {minimum}: none of the {seen} documents of --dataset has as many; the longest has {best}"
+        )
+    return found

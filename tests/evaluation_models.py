@@ -1,0 +1,76 @@
+"""A small Llama with a tokenizer of its own, and a model that knows every answer, for the tests of evaluation."""
+
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from megatron_cream.data.embedded import source_files
+from megatron_cream.evaluation.tokenizer import ModelTokenizer, open_tokenizer
+from tests.hf_models import save_model
+
+CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+POSITIONS = 2048
+
+
+def save_tokenizer(folder: Path, *, bos: bool = True, vocabulary: int = 2000) -> None:
+    """A byte-level BPE as tokenizer.json, with <s> and </s>."""
+    model = ByteLevelBPETokenizer(add_prefix_space=True)
+    model.train_from_iterator(_texts(), vocab_size=vocabulary, show_progress=False, special_tokens=["<s>", "</s>"])
+    if bos:
+        model._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+@cache
+def _texts() -> list[str]:
+    files = source_files(Path(sysconfig.get_path("stdlib")))[:20]
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
+
+
+def save_llama(folder: Path, name: str = "llama-mha", *, seed_change: int = 0, bos: bool = True) -> Path:
+    """A random Llama of 2,048 positions with that tokenizer."""
+    options = dict(vocab_size=2048, max_position_embeddings=POSITIONS, num_hidden_layers=2)
+    model = save_model(folder, name, **options)
+    if seed_change:
+        model.lm_head.weight.data += 0.1 * seed_change
+        model.save_pretrained(folder)
+    save_tokenizer(folder, bos=bos)
+    return folder
+
+
+class Knows:
+    """A LanguageModel that answers each prompt that it was told of, and keeps what it was asked.
+
+    Args:
+        tokenizer: of prompts and answers.
+        fails_at: raises torch's out-of-memory error for prompts of this many tokens or more.
+    """
+
+    max_positions = 1 << 20
+
+    def __init__(self, tokenizer: ModelTokenizer, answers: dict[str, str], fails_at: int = 1 << 40):
+        self.tokenizer, self._fails_at = tokenizer, fails_at
+        self._answers = {
+            tuple(tokenizer.prompt(prompt)): tokenizer.encode(answer) for prompt, answer in answers.items()
+        }
+        self.batches: list[list[int]] = []
+        self.seeds: dict[tuple[int, ...], int] = {}
+
+    def generate(self, prompts, max_new_tokens, *, temperature, top_p, seeds):
+        if max(map(len, prompts)) >= self._fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB.")
+        self.batches.append([len(prompt) for prompt in prompts])
+        self.seeds |= dict(zip(map(tuple, prompts), seeds, strict=True))
+        return [self._answers[tuple(prompt)][:max_new_tokens] for prompt in prompts]
+
+
+def small_tokenizer(folder: Path) -> ModelTokenizer:
+    save_tokenizer(folder)
+    return open_tokenizer(folder, flag="--tokenizer")
