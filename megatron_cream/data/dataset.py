@@ -46,10 +46,11 @@ class LongDocumentDataset(MegatronDataset):
     """Samples of `sampler.sequence_length` tokens with planned position ids.
 
     `__getitem__` returns int64 arrays [n]: `tokens`, `labels` (the next token within the
-    sample), `position_ids`; int64 `sample` and `document`, to find it by; and float32 `loss_mask`, 0 on the last token, which has no
-    label, and on what the configuration masks. Where the data has a loss mask beside it (see
-    `indexed.loss_mask_prefix`), the loss counts on labels that it marks: a sample in which it
-    marks none has no loss, and weighs nothing, as Megatron averages over a global batch's tokens.
+    sample), `position_ids`; int64 `sample` and `document`, to find it by; and float32
+    `loss_mask`, 0 on the last token, which has no label, and on what the configuration masks.
+    Where the data has a loss mask beside it (see `indexed.loss_mask_prefix`), the loss counts on
+    labels that it marks: a sample in which it marks none has no loss, and weighs nothing, as
+    Megatron averages over a global batch's tokens.
 
     Sample i is visit i // len(documents) of the document at place i % len(documents) of
     that epoch's order; it does not depend on ranks, workers or batch sizes.
