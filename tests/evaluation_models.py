@@ -1,15 +1,18 @@
 """A small Llama with a tokenizer of its own, and a model that knows every answer, for the tests of evaluation."""
 
+import json
 import sysconfig
 from functools import cache
 from pathlib import Path
 
+import matplotlib.image
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from megatron_cream.data.embedded import source_files
+from megatron_cream.evaluation.results import RESULTS
 from megatron_cream.evaluation.tokenizer import ModelTokenizer, open_tokenizer
 from tests.hf_models import save_model
 
@@ -74,3 +77,11 @@ class Knows:
 def small_tokenizer(folder: Path) -> ModelTokenizer:
     save_tokenizer(folder)
     return open_tokenizer(folder, flag="--tokenizer")
+
+
+def records_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
+
+
+def is_picture(file: Path) -> bool:
+    return matplotlib.image.imread(file).shape == (675, 1200, 4)

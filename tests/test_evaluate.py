@@ -1,8 +1,7 @@
-"""tools/evaluate.py: whole runs on a small model, resuming, refusals, and that the gold answers score 1."""
+"""tools/evaluate.py: whole runs on a small model in both formats, resuming, and refusals in one line."""
 
 import importlib.util
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -11,7 +10,6 @@ from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.image
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -19,13 +17,10 @@ from megatron.core import parallel_state
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.errors import UsageError
-from megatron_cream.evaluation import language_model, pictures, plans, report
-from megatron_cream.evaluation.generation import seed_of
-from megatron_cream.evaluation.results import RESULTS, SUMMARY, open_results
-from megatron_cream.evaluation.runner import Generation, OutOfMemory, Plan, run_task
-from megatron_cream.evaluation.task import Example
+from megatron_cream.evaluation import language_model
+from megatron_cream.evaluation.results import RESULTS, SUMMARY
 from tests import task_tokenizers
-from tests.evaluation_models import POSITIONS, Knows, save_llama, save_tokenizer, small_tokenizer
+from tests.evaluation_models import POSITIONS, is_picture, records_of, save_llama, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,14 +76,6 @@ def run(monkeypatch, *flags) -> int:
 
 def summary_of(folder: Path) -> dict:
     return json.loads((folder / SUMMARY).read_text())
-
-
-def records_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
-
-
-def is_picture(file: Path) -> bool:
-    return matplotlib.image.imread(file).shape == (675, 1200, 4)
 
 
 NEEDLE = "needle --min-length 400 --max-length 900 --length-steps 2 --depth-steps 3 --samples 2 --batch-size 3".split()
@@ -195,40 +182,6 @@ def test_results_of_other_settings_are_refused(monkeypatch, models, tmp_path, ca
     assert (tmp_path / "out" / RESULTS).read_bytes() != before
 
 
-def test_one_run_at_a_time(tmp_path):
-    options = dict(settings={}, model={}, model_path=tmp_path, overwrite=False)
-    with open_results(tmp_path / "out", **options):
-        with pytest.raises(UsageError, match="another run is writing there now"):
-            with open_results(tmp_path / "out", **options):
-                pass
-    with open_results(tmp_path / "out", **options):
-        pass
-
-
-def test_damaged_results_are_refused(tmp_path):
-    options = dict(settings={}, model={}, model_path=tmp_path, overwrite=False)
-    with open_results(tmp_path / "out", **options) as results:
-        results.add({"name": "a"})
-        results.finish({})
-    for name, text, reason in [
-        (RESULTS, '{"name": "a"}\nnot json\n{"name": "b"}\n', "line 2: not a result"),
-        (SUMMARY, "{", "summary.json cannot be read"),
-        (SUMMARY, None, "results.jsonl has no summary.json"),
-    ]:
-        folder = tmp_path / f"{reason[:6]}"
-        shutil.copytree(tmp_path / "out", folder)
-        if text is None:
-            (folder / name).unlink()
-        else:
-            (folder / name).write_text(text)
-        data = {file.name: file.read_bytes() for file in folder.iterdir() if file.name == RESULTS}
-        with pytest.raises(UsageError, match=re.escape(reason)):
-            with open_results(folder, **options):
-                pass
-        assert data == {file.name: file.read_bytes() for file in folder.iterdir() if file.name == RESULTS}
-        shutil.rmtree(folder)
-
-
 def bad_inputs(models: dict[str, Path], texts: Path, folder: Path):
     """(flags, what the one line says)."""
     hf, output = ["--model", models["hf"]], ["--output", folder / "out"]
@@ -319,135 +272,6 @@ def test_the_tool_starts_as_a_process(models, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "lines: 0.0 % over 2 examples" in result.stdout and result.stderr == ""
     assert summary_of(tmp_path / "runs" / "evaluation" / "ckpt" / "lines")["results"]["examples"] == 2
-
-
-# ---------------------------------------------------------------- without a model that computes
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def all_plans(tokenizer) -> dict[str, Plan]:
-    common = dict(samples=2, seed=0)
-    nothing = dict(haystack=None, squad=None, hotpotqa=None)
-    return {
-        "needle": plans.needle_plan(
-            tokenizer, lengths=[400, 700], depths=[0, 0.5, 1], kind="number", haystack=None, **common
-        ),
-        "lines": plans.lines_plan(tokenizer, lengths=[500, 900], lines_counts=[], files=[], **common),
-        "kv": plans.kv_plan(tokenizer, keys=[4, 6], lengths=[600], gold=None, files=[], **common),
-        "ruler": plans.ruler_plan(tokenizer, lengths=[1500, 1800], tasks=None, **nothing, **common),
-    }
-
-
-@pytest.mark.parametrize("task", ["needle", "lines", "kv", "ruler"])
-def test_gold_answers_score_one(tokenizer, tmp_path, task):
-    """A model that knows all answers has 1 everywhere; one that knows none of them has 0. Counts are as planned."""
-    plan = all_plans(tokenizer)[task]
-    examples = list(plan.examples)
-    assert len(examples) == plan.count and sum(e.length for e in examples) == plan.tokens
-    assert len({example.name for example in examples}) == plan.count
-    answers = {e.prompt: " " + ", ".join(e.answers) for e in examples}
-    for name, said, expected in (("all", answers, 1.0), ("none", dict.fromkeys(answers, " no"), 0.0)):
-        again = all_plans(tokenizer)[task]
-        with open_results(tmp_path / name, settings={}, model={}, model_path=tmp_path, overwrite=False) as results:
-            model = Knows(tokenizer, said)
-            records = run_task(lambda model=model: model, again, Generation(batch_size=3), results)
-        assert [record["name"] for record in records] == [example.name for example in examples]
-        summary = report.summarise(task, records)
-        assert summary["score"] == expected and summary["examples"] == plan.count
-        if task == "ruler":
-            assert summary["effective_length"] == (1800 if expected else None)
-            assert set(summary["by_task"]) == {e.part for e in examples} and len(summary["by_task"]) == 11
-        pictures.draw(task, summary, tmp_path / f"{name}.png")
-        assert is_picture(tmp_path / f"{name}.png")
-        assert report.table(task, summary).row_count > 0
-
-
-def some_examples(count: int) -> list[Example]:
-    """Prompts whose lengths go up and down, none as long as another."""
-    return [Example(f"e{i}", "word " * (i * 7 % count + 1) + str(i), ("yes",), 5, 100 + i) for i in range(count)]
-
-
-def plan_of(examples: list[Example]) -> Plan:
-    return Plan(iter(examples), len(examples), None, lambda example, output: {"score": float("yes" in output)})
-
-
-def test_batches_are_of_like_lengths(tokenizer, tmp_path):
-    """All examples once, in batches of neighbours by length; each with a seed of its name alone."""
-    examples = some_examples(23)
-    model = Knows(tokenizer, {example.prompt: " yes" for example in examples})
-    with open_results(tmp_path, settings={}, model={}, model_path=tmp_path, overwrite=False) as results:
-        records = run_task(lambda: model, plan_of(examples), Generation(batch_size=4, seed=9), results)
-    assert [record["name"] for record in records] == [example.name for example in examples]
-    assert model.batches == sorted(model.batches) and max(map(len, model.batches)) == 4
-    flat = [length for batch in model.batches for length in batch]
-    assert flat == sorted(flat) and len(flat) == 23
-    assert model.seeds == {tuple(tokenizer.prompt(e.prompt)): seed_of(9, e.name) for e in examples}
-
-
-def test_out_of_memory_is_one_line_and_keeps_what_is_done(tokenizer, tmp_path):
-    examples = some_examples(20)
-    answers = {example.prompt: " yes" for example in examples}
-    options = dict(settings={}, model={}, model_path=tmp_path, overwrite=False)
-    with open_results(tmp_path, **options) as results:
-        model = Knows(tokenizer, answers, fails_at=12)
-        with pytest.raises(OutOfMemory) as caught:
-            run_task(lambda: model, plan_of(examples), Generation(batch_size=2), results)
-    words = re.match(r"out of memory at (\d+) tokens x 2: try a smaller --batch-size, a smaller", str(caught.value))
-    assert words and int(words[1]) >= 12 and "\n" not in str(caught.value)
-    done = records_of(tmp_path)
-    assert 0 < len(done) < 20 and all(record["prompt_tokens"] < 12 for record in done)
-    with open_results(tmp_path, **options) as results:
-        model = Knows(tokenizer, answers)
-        assert len(run_task(lambda: model, plan_of(examples), Generation(batch_size=2), results)) == 20
-    assert sum(map(len, model.batches)) == 20 - len(done)
-
-
-def test_other_errors_are_not_called_memory(tokenizer, tmp_path):
-    examples = some_examples(2)
-    model = Knows(tokenizer, {})
-    with open_results(tmp_path, settings={}, model={}, model_path=tmp_path, overwrite=False) as results:
-        with pytest.raises(KeyError):
-            run_task(lambda: model, plan_of(examples), Generation(batch_size=2), results)
-        model.generate = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("an illegal memory access"))
-        with pytest.raises(RuntimeError, match="illegal memory access"):
-            run_task(lambda: model, plan_of(examples), Generation(batch_size=2), results)
-
-
-def test_means_are_by_what_a_task_varies():
-    def record(score, part="", length=0, depth=None):
-        return {"score": score, "part": part, "length": length, "depth": depth}
-
-    needle = report.summarise("needle", [record(1.0, length=10, depth=0.25), record(0.0, length=10, depth=0.25),
-                                         record(1.0, length=20, depth=1.0)])  # fmt: skip
-    assert needle["by_length_and_depth"] == {"10": {"0.25": 0.5}, "20": {"1": 1.0}}
-    assert needle["score"] == 2 / 3
-    kv = report.summarise(
-        "kv", [record(1.0, "75_keys", 9, 0.0), record(0.0, "75_keys", 8, 0.0), record(0.5, "", 30, 1)]
-    )
-    assert kv["by_position"] == {"75_keys": {"0": 0.5}, "30": {"1": 0.5}}
-    # Means over tasks, not over examples; 10 passes and 20 does not, so 40 does not count.
-    scores = {
-        ("a", 10): [1, 1, 1],
-        ("b", 10): [0.8],
-        ("a", 20): [0.8],
-        ("b", 20): [0.8],
-        ("a", 40): [1],
-        ("b", 40): [1],
-    }
-    ruler = report.summarise("ruler", [record(s, part, n) for (part, n), many in scores.items() for s in many])
-    assert ruler["by_length"] == {"10": 0.9, "20": 0.8, "40": 1.0} and ruler["effective_length"] == 10
-    longbench = report.summarise("longbench", [record(1.0, "a"), record(0.0, "a"), record(0.0, "a"), record(1.0, "b")])
-    assert longbench["score"] == pytest.approx((1 / 3 + 1) / 2)
-
-
-def test_no_key_token_is_no_number():
-    summary = {"8": {"perplexity": math.e, "tokens": 5, "longppl": None, "key_tokens": 0}}
-    table = report.table("perplexity", summary)
-    assert [list(column.cells) for column in table.columns] == [["8"], ["2.718"], ["5"], ["-"], ["0"]]
 
 
 def test_a_tokenizer_without_bos_has_none(tmp_path):
