@@ -39,9 +39,9 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank
 
 from megatron_cream import arguments, compat, console, pretrained, progress, record
-from megatron_cream.checks import UsageError
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
+from megatron_cream.errors import UsageError
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.optimizer import finite

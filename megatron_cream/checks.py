@@ -246,13 +246,13 @@ def _validation_data(args: Namespace) -> None:
 
 
 def token_ids(args: Namespace) -> None:
-    """Raise UsageError at data whose token ids are beyond the vocabulary, `args.vocab_size`.
+    """Raise UsageError at data, found whole by `check`, whose token ids are beyond the vocabulary, `args.vocab_size`.
 
     Reads SAMPLED_BYTES at most, spread over the files; each sample of training is looked at too.
     """
     prefixes = _data_prefixes(args)
     for name, prefix in prefixes:
-        least, greatest = indexed.token_range(prefix, _index(name, prefix), SAMPLED_BYTES // len(prefixes))
+        least, greatest = indexed.token_range(prefix, indexed.open_index(prefix), SAMPLED_BYTES // len(prefixes))
         if not 0 <= least <= greatest < args.vocab_size:
             raise UsageError(
                 f"{name} {prefix}: holds token id {least if least < 0 else greatest}, and the vocabulary of "
@@ -261,7 +261,7 @@ def token_ids(args: Namespace) -> None:
             )
         if indexed.has_loss_mask(prefix):
             mask = indexed.loss_mask_prefix(prefix)
-            if indexed.token_range(mask, _index(name, mask), SAMPLED_BYTES // len(prefixes))[1] > 1:
+            if indexed.token_range(mask, indexed.open_index(mask), SAMPLED_BYTES // len(prefixes))[1] > 1:
                 raise UsageError(f"{name} {prefix}: {mask}.bin holds other values than 0 and 1, so it is no loss mask")
 
 

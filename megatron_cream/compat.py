@@ -1,22 +1,19 @@
 """Corrections to megatron-core 0.19, each with its reason. Delete what a newer release no longer needs."""
 
-import contextlib
 import functools
 import multiprocessing
-import os
 import signal
 import threading
 from argparse import Namespace
-from collections.abc import Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
 
 import torch
 
 from megatron_cream import platform
 from megatron_cream.data.workers import exit_with_parent
+from megatron_cream.files import replacing
 
 
 def apply(args: Namespace) -> None:
@@ -80,18 +77,8 @@ class _TrackerAtOnce:
 
     def open(self, path, mode: str = "r", *args, **kwargs):
         if mode == "w" and Path(path).name == "latest_checkpointed_iteration.txt" and Path(path).parent.is_dir():
-            return _replacing(Path(path))
+            return replacing(Path(path))
         return self._files.open(path, mode, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _weight_gradients_without_apex() -> None:

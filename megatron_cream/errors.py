@@ -3,3 +3,8 @@
 
 class UsageError(Exception):
     """What a user set cannot run. The message is the one line they read; exit code 2."""
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """What an error of another library says, in one line of `most` characters."""
+    return " ".join(str(error).split())[:most]

@@ -17,8 +17,8 @@ from megatron_cream.checkpoint.families import read_config
 from megatron_cream.checkpoint.mapping import padded_vocabulary
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
 from megatron_cream.checkpoint.model import fill
-from megatron_cream.checks import UsageError
 from megatron_cream.console import TransferBar
+from megatron_cream.errors import UsageError
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_cream.checks import UsageError
+from megatron_cream.errors import UsageError
 
 
 def recipe_path(argv: list[str]) -> Path | None:

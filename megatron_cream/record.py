@@ -1,12 +1,13 @@
 """What a run was, kept in its folder: the command, every setting, versions, commit, machine, environment."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform as system
 import subprocess
-import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from megatron_cream import platform
+from megatron_cream.files import replacing
 
 _PACKAGES = (
     "megatron-core", "torch", "triton", "transformer-engine", "flash-attn-4", "flash-attn", "transformers",
@@ -22,19 +24,8 @@ _PACKAGES = (
 )  # fmt: skip
 # What of the environment changes how a run computes or talks.
 _ENVIRONMENT = (
-    "CUDA",
-    "CUBLAS",
-    "CUDNN",
-    "NCCL",
-    "NVTE",
-    "TORCH",
-    "PYTORCH",
-    "TRITON",
-    "GLOO",
-    "OMP",
-    "MKL",
-    "SLURM_JOB",
-)
+    "CUDA", "CUBLAS", "CUDNN", "NCCL", "NVTE", "TORCH", "PYTORCH", "TRITON", "GLOO", "OMP", "MKL", "SLURM_JOB",
+)  # fmt: skip
 
 
 def write(args: Namespace, argv: list[str]) -> Path:
@@ -46,9 +37,8 @@ def write(args: Namespace, argv: list[str]) -> Path:
     folder = Path(args.save) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / time.strftime("%Y%m%d-%H%M%S.yaml")
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(yaml.safe_dump(describe(args, argv), sort_keys=False, default_flow_style=None))
-    os.replace(beside, path)
+    with replacing(path) as file:
+        yaml.safe_dump(describe(args, argv), file, sort_keys=False, default_flow_style=None)
     return path
 
 
@@ -58,7 +48,7 @@ def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
         "command": ["pretrain_cream.py", *argv],
         "recipe": Path(args.config).read_text() if args.config else None,
         "seed": args.seed,
-        "versions": {"python": sys.version.split()[0], **_versions()},
+        "versions": versions(_PACKAGES),
         "commit": _commit(),
         "machine": {
             "system": system.platform(),
@@ -71,13 +61,12 @@ def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of Python, and of those packages that are installed."""
+    found = {"python": system.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -21,7 +21,7 @@ from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import pieces
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.checks import UsageError
+from megatron_cream.errors import UsageError
 from tests.hf_models import save_model
 from tests.launch import ROOT
 from tests.test_convert import run_tool

@@ -7,7 +7,7 @@ import pytest
 from megatron_cream import arguments, pretrained
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.checks import UsageError
+from megatron_cream.errors import UsageError
 from tests.hf_models import LLAMA3, save_model
 from tests.launch import torchrun, write_documents
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_cream import console
 from megatron_cream.checkpoint import convert, hf_folder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.command_line import OneLineParser, positive
 from megatron_cream.errors import UsageError
 
 TEXT = (
@@ -99,11 +100,10 @@ def size(text: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    class OneLine(argparse.ArgumentParser):
-        def error(self, message: str):
-            self.exit(2, f"convert_hf.py: error: {message}\n")
-
-    main_parser = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    main_parser = OneLineParser(
+        prog="convert_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     commands = main_parser.add_subparsers(required=True, metavar="import|export|verify")
     dtypes = dict(choices=list(convert.DTYPES), help="cast the weights; default: as they are")
     overwrite = dict(action="store_true", help="replace what an earlier conversion wrote there")
@@ -151,12 +151,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--text", default=TEXT, help="what the logits are compared on")
     command.add_argument("--text-file", type=Path, help="the same, from a file")
     return main_parser
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

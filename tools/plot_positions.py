@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cream.command_line import OneLineParser, positive
 from megatron_cream.errors import UsageError
 from megatron_cream.positions import SAMPLERS, build_sampler
 from megatron_cream.positions.coverage import Coverage, coverage
@@ -106,11 +107,10 @@ def binned(values: np.ndarray, bins: int = 256) -> tuple[np.ndarray, np.ndarray]
 
 
 def parser() -> argparse.ArgumentParser:
-    class OneLine(argparse.ArgumentParser):
-        def error(self, message: str):
-            self.exit(2, f"plot_positions.py: error: {message}\n")
-
-    result = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    result = OneLineParser(
+        prog="plot_positions.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     add = result.add_argument
     add("--seq-length", type=int, default=4096, metavar="N", help="the trained window (default 4096)")
     add("--target-length", type=int, default=32768, metavar="L", help="the window to extend to (default 32768)")
@@ -122,12 +122,6 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1234)
     add("--output", type=Path, default=Path("positions.png"), help="the picture (default positions.png)")
     return result
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

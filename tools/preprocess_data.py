@@ -29,7 +29,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cream.command_line import OneLineParser
 from megatron_cream.data.chat import CHAT_FORMATS
 from megatron_cream.data.documents import find_files
 from megatron_cream.data.partial import check_output
@@ -45,12 +45,6 @@ from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_file
 
 LONG_DOCUMENTS = (4096, 8192, 16384, 32768)
 """Lengths in tokens that the report counts documents from."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_cream.checkpoint.families import ModelShape, read_config
 from megatron_cream.checkpoint.mapping import hf_shapes, pieces
 from megatron_cream.checkpoint.output import HashingFile
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # In the order in which transformers looks for them: (file, is it an index of shards).
@@ -54,7 +54,7 @@ def locate(path: str, *, flag: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]))
     except Exception as error:  # of many kinds: no network, no such model, no permission
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UsageError(
             f"{flag} {path}: no such folder, and not to be had from the Hugging Face Hub: {reason}"
         ) from None
@@ -194,7 +194,7 @@ class _Mapping:
             else:
                 self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except Exception as error:  # a damaged file, or a pickle that is more than tensors
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise UsageError(f"{path}: not a file of tensors that can be read: {reason}") from error
         is_state_dict = isinstance(self._tensors, dict) and all(isinstance(t, Tensor) for t in self._tensors.values())
         if self._tensors is not None and not is_state_dict:

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_cream.checkpoint.families import ModelShape, read_config, shape_from_args
 from megatron_cream.checkpoint.mapping import LAYERS, LINEARS, Row, megatron_shape, rows
 from megatron_cream.checkpoint.output import TRACKER, HashingFile
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 
 HF = "hf"  # config.json, tokenizer and generation config of the model that a checkpoint came from
 _COMMON_STATE = "common_state/shard_0_1"
@@ -81,7 +81,7 @@ class MegatronCheckpoint:
                 if isinstance(entry, TensorStorageMetadata)
             }
         except Exception as error:  # a damaged or foreign file, in one of many ways
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise UsageError(f"--checkpoint {path}: {self.folder.name} cannot be read: {reason}") from error
         self.config, self.shape = self._model()
         self._check()
@@ -114,7 +114,7 @@ class MegatronCheckpoint:
             if slow:
                 self._reader.read_data(LoadPlan(slow), _Into(target)).wait()
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise UsageError(f"--checkpoint {self.folder}: {key} cannot be read: {reason}") from error
         return out
 

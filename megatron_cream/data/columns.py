@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.errors import one_line
+
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 
 _ROWS = 256
@@ -80,7 +82,7 @@ def _next(path: Path, number: int, batches: Iterator, chats_key: str | None) -> 
         column, disk_bytes = batch
         return list(_chats(column, chats_key)) if chats_key else _texts(column), disk_bytes
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: damaged after row {number} ({_one_line(error)})") from error
+        raise ValueError(f"{path}: damaged after row {number} ({one_line(error, 200)})") from error
 
 
 @contextlib.contextmanager
@@ -93,7 +95,7 @@ def _opened(path: Path) -> Iterator["_Parquet | _Arrow"]:
         table = _Parquet(path) if path.suffix == ".parquet" else _Arrow(path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         kind = "a Parquet" if path.suffix == ".parquet" else "an Arrow"
-        raise ValueError(f"{path}: not {kind} file ({_one_line(error)})") from error
+        raise ValueError(f"{path}: not {kind} file ({one_line(error, 200)})") from error
     with contextlib.closing(table):
         try:
             yield table
@@ -161,7 +163,7 @@ def _column_name(path: Path, schema: Any, keys: tuple[str, ...], chats: bool) ->
 
     key = next((key for key in keys if key in schema.names), None)
     if key is None:
-        wanted, there = " or ".join(map(repr, keys)), _one_line(", ".join(schema.names))
+        wanted, there = " or ".join(map(repr, keys)), one_line(", ".join(schema.names), 200)
         raise ValueError(f"{path}: no column {wanted}; it has {there} (--json-key names one)")
     kind = schema.field(key).type
     if chats:
@@ -171,7 +173,7 @@ def _column_name(path: Path, schema: Any, keys: tuple[str, ...], chats: bool) ->
         value = kind.value_type if types.is_dictionary(kind) else kind
         fits, expected = types.is_string(value) or types.is_large_string(value), "text"
     if not fits:
-        raise ValueError(f"{path}: column {key!r} is {_one_line(kind)}, expected {expected}")
+        raise ValueError(f"{path}: column {key!r} is {one_line(kind, 200)}, expected {expected}")
     return key
 
 
@@ -204,7 +206,3 @@ def _listed(path: Path, key: str) -> list | None:
         return json.loads(path.read_bytes())[key]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200]

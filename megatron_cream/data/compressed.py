@@ -6,6 +6,7 @@ A compressed file that is cut or damaged is an error, never a shorter file.
 import gzip
 import io
 import zlib
+from abc import abstractmethod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,8 +68,8 @@ class _Forward(io.RawIOBase):
         self._position += len(data)
         return len(data)
 
-    def _some(self, most: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _some(self, most: int) -> bytes: ...
 
 
 class _Gzip(_Forward):

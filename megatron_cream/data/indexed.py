@@ -125,6 +125,15 @@ def read_index(prefix: str | Path) -> Index:
     return Index(_TYPES[code], lengths, bytes_ // itemsize)
 
 
+def open_index(prefix: str | Path) -> Index:
+    """The same of data that `read_index` found whole, without reading it again."""
+    bin_path, idx_path = paths(prefix)
+    with idx_path.open("rb") as file:
+        _, _, code, sequences, _ = _HEADER.unpack(file.read(_HEADER.size))
+    lengths = np.memmap(idx_path, "<i4", "r", _HEADER.size, sequences)
+    return Index(_TYPES[code], lengths, bin_path.stat().st_size // np.dtype(_TYPES[code]).itemsize)
+
+
 def check_loss_mask(prefix: str | Path, index: Index) -> None:
     """Whether the loss mask beside PREFIX.bin is its own; nothing where there is none.
 

@@ -14,8 +14,8 @@ class RecentSamples:
         """Args: batch: of `LongDocumentDataset` samples, or of a blend's."""
         if step != self._step:
             self._step, self._batches = step, []
-        self._batches.append({name: batch[name] for name in ("sample", "document", "dataset_id") if name in batch})
-        self._batches[-1]["position_ids"] = batch["position_ids"]
+        kept = ("sample", "document", "dataset_id", "position_ids")
+        self._batches.append({name: batch[name] for name in kept if name in batch})
 
     def lines(self, step: int) -> list[str]:
         """One for each sample of a step: where it comes from, and the position ids it was given."""

@@ -2,18 +2,19 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_cream.checkpoint.convert import DTYPES
+from megatron_cream.command_line import OneLineParser, positive
 from megatron_cream.evaluation.language_model import ENGINES
 from megatron_cream.evaluation.tasks import needle, ruler
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Of all tasks; `command` is the task's name. A fault is one line and exit code 2."""
-    main_parser = _OneLine(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    main_parser = OneLineParser(
+        prog="evaluate.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     commands = main_parser.add_subparsers(required=True, metavar="TASK", dest="command")
 
     def command(name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
@@ -31,12 +32,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--dataset", type=Path, nargs="+", required=True, help=".jsonl, .txt (also .gz) or .parquet files, or folders")
     add("--json-key", default="text", help="key of the text in a record")
     _add_lengths(add)
-    add("--stride", type=_positive, default=256, help="tokens that a window moves on by")
-    add("--documents", type=_positive, default=50, help="the first so many that are long enough")
-    add("--min-tokens", type=_positive, help="of a document; by default the longest of --lengths")
+    add("--stride", type=positive, default=256, help="tokens that a window moves on by")
+    add("--documents", type=positive, default=50, help="the first so many that are long enough")
+    add("--min-tokens", type=positive, help="of a document; by default the longest of --lengths")
     add("--longppl", action=argparse.BooleanOptionalAction, help="by default if --lengths go beyond --short-context")
-    add("--short-context", type=_positive, default=4096, help="LongPPL: tokens of the short context")
-    add("--short-block", type=_positive, default=1024, help="LongPPL: tokens that share a short context")
+    add("--short-context", type=positive, default=4096, help="LongPPL: tokens of the short context")
+    add("--short-block", type=positive, default=1024, help="LongPPL: tokens that share a short context")
     add("--alpha", type=float, default=2.0, help="LongPPL: a key token's gain by the long context is above this")
     add("--beta", type=float, default=-2.0, help="LongPPL: and its log-probability with it is above this")
     add("--key-token-model", metavar="MODEL", help="LongPPL: another model that tells the key tokens")
@@ -47,10 +48,10 @@ def parser(description: str) -> argparse.ArgumentParser:
         "The defaults are the grid of CREAM's paper: 10 lengths by 6 depths.",
     )  # fmt: skip
     add = added.add_argument
-    add("--min-length", type=_positive, default=1024, help="tokens of prompt and answer together")
-    add("--max-length", type=_positive, help="by default what the model has positions for")
-    add("--length-steps", type=_positive, default=10, help="lengths, evenly from the shortest to the longest")
-    add("--depth-steps", type=_positive, default=6, help="depths, evenly from the start to the end")
+    add("--min-length", type=positive, default=1024, help="tokens of prompt and answer together")
+    add("--max-length", type=positive, help="by default what the model has positions for")
+    add("--length-steps", type=positive, default=10, help="lengths, evenly from the shortest to the longest")
+    add("--depth-steps", type=positive, default=6, help="depths, evenly from the start to the end")
     add("--needle", choices=needle.KINDS, default="number", help="a random number of a city, or the published sandwich")
     _add_haystack(add)
     _add_generation(added, samples=5, of="cell")
@@ -58,13 +59,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     added = command("lines", "LongChat-Lines: the number on one of many lines")
     add = added.add_argument
     _add_lengths(add)
-    add("--lines", type=_positive, nargs="+", default=[], metavar="N", help="numbers of lines, in place of lengths")
+    add("--lines", type=positive, nargs="+", default=[], metavar="N", help="numbers of lines, in place of lengths")
     add("--data", type=Path, nargs="+", default=[], help="LongEval's published N_lines.jsonl files, in place of those")
     _add_generation(added, samples=50, of="length or file")
 
     added = command("kv", "key-value retrieval of Lost in the Middle, by the place of the gold pair")
     add = added.add_argument
-    add("--keys", type=_positive, nargs="+", default=[], metavar="N", help="numbers of pairs (default: 75 140)")
+    add("--keys", type=positive, nargs="+", default=[], metavar="N", help="numbers of pairs (default: 75 140)")
     _add_lengths(add, default="none")
     add("--gold", type=int, nargs="+", metavar="PLACE", help="places of the gold pair, from 0; with --keys or --data")
     add("--data", type=Path, nargs="+", default=[], help="published kv-retrieval-N_keys.jsonl.gz files, in their place")
@@ -85,7 +86,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     added = command("longbench", "LongBench's 21 data sets, which you have downloaded")
     add = added.add_argument
     add("--data", type=Path, required=True, help="folder with NAME.jsonl files, or data.zip")
-    add("--length", type=_positive, help="longer prompts lose their middle; default: the model's positions")
+    add("--length", type=positive, help="longer prompts lose their middle; default: the model's positions")
     add("--datasets", nargs="+", metavar="NAME", help="default: all that are there")
     _add_generation(added, samples=None, of="data set at most, all by default")
 
@@ -96,17 +97,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     add = added.add_argument
     add("--tasks", required=True, help="names, with commas between them")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question; default: the task's own")
-    add("--limit", type=_positive, metavar="N", help="so many questions of each task")
+    add("--limit", type=positive, metavar="N", help="so many questions of each task")
     add("--include-path", type=Path, metavar="FOLDER", help="with tasks of your own, as YAML")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
-    add("--batch-size", type=_positive, default=8, help="prompts at once")
+    add("--batch-size", type=positive, default=8, help="prompts at once")
     _add_model(added)
     return main_parser
 
 
 def _add_lengths(add, default: str = "4096 8192 .. up to the model's positions") -> None:
     help_text = f"context lengths in tokens, prompt and answer together (default: {default})"
-    add("--lengths", type=_positive, nargs="+", action=_Ascending, default=[], metavar="N", help=help_text)
+    add("--lengths", type=positive, nargs="+", action=_Ascending, default=[], metavar="N", help=help_text)
 
 
 def _add_haystack(add) -> None:
@@ -115,12 +116,12 @@ def _add_haystack(add) -> None:
 
 def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of: str) -> None:
     add = command.add_argument
-    add("--samples", type=_positive, default=samples, help=f"examples of each {of}")
+    add("--samples", type=positive, default=samples, help=f"examples of each {of}")
     add("--seed", type=int, default=0, help="of the examples, and of sampling")
     add("--temperature", type=_at_least_zero, default=0.0, help="0 takes the likeliest token each time")
     add("--top-p", type=_share, default=1.0, help="draw from the likeliest tokens that have this probability together")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template, which adds tokens")
-    add("--batch-size", type=_positive, default=4, help="prompts at once; changes answers by rounding alone")
+    add("--batch-size", type=positive, default=4, help="prompts at once; changes answers by rounding alone")
     engine = "auto: transformers or Megatron-Core, by the kind of --model"
     add("--engine", choices=ENGINES, default="auto", help=engine)
     _add_prefill(command)
@@ -128,7 +129,7 @@ def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of
 
 def _add_prefill(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--prefill-chunk", type=_positive, default=4096, help="tokens of a context read at once; bounds memory"
+        "--prefill-chunk", type=positive, default=4096, help="tokens of a context read at once; bounds memory"
     )
     _add_model(command)
 
@@ -141,11 +142,6 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     add("--output", type=Path, metavar="FOLDER", help="default: runs/evaluation/MODEL/TASK")
     add("--overwrite", action="store_true", help="begin anew, whatever results are in --output")
-
-
-class _OneLine(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"evaluate.py: error: {message}\n")
 
 
 class _WithDefaults(argparse.HelpFormatter):
@@ -161,12 +157,6 @@ class _Ascending(argparse.Action):
 
     def __call__(self, _parser, namespace, values, _option=None):
         setattr(namespace, self.dest, sorted(set(values)))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
-    return int(text)
 
 
 def _at_least_zero(text: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_cream import platform
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation.language_model import Source, hf_folder_of
 from megatron_cream.evaluation.results import Results
 
@@ -39,7 +39,7 @@ def find_tasks(names: Sequence[str], include: Path | None) -> Any:
     try:
         get_task_dict(list(names), manager)
     except Exception as error:  # of many kinds: no network, a data set that moved, a package that it needs
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UsageError(f"--tasks {','.join(names)}: cannot be set up: {reason}") from error
     return manager
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream import platform
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation import generation
 from megatron_cream.evaluation.tokenizer import ModelTokenizer
 
@@ -42,7 +42,7 @@ class HfModel:
                 folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
             )
         except Exception as error:  # a damaged file, an unknown architecture, one that has no sdpa
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
         # transformers would fill them with random numbers.
         wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -53,20 +53,9 @@ class HfModel:
         self.tokenizer, self.max_positions = tokenizer, max_positions
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        temperature: float,
-        top_p: float,
-        seeds: Sequence[int],
-    ) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
         batch = _LeftPadded(self._model, self._chunk)
-        return generation.generate(
-            batch, prompts, max_new_tokens,
-            stop_ids=self._stop_ids, temperature=temperature, top_p=top_p, seeds=seeds,
-        )  # fmt: skip
+        return generation.generate(batch, prompts, max_new_tokens, stop_ids=self._stop_ids, **sampling)
 
     @torch.inference_mode()
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:

@@ -45,20 +45,9 @@ class MegatronModel:
         self.tokenizer, self.max_positions = tokenizer, max_positions
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        temperature: float,
-        top_p: float,
-        seeds: Sequence[int],
-    ) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
         batch = _EndAligned(self._model, self._device, self._chunk, room=max_new_tokens)
-        return generation.generate(
-            batch, prompts, max_new_tokens,
-            stop_ids=self._stop_ids, temperature=temperature, top_p=top_p, seeds=seeds,
-        )  # fmt: skip
+        return generation.generate(batch, prompts, max_new_tokens, stop_ids=self._stop_ids, **sampling)
 
     @torch.inference_mode()
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:

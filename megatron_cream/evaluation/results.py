@@ -4,9 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-import platform as python_platform
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ import torch
 
 from megatron_cream import platform
 from megatron_cream.errors import UsageError
+from megatron_cream.files import replacing
+from megatron_cream.record import versions
 
 RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
 _PACKAGES = ("torch", "transformers", "megatron-core", "tokenizers", "vllm", "lm_eval")
@@ -61,7 +61,7 @@ def open_results(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: exists and is not a folder; give another")
     folder.mkdir(parents=True, exist_ok=True)
-    description = {"settings": settings, "model": model, "model_path": str(model_path), "versions": versions()}
+    description = {"settings": settings, "model": model, "model_path": str(model_path), "versions": _versions()}
     description = json.loads(json.dumps(description))
     with open(folder / RESULTS, "a+", encoding="utf-8") as lines:
         try:
@@ -81,13 +81,9 @@ def open_results(
         yield Results(folder, description, records, lines)
 
 
-def versions() -> dict[str, str]:
-    """Of Python, of the packages that compute results, and the GPU's name."""
-    found = {"python": python_platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found | {"gpu": torch.cuda.get_device_name() if platform.has_cuda() else "none"}
+def _versions() -> dict[str, str]:
+    """Of what computes results, and the GPU's name."""
+    return versions(_PACKAGES) | {"gpu": torch.cuda.get_device_name() if platform.has_cuda() else "none"}
 
 
 def _check_same(folder: Path, now: dict[str, Any]) -> None:
@@ -134,10 +130,6 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    partial = folder / f".{SUMMARY}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
+    with replacing(folder / SUMMARY) as file:
         json.dump(summary, file, indent=2, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / SUMMARY)

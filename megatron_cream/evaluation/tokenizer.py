@@ -1,15 +1,16 @@
 """The tokenizer that a model is evaluated with: a Hugging Face folder's, or a sentencepiece `.model`."""
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 _SENTENCEPIECE = "tokenizer.model"
 
 
-class ModelTokenizer:
+class ModelTokenizer(ABC):
     """Text to ids and back, without special tokens unless it is said.
 
     Attributes:
@@ -20,11 +21,11 @@ class ModelTokenizer:
     bos: int | None
     stop_ids: frozenset[int]
 
-    def encode(self, text: str) -> list[int]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str: ...
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """For each token of `encode(text)` the characters (start, end) that it stands for.
@@ -77,7 +78,9 @@ def open_tokenizer(path: Path, *, flag: str) -> ModelTokenizer:
     try:
         return kind(path)
     except Exception as error:  # each library raises its own kinds
-        raise UsageError(f"{flag} {path}: not a tokenizer that can be read: {_one_line(error)}") from error
+        raise UsageError(
+            f"{flag} {path}: not a tokenizer that can be read: {one_line(error, 200) or type(error).__name__}"
+        ) from error
 
 
 class _HfTokenizer(ModelTokenizer):
@@ -127,7 +130,3 @@ class _SentencePieceTokenizer(ModelTokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

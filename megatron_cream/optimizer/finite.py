@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 from megatron_cream.compat import wrap_method
 
-NAN_POLICIES = ("stop", "skip", "rerun")
-
 
 class NotFinite(RuntimeError):
     """Training stopped; the weights are those of the step before."""
