@@ -34,15 +34,21 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank
-from megatron.training import get_args, get_tensorboard_writer, get_timers, get_tokenizer, pretrain
+from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank
 
-from megatron_cream import arguments, compat, console, pretrained, progress, record
+from megatron_cream import arguments, compat, console, loading, pretrained, progress, record, signals, watchdog
+from megatron_cream.checkpoint import checksums, saving
+from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
 from megatron_cream.errors import UsageError
+from megatron_cream.evaluation import long_flags
+from megatron_cream.evaluation.long_evaluation import LongEvaluation
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
+from megatron_cream.evaluation.tokenizer import TrainingTokenizer
+from megatron_cream.evaluation.watch import Watch, watching
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.optimizer import finite
 
@@ -123,12 +129,16 @@ def train(argv: list[str] | None = None) -> Namespace:
     Raises:
         UsageError: the flags cannot run.
     """
+    signals.install()
     args, words = arguments.parse(argv)
+    args.curr_iteration = 0  # until Megatron's training sets it, which --skip-train has none of
     compat.apply(args)
     if arguments.one_pass_optimizer(args):
         from megatron_cream.optimizer import one_pass
 
         one_pass.install()
+    if args.checkpoint_checksums:
+        checksums.install()
     with console.divert(args.console, args.save) as terminal:
         print(words, end="")
         step_line = progress.StepLine(
@@ -138,19 +148,31 @@ def train(argv: list[str] | None = None) -> Namespace:
             flops_per_token=arguments.flops_per_token(args),
             stream=terminal,
         )
+
+        def say(line: str) -> None:
+            print(line, file=terminal, flush=True)
+
+        saving.install(say)
+        watch = _watch(args, step_line) if args.long_eval_interval else None
         pretrained.carry(args)
         if args.save and args.rank == 0:
             record.write(args, sys.argv[1:] if argv is None else argv)
         finite.install(args.nan_policy, lambda norm: _say_not_finite(norm, terminal))
         if args.rank == 0:
             print(f"attention: {AttentionBackend(**args.attention)}", file=terminal, flush=True)
-        with progress.each_step(step_line, args.log_interval):
+        with (
+            signals.leaving(args, say),
+            progress.each_step(step_line, args.log_interval),
+            watching(watch, args),
+            watchdog.watching(args.timeout_minutes),
+        ):
             pretrain(
                 pretrain_cfg_container_from_args(args, arguments.model_config(args)),
                 train_valid_test_datasets_provider,
                 ModelType.encoder_or_decoder,
                 forward_step,
-                non_loss_data_func=_long_evaluation(args, terminal) if args.eval_lengths else None,
+                non_loss_data_func=_perplexity_at_evaluations(args, terminal) if args.eval_lengths else None,
+                store=loading.common_store(args.rank, args.world_size),
             )
     return args
 
@@ -166,14 +188,36 @@ def _say_not_finite(norm: float, terminal) -> None:
             print(f"step {args.curr_iteration + 1}, rank {args.rank}: {line}", file=terminal, flush=True)
 
 
-def _long_evaluation(args, terminal):
+def _watch(args, step_line: progress.StepLine) -> Watch:
+    """The evaluation at the target lengths, --long-eval-interval."""
+    names, lengths, best = long_flags.tasks(args), args.long_eval_lengths, None
+    evaluation = LongEvaluation(
+        TrainingTokenizer(get_tokenizer()) if names != ("perplexity",) else None,
+        tasks=names,
+        lengths=lengths,
+        samples=args.long_eval_samples,
+        held_out=arguments.held_out_files(args) if "perplexity" in names else [],
+    )
+    score = None if args.long_eval_best == "none" else args.long_eval_best
+    if score and not args.skip_train:
+        settings = dict(tasks=",".join(names), lengths=lengths, samples=args.long_eval_samples, best=score)
+        best = BestCheckpoint(Path(args.save), settings, clean=args.rank == 0)
+    return Watch(
+        evaluation,
+        interval=args.long_eval_interval,
+        last_step=step_line.total_steps,
+        share=args.long_eval_share,
+        score=score,
+        best=best,
+        folder=Path(args.save) if args.save else None,
+        step_line=step_line,
+    )
+
+
+def _perplexity_at_evaluations(args, terminal):
     """What Megatron calls at the end of every evaluation, with the model: perplexity by length."""
     longest = max(args.eval_lengths)
     documents = held_out_documents(arguments.held_out_files(args), longest, args.eval_documents)
-    if not documents:
-        raise UsageError(
-            f"--eval-lengths {longest}: no held-out document has as many tokens; give less, or longer text"
-        )
 
     def evaluate(model) -> None:
         scored = min(args.eval_lengths) // 2
@@ -183,10 +227,7 @@ def _long_evaluation(args, terminal):
         iteration = args.iteration if args.skip_train else args.curr_iteration + 1
         text = ", ".join(f"{n}: {value:.2f}" for n, value in result.items())
         print(f"perplexity by context length | {text}", file=terminal, flush=True)
-        writer = get_tensorboard_writer()
-        if writer:
-            for n, value in result.items():
-                writer.add_scalar(f"perplexity/{n}", value, iteration)
+        progress.log_values({f"perplexity/{n}": value for n, value in result.items()}, iteration)
         if args.save:
             record = dict(iteration=iteration, documents=len(documents), perplexity=result)
             with open(Path(args.save) / "perplexity_by_length.jsonl", "a") as file:
@@ -215,6 +256,10 @@ def main() -> int:
         return 2
     except finite.NotFinite as error:
         print(f"pretrain_cream.py: stopped: {error}", file=sys.stderr)
+        return 1
+    except saving.SaveFailed as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -7,11 +7,15 @@ recipe given with `--config`, the command line.
 """
 
 import argparse
+import contextlib
+import functools
 import io
 import math
 import os
 import sys
+import traceback
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,15 +25,31 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.core.transformer.enums import AttnBackend
-from megatron.training.argument_utils import ArgumentGroupFactory, gpt_config_from_args
+from megatron.training.argument_utils import (
+    ArgumentGroupFactory,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import add_megatron_arguments, parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_cream import checks, console, platform, pretrained, progress
+from megatron_cream import (
+    checks,
+    compat,
+    console,
+    data_checks,
+    loading,
+    platform,
+    pretrained,
+    progress,
+    ranges,
+    watchdog,
+)
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
+from megatron_cream.evaluation import long_flags
 from megatron_cream.model import kernels
 from megatron_cream.model.attention import ATTENTION_BACKENDS, AttentionBackend, choose_backend
 from megatron_cream.model.llama import LlamaModelConfig
@@ -60,6 +80,9 @@ class CreamConfig:
     cream_variant: str | None = None
     """paper: as published; released: as in the code its authors released. Default: paper."""
 
+    cream_relativity: float | None = None
+    """Share of the samples whose head and tail are N/3 tokens, 0 to 1; the others have a long middle. Default: 0.5."""
+
     mask_segment_starts: bool = False
     """No loss on the first token of the middle and tail blocks, where the text jumps."""
 
@@ -77,6 +100,9 @@ class CreamConfig:
     """Start from these Hugging Face weights: a folder, or a model's name on the Hub. Its shape, rotary
     embedding and tokenizer are taken from there. --load of a checkpoint that exists goes before it."""
 
+    checkpoint_checksums: bool = True
+    """Write SHA-256 checksums with each checkpoint, and check those of what is loaded, if it has some."""
+
     save_hf: str | None = None
     """When training ends, write a Hugging Face folder here, new, that transformers and vLLM load."""
 
@@ -92,6 +118,13 @@ class CreamConfig:
     nan_policy: Literal["stop", "skip", "rerun"] = "stop"
     """When a loss or a gradient is NaN or infinite. stop: end on all ranks, weights as before the step; skip:
     leave the step out; rerun: Megatron's rerun state machine, which looks at every micro-batch and is slower."""
+
+    timeout_minutes: float = 10.0
+    """End the job, with the stacks of every rank, when one finished no step, evaluation batch or checkpoint for so
+    long; six times as long for the start, the first step and a checkpoint. 0: never."""
+
+    deterministic: bool = False
+    """On a GPU: the same flags on the same GPUs give the same bits. Slower."""
 
     console: Literal["full", "progress"] = "full"
     """full: Megatron's log and ours on the terminal; progress: ours only, Megatron's to megatron.log in --save."""
@@ -128,6 +161,10 @@ def project_defaults() -> dict[str, Any]:
         exit_signal_handler=True,
         # The attention is causal by construction: no mask of s x s is made.
         create_attention_mask_in_dataloader=False,
+        # Follows from --timeout-minutes.
+        distributed_timeout_minutes=None,
+        # The other one is a package of its own, and nothing here is tested with it.
+        async_strategy="mcore",
         tokenizer_type="SentencePieceTokenizer",
         split="969,30,1",
         log_interval=1,
@@ -155,27 +192,55 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         if args.rank == 0:
             print(describe(args))
         raise SystemExit(0)
+    ranges.learning_rates(args)
+    data_checks.splits(args)
+    data_checks.held_out(args, held_out_files(args))
+    compat.checkpoints_run_no_code()
+    found = loading.open_checkpoint(args)
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]
+    args.deterministic_mode = args.deterministic_mode or args.deterministic
+    # Megatron turns --async-save off without it.
+    args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save
+    if args.distributed_timeout_minutes is None:
+        # A collective that times out says nothing of where the others stand: the watchdog goes first.
+        patient = math.ceil(watchdog.PATIENCE * args.timeout_minutes) + 1
+        args.distributed_timeout_minutes = patient if args.timeout_minutes else 10
     # Megatron multiplies this by TP; divided first, a checkpoint's vocabulary is the same at any TP.
     tp = args.tensor_model_parallel_size
     if args.make_vocab_size_divisible_by % tp == 0:
         args.make_vocab_size_divisible_by //= tp
     words = io.StringIO()
-    try:
-        with console.captured(words):
-            if args.use_checkpoint_args:
-                load_args_from_checkpoint(args)
-            validate_args(args, {})
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise UsageError(str(error) or "Megatron refused this combination of flags") from error
-    with console.captured(words):
+    with _refused_in_one_line(words, ""):
+        if args.use_checkpoint_args:
+            load_args_from_checkpoint(args)
+        validate_args(args, {})
+    with _refused_in_one_line(words, f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "):
         tokenizer = rebuild_tokenizer(args)
     # Saved with the checkpoint: what of its padded vocabulary is real.
     args.vocab_size = args.vocab_size or tokenizer.vocab_size
-    checks.token_ids(args)
+    with _refused_in_one_line(words, ""):  # has checks of its own
+        pretrain_cfg_container_from_args(args, model_config(args))
+    data_checks.token_ids(args)
+    loading.check_model(args, found)
+    loading.check_content(args, found)
     with console.captured(words):  # last, as it opens log files
         set_global_variables(args, build_tokenizer=False)
     return args, words.getvalue()
+
+
+@contextlib.contextmanager
+def _refused_in_one_line(words: io.StringIO, beginning: str) -> Iterator[None]:
+    """What Megatron's code says inside goes to `words`; how it refuses a setting, by any kind of error, to the user."""
+    try:
+        with console.captured(words):
+            yield
+    except UsageError:
+        raise
+    except (AssertionError, ValueError, RuntimeError) as error:
+        refused = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion without words
+        raise UsageError(beginning + (one_line(error) or f"Megatron refused these flags: {refused}")) from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{beginning}Megatron refused it: {type(error).__name__}: {one_line(error)}") from error
 
 
 def read(argv: list[str] | None = None) -> Namespace:
@@ -189,7 +254,10 @@ def read(argv: list[str] | None = None) -> Namespace:
     args.position_embedding_type = "none"  # Megatron's own rotary embedding stays out of the way
     if args.embedded_data:
         _use_embedded_data(args)
-    pretrained.adopt(args, vars(build_parser(recipe=False).parse_args([])))
+    defaults = vars(build_parser(recipe=False).parse_args([]))
+    ranges.check(args, defaults)
+    loading.own_folder(args)
+    pretrained.adopt(args, defaults)
     _resolve(args)
     try:
         rope_scaling = rope_scaling_options(args)
@@ -197,6 +265,7 @@ def read(argv: list[str] | None = None) -> Namespace:
         raise UsageError(f"--rope-scaling-type {args.rope_scaling_type}: {error}") from error
     checks.check(args, sampler_options(args), rope_scaling)
     pretrained.check_ends(args)
+    loading.source(args)
     args.rope_scaling_config = rope_scaling
     args.transformer_impl = "transformer_engine" if args.attention["transformer_engine"] else "local"
     return args
@@ -225,6 +294,7 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
 
     parser.error = one_line  # not Megatron's 800 flags first
     ArgumentGroupFactory(CreamConfig).build_group(parser, "cream")
+    ArgumentGroupFactory(long_flags.LongEvalConfig).build_group(parser, "long evaluation")
     # One flag for attention: Megatron's names (all of them Transformer Engine's) and ours.
     attention = find_action(parser, "attention_backend")
     attention.type, attention.choices = str, ATTENTION_BACKENDS
@@ -232,10 +302,20 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
     parser.set_defaults(**project_defaults())
     for action in parser._actions:
         _mend_help(action)
+        if action.type not in (None, str, int, float):
+            action.type = functools.partial(_converted, action.type)
     path = recipe_path(sys.argv[1:]) if recipe else None
     if path is not None:
         parser.set_defaults(**read_recipe(path, parser))
     return parser
+
+
+def _converted(convert: Callable[[str], Any], text: str) -> Any:
+    """Some of Megatron's types raise what argparse does not expect of one."""
+    try:
+        return convert(text)
+    except (LookupError, TypeError, AssertionError, SyntaxError) as error:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}") from error
 
 
 def _mend_help(action: argparse.Action) -> None:
@@ -270,12 +350,15 @@ def _resolve(args: Namespace) -> None:
         args.world_size = math.prod(sizes)
     if args.fp16 or args.fp32:
         args.bf16 = False
+    if args.skip_train and args.train_iters is None and args.train_samples is None:
+        args.train_iters = 1  # Megatron sizes its data sets by it; no step is made
     if (args.train_data_path or args.per_split_data_args_path) and not args.data_args_path:
         args.split = None
     args.target_length = args.target_length or args.seq_length
     if args.position_sampler == "cream":
         args.cream_sigma = 3.0 if args.cream_sigma is None else args.cream_sigma
         args.cream_variant = args.cream_variant or "paper"
+        args.cream_relativity = 0.5 if args.cream_relativity is None else args.cream_relativity
     if args.rope_scaling_type is None and args.model_rope_scaling is None:
         args.rope_scaling_type = "none"
     if args.rope_scaling_type not in (None, "none") and args.rope_scaling_factor is None:
@@ -284,9 +367,15 @@ def _resolve(args: Namespace) -> None:
     args.max_position_embeddings = max(
         args.max_position_embeddings or 0, args.target_length, *(args.eval_lengths or [0])
     )
+    long_flags.fill(args)
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     try:
-        backend = choose_backend(args.attention_backend, has_cuda=cuda, half=args.bf16 or args.fp16)
+        backend = choose_backend(
+            args.attention_backend,
+            has_cuda=cuda,
+            half=args.bf16 or args.fp16,
+            deterministic=args.deterministic or args.deterministic_mode,
+        )
     except ValueError as error:
         raise UsageError(str(error)) from error
     args.attention = asdict(backend)  # plain, as it is saved with every checkpoint
@@ -320,7 +409,7 @@ def sampler_options(args: Namespace) -> dict[str, Any]:
     """Keyword arguments of `build_sampler`, but for the seed."""
     options = dict(name=args.position_sampler, window=args.seq_length, target=args.target_length)
     if args.position_sampler == "cream":
-        options |= dict(sigma=args.cream_sigma, variant=args.cream_variant)
+        options |= dict(sigma=args.cream_sigma, variant=args.cream_variant, relativity=args.cream_relativity)
     return options
 
 
@@ -340,7 +429,7 @@ def rope_scaling_options(args: Namespace) -> dict[str, Any] | None:
 def model_config(args: Namespace) -> LlamaModelConfig:
     """What the model builder needs."""
     load = pretrained.weights_hook(args)
-    options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": [load] if load else []}
+    options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": [*([load] if load else []), watchdog.listen]}
     return LlamaModelConfig(
         **options,
         rope_scaling_config=args.rope_scaling_config,

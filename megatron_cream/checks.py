@@ -3,24 +3,17 @@
 Each says, in one line, which flag, what value, and what would be right.
 """
 
-import json
+import importlib.util
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
-
-from megatron_cream.data import indexed
+from megatron_cream import data_checks
 from megatron_cream.errors import UsageError
+from megatron_cream.evaluation import long_flags
+from megatron_cream.files import check_can_be_made
 from megatron_cream.model.rotary import RotaryEmbedding
 from megatron_cream.positions import build_sampler
-
-SAMPLED_BYTES = 64 << 20
-"""Of all data, how much is looked at for token ids before a run."""
 
 # Megatron's switches for its own rotary embedding and model families: not ours.
 UNSUPPORTED = {
@@ -36,6 +29,7 @@ UNSUPPORTED = {
     "yaml_cfg": "--config",
     "sft": "tools/preprocess_data.py and --data-path",
     "mock_data": "--embedded-data",
+    "trust_remote_code": "a tokenizer that brings no code of its own",
 }
 
 
@@ -44,6 +38,8 @@ def unsupported(args: Namespace) -> None:
     for name, instead in UNSUPPORTED.items():
         if getattr(args, name, None):
             raise UsageError(f"{flag(name)} {getattr(args, name)}: not supported here; use {instead}")
+    if args.async_save and args.async_strategy != "mcore":
+        raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
     if args.position_embedding_type not in ("none", "rope"):
         raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
     if args.rotary_percent != 1.0:
@@ -85,6 +81,7 @@ def check(args: Namespace, sampler: dict[str, Any], rope_scaling: dict[str, Any]
     """
     _positions(args, sampler)
     _rope(args, rope_scaling)
+    long_flags.check(args)
     _shapes(args)
     _parallel(args)
     _files(args)
@@ -97,7 +94,7 @@ def flag(name: str) -> str:
 
 def _positions(args: Namespace, options: dict[str, Any]) -> None:
     window, target, sampler = args.seq_length, args.target_length, args.position_sampler
-    for name in ("cream_sigma", "cream_variant"):
+    for name in ("cream_sigma", "cream_variant", "cream_relativity"):
         value = getattr(args, name)
         if value is not None and sampler != "cream":
             raise UsageError(f"{flag(name)} {value}: only with --position-sampler cream, not {sampler}")
@@ -176,8 +173,10 @@ def _parallel(args: Namespace) -> None:
     uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
     if args.num_layers % pp and not uneven and not args.pipeline_model_parallel_layout:
         raise UsageError(f"--pipeline-model-parallel-size {pp}: must divide --num-layers {args.num_layers}")
-    for length in (args.seq_length, *(args.eval_lengths or [])):
-        name = "--seq-length" if length == args.seq_length else "--eval-lengths"
+    lengths = [("--seq-length", args.seq_length)]
+    for name in ("eval_lengths", "long_eval_lengths"):
+        lengths += [(flag(name), length) for length in getattr(args, name) or []]
+    for name, length in lengths:
         if cp > 1 and length % (2 * cp):
             raise UsageError(f"{name} {length}: must be a multiple of 2 x --context-parallel-size {cp}")
         if args.sequence_parallel and length % (tp * cp):
@@ -198,21 +197,7 @@ def _parallel(args: Namespace) -> None:
 
 
 def _files(args: Namespace) -> None:
-    prefixes = _data_prefixes(args)
-    if not prefixes:
-        raise UsageError(
-            "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes one), "
-            "or --embedded-data"
-        )
-    for name, prefix in prefixes:
-        lengths = _index(name, prefix).lengths
-        need = args.target_length if args.position_sampler == "full" else args.seq_length
-        if not (lengths >= need).any():
-            raise UsageError(
-                f"{name} {prefix}: none of its {len(lengths)} documents has {need} tokens, which a sample takes; "
-                f"the longest has {lengths.max()}"
-            )
-    _validation_data(args)
+    data_checks.check(args)
     model = args.tokenizer_model
     if args.tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
         if model is None:
@@ -221,83 +206,11 @@ def _files(args: Namespace) -> None:
             )
         if not Path(model).is_file():
             raise UsageError(f"--tokenizer-model {model}: no such file")
-    for name in ("load", "pretrained_checkpoint"):
+    if args.wandb_project and not args.wandb_exp_name:
+        raise UsageError(f"--wandb-project {args.wandb_project}: give --wandb-exp-name too")
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UsageError(f"--wandb-project {args.wandb_project}: wandb is not installed; pip install wandb")
+    for name in ("save", "tensorboard_dir", "data_cache_path"):
         path = getattr(args, name)
-        # `--load` of a folder that `--save` is to make is how a restartable job is written.
-        if path and not Path(path).is_dir() and path != args.save:
-            raise UsageError(f"{flag(name)} {path}: no such folder")
-
-
-def _validation_data(args: Namespace) -> None:
-    if not args.eval_iters:
-        return
-    if args.split is not None:
-        try:
-            with np.errstate(invalid="raise"):  # no number at all is 0 / 0
-                share = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[1]
-        except (AssertionError, ValueError, ArithmeticError) as error:
-            raise UsageError(f"--split {args.split}: expected three numbers, such as 969,30,1") from error
-        if share is None:
-            raise UsageError(
-                f"--split {args.split}: leaves nothing to validate on; give its second part a share, or --eval-iters 0"
-            )
-    elif args.train_data_path and not args.valid_data_path:
-        raise UsageError("--valid-data-path is missing beside --train-data-path: give it, or --eval-iters 0")
-
-
-def token_ids(args: Namespace) -> None:
-    """Raise UsageError at data, found whole by `check`, whose token ids are beyond the vocabulary, `args.vocab_size`.
-
-    Reads SAMPLED_BYTES at most, spread over the files; each sample of training is looked at too.
-    """
-    prefixes = _data_prefixes(args)
-    for name, prefix in prefixes:
-        least, greatest = indexed.token_range(prefix, indexed.open_index(prefix), SAMPLED_BYTES // len(prefixes))
-        if not 0 <= least <= greatest < args.vocab_size:
-            raise UsageError(
-                f"{name} {prefix}: holds token id {least if least < 0 else greatest}, and the vocabulary of "
-                f"--tokenizer-type {args.tokenizer_type} has {args.vocab_size}; give the tokenizer that the data was "
-                "made with"
-            )
-        if indexed.has_loss_mask(prefix):
-            mask = indexed.loss_mask_prefix(prefix)
-            if indexed.token_range(mask, indexed.open_index(mask), SAMPLED_BYTES // len(prefixes))[1] > 1:
-                raise UsageError(f"{name} {prefix}: {mask}.bin holds other values than 0 and 1, so it is no loss mask")
-
-
-def _data_prefixes(args: Namespace) -> list[tuple[str, str]]:
-    """(flag, prefix) of all data, weights of a blend left out."""
-    items = [
-        (flag(name), item)
-        for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")
-        for item in getattr(args, name) or []
-    ]
-    for name in ("data_args_path", "per_split_data_args_path"):
-        path = getattr(args, name)
-        if not path:
-            continue
-        try:
-            text = Path(path).read_text()
-            blends = json.loads(text).values() if name.startswith("per_split") else [text]
-            for blend in blends:
-                items += [(flag(name), item) for item in (blend.split() if isinstance(blend, str) else blend or [])]
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise UsageError(f"{flag(name)} {path}: not a list of data that can be read: {error}") from error
-    return [(name, item) for name, item in items if not _is_number(item)]
-
-
-def _index(name: str, prefix: str) -> indexed.Index:
-    try:
-        index = indexed.read_index(prefix)
-        indexed.check_loss_mask(prefix, index)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{name} {prefix}: {error}") from error
-    return index
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        if path:
+            check_can_be_made(Path(path), flag(name))

@@ -66,6 +66,37 @@ def _live_as_long_as_the_rank() -> None:
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
+def checkpoints_run_no_code() -> None:
+    """torch's reader of distributed checkpoints unpickles the metadata, and each entry of bytes, whatever they name.
+
+    `loading` looks at a checkpoint when a run starts; this holds whenever one is read.
+    """
+    from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+    from torch.distributed.checkpoint._nested_dict import set_element
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    from megatron_cream.checkpoint.pickles import load_metadata, refuse_code
+
+    def read_metadata(original, self, *args, **kwargs):
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+            metadata = load_metadata(file.read())
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def load_bytes(original, self, read_item, value):
+        refuse_code(value)
+        value.seek(0)
+        plain, key = torch.load(value, weights_only=True), read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[key], plain)
+        else:
+            self.state_dict[key] = plain
+
+    wrap_method(FileSystemReader, "read_metadata", read_metadata)
+    wrap_method(DefaultLoadPlanner, "load_bytes", load_bytes)
+
+
 class _TrackerAtOnce:
     """Megatron's file functions, but that a tracker opened for writing takes its place when it is whole."""
 
@@ -142,15 +173,15 @@ def _distributed_optimizer_resumes_with_torch_adam() -> None:
 def wrap_method(cls, name: str, wrapper) -> None:
     """Replace method `name` of a class, or function of a module, by `wrapper`, which is given the original first.
 
-    Once: a second call for the same changes nothing.
+    Once: a second call with the same wrapper changes nothing.
     """
-    original = getattr(cls, name)
-    if getattr(original, "_replaced", False):
+    original, mark = getattr(cls, name), (wrapper.__module__, wrapper.__qualname__)
+    if mark in getattr(original, "_replaced", ()):
         return
 
     @functools.wraps(original)
     def method(*args, **kwargs):
         return wrapper(original, *args, **kwargs)
 
-    method._replaced = True
+    method._replaced = (*getattr(original, "_replaced", ()), mark)
     setattr(cls, name, method)

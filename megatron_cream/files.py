@@ -1,10 +1,15 @@
-"""Small files that are whole or as they were."""
+"""Small files: written whole or left as they were, and read with one line for whatever is wrong with them."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from megatron_cream.errors import UsageError, one_line
+
+_MOST_BYTES = 1 << 28
 
 
 @contextlib.contextmanager
@@ -16,3 +21,47 @@ def replacing(path: Path) -> Iterator[TextIO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def check_can_be_made(folder: Path, flag: str) -> None:
+    """Raise UsageError unless `folder`, which the user gave with `flag`, is there or can be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UsageError(f"{flag} {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {folder}: {there} must not be written into")
+
+
+def read_text(path: Path, what: str, most_bytes: int = _MOST_BYTES) -> str:
+    """The text of a file, UTF-8.
+
+    Args:
+        what: it should have been, for the message: "a YAML file that can be read".
+
+    Raises:
+        UsageError: no file, one of `most_bytes` or more, or not UTF-8.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: not a file")  # a folder, or a pipe that would never end
+        with open(path, "rb") as file:
+            data = file.read(most_bytes)
+        if len(data) == most_bytes:
+            raise UsageError(f"{path}: not {what}: it has {most_bytes >> 20} MB or more")
+        return data.decode()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not {what}: {one_line(error)}") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UsageError: as `read_text`, or no JSON.
+    """
+    try:
+        return json.loads(read_text(path, what))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not {what}: {one_line(error)}") from error

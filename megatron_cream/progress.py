@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from megatron_cream import platform
+from megatron_cream import platform, watchdog
 
 # Dense bf16 peak, TFLOP/s, by a part of the name torch gives the device. From NVIDIA's data sheets.
 PEAK_TFLOPS = {
@@ -75,6 +75,11 @@ class StepLine:
         """Measure from the end of `step`: before it, kernels were compiled and memory allocated."""
         self.last_step, self.last_time = step, time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that went by since `start` and was no training."""
+        if self.last_time is not None:
+            self.last_time += seconds
+
     def show(self, step: int, loss: float | None, learning_rate: float | None, grad_norm: float | None) -> None:
         parts = [f"step {step}/{self.total_steps}"]
         if loss is not None:
@@ -122,6 +127,17 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def log_values(values: dict[str, float], step: int) -> None:
+    """To TensorBoard and W&B, on the rank that writes to them."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    if writer := get_tensorboard_writer():
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+    if wandb := get_wandb_writer():
+        wandb.log(values, step)
+
+
 @contextlib.contextmanager
 def each_step(line: StepLine, interval: int) -> Iterator[None]:
     """Show `line` after Megatron's own log, every `interval` steps, on the rank that has the loss.
@@ -141,6 +157,7 @@ def each_step(line: StepLine, interval: int) -> Iterator[None]:
             loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory, skipped, grad_norm,
             *rest, **kwargs,
         )  # fmt: skip
+        watchdog.stepped()
         if iteration % interval == 0 and is_last_rank():
             loss = loss_dict.get("lm loss")
             line.show(iteration, None if loss is None else float(loss), learning_rate, grad_norm)

@@ -6,7 +6,10 @@ from typing import Any
 
 import yaml
 
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
+from megatron_cream.files import read_text
+
+_MOST_BYTES = 1 << 20
 
 
 def recipe_path(argv: list[str]) -> Path | None:
@@ -25,23 +28,55 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     Raises:
         UsageError: no such file, not a mapping, an unknown key, a value of the wrong type.
     """
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--config {path}: not a YAML file that can be read: {reason}") from error
-    if not isinstance(recipe, dict):
-        raise UsageError(f"--config {path}: must map flag names to values")
+    recipe = _load(path)
     values = {}
     for key, value in recipe.items():
-        name = str(key).replace("-", "_")
+        name = key.replace("-", "_") if isinstance(key, str) else ""
         action = find_action(parser, name)
         if action is None or name in ("config", "help"):
-            raise UsageError(f"--config {path}: unknown key '{key}'; --help lists every flag")
-        values[action.dest] = _value(action, name, value, f"--config {path}: {key}: {value!r}")
+            raise UsageError(f"--config {path}: unknown key {_short(key)}; --help lists every flag")
+        if action.dest in values:
+            raise UsageError(f"--config {path}: {key}: is set twice")
+        values[action.dest] = _value(action, name, value, f"--config {path}: {key}: {_short(value)}")
     return values
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    try:
+        recipe = yaml.load(read_text(path, "a YAML recipe", _MOST_BYTES), _PlainLoader)
+    except UsageError as error:
+        raise UsageError(f"--config {error}") from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # a date that is none, too many digits
+        raise UsageError(f"--config {path}: not a YAML file that can be read: {one_line(error)}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--config {path}: must map flag names to values")
+    return recipe
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only: no tags that make objects, no aliases (a few lines of them are gigabytes), no key twice."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "aliases are not for recipes", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
+            seen.add(getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _short(value: Any) -> str:
+    try:
+        text = one_line(repr(value), 100)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) < 100 else text[:97] + "..."
 
 
 def find_action(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
@@ -54,6 +89,8 @@ def find_action(parser: argparse.ArgumentParser, name: str) -> argparse.Action |
 def _value(action: argparse.Action, name: str, value: Any, where: str) -> Any:
     """`value` as the command line would have parsed it."""
     if value is None:
+        if action.default is not None and (action.nargs == 0 or action.type in (int, float)):
+            raise UsageError(f"{where}: must be {'true or false' if action.nargs == 0 else _kind(action)}")
         return None
     if action.nargs == 0:
         if not isinstance(value, bool):
@@ -68,7 +105,7 @@ def _value(action: argparse.Action, name: str, value: Any, where: str) -> Any:
             raise UsageError(f"{where}: must be {_kind(action)}")
         try:
             item = (action.type or str)(str(item))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, argparse.ArgumentTypeError) as error:
             raise UsageError(f"{where}: must be {_kind(action)}") from error
         if action.choices is not None and item not in action.choices:
             choices = ", ".join(str(getattr(c, "name", c)) for c in action.choices)
@@ -81,5 +118,7 @@ def _value(action: argparse.Action, name: str, value: Any, where: str) -> Any:
 
 
 def _kind(action: argparse.Action) -> str:
-    one = {int: "a whole number", float: "a number"}.get(action.type, "one value")
-    return f"a list of {one}s" if action.nargs in ("+", "*") else one
+    one, many = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}.get(
+        action.type, ("one value", "values")
+    )
+    return f"a list of {many}" if action.nargs in ("+", "*") else one

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_cream import arguments, checks
+from megatron_cream import arguments, data_checks
 from megatron_cream.data import documents, indexed
 from megatron_cream.data.documents import BadDocument, Batch, Position, read_documents, take_text
 from megatron_cream.data.preprocess import preprocess
@@ -167,15 +167,15 @@ def arguments_of(prefix: str, vocabulary: int):
 
 def test_token_ids_beyond_the_vocabulary(tmp_path):
     prefix = write(tmp_path / "x", LISTS)  # 0 to 199
-    checks.token_ids(arguments_of(prefix, 200))
+    data_checks.token_ids(arguments_of(prefix, 200))
     with pytest.raises(UsageError, match=r"--data-path .*x: holds token id 199, and the vocabulary .* has 199;"):
-        checks.token_ids(arguments_of(prefix, 199))
+        data_checks.token_ids(arguments_of(prefix, 199))
     negative = write(tmp_path / "negative", [[1, -1, 2]])
     with pytest.raises(UsageError, match="holds token id -1"):
-        checks.token_ids(arguments_of(negative, 200))
+        data_checks.token_ids(arguments_of(negative, 200))
     write(indexed.loss_mask_prefix(prefix), [[2] * len(tokens) for tokens in LISTS], np.uint8)
     with pytest.raises(UsageError, match="_loss_mask.bin holds other values than 0 and 1"):
-        checks.token_ids(arguments_of(prefix, 200))
+        data_checks.token_ids(arguments_of(prefix, 200))
 
 
 def test_of_large_data_a_bounded_part_is_read(tmp_path, monkeypatch):
@@ -208,7 +208,8 @@ def test_the_run_ends_with_exit_code_2_and_writes_nothing(tmp_path):
     """Token ids are known to be too large only once the tokenizer is there: still before anything is written."""
     prefix = write_documents(tmp_path / "x", shortest=200)
     before = sorted(tmp_path.iterdir())
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (GOOD | {"vocab_size": 50}).items()]
+    recipe = GOOD | {"vocab_size": 50, "lr": 1e-3, "split": "8,1,1"}
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in recipe.items()]
     result = subprocess.run(
         [sys.executable, ROOT / "pretrain_cream.py", *flags, "--data-path", prefix,
          "--save", tmp_path / "save", "--tensorboard-dir", tmp_path / "tensorboard"],

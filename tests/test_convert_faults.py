@@ -94,8 +94,8 @@ def old_pickle(hf):
 
 BAD_FOLDERS = {
     "no config": (lambda hf: (hf / "config.json").unlink(), "no config.json there"),
-    "config is no JSON": (lambda hf: (hf / "config.json").write_text("{"), "config.json: cannot be read"),
-    "config is a list": (lambda hf: (hf / "config.json").write_text("[]"), "config.json: cannot be read"),
+    "config is no JSON": (lambda hf: (hf / "config.json").write_text("{"), "config.json: not a model's configuration"),
+    "config is a list": (lambda hf: (hf / "config.json").write_text("[]"), "config.json: not a model's configuration"),
     "unknown family": (config(model_type="gemma"), "model_type 'gemma': only llama, mistral, qwen2, qwen3"),
     "another head": (
         config(architectures=["LlamaForSequenceClassification"]),
@@ -110,7 +110,7 @@ BAD_FOLDERS = {
         "'dynamic': choose",
     ),
     "heads and groups": (config(num_key_value_heads=3), "num_key_value_heads 3: must divide num_attention_heads 4"),
-    "no layers": (config(num_hidden_layers=0), "num_layers 0: must be 1 or more"),
+    "no layers": (config(num_hidden_layers=0), "num_hidden_layers 0: must be a whole number from 1"),
     "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "none of model.safetensors"),
     "truncated": (truncated, "model.safetensors: not a file of tensors that can be read"),
     "missing tensor": (tensors(lambda s: s.pop(Q_PROJ)), f"tensor {Q_PROJ} is missing"),
@@ -269,9 +269,10 @@ def test_verify_finds_what_changed(hf, tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-2000] + bytes([whole[-2000] ^ 1]) + whole[-1999:])
     result = run_tool(*flags)
-    assert result.returncode == 1 and "__0_0.distcp: its bytes are not those that were written" in result.stdout
+    assert result.returncode == 2 and "__0_0.distcp: its bytes are not those that were written" in result.stderr
     shard.write_bytes(whole)
 
+    (out / output.MANIFEST).unlink()  # which would tell it first
     state = load_file(out / "model.safetensors")
     state[Q_PROJ][0, 0] += 0.5
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
@@ -283,12 +284,12 @@ def test_verify_finds_what_changed(hf, tmp_path):
 BAD_CHECKPOINTS = {
     "no metadata": (lambda step: (step / ".metadata").unlink(), "it has no .metadata"),
     "metadata cut": (lambda step: (step / ".metadata").write_bytes(b"\x80\x04"), "cannot be read"),
-    "shard missing": (lambda step: (step / "__0_0.distcp").unlink(), "cannot be read"),
+    "shard missing": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is not there"),
     "step missing": (lambda step: shutil.rmtree(step), "there is no release in it"),
     "tracker": (lambda step: (step.parent / output.TRACKER).write_text("../x"), "must be a number or release"),
     "code in the metadata": (
         lambda step: (step / ".metadata").write_bytes(pickle.dumps(Malice(step / "pwned"))),
-        "io.open is not part of a checkpoint's metadata",
+        "open, which has no place there; nothing of it was run",
     ),
     "another model": (
         lambda step: config(vocab_size=900)(step.parent / "hf"),

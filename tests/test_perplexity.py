@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_cream.evaluation.perplexity import _window, held_out_documents
+from megatron_cream.evaluation.perplexity import held_out_documents
+from megatron_cream.evaluation.teacher_forced import ScoredText, batch_of
 from tests.launch import train, write_documents
 
 LENGTHS = [96, 192, 384]
@@ -34,10 +35,10 @@ def test_documents_are_spread_over_the_long_ones(data):
 
 
 def test_the_scored_tokens_are_the_last_that_have_a_label():
-    window = _window(np.arange(100, 110), scored=4)
-    mask = window["loss_mask"][0].bool()
-    assert window["labels"][0][mask].tolist() == [106, 107, 108, 109]
-    assert window["position_ids"][0].tolist() == list(range(10))
+    batch = batch_of(ScoredText(np.arange(100, 110), first=6), length=10)
+    mask = batch["loss_mask"][0].bool()
+    assert batch["labels"][0][mask].tolist() == [106, 107, 108, 109]
+    assert batch["position_ids"][0].tolist() == list(range(10))
 
 
 def test_every_layout_measures_alike(data, tmp_path):
@@ -49,8 +50,8 @@ def test_every_layout_measures_alike(data, tmp_path):
 
     def measured(name, ranks, *extra):
         save = tmp_path / name
-        # A learning rate of 0: what is measured is the checkpoint.
-        train(ranks, tmp_path / f"tb-{name}", *flags, "--lr", 0, "--pretrained-checkpoint", tmp_path / "start",
+        # A learning rate of next to nothing: what is measured is the checkpoint.
+        train(ranks, tmp_path / f"tb-{name}", *flags, "--lr", 1e-20, "--pretrained-checkpoint", tmp_path / "start",
               "--save", save, "--save-interval", 1, *extra)  # fmt: skip
         line = (save / "perplexity_by_length.jsonl").read_text().splitlines()[-1]
         return {int(n): value for n, value in json.loads(line)["perplexity"].items()}

@@ -1,5 +1,6 @@
-"""The planner against the real model's tensors, Megatron's optimizer and schedules, transformers' models, and
-peaks that were measured on GPUs."""
+"""The planner's memory against the real model's tensors, Megatron's optimizer and schedules, and transformers' models.
+
+Against measured runs: test_plan_time.py."""
 
 import contextlib
 import importlib.util
@@ -21,25 +22,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from megatron_cream.errors import UsageError
 from megatron_cream.planning import Engine, Layout, Model, layouts, run_from_flags
 from megatron_cream.planning import memory as planned
-from megatron_cream.planning.memory import GIB, in_flight, parameters, predict
+from megatron_cream.planning.hardware import GIB, GPUS, Cluster
+from megatron_cream.planning.memory import in_flight, parameters, predict
 from tests.launch import ROOT
 
-MEASURED = json.loads((ROOT / "benchmarks" / "measured_memory.json").read_text())
 RECIPE = str(ROOT / "examples" / "llama2_7b_32k.yaml")
 LLAMA2_7B = Model(
     num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, num_query_groups=32,
     kv_channels=128, padded_vocab_size=32000,
 )  # fmt: skip
-
-
-# Measured on GPUs.
-
-
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['peak_gib']} GiB, {row['what']}")
-def test_measured_peaks(row):
-    run = run_from_flags(["--config", str(ROOT / row["config"]), *row["flags"]], row.get("gpus", 1))
-    engine = replace(run.engine, own_kernels=row.get("own_kernels", True))
-    assert predict(run.model, run.layout, engine).allocated / GIB == pytest.approx(row["peak_gib"], rel=0.1)
 
 
 # Against the real model.
@@ -358,22 +349,25 @@ ENGINES = st.builds(
 )  # fmt: skip
 
 
+H100 = Cluster(gpu=GPUS["H100"], host=8, inside=GPUS["H100"].nvlink, between=GPUS["H100"].network)
+
+
 @settings(max_examples=40, deadline=None)
 @given(MODELS, ENGINES, st.sampled_from([1, 2, 4, 6, 8, 16]), st.sampled_from([8, 32, 48]), st.floats(0.0, 1.0))
 def test_layouts_that_fit(model, engine, gpus, global_batch, share):
     base = Layout(seq_length=256, micro_batch=1, global_batch=global_batch)
-    everything = layouts.fitting(model, base, engine, gpus, float("inf"))
+    everything = layouts.fitting(model, base, engine, gpus, float("inf"), H100)
     limit = GIB * 1.4 + share * max((plan.memory.device for plan in everything), default=0) / 8
-    found = layouts.fitting(model, base, engine, gpus, limit)
-    order = [layouts.preference(model, plan.layout) for plan in found]
+    found = layouts.fitting(model, base, engine, gpus, limit, H100)
+    order = [layouts.preference(plan) for plan in found]
     assert order == sorted(order)
     for plan in found:
         layout = plan.layout
         assert layout.gpus == gpus and layouts.refused(model, layout) is None
         assert plan.memory == predict(model, layout, engine) and plan.memory.device <= limit
         assert layout.micro_batches * layout.micro_batch * layout.data == global_batch
-    least = layouts.least(model, base, engine, gpus)
-    assert bool(found) == (least is not None and least.memory.device <= limit)
+    least = layouts.least(model, base, engine, gpus, H100.host)
+    assert bool(found) == (least is not None and least[1].device <= limit)
 
 
 @settings(max_examples=60, deadline=None)
@@ -435,7 +429,7 @@ def test_the_table_says_all_of_it(monkeypatch, capsys):
 def test_another_number_of_gpus_than_the_recipe_needs(monkeypatch, capsys):
     assert tool(monkeypatch, "--config", RECIPE, "--gpus", "1", "--gpu-memory", "140") == 0
     text = capsys.readouterr().out
-    assert "--gpus 1: must be a multiple of --tensor-model-parallel-size 2" in text and "best first" in text
+    assert "--gpus 1: must be a multiple of --tensor-model-parallel-size 2" in text and "fastest first" in text
 
 
 def test_nothing_fits(monkeypatch, capsys):

@@ -21,7 +21,11 @@ def cases(draw, names=SAMPLERS):
     window = draw(st.integers(8 * factor + 1 if name == "cream" else 1, 8 * factor + 700))
     options = {}
     if name == "cream":
-        options = dict(sigma=draw(st.floats(0.3, 30)), variant=draw(st.sampled_from(["paper", "released"])))
+        options = dict(
+            sigma=draw(st.floats(0.3, 30)),
+            variant=draw(st.sampled_from(["paper", "released"])),
+            relativity=draw(st.sampled_from([0, 0.5, 1])),
+        )
     sampler = build_sampler(name, window=window, target=factor * window, seed=draw(WORD), **options)
     least = sampler.sequence_length
     length = draw(st.integers(least, least + draw(st.sampled_from([0, 1, window, 80 * window]))))
@@ -219,9 +223,12 @@ def test_epochs():
         (dict(sigma=float("inf")), ["sigma inf"]),
         (dict(sigma=0.0), ["sigma 0.0", "positive"]),
         (dict(sigma=float("nan")), ["sigma nan"]),
+        (dict(relativity=1.5), ["relativity 1.5", "0 to 1"]),
+        (dict(relativity=-0.1), ["relativity -0.1"]),
+        (dict(relativity="1"), ["relativity 1", "share"]),
         (dict(variant="draft"), ["variant draft", "paper, released"]),
         (dict(name="pose", sigma=3.0), ["sigma", "pose"]),
-        (dict(gap=3), ["gap", "cream", "sigma, variant"]),
+        (dict(gap=3), ["gap", "cream", "sigma, variant, relativity"]),
     ],
     ids=str,
 )

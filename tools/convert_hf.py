@@ -14,10 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_cream import console
-from megatron_cream.checkpoint import convert, hf_folder
+from megatron_cream.checkpoint import convert, hf_folder, output
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.command_line import OneLineParser, positive
 from megatron_cream.errors import UsageError
+from megatron_cream.files import read_text
 
 TEXT = (
     "The window of a language model is the number of tokens it was trained to read at once. "
@@ -48,6 +49,7 @@ def run_import(args) -> int:
             "--format torch; a torch_dist checkpoint opens at any layout"
         )
     source = hf_folder.HfFolder(hf_folder.locate(args.hf_path, flag="--hf-path"))
+    output.check_unchanged(source.path)
     with console.TransferBar("imported") as progress:
         convert.import_hf(
             source,
@@ -67,6 +69,8 @@ def run_import(args) -> int:
 
 def run_export(args) -> int:
     source = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
+    output.check_free(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
+    output.check_unchanged(source.folder)
     with console.TransferBar("exported") as progress:
         convert.export_hf(
             source,
@@ -81,6 +85,9 @@ def run_export(args) -> int:
 
 
 def run_verify(args) -> int:
+    text = read_text(args.text_file, "a text") if args.text_file else args.text
+    if not text.strip():
+        raise UsageError("--text, --text-file: must hold some text")
     checkpoint = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
     folder = hf_folder.HfFolder(hf_folder.locate(args.hf_path, flag="--hf-path"))
     from megatron_cream import platform
@@ -88,7 +95,6 @@ def run_verify(args) -> int:
     platform.setup()  # the comparison runs Megatron's model; the conversions need nothing of Megatron's code
     from megatron_cream.checkpoint import verify
 
-    text = args.text_file.read_text() if args.text_file else args.text
     return 0 if verify.verify(checkpoint, folder, text=text) else 1
 
 
@@ -96,7 +102,10 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a size such as 5GB or 800MB")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    found = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be above 0")
+    return found
 
 
 def parser() -> argparse.ArgumentParser:

@@ -42,6 +42,8 @@ from megatron_cream.data.documents import find_files
 from megatron_cream.data.partial import check_output
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_files, load_tokenizer, tokenizer_id
+from megatron_cream.errors import UsageError, one_line
+from megatron_cream.files import check_can_be_made
 
 LONG_DOCUMENTS = (4096, 8192, 16384, 32768)
 """Lengths in tokens that the report counts documents from."""
@@ -74,8 +76,8 @@ def main() -> None:
             strict=args.strict,
             tokenizer_id=tokenizer_id(args.tokenizer_type, args.tokenizer_model),
         )
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except (UsageError, ValueError, OSError) as error:
+        parser.error(one_line(error, 1000))
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -135,6 +137,7 @@ def check(args: argparse.Namespace) -> None:
     if prefix.is_dir() or prefix.suffix in (".bin", ".idx"):
         raise ValueError(f"--output-prefix {prefix}: expected a path up to .bin and .idx, such as data/pile")
     try:
+        check_can_be_made(prefix.absolute().parent, f"--output-prefix {prefix}:")
         check_output(prefix, args.overwrite)
     except FileExistsError as error:
         raise ValueError(f"--output-prefix {prefix}: {error}; give another prefix, or --overwrite") from error

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.checkpoint.mapping import LINEARS, Row, megatron_shape, pieces, tensor_parallel_shard
+from megatron_cream.checkpoint.pickles import load_plain
 from megatron_cream.errors import UsageError
 
 
@@ -77,8 +77,8 @@ def write_classic(
             path.parent.mkdir()
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save(common_state | {"model": model}, path)
-            with FakeTensorMode(), torch.serialization.safe_globals([Namespace]):
-                placed = torch.load(path, weights_only=True)["model"]
+            with FakeTensorMode():
+                placed = load_plain(path)["model"]
             offsets[tp, pp] = {
                 name: tensor.untyped_storage()._checkpoint_offset
                 for name, tensor in placed.items()

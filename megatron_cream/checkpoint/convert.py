@@ -100,7 +100,7 @@ def import_hf(
                 step, shape, padded_vocab_size=padded, dtypes=kinds, produce=produce, common_state=common_state,
                 threads=_IMPORT_THREADS, progress=progress,
             )  # fmt: skip
-            output.write_manifest(step, hashes)
+        output.write_manifest(step, hashes)
         (folder / HF).mkdir()
         write_json(folder / HF / CONFIG, source.config)
         carry(source.path, folder / HF)

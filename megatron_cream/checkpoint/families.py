@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
+from megatron_cream.files import read_json
 from megatron_cream.model.rotary import RotaryEmbedding
 
 
@@ -38,6 +39,21 @@ _MUST_BE = (
     ("use_sliding_window", False),
     ("partial_rotary_factor", 1.0),
     ("quantization_config", None),
+)
+
+
+_SIZES = {
+    "num_hidden_layers": 10_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 26, "max_position_embeddings": 1 << 40,
+}  # fmt: skip
+"""Sizes in config.json, and what is beyond any model of these families."""
+
+_KINDS = (
+    ("model_type", str, "text"),
+    ("architectures", list, "a list"),
+    ("rope_parameters", dict, "an object"),
+    ("rope_scaling", dict, "an object"),
+    ("tie_word_embeddings", bool, "true or false"),
 )
 
 
@@ -121,14 +137,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelShape]:
         UsageError: one line that names the file and what in it cannot be carried.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-    except FileNotFoundError:
-        raise UsageError(f"{folder}: no config.json there; give a Hugging Face model's folder") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
+    if not path.exists():
+        raise UsageError(f"{folder}: no config.json there; give a Hugging Face model's folder")
+    raw = read_json(path, "a model's configuration that can be read")
     return raw, shape_from_config(raw, path)
 
 
@@ -136,6 +147,7 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
     """As `read_config`, from the contents of config.json; `path` is named in messages."""
     from transformers import AutoConfig
 
+    check_types(raw, path)
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise UsageError(f"{path}: model_type {model_type!r}: only {', '.join(FAMILIES)} are supported")
@@ -176,13 +188,37 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
     except UsageError:
         raise
     except Exception as error:  # transformers validates in ways of its own
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path}: {one_line(error) or type(error).__name__}") from error
     if _slides(config):
         raise UsageError(
             f"{path}: sliding_window {config.sliding_window}: attention over a sliding window is not supported; "
             'only "sliding_window": null is'
         )
     return shape
+
+
+def check_types(raw: Any, path: Path) -> None:
+    """Raise UsageError at what transformers would take as it comes: a billion layers, a rope that is a list.
+
+    Of other families than ours, nothing but that it is a configuration.
+    """
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path}: not a model's configuration that can be read: not a JSON object")
+
+    def refuse(name: str, right: str):
+        raise UsageError(f"{path}: {name} {one_line(repr(raw[name]), 60)}: must be {right}")
+
+    given = {name for name, value in raw.items() if value is not None}
+    if isinstance(raw.get("model_type"), str) and raw["model_type"] not in FAMILIES:
+        return
+    for name, most in _SIZES.items():
+        if name in given and (type(raw[name]) is not int or not 1 <= raw[name] <= most):
+            refuse(name, f"a whole number from 1 to {most}")
+    for name, kind, right in _KINDS:
+        if name in given and not isinstance(raw[name], kind):
+            refuse(name, right)
+    if "rms_norm_eps" in given and not (type(raw["rms_norm_eps"]) in (int, float) and 0 < raw["rms_norm_eps"] < 1):
+        refuse("rms_norm_eps", "a number between 0 and 1")
 
 
 def _slides(config) -> bool:

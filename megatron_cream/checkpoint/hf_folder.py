@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_cream.checkpoint.families import ModelShape, read_config
+from megatron_cream.checkpoint.families import ModelShape, check_types, read_config
 from megatron_cream.checkpoint.mapping import hf_shapes, pieces
 from megatron_cream.checkpoint.output import HashingFile
 from megatron_cream.errors import UsageError, one_line
+from megatron_cream.files import read_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # In the order in which transformers looks for them: (file, is it an index of shards).
@@ -113,26 +114,12 @@ class HfFolder:
 
     def _check(self) -> None:
         """Every tensor of the model is there, in its shape and in a floating-point type; no other is."""
-        expected = {}
+        expected = set()
         for row, layer in pieces(self.shape):
-            expected |= dict(zip(row.names(layer), hf_shapes(row, self.shape), strict=True))
-        for name, shape in expected.items():
-            if name not in self.weights:
-                raise UsageError(f"{self.path}: tensor {name} is missing{self._hint(name)}")
-            file = self._files[self.weights[name]]
-            if name not in file.shapes:
-                raise UsageError(f"{file.path}: tensor {name} is missing, though the index says it is there")
-            if file.shapes[name] != shape:
-                raise UsageError(
-                    f"{file.path}: tensor {name} has shape {list(file.shapes[name])}; "
-                    f"config.json makes it {list(shape)}"
-                )
-            if file.dtypes[name] not in _DTYPE_NAMES:
-                raise UsageError(
-                    f"{file.path}: tensor {name} is of type {file.dtypes[name]}; only float32, bfloat16 and float16 "
-                    "weights can be converted"
-                )
-        for name in sorted(self.weights.keys() - expected.keys()):
+            for name, shape in zip(row.names(layer), hf_shapes(row, self.shape), strict=True):
+                self._check_tensor(name, shape)  # each in turn: a damaged config.json may speak of many layers
+                expected.add(name)
+        for name in sorted(self.weights.keys() - expected):
             if self.shape.tied and name == "lm_head.weight":
                 if not torch.equal(self.get(name), self.get("model.embed_tokens.weight")):
                     raise UsageError(
@@ -141,6 +128,22 @@ class HfFolder:
                     )
             elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that old releases of transformers saved
                 raise UsageError(f"{self.weights[name]}: tensor {name} is not part of a {self._model()}")
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self.weights:
+            raise UsageError(f"{self.path}: tensor {name} is missing{self._hint(name)}")
+        file = self._files[self.weights[name]]
+        if name not in file.shapes:
+            raise UsageError(f"{file.path}: tensor {name} is missing, though the index says it is there")
+        if file.shapes[name] != shape:
+            raise UsageError(
+                f"{file.path}: tensor {name} has shape {list(file.shapes[name])}; config.json makes it {list(shape)}"
+            )
+        if file.dtypes[name] not in _DTYPE_NAMES:
+            raise UsageError(
+                f"{file.path}: tensor {name} is of type {file.dtypes[name]}; only float32, bfloat16 and float16 "
+                "weights can be converted"
+            )
 
     def _model(self) -> str:
         return f"{self.shape.model_type} model of {self.shape.num_layers} layers"
@@ -160,17 +163,35 @@ def _find_weights(folder: Path) -> dict[str, Path]:
 
 
 def _read_index(index: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        entries = list(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index}: not an index of shards that can be read: {error}") from error
-    for name, file in entries:
-        if not isinstance(file, str) or file != Path(file).name or file in ("", "..", "."):
-            raise UsageError(f"{index}: tensor {name}: {file!r}: must be the name of a file beside the index")
+    found = read_json(index, "an index of shards that can be read")
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{index}: not an index of shards that can be read: must have a weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name or file in ("", "..", ".") or "\0" in file:
+            shown = repr(file)[:100]
+            raise UsageError(f"{index}: tensor {name[:100]}: {shown}: must be the name of a file beside the index")
         if not (index.parent / file).is_file():
-            raise UsageError(f"{index}: tensor {name} is in {file}, which is not there")
-    return {name: index.parent / file for name, file in entries}
+            raise UsageError(f"{index}: tensor {name[:100]} is in {file[:100]}, which is not there")
+    return {name: index.parent / file for name, file in weight_map.items()}
+
+
+def check_model(folder: Path) -> None:
+    """For transformers, which would follow any path: every file of weights lies in the folder and can be read.
+
+    Of a model that can be converted, every tensor is looked for too; others are transformers' to judge.
+
+    Raises:
+        UsageError: it is not so.
+    """
+    check_types(read_json(folder / CONFIG, "a model's configuration that can be read"), folder / CONFIG)
+    for file in sorted(set(_find_weights(folder).values())):
+        _TensorFile(file)
+    try:
+        read_config(folder)
+    except UsageError:
+        return
+    HfFolder(folder)
 
 
 class _TensorFile:

@@ -9,9 +9,7 @@ import contextlib
 import io
 import os
 import pickle
-import signal
 import warnings
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_cream.checkpoint.families import ModelShape, read_config, shape_from_args
 from megatron_cream.checkpoint.mapping import LAYERS, LINEARS, Row, megatron_shape, rows
-from megatron_cream.checkpoint.output import TRACKER, HashingFile
+from megatron_cream.checkpoint.opening import newest_step, open_step, step_folder
+from megatron_cream.checkpoint.output import HashingFile
 from megatron_cream.errors import UsageError, one_line
 
 HF = "hf"  # config.json, tokenizer and generation config of the model that a checkpoint came from
@@ -55,34 +54,26 @@ class MegatronCheckpoint:
         config: the config.json that came along with the model, or None.
         shape: the model, with the rotary embedding that it was trained for.
 
+    Args:
+        step: None is the newest.
+        flag: what the user gave `path` with, for messages.
+
     Raises:
         UsageError: one line that says what is missing or cannot be read.
     """
 
-    def __init__(self, path: Path, step: int | None = None):
-        self.path = path
-        self.step = _newest_step(path) if step is None else step
-        self.folder = path / (self.step if self.step == "release" else f"iter_{self.step:07d}")
-        if not self.folder.is_dir():
-            raise UsageError(f"--checkpoint {path}: there is no {self.folder.name} in it")
-        if not (self.folder / ".metadata").is_file():
-            raise UsageError(
-                f"--checkpoint {path}: {self.folder.name} is not a whole torch_dist checkpoint: it has no .metadata"
-            )
+    def __init__(self, path: Path, step: int | str | None = None, *, flag: str = "--checkpoint"):
+        self.path, self._given = path, f"{flag} {path}"
+        self.step = newest_step(path, flag) if step is None else step
+        saved = open_step(step_folder(path, self.step, flag), flag)
+        self.folder, self.args, self._metadata = saved.folder, saved.args, saved.metadata
         self._reader = dcp.FileSystemReader(self.folder)
-        try:
-            with open(self.folder / ".metadata", "rb") as file:
-                self._metadata = _PlainUnpickler(file).load()
-            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-            self.args = self._common_state()["args"]
-            self._tensors = {
-                key: entry
-                for key, entry in self._metadata.state_dict_metadata.items()
-                if isinstance(entry, TensorStorageMetadata)
-            }
-        except Exception as error:  # a damaged or foreign file, in one of many ways
-            reason = one_line(error)
-            raise UsageError(f"--checkpoint {path}: {self.folder.name} cannot be read: {reason}") from error
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._tensors = {
+            key: entry
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
         self.config, self.shape = self._model()
         self._check()
 
@@ -108,14 +99,14 @@ class MegatronCheckpoint:
         items = create_read_items_for_chunk_list(key, stored, [box])
         covered = sum(item.lengths.numel() for item in items)
         if covered != target.numel():
-            raise UsageError(f"--checkpoint {self.path}: {key}: {target.numel() - covered} elements were not saved")
+            raise UsageError(f"{self._given}: {key}: {target.numel() - covered} elements were not saved")
         try:
             slow = [item for item in items if not self._read_at_once(item, stored, target)]
             if slow:
                 self._reader.read_data(LoadPlan(slow), _Into(target)).wait()
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             reason = one_line(error, 200)
-            raise UsageError(f"--checkpoint {self.folder}: {key} cannot be read: {reason}") from error
+            raise UsageError(f"{self._given}: {key} in {self.folder.name} cannot be read: {reason}") from error
         return out
 
     def _read_at_once(self, item: ReadItem, stored: TensorStorageMetadata, target: Tensor) -> bool:
@@ -146,12 +137,6 @@ class MegatronCheckpoint:
             return row.key, row.layered
         return row.module_name(layer, transformer_engine=True), False
 
-    def _common_state(self) -> dict[str, Any]:
-        info = self._metadata.storage_data[MetadataIndex(_COMMON_STATE)]
-        with open(self.folder / Path(info.relative_path).name, "rb") as stream:
-            stream.seek(info.offset)
-            return _load_plain(io.BytesIO(stream.read(info.length)))[0]
-
     def _model(self) -> tuple[dict[str, Any] | None, ModelShape]:
         config = original = None
         if (self.path / HF / "config.json").is_file():
@@ -159,36 +144,28 @@ class MegatronCheckpoint:
         try:
             shape = shape_from_args(self.args, original)
             shape.rotary()
-        except (AttributeError, ValueError, StopIteration) as error:
-            raise UsageError(f"--checkpoint {self.path}: not a checkpoint of this project's models: {error}") from error
+        except (AttributeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+            raise UsageError(f"{self._given}: not a checkpoint of this project's models: {one_line(error)}") from error
         return config, shape
 
     def _check(self) -> None:
         for row in rows(self.shape):
-            key, stacked = self._stored(row, 0)
-            if key not in self._tensors:
-                raise UsageError(f"--checkpoint {self.path}: parameter {row.key} is missing")
-            saved = tuple(self._tensors[key].size)
-            needed = megatron_shape(row, self.shape, self.shape.vocab_size)
-            needed = (self.shape.num_layers, *needed) if stacked else needed
-            fits = saved[0] >= needed[0] and saved[1:] == needed[1:] if row.fusion == "vocabulary" else saved == needed
-            if not fits:
-                raise UsageError(
-                    f"--checkpoint {self.path}: parameter {row.key} has shape {list(saved)}; "
-                    f"its flags make it {list(needed)}"
-                )
+            per_layer = row.layered and row.key not in self._tensors
+            for layer in range(self.shape.num_layers) if per_layer else [0]:
+                self._check_parameter(row, layer)
 
-
-def _newest_step(path: Path) -> int | str:
-    tracker = path / TRACKER
-    if not path.is_dir():
-        raise UsageError(f"--checkpoint {path}: no such folder")
-    if not tracker.is_file():
-        raise UsageError(f"--checkpoint {path}: not a Megatron checkpoint: it has no {tracker.name}")
-    text = tracker.read_text().strip()
-    if text != "release" and not text.isdecimal():
-        raise UsageError(f"{tracker}: says {text[:50]!r}; must be a number or release")
-    return text if text == "release" else int(text)
+    def _check_parameter(self, row: Row, layer: int) -> None:
+        key, stacked = self._stored(row, layer)
+        if key not in self._tensors:
+            raise UsageError(f"{self._given}: parameter {row.key} is missing")
+        saved = tuple(self._tensors[key].size)
+        needed = megatron_shape(row, self.shape, self.shape.vocab_size)
+        needed = (self.shape.num_layers, *needed) if stacked else needed
+        fits = saved[0] >= needed[0] and saved[1:] == needed[1:] if row.fusion == "vocabulary" else saved == needed
+        if not fits:
+            raise UsageError(
+                f"{self._given}: parameter {row.key} has shape {list(saved)}; its flags make it {list(needed)}"
+            )
 
 
 class _Into(dcp.LoadPlanner):
@@ -210,45 +187,6 @@ class _Into(dcp.LoadPlanner):
         raise NotImplementedError
 
     create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """torch's checkpoint metadata is a pickle; nothing but the classes it is made of is let in."""
-
-    _MODULES = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.planner",
-        "torch.distributed.checkpoint.filesystem",
-    )
-    _NAMES = (
-        ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
-    )  # fmt: skip
-
-    def find_class(self, module: str, name: str):
-        value = super().find_class(module, name) if module in self._MODULES else None
-        # A class of these modules itself, not what they import.
-        if isinstance(value, type) and value.__module__ == module:
-            return value
-        if (module, name) in self._NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata")
-
-
-class _NotNeeded:
-    """Stands for what the flags hold of Megatron's own classes (enums), which nothing here asks for."""
-
-    def __init__(self, *_):
-        pass
-
-
-def _load_plain(file: io.BytesIO) -> Any:
-    """What was saved, if it is made of plain values; no code that it names is imported or run."""
-    named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    of_megatron = [(_NotNeeded, name) for name in named if name.startswith(("megatron.", "megatron_cream."))]
-    file.seek(0)
-    with torch.serialization.safe_globals([Namespace, signal.Signals, type(None), *of_megatron]):
-        return torch.load(file, weights_only=True)
 
 
 # ---------------------------------------------------------------- writing

@@ -7,15 +7,19 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_cream.errors import UsageError
+from megatron_cream.files import check_can_be_made, read_json
 
 # Megatron's own manifest, by its own name: its --verify-integrity reads it as well.
 MANIFEST = "integrity.json"
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's; training moves it on, so no manifest lists it
 _READ_BYTES = 16 << 20
+_HASH_THREADS = 4
+_EDITED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 
 
 @contextlib.contextmanager
@@ -54,6 +58,7 @@ def check_free(path: Path, *, flag: str, overwrite: bool) -> None:
     """Raises UsageError if `path` holds something that must not be replaced."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{flag} {path}: exists and is not a folder; give a new one")
+    check_can_be_made(path, flag)
     entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
     if not entries:
         return
@@ -167,26 +172,59 @@ def write_manifest(folder: Path, hashes: dict[str, str]) -> None:
         os.fsync(file.fileno())
 
 
-def check_manifest(folder: Path, progress=None) -> list[str]:
-    """Reads every file that a manifest in `folder` lists.
+def read_manifest(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name, as the manifest in `folder` lists them; none where there is no manifest.
 
-    Returns: a line for each that is missing or differs; none if all is well.
+    Raises:
+        UsageError: it cannot be read, or names a file that is not in the folder's tree.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return {}
+    found = read_json(manifest, "a manifest that can be read")
+    files = found.get("files") if isinstance(found, dict) else None
+    if not isinstance(files, dict) or found.get("algorithm", "sha256") != "sha256":
+        raise UsageError(f"{manifest}: not a manifest that can be read: must give the sha256 of each of its files")
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UsageError(f"{manifest}: names {name!r}: must be the path of a file below it")
+    return files
+
+
+def check_manifest(folder: Path, progress=None, *, share: tuple[int, int] = (0, 1), texts: bool = False) -> list[str]:
+    """Reads every file of data that the manifest in `folder` lists.
+
+    Args:
+        texts: and the files that people edit: configuration, tokenizer, chat template.
+        share: (i, n): of n readers, this is the one at place i, and reads every n-th file.
+
+    Returns: a line for each that is missing or differs; none if all is well, or there is no manifest.
 
     Raises:
         UsageError: the manifest cannot be read.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = {str(name): str(digest) for name, digest in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder / MANIFEST}: not a manifest that can be read: {error}") from error
-    wrong = []
-    for name, digest in files.items():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            wrong.append(f"{name}: a path out of the folder")
-        elif not file.is_file():
-            wrong.append(f"{file}: missing")
-        elif hash_file(file, progress) != digest:
-            wrong.append(f"{file}: its bytes are not those that were written (SHA-256 differs)")
-    return wrong
+
+    def fault(item: tuple[str, str]) -> str | None:
+        file, digest = folder / item[0], item[1]
+        if not file.is_file():
+            return f"{file}: missing"
+        if hash_file(file, progress) != digest:
+            return f"{file}: its bytes are not those that were written (SHA-256 differs)"
+        return None
+
+    files = {n: digest for n, digest in read_manifest(folder).items() if texts or Path(n).suffix not in _EDITED}
+    # The largest first, so that readers and threads end at about the same time.
+    by_size = sorted(files, key=lambda name: (-_size(folder / name), name))
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        faults = pool.map(fault, [(name, files[name]) for name in by_size[share[0] :: share[1]]])
+        return [line for line in faults if line]
+
+
+def check_unchanged(folder: Path, progress=None, *, texts: bool = False) -> None:
+    """Raise UsageError unless every file that a manifest in `folder` lists is as it was written; see check_manifest."""
+    if faults := check_manifest(folder, progress, texts=texts):
+        raise UsageError(faults[0])
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0

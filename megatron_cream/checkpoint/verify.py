@@ -26,26 +26,21 @@ def verify(checkpoint: MegatronCheckpoint, folder: HfFolder, *, text: str) -> bo
     Returns: whether the two hold the same model.
 
     Raises:
-        UsageError: the two are not of one shape.
+        UsageError: the two are not of one shape, or a file is not as it was written.
     """
-    same = _checksums(checkpoint, folder)
-    same &= _tensors(checkpoint, folder)
+    _checksums(checkpoint, folder)
+    same = _tensors(checkpoint, folder)
     return _logits(checkpoint, folder, text) and same
 
 
-def _checksums(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
-    wrong: list[str] = []
+def _checksums(checkpoint: MegatronCheckpoint, folder: HfFolder) -> None:
     with TransferBar("checksums: read") as progress:
-        # The checkpoint's own manifest lists what import wrote; one that training saved may have Megatron's.
+        # What import wrote is listed by the checkpoint's own manifest too, with what came along.
         of_checkpoint = checkpoint.path if checkpoint.step == "release" else checkpoint.folder
         for place in (of_checkpoint, folder.path):
-            if (place / output.MANIFEST).is_file():
-                wrong += output.check_manifest(place, progress)
-            else:
+            if not (place / output.MANIFEST).is_file():
                 print(f"checksums: {place} has no {output.MANIFEST}")
-    for line in wrong:
-        print(f"checksums: {line}")
-    return not wrong
+            output.check_unchanged(place, progress, texts=True)
 
 
 def _tensors(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
@@ -127,7 +122,9 @@ def _transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Te
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    ).eval()
     with torch.inference_mode():
         return model(tokens).logits.float()
 
@@ -138,7 +135,7 @@ def _tokenize(folder: Path, text: str, vocab_size: int) -> Tensor:
     from transformers import AutoTokenizer
 
     try:
-        ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(text)["input_ids"]
     except Exception:  # there is none, or not a whole one
         ids = []
     if not ids:

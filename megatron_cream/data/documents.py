@@ -83,6 +83,8 @@ def find_files(inputs: Iterable[Path], glob: str | None = None) -> list[Path]:
             files += _files_in(path, glob)
         elif not path.exists():
             raise ValueError(f"{path}: no such file or folder")
+        elif not path.is_file():
+            raise ValueError(f"{path}: not a file or a folder")  # a pipe can be read only once, or never ends
         elif _kind(path) is None:
             known = ", ".join((*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES))
             raise ValueError(f"{path}: expected a file that ends in {known} (text also in .gz or .zst), or a folder")

@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,13 +155,13 @@ def split_files(root: Path, files: list[Path], seed: int = 0) -> tuple[list[Path
     return [path for path in files if path not in held_out], valid
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
+def train_tokenizer(texts: list[str], vocab_size: int, symbols: Sequence[str] = ()) -> bytes:
     """A sentencepiece BPE model of `texts`; decode(encode(text)) gives back the text.
 
     (Any text, but for U+2581, which is sentencepiece's own sign for a space.)
 
     Deterministic: equal texts give equal bytes. Ids 0 to 2 are unk, BOS and EOS, as in
-    Llama's own model; then 256 bytes, which newlines and tabs are spelled with.
+    Llama's own model; then `symbols`, and 256 bytes, which newlines and tabs are spelled with.
 
     Raises:
         ValueError: the texts do not hold `vocab_size` tokens.
@@ -175,6 +175,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
+            user_defined_symbols=list(symbols),
             byte_fallback=True,
             # Code is not prose: what follows keeps every character and its indentation.
             normalization_rule_name="identity",

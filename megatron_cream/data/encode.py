@@ -10,7 +10,7 @@ import numpy as np
 from megatron_cream.data.chat import CHAT_KEYS, Llama2Chat, TemplateChat, take_messages
 from megatron_cream.data.documents import BadDocument, Batch, Position, read_documents, take_text
 from megatron_cream.data.indexed import token_type
-from megatron_cream.data.tokenizers import bos_to_prepend
+from megatron_cream.data.tokenizers import bos_to_prepend, text_ids
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Encoder:
 
     def _add(self, encoded: Encoded, where: str, document: Any) -> None:
         try:
-            ids, mask = self._encode_chat(document) if self.chats else (self._text_ids(document), None)
+            ids, mask = self._encode_chat(document) if self.chats else (text_ids(self._tokenizer, document), None)
         except BadDocument:
             raise
         except Exception as error:
@@ -100,15 +100,6 @@ class Encoder:
         else:
             ids = [*self._start, *ids, *self._end]
         encoded.documents.append(np.array(ids, dtype=self.dtype))
-
-    def _text_ids(self, text: str) -> list[int]:
-        ids = list(self._tokenizer.tokenize(text))
-        # Hugging Face tokenizers may add their own: there is one BOS and one EOD at most.
-        if ids[:1] == [self._tokenizer.bos]:
-            ids = ids[1:]
-        if ids[-1:] == [self._tokenizer.eod]:
-            ids = ids[:-1]
-        return ids
 
 
 class _TooShort(BadDocument):

@@ -144,7 +144,7 @@ def preprocess(
                     advance()
         if not state.documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in state.dropped.items())
-            raise ValueError(f"no document is left to write ({reasons or 'the inputs are empty'})")
+            raise ValueError(f"--input: no document is left to write ({reasons or 'the inputs are empty'})")
         lengths = partial.finish()
     return PreprocessReport(
         lengths=lengths,
@@ -187,13 +187,17 @@ def _shown_progress(files: list[Path], prefix: Path, state: State, enabled: bool
         return f"{state.documents:,} documents, {read / 1e6 / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
 
     def advance() -> None:
+        nonlocal said
+        # Not of inputs that are refused at their first document.
+        if enabled and bar.disable and state.documents and not said:
+            print(f"preprocess: {len(files)} files, {total / 1e6:.1f} MB, to {prefix}.bin/.idx", file=sys.stderr)
+            said = True
         bar.update(task, completed=state.position.disk_bytes, speed=speed(), refresh=True)
 
     if enabled and state.documents:
         print(f"preprocess: going on after {state.documents:,} documents of an unfinished run", file=sys.stderr)
-    if enabled and bar.disable:
-        print(f"preprocess: {len(files)} files, {total / 1e6:.1f} MB, to {prefix}.bin/.idx", file=sys.stderr)
+    said = False
     with bar:
         yield advance
-    if enabled and bar.disable:
+    if said:
         print(f"preprocess: {speed()}, {time.perf_counter() - started:.1f} s", file=sys.stderr)

@@ -86,3 +86,13 @@ def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None) -> int | None:
     if prepend_bos is None:
         prepend_bos = getattr(tokenizer, "library", "") != "huggingface" or tokenizer.tokenize("a")[:1] == [bos]
     return bos if prepend_bos else None
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text alone: a Hugging Face tokenizer may add a BOS and an EOD of its own."""
+    ids = list(tokenizer.tokenize(text))
+    if ids[:1] == [tokenizer.bos]:
+        ids = ids[1:]
+    if ids[-1:] == [tokenizer.eod]:
+        ids = ids[:-1]
+    return ids

@@ -39,7 +39,7 @@ class HfModel:
         device = "cuda" if platform.has_cuda() else "cpu"
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+                folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
             )
         except Exception as error:  # a damaged file, an unknown architecture, one that has no sdpa
             reason = one_line(error)

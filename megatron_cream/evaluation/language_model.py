@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream import platform
+from megatron_cream.checkpoint import hf_folder, output
 from megatron_cream.checkpoint.convert import DTYPES, export_hf
 from megatron_cream.checkpoint.hf_folder import GENERATION_CONFIG, locate
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
@@ -119,10 +120,8 @@ def find_model(
     kind = DTYPES[dtype] if dtype else torch.bfloat16 if platform.has_cuda() else torch.float32
     folder = Path(path)
     if (folder / TRACKER).is_file():
-        try:
-            checkpoint = MegatronCheckpoint(folder, step)
-        except UsageError as error:
-            raise UsageError(str(error).replace("--checkpoint ", f"{flag} ", 1)) from error
+        checkpoint = MegatronCheckpoint(folder, step, flag=flag)
+        output.check_unchanged(checkpoint.folder)
         words = open_tokenizer(tokenizer, flag="--tokenizer") if tokenizer else _own_tokenizer(checkpoint, flag)
         return Source(folder, checkpoint, words, "vllm" if engine == "vllm" else "megatron", kind)
     if step is not None:
@@ -133,6 +132,8 @@ def find_model(
             f"{flag} {path}: neither a Hugging Face folder (it has no config.json) nor a Megatron checkpoint "
             f"(it has no {TRACKER})"
         )
+    hf_folder.check_model(folder)
+    output.check_unchanged(folder)
     if tokenizer:
         words = open_tokenizer(tokenizer, flag="--tokenizer")
     else:

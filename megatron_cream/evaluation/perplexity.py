@@ -7,14 +7,12 @@ positions beyond its window does worse as n grows; one that can does no worse.
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
+
+from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
 
 
 def held_out_documents(files: list[tuple[str, tuple[float, float]]], minimum: int, most: int) -> list[np.ndarray]:
@@ -56,59 +54,9 @@ def perplexity_by_length(
     Returns: perplexity for each length, the same on every rank.
     """
     end = max(lengths)
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = documents[rank::ranks]
-    # The interleaved schedule takes micro-batches in groups of the pipeline's size.
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    padding = -len(mine) % stages if len(model) > 1 else 0
-
-    def windows(length: int) -> Iterator[dict[str, torch.Tensor]]:
-        for document in mine:
-            yield _window(document[end - length : end], scored)
-        for _ in range(padding):
-            yield _window(mine[0][end - length : end], scored=0)
-
     result = {}
     for length in lengths:
-        total = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-        if mine:
-            outputs = get_forward_backward_func()(
-                forward_step_func=_forward_step,
-                data_iterator=windows(length) if len(model) == 1 else [windows(length) for _ in model],
-                model=model,
-                num_microbatches=len(mine) + padding,
-                seq_length=length,
-                micro_batch_size=1,
-                decoder_seq_length=length,
-                forward_only=True,
-            )
-            # Filled on the last pipeline stage; tensor-parallel ranks hold equal losses.
-            if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
-                total += torch.stack([output["nll"] for output in outputs]).sum(dim=0)
-        torch.distributed.all_reduce(total)
-        nll, count = total.tolist()
+        texts = [ScoredText(document[end - length : end], first=length - scored) for document in documents]
+        nll, count, _ = score_texts(model, texts, length).sum(dim=0).tolist()
         result[length] = math.exp(min(nll / count, 100.0))
     return result
-
-
-def _window(tokens: np.ndarray, scored: int) -> dict[str, torch.Tensor]:
-    """A batch of one: tokens [1, n], and a loss mask on the last `scored` labels that exist."""
-    n = len(tokens)
-    labels = np.append(tokens[1:], 0)
-    loss_mask = np.zeros(n, dtype=np.float32)
-    loss_mask[n - 1 - scored : n - 1] = 1.0
-    arrays = dict(tokens=tokens, labels=labels, loss_mask=loss_mask, position_ids=np.arange(n))
-    return {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
-
-
-def _forward_step(data_iterator: Iterator, model):
-    batch = {k: v.to(torch.cuda.current_device()) for k, v in next(data_iterator).items()}
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-
-    def collect(losses_BS):
-        mask = batch["loss_mask"].double()
-        nll = (losses_BS.double() * mask).sum()
-        return nll, {"nll": torch.stack([nll, mask.sum()])}
-
-    return losses, collect

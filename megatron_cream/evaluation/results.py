@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def open_results(
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: exists and is not a folder; give another")
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     description = {"settings": settings, "model": model, "model_path": str(model_path), "versions": _versions()}
     description = json.loads(json.dumps(description))
@@ -78,7 +80,12 @@ def open_results(
             raise UsageError(f"--output {folder}: its {RESULTS} has no {SUMMARY}; give another folder, or --overwrite")
         records = _read(folder / RESULTS)
         _write_summary(folder, description | {"finished": False, "results": None})
-        yield Results(folder, description, records, lines)
+        try:
+            yield Results(folder, description, records, lines)
+        except UsageError:  # a model that cannot be loaded, say
+            if new and not lines.tell():
+                shutil.rmtree(new[-1])
+            raise
 
 
 def _versions() -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""The tokenizer that a model is evaluated with: a Hugging Face folder's, or a sentencepiece `.model`."""
+"""The tokenizer a model is evaluated with: of a Hugging Face folder, a sentencepiece `.model`, or a training run."""
 
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
+from megatron_cream.data.tokenizers import bos_to_prepend, text_ids
 from megatron_cream.errors import UsageError, one_line
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
@@ -91,7 +93,7 @@ class _HfTokenizer(ModelTokenizer):
         from transformers.utils import logging
 
         logging.set_verbosity_error()  # that a text is longer than the tokenizer's model_max_length
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         bos = self._tokenizer.bos_token_id
         self.bos = bos if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else None
         eos = self._tokenizer.eos_token_id
@@ -113,7 +115,10 @@ class _HfTokenizer(ModelTokenizer):
         if not self._tokenizer.chat_template:
             return super().chat(text)
         turns = [{"role": "user", "content": text}]
-        return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        try:
+            return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # jinja's, or what the template itself raises
+            raise UsageError(f"--chat: the model's chat template cannot be used: {one_line(error)}") from error
 
 
 class _SentencePieceTokenizer(ModelTokenizer):
@@ -130,3 +135,18 @@ class _SentencePieceTokenizer(ModelTokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
+
+
+class TrainingTokenizer(ModelTokenizer):
+    """Megatron's tokenizer of a run, with the BOS that the preprocessing puts before a document."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.bos = bos_to_prepend(tokenizer, None)
+        self.stop_ids = frozenset([tokenizer.eod])
+
+    def encode(self, text: str) -> list[int]:
+        return text_ids(self._tokenizer, text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.detokenize(ids)

@@ -71,20 +71,29 @@ def flash_attention_function():
         return None
 
 
-def choose_backend(requested: str, *, has_cuda: bool, half: bool) -> AttentionBackend:
+def flash_attention_is_deterministic() -> bool:
+    """Whether the installed flash-attention can do its backward without atomic additions, on this GPU.
+
+    flash-attn 2 can; 4 (4.0.0b36) on Hopper and on the Blackwells of data centres, not on Ampere or SM 12.
+    """
+    return importlib.util.find_spec("flash_attn.cute") is None or torch.cuda.get_device_capability()[0] in (9, 10, 11)
+
+
+def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic: bool = False) -> AttentionBackend:
     """Resolve `--attention-backend`.
 
     Args:
         requested: one of ATTENTION_BACKENDS.
         has_cuda: whether there is a CUDA device.
         half: training is in bf16 or fp16, which flash-attn needs.
+        deterministic: the same bits in each run are asked for.
 
     Raises:
         ValueError: the backend asked for cannot run on this machine.
     """
     te = has_cuda and has_transformer_engine()
     installed = has_cuda and flash_attention_function() is not None
-    flash = installed and half
+    flash = installed and half and not (deterministic and not flash_attention_is_deterministic())
     if requested not in ATTENTION_BACKENDS:
         raise ValueError(f"--attention-backend {requested}: choose from {', '.join(ATTENTION_BACKENDS)}")
     if requested in ("te", "fused", "unfused") and not te:
@@ -94,8 +103,8 @@ def choose_backend(requested: str, *, has_cuda: bool, half: bool) -> AttentionBa
         )
     if requested == "flash" and not flash:
         raise ValueError(
-            "--attention-backend flash: needs a CUDA device, flash-attn-4 (or flash-attn) and bf16 or fp16; "
-            "use auto, which takes what fits"
+            "--attention-backend flash: needs a CUDA device, flash-attn-4 (or flash-attn) and bf16 or fp16, and for "
+            "--deterministic with flash-attn-4 a Hopper or B200 GPU; use auto, which takes what fits"
         )
 
     name, reason = requested, "asked for"
@@ -220,7 +229,10 @@ class FlashCoreAttention(_CausalCoreAttention):
 
     def attend(self, query_SBND, key_SBND, value_SBND):
         q, k, v = (_samples_as_heads(x) for x in (query_SBND, key_SBND, value_SBND))
-        out_BSND = flash_attention_function()(q, k, v, softmax_scale=self.softmax_scale, causal=True)
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        out_BSND = flash_attention_function()(
+            q, k, v, softmax_scale=self.softmax_scale, causal=True, deterministic=same_bits
+        )
         return out_BSND.view(query_SBND.shape)
 
 

@@ -33,6 +33,7 @@ _KEYS = {
     ),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
 }
+_MOST_HEAD_DIM = 1 << 16  # a slip of the keyboard would be asked of the memory
 _AT_LEAST = {"factor": 1, "mscale": 0, "mscale_all_dim": 0}  # every other number must be above 0
 _USUAL = {"beta_fast": 32, "beta_slow": 1, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -74,6 +75,8 @@ class RotaryEmbedding:
         smallest = 4 if rope_type == "ntk" else 2  # ntk's exponent is d / (d - 2)
         if head_dim < smallest or head_dim % 2:
             raise ValueError(f"head_dim {head_dim}: must be even and at least {smallest}")
+        if head_dim > _MOST_HEAD_DIM:
+            raise ValueError(f"head_dim {head_dim}: must be at most {_MOST_HEAD_DIM}")
         if max_position_embeddings < 1:
             raise ValueError(f"max_position_embeddings {max_position_embeddings}: must be at least 1")
         self.head_dim = head_dim

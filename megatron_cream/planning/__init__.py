@@ -1,13 +1,13 @@
-"""What a run will need, before it is started: GPU memory, and the layouts that fit.
+"""What a run will need, before it is started: GPU memory, time, and the layouts that fit.
 
-Here are the plain values that `memory` and `layouts` work on, and how pretrain_cream.py's flags become them.
+Here are the plain values that the other modules work on, and how pretrain_cream.py's flags become them.
 """
 
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_cream import arguments, checks, pretrained
+from megatron_cream import arguments, checks, pretrained, ranges
 from megatron_cream.checkpoint.mapping import padded_vocabulary
 from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.errors import UsageError
@@ -48,6 +48,8 @@ class Layout:
     recompute: none, selective (of `recompute_modules`), or full by `recompute_method`: uniform keeps the input
         of every `recompute_layers` layers, block recomputes the first `recompute_layers` layers of each stage.
     scatter_saved: the inputs kept under full recompute are split over the tensor-parallel ranks.
+    overlap_grad_reduce, overlap_param_gather: gradients are reduced beside the backward pass, weights gathered
+        beside the forward pass.
     """
 
     tensor: int = 1
@@ -67,6 +69,8 @@ class Layout:
     recompute_method: str = "uniform"
     recompute_layers: int = 1
     scatter_saved: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
     @property
     def gpus(self) -> int:
@@ -80,7 +84,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What the software stores, and how wide.
+    """What the software stores, how wide, and with which kernels it computes.
 
     element: bytes of a parameter and of an activation.
     gradient: bytes of a gradient in Megatron's buffer.
@@ -89,8 +93,8 @@ class Engine:
     own_kernels: this project's Triton kernels: the projection is split as it is rotated, the loss stays in
         `element` and its gradient takes the logits' place.
     fused_weight_gradients: added to the buffer inside the GEMM.
-    gathers_keys: under context parallelism each rank holds the keys and values of the whole sequence (flash
-        and sdpa); Transformer Engine's attention passes them around.
+    one_pass_optimizer: the gradient's scaling, AdamW and the rounding to bf16 are one kernel.
+    attention: flash, sdpa or te.
     fp8: linears of the layers in FP8; fp8_parameters: which are then also the parameters.
     """
 
@@ -100,9 +104,16 @@ class Engine:
     optimizer: int = 12
     own_kernels: bool = True
     fused_weight_gradients: bool = True
-    gathers_keys: bool = True
+    one_pass_optimizer: bool = True
+    attention: str = "flash"
     fp8: bool = False
     fp8_parameters: bool = False
+
+    @property
+    def gathers_keys(self) -> bool:
+        """Under context parallelism each rank holds the keys and values of the whole sequence; Transformer
+        Engine's attention passes them around."""
+        return self.attention != "te"
 
 
 @dataclass(frozen=True)
@@ -110,12 +121,16 @@ class Run:
     """A run as its flags describe it.
 
     gpus: what it is planned for; `layout` may need another number.
+    target_length: the window that positions are drawn from, in tokens; `layout.seq_length` for full-length training.
+    steps: how many it trains; None where the flags do not say.
     """
 
     model: Model
     layout: Layout
     engine: Engine
     gpus: int
+    target_length: int
+    steps: int | None
 
     def misfit(self) -> str | None:
         """Why the layout cannot be spread over the GPUs; None if it can."""
@@ -144,7 +159,9 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     args = _parsed(argv)
     checks.unsupported(args)
     defaults = vars(arguments.build_parser(recipe=False).parse_args([]))
+    ranges.check(args, defaults)
     pretrained.adopt(args, defaults)
+    steps = args.train_iters
     args.train_iters = args.train_iters or 1
     args.micro_batch_size = args.micro_batch_size or 1
     checks.require(args)
@@ -154,7 +171,10 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     if args.optimizer != "adam":
         raise UsageError(f"--optimizer {args.optimizer}: only adam's memory is modelled")
     engine = _engine(args)
-    return Run(_model(args), _layout(args, gpus, engine), engine, gpus)
+    layout = _layout(args, gpus, engine)
+    if args.train_samples and not steps:
+        steps = args.train_samples // layout.global_batch
+    return Run(_model(args), layout, engine, gpus, args.target_length or args.seq_length, steps)
 
 
 def _parsed(argv: list[str]) -> Namespace:
@@ -241,6 +261,8 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         recompute_method=args.recompute_method or "uniform",
         recompute_layers=args.recompute_num_layers or 1,
         scatter_saved=args.distribute_saved_activations,
+        overlap_grad_reduce=args.overlap_grad_reduce and data * cp > 1,
+        overlap_param_gather=args.overlap_param_gather and data * cp > 1,
     )
 
 
@@ -274,7 +296,8 @@ def _engine(args: Namespace) -> Engine:
         gradient=_DTYPE_BYTES[args.main_grads_dtype],
         optimizer=_optimizer_bytes(args, element, local),
         fused_weight_gradients=args.gradient_accumulation_fusion,
-        gathers_keys=backend not in ("te", "fused"),
+        one_pass_optimizer=not args.use_precision_aware_optimizer,
+        attention={"te": "te", "fused": "te", "sdpa": "sdpa"}.get(backend, "flash"),
         fp8=args.fp8 is not None,
         fp8_parameters=args.fp8_param_gather,
     )

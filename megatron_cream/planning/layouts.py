@@ -1,13 +1,12 @@
-"""Layouts that fit: enumerated, checked by what Megatron accepts, ordered by simple rules of speed."""
+"""Layouts that fit: enumerated, checked by what Megatron accepts, ordered by the time that a step should take."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_cream.planning import Engine, Layout, Model
-from megatron_cream.planning.memory import Memory, layer_weights, predict
-
-GPUS_OF_A_HOST = 8
-"""Tensor parallelism stays inside: it needs NVLink."""
+from megatron_cream.planning import Engine, Layout, Model, memory, step_time
+from megatron_cream.planning.hardware import Cluster
+from megatron_cream.planning.memory import Memory
+from megatron_cream.planning.step_time import Speed
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
@@ -15,16 +14,16 @@ OF_DRIVER = 0.01
 """Share of a GPU's memory that its driver keeps; an "80 GB" A100 or H100 gives programs 79.2 GiB."""
 
 RULES = """\
-Layouts are ordered by what usually costs least time: the smaller share of the forward pass repeated (no
-recompute, then --recompute-modules mlp or full recompute of as few layers as needed), then less model
-parallelism (TP x PP x CP), TP before PP before CP, then the larger micro-batch. TP stays within 8 GPUs and
-always has --sequence-parallel; a micro-batch above 1 leaves a pipeline 4 x PP micro-batches or more."""
+Layouts are ordered by the predicted time of a step. Of each TP x PP x CP the fastest stands here, of all
+micro-batches with no recompute, --recompute-modules mlp, or full recompute of as few layers as needed. TP stays
+within a host and always has --sequence-parallel; gradients and weights travel beside computation."""
 
 
 @dataclass(frozen=True)
 class Plan:
     layout: Layout
     memory: Memory
+    speed: Speed
 
 
 def usable(gpu_memory: float) -> float:
@@ -72,81 +71,71 @@ def refused(model: Model, layout: Layout) -> str | None:
     return None
 
 
-def fitting(model: Model, base: Layout, engine: Engine, gpus: int, memory: float) -> list[Plan]:
-    """Layouts on `gpus` GPUs of `memory` usable bytes each, best first.
-
-    Of each TP x PP x CP those that repeat least: no micro-batch is worth more recompute than another's.
+def fitting(
+    model: Model, base: Layout, engine: Engine, gpus: int, usable_memory: float, cluster: Cluster
+) -> list[Plan]:
+    """Layouts on `gpus` GPUs of `usable_memory` bytes each, fastest first: the best of each TP x PP x CP.
 
     Args:
         base: gives sequence length and global batch.
     """
-    plans = [
-        Plan(layout, predicted)
-        for splits in _splits(model, base, gpus)
-        for layout in _recomputed(model, splits)
-        if (predicted := predict(model, layout, engine)).device <= memory
-    ]
-    plans.sort(key=lambda plan: preference(model, plan.layout))
-    best: dict[tuple[int, int, int], float] = {}
-    for plan in plans:
-        best.setdefault(_split(plan.layout), repeated(model, plan.layout))
-    return [plan for plan in plans if repeated(model, plan.layout) == best[_split(plan.layout)]]
+    best: dict[tuple[int, int, int], Plan] = {}
+    for split in _splits(model, base, gpus, cluster.host):
+        for layout, needed in _fits(model, split, engine, usable_memory):
+            plan = Plan(layout, needed, step_time.predict(model, layout, engine, cluster))
+            key = layout.tensor, layout.pipeline, layout.context
+            best[key] = min(best.get(key, plan), plan, key=preference)
+    return sorted(best.values(), key=preference)
 
 
-def least(model: Model, base: Layout, engine: Engine, gpus: int) -> Plan | None:
+def least(model: Model, base: Layout, engine: Engine, gpus: int, host: int) -> tuple[Layout, Memory] | None:
     """Of all layouts the one that needs least of each GPU; None if no layout divides this model and batch."""
-    plans = (
-        Plan(layout, predict(model, layout, engine))
-        for splits in _splits(model, base, gpus)
-        for layout in _recomputed(model, splits)
+    found = (
+        (layout, memory.predict(model, layout, engine))
+        for split in _splits(model, base, gpus, host)
+        for layout in (split, *_recomputed(model, split))
     )
-    return min(plans, key=lambda plan: plan.memory.device, default=None)
+    return min(found, key=lambda each: each[1].device, default=None)
 
 
-def preference(model: Model, layout: Layout) -> tuple:
-    """Sorts layouts by expected speed, fastest first: RULES, and the place for a model of time."""
-    parallel = layout.tensor * layout.pipeline * layout.context
-    return repeated(model, layout), parallel, layout.context, layout.pipeline, -layout.micro_batch
+def preference(plan: Plan) -> tuple[float, int]:
+    """Sorts plans, the fastest first."""
+    return plan.speed.time.step, plan.memory.device
 
 
-def repeated(model: Model, layout: Layout) -> float:
-    """Share of the layers' matrix products that recompute does a second time."""
-    if layout.recompute == "full":
-        if layout.recompute_method == "uniform":
-            return 1.0
-        return min(layout.recompute_layers * layout.pipeline / model.num_layers, 1.0)
-    if "mlp" in layout.recompute_modules:
-        weights = layer_weights(model, 1)
-        return (weights["fc1"] + weights["fc2"]) / sum(weights.values())
-    return 0.0
+def _fits(model: Model, split: Layout, engine: Engine, usable_memory: float) -> Iterator[tuple[Layout, Memory]]:
+    """The split as it is if it fits, else each way of recompute with the least that does."""
+    for layout in (split, *_recomputed(model, split)):
+        needed = memory.predict(model, layout, engine)
+        if needed.device <= usable_memory:
+            yield layout, needed
+            if layout.recompute != "selective":
+                return
 
 
-def _splits(model: Model, base: Layout, gpus: int) -> Iterator[Layout]:
+def _splits(model: Model, base: Layout, gpus: int, host: int) -> Iterator[Layout]:
     """Every split of `gpus` GPUs that Megatron accepts, by every micro-batch."""
     for tp in _divisors(gpus):
-        if tp > GPUS_OF_A_HOST:
+        if tp > host:
             continue
         for pp in _divisors(gpus // tp):
             for cp in _divisors(gpus // (tp * pp)):
                 for micro_batch in MICRO_BATCHES:
+                    several = gpus > tp * pp
                     layout = Layout(
                         tensor=tp, pipeline=pp, context=cp, data=gpus // (tp * pp * cp), sequence_parallel=tp > 1,
                         seq_length=base.seq_length, micro_batch=micro_batch, global_batch=base.global_batch,
+                        overlap_grad_reduce=several, overlap_param_gather=several,
                     )  # fmt: skip
-                    starved = pp > 1 and micro_batch > 1 and layout.micro_batches < 4 * pp
-                    if not starved and refused(model, layout) is None:
+                    if refused(model, layout) is None:
                         yield layout
 
 
 def _recomputed(model: Model, layout: Layout) -> Iterator[Layout]:
-    yield layout
+    """By selective, then by full recompute of ever more layers."""
     yield replace(layout, recompute="selective", recompute_modules=("mlp",))
     for layers in range(1, model.num_layers // layout.pipeline + 1):
         yield replace(layout, recompute="full", recompute_method="block", recompute_layers=layers)
-
-
-def _split(layout: Layout) -> tuple[int, int, int]:
-    return layout.tensor, layout.pipeline, layout.context
 
 
 def _divisors(number: int) -> list[int]:
@@ -165,6 +154,8 @@ def settings(layout: Layout) -> dict[str, int | bool | str | list[str] | None]:
         "pipeline_model_parallel_size": layout.pipeline,
         "context_parallel_size": layout.context,
         "use_distributed_optimizer": layout.distributed_optimizer,
+        "overlap_grad_reduce": layout.overlap_grad_reduce,
+        "overlap_param_gather": layout.overlap_param_gather,
         "micro_batch_size": layout.micro_batch,
         "recompute_granularity": layout.recompute if selective or full else None,
         "recompute_modules": list(layout.recompute_modules) if selective else None,

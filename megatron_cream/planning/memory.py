@@ -3,7 +3,7 @@
 What is predicted is the peak of torch's allocator (`torch.cuda.max_memory_allocated`, the GiB of the progress
 line) on one rank of each pipeline stage, and from it what the device must hold. Every tensor kept for the
 backward pass is named in `saved_by_layer` and `saved_at_loss`; tests/test_plan.py counts the same tensors in
-the real model, and compares whole predictions with the measured peaks of benchmarks/measured_memory.json.
+the real model; tests/test_plan_time.py compares whole predictions with the peaks of benchmarks/measured_runs.json.
 
 The optimizer's step is never the peak: it works in place, and activations are gone by then. Not in here:
 saving and loading checkpoints, evaluation at lengths beyond --seq-length, attention that stores its scores.
@@ -13,8 +13,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_cream.planning import Engine, Layout, Model
-
-GIB = 2**30
+from megatron_cream.planning.hardware import GIB
 
 # On the device beside what torch allocates. Assumed, not measured: the caching allocator's unused pieces as a
 # share of its peak; the CUDA context with the kernels; the communicators' buffers of one run on several GPUs.
@@ -129,7 +128,7 @@ def in_flight(layout: Layout, stage: int) -> float:
 # What is kept for the backward pass.
 
 
-def _tokens(layout: Layout) -> tuple[int, int]:
+def tokens_of_rank(layout: Layout) -> tuple[int, int]:
     """Tokens of a micro-batch on one rank: inside attention and MLP, and between them."""
     tokens = layout.seq_length * layout.micro_batch // layout.context
     return tokens, tokens // layout.tensor if layout.sequence_parallel else tokens
@@ -141,7 +140,7 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
     The residual stream is kept where a norm reads it; a norm keeps 1 / rms of each token in float32. The
     attention's output is also the next linear's input. In FP8 the linears keep inputs of their own.
     """
-    tokens, between = _tokens(layout)
+    tokens, between = tokens_of_rank(layout)
     a, linear = engine.element, 1 if engine.fp8 else engine.element
     hidden = between * model.hidden_size
     heads = model.num_attention_heads // layout.tensor
@@ -199,7 +198,7 @@ def saved_by_layers(model: Model, layout: Layout, engine: Engine, layers: int) -
     """Bytes that `layers` layers of a stage keep of one micro-batch."""
     saved = saved_by_layer(model, layout, engine)
     if layout.recompute == "full":
-        tokens, between = _tokens(layout)
+        tokens, between = tokens_of_rank(layout)
         checkpoint = engine.element * between * model.hidden_size
         if layout.scatter_saved:
             checkpoint //= layout.tensor
@@ -213,12 +212,12 @@ def saved_by_layers(model: Model, layout: Layout, engine: Engine, layers: int) -
 
 def angles(model: Model, layout: Layout) -> int:
     """Bytes of a micro-batch's cosines and sines, which all layers share."""
-    return 2 * 4 * _tokens(layout)[0] * model.kv_channels
+    return 2 * 4 * tokens_of_rank(layout)[0] * model.kv_channels
 
 
 def saved_at_loss(model: Model, layout: Layout, engine: Engine) -> dict[str, int]:
     """Bytes of the tensors that final norm, head and cross-entropy keep."""
-    tokens, between = _tokens(layout)
+    tokens, between = tokens_of_rank(layout)
     logits = tokens * model.padded_vocab_size // layout.tensor
     saved = {
         "final norm input": engine.element * between * model.hidden_size + 4 * between,
@@ -269,7 +268,7 @@ def _stage(model: Model, layout: Layout, engine: Engine, stage: int) -> Memory:
 
 def _working(model: Model, layout: Layout, engine: Engine, layers: int, last: bool) -> int:
     """The most that the backward pass through one layer adds, which is at its MLP."""
-    tokens, between = _tokens(layout)
+    tokens, between = tokens_of_rank(layout)
     hidden, residual = tokens * model.hidden_size, between * model.hidden_size
     ffn = tokens * model.ffn_hidden_size // layout.tensor
     gathered = hidden + residual if layout.sequence_parallel else hidden
@@ -302,7 +301,7 @@ def _working(model: Model, layout: Layout, engine: Engine, layers: int, last: bo
 
 def _at_loss(model: Model, layout: Layout, engine: Engine) -> int:
     """The most that final norm, head and cross-entropy hold at a time, gradients among it."""
-    tokens, between = _tokens(layout)
+    tokens, between = tokens_of_rank(layout)
     saved, a = saved_at_loss(model, layout, engine), engine.element
     logits = tokens * model.padded_vocab_size // layout.tensor
     # The head's backward: logits' gradient, the hidden states' and (unless it has a buffer) the weight's.
@@ -318,7 +317,7 @@ def _at_loss(model: Model, layout: Layout, engine: Engine) -> int:
 def _buffers(model: Model, layout: Layout, engine: Engine, linears: int, last: bool) -> int:
     """Bytes held from the first step on."""
     total = WORKSPACE
-    tokens, _ = _tokens(layout)
+    tokens, _ = tokens_of_rank(layout)
     if layout.sequence_parallel and layout.tensor > 1 and (last or not engine.transformer_engine):
         total += engine.element * tokens * model.hidden_size  # where Megatron's linears gather their input
     if engine.transformer_engine and engine.fused_weight_gradients:

@@ -1,4 +1,4 @@
-"""What the planner found: a table for a person, a dict for a program."""
+"""What the planner found: tables for a person, a dict for a program. `report_time` has those of time."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cream.planning import Layout, Run, layouts
+from megatron_cream.planning.hardware import GIB, Cluster
 from megatron_cream.planning.layouts import Plan, flags, settings, undone
-from megatron_cream.planning.memory import COMMUNICATORS, CONTEXT, FRAGMENTATION, GIB, Memory, parameters
+from megatron_cream.planning.memory import COMMUNICATORS, CONTEXT, FRAGMENTATION, Memory, parameters
 
 SHOWN = 8
 
@@ -47,15 +48,19 @@ def print_own(console: Console, run: Run, own: Memory, usable: float) -> None:
 
 
 def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: float) -> None:
-    """The layouts that fit, best first, with the flags of each."""
-    table = Table(title="layouts that fit, best first", title_justify="left")
-    for name in ("", "TP", "PP", "CP", "DP", "micro-batch", "recompute", "torch's peak", "on the device", "left"):
+    """The layouts that fit, fastest first, with the flags of each."""
+    table = Table(title="layouts that fit, fastest first", title_justify="left")
+    names = ("", "TP", "PP", "CP", "DP", "micro-batch", "recompute", "GiB", "left", "s/step", "tokens/s/GPU", "MFU")
+    for name in names:
         table.add_column(name, justify="left" if name == "recompute" else "right")
     for number, plan in enumerate(plans[:SHOWN], 1):
-        layout, memory = plan.layout, plan.memory
+        layout, needed, speed = plan.layout, plan.memory.device, plan.speed
         sizes = (number, layout.tensor, layout.pipeline, layout.context, layout.data, layout.micro_batch)
-        values = (memory.allocated, memory.device, usable - memory.device)
-        table.add_row(*map(str, sizes), _recompute(layout), *(f"{value / GIB:.1f}" for value in values))
+        values = (needed / GIB, (usable - needed) / GIB)
+        table.add_row(
+            *map(str, sizes), _recompute(layout), *(f"{value:.1f}" for value in values), f"{speed.time.step:.2f}",
+            f"{speed.tokens_per_second:,.0f}", f"{speed.utilization:.1%}",
+        )  # fmt: skip
     console.print(table)
     console.print("what to add to the flags given:")
     for number, plan in enumerate(plans[:SHOWN], 1):
@@ -64,25 +69,28 @@ def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: flo
         console.print(f"{len(plans) - SHOWN} more fit (--json lists all)")
 
 
-def nothing_fits(run: Run, usable: float, most_gpus: int) -> str:
+def nothing_fits(run: Run, usable: float, most_gpus: int, cluster: Cluster) -> str:
     """One line: what the GPUs would have to have, or how many of them would do."""
     line = f"no layout fits into {usable / GIB:.1f} usable GiB of each of {run.gpus} GPU{'s' * (run.gpus > 1)}"
-    least = layouts.least(run.model, run.layout, run.engine, run.gpus)
+    least = layouts.least(run.model, run.layout, run.engine, run.gpus, cluster.host)
     if least:
-        line += f"; the least is {least.memory.device / GIB:.1f} GiB, with {words(least.layout)}"
+        line += f"; the least is {least[1].device / GIB:.1f} GiB, with {words(least[0])}"
     more = 1 << (run.gpus.bit_length() - 1)
     while (more := 2 * more) <= most_gpus:
-        found = layouts.fitting(run.model, run.layout, run.engine, more, usable)
+        found = layouts.fitting(run.model, run.layout, run.engine, more, usable, cluster)
         if found:
             return f"{line}; {more} GPUs would do, with {words(found[0].layout)}"
     return f"{line}; at this global batch and length no number of GPUs up to {most_gpus} would do"
 
 
-def as_dict(run: Run, own: Memory | None, plans: list[Plan], gpu_memory: float, usable: float) -> dict[str, Any]:
-    """All of it, bytes as bytes.
+def as_dict(
+    run: Run, cluster: Cluster, own: Plan | None, plans: list[Plan], full: list[Plan], gpu_memory: float, usable: float
+) -> dict[str, Any]:
+    """All of it, bytes as bytes, times in seconds.
 
     Args:
-        own: of the run's own layout; None if that needs another number of GPUs.
+        own: the run's own layout; None if that needs another number of GPUs.
+        full: layouts for training at the target length.
     """
     return {
         "gpus": run.gpus,
@@ -90,14 +98,24 @@ def as_dict(run: Run, own: Memory | None, plans: list[Plan], gpu_memory: float, 
         "usable": round(usable),
         "model": asdict(run.model),
         "engine": asdict(run.engine),
-        "own": _plan(Plan(run.layout, own)) | {"fits": own.device <= usable} if own else None,
+        "cluster": asdict(cluster),
+        "steps": run.steps,
+        "own": _plan(own) | {"fits": own.memory.device <= usable} if own else None,
         "layouts": [_plan(plan) for plan in plans],
+        "full": [_plan(plan) for plan in full],
     }
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
     totals = {"allocated": plan.memory.allocated, "device": plan.memory.device}
-    return {"layout": asdict(plan.layout), "memory": asdict(plan.memory) | totals, "settings": settings(plan.layout)}
+    return {
+        "layout": asdict(plan.layout),
+        "memory": asdict(plan.memory) | totals,
+        "settings": settings(plan.layout),
+        "time": asdict(plan.speed.time) | {"step": plan.speed.time.step},
+        "tokens_per_second": plan.speed.tokens_per_second,
+        "utilization": plan.speed.utilization,
+    }
 
 
 def _difference(layout: Layout, base: Layout) -> str:

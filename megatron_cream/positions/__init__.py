@@ -30,7 +30,7 @@ def build_sampler(name: str, *, window: int, target: int, seed: int = 0, **optio
         window: N, the pre-trained window, in tokens.
         target: L, the window to extend to: a multiple of N.
         seed: an integer in [0, 2**64).
-        options: the sampler's own; cream: sigma, variant.
+        options: the sampler's own; cream: sigma, variant, relativity.
 
     Raises:
         ValueError: an unknown name, an option it does not take, a value out of range; in one line.

@@ -31,23 +31,34 @@ class CreamSampler(BlockSampler):
     Args:
         sigma: deviation of the Gaussian, in half steps of the middle's scale (3.0 in the paper).
         variant: `paper` or `released`.
+        relativity: share of the samples with head and tail of N/3; the others have a long middle (1/2 in the paper).
     """
 
     name = "cream"
 
-    def __init__(self, window: int, target: int, seed: int = 0, sigma: float = 3.0, variant: str = "paper"):
+    def __init__(
+        self,
+        window: int,
+        target: int,
+        seed: int = 0,
+        sigma: float = 3.0,
+        variant: str = "paper",
+        relativity: float = 0.5,
+    ):
         super().__init__(window, target, seed)
         if not (isinstance(sigma, Real) and sigma > 0 and math.isfinite(sigma)):
             raise ValueError(f"sigma {sigma}: must be a positive number, 3.0 in the paper")
         if variant not in VARIANTS:
             raise ValueError(f"variant {variant}: choose from {', '.join(VARIANTS)}")
+        if not (isinstance(relativity, Real) and 0 <= relativity <= 1):
+            raise ValueError(f"relativity {relativity}: must be a share of 0 to 1, 0.5 in the paper")
         self.factor = target // window
         if window <= 8 * self.factor:
             raise ValueError(
                 f"window {window}: head and tail of 4 x {self.factor} tokens leave no middle; "
                 f"must be more than {8 * self.factor} for target {target}"
             )
-        self.sigma, self.variant = float(sigma), variant
+        self.sigma, self.variant, self.relativity = float(sigma), variant, float(relativity)
         self.thresholds = scale_thresholds(self.factor, self.sigma, censored=variant == "released")
 
     def _blocks(self, math, epoch, sample, document_length):
@@ -59,7 +70,7 @@ class CreamSampler(BlockSampler):
             coin = words(self.seed, 0, sample // _RELEASED_BATCH, stream=1)[0]
 
         # Step 1: relativity (thirds) or continuity (a long middle).
-        head = tail = math.where(unit(coin) < 0.5, n // 3, 4 * s)
+        head = tail = math.where(unit(coin) < self.relativity, n // 3, 4 * s)
         middle = n - head - tail
         # Step 2: the scale of the middle, in half steps k = 2 alpha of {2 .. 2s}.
         k = 2 + math.rank(self.thresholds, unit(scale))

@@ -1,0 +1,130 @@
+"""What the study trains on: real text, and documents that state and repeat key-value pairs.
+
+The text is the Python sources of the installed torch: long documents, on every machine that
+runs this. A statement is a key and a value next to each other, two symbols that no text holds;
+a document of D pairs is text with statements of them strewn in, so that each key but a
+pair's first foretells its value.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from megatron_cream.data.embedded import source_files, split_files, train_tokenizer
+from megatron_cream.data.indexed import paths, write_index
+
+SYMBOLS = 256
+"""Keys, and as many values."""
+
+VOCABULARY = 2048 + 2 * SYMBOLS
+PAIRS = (2, 4, 8, 16, 32, 128)
+"""Distinct pairs of a document; a file of documents each."""
+
+GAPS = (6, 32)
+"""A document has a statement every so many tokens, drawn log-uniformly between these."""
+
+_TOKENIZER_CHARACTERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where it lies."""
+
+    folder: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer.model"
+
+    @property
+    def text(self) -> Path:
+        return self.folder / "text"
+
+    @property
+    def valid(self) -> Path:
+        return self.folder / "valid"
+
+    def pairs(self, count: int) -> Path:
+        return self.folder / f"pairs_{count}"
+
+    def held_out(self) -> np.ndarray:
+        """uint16 [n]: the held-out documents, one after the other."""
+        return np.fromfile(paths(self.valid)[0], np.uint16)
+
+    def symbols(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of the keys, and of the values."""
+        words = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
+        ids = [np.array([words.piece_to_id(name) for name in names]) for names in _symbol_names()]
+        return ids[0], ids[1]
+
+
+def prepare(folder: Path, *, length: int, documents: int, source: Path | None = None) -> Corpus:
+    """The corpus in `folder`, made where it is not complete.
+
+    Args:
+        length: tokens of a document with pairs.
+        documents: with pairs, of each of PAIRS.
+        source: folder of Python files; None is the installed torch.
+    """
+    corpus, complete = Corpus(folder), folder / "corpus.json"
+    if complete.is_file():
+        return corpus
+    folder.mkdir(parents=True, exist_ok=True)
+    source = source or Path(find_spec("torch").origin).parent
+    files = source_files(source)
+    train, valid = ([file.read_text("utf-8", errors="ignore") for file in part] for part in split_files(source, files))
+    corpus.tokenizer.write_bytes(
+        train_tokenizer(_some(train), VOCABULARY, [n for names in _symbol_names() for n in names])
+    )
+    words = sentencepiece.SentencePieceProcessor(model_file=str(corpus.tokenizer))
+    numbers = {}
+    for prefix, texts in ((corpus.text, train), (corpus.valid, valid)):
+        encoded = words.encode(texts, add_bos=True, add_eos=True, num_threads=-1)
+        numbers[prefix.name] = _write(prefix, [np.array(ids, np.uint16) for ids in encoded])
+    stream = np.fromfile(paths(corpus.text)[0], np.uint16)
+    for count in PAIRS:
+        rng = np.random.default_rng(count)
+        some = (pair_document(rng, stream, corpus.symbols(), length, count) for _ in range(documents))
+        numbers[corpus.pairs(count).name] = _write(corpus.pairs(count), list(some))
+    # Last: its presence says that the rest is there.
+    complete.write_text(json.dumps({"source": source.name, "files": len(files), "tokens": numbers}, indent=1) + "\n")
+    return corpus
+
+
+def pair_document(
+    rng: np.random.Generator, stream: np.ndarray, symbols: tuple[np.ndarray, np.ndarray], length: int, count: int
+) -> np.ndarray:
+    """uint16 [length]: text of `stream`, with statements of `count` pairs in its place here and there."""
+    start = rng.integers(len(stream) - length)
+    document = stream[start : start + length].copy()
+    keys, values = (rng.choice(ids, count, replace=False) for ids in symbols)
+    gap = np.exp(rng.uniform(*np.log(GAPS)))
+    places = 2 * rng.choice(length // 2, round(length / gap), replace=False)
+    stated = rng.integers(count, size=len(places))
+    document[places], document[places + 1] = keys[stated], values[stated]
+    return document
+
+
+def _symbol_names() -> tuple[list[str], list[str]]:
+    return [f"<k{i}>" for i in range(SYMBOLS)], [f"<v{i}>" for i in range(SYMBOLS)]
+
+
+def _some(texts: Sequence[str]) -> list[str]:
+    """Texts spread over all of them, of enough characters to train a tokenizer on."""
+    share = max(1, sum(map(len, texts)) // _TOKENIZER_CHARACTERS)
+    return list(texts[::share])
+
+
+def _write(prefix: Path, documents: list[np.ndarray]) -> int:
+    bin_path, idx_path = paths(prefix)
+    with bin_path.open("wb") as file:
+        for document in documents:
+            document.tofile(file)
+    lengths = np.array([len(document) for document in documents], np.int32)
+    write_index(idx_path, lengths, np.uint16)
+    return int(lengths.sum())

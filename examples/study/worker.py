@@ -1,0 +1,104 @@
+"""One run of the study after another in one process, as Megatron's imports take longer than an extension."""
+
+import gc
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import statistics
+import sys
+from pathlib import Path
+
+import recall
+import torch
+from corpus import Corpus
+
+import runs
+
+DEPTHS = [i / 8 for i in range(9)]
+
+
+def do(run: runs.Run, folder: Path, corpus: Corpus, lengths: list[int], samples: int, extra: list[str]) -> dict:
+    """Train, measure recall and perplexity, and delete an extension's checkpoint. Gives what is kept of the run.
+
+    Args:
+        lengths: of the contexts of recall, in tokens; `samples` of each length and depth.
+        extra: flags for pretrain_cream.py.
+
+    Raises:
+        RuntimeError: training ended before its last step.
+    """
+    saved, exported = folder / run.name, folder / f"{run.name}.hf"
+    if run.method != "base":
+        shutil.rmtree(saved, ignore_errors=True)
+    log = folder / "logs" / f"{run.name}.txt"
+    _train(runs.flags(run, folder, corpus) + extra, log)
+    steps = re.findall(r"iteration +(\d+)/ +(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+)", log.read_text())
+    if not steps or steps[-1][0] != steps[-1][1]:
+        raise RuntimeError(f"{run.name} did not come to its last step: see {log}")
+
+    from megatron_cream.checkpoint.convert import export_hf
+    from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+
+    shutil.rmtree(exported, ignore_errors=True)
+    export_hf(MegatronCheckpoint(saved), exported)
+    model, haystack, symbols = recall.load(exported), corpus.held_out(), corpus.symbols()
+    result = {
+        "run": run.name, "method": run.method, "factor": run.factor, "seed": run.seed, "alone": run.alone,
+        # Of the GPU in training steps: the median time a step, times the steps.
+        "seconds": round(statistics.median(float(ms) for *_, ms in steps) * int(steps[-1][1]) / 1000, 2),
+        "recall": {
+            str(n): {str(d): v for d, v in recall.recall_by_depth(model, haystack, symbols, n, DEPTHS, samples).items()}
+            for n in lengths
+        },
+        "perplexity": {} if run.method == "base" else _perplexity(saved),
+    }  # fmt: skip
+    del model
+    shutil.rmtree(exported)
+    if run.method != "base":
+        shutil.rmtree(saved)
+    _forget()
+    return result
+
+
+def _train(flags: list[str], log: Path) -> None:
+    """pretrain_cream.py with these flags, on one GPU or none; what it prints goes to `log`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # This process was spawned, and would spawn the workers of Megatron's data loader, which cannot be pickled.
+    multiprocessing.set_start_method("fork", force=True)
+    from megatron.training.training import destroy_global_state
+
+    import pretrain_cream
+
+    pretrain_cream.train(flags)
+    sys.stdout.flush()
+    destroy_global_state()
+    _forget()
+
+
+def _forget() -> None:
+    """Give back the memory of what is over."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _perplexity(saved: Path) -> dict[str, float]:
+    """Of held-out text by tokens of context, as the run measured it at its end."""
+    lines = (saved / "perplexity_by_length.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])["perplexity"]

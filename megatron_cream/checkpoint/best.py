@@ -1,0 +1,102 @@
+"""The best checkpoint of a run, kept in `best/` of --save: a Megatron folder of one step, with a tracker of its own.
+
+The score that it was kept for is saved in it, with the flags: so a resumed run knows both or neither, and
+whatever moment a run is killed at, the tracker names a whole checkpoint.
+"""
+
+import contextlib
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
+from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.errors import UsageError
+
+FOLDER = "best"
+_KEPT_FOR = "long_eval_kept"
+
+
+class BestCheckpoint:
+    """What is kept, and how another takes its place.
+
+    Attributes:
+        folder: `save`/best.
+        step: of the checkpoint that is kept; None where there is none yet.
+        score: what `saving` was given for it.
+
+    Args:
+        save: the run's --save.
+        settings: plain values: scores of other settings do not compare.
+        clean: remove what a killed run left unfinished; on one rank.
+
+    Raises:
+        UsageError: the folder holds another checkpoint than this would have kept.
+    """
+
+    def __init__(self, save: Path, settings: dict[str, Any], *, clean: bool):
+        self.folder, self._save, self._settings = save / FOLDER, save, settings
+        self.step = self.score = self._writing = None
+        if not (self.folder / TRACKER).is_file():
+            return
+        try:
+            checkpoint = MegatronCheckpoint(self.folder)
+        except UsageError as error:
+            raise UsageError(str(error).replace("--checkpoint ", "the best checkpoint in --save: ", 1)) from error
+        kept = getattr(checkpoint.args, _KEPT_FOR, None)
+        if kept is None:
+            raise UsageError(f"{self.folder}: holds a checkpoint that no long evaluation has kept: move it away")
+        if kept["settings"] != settings:
+            raise UsageError(
+                f"{self.folder}: step {checkpoint.step} was kept by another evaluation, {_words(kept['settings'])}, "
+                f"which does not compare with {_words(settings)}: give the same, or move it away"
+            )
+        self.step, self.score = checkpoint.step, kept["score"]
+        if clean:
+            self._remove_all_but(self.step)
+
+    @contextlib.contextmanager
+    def saving(self, args: Namespace, step: int, score: dict[str, Any]) -> Iterator[None]:
+        """What Megatron saves in this block goes to the folder; the earlier checkpoint stays until it is whole.
+
+        Args:
+            args: Megatron's.
+            score: plain values.
+        """
+        from megatron.training import checkpointing
+
+        if args.rank == 0:
+            shutil.rmtree(self._of(step), ignore_errors=True)  # what a killed run left unfinished
+            if (self._save / HF).is_dir():
+                shutil.copytree(self._save / HF, self.folder / HF, dirs_exist_ok=True)
+        # A copy, which an asynchronous save reads after this block too. Megatron would remove earlier steps from
+        # the run's own folder by this one's tracker.
+        own = Namespace(**vars(args) | {"save": str(self.folder), "save_retain_interval": None})
+        setattr(own, _KEPT_FOR, {"score": score, "settings": self._settings})
+        get_args, checkpointing.get_args = checkpointing.get_args, lambda: own
+        try:
+            yield
+        finally:
+            checkpointing.get_args = get_args
+        self.step, self.score, self._writing = step, score, step
+
+    def settle(self) -> None:
+        """Remove the earlier checkpoint once the new one is whole; on one rank, any number of times."""
+        tracker = self.folder / TRACKER
+        if self._writing is not None and tracker.is_file() and tracker.read_text() == str(self._writing):
+            self._remove_all_but(self._writing)
+            self._writing = None
+
+    def _remove_all_but(self, step: int) -> None:
+        for other in self.folder.glob("iter_*"):
+            if other != self._of(step):
+                shutil.rmtree(other)
+
+    def _of(self, step: int) -> Path:
+        return self.folder / f"iter_{step:07d}"
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -1,0 +1,234 @@
+"""What is looked at before a saved step is opened: is it whole, and does it hold nothing but data?
+
+Reads the metadata and the common state, a few MB of a 7B checkpoint, never a tensor. The trainer, the
+converter and evaluation all come in here; what is wrong is one line that begins with the flag.
+"""
+
+import contextlib
+import io
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.checkpoint.pickles import check_extra_state, load_metadata, load_plain, refuse_code
+from megatron_cream.errors import UsageError, one_line
+
+_FORMAT, _METADATA = "metadata.json", ".metadata"
+_COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the latter before megatron-core 0.16
+_CLASSIC_FILE = "model_optim_rng.pt"
+_MOST_BYTES = 1 << 30
+"""Of a metadata file or a common state: those of a thousand ranks are far smaller."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A `torch_dist` step that is whole.
+
+    folder: its own, `iter_0000100` or `release`.
+    metadata: torch's, where each tensor lies.
+    common: what Megatron keeps beside the tensors; `args` is the flags it was saved with.
+    """
+
+    folder: Path
+    metadata: Metadata
+    common: dict[str, Any]
+
+    @property
+    def args(self) -> Namespace:
+        return self.common["args"]
+
+    def pickled(self) -> list[str]:
+        """The entries that are pickles: random states, extra states of layers, the common state."""
+        entries = self.metadata.state_dict_metadata.items()
+        return sorted(key for key, entry in entries if isinstance(entry, BytesStorageMetadata))
+
+
+def newest_step(path: Path, flag: str) -> int | str:
+    """The iteration, or "release", that the tracker in `path` names.
+
+    Raises:
+        UsageError: there is no such folder, no tracker, or something else in it.
+    """
+    tracker = path / TRACKER
+    if not path.is_dir():
+        raise UsageError(f"{flag} {path}: no such folder")
+    if not tracker.is_file():
+        raise UsageError(f"{flag} {path}: not a Megatron checkpoint: it has no {TRACKER}")
+    with open(tracker, "rb") as file:
+        text = file.read(64).strip()
+    if text != b"release" and not re.fullmatch(rb"[0-9]{1,15}", text):
+        found = text.decode(errors="replace")
+        raise UsageError(f"{flag} {path}: {TRACKER} says {found!r}; must be a number or release")
+    return "release" if text == b"release" else int(text)
+
+
+def step_folder(path: Path, step: int | str, flag: str) -> Path:
+    """The folder of a step; `flag path` is what the user gave.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    name = step if step == "release" else f"iter_{step:07d}"
+    if not (path / name).is_dir():
+        raise UsageError(f"{flag} {path}: there is no {name} in it")
+    return path / name
+
+
+def is_classic(folder: Path) -> bool:
+    """Whether a step has one `mp_rank_XX` file for each model-parallel rank, and is no `torch_dist` one."""
+    return not (folder / _FORMAT).is_file() and any(folder.glob("mp_rank_*"))
+
+
+def open_step(folder: Path, flag: str) -> Step:
+    """The step in `folder`; `flag` is what the user gave its parent with.
+
+    Raises:
+        UsageError: something is missing, cut, damaged, or asks for code to be run.
+    """
+    where = f"{flag} {folder.parent}"
+    for name in (_METADATA, _FORMAT):
+        if not (folder / name).is_file():
+            raise UsageError(f"{where}: {folder.name} is not a whole torch_dist checkpoint: it has no {name}")
+    with _one_line(f"{where}: {folder.name} cannot be read: "):
+        _check_format(folder / _FORMAT)
+        metadata = _plain_metadata(folder)
+        _check_shards(folder, metadata)
+        common = _common_state(folder, metadata)
+    return Step(folder, metadata, common)
+
+
+def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
+    """Reads the pickled entries `keys` as Megatron will, and lets nothing run that they name.
+
+    Raises:
+        UsageError: one of them is damaged, or asks for something that is no plain data.
+    """
+    import megatron.core  # noqa: F401  (declares its classes)
+
+    places = _places(step.metadata)
+    for key in keys:
+        with _one_line(f"{flag} {step.folder.parent}: {key} in {step.folder.name} cannot be read: "):
+            entry = io.BytesIO(_read_entry(step.folder, places[key]))
+            refuse_code(entry)
+            entry.seek(0)
+            state = torch.load(entry, weights_only=True)
+            if "_extra_state" in key:
+                check_extra_state(state)
+
+
+def open_classic(folder: Path, flag: str, layout: tuple[int, int]) -> Namespace:
+    """Looks into the `mp_rank_XX` files of a step, at all but the bytes of their tensors.
+
+    Args:
+        layout: tensor- and pipeline-parallel ranks, each of which loads one file.
+
+    Returns: the flags that it was saved with.
+
+    Raises:
+        UsageError: a file is missing, cut, damaged, or asks for something that is no plain data.
+    """
+    import megatron.core  # noqa: F401  (declares its classes)
+
+    tensor, pipeline = layout
+    for pp in range(pipeline):
+        for tp in range(tensor):
+            name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pipeline > 1 else "")
+            if not (folder / name / _CLASSIC_FILE).is_file():
+                raise UsageError(
+                    f"{flag} {folder.parent}: {folder.name} has no {name}/{_CLASSIC_FILE}, which this layout needs: "
+                    f"--tensor-model-parallel-size {tensor}, --pipeline-model-parallel-size {pipeline}"
+                )
+    saved = None
+    for file in sorted(folder.glob("mp_rank_*/*.pt")):
+        with _one_line(f"{flag} {folder.parent}: {file.relative_to(folder.parent)} cannot be read: "):
+            refuse_code(file)
+            if file.name == _CLASSIC_FILE and saved is None:
+                with FakeTensorMode():  # no tensor's bytes
+                    saved = torch.load(file, weights_only=True)["args"]
+    return saved
+
+
+@contextlib.contextmanager
+def _one_line(beginning: str) -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged or foreign file, in one of many ways
+        raise UsageError(beginning + (one_line(error) or type(error).__name__)) from error
+
+
+def _check_format(file: Path) -> None:
+    found = json.loads(_read(file))
+    if not isinstance(found, dict) or found.get("sharded_backend") != "torch_dist":
+        raise UsageError(f"{file}: not that of a torch_dist checkpoint; must name it as sharded_backend")
+
+
+def _plain_metadata(folder: Path) -> Metadata:
+    metadata = load_metadata(_read(folder / _METADATA))
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise ValueError(f"{_METADATA} is not torch's metadata")
+    return metadata
+
+
+def _check_shards(folder: Path, metadata: Metadata) -> None:
+    """Every file that the metadata names lies in the folder, as long as it has to be."""
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        name = info.relative_path
+        if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+            raise UsageError(f"{folder}: {_METADATA} names {name!r}: must be the name of a file beside it")
+        if info.offset < 0 or info.length < 0:
+            raise ValueError(f"{_METADATA} places data before the start of {name}")
+        ends[name] = max(ends.get(name, 0), info.offset + info.length)
+    for name, end in ends.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is not there")
+        if (folder / name).stat().st_size < end:
+            raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes, and its data takes {end}: it is cut")
+
+
+def _common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
+    places = _places(metadata)
+    if (folder / _COMMON_FILE).is_file():
+        found = load_plain(io.BytesIO(_read(folder / _COMMON_FILE)))
+    elif _COMMON_KEY in places:
+        found = load_plain(io.BytesIO(_read_entry(folder, places[_COMMON_KEY])))[0]
+    else:
+        raise ValueError("its common state is missing, which holds the flags that it was saved with")
+    if not isinstance(found, dict) or not isinstance(found.get("args"), Namespace):
+        raise ValueError("its common state does not hold the flags that it was saved with")
+    return found
+
+
+def _places(metadata: Metadata) -> dict[str, Any]:
+    """Where each pickled entry lies."""
+    return {
+        index.fqn: info
+        for index, info in metadata.storage_data.items()
+        if isinstance(index, MetadataIndex)
+        and isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
+    }
+
+
+def _read_entry(folder: Path, info: Any) -> bytes:
+    if info.length > _MOST_BYTES:
+        raise ValueError(f"an entry of {info.length} bytes is no common or random state")
+    with open(folder / info.relative_path, "rb") as stream:
+        stream.seek(info.offset)
+        return stream.read(info.length)
+
+
+def _read(file: Path) -> bytes:
+    if file.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{file.name} has {file.stat().st_size} bytes, too many to be what its name says")
+    return file.read_bytes()

@@ -1,0 +1,334 @@
+"""A checkpoint that cannot be written costs one line; training goes on, and the checkpoint before stays.
+
+Megatron by itself ends the run when a shard cannot be written, and hangs when one rank fails alone: at making the
+folder, `.metadata`, `metadata.json` or the tracker, the others wait for it in a collective. Here each rank keeps
+its error until all have come to where they can agree, and only then does the tracker name the step.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import queue
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.training import checkpointing, training
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_cream import watchdog
+from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.compat import wrap_method
+from megatron_cream.errors import one_line
+
+
+class SaveFailed(Exception):
+    """The last checkpoint of a run could not be written. The message is the line that a user reads."""
+
+
+@dataclass
+class _Saves:
+    """say: prints a line where a person reads, on one rank.
+    whole: folder of checkpoints -> the step that this run has saved there last.
+    failed: folder of checkpoints -> why its newest save failed.
+    left: half-written folders that could not be removed.
+    held: this rank's error in the save that goes on, until all ranks agree.
+    step: of that save.
+    agreed: on this save, all ranks have, that all is written but the tracker.
+    """
+
+    say: Callable[[str], None] = print
+    whole: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    left: set[Path] = field(default_factory=set)
+    held: str = ""
+    step: int = 0
+    agreed: bool = False
+
+
+_saves = _Saves()
+
+
+def install(say: Callable[[str], None]) -> None:
+    """Call before `pretrain`; for each run anew.
+
+    Args:
+        say: prints a line where a person reads.
+    """
+    global _saves
+    _saves = _Saves(say=say)
+    wrap_method(training, "save_checkpoint", _save)
+    wrap_method(training, "maybe_finalize_async_save", _finalize)
+    wrap_method(checkpointing, "schedule_async_save", _schedule)
+    wrap_method(dist_checkpointing, "save", _agree_before_the_tracker)
+    wrap_method(serialization, "save_config", _hold)
+    wrap_method(FileSystemWriterAsync, "finish", _hold)
+    wrap_method(FileSystemWriterAsync, "get_save_function_and_args", _with_reasons)
+    wrap_method(PersistentAsyncCaller, "is_current_async_call_done", _or_its_writer_died)
+    wrap_method(PersistentAsyncCaller, "schedule_async_call", _to_a_writer_that_lives)
+
+
+def check_last() -> None:
+    """Call when training has ended, on every rank, all asynchronous saves being done.
+
+    Raises:
+        SaveFailed: on every rank, if the last checkpoint could not be written.
+    """
+    for why in _saves.failed.values():
+        raise SaveFailed(f"the last checkpoint is missing: {why}")
+
+
+def failed(folder: str) -> bool:
+    """Whether the newest save in this --save failed; of one that is still being written it is not known."""
+    return os.path.realpath(folder) in _saves.failed
+
+
+# In training's process, on all ranks.
+
+
+def _save(original, iteration, *args, **kwargs):
+    training.maybe_finalize_async_save(blocking=True)  # all give their results into one queue: one at a time
+    settings = checkpointing.get_args()
+    if settings.ckpt_format != "torch_dist" or kwargs.get("non_persistent_ckpt"):
+        return original(iteration, *args, **kwargs)
+    if _whole(settings, iteration):
+        return None  # a finished run that was started again would write over its last checkpoint
+    folder, _saves.step, _saves.agreed = _step_folder(settings.save, iteration), iteration, False
+    with watchdog.patience():
+        why = _agree(_make_room(folder) if settings.rank == 0 else "") or _agree(_try_to_write(folder, settings.rank))
+        if not why:
+            try:
+                original(iteration, *args, **kwargs)
+                mine = ""
+            except (CheckpointException, SaveFailed) as error:
+                mine = _reason(error)
+            except OSError as error:
+                if not _saves.agreed:
+                    raise  # the others are in a collective that this rank left: nothing can go on
+                mine = _here(error)  # the tracker's; the others are at the barrier that ends Megatron's function
+                torch.distributed.barrier()
+            why = _agree(mine)
+            if settings.async_save and not why:
+                return None  # `_schedule` has the rest
+        _settle(settings, iteration, why)
+
+
+def _whole(settings, step: int) -> bool:
+    """Whether this very run has saved the step already, or was loaded from it."""
+    folder = os.path.realpath(settings.save)
+    loaded = settings.load and os.path.realpath(settings.load) == folder and not settings.finetune
+    return _saves.whole.get(folder) == step or bool(loaded and step and getattr(settings, "iteration", 0) == step)
+
+
+def _make_room(folder: Path) -> str:
+    """An empty folder. Returns why not."""
+    try:
+        _remove_what_was_left()
+        if folder.exists() and not _is_named(folder):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return ""
+    except OSError as error:
+        return _here(error)
+
+
+def _remove_what_was_left() -> None:
+    for path in list(_saves.left):
+        if not _is_named(path):
+            shutil.rmtree(path, ignore_errors=True)
+        if not path.is_dir():
+            _saves.left.remove(path)
+
+
+def _try_to_write(folder: Path, rank: int) -> str:
+    """Before the collectives of a save, as a rank that fails in them alone leaves the others there."""
+    path = folder / f".writable.{rank}"
+    try:
+        path.write_bytes(b"\0" * 4096)
+        path.unlink()
+        return ""
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return _here(error)
+
+
+def _agree_before_the_tracker(original, *args, **kwargs):
+    request = original(*args, **kwargs)
+    if request is None:
+        _raise_what_was_held()
+    else:
+        request.finalize_fns.append(_raise_what_was_held)
+    return request
+
+
+def _raise_what_was_held() -> None:
+    held, _saves.held = _saves.held, ""
+    if why := _agree(held):
+        raise SaveFailed(why)
+    _saves.agreed = True
+
+
+def _hold(original, *args, **kwargs):
+    """What the first rank does alone, while the others wait."""
+    try:
+        return original(*args, **kwargs)
+    except OSError as error:
+        _saves.held = _saves.held or _here(error)
+
+
+def _schedule(original, request):
+    """All that is to be done when an asynchronous save ends, as one function that raises nothing."""
+    settings = checkpointing.get_args()
+    steps, step = list(request.finalize_fns), _saves.step
+
+    def finish() -> None:
+        mine = ""
+        try:
+            for function in steps:
+                function()
+        except (CheckpointException, SaveFailed) as error:
+            mine = _reason(error)
+        except OSError as error:
+            mine = _here(error)
+        _settle(settings, step, _agree(mine))
+
+    return original(request._replace(finalize_fns=[finish]))
+
+
+def _finalize(original, *args, **kwargs):
+    with watchdog.patience() if kwargs.get("blocking") else contextlib.nullcontext():
+        return original(*args, **kwargs)
+
+
+def _settle(settings, step: int, why: str) -> None:
+    """What follows from a save that has ended; the same on all ranks."""
+    place, folder = os.path.realpath(settings.save), _step_folder(settings.save, step)
+    if not why:
+        _saves.whole[place] = step
+        _saves.failed.pop(place, None)
+        return
+    _saves.failed[place] = f"step {step}, {folder}: {why}"
+    if settings.rank != 0:
+        return
+    if not _is_named(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            _saves.left.add(folder)
+    step_before = _newest(folder.parent)
+    newest = f"the newest checkpoint is that of step {step_before}" if step_before else "there is none yet"
+    _saves.say(f"warning: no checkpoint of step {step} in {folder}: {why}; {newest}")
+
+
+def _agree(why: str) -> str:
+    """The first rank's that has a reason; every rank calls this, and is given the same."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return why
+    reasons = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reasons, why)
+    return next(filter(None, reasons), "")
+
+
+def _is_named(folder: Path) -> bool:
+    """Whether this is the checkpoint that a run would go on from."""
+    return folder.name == f"iter_{_newest(folder.parent):0>7}"
+
+
+def _newest(save: Path) -> str:
+    """The step that the tracker names, or nothing."""
+    tracker = save / TRACKER
+    return tracker.read_text().strip() if tracker.is_file() else ""
+
+
+def _step_folder(save: str | Path, step: int) -> Path:
+    return Path(checkpointing.get_checkpoint_name(str(save), step, return_base_dir=True))
+
+
+def _here(error: OSError) -> str:
+    return f"{_reason(error)} (rank {torch.distributed.get_rank()})"
+
+
+def _reason(error: BaseException) -> str:
+    """In a few words: what the system said, if it is behind the error."""
+    if isinstance(error, CheckpointException):
+        said = [f"{_reason(wrapped[0])} (rank {rank})" for rank, wrapped in sorted(error.failures.items())]
+        return said[0] if said else ""  # ranks but the first are told nothing
+    behind = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.strerror:
+            return behind.strerror
+        behind = behind.__cause__ or behind.__context__
+    return one_line(error).removeprefix("Worker failure: ") or type(error).__name__
+
+
+# In the process that writes.
+
+
+def _with_reasons(original, self):
+    write, preload, arguments = original(self)
+    return (functools.partial(_write, write) if write else None), preload, arguments
+
+
+def _write(write: Callable, rank: int, buckets: list, results) -> None:
+    """Megatron's answer to a failed write has its type only, or none comes; here one comes that says why."""
+    answer, errors = queue.SimpleQueue(), []
+    with _remembering(errors):
+        try:
+            write(rank, buckets, answer)
+        except Exception as error:
+            errors.append(error)
+    results.put(RuntimeError(_reason(errors[0])) if errors else answer.get())
+
+
+@contextlib.contextmanager
+def _remembering(errors: list[Exception]) -> Iterator[None]:
+    original = FileSystemWriterAsync.write_preloaded_data
+
+    def write(*args, **kwargs):
+        written = original(*args, **kwargs)
+        if isinstance(written[1], Exception):
+            errors.append(written[1])
+        return written
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+    log = logging.getLogger(FileSystemWriterAsync.__module__)  # which would say in four lines what is said in one
+    log.disabled = True
+    try:
+        yield
+    finally:
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(original)
+        log.disabled = False
+
+
+def _or_its_writer_died(original, self, blocking: bool = False, no_dist: bool = False):
+    """A writer that was killed answers never: its save has ended, with nothing."""
+    while self.cur_item is None and self.process is not None:
+        alive = self.process.is_alive()  # first: what a writer that ended had put is there
+        with contextlib.suppress(queue.Empty):
+            self.cur_item = self._persistent_comp_q.get(timeout=0.1 if blocking else 0.001)
+        if self.cur_item is None and not alive:
+            self.cur_item = -1
+            _forget_writer(self)
+        if not blocking:
+            break
+    return original(self, blocking, no_dist)
+
+
+def _to_a_writer_that_lives(original, self, request) -> None:
+    if self.process is not None and not self.process.is_alive():
+        _forget_writer(self)
+    original(self, request)
+
+
+def _forget_writer(caller: PersistentAsyncCaller) -> None:
+    """The next save gets another."""
+    caller.process = None
+    for name in ("process", "queue", "preload_q", "comp_q"):
+        setattr(PersistentAsyncCaller, f"_persistent_{name}", None)

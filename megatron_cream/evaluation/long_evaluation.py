@@ -1,0 +1,125 @@
+"""What is measured at the target lengths inside a training job, and which of two results is better."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
+from megatron_cream.evaluation.recall import PLACES, Recall, recall, recall_texts
+from megatron_cream.evaluation.tokenizer import ModelTokenizer
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the best checkpoint is picked by.
+
+    name: accuracy, the mean over retrieval tasks and lengths; or perplexity, the geometric mean over lengths.
+    loss: mean over the answers' tokens, then over tasks and lengths; it decides between equal accuracies.
+    """
+
+    name: str
+    value: float
+    loss: float
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.value:.3f}, loss {self.loss:.3f}"
+            if self.name == "accuracy"
+            else (f"perplexity {self.value:.2f}")
+        )
+
+    def better_than(self, other: "Score | None") -> bool:
+        if other is None or not math.isfinite(self.loss):
+            return math.isfinite(self.loss)
+        if self.name == "accuracy":
+            return (self.value, -self.loss) > (other.value, -other.loss)
+        return self.value < other.value
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of each retrieval task and length, and of each length."""
+
+    recalls: dict[str, dict[int, Recall]]
+    perplexity: dict[int, float]
+
+    def score(self, name: str) -> Score:
+        """Args: name: of Score."""
+        if name == "perplexity":
+            loss = _mean([math.log(value) for value in self.perplexity.values()])
+            return Score(name, math.exp(loss), loss)
+        recalls = [value for by_length in self.recalls.values() for value in by_length.values()]
+        return Score(name, _mean([r.accuracy for r in recalls]), _mean([r.loss for r in recalls]))
+
+    def flat(self) -> dict[str, float]:
+        """task/length -> value, and so for what else is measured of a task."""
+        found = {}
+        for task, by_length in self.recalls.items():
+            for length, value in by_length.items():
+                found[f"{task}/{length}"] = value.accuracy
+                found |= {f"{task} tokens/{length}": value.tokens, f"{task} loss/{length}": value.loss}
+        return found | {f"perplexity/{length}": value for length, value in self.perplexity.items()}
+
+    def words(self) -> str:
+        """For a line on the console."""
+        parts = [
+            f"{task} " + ", ".join(f"{length}: {value.accuracy:.2f}" for length, value in by_length.items())
+            for task, by_length in self.recalls.items()
+        ]
+        if self.perplexity:
+            parts.append("perplexity " + ", ".join(f"{n}: {value:.2f}" for n, value in self.perplexity.items()))
+        return " | ".join(parts)
+
+
+class LongEvaluation:
+    """The same prompts and documents at each call.
+
+    Args:
+        tasks: of needle, kv, perplexity.
+        lengths: ascending, in tokens.
+        samples: prompts for each length and depth.
+        held_out: files of `held_out_documents`.
+
+    Raises:
+        UsageError: a length is too short for a task, or no held-out document is long enough.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ModelTokenizer | None,
+        *,
+        tasks: tuple[str, ...],
+        lengths: list[int],
+        samples: int,
+        held_out: list[tuple[str, tuple[float, float]]],
+    ):
+        self._lengths, self._documents = lengths, []
+        self._texts = {
+            task: {length: recall_texts(tokenizer, task, length, samples) for length in lengths}
+            for task in tasks
+            if task != "perplexity"
+        }
+        if "perplexity" in tasks:
+            self._documents = held_out_documents(held_out, lengths[-1], PLACES * samples)
+            if not self._documents:
+                raise UsageError(
+                    f"--long-eval-lengths {lengths[-1]}: no held-out document has as many tokens; give less, longer "
+                    "text, or --long-eval-tasks without perplexity"
+                )
+
+    def __call__(self, model: list[torch.nn.Module]) -> Result:
+        """On every rank: Megatron's model chunks in evaluation mode, without gradients. The same on every rank."""
+        recalls = {
+            task: {length: recall(model, texts, length) for length, texts in by_length.items()}
+            for task, by_length in self._texts.items()
+        }
+        perplexity = {}
+        if self._documents:
+            perplexity = perplexity_by_length(model, self._documents, self._lengths, self._lengths[0] // 2)
+        return Result(recalls, perplexity)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

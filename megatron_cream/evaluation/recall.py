@@ -1,0 +1,76 @@
+"""Retrieval by teacher forcing: prompts of the long-context tasks with their gold answers, and the share recalled."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.task import Example
+from megatron_cream.evaluation.tasks import kv, needle
+from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
+from megatron_cream.evaluation.tokenizer import ModelTokenizer
+
+TASKS = ("needle", "kv")
+PLACES = 5
+"""Depths of the needle, and places of the key, from the start of the context to its end."""
+
+# What stands between a task's prompt and its answer. A key is asked for in quotes, and so answered.
+_LEAD = {"needle": " ", "kv": ' "'}
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Of some prompts.
+
+    accuracy: share of the answers that greedy decoding gives, whole.
+    tokens: share of the answers' tokens that it gives after the right ones before.
+    loss: mean over the answers' tokens.
+    """
+
+    accuracy: float
+    tokens: float
+    loss: float
+
+
+def recall_texts(tokenizer: ModelTokenizer, task: str, length: int, samples: int) -> list[ScoredText]:
+    """PLACES x `samples` prompts with their answers, the same for the same arguments.
+
+    Args:
+        task: of TASKS.
+        length: tokens of each text at most, but for the last one of an answer, which is not read.
+
+    Raises:
+        UsageError: the length is too short for the task.
+    """
+    try:
+        return [_answered(tokenizer, example, _LEAD[task]) for example in _examples(tokenizer, task, length, samples)]
+    except UsageError as error:
+        raise UsageError(f"--long-eval-lengths {length}: {error}") from error
+
+
+def recall(model: list[torch.nn.Module], texts: list[ScoredText], length: int) -> Recall:
+    """See `score_texts` for the arguments; the same on every rank."""
+    nll, count, likeliest = score_texts(model, texts, length).unbind(dim=1)
+    return Recall(
+        accuracy=(likeliest == count).double().mean().item(),
+        tokens=(likeliest.sum() / count.sum()).item(),
+        loss=(nll.sum() / count.sum()).item(),
+    )
+
+
+def _examples(tokenizer: ModelTokenizer, task: str, length: int, samples: int) -> Iterator[Example]:
+    if task == "needle":
+        depths = np.linspace(0, 1, PLACES).tolist()
+        return needle.examples(tokenizer, lengths=[length], depths=depths, per_cell=samples)
+    return kv.examples(tokenizer, keys=(), lengths=[length], per_cell=samples)
+
+
+def _answered(tokenizer: ModelTokenizer, example: Example, lead: str) -> ScoredText:
+    before = tokenizer.prompt(example.prompt + lead)
+    whole = tokenizer.prompt(example.prompt + lead + example.answers[0])
+    # Of the lead a tokenizer may make one token with the answer's first letters: then that is scored too.
+    pairs = enumerate(zip(before, whole, strict=False))
+    first = next((i for i, (one, other) in pairs if one != other), min(len(before), len(whole)))
+    return ScoredText(np.array(whole, dtype=np.int64), first)

@@ -1,0 +1,156 @@
+"""Tokens of long texts scored inside a training job: their losses, and which of them greedy decoding would take.
+
+One forward pass of Megatron's own schedules, so that it runs under any TP x PP x CP x DP, and with no cache of
+keys and values: where each token of an answer is the likeliest after all that stand before it, greedy decoding
+of the prompt gives that answer, token by token. Only the scored tokens go through the output layer: the logits
+of a whole long text would not fit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """tokens: int64 [n].  first: tokens[first:] are scored, each given all before it; 1 to n."""
+
+    tokens: np.ndarray
+    first: int
+
+
+def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: int) -> Tensor:
+    """Sums over the scored tokens of each text, at positions from 0.
+
+    Runs on every rank; texts are shared out over the data-parallel ranks, and padded at their ends.
+
+    Args:
+        model: Megatron's model chunks, in evaluation mode, without gradients.
+        length: tokens that the model reads of each text; a text has length + 1 at most, as its last is not read.
+
+    Returns: float64 [texts, 3] on the CPU, the same on every rank: negative log-likelihood, number of scored
+        tokens, number of those that are the likeliest.
+    """
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    mine = list(range(rank, len(texts), ranks))
+    # The interleaved schedule takes micro-batches in groups of the pipeline's size.
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    padding = -len(mine) % stages if len(model) > 1 else 0
+
+    def batches() -> Iterator[tuple[int, dict[str, Tensor]]]:
+        for i in mine:
+            yield i, batch_of(texts[i], length)
+        for _ in range(padding):
+            yield mine[0], batch_of(ScoredText(texts[mine[0]].tokens, first=len(texts[mine[0]].tokens)), length)
+
+    sums = torch.zeros(len(texts), 3, dtype=torch.float64, device=torch.cuda.current_device())
+    if mine:
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=batches() if len(model) == 1 else [batches() for _ in model],
+            model=model,
+            num_microbatches=len(mine) + padding,
+            seq_length=length,
+            micro_batch_size=1,
+            decoder_seq_length=length,
+            forward_only=True,
+        )
+        # Filled on the last pipeline stage; tensor-parallel ranks hold the same.
+        if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
+            for output in outputs:
+                sums[output["text"]] += output["sums"]
+    torch.distributed.all_reduce(sums)
+    return sums.cpu()
+
+
+def batch_of(text: ScoredText, length: int) -> dict[str, Tensor]:
+    """A batch of one, [1, length] each; the loss mask is 1 where the label is a scored token."""
+    n = len(text.tokens)
+    tokens, labels = np.zeros((2, length), dtype=np.int64)
+    tokens[:n] = text.tokens[:length]
+    labels[: n - 1] = text.tokens[1:]
+    loss_mask = np.zeros(length, dtype=np.float32)
+    loss_mask[text.first - 1 : n - 1] = 1.0
+    arrays = dict(tokens=tokens, labels=labels, loss_mask=loss_mask, position_ids=np.arange(length))
+    return {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
+
+
+def _forward_step(data_iterator: Iterator, model):
+    text, batch = next(data_iterator)
+    batch = {name: tensor.to(torch.cuda.current_device()) for name, tensor in batch.items()}
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        output_processor=partial(_score, real_vocab_size=get_attr_wrapped_model(model, "real_vocab_size")),
+    )
+
+    def collect(scores):
+        losses, likeliest = scores.double()
+        sums = torch.stack([losses.sum(), losses.new_tensor(len(losses)), likeliest.sum()])
+        return losses.sum(), {"text": text, "sums": sums}
+
+    return output, collect
+
+
+def _score(
+    *, hidden_states, output_layer, output_weight, labels, loss_mask, compute_language_model_loss, real_vocab_size, **_
+) -> Tensor:
+    """What GPTModel calls on the last stage in place of its own output: float32 [2, k] of k scored tokens.
+
+    Their losses, and 1 where the token is the likeliest.
+
+    Args:
+        hidden_states: [s, b, h]; under sequence parallelism this rank's part of s.
+        labels, loss_mask: [b, s]; under context parallelism of this rank's part of the text.
+    """
+    sequence_parallel = output_layer.sequence_parallel
+    if sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states)
+    scored_SB = loss_mask.transpose(0, 1).bool()
+    labels_K = labels.transpose(0, 1)[scored_SB]
+    if not len(labels_K):  # none on this context-parallel rank
+        return hidden_states.new_zeros(2, 0, dtype=torch.float32)
+    output_layer.sequence_parallel = False  # what it gathers otherwise is gathered already
+    try:
+        logits, _ = output_layer(hidden_states[scored_SB][:, None], weight=output_weight)  # [k, 1, v / TP]
+    finally:
+        output_layer.sequence_parallel = sequence_parallel
+    likeliest_K = likeliest_tokens(logits[:, 0], real_vocab_size)  # first: the loss may write over the logits
+    losses_K = compute_language_model_loss(labels_K[None], logits)[0]
+    return torch.stack([losses_K.float(), (likeliest_K == labels_K).float()])
+
+
+def likeliest_tokens(logits: Tensor, real_vocab_size: int) -> Tensor:
+    """int64 [k]: the first token of the largest logit, over the tensor-parallel ranks, as `argmax` of whole logits.
+
+    Args:
+        logits: [k, v], this rank's part of the vocabulary.
+        real_vocab_size: ids from here on only pad the vocabulary.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    first = group.rank() * logits.shape[-1]
+    real = logits[:, : max(real_vocab_size - first, 0)]
+    if real.shape[-1]:
+        largest, tokens = real.max(dim=-1)
+        largest, tokens = largest.float(), tokens + first
+    else:
+        largest = torch.full_like(logits[:, 0], float("-inf"), dtype=torch.float32)
+        tokens = torch.full_like(largest, real_vocab_size, dtype=torch.int64)
+    if group.size() > 1:
+        overall = largest.clone()
+        torch.distributed.all_reduce(overall, torch.distributed.ReduceOp.MAX, group=group)
+        tokens[largest != overall] = real_vocab_size
+        torch.distributed.all_reduce(tokens, torch.distributed.ReduceOp.MIN, group=group)
+    return tokens

@@ -1,0 +1,237 @@
+"""What a run will load, looked at before a process group, a GPU or a file of the run's own is touched.
+
+Megatron finds out as it goes: a checkpoint that is cut, of another model, or made to run code ends it in
+tracebacks of all ranks, after the run's folders were made.
+"""
+
+import itertools
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cream.checkpoint import opening, output
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checks import flag
+from megatron_cream.errors import UsageError
+
+# What a checkpoint's weights were trained as, and the rope that they were trained with.
+_SHAPE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "vocab_size", "untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "add_bias_linear", "swiglu",
+    "normalization", "rotary_base",
+)  # fmt: skip
+_SET_BY = {"rope_scaling_config": "rope_scaling_type"}
+
+_agreements = itertools.count()
+_store: torch.distributed.Store | None = None  # lives on: Megatron's own rendezvous is at the same port
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run starts from.
+
+    flag: that names it.
+    folder: of the step.
+    args: the flags that it was saved with.
+    step: None for `mp_rank_XX` files.
+    """
+
+    flag: str
+    folder: Path
+    args: Namespace
+    step: opening.Step | None
+
+
+def own_folder(args: Namespace) -> None:
+    """A --save that holds a checkpoint already: go on from it if torchrun restarted this job, else --load must.
+
+    torchrun starts its ranks again (--max-restarts) with the flags of the first start.
+
+    Raises:
+        UsageError: the run would write over an earlier one's checkpoints.
+    """
+    if args.save is None or args.skip_train or not (Path(args.save) / output.TRACKER).exists():
+        return
+    own = args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.no_save_optim:
+        args.load, args.ckpt_step, args.finetune = args.save, None, False
+        args.no_load_optim = args.no_load_rng = None
+    elif not own:
+        raise UsageError(
+            f"--save {args.save}: holds the checkpoints of an earlier run: add --load {args.save} to go on from "
+            "there, or give another folder"
+        )
+
+
+def source(args: Namespace) -> tuple[str, Path] | None:
+    """(flag, folder of the step) that Megatron will load, or None if it starts from nothing or Hugging Face weights.
+
+    Raises:
+        UsageError: a folder that holds no checkpoint, or not the step that was asked for.
+    """
+    for name in ("load", "pretrained_checkpoint"):
+        if getattr(args, name) is None:
+            continue
+        path, given = Path(getattr(args, name)), flag(name)
+        has_tracker = (path / output.TRACKER).exists()
+        if has_tracker or (name == "load" and args.ckpt_step is not None):
+            step = opening.newest_step(path, given) if has_tracker else None
+            if step == "release" and args.ckpt_step is not None:
+                raise UsageError(f"--ckpt-step {args.ckpt_step}: {given} {path} holds a release, which has no steps")
+            step = step if args.ckpt_step is None else args.ckpt_step
+            return given, opening.step_folder(path, step, given)
+        # `--load` of what `--save` is to make is how a restartable job is written.
+        if name != "load" or args.save is None or path.resolve() != Path(args.save).resolve():
+            why = f"holds no checkpoint: it has no {output.TRACKER}" if path.is_dir() else "no such folder"
+            raise UsageError(f"{given} {path}: {why}")
+    return None
+
+
+def open_checkpoint(args: Namespace) -> Found | None:
+    """What will be loaded, if it is whole and its metadata and flags are plain data. No tensor is read.
+
+    Of a format that this project does not write nothing is known here; None.
+
+    Raises:
+        UsageError: one line that begins with the flag.
+    """
+    found = source(args)
+    if found is None or args.ckpt_format not in ("torch", "torch_dist"):
+        return None
+    given, folder = found
+    if opening.is_classic(folder):
+        layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+        return Found(given, folder, opening.open_classic(folder, given, layout), None)
+    step = opening.open_step(folder, given)
+    return Found(given, folder, step.args, step)
+
+
+def check_model(args: Namespace, found: Found | None) -> None:
+    """Do the flags make the model that was saved? A run that goes on must have its rope scaling too.
+
+    Raises:
+        UsageError: a flag does not.
+    """
+    if found is None:
+        return
+    goes_on = found.flag == "--load" and found.folder.name != "release" and not args.finetune
+    for name in (*_SHAPE, *(["rope_scaling_config"] if goes_on else [])):
+        saved, ours = _value(found.args, name), _value(args, name)
+        if saved != ours and hasattr(found.args, name) and (saved is not None or name == "rope_scaling_config"):
+            raise UsageError(
+                f"{found.flag} {found.folder.parent}: {found.folder.name} was saved with "
+                f"{flag(_SET_BY.get(name, name))} {saved}, and these flags make it {ours}"
+            )
+    if goes_on:
+        _check_schedule(args, found)
+    if found.step and _is_ours(found.args):
+        MegatronCheckpoint(found.folder.parent, _step_of(found.folder), flag=found.flag)
+
+
+def _check_schedule(args: Namespace, found: Found) -> None:
+    """Megatron goes on with the saved schedule of learning rate and weight decay, and fails if told of another."""
+    free = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler or args.no_load_optim
+    saved = None if free or found.step is None else found.step.common.get("opt_param_scheduler")
+    if not isinstance(saved, dict):
+        return
+    ours = {
+        ("max_lr", "lr"): args.lr,
+        ("min_lr", "min_lr"): args.min_lr,
+        ("lr_decay_style", "lr_decay_style"): args.lr_decay_style,
+        ("start_wd", "weight_decay"): args.start_weight_decay,
+        ("end_wd", "weight_decay"): args.end_weight_decay,
+    }
+    if args.train_iters and args.global_batch_size:
+        steps = {"lr_decay_steps": ("lr_decay_iters", args.lr_decay_iters or args.train_iters)}
+        steps["wd_incr_steps"] = ("train_iters", args.train_iters)
+        if args.lr_warmup_fraction is None:
+            steps["lr_warmup_steps"] = ("lr_warmup_iters", args.lr_warmup_iters)
+        ours |= {(key, name): value * args.global_batch_size for key, (name, value) in steps.items()}
+    for (key, name), value in ours.items():
+        if key in saved and saved[key] != value:
+            raise UsageError(
+                f"{found.flag} {found.folder.parent}: {flag(name)}: {found.folder.name} goes on with {key} "
+                f"{saved[key]}, and these flags make it {value}; give what it was trained with, or "
+                "--override-opt-param-scheduler"
+            )
+
+
+def _is_ours(saved: Namespace) -> bool:
+    """Whether a checkpoint has the names and shapes that this project's models have: a Llama's, trained here."""
+    llama = {"swiglu": True, "normalization": "RMSNorm", "add_bias_linear": False}
+    same = all(getattr(saved, name, None) == value for name, value in llama.items())
+    return same and hasattr(saved, "rope_scaling_config")
+
+
+def _step_of(folder: Path) -> int | str:
+    return folder.name if folder.name == "release" else int(folder.name.removeprefix("iter_"))
+
+
+def _value(args: Namespace, name: str) -> Any:
+    if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
+        return getattr(args, "num_attention_heads", None)
+    return getattr(args, name, None)
+
+
+def check_content(args: Namespace, found: Found | None) -> None:
+    """What takes reading: checksums, where there are some, and the pickles of every rank. Each rank reads a share.
+
+    All ranks must call it, and all raise the same.
+
+    Raises:
+        UsageError: one line that names the file.
+    """
+    share = (args.rank, args.world_size)
+
+    def look() -> None:
+        folder = found.folder if found else args.model_folder if args.load_hf else None
+        if found and args.verify_integrity and not (folder / output.MANIFEST).is_file():
+            raise UsageError(f"--verify-integrity: {found.flag} {folder} was saved without {output.MANIFEST}")
+        if folder is not None and (args.checkpoint_checksums or args.verify_integrity):
+            if faults := output.check_manifest(folder, share=share):
+                raise UsageError(faults[0])
+        if found and found.step:
+            opening.check_pickles(found.step, found.flag, keys=found.step.pickled()[share[0] :: share[1]])
+
+    agree(look, *share)
+
+
+def agree(look: Callable[[], None], rank: int, ranks: int) -> None:
+    """Run `look` on every rank; what one of them finds, all raise. Needs no process group.
+
+    Raises:
+        UsageError: that of the first rank whose `look` raised one.
+    """
+    fault = ""
+    try:
+        look()
+    except UsageError as error:
+        fault = str(error)
+    if ranks > 1:
+        store, name = common_store(rank, ranks), f"megatron_cream/look/{next(_agreements)}"
+        store.set(f"{name}/{rank}", fault)
+        found = [store.get(f"{name}/{other}").decode() for other in range(ranks)]
+        store.set(f"{name}/{rank}/heard", "")
+        if rank == 0:  # the store may be in this process, which may be about to end
+            store.wait([f"{name}/{other}/heard" for other in range(ranks)])
+        fault = next(filter(None, found), "")
+    if fault:
+        raise UsageError(fault)
+
+
+def common_store(rank: int, ranks: int) -> torch.distributed.Store | None:
+    """Where the ranks of this start of the job find each other; None for one rank, which has nobody to find.
+
+    torchrun keeps its store when it starts them again (--max-restarts), with the addresses of those that died in it.
+    """
+    global _store
+    if ranks == 1:
+        return None
+    if _store is None:
+        _store, _, _ = next(torch.distributed.rendezvous("env://", rank, ranks))
+    return torch.distributed.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store)

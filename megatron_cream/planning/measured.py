@@ -1,0 +1,81 @@
+"""Predictions beside what was measured: the runs of benchmarks/measured_runs.json."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cream.planning import Run, memory, run_from_flags, step_time
+from megatron_cream.planning.hardware import GIB, GPUS, Cluster
+from megatron_cream.planning.step_time import Speed
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "benchmarks" / "measured_runs.json"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One measured run.
+
+    row: as the file has it. config, flags: what was started; gpus (default: 1) of the kind gpu; engine: fields of
+        `Engine` that no flag sets, for Megatron's own model and this project's earlier kernels;
+        tokens_per_second: of each GPU; peak_gib: of torch's allocator; fits: the constants of `hardware` that
+        it gave; profile: milliseconds of a traced step by kind of kernel.
+    speed, peak_gib: predicted.
+    """
+
+    row: dict
+    speed: Speed
+    peak_gib: float
+
+    @property
+    def memory_error(self) -> float:
+        return self.peak_gib / self.row["peak_gib"] - 1
+
+    @property
+    def time_error(self) -> float:
+        """Of the tokens a second."""
+        return self.speed.tokens_per_second / self.row["tokens_per_second"] - 1
+
+
+def load() -> list[dict]:
+    return json.loads(RUNS.read_text())
+
+
+def run(row: dict) -> Run:
+    """What ran, from its flags."""
+    flagged = run_from_flags(["--config", str(ROOT / row["config"]), *row["flags"]], row.get("gpus", 1))
+    return replace(flagged, engine=replace(flagged.engine, **row.get("engine", {})))
+
+
+def check(row: dict) -> Checked:
+    """Predict a measured run."""
+    ran = run(row)
+    gpu = GPUS[row["gpu"]]
+    cluster = Cluster(gpu=gpu, host=8, inside=gpu.nvlink, between=gpu.network)
+    needed = memory.predict(ran.model, ran.layout, ran.engine)
+    return Checked(row, step_time.predict(ran.model, ran.layout, ran.engine, cluster), needed.allocated / GIB)
+
+
+def print_check(console: Console) -> None:
+    """Every measured run: tokens a second of each GPU and torch's peak, predicted and measured."""
+    table = Table(title="predicted beside measured", title_justify="left")
+    table.add_column("run")
+    for name in ("tokens/s", "measured", "error", "GiB", "measured", "error"):
+        table.add_column(name, justify="right")
+    table.add_column("gave", style="dim")
+    for row in load():
+        found = check(row)
+        time = (
+            f"{found.speed.tokens_per_second:,.0f}", f"{row['tokens_per_second']:,}", f"{found.time_error:+.1%}"
+        )  # fmt: skip
+        space = (
+            f"{found.peak_gib:.1f}", f"{row['peak_gib']:.1f}", f"{found.memory_error:+.1%}"
+        )  # fmt: skip
+        table.add_row(row["what"], *time, *space, row.get("fits", ""))
+    console.print(table)
+    console.print(
+        "gave: the constants of megatron_cream/planning/hardware.py fitted on that run; all others are checks"
+    )

@@ -1,0 +1,109 @@
+"""What the planner says about time: parts of a step, what a run costs, and what it assumed."""
+
+from dataclasses import fields
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cream.planning import Run, communication
+from megatron_cream.planning.hardware import ATTENTION, FP8_PARAMETERS, LINKS, PASSES, PRODUCTS, Cluster
+from megatron_cream.planning.layouts import Plan
+from megatron_cream.planning.report import words
+from megatron_cream.planning.step_time import Speed, Time
+
+REMARKS = {
+    "products": "the linears' matrix products, forward and backward",
+    "attention": "forward and backward",
+    "passes": "norms, residual sums, rotary, SwiGLU, loss, embedding, casts",
+    "recompute": "done again in the backward pass",
+    "tensor": "waiting for tensor-parallel ranks",
+    "context": "waiting for context-parallel ranks",
+    "pipeline": "waiting for activations and gradients between stages",
+    "bubble": "stages waiting at both ends of a step",
+    "data": "waiting for gradients and weights",
+    "optimizer": "AdamW, gradients set to zero",
+    "idle": "waiting for the host",
+}
+
+
+def print_own(console: Console, run: Run, speed: Speed, price: float | None) -> None:
+    """Where a step's time goes in the run's own layout, and what all steps come to."""
+    table = Table(title="a step of this layout", title_justify="left")
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("", style="dim")
+    for field in fields(Time):
+        value = getattr(speed.time, field.name)
+        if value > 0.5e-4:
+            remark = REMARKS[field.name] + _said(run, field.name)
+            table.add_row(field.name, f"{1e3 * value:,.1f}", f"{value / speed.time.step:.1%}", remark)
+    table.add_row("step", f"{1e3 * speed.time.step:,.1f}", "", rates(speed))
+    console.print(table)
+    console.print(cost(run, speed, run.layout.gpus, price), soft_wrap=True, highlight=False)
+
+
+def _said(run: Run, part: str) -> str:
+    """How much the ranks of a part's group exchange in a step, waited for or not."""
+    group = {"tensor": "tp", "context": "cp", "pipeline": "pp", "data": "dp"}.get(part)
+    if group is None:
+        return ""
+    volumes = communication.volumes(run.model, run.layout, run.engine, 0)
+    nbytes = sum(value for (where, _), value in volumes.items() if where == group)
+    return f"; {nbytes / 1e9:,.1f} GB in all"
+
+
+def rates(speed: Speed) -> str:
+    return f"{speed.tokens_per_second:,.0f} tokens/s/GPU, MFU {speed.utilization:.1%}"
+
+
+def cost(run: Run, speed: Speed, gpus: int, price: float | None) -> str:
+    """One line: how long the run's steps take, and what that costs.
+
+    Args:
+        price: of one GPU for an hour, in any currency; None to leave it out.
+    """
+    steps = run.steps or 1000
+    hours = steps * speed.time.step / 3600
+    line = f"{steps:,} steps: {3600 * hours:,.0f} s, {hours:,.1f} hours, {hours * gpus:,.1f} GPU-hours"
+    return line if price is None else f"{line}, {hours * gpus * price:,.2f} at {price:g} a GPU-hour"
+
+
+def print_full(console: Console, run: Run, best: Plan, full: list[Plan], price: float | None) -> None:
+    """Training at the target length, which CREAM avoids, beside the fastest layout of the run itself."""
+    plan = full[0]
+    ratio = plan.speed.time.step / best.speed.time.step
+    flags = f"--position-sampler full --seq-length {plan.layout.seq_length}"
+    console.print(
+        f"as many samples at full length ({flags}): {ratio:,.1f} times as long as layout 1, on the same GPUs\n"
+        f"  {cost(run, plan.speed, plan.layout.gpus, price)}\n"
+        f"  {words(plan.layout)}: {plan.speed.time.step:,.1f} s a step, {rates(plan.speed)}",
+        soft_wrap=True,
+        highlight=False,
+    )  # fmt: skip
+
+
+def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
+    """What the times rest on."""
+    gpu, attention = cluster.gpu, ATTENTION[run.engine.attention]
+    peaks = f"{gpu.bf16 / 1e12:,.0f} TFLOP/s in bf16" + (f", {gpu.fp8 / 1e12:,.0f} in FP8" if gpu.fp8 else "")
+    links = f"{cluster.inside / 1e9:g} GB/s each way between the {cluster.host} GPUs of a host"
+    if run.gpus > cluster.host:
+        links += f", {cluster.between / 1e9:g} GB/s of network for each GPU"
+    lines = [
+        f"{gpu.name}: {peaks}, {gpu.bandwidth / 1e12:g} TB/s ({gpu.source})",
+        f"of these peaks, fitted on one H200 and taken for every GPU: products {PRODUCTS['bf16']:.0%} "
+        f"(FP8 {PRODUCTS['fp8']:.0%}), attention {attention:.0%} at any length, bytes {PASSES:.0%}",
+    ]
+    if run.engine.fp8_parameters:
+        lines.append(
+            f"{1e3 * FP8_PARAMETERS:.0f} ms a step to cast the FP8 parameters of a layer, as in one run on one GPU"
+        )
+    if run.gpus > 1:
+        lines += [
+            f"{links}; {LINKS:.0%} of it in a ring: not measured yet",
+            "what travels beside computation does not slow it; no GPU is slower than another",
+            f"gradients travel in buckets of {communication.BUCKET / 1e6:g} million parameters or more",
+        ]
+    lines.append("not in it: start, data that come late, evaluation, checkpoints")
+    console.print("assumed:\n" + "\n".join(f"- {line}" for line in lines), soft_wrap=True, highlight=False)

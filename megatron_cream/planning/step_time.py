@@ -1,0 +1,242 @@
+"""How long a training step takes: arithmetic over what the GPUs compute, move and send, at rates that were measured.
+
+`predict` adds up the parts of the slowest pipeline stage. Rates, and what they were fitted on, stand in
+`hardware`; benchmarks/measured_runs.json has the runs that it is compared with.
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron_cream.errors import UsageError
+from megatron_cream.planning import Engine, Layout, Model, communication, work
+from megatron_cream.planning.communication import Transfer
+from megatron_cream.planning.hardware import (
+    ATTENTION,
+    FP8_PARAMETERS,
+    IDLE,
+    PASSES,
+    PRODUCTS,
+    Cluster,
+    Gpu,
+)
+from megatron_cream.planning.memory import parameters, stage_layers
+from megatron_cream.progress import flops_per_token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Time:
+    """Seconds of one step, part by part, of the stage that needs most.
+
+    passes: kernels that only move bytes: norms, residual sums, rotary, SwiGLU, loss, embedding, casts to FP8.
+    recompute: the forward pass's parts that are done again.
+    tensor, context, pipeline, data: waiting for these ranks' transfers; what computation hides is not in it.
+    bubble: a stage waits for the others at the beginning and end of a step.
+    optimizer: its update, and setting gradients to zero.
+    idle: the GPU waits for the host.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    passes: float = 0.0
+    recompute: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+    pipeline: float = 0.0
+    bubble: float = 0.0
+    data: float = 0.0
+    optimizer: float = 0.0
+    idle: float = 0.0
+
+    @property
+    def step(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A step's time and what follows from it.
+
+    tokens_per_second: of each GPU.
+    utilization: MFU, model FLOPs (recompute not counted) over the GPU's dense bf16 peak.
+    """
+
+    time: Time
+    tokens_per_second: float
+    utilization: float
+
+
+def predict(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Speed:
+    """Time of a training step.
+
+    Raises:
+        UsageError: the GPU has no FP8.
+    """
+    time = _step(model, layout, engine, cluster)
+    rate = layout.global_batch * layout.seq_length / time.step / layout.gpus
+    flops = flops_per_token(
+        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
+        num_query_groups=model.num_query_groups, kv_channels=model.kv_channels,
+        num_attention_heads=model.num_attention_heads, vocab_size=model.padded_vocab_size,
+        seq_length=layout.seq_length,
+    )  # fmt: skip
+    return Speed(time, rate, rate * flops / cluster.gpu.bf16)
+
+
+def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: bool) -> dict[str, float]:
+    """Of a linear's three products: forward, input (its gradient) and weight (its gradient, added up in float32).
+
+    FLOPs at the rate of large products, and the operands' bytes once.
+    """
+    m, n, k = shape
+    if fp8 and gpu.fp8 is None:
+        raise UsageError(f"--fp8-format: an {gpu.name} has no FP8; leave it out, or choose another --gpu")
+    rate = gpu.fp8 * PRODUCTS["fp8"] if fp8 else (gpu.fp32 if engine.element == 4 else gpu.bf16) * PRODUCTS["bf16"]
+    operand, a = 1 if fp8 else engine.element, engine.element
+    added = 2 * engine.gradient if engine.fused_weight_gradients else 2 * a + 2 * engine.gradient
+    moved = {
+        "forward": operand * (m * k + n * k) + a * m * n,
+        "input": operand * (m * n + n * k) + a * m * k,
+        "weight": operand * (m * n + m * k) + added * n * k,
+    }
+    return {name: 2 * m * n * k / rate + nbytes / (gpu.bandwidth * PASSES) for name, nbytes in moved.items()}
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Seconds of a micro-batch on one stage; parts as `Time` names them."""
+
+    forward: dict[str, float]
+    backward: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+
+def _step(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Time:
+    last = layout.pipeline - 1
+    kinds = [0] + [1] * (last - 1) + [last] * (last > 0)  # those between first and last are alike
+    known = {stage: _micro_batch(model, layout, engine, cluster, stage) for stage in set(kinds)}
+    slowest = max(known, key=lambda stage: known[stage].total)
+    one = known[slowest]
+    parts = {
+        name: layout.micro_batches * (one.forward.get(name, 0.0) + one.backward.get(name, 0.0))
+        for name in one.forward | one.backward
+    }
+    parts["bubble"] = bubble([known[stage].total for stage in kinds], layout.virtual_pipeline)
+    moved = work.step_bytes(model, layout, engine, slowest)
+    through_memory = cluster.gpu.bandwidth * PASSES
+    parts["optimizer"] = (moved["optimizer"] + moved["zero gradients"]) / through_memory
+    parts["passes"] += moved.get("cast to FP8", 0.0) / through_memory
+    if engine.fp8_parameters:
+        parts["optimizer"] += stage_layers(model, layout)[slowest] * FP8_PARAMETERS
+    parts["idle"] = IDLE
+    for transfer in communication.step(model, layout, engine, slowest):
+        name = "data" if transfer.group == "dp" else "tensor" if transfer.group == "tp" else "pipeline"
+        parts[name] = parts.get(name, 0.0) + _waited_in_step(transfer, model, layout, cluster, slowest, one)
+    return Time(**parts)
+
+
+def bubble(stages: list[float], virtual: int) -> float:
+    """How long the slowest stage has nothing to do in a step.
+
+    One micro-batch goes through all stages and back; the others follow at the pace of the slowest one. With
+    interleaved stages each of its ways is shorter by as many chunks as a stage has.
+
+    Args:
+        stages: seconds of a micro-batch on each stage, forward and backward.
+        virtual: chunks of each stage.
+    """
+    return (sum(stages) - max(stages)) / virtual
+
+
+def _waited_in_step(
+    transfer: Transfer, model: Model, layout: Layout, cluster: Cluster, stage: int, one: _MicroBatch
+) -> float:
+    """Gradients hide behind the last micro-batch's backward pass, weights behind the first one's forward pass."""
+    duration = communication.seconds(transfer, layout, cluster)
+    if not transfer.beside:
+        return duration
+    bare = communication.bucket_share(layout, parameters(model, layout, stage)) * duration
+    computed = sum((one.backward if transfer.at == "gradients" else one.forward).values())
+    return max(bare, duration - computed)
+
+
+def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster, stage: int) -> _MicroBatch:
+    layers = stage_layers(model, layout)[stage]
+    one = _layer(model, layout, engine, cluster)
+    forward = {name: layers * value for name, value in one.forward.items()}
+    backward = {name: layers * value for name, value in one.backward.items()}
+    backward["recompute"] += work.repeated_layers(layout, layers) * sum(one.forward.values())
+
+    first, last = stage == 0, stage == layout.pipeline - 1
+    through_memory = cluster.gpu.bandwidth * PASSES
+    moved = work.end_bytes(model, layout, engine, first, last).values()
+    forward["passes"] += sum(ahead for ahead, _ in moved) / through_memory
+    backward["passes"] += sum(back for _, back in moved) / through_memory
+    head = 0.0
+    if last:
+        products = product_seconds(work.head_product(model, layout), engine, cluster.gpu, fp8=False)
+        head = products["input"] + products["weight"]
+        forward["products"] += products["forward"]
+        backward["products"] += head
+    sent = communication.ends_forward(model, layout, engine, first, last)
+    sent_back = communication.ends_backward(model, layout, engine, first, last)
+    forward["tensor"] += _waited(sent, "tp", {}, layout, cluster)
+    backward["tensor"] += _waited(sent_back, "tp", {"head": head}, layout, cluster)
+    if layout.pipeline > 1:
+        transfer = communication.between_stages(model, layout, engine)
+        each = 0.0 if transfer.beside else communication.seconds(transfer, layout, cluster)
+        forward["pipeline"] = backward["pipeline"] = each
+    return _MicroBatch(forward, backward)
+
+
+def _layer(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> _MicroBatch:
+    """One layer's part of a micro-batch, with selective recompute."""
+    gpu, through_memory = cluster.gpu, cluster.gpu.bandwidth * PASSES
+    shapes = work.layer_products(model, layout)
+    products = {at: product_seconds(shape, engine, gpu, engine.fp8) for at, shape in shapes.items()}
+    peak = gpu.fp32 if engine.element == 4 else gpu.bf16
+    attention = work.attention_flops(model, layout) / (peak * ATTENTION[engine.attention])
+    moved = work.layer_bytes(model, layout, engine)
+    sent = communication.layer_forward(model, layout, engine)
+    sent_back = communication.layer_backward(model, layout, engine)
+
+    ahead = {at: each["forward"] for at, each in products.items()}
+    back = {at: each["input"] + each["weight"] for at, each in products.items()}
+    repeated = attention if "core_attn" in layout.recompute_modules else 0.0
+    if "mlp" in layout.recompute_modules:
+        repeated += ahead["fc1"] + ahead["fc2"] + moved["SwiGLU"][0] / through_memory
+        repeated += _waited(communication.of_mlp(sent), "tp", ahead, layout, cluster)
+    forward = {
+        "products": sum(ahead.values()),
+        "attention": attention,
+        "passes": sum(a for a, _ in moved.values()) / through_memory,
+        "tensor": _waited(sent, "tp", ahead, layout, cluster),
+        "context": _waited(sent, "cp", {"attention": attention}, layout, cluster),
+    }
+    backward = {
+        "products": sum(back.values()),
+        "attention": 2 * attention,
+        "passes": sum(b for _, b in moved.values()) / through_memory,
+        "tensor": _waited(sent_back, "tp", back, layout, cluster),
+        "context": _waited(sent_back, "cp", {"attention": 2 * attention}, layout, cluster),
+        "recompute": repeated,
+    }
+    return _MicroBatch(forward, backward)
+
+
+def _waited(
+    transfers: list[Transfer], group: str, computed: dict[str, float], layout: Layout, cluster: Cluster
+) -> float:
+    """Seconds that the transfers of a group take beyond what hides them.
+
+    Args:
+        computed: how long each module computes. Of a linear's backward pass one product hides one transfer: the
+            input's gradient the gathering of the input, the weight's gradient the reduction of the input's.
+    """
+    total = 0.0
+    for transfer in transfers:
+        if transfer.group == group:
+            hidden = computed[transfer.at] / (2 if group == "tp" else 1) if transfer.beside else 0.0
+            total += max(communication.seconds(transfer, layout, cluster) - hidden, 0.0)
+    return total

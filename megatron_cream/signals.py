@@ -1,0 +1,81 @@
+"""SIGTERM and SIGUSR1 end a run at its next step, with a checkpoint; so does the end of its torchrun.
+
+A cluster gives a short time before it takes the machines away. Megatron's handler knows one signal
+(--exit-signal, SIGTERM); Slurm's warning is mostly SIGUSR1. torchrun passes SIGTERM on, and kills what is left 30
+seconds later; of SIGUSR1 it dies, unless it was told to pass that on too (--signals_to_handle).
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+from megatron_cream.checkpoint import saving
+from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.compat import wrap_method
+
+_PR_SET_PDEATHSIG = 1
+_received = 0
+
+
+def install() -> None:
+    """Call before the flags are parsed, when Megatron makes its handler; workers of its data loader get one too."""
+    wrap_method(DistributedSignalHandler, "__enter__", _both_signals)
+    wrap_method(DistributedSignalHandler, "signals_received", _remember)
+
+
+def _both_signals(original, self):
+    entered = original(self)
+
+    def handler(number, _frame):
+        self._signal_received = number  # gathered from all ranks as an integer
+
+    for number in (self.sig, signal.SIGUSR1):
+        signal.signal(number, handler)
+    return entered
+
+
+def _remember(original, self):
+    global _received
+    numbers = original(self)
+    _received = max(numbers)
+    return numbers
+
+
+@contextlib.contextmanager
+def leaving(args: Namespace, say: Callable[[str], None]) -> Iterator[None]:
+    """Around training: what follows from its end, whether it came by itself or by a signal.
+
+    Args:
+        say: prints a line where a person reads, on rank 0.
+
+    Raises:
+        SaveFailed: the last checkpoint could not be written.
+    """
+    global _received
+    _received = 0
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != 1:
+        # A torchrun that died would leave its ranks behind, which know nothing of it.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
+    try:
+        yield
+    except SystemExit as left:
+        saving.check_last()
+        if not left.code and _received and args.rank == 0:
+            say(f"{signal.Signals(_received).name}: {_what_is_saved(args)}")
+        raise
+    saving.check_last()
+
+
+def _what_is_saved(args: Namespace) -> str:
+    if not args.save:
+        return "ended; nothing is saved, as there is no --save"
+    step = (Path(args.save) / TRACKER).read_text()
+    same = args.load and Path(args.load) == Path(args.save)
+    command = "the same command" if same else f"the same command with --load {args.save}"
+    return f"step {step} is saved in {args.save}; {command} goes on from there"

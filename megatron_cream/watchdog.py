@@ -1,0 +1,113 @@
+"""A rank that no longer gets on ends the job, with its stacks: never silently, and never not at all.
+
+A stopped process, a data loader that waits for a dead file system, a collective that one rank never enters: to the
+others all look alike, they wait. NCCL's watchdog and gloo's time-out know collectives only, and say nothing of
+where the rank stands that was waited for.
+"""
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import torch
+
+PATIENCE = 6
+"""How many times longer the start, the first step, and a checkpoint may take."""
+_GRACE = 5.0
+"""Seconds for the other ranks to show their stacks too, before this one's end breaks their connections."""
+
+
+class _Watchdog(threading.Thread):
+    def __init__(self, seconds: float):
+        super().__init__(name="watchdog", daemon=True)
+        self.seconds, self.stepped, self.patient = seconds, False, 0
+        self.last, self.ended = time.monotonic(), threading.Event()
+
+    def limit(self) -> float:
+        return self.seconds if self.stepped and not self.patient else PATIENCE * self.seconds
+
+    def run(self) -> None:
+        while not self.ended.wait(min(1.0, self.seconds / 10)):
+            limit = self.limit()
+            # For a rank whose threads do not get to run: C code that keeps the interpreter's lock.
+            faulthandler.dump_traceback_later(limit + 2 * _GRACE, exit=True)
+            if time.monotonic() - self.last > limit:
+                print(_stacks(limit, self.ident), file=sys.stderr, flush=True)
+                time.sleep(min(_GRACE, self.seconds))
+                os._exit(1)
+        faulthandler.cancel_dump_traceback_later()
+
+
+_watchdog: _Watchdog | None = None
+
+
+@contextlib.contextmanager
+def watching(minutes: float) -> Iterator[None]:
+    """End the process if it is not `alive` for so long while the block runs; 0 watches nothing."""
+    global _watchdog
+    if not minutes:
+        yield
+        return
+    _watchdog = _Watchdog(60 * minutes)
+    _watchdog.start()
+    try:
+        yield
+    finally:
+        _watchdog.ended.set()
+        _watchdog.join()
+        _watchdog = None
+
+
+def alive() -> None:
+    """Something was finished: a step, a batch, a checkpoint."""
+    if _watchdog:
+        _watchdog.last = time.monotonic()
+
+
+def stepped() -> None:
+    """A training step was finished; before the first one kernels are compiled and memory allocated."""
+    if _watchdog:
+        _watchdog.stepped = True
+        alive()
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Around what may take long, and has no steps."""
+    watchdog = _watchdog
+    if watchdog:
+        watchdog.patient += 1
+    alive()
+    try:
+        yield
+    finally:
+        alive()
+        if watchdog:
+            watchdog.patient -= 1
+
+
+def listen(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """For Megatron's `pre_wrap_hooks`: each pass through the model, of training or of an evaluation, is a sign."""
+    for chunk in chunks:
+        chunk.register_forward_pre_hook(lambda *_: alive())
+    return chunks
+
+
+def _stacks(seconds: float, own: int | None) -> str:
+    rank = os.environ.get("RANK", "0")
+    lines = [
+        f"pretrain_cream.py: error: rank {rank} on {socket.gethostname()} finished no step, evaluation batch or "
+        f"checkpoint in {seconds / 60:g} minutes (--timeout-minutes): its stacks follow, and the job ends"
+    ]
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames()
+    for ident in sorted(frames.keys() - {own}, key=lambda ident: ident != threading.main_thread().ident):
+        lines.append(f"thread {names.get(ident, ident)}:")
+        lines += "".join(traceback.format_stack(frames[ident])).splitlines()
+    return "\n".join(f"[rank {rank}] {line}" for line in lines)

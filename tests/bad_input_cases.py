@@ -1,0 +1,320 @@
+"""Bad checkpoints and model folders: what is done to good ones, the command line that meets it, what its line says.
+
+More of Hugging Face folders, for the converter, is in test_convert_faults.py.
+"""
+
+import pickle
+from pathlib import Path
+
+import torch
+
+from tests.bad_inputs import (
+    MODEL,
+    RUN,
+    TRAINER,
+    Malice,
+    also,
+    config,
+    cut,
+    entry,
+    flip,
+    header,
+    malicious_bin,
+    metadata,
+    put,
+    remove,
+    saved,
+    sharded,
+    tensors,
+    without_checksums,
+)
+
+NORM, NORM_KEY = "model.norm.weight", "decoder.final_layernorm.weight"
+STEP = "run/iter_0000002"
+SHARD = f"{STEP}/__0_0.distcp"
+CLASSIC = "classic/release/mp_rank_00/model_optim_rng.pt"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+# What is run on a world, {0}. Trainer: of nothing, going on, from a checkpoint, from Hugging Face weights.
+NEW = (TRAINER, *RUN, "--data-path", "{0}/data", "--save", "{0}/new", "--tensorboard-dir", "{0}/tb")
+NEW_WITHOUT_DATA = (TRAINER, *RUN, "--save", "{0}/new")
+RESUME = (*NEW, "--load", "{0}/run")
+START = (TRAINER, *MODEL, "--data-path", "{0}/data", "--tokenizer-type", "NullTokenizer", "--save", "{0}/new")
+FROM_CKPT, FROM_HF = (*START, "--pretrained-checkpoint", "{0}/ckpt"), (*START, "--load-hf", "{0}/hf")
+FROM_EXPORT, FROM_CLASSIC = (*START, "--load-hf", "{0}/exported"), (*START, "--pretrained-checkpoint", "{0}/classic")
+RECIPE = (TRAINER, "--config", "{0}/recipe.yaml", "--data-path", "{0}/data", "--save", "{0}/new")
+IMPORT = ("tools/convert_hf.py", "import", "--hf-path", "{0}/hf", "--output", "{0}/new")
+EXPORT = ("tools/convert_hf.py", "export", "--checkpoint", "{0}/ckpt", "--hf-path", "{0}/new")
+EXPORT_RUN = ("tools/convert_hf.py", "export", "--checkpoint", "{0}/run", "--hf-path", "{0}/new")
+VERIFY = ("tools/convert_hf.py", "verify", "--checkpoint", "{0}/ckpt", "--hf-path", "{0}/exported")
+PREPARE = (
+    "tools/preprocess_data.py", "--input", "{0}/texts.jsonl", "--output-prefix", "{0}/new",
+    "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "{0}/hf",
+)  # fmt: skip
+KV = ("tools/evaluate.py", "kv", "--keys", "3", "--samples", "1", "--output", "{0}/new", "--model")
+EVALUATE, EVALUATE_CKPT = (*KV, "{0}/hf"), (*KV, "{0}/ckpt")
+PERPLEXITY = (
+    "tools/evaluate.py", "perplexity", "--lengths", "64", "--stride", "32", "--output", "{0}/new", "--model", "{0}/hf",
+    "--dataset", "{0}/texts.jsonl",
+)  # fmt: skip
+PLAN = ("tools/plan.py", "--gpus", "2", *MODEL, "--tokenizer-type", "NullTokenizer", "--data-path", "{0}/data")
+
+
+def evil(w: Path) -> Malice:
+    return Malice(w / "pwned")
+
+
+def state(name: str, value):
+    """An entry's usual list, with something else in its dict."""
+    return lambda w: [{name: value(w)}]
+
+
+def flagged(w: Path):
+    """A common state whose flags hold code."""
+    from argparse import Namespace
+
+    return [{"args": Namespace(num_layers=2, tricks=evil(w)), "iteration": 2}]
+
+
+def placed_at(path: str):
+    """Metadata by which all data lies in this file."""
+
+    def change(w: Path, found) -> None:
+        for info in found.storage_data.values():
+            info.relative_path = path
+
+    return change
+
+
+def without_common_state(w: Path, found) -> None:
+    for index in [index for index in found.storage_data if "common" in index.fqn]:
+        del found.storage_data[index]
+
+
+def own_code(w: Path) -> None:
+    (w / "hf/code.py").write_text(f"open({str(w / 'pwned')!r}, 'w')\nclass C: pass\nclass M: pass\n")
+
+
+# name: (damage, command line, what the line must say)
+CHECKPOINTS = {
+    "metadata runs code": (metadata(STEP, lambda w, m: evil(w)), RESUME, ["--load", "open", "nothing of it was run"]),
+    "metadata's planner data runs code": (
+        metadata(STEP, lambda w, m: setattr(m, "planner_data", evil(w))), RESUME, ["nothing of it was run"],
+    ),
+    "metadata asks for os.system": (
+        put(f"{STEP}/.metadata", b"cposix\nsystem\n(S'touch pwned'\ntR."), RESUME, ["posix.system"],
+    ),
+    "common state runs code": (
+        entry(STEP, "common_state", state("args", evil)), RESUME, ["open", "nothing of it was run"],
+    ),
+    "flags in the common state run code": (entry(STEP, "common_state", flagged), RESUME, ["nothing of it was run"]),
+    "common.pt runs code": (
+        lambda w: (w / STEP / "common.pt").write_bytes(saved({"args": evil(w)})), RESUME, ["nothing of it was run"],
+    ),
+    "random state runs code": (entry(STEP, "rng_state", lambda w: [evil(w)]), RESUME, ["rng_state", "open"]),
+    "rerun state runs code": (
+        entry(STEP, "rerun_state_machine", lambda w: [evil(w)]), RESUME, ["rerun_state_machine", "open"],
+    ),
+    "extra state runs code": (entry(STEP, "decoder", lambda w: [evil(w)]), RESUME, ["_extra_state", "open"]),
+    "a pickle within an extra state runs code": (
+        entry(STEP, "decoder", lambda w: [torch.frombuffer(bytearray(pickle.dumps(evil(w))), dtype=torch.uint8)]),
+        RESUME, ["_extra_state", "open"],
+    ),
+    "extra state of an imported model runs code": (
+        entry("ckpt/release", "decoder", lambda w: [evil(w)]), FROM_CKPT, ["--pretrained-checkpoint", "_extra_state"],
+    ),
+    "a common state for the converter runs code": (
+        entry("ckpt/release", "common_state", lambda w: [evil(w)]), EXPORT, ["--checkpoint", "nothing of it was run"],
+    ),
+    "metadata for the converter runs code": (
+        metadata("ckpt/release", lambda w, m: evil(w)), EXPORT, ["--checkpoint", "nothing of it was run"],
+    ),
+    "metadata for evaluation runs code": (
+        metadata("ckpt/release", lambda w, m: evil(w)), EVALUATE_CKPT, ["--model", "nothing of it was run"],
+    ),
+    "mp_rank file runs code": (
+        lambda w: (w / CLASSIC).write_bytes(saved({"args": evil(w)})),
+        FROM_CLASSIC, ["mp_rank_00/model_optim_rng.pt", "nothing of it was run"],
+    ),
+    "mp_rank file is a bare pickle": (
+        lambda w: (w / CLASSIC).write_bytes(pickle.dumps(evil(w))),
+        FROM_CLASSIC, ["mp_rank_00/model_optim_rng.pt"],
+    ),
+    "mp_rank file cut": (cut(CLASSIC, 700), FROM_CLASSIC, ["mp_rank_00"]),
+    "mp_rank file of another layout": (
+        remove(CLASSIC), FROM_CLASSIC, ["release has no mp_rank_00"],
+    ),
+    "shard missing": (remove(SHARD), RESUME, ["--load", "__0_0.distcp is not there"]),
+    "shard cut": (cut(SHARD, 5000), RESUME, ["__0_0.distcp", "it is cut"]),
+    "shard empty": (put(SHARD, b""), RESUME, ["__0_0.distcp has 0 bytes"]),
+    "a bit of a shard": (flip(SHARD), RESUME, ["__0_0.distcp", "not those that were written"]),
+    "a bit of the other rank's shard": (flip(f"{STEP}/__1_0.distcp", 0.3), RESUME, ["__1_0.distcp", "SHA-256"]),
+    "a bit of the metadata": (flip(f"{STEP}/.metadata", 0.5), RESUME, ["iter_0000002"]),
+    "a bit of an imported shard": (flip("ckpt/release/__0_1.distcp", 0.7), FROM_CKPT, ["__0_1.distcp", "SHA-256"]),
+    "a bit of a shard to export": (flip("ckpt/release/__0_1.distcp", 0.7), EXPORT, ["__0_1.distcp", "SHA-256"]),
+    "a bit of a run's shard to export": (flip(SHARD, 0.2), EXPORT_RUN, ["__0_0.distcp", "SHA-256"]),
+    "a bit of a shard to verify": (flip("ckpt/release/__0_0.distcp"), VERIFY, ["__0_0.distcp", "SHA-256"]),
+    "a bit of an exported shard to verify": (flip("exported/model.safetensors"), VERIFY, ["model.safetensors", "SHA"]),
+    "a bit of a shard to evaluate": (flip("ckpt/release/__0_0.distcp"), EVALUATE_CKPT, ["__0_0.distcp", "SHA-256"]),
+    "a bit of exported weights": (flip("exported/model.safetensors"), FROM_EXPORT, ["model.safetensors", "SHA-256"]),
+    "a bit of exported weights to import": (
+        also(flip("exported/model.safetensors"), remove("hf"), lambda w: (w / "exported").rename(w / "hf")),
+        IMPORT, ["model.safetensors", "SHA-256"],
+    ),
+    "a manifest out of its folder": (
+        put(f"{STEP}/integrity.json", '{"files": {"../../data.bin": "00"}}'), RESUME, ["integrity.json", "../../data"],
+    ),
+    "a manifest that is none": (put(f"{STEP}/integrity.json", "["), RESUME, ["integrity.json", "not a manifest"]),
+    "a manifest of a file that is not there": (
+        put(f"{STEP}/integrity.json", '{"files": {"x.distcp": "00"}}'), RESUME, ["x.distcp: missing"],
+    ),
+    "metadata out of its folder": (
+        metadata(STEP, placed_at("../../data.bin")), RESUME, ["'../../data.bin'", "must be the name of a file"],
+    ),
+    "absolute path in the metadata": (
+        metadata("ckpt/release", placed_at("/etc/passwd")), EXPORT, ["'/etc/passwd'", "must be the name of a file"],
+    ),
+    "no metadata": (remove(f"{STEP}/.metadata"), RESUME, ["it has no .metadata"]),
+    "metadata cut": (without_checksums(cut(f"{STEP}/.metadata", 900)), RESUME, ["iter_0000002 cannot be read"]),
+    "metadata empty": (put(f"{STEP}/.metadata", b""), RESUME, ["iter_0000002 cannot be read"]),
+    "metadata is text": (put(f"{STEP}/.metadata", "hello"), RESUME, ["iter_0000002 cannot be read"]),
+    "no metadata.json": (remove(f"{STEP}/metadata.json"), RESUME, ["it has no metadata.json"]),
+    "metadata.json is none": (put(f"{STEP}/metadata.json", "{"), RESUME, ["iter_0000002 cannot be read"]),
+    "metadata.json of another format": (
+        put(f"{STEP}/metadata.json", '{"sharded_backend": "zarr"}'), RESUME, ["metadata.json", "torch_dist"],
+    ),
+    "no common state": (
+        metadata(STEP, without_common_state), RESUME, ["common state is missing"],
+    ),
+    "common state without flags": (entry(STEP, "common_state", lambda w: [{"args": None}]), RESUME, ["common state"]),
+    "common state is a number": (entry(STEP, "common_state", lambda w: [7]), RESUME, ["common state"]),
+    "tracker empty": (put(f"run/{TRACKER}", ""), RESUME, [TRACKER, "''", "must be a number"]),
+    "tracker is text": (put(f"run/{TRACKER}", "newest"), RESUME, ["'newest'", "must be a number"]),
+    "tracker out of its folder": (put(f"run/{TRACKER}", "../../x"), RESUME, ["'../../x'", "must be a number"]),
+    "tracker huge": (put(f"run/{TRACKER}", "9" * 5000), RESUME, [TRACKER, "must be a number"]),
+    "tracker negative": (put(f"run/{TRACKER}", "-2"), RESUME, ["'-2'", "must be a number"]),
+    "tracker is no text": (put(f"run/{TRACKER}", b"\xff\xfe"), RESUME, [TRACKER, "must be a number"]),
+    "tracker names no folder": (put(f"run/{TRACKER}", "77"), RESUME, ["there is no iter_0000077"]),
+    "tracker missing": (remove(f"run/{TRACKER}"), RESUME, ["--load", f"it has no {TRACKER}"]),
+    "tracker is a folder": (
+        also(remove(f"run/{TRACKER}"), lambda w: (w / "run" / TRACKER).mkdir()), RESUME, [TRACKER],
+    ),
+    "step folder missing": (remove(STEP), RESUME, ["there is no iter_0000002"]),
+    "step that is not there": (also(), (*RESUME, "--ckpt-step", "9"), ["there is no iter_0000009"]),
+    "tracker for export": (put(f"run/{TRACKER}", "1e5"), EXPORT_RUN, ["'1e5'", "must be a number"]),
+    "load is a file": (also(), (*NEW, "--load", "{0}/data.bin"), ["--load", "data.bin: no such folder"]),
+    "pretrained holds none": (also(), (*NEW, "--pretrained-checkpoint", "{0}/hf"), ["holds no checkpoint"]),
+    "more layers": (also(), (*RESUME, "--num-layers", "3"), ["--num-layers 2, and these flags make it 3"]),
+    "wider": (also(), (*RESUME, "--hidden-size", "64"), ["--hidden-size 32", "make it 64"]),
+    "another feed-forward": (also(), (*RESUME, "--ffn-hidden-size", "96"), ["--ffn-hidden-size 88", "make it 96"]),
+    "other query groups": (also(), (*RESUME, "--num-query-groups", "4"), ["--num-query-groups 2", "make it 4"]),
+    "another vocabulary": (also(), (*RESUME, "--vocab-size", "120"), ["--vocab-size 100", "make it 120"]),
+    "norms of queries": (also(), (*RESUME, "--qk-layernorm"), ["--qk-layernorm False", "make it True"]),
+    "another rope": (also(), (*RESUME, "--rotary-base", "5e5"), ["--rotary-base 10000", "make it 500000"]),
+    "another scaling": (also(), (*RESUME, "--rope-scaling-type", "ntk"), ["--rope-scaling-type", "linear", "ntk"]),
+    "another factor": (also(), (*RESUME, "--target-length", "768"), ["--rope-scaling-type", "4.0", "8.0"]),
+    "another learning rate": (also(), (*RESUME, "--lr", "1e-3"), ["--lr", "0.01", "0.001", "--override-opt-param"]),
+    "more steps": (also(), (*RESUME, "--train-iters", "9"), ["16", "72", "--override-opt-param-scheduler"]),
+    "a parameter of another shape": (
+        metadata(STEP, lambda w, m: setattr(m.state_dict_metadata[NORM_KEY], "size", torch.Size([7]))),
+        RESUME, ["--load", NORM_KEY, "[7]"],
+    ),
+    "a parameter missing": (
+        metadata(STEP, lambda w, m: m.state_dict_metadata.pop(NORM_KEY) and None),
+        RESUME, ["--load", NORM_KEY, "is missing"],
+    ),
+    "layers of another import": (also(), (*FROM_CKPT, "--num-layers", "3"), ["--num-layers 3", "has 2"]),
+    "a bit of a classic file": (flip(CLASSIC, 0.5), FROM_CLASSIC, ["mp_rank_00/model_optim_rng.pt", "SHA-256"]),
+    "a step of a release": (also(), (*FROM_CKPT, "--ckpt-step", "7"), ["--ckpt-step 7", "release"]),
+    "Megatron's own check without checksums": (
+        remove(f"{STEP}/integrity.json"), (*RESUME, "--verify-integrity"), ["--verify-integrity", "integrity.json"],
+    ),
+    "hf/config.json of another model": (config("ckpt/hf", vocab_size=9000), EXPORT, ["shape", "its flags make it"]),
+    "export into what is there": (also(), (*EXPORT[:-1], "{0}/hf"), ["holds something already"]),
+}  # fmt: skip
+
+FOLDERS = {
+    "index out of the folder": (sharded({NORM: "../data.bin"}), FROM_HF, ["'../data.bin'", "beside the index"]),
+    "absolute index": (sharded({NORM: "/etc/passwd"}), FROM_HF, ["'/etc/passwd'", "beside the index"]),
+    "index out of the folder, evaluated": (sharded({NORM: "../data.bin"}), EVALUATE, ["'../data.bin'", "beside"]),
+    "index of numbers": (sharded({NORM: 5}), IMPORT, ["5: must be the name of a file"]),
+    "index empty": (sharded({}), IMPORT, ["must have a weight_map"]),
+    "index nested deep": (
+        also(sharded({}), put("hf/model.safetensors.index.json", "[" * 200_000)), IMPORT, ["not an index of shards"],
+    ),
+    "index names no shard": (sharded({NORM: "b.safetensors"}), EVALUATE, ["b.safetensors, which is not there"]),
+    "index of half the tensors": (sharded({NORM: "a.safetensors"}), FROM_HF, ["tensor", "is missing"]),
+    "pickle with code": (malicious_bin, FROM_HF, ["pytorch_model.bin: not a file of tensors"]),
+    "pickle with code to import": (malicious_bin, IMPORT, ["pytorch_model.bin: not a file of tensors"]),
+    "pickle with code to evaluate": (malicious_bin, EVALUATE, ["pytorch_model.bin: not a file of tensors"]),
+    "tensor missing": (tensors(lambda s: s.pop(NORM)), FROM_HF, [f"tensor {NORM} is missing"]),
+    "tensor missing, evaluated": (tensors(lambda s: s.pop(NORM)), EVALUATE, [NORM, "missing"]),
+    "tensor of another shape": (tensors(lambda s: s.update({NORM: torch.ones(3)})), FROM_HF, [NORM, "shape [3]"]),
+    "tensor of whole numbers": (
+        tensors(lambda s: s.update({NORM: s[NORM].to(torch.int32)})), FROM_HF, [NORM, "only float32, bfloat16"],
+    ),
+    "weights cut": (cut("hf/model.safetensors", 1000), FROM_HF, ["model.safetensors: not a file of tensors"]),
+    "weights cut, evaluated": (cut("hf/model.safetensors", 1000), EVALUATE, ["model.safetensors: not a file of"]),
+    "weights empty": (put("hf/model.safetensors", b""), IMPORT, ["model.safetensors: not a file of tensors"]),
+    "header of exabytes": (header(lambda h: 1 << 62), IMPORT, ["model.safetensors: not a file of tensors"]),
+    "header longer than the file": (header(lambda h: 90_000_000), EVALUATE, ["model.safetensors: not a file of"]),
+    "tensors overlap": (
+        header(lambda h: h[NORM].update(data_offsets=[0, h[NORM]["data_offsets"][1] - h[NORM]["data_offsets"][0]])),
+        IMPORT, ["model.safetensors: not a file of tensors"],
+    ),
+    "tensor beyond the file": (
+        header(lambda h: h[NORM].update(data_offsets=[1 << 40, (1 << 40) + 256])), IMPORT, ["not a file of tensors"],
+    ),
+    "config is no JSON": (put("hf/config.json", "{,"), FROM_HF, ["config.json", "not a model's configuration"]),
+    "config is no text": (put("hf/config.json", b"\xff\xfe\x00"), IMPORT, ["config.json", "not a model's"]),
+    "config nested deep": (put("hf/config.json", '{"a":' * 100_000), IMPORT, ["config.json", "not a model's"]),
+    "config is a folder": (
+        also(remove("hf/config.json"), lambda w: (w / "hf/config.json").mkdir()), FROM_HF, ["config.json: not a file"],
+    ),
+    "layers are negative": (config(num_hidden_layers=-2), FROM_HF, ["num_hidden_layers -2", "from 1"]),
+    "layers are text": (config(num_hidden_layers="two"), FROM_HF, ["num_hidden_layers 'two'", "whole number"]),
+    "layers are a fraction": (config(num_hidden_layers=2.5), IMPORT, ["num_hidden_layers 2.5"]),
+    "layers without end": (config(num_hidden_layers=10**12), IMPORT, ["num_hidden_layers 1000000000000"]),
+    "heads are true": (config(num_attention_heads=True), IMPORT, ["num_attention_heads True"]),
+    "width without end": (config(hidden_size=10**15), IMPORT, ["hidden_size 1000000000000000"]),
+    "heads of another width": (config(head_dim=10), IMPORT, ["shape"]),
+    "no epsilon": (config(rms_norm_eps="small"), IMPORT, ["rms_norm_eps 'small'"]),
+    "architectures is a number": (config(architectures=3), IMPORT, ["architectures 3"]),
+    "model type is a list": (config(model_type=["llama"]), FROM_HF, ["model_type ['llama']"]),
+    "another family": (config(model_type="gpt2"), FROM_HF, ["model_type 'gpt2'"]),
+    "unknown rope scaling": (
+        config(rope_parameters=None, rope_scaling={"rope_type": "spiral", "factor": 2.0}), FROM_HF, ["spiral"],
+    ),
+    "rope scaling is text": (config(rope_scaling="linear"), FROM_HF, ["rope_scaling 'linear'"]),
+    "rope factor is negative": (
+        config(rope_parameters={"rope_type": "linear", "factor": -2.0, "rope_theta": 1e4}), FROM_HF, ["factor", "-2.0"],
+    ),
+    "rope theta is text": (
+        config(rope_parameters={"rope_type": "default", "rope_theta": "big"}), IMPORT, ["config.json"],
+    ),
+    "no tokenizer": (
+        also(remove("hf/tokenizer.json"), remove("hf/tokenizer_config.json")), EVALUATE, ["no tokenizer"],
+    ),
+    "tokenizer is no JSON": (put("hf/tokenizer.json", "{"), EVALUATE, ["not a tokenizer that can be read"]),
+    "tokenizer is no JSON, preprocessing": (put("hf/tokenizer.json", "{"), PREPARE, ["--tokenizer-model"]),
+    "tokenizer with code": (
+        also(
+            put("hf/tokenizer_config.json", '{"tokenizer_class": "C", "auto_map": {"AutoTokenizer": ["code.C", ""]}}'),
+            own_code, remove("hf/tokenizer.json"),
+        ),
+        EVALUATE, ["--model"],
+    ),
+    "model with code": (
+        also(
+            config(model_type="mine", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}),
+            own_code,
+        ),
+        EVALUATE, ["--model"],
+    ),
+    "layers without end, evaluated": (config(num_hidden_layers=10**9), EVALUATE, ["num_hidden_layers 1000000000"]),
+    "negative layers, evaluated": (config(num_hidden_layers=-1), EVALUATE, ["num_hidden_layers -1"]),
+    "chat template with a fault": (put("hf/chat_template.jinja", "{% for"), (*EVALUATE, "--chat"), ["chat template"]),
+    "no such folder": (also(), (*START, "--load-hf", "{0}/none"), ["--load-hf", "no such folder"]),
+    "folder is a file": (also(), (*START, "--load-hf", "{0}/data.bin"), ["--load-hf", "no such folder"]),
+    "save into what is there": (also(), (*FROM_HF, "--save-hf", "{0}/exported"), ["--save-hf", "holds something"]),
+}  # fmt: skip

@@ -1,0 +1,188 @@
+"""Bad input, against every command line: one clear line, exit code 2, nothing written, nothing executed.
+
+Each case of bad_input_cases.py and bad_setting_cases.py damages a copy of good files and runs main() in a forked
+process; a few run as real processes.
+"""
+
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+
+from megatron_cream import platform
+
+platform.setup()
+
+from megatron_cream import arguments, compat
+from tests.bad_input_cases import (
+    CHECKPOINTS,
+    FOLDERS,
+    FROM_CKPT,
+    FROM_CLASSIC,
+    FROM_EXPORT,
+    FROM_HF,
+    IMPORT,
+    NEW,
+    PLAN,
+    PREPARE,
+    RECIPE,
+    RESUME,
+    SHARD,
+    START,
+    STEP,
+    VERIFY,
+    evil,
+)
+from tests.bad_inputs import (
+    TOOLS,
+    TRAINER,
+    config,
+    entry,
+    flip,
+    free_port,
+    load,
+    make_world,
+    metadata,
+    put,
+    snapshot,
+    start,
+)
+from tests.bad_setting_cases import DATA, FLAGS, RECIPES, TOOL_CASES
+from tests.launch import ROOT, torchrun
+
+CASES = {
+    **{f"checkpoint: {name}": case for name, case in CHECKPOINTS.items()},
+    **{f"hf: {name}": case for name, case in FOLDERS.items()},
+    **{f"recipe: {name}": (put("recipe.yaml", text), RECIPE, words) for name, (text, words) in RECIPES.items()},
+    **{f"data: {name}": case for name, case in DATA.items()},
+    **TOOL_CASES,
+}
+
+
+@pytest.fixture(scope="module")
+def mains():
+    torch.set_num_threads(1)  # a fork does not inherit the threads of a pool
+    return {name: load(name).main for name in (TRAINER, *TOOLS)}
+
+
+@pytest.fixture(scope="module")
+def good(mains, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "world"
+    folder.mkdir()
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def world(good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(good, tmp_path / "world", symlinks=True)
+
+
+def fails_in_one_line(mains, world: Path, command, words: list[str], ranks: int = 1) -> None:
+    before = snapshot(world.parent)
+    name, *flags = [part.replace("{0}", str(world)) for part in command]
+    ended = start(mains[name], name, *flags, ranks=ranks)()
+    assert not (world / "pwned").exists() and not (world.parent / "pwned").exists(), "code of the input was run"
+    lines = [line for line in ended.error.splitlines() if line.strip()]
+    assert ended.code == 2, ended.error[-3000:]
+    assert len(lines) == 1 and lines[0].startswith(f"{Path(name).name}: error: "), ended.error[-3000:]
+    assert not [word for word in words if word not in lines[0]], lines[0]
+    assert len(lines[0]) < 900, lines[0]
+    assert snapshot(world.parent) == before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_exit_code_2_and_nothing_written(mains, world, case):
+    damage, command, words = CASES[case]
+    damage(world)
+    fails_in_one_line(mains, world, command, words)
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_flags_that_cannot_run(mains, world, case):
+    flags, ranks, words = FLAGS[case]
+    fails_in_one_line(mains, world, (*NEW, *flags.split()), words, ranks)
+
+
+def test_what_is_whole_passes_every_check(mains, world):
+    """The tables above would be green of a project that refused everything."""
+    for command in (RESUME, FROM_CKPT, FROM_EXPORT, FROM_CLASSIC, FROM_HF):
+        flags = [part.replace("{0}", str(world)) for part in command]
+        ended = start(lambda: arguments.parse(flags[1:]) and 7, TRAINER)()
+        assert ended.code == 7, ended.error[-2000:]
+    for command in (IMPORT, VERIFY, PREPARE):
+        flags = [part.replace("{0}", str(world)) for part in command]
+        ended = start(mains[flags[0]], *flags)()
+        assert ended.code == 0, ended.error[-2000:]
+        shutil.rmtree(world / "new", ignore_errors=True)
+
+
+def test_an_older_checkpoint_without_checksums_is_loaded(world):
+    (world / STEP / "integrity.json").unlink()
+    flags = [part.replace("{0}", str(world)) for part in RESUME[1:]]
+    assert start(lambda: arguments.parse(flags) and 7, TRAINER)().code == 7
+
+
+def test_checksums_are_not_looked_at_when_they_are_switched_off(world):
+    flip(SHARD)(world)
+    flags = [part.replace("{0}", str(world)) for part in RESUME[1:]]
+    assert start(lambda: arguments.parse([*flags, "--no-checkpoint-checksums"]) and 7, TRAINER)().code == 7
+
+
+def test_one_rank_finds_it_and_both_end_with_one_line(mains, world):
+    """The damaged shard is in the share of one rank; the other waits for its word."""
+    before = snapshot(world)
+    for shard in ("__0_0", "__1_0"):
+        whole = (world / STEP / f"{shard}.distcp").read_bytes()
+        flip(f"{STEP}/{shard}.distcp")(world)
+        flags, port = [part.replace("{0}", str(world)) for part in RESUME[1:]], free_port()
+        ranks = [start(mains[TRAINER], TRAINER, *flags, rank=rank, ranks=2, port=port) for rank in range(2)]
+        first, second = (wait() for wait in ranks)
+        assert (first.code, second.code) == (2, 2), first.error + second.error
+        assert len(first.error.splitlines()) == 1 and f"{shard}.distcp" in first.error and not second.error
+        (world / STEP / f"{shard}.distcp").write_bytes(whole)
+    assert snapshot(world) == before
+
+
+def test_as_users_run_it(world):
+    """A real process of each command line, and torchrun with two ranks."""
+    config(num_hidden_layers="two")(world)
+    before = snapshot(world)
+    for command in (IMPORT, (*PLAN, "--load-hf", "{0}/hf"), (*START, "--load-hf", "{0}/hf")):
+        flags = [str(ROOT / command[0]), *(part.replace("{0}", str(world)) for part in command[1:])]
+        ended = subprocess.run([sys.executable, *flags], capture_output=True, text=True, cwd=world)
+        assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    ended = torchrun(2, *flags[1:], cwd=world)
+    assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
+    assert ended.stderr.count("num_hidden_layers 'two'") == 1
+    assert snapshot(world) == before
+
+
+def test_readers_hold_when_nobody_looked_before(world):
+    """torch's own reader, as Megatron calls it, runs nothing either."""
+    compat.checkpoints_run_no_code()
+    reader = dcp.FileSystemReader(world / STEP)
+    assert reader.read_metadata().state_dict_metadata
+    entry(STEP, "rng_state", lambda w: [evil(w)])(world)
+    found = dcp.FileSystemReader(world / STEP).read_metadata()
+    key = next(key for key in found.state_dict_metadata if key.startswith("rng_state"))
+    with pytest.raises(BaseException, match="open, which has no place there"):  # torch's is no Exception
+        dcp.load({key: io.BytesIO()}, checkpoint_id=world / STEP, no_dist=True)
+    metadata(STEP, lambda w, m: evil(w))(world)
+    with pytest.raises(Exception, match="nothing of it was run"):
+        dcp.FileSystemReader(world / STEP).read_metadata()
+    assert not (world / "pwned").exists()
+
+
+def test_a_configuration_may_be_edited(world):
+    """Checksums are of the weights; only `verify` wants what came along to be as it was."""
+    config("exported", use_cache=False)(world)
+    (world / "exported" / "tokenizer_config.json").unlink()
+    flags = [part.replace("{0}", str(world)) for part in FROM_EXPORT[1:]]
+    assert start(lambda: arguments.parse(flags) and 7, TRAINER)().code == 7
