@@ -24,12 +24,11 @@ def study():
     sys.path.insert(0, str(STUDY))
     try:
         import corpus
+        import methods
         import recall
         import report
 
-        import runs
-
-        yield SimpleNamespace(corpus=corpus, recall=recall, report=report, runs=runs)
+        yield SimpleNamespace(corpus=corpus, recall=recall, report=report, methods=methods)
     finally:
         sys.path.remove(str(STUDY))
 
@@ -95,15 +94,15 @@ def test_every_run_is_one_that_the_trainer_takes(study, tmp_path):
 
     corpus = study.corpus.prepare(tmp_path / "corpus", length=4096, documents=2, source=ROOT / "megatron_cream")
     samplers = {}
-    for run in [study.runs.base(0), *study.runs.extensions([0], [4, 8, 16])]:
-        flags = study.runs.flags(run, tmp_path, corpus)
+    for run in [study.methods.base(0), *study.methods.extensions([0], [4, 8, 16])]:
+        flags = study.methods.flags(run, tmp_path, corpus)
         if run.method != "base":
             del flags[(place := flags.index("--pretrained-checkpoint")) : place + 2]  # there is none yet
         args = arguments.read(flags)
         samplers[run.name] = arguments.sampler_options(args)
         assert args.global_batch_size % args.micro_batch_size == 0
-        assert samplers[run.name]["target"] == study.runs.WINDOW * run.factor
-    assert len(samplers) == 1 + 3 * len(study.runs.METHODS) + len(study.runs.SIGMAS)
+        assert samplers[run.name]["target"] == study.methods.WINDOW * run.factor
+    assert len(samplers) == 1 + 3 * len(study.methods.METHODS) + len(study.methods.SIGMAS)
     cream = dict(name="cream", window=256, target=2048, sigma=3.0, variant="paper", relativity=0.5)
     assert samplers["cream_s_8_seed_0"] == cream
     assert samplers["cream_no_gaussian_s_8_seed_0"] == cream | {"sigma": 1e6}

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import runs
+import methods
 
 COMPARED = ("pi", "randpos", "pose", "cream", "full")
 ABLATED = ("cream", "cream, released", "cream, no Gaussian", "cream, no continuity", "cream, no relativity")
@@ -32,7 +32,7 @@ class _Results:
     def __init__(self, results: list[dict]):
         self._all = results
         self.factors = sorted({r["factor"] for r in results if r["method"] != "base"})
-        self.methods = [m for m in (*runs.METHODS, *runs.SIGMAS) if any(r["method"] == m for r in results)]
+        self.methods = [m for m in (*methods.METHODS, *methods.SIGMAS) if any(r["method"] == m for r in results)]
 
     def of(self, method: str, factor: int) -> list[dict]:
         return [r for r in self._all if (r["method"], r["factor"]) == (method, factor)]
@@ -53,7 +53,7 @@ def table(results: list[dict]) -> str:
         ["the base", *(_cell(study.over_seeds("base", 1, lambda r: 100 * mean_recall(r, n))) for n in lengths)]
     )
     for factor in study.factors:
-        window, longest = runs.WINDOW, runs.WINDOW * factor
+        window, longest = methods.WINDOW, methods.WINDOW * factor
         head = [f"s = {factor}", f"recall at {longest}", "at the worst depth", f"recall at {window}"]
         head += [f"perplexity at {longest}", f"perplexity at {window}", "GPU seconds"]
         lines += ["", *_row(head), *_row(["---"] * len(head))]
@@ -116,10 +116,10 @@ def _line(panel, xs, means_and_deviations, method: str) -> None:
 
 def _by_depth(study: _Results, path: Path) -> None:
     figure, axes = _plots(2, len(study.factors), 3.2)
-    for row, methods in zip(axes, (COMPARED, ABLATED)):
+    for row, shown in zip(axes, (COMPARED, ABLATED)):
         for panel, factor in zip(row, study.factors):
-            longest = runs.WINDOW * factor
-            for method in methods:
+            longest = methods.WINDOW * factor
+            for method in shown:
                 if found := study.of(method, factor):
                     depths = list(found[0]["recall"][str(longest)])
                     of_depth = lambda d: study.over_seeds(method, factor, lambda r: 100 * r["recall"][str(longest)][d])
@@ -143,7 +143,7 @@ def _by_length(study: _Results, path: Path) -> None:
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(lengths, [str(n) for n in lengths])
-        panel.set_title(f"extended to {runs.WINDOW * factor} (s = {factor})", fontsize=10)
+        panel.set_title(f"extended to {methods.WINDOW * factor} (s = {factor})", fontsize=10)
         panel.set_xlabel("tokens of context")
     axes[0][0].set_ylabel("held-out perplexity")
     axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -162,17 +162,17 @@ def _cost_and_sigma(study: _Results, path: Path) -> None:
             [i + offset for i, _ in bars], [v for _, v in bars], 0.38, color=_COLOURS[method], label=method
         )
         seconds.bar_label(drawn, fmt="%.1f", fontsize=8)
-    seconds.set_xticks(range(len(study.factors)), [f"{runs.WINDOW * s}" for s in study.factors])
+    seconds.set_xticks(range(len(study.factors)), [f"{methods.WINDOW * s}" for s in study.factors])
     seconds.set_xlabel("extended to, tokens")
     seconds.set_title("GPU seconds of an extension", fontsize=10)
     seconds.legend(frameon=False, fontsize=8)
-    sigmas = {"cream": 3.0} | {name: float(flags[1]) for name, flags in runs.SIGMAS.items()}
+    sigmas = {"cream": 3.0} | {name: float(flags[1]) for name, flags in methods.SIGMAS.items()}
     sigmas["cream, no Gaussian"] = 16.0  # where the axis says "none"
     for factor in study.factors:
         found = sorted((sigma, m) for m, sigma in sigmas.items() if study.of(m, factor))
         if len(found) < 3:
             continue
-        longest = runs.WINDOW * factor
+        longest = methods.WINDOW * factor
         pairs = [study.over_seeds(m, factor, lambda r: 100 * mean_recall(r, longest)) for _, m in found]
         spread.errorbar(
             [s for s, _ in found], [m for m, _ in pairs], [d for _, d in pairs], fmt="o-", color="#2a6f97", capsize=3

@@ -21,12 +21,11 @@ from megatron_cream import platform
 
 platform.setup()  # before anything of Megatron is imported
 
+import methods
 import psutil
 import report
 import worker
 from corpus import Corpus, prepare
-
-import runs
 
 LEARNED = 0.95
 """In-window recall below which a base is not extended."""
@@ -35,20 +34,20 @@ LEARNED = 0.95
 def main() -> int:
     flags = _parser().parse_args()
     deadline = time.monotonic() + 60 * flags.minutes
-    longest = runs.WINDOW * max(flags.factors)
+    longest = methods.WINDOW * max(flags.factors)
     corpus = prepare(flags.output / "corpus", length=longest, documents=flags.documents, source=flags.source)
     study = Study(flags, corpus, deadline)
-    bases = [runs.base(seed) for seed in flags.seeds]
+    bases = [methods.base(seed) for seed in flags.seeds]
     if not study.do(bases, flags.jobs):
         return _later()
     for run in bases:
-        mean = report.mean_recall(study.results[run.name], runs.WINDOW)
+        mean = report.mean_recall(study.results[run.name], methods.WINDOW)
         if mean < flags.learned:
             print(
-                f"{run.name}: recall at {runs.WINDOW} tokens is {mean:.3f}, below {flags.learned}: it is not extended"
+                f"{run.name}: recall at {methods.WINDOW} tokens is {mean:.3f}, below {flags.learned}: it is not extended"
             )
             return 1
-    extensions = [run for run in runs.extensions(flags.seeds, flags.factors) if run.method in flags.methods]
+    extensions = [run for run in methods.extensions(flags.seeds, flags.factors) if run.method in flags.methods]
     alone = [run for run in extensions if run.alone]
     done = study.do(alone, 1) and study.do(extensions, flags.jobs)
     report.write(list(study.results.values()), flags.output)
@@ -64,7 +63,7 @@ class Study:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.results = {result["run"]: result for result in map(json.loads, lines)}
 
-    def do(self, wanted: list[runs.Run], jobs: int) -> bool:
+    def do(self, wanted: list[methods.Run], jobs: int) -> bool:
         """Whether all of `wanted` have a result; False where the time is over first."""
         waiting = [run for run in wanted if run.name not in self.results]
         # New processes, as CUDA does not outlive a fork.
@@ -79,10 +78,10 @@ class Study:
                     return False
         return True
 
-    def _how(self, run: runs.Run) -> tuple:
+    def _how(self, run: methods.Run) -> tuple:
         """The rest of the arguments of `worker.do`."""
-        longest = runs.WINDOW * (max(self.flags.factors) if run.method == "base" else run.factor)
-        lengths = [n for i in range(longest.bit_length()) if (n := runs.WINDOW * 2**i) <= longest]
+        longest = methods.WINDOW * (max(self.flags.factors) if run.method == "base" else run.factor)
+        lengths = [n for i in range(longest.bit_length()) if (n := methods.WINDOW * 2**i) <= longest]
         return self.flags.output, self.corpus, lengths, self.flags.samples, self.flags.extra
 
     def _keep(self, result: dict) -> None:
@@ -116,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=10, help="runs at a time on the GPU, but for those that are timed")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--factors", type=int, nargs="+", default=[4, 8, 16])
-    add("--methods", nargs="+", default=[*runs.METHODS, *runs.SIGMAS], choices=[*runs.METHODS, *runs.SIGMAS])
+    add(
+        "--methods", nargs="+", default=[*methods.METHODS, *methods.SIGMAS], choices=[*methods.METHODS, *methods.SIGMAS]
+    )
     add("--samples", type=int, default=32, help="contexts for each length and depth")
     add("--documents", type=int, default=1500, help="documents of each number of pairs")
     add("--learned", type=float, default=LEARNED, help="recall that a base must have to be extended")

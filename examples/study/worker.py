@@ -11,16 +11,15 @@ import statistics
 import sys
 from pathlib import Path
 
+import methods
 import recall
 import torch
 from corpus import Corpus
 
-import runs
-
 DEPTHS = [i / 8 for i in range(9)]
 
 
-def do(run: runs.Run, folder: Path, corpus: Corpus, lengths: list[int], samples: int, extra: list[str]) -> dict:
+def do(run: methods.Run, folder: Path, corpus: Corpus, lengths: list[int], samples: int, extra: list[str]) -> dict:
     """Train, measure recall and perplexity, and delete an extension's checkpoint. Gives what is kept of the run.
 
     Args:
@@ -34,7 +33,7 @@ def do(run: runs.Run, folder: Path, corpus: Corpus, lengths: list[int], samples:
     if run.method != "base":
         shutil.rmtree(saved, ignore_errors=True)
     log = folder / "logs" / f"{run.name}.txt"
-    _train(runs.flags(run, folder, corpus) + extra, log)
+    _train(methods.flags(run, folder, corpus) + extra, log)
     steps = re.findall(r"iteration +(\d+)/ +(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+)", log.read_text())
     if not steps or steps[-1][0] != steps[-1][1]:
         raise RuntimeError(f"{run.name} did not come to its last step: see {log}")
