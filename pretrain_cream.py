@@ -49,6 +49,7 @@ from megatron_cream.evaluation.long_evaluation import LongEvaluation
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
 from megatron_cream.evaluation.tokenizer import TrainingTokenizer
 from megatron_cream.evaluation.watch import Watch, watching
+from megatron_cream.files import append_line
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.optimizer import finite
 
@@ -154,9 +155,12 @@ def train(argv: list[str] | None = None) -> Namespace:
 
         saving.install(say)
         watch = _watch(args, step_line) if args.long_eval_interval else None
-        pretrained.carry(args)
         if args.save and args.rank == 0:
-            record.write(args, sys.argv[1:] if argv is None else argv)
+            try:
+                pretrained.carry(args)
+                record.write(args, sys.argv[1:] if argv is None else argv)
+            except OSError as error:
+                raise UsageError(f"--save {args.save}: {error.strerror or error}") from error
         finite.install(args.nan_policy, lambda norm: _say_not_finite(norm, terminal))
         if args.rank == 0:
             print(f"attention: {AttentionBackend(**args.attention)}", file=terminal, flush=True)
@@ -230,8 +234,7 @@ def _perplexity_at_evaluations(args, terminal):
         progress.log_values({f"perplexity/{n}": value for n, value in result.items()}, iteration)
         if args.save:
             record = dict(iteration=iteration, documents=len(documents), perplexity=result)
-            with open(Path(args.save) / "perplexity_by_length.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(Path(args.save) / "perplexity_by_length.jsonl", json.dumps(record))
 
     return evaluate
 

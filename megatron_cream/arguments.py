@@ -280,6 +280,8 @@ def _parse_flags(argv: list[str] | None) -> Namespace:
         args = parse_args(_add_arguments)
     finally:
         sys.argv = saved
+    if args.recompute_granularity == "none":
+        args.recompute_granularity = args.recompute_method = args.recompute_num_layers = None
     return args
 
 
@@ -298,6 +300,8 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
     # One flag for attention: Megatron's names (all of them Transformer Engine's) and ours.
     attention = find_action(parser, "attention_backend")
     attention.type, attention.choices = str, ATTENTION_BACKENDS
+    # So that the command line can undo a recipe's.
+    find_action(parser, "recompute_granularity").choices = ("full", "selective", "none")
     find_action(parser, "rotary_base").type = float  # an exported ntk scaling is no whole number
     parser.set_defaults(**project_defaults())
     for action in parser._actions:

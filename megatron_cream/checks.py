@@ -192,6 +192,11 @@ def _parallel(args: Namespace) -> None:
         )
     if args.full_validation and not args.multiple_validation_sets:
         raise UsageError("--full-validation: works in megatron-core 0.19 only with --multiple-validation-sets")
+    selective = args.recompute_granularity == "selective"
+    if selective and "layernorm" in (args.recompute_modules or []) and not args.attention["transformer_engine"]:
+        raise UsageError(
+            "--recompute-modules layernorm: works in megatron-core 0.19 only with Transformer Engine's layers"
+        )
     if args.attention["name"] == "local" and cp > 1:
         raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
 

@@ -1,6 +1,7 @@
 """Where a run's words go: all to the terminal, or Megatron's to a file and ours to the terminal; progress bars."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -31,15 +32,30 @@ def divert(mode: str, folder: str | None) -> Iterator[TextIO]:
         Path(folder).mkdir(parents=True, exist_ok=True)
     path = os.devnull if folder is None else Path(folder) / "megatron.log"
     sys.stdout.flush()
-    terminal_fd = os.dup(1)
-    with open(path, "a") as log, open(terminal_fd, "w", buffering=1) as terminal:
+    terminal_fd, stdout = os.dup(1), sys.stdout
+    with _lossy(path) as log, open(terminal_fd, "w", buffering=1) as terminal:
         os.dup2(log.fileno(), 1)
+        sys.stdout = log
         try:
             with _logging_to(logging.StreamHandler(log), _to_terminal()):
                 yield terminal
         finally:
-            sys.stdout.flush()
+            sys.stdout = stdout
             os.dup2(terminal_fd, 1)
+
+
+class _Lossy(io.FileIO):
+    """A full disk costs a log's lines, not the run."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _lossy(path: str | Path) -> TextIO:
+    return io.TextIOWrapper(io.BufferedWriter(_Lossy(path, "a")), encoding="utf-8", line_buffering=True)
 
 
 @contextlib.contextmanager

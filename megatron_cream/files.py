@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,6 +31,15 @@ def check_can_be_made(folder: Path, flag: str) -> None:
         raise UsageError(f"{flag} {folder}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"{flag} {folder}: {there} must not be written into")
+
+
+def append_line(path: Path, text: str) -> None:
+    """A line more in a record that a run can do without: a full disk costs the line, and one of warning."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        print(f"warning: {path}: a line is missing: {error.strerror or error}", file=sys.stderr, flush=True)
 
 
 def read_text(path: Path, what: str, most_bytes: int = _MOST_BYTES) -> str:

@@ -157,7 +157,7 @@ def _check_schedule(args: Namespace, found: Found) -> None:
             raise UsageError(
                 f"{found.flag} {found.folder.parent}: {flag(name)}: {found.folder.name} goes on with {key} "
                 f"{saved[key]}, and these flags make it {value}; give what it was trained with, or "
-                "--override-opt-param-scheduler"
+                "--override-opt-param-scheduler for these flags' schedule, --use-checkpoint-opt-param-scheduler for its"
             )
 
 

@@ -14,11 +14,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 PATIENCE = 6
-"""How many times longer the start, the first step, and a checkpoint may take."""
+"""How many times longer the start and the first step may take: data indexes are built, kernels compiled."""
 _GRACE = 5.0
 """Seconds for the other ranks to show their stacks too, before this one's end breaks their connections."""
 
@@ -26,17 +27,17 @@ _GRACE = 5.0
 class _Watchdog(threading.Thread):
     def __init__(self, seconds: float):
         super().__init__(name="watchdog", daemon=True)
-        self.seconds, self.stepped, self.patient = seconds, False, 0
+        self.seconds, self.stepped, self.folder = seconds, False, None
         self.last, self.ended = time.monotonic(), threading.Event()
 
-    def limit(self) -> float:
-        return self.seconds if self.stepped and not self.patient else PATIENCE * self.seconds
-
     def run(self) -> None:
+        written = 0
         while not self.ended.wait(min(1.0, self.seconds / 10)):
-            limit = self.limit()
-            # For a rank whose threads do not get to run: C code that keeps the interpreter's lock.
+            limit = self.seconds if self.stepped else PATIENCE * self.seconds
+            # For a rank whose threads do not get to run: C code that keeps the interpreter's lock, a dead file system.
             faulthandler.dump_traceback_later(limit + 2 * _GRACE, exit=True)
+            if self.folder is not None and (size := _size(self.folder)) != written:
+                self.last, written = time.monotonic(), size
             if time.monotonic() - self.last > limit:
                 print(_stacks(limit, self.ident), file=sys.stderr, flush=True)
                 time.sleep(min(_GRACE, self.seconds))
@@ -78,18 +79,25 @@ def stepped() -> None:
 
 
 @contextlib.contextmanager
-def patience() -> Iterator[None]:
-    """Around what may take long, and has no steps."""
-    watchdog = _watchdog
-    if watchdog:
-        watchdog.patient += 1
+def saving(folder: Path | None) -> Iterator[None]:
+    """Around a checkpoint, which may take longer than the time-out: as long as it grows, it is a sign."""
     alive()
+    if _watchdog:
+        _watchdog.folder = folder
     try:
         yield
     finally:
+        if _watchdog:
+            _watchdog.folder = None
         alive()
-        if watchdog:
-            watchdog.patient -= 1
+
+
+def _size(folder: Path) -> int:
+    """Of the files in it, in bytes; 0 of one that is not there."""
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    except OSError:
+        return 0
 
 
 def listen(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -48,6 +48,14 @@ def test_command_line_wins_over_recipe_over_defaults(monkeypatch, tmp_path, data
     assert args.adam_beta2 == 0.999  # Megatron
 
 
+def test_command_line_undoes_a_recipes_recompute(monkeypatch, tmp_path, data):
+    recipe = GOOD | {"data_path": data, "recompute_granularity": "full"}
+    recipe |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    assert read(monkeypatch, tmp_path, recipe).recompute_method == "uniform"
+    args = read(monkeypatch, tmp_path, recipe, "--recompute-granularity", "none")
+    assert (args.recompute_granularity, args.recompute_method, args.recompute_num_layers) == (None, None, None)
+
+
 def test_recipe_values_are_parsed_as_the_command_line_would(tmp_path):
     path = tmp_path / "r.yaml"
     # PyYAML reads 1e-5 as text; a dash or an underscore, a flag's name or its variable's, are the same.
@@ -120,6 +128,12 @@ BAD = [
     ({"attention_backend": "magic"}, 1, ["attention_backend", "magic", "sdpa"]),
     ({"context_parallel_size": 2, "attention_backend": "local"}, 2, ["--context-parallel-size 2", "local"]),
     ({"full_validation": True}, 1, ["--full-validation", "--multiple-validation-sets"]),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]},
+        1,
+        ["--recompute-modules layernorm", "only with Transformer Engine"],
+    ),
+    ({"async_save": True, "async_strategy": "nvrx"}, 1, ["--async-strategy nvrx", "use mcore"]),
     ({"data_path": None}, 1, ["--data-path is missing"]),
     ({"data_path": "no/such/prefix"}, 1, ["--data-path no/such/prefix", "no/such/prefix.bin"]),
     ({"seq_length": 1024, "target_length": 1024}, 1, ["--data-path", "none of its 60 documents has 1024 tokens"]),

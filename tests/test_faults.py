@@ -1,14 +1,19 @@
 """Faults, as far as the test suite has time for; tests/faults/ has the long ones."""
 
+import resource
 import signal
 import time
+from argparse import Namespace
 
+import psutil
 import pytest
+import yaml
 from megatron.training import checkpointing
 
-from megatron_cream import compat
-from tests.faults.kill import kill, launch, newest, wait_for, writing
-from tests.launch import write_documents
+from megatron_cream import compat, loading
+from megatron_cream.errors import UsageError
+from tests.faults.kill import kill, kill_under_torchrun, launch, newest, ranks, wait_for, writing
+from tests.launch import ROOT, write_documents
 
 
 def test_killed_runs_end_as_one_left_alone(tmp_path):
@@ -17,17 +22,93 @@ def test_killed_runs_end_as_one_left_alone(tmp_path):
     assert sum(met.values()) == 4
 
 
-def test_sigterm_saves_and_exits(tmp_path):
-    """What a cluster sends before it takes the machines: to the launcher, which passes it on."""
+def test_torchrun_restarts_killed_ranks(tmp_path):
+    """--max-restarts, --save and no --load: on from the newest checkpoint, to the same bits."""
+    kill_under_torchrun(tmp_path, kills=2, seed=1, steps=16)
+
+
+@pytest.mark.parametrize(
+    "number, to, code", [("SIGTERM", "torchrun", 1), ("SIGUSR1", "torchrun", -10), ("SIGUSR1", 1, 0)]
+)
+def test_a_signal_saves_and_exits(tmp_path, number, to, code):
+    """What a cluster sends before it takes the machines: to the launcher, or to one rank of two."""
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
     process = launch(documents, save, 100_000, tmp_path / "log")
     wait_for(lambda: newest(save) >= 2, process)
+    running = ranks(process)
     sent = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
+    (process if to == "torchrun" else running[to]).send_signal(getattr(signal, number))
+    assert process.wait(timeout=60) == code
+    gone, left = psutil.wait_procs(running, timeout=30)
     log = (tmp_path / "log").read_text()
-    assert "exiting program after receiving sigterm" in log.lower(), log[-3000:]
-    assert not writing(save, newest(save)) and time.monotonic() - sent < 60
+    assert not left and time.monotonic() - sent < 30
+    said = f"{number}: step {newest(save)} is saved in {save}; the same command goes on from there"
+    assert said in log, log[-3000:]
+    assert not writing(save, newest(save))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_rank_that_cannot_write_costs_no_more_than_that_checkpoint(tmp_path, asynchronous):
+    """One rank of two meets its limit on files' sizes: both go on, the checkpoint before stays, and a line says it.
+
+    With the limit gone again the run ends well; with it still there, not.
+    """
+    documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
+    flags = ["--save", save, "--load", save, "--save-interval", 2, "--deterministic"]
+    flags += ["--async-save"] if asynchronous else []
+    log = tmp_path / "log"
+    process = launch(documents, save, 60, log, flags=flags)
+    wait_for(lambda: newest(save) >= 2, process)
+    for victim in (ranks(process)[1], *ranks(process)[1].children(recursive=True)):
+        # Above the log's size, which this rank writes to as well; below its shard's.
+        victim.rlimit(psutil.RLIMIT_FSIZE, (250_000, resource.RLIM_INFINITY))
+    wait_for(lambda: log.read_text().count("File too large (rank 1)") >= 2, process)
+    before = newest(save)
+    assert f"File too large (rank 1); the newest checkpoint is that of step {before}" in log.read_text()
+    if not asynchronous:
+        ranks(process)[1].rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    code, words = process.wait(timeout=120), log.read_text()
+    whole = {path.name for path in save.glob("iter_*")}
+    assert f"iter_{before + 2:07d}" not in whole, "the half-written folder is gone"
+    if asynchronous:
+        assert code == 1 and "error: the last checkpoint is missing: step 60" in words
+        assert newest(save) == before and "step 60/60" in words
+    else:
+        assert code == 0 and newest(save) == 60, words[-3000:]
+    settings = yaml.safe_load(next((save / "runs").glob("*.yaml")).read_text())
+    assert settings["environment"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # --deterministic
+
+
+def test_a_rank_that_hangs_ends_the_job_with_all_stacks(tmp_path):
+    documents = write_documents(tmp_path / "documents", documents=20)
+    script = (ROOT / "tests" / "faults" / "stuck.py", 1, 3)
+    process = launch(documents, tmp_path, 100, tmp_path / "log", flags=["--timeout-minutes", 0.1], script=script)
+    assert process.wait(timeout=120) == 1
+    log = (tmp_path / "log").read_text()
+    for rank, place in enumerate(["work.wait()", "stuck_data_loader"]):
+        said = [line for line in log.splitlines() if line.startswith(f"[rank {rank}] ")]
+        assert "finished no step, evaluation batch or checkpoint in 0.1 minutes (--timeout-minutes)" in said[0]
+        assert any(place in line for line in said), said
+    assert "step 3/100" in log and "step 4/100" not in log
+
+
+def test_an_earlier_runs_folder_is_not_written_over(tmp_path, monkeypatch):
+    """Unless torchrun started the ranks again: then the folder is this job's own."""
+
+    def flags(**given):
+        none = dict(load=None, skip_train=False, no_save_optim=None, ckpt_step=None, finetune=False)
+        return Namespace(**none | dict(save=str(tmp_path), no_load_optim=None, no_load_rng=None) | given)
+
+    loading.own_folder(flags())
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    for load in (None, "elsewhere"):
+        with pytest.raises(UsageError, match=f"--save {tmp_path}: holds .* add --load {tmp_path}"):
+            loading.own_folder(flags(load=load))
+    loading.own_folder(flags(load=str(tmp_path)))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    args = flags(load="elsewhere", finetune=True, no_load_optim=True)
+    loading.own_folder(args)
+    assert (args.load, args.finetune, args.no_load_optim) == (str(tmp_path), False, None)
 
 
 def test_the_tracker_is_never_half_written(tmp_path):

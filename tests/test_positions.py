@@ -228,7 +228,7 @@ def test_epochs():
         (dict(relativity="1"), ["relativity 1", "share"]),
         (dict(variant="draft"), ["variant draft", "paper, released"]),
         (dict(name="pose", sigma=3.0), ["sigma", "pose"]),
-        (dict(gap=3), ["gap", "cream", "sigma, variant, relativity"]),
+        (dict(gap=3), ["gap", "cream", "relativity, sigma, variant"]),
     ],
     ids=str,
 )

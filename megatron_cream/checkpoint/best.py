@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.checkpoint import saving
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.errors import UsageError
@@ -80,7 +81,14 @@ class BestCheckpoint:
             yield
         finally:
             checkpointing.get_args = get_args
+        self._before = (self.step, self.score)
         self.step, self.score, self._writing = step, score, step
+        self.undo_failed()
+
+    def undo_failed(self) -> None:
+        """Of a save that turned out to have failed: the earlier one is still the best. On every rank."""
+        if self._writing is not None and saving.failed(str(self.folder)):
+            (self.step, self.score), self._writing = self._before, None
 
     def settle(self) -> None:
         """Remove the earlier checkpoint once the new one is whole; on one rank, any number of times."""

@@ -7,10 +7,11 @@ its error until all have come to where they can agree, and only then does the tr
 
 import contextlib
 import functools
-import logging
+import io
 import os
 import queue
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class _Saves:
     failed: folder of checkpoints -> why its newest save failed.
     left: half-written folders that could not be removed.
     held: this rank's error in the save that goes on, until all ranks agree.
-    step: of that save.
+    step, folder: of that save.
     agreed: on this save, all ranks have, that all is written but the tracker.
     """
 
@@ -50,6 +51,7 @@ class _Saves:
     left: set[Path] = field(default_factory=set)
     held: str = ""
     step: int = 0
+    folder: Path | None = None
     agreed: bool = False
 
 
@@ -100,8 +102,9 @@ def _save(original, iteration, *args, **kwargs):
         return original(iteration, *args, **kwargs)
     if _whole(settings, iteration):
         return None  # a finished run that was started again would write over its last checkpoint
-    folder, _saves.step, _saves.agreed = _step_folder(settings.save, iteration), iteration, False
-    with watchdog.patience():
+    folder = _step_folder(settings.save, iteration)
+    _saves.step, _saves.folder, _saves.agreed = iteration, folder, False
+    with watchdog.saving(folder):
         why = _agree(_make_room(folder) if settings.rank == 0 else "") or _agree(_try_to_write(folder, settings.rank))
         if not why:
             try:
@@ -204,7 +207,7 @@ def _schedule(original, request):
 
 
 def _finalize(original, *args, **kwargs):
-    with watchdog.patience() if kwargs.get("blocking") else contextlib.nullcontext():
+    with watchdog.saving(_saves.folder) if kwargs.get("blocking") else contextlib.nullcontext():
         return original(*args, **kwargs)
 
 
@@ -289,22 +292,44 @@ def _write(write: Callable, rank: int, buckets: list, results) -> None:
 
 @contextlib.contextmanager
 def _remembering(errors: list[Exception]) -> Iterator[None]:
-    original = FileSystemWriterAsync.write_preloaded_data
+    """Each failed write goes into `errors`, and torch does not see it.
+
+    It would raise while it holds the buffer of a BytesIO, in a cycle of references on whose collection CPython
+    3.12.1 has crashed.
+    """
+    module, original = sys.modules[FileSystemWriterAsync.__module__], FileSystemWriterAsync.write_preloaded_data
 
     def write(*args, **kwargs):
         written = original(*args, **kwargs)
-        if isinstance(written[1], Exception):
+        if isinstance(written[1], Exception):  # of the flush that ends a file
             errors.append(written[1])
         return written
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
-    log = logging.getLogger(FileSystemWriterAsync.__module__)  # which would say in four lines what is said in one
-    log.disabled = True
+    module.open = lambda path, mode: io.BufferedWriter(_Shard(path, mode, errors))
+    module.logger.disabled = True  # it would say in four lines what is said in one
     try:
         yield
     finally:
         FileSystemWriterAsync.write_preloaded_data = staticmethod(original)
-        log.disabled = False
+        del module.open
+        module.logger.disabled = False
+
+
+class _Shard(io.FileIO):
+    """A file that takes everything once a write has failed."""
+
+    def __init__(self, path: str, mode: str, errors: list[Exception]):
+        super().__init__(path, mode)
+        self._errors = errors
+
+    def write(self, data) -> int:
+        if not self._errors:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self._errors.append(error)
+        return len(data)
 
 
 def _or_its_writer_died(original, self, blocking: bool = False, no_dist: bool = False):

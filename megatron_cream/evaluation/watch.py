@@ -13,6 +13,7 @@ import torch
 
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.evaluation.long_evaluation import LongEvaluation, Result, Score
+from megatron_cream.files import append_line
 from megatron_cream.progress import StepLine, log_values
 
 RECORD = "long_evaluation.jsonl"
@@ -82,12 +83,14 @@ class Watch:
         score = result.score(self._score) if self._score else None
         verdict, better = "", False
         if keep:
+            self.best.undo_failed()
             best = Score(**self.best.score) if self.best.score else None
             known = f"{best} at step {self.best.step}" if best else "none"
             # A step that is kept already would be written over.
             better = _as_rank_0(step != self.best.step and score.better_than(best))
             if better:
                 keep(score)
+                better = self.best.step == step
             verdict = f": kept in {self.best.folder} (best before: {known})" if better else f" (best: {known})"
         seconds = time.perf_counter() - began
         self._spent += seconds
@@ -120,8 +123,7 @@ class Watch:
         line |= {task: {n: asdict(value) for n, value in of.items()} for task, of in result.recalls.items()}
         line |= {"perplexity": result.perplexity} if result.perplexity else {}
         line |= {"score": asdict(score), "best": better} if score else {}
-        with open(self._folder / RECORD, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self._folder / RECORD, json.dumps(line))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ which is kept as the one to compare with.
 
 import functools
 import importlib.util
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,11 @@ def flash_attention_is_deterministic() -> bool:
 
     flash-attn 2 can; 4 (4.0.0b36) on Hopper and on the Blackwells of data centres, not on Ampere or SM 12.
     """
-    return importlib.util.find_spec("flash_attn.cute") is None or torch.cuda.get_device_capability()[0] in (9, 10, 11)
+    return not _has_flash_attention_4() or torch.cuda.get_device_capability()[0] in (9, 10, 11)
+
+
+def _has_flash_attention_4() -> bool:
+    return flash_attention_function() is not None and "flash_attn.cute" in sys.modules
 
 
 def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic: bool = False) -> AttentionBackend:
@@ -115,6 +120,8 @@ def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic:
             "te": "Transformer Engine is installed",
             "sdpa": "neither Transformer Engine nor flash-attn is installed" if has_cuda else "no CUDA device",
         }[name]
+        if installed and half and not flash:
+            reason = "flash-attn has no deterministic backward on this GPU"
     if name in ("fused", "unfused"):
         return AttentionBackend("te", True, name, reason)
     # Transformer Engine 2.20 leaves the causal mask out when it picks flash-attn 4 by itself

@@ -1,11 +1,11 @@
 """Kill a training again and again, start it again each time, and compare its end with a run that was left alone.
 
-    python tests/faults/kill.py FOLDER [--kills 30] [--seed 0] [--steps 40]
+    python tests/faults/kill.py FOLDER [--kills 30] [--seed 0] [--steps 40] [--torchrun]
 
 Two ranks over gloo, data parallel, distributed optimizer, a checkpoint every second step. Each kill is a SIGKILL of
 one rank, or of the launcher and all its ranks, at a random moment: some time after the start, or while a
 checkpoint is being written. At the end every tensor of the two runs' last checkpoints, weights and optimizer,
-must have the same bits.
+must have the same bits. With --torchrun the ranks are started again by `torchrun --max-restarts`, and without --load.
 """
 
 import argparse
@@ -41,9 +41,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--torchrun", action="store_true")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    kill(args.folder, kills=args.kills, seed=args.seed, steps=args.steps)
+    how = kill_under_torchrun if args.torchrun else kill
+    how(args.folder, kills=args.kills, seed=args.seed, steps=args.steps)
     return 0
 
 
@@ -102,11 +104,44 @@ def kill(folder: Path, *, kills: int, seed: int, steps: int) -> dict[str, int]:
     return met
 
 
-def launch(documents: Path, save: Path, steps: int, log: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += [ROOT / "pretrain_cream.py", *TINY, "--fp32", "--data-path", documents, "--split", "90,10,0"]
+def kill_under_torchrun(folder: Path, *, kills: int, seed: int, steps: int) -> None:
+    """One launch in which ranks are killed after some new checkpoint each, and torchrun starts all of them again.
+
+    Raises:
+        AssertionError: the launch did not come to its end, or that is not the end of one left alone.
+    """
+    rng = random.Random(seed)
+    documents = write_documents(folder / "documents", documents=20)
+    alone, killed, log = folder / "alone", folder / "killed", folder / "killed.log"
+    process = launch(documents, alone, steps, folder / "alone.log")
+    assert process.wait() == 0, (folder / "alone.log").read_text()[-3000:]
+    flags = ["--save", killed, "--save-interval", 2]
+    process = launch(documents, killed, steps, log, f"--max-restarts={kills}", flags=flags)
+    for i in range(kills):
+        before = newest(killed)
+        most = max(before + 1, steps - 2 * (kills - i))
+        wait_for(lambda: newest(killed) >= min(most, before + 2), process)
+        time.sleep(rng.uniform(0, 0.3))
+        running = ranks(process)
+        rng.choice(running).send_signal(signal.SIGKILL)
+        print(f"{i}: killed after {newest(killed)} (was {before})", flush=True)
+        psutil.wait_procs(running, timeout=60)
+    assert process.wait() == 0, log.read_text()[-3000:]
+    starts = list((killed / "runs").iterdir())
+    assert len(starts) == kills + 1, starts
+    compare(alone, killed, steps)
+    print(f"bit-equal after {kills} kills")
+
+
+def launch(
+    documents: Path, save: Path, steps: int, log: Path, *options, flags: list | None = None,
+    script: tuple = (ROOT / "pretrain_cream.py",),
+) -> subprocess.Popen:  # fmt: skip
+    """Two ranks; `options` are torchrun's, `flags` stand in for --save and --load."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *options]
+    command += [*script, *TINY, "--fp32", "--data-path", documents, "--split", "90,10,0"]
     command += ["--use-distributed-optimizer", "--train-iters", steps, "--lr-decay-iters", steps]
-    command += ["--save", save, "--load", save, "--save-interval", 2]
+    command += ["--save", save, "--load", save, "--save-interval", 2] if flags is None else flags
     with open(log, "w") as out:
         return subprocess.Popen(
             list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
