@@ -29,6 +29,8 @@ UNSUPPORTED = {
     "yaml_cfg": "--config",
     "sft": "tools/preprocess_data.py and --data-path",
     "mock_data": "--embedded-data",
+    "inprocess_restart": "torchrun --max-restarts",
+    "enable_ft_package": "--timeout-minutes and torchrun --max-restarts",
     "trust_remote_code": "a tokenizer that brings no code of its own",
 }
 

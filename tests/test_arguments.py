@@ -133,6 +133,7 @@ BAD = [
         1,
         ["--recompute-modules layernorm", "only with Transformer Engine"],
     ),
+    ({"inprocess_restart": True}, 1, ["--inprocess-restart", "torchrun --max-restarts"]),
     ({"async_save": True, "async_strategy": "nvrx"}, 1, ["--async-strategy nvrx", "use mcore"]),
     ({"data_path": None}, 1, ["--data-path is missing"]),
     ({"data_path": "no/such/prefix"}, 1, ["--data-path no/such/prefix", "no/such/prefix.bin"]),
