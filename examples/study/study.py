@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,6 +24,7 @@ platform.setup()  # before anything of Megatron is imported
 import methods
 import psutil
 import report
+import torch
 import worker
 from corpus import Corpus, prepare
 
@@ -37,9 +38,19 @@ def main() -> int:
     longest = methods.WINDOW * max(flags.factors)
     corpus = prepare(flags.output / "corpus", length=longest, documents=flags.documents, source=flags.source)
     study = Study(flags, corpus, deadline)
+    try:
+        return _study(study)
+    finally:
+        study.close()
+
+
+def _study(study: "Study") -> int:
+    flags = study.flags
     bases = [methods.base(seed) for seed in flags.seeds]
-    if not study.do(bases, flags.jobs):
+    if not study.do(bases):
         return _later()
+    if study.failed:
+        return 1
     for run in bases:
         mean = report.mean_recall(study.results[run.name], methods.WINDOW)
         if mean < flags.learned:
@@ -48,10 +59,9 @@ def main() -> int:
             )
             return 1
     extensions = [run for run in methods.extensions(flags.seeds, flags.factors) if run.method in flags.methods]
-    alone = [run for run in extensions if run.alone]
-    done = study.do(alone, 1) and study.do(extensions, flags.jobs)
+    done = study.do(extensions)
     report.write(list(study.results.values()), flags.output)
-    return 0 if done else _later()
+    return 1 if study.failed else 0 if done else _later()
 
 
 class Study:
@@ -62,21 +72,48 @@ class Study:
         self.file = flags.output / "results.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.results = {result["run"]: result for result in map(json.loads, lines)}
+        self.failed: list[str] = []
+        # Processes that live as long as the study, as Megatron's imports take longer than an extension; new ones,
+        # as CUDA does not outlive a fork.
+        self.pools = {
+            gpu: ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) for gpu in range(flags.gpus)
+        }
 
-    def do(self, wanted: list[methods.Run], jobs: int) -> bool:
-        """Whether all of `wanted` have a result; False where the time is over first."""
+    def do(self, wanted: list[methods.Run]) -> bool:
+        """Whether all of `wanted` have a result or failed; False where the time is over first."""
         waiting = [run for run in wanted if run.name not in self.results]
-        # New processes, as CUDA does not outlive a fork.
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            under_way = {pool.submit(worker.do, run, *self._how(run)) for run in waiting}
-            while under_way:
-                done, under_way = wait(under_way, self.deadline - time.monotonic(), FIRST_COMPLETED)
-                for future in done:
+        going: dict[Future, tuple[methods.Run, int]] = {}
+        while waiting or going:
+            while (choice := self._next(waiting, list(going.values()))) is not None:
+                run, gpu = choice
+                waiting.remove(run)
+                going[self.pools[gpu].submit(worker.do, run, gpu, *self._how(run))] = choice
+            done, _ = wait(going, max(self.deadline - time.monotonic(), 0), FIRST_COMPLETED)
+            for future in done:
+                run, _ = going.pop(future)
+                try:
                     self._keep(future.result())
-                if not done:
-                    _stop(pool)
-                    return False
+                except RuntimeError as error:
+                    self.failed.append(run.name)
+                    print(f"{run.name}: failed: {error}", flush=True)
+            if not done:
+                return False
         return True
+
+    def _next(self, waiting: list[methods.Run], going: list[tuple[methods.Run, int]]) -> tuple[methods.Run, int] | None:
+        """A run that can start now, and the GPU for it: the emptiest.
+
+        The timed ones have the first GPU to themselves, and go first there.
+        """
+        timed, others = ([run for run in waiting if run.alone is alone] for alone in (True, False))
+        there = {gpu: [run for run, on in going if on == gpu] for gpu in self.pools}
+        for gpu in sorted(self.pools, key=lambda gpu: len(there[gpu])):
+            if gpu == 0 and (timed or any(run.alone for run in there[0])):
+                if timed and not there[0]:
+                    return timed[0], 0
+            elif others and len(there[gpu]) < self.flags.jobs:
+                return others[0], gpu
+        return None
 
     def _how(self, run: methods.Run) -> tuple:
         """The rest of the arguments of `worker.do`."""
@@ -91,15 +128,15 @@ class Study:
         longest = max(map(int, result["recall"]))
         print(f"{result['run']}: recall {report.mean_recall(result, longest):.3f} at {longest} tokens", flush=True)
 
-
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """End the runs that are under way: a base saves, and goes on from there next time; an extension begins again."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    workers = psutil.Process().children()
-    for process in workers:
-        process.terminate()
-    for process in psutil.wait_procs(workers, timeout=60)[1]:
-        process.kill()
+    def close(self) -> None:
+        """End what is under way: a base saves, and goes on from there next time; an extension begins again."""
+        for pool in self.pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+        workers = psutil.Process().children()
+        for process in workers:
+            process.terminate()
+        for process in psutil.wait_procs(workers, timeout=60)[1]:
+            process.kill()
 
 
 def _later() -> int:
@@ -112,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder for the corpus, the runs, and what they found")
     add("--minutes", type=float, default=60.0, help="stop after so long; the same command goes on")
-    add("--jobs", type=int, default=10, help="runs at a time on the GPU, but for those that are timed")
+    add("--jobs", type=int, default=10, help="runs at a time on a GPU, but for those that are timed")
+    gpus = torch.cuda.device_count() if platform.has_cuda() else 1
+    add("--gpus", type=int, default=gpus, help="GPUs of this machine to use; default: all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--factors", type=int, nargs="+", default=[4, 8, 16])
     add(

@@ -19,10 +19,13 @@ from corpus import Corpus
 DEPTHS = [i / 8 for i in range(9)]
 
 
-def do(run: methods.Run, folder: Path, corpus: Corpus, lengths: list[int], samples: int, extra: list[str]) -> dict:
+def do(
+    run: methods.Run, gpu: int, folder: Path, corpus: Corpus, lengths: list[int], samples: int, extra: list[str]
+) -> dict:  # fmt: skip
     """Train, measure recall and perplexity, and delete an extension's checkpoint. Gives what is kept of the run.
 
     Args:
+        gpu: where, if there is one.
         lengths: of the contexts of recall, in tokens; `samples` of each length and depth.
         extra: flags for pretrain_cream.py.
 
@@ -33,7 +36,7 @@ def do(run: methods.Run, folder: Path, corpus: Corpus, lengths: list[int], sampl
     if run.method != "base":
         shutil.rmtree(saved, ignore_errors=True)
     log = folder / "logs" / f"{run.name}.txt"
-    _train(methods.flags(run, folder, corpus) + extra, log)
+    _train(methods.flags(run, folder, corpus) + extra, gpu, log)
     steps = re.findall(r"iteration +(\d+)/ +(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+)", log.read_text())
     if not steps or steps[-1][0] != steps[-1][1]:
         raise RuntimeError(f"{run.name} did not come to its last step: see {log}")
@@ -62,14 +65,14 @@ def do(run: methods.Run, folder: Path, corpus: Corpus, lengths: list[int], sampl
     return result
 
 
-def _train(flags: list[str], log: Path) -> None:
-    """pretrain_cream.py with these flags, on one GPU or none; what it prints goes to `log`."""
+def _train(flags: list[str], gpu: int, log: Path) -> None:
+    """pretrain_cream.py with these flags, on GPU `gpu` or none; what it prints goes to `log`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     os.environ |= {
         "RANK": "0",
-        "LOCAL_RANK": "0",
+        "LOCAL_RANK": str(gpu),
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
