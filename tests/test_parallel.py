@@ -34,7 +34,9 @@ def start(tmp_path_factory):
     """Data, a checkpoint to start from, and the losses of one rank."""
     folder = tmp_path_factory.mktemp("parallel")
     data = ["--data-path", write_documents(folder / "documents"), "--split", "90,10,0"]
-    train(1, folder / "tb0", *data, "--train-iters", 1, "--save", folder / "start", "--save-interval", 1)
+    # No evaluation, though there is data for one.
+    once = ["--train-iters", 1, "--eval-iters", 0]
+    train(1, folder / "tb0", *data, *once, "--save", folder / "start", "--save-interval", 1)
     flags = [*data, "--train-iters", STEPS, "--pretrained-checkpoint", folder / "start"]
     return folder, flags, train(1, folder / "tb1", *flags)
 
