@@ -1,0 +1,301 @@
+"""The runs of benchmarks/two_gpus.sh, which sets the environment; and their table."""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
+
+from megatron_cream import platform
+
+platform.setup()  # before anything of Megatron is imported
+
+import torch
+
+from megatron_cream.planning import measured
+from megatron_cream.planning.hardware import GPUS
+from megatron_cream.quickstart import last_perplexity
+from tests.faults import kill
+from tests.launch import write_documents
+
+JOB = ["pretrain_cream.py"]
+STEP = re.compile(r"^step (\d+)/.*? ([\d,]+) tokens/s/\w+ \| (?:MFU ([\d.]+) % \| )?.*?([\d.]+) GiB$", re.M)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("stages", nargs="*", default=list(STAGES), metavar="STAGE", help=", ".join(STAGES))
+    own, extra = sys.argv[1:], []
+    if "--" in own:
+        own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
+    args = parser.parse_args(own)
+    if unknown := set(args.stages) - STAGES.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: no such stage; choose from {', '.join(STAGES)}")
+    runs = Runs(args.output.absolute(), extra)
+    for stage in args.stages:
+        started = time.monotonic()
+        print(f"== {stage}", flush=True)
+        STAGES[stage](runs)
+        print(f"   {time.monotonic() - started:.0f} s", flush=True)
+    print("\n".join(table(runs)))
+    return 1 if runs.failed else 0
+
+
+class Runs:
+    """What was run and what came of it: OUTPUT/results.jsonl, a line each; logs in OUTPUT/logs."""
+
+    def __init__(self, folder: Path, extra: list[str]):
+        self.folder, self.extra, self.failed = folder, extra, []
+        self.file = folder / "results.jsonl"
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        self.results: dict[str, dict] = {result["run"]: result for result in map(json.loads, lines)}
+
+    def keep(self, name: str, **found) -> None:
+        self.results[name] = {"run": name, **found}
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.results[name]) + "\n")
+        shown = {key: value for key, value in found.items() if key != "losses"}
+        print(f"{name:24} {shown}", flush=True)
+
+    def launch(self, name: str, ranks: int, flags: list, *, script=JOB, gpu: int | None = None) -> str | None:
+        """The log of `torchrun --nproc_per_node=ranks pretrain_cream.py flags`; None where it failed, or is known.
+
+        Args:
+            gpu: of one rank; None: the first.
+        """
+        if name in self.results:
+            return None
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+        environment = dict(os.environ) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        log = self.folder / "logs" / f"{name}.txt"
+        with log.open("w") as file:
+            code = subprocess.run(
+                [*command, *script, *map(str, flags)], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+            ).returncode
+        text = log.read_text()
+        if code:
+            self.failed.append(name)
+            said = [line for line in text.splitlines() if "Error" in line or "error:" in line]
+            print(f"{name:24} failed: {(said or [text[-300:]])[0][:300]}", flush=True)
+            return None
+        return text
+
+
+def default(runs: Runs) -> None:
+    """The run with no flags."""
+    started = time.monotonic()
+    if runs.launch("default", 2, []) is not None:
+        folder = max((ROOT / "runs").glob("quickstart-*"))
+        before, after = (last_perplexity(folder / part) for part in ("base", "cream"))
+        runs.keep("default", seconds=round(time.monotonic() - started, 1), before=before, after=after)
+
+
+# ---------------------------------------------------------------- parity
+
+SMALL = (
+    "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1376 --num-attention-heads 8 --seq-length 512 "
+    "--target-length 4096 --rope-scaling-type linear --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 "
+    "--embedded-data --eval-iters 0 --num-workers 1 --seed 7"
+).split()
+LAYOUTS = {
+    "one": (1, ""),
+    "one, micro-batch 4": (1, "--micro-batch-size 4"),
+    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "cp2": (2, "--context-parallel-size 2 --use-distributed-optimizer"),
+    "dp2": (2, "--use-distributed-optimizer"),
+    "dp2, overlap": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+}
+PRECISIONS = {
+    "fp32": ("--fp32 --attention-backend sdpa", list(LAYOUTS)),
+    "bf16": ("--attention-backend flash", list(LAYOUTS)),
+    "bf16, te": ("--attention-backend te", ["one", "cp2"]),  # its ring
+}
+
+
+def parity(runs: Runs) -> None:
+    """Losses of 20 steps from one checkpoint, in each layout and precision; several runs at a time."""
+    start, precisions = runs.folder / "start", PRECISIONS
+    if not platform.has_cuda():
+        precisions = {"fp32": PRECISIONS["fp32"]}
+    if not (start / "latest_checkpointed_iteration.txt").is_file():
+        flags = [*SMALL, "--train-iters", 1, "--save", start, "--save-interval", 1, "--attention-backend", "sdpa"]
+        runs.launch("start", 1, flags)
+
+    def run(precision: str, layout: str) -> None:
+        name, (ranks, extra) = f"parity {precision}: {layout}", LAYOUTS[layout]
+        board = runs.folder / "boards" / name.replace(" ", "-")
+        flags = [*SMALL, "--train-iters", 20, "--pretrained-checkpoint", start, "--tensorboard-dir", board]
+        flags += precisions[precision][0].split() + extra.split()
+        if runs.launch(name, ranks, flags) is not None:
+            runs.keep(name, losses=_losses(board))
+
+    with ThreadPoolExecutor(6 if platform.has_cuda() else 1) as pool:
+        list(pool.map(run, *zip(*((p, layout) for p, (_, layouts) in precisions.items() for layout in layouts))))
+
+
+def _losses(board: Path) -> list[float]:
+    """Of each step, as logged: float32."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [event.value for event in EventAccumulator(str(board)).Reload().Scalars("lm loss")]
+
+
+# ---------------------------------------------------------------- faults
+
+
+def faults(runs: Runs) -> None:
+    """One of two ranks killed in a step, and one while a checkpoint is written; torchrun starts both again."""
+    if "faults" in runs.results:
+        return
+    folder, steps = runs.folder / "faults", 200
+    folder.mkdir(exist_ok=True)
+    documents = write_documents(folder / "documents", documents=20)
+    flags = ["--hidden-size", 256, "--ffn-hidden-size", 688, "--kv-channels", 64, "--attention-backend", "sdpa"]
+    flags += ["--deterministic", "--save-interval", 20]
+    alone, killed, log = folder / "alone", folder / "killed", runs.folder / "logs" / "killed.txt"
+    left_alone = kill.launch(documents, alone, steps, folder / "alone.txt", flags=[*flags, "--save", alone])
+    process = kill.launch(documents, killed, steps, log, "--max-restarts=4", flags=[*flags, "--save", killed])
+    known = 0
+    for place in ("step", "checkpoint"):
+        kill.wait_for(lambda: kill.newest(killed) > known, process)
+        known = kill.newest(killed)
+        if place == "step":
+            time.sleep(0.05)
+        else:
+            kill.wait_for(lambda: kill.writing(killed, known), process)
+        while not (running := kill.ranks(process)):
+            time.sleep(0.1)
+        running[-1].kill()
+        print(f"killed one of {len(running)} ranks in a {place}, newest checkpoint {known}", flush=True)
+    ended = process.wait() == 0 and left_alone.wait() == 0 and kill.newest(killed) == steps
+    if not ended:
+        runs.failed.append("faults")
+        print(log.read_text()[-3000:])
+        return
+    kill.compare(alone, killed, steps)
+    starts = len(list((killed / "runs").iterdir()))
+    runs.keep("faults", starts=starts, same_bits=True, steps=steps)
+
+
+# ---------------------------------------------------------------- 7B
+
+CONFIG = "benchmarks/llama_7b_width.yaml"
+SEVEN_B = "--num-layers 32 --micro-batch-size 1 --attention-backend flash --train-iters 6 --eval-iters 0".split()
+FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max".split()
+OVERLAP, NO_OVERLAP = "--overlap-grad-reduce --overlap-param-gather", ""
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+
+
+def seven_b(runs: Runs) -> None:
+    """tokens/s of each GPU with the paper's global batch: one GPU has half of it."""
+
+    def run(name: str, gpus: int, flags: str | list, batch: int = 32, **how) -> None:
+        flags = [*SEVEN_B, "--global-batch-size", str(batch), *(flags.split() if isinstance(flags, str) else flags)]
+        timed(runs, f"7b {name}", gpus, flags, **how)
+
+    with ThreadPoolExecutor(2) as both:
+        both.submit(run, "one", 1, "", 16, gpu=0)
+        both.submit(run, "one, FP8", 1, [*FP8, "--use-precision-aware-optimizer"], 16, gpu=1)
+    own = dict(script=["benchmarks/train_step.py", "child", "without"])
+    run("dp2", 2, OVERLAP)
+    run("tp2-sp", 2, TP2)
+    # Megatron's own linear layers send while they compute; Transformer Engine's do not without its user buffers.
+    run("tp2-sp, own layers", 2, f"{TP2} --transformer-impl local", **own)
+    run("dp2, no overlap", 2, NO_OVERLAP)
+    run("tp2-sp, own layers, micro-batch 2", 2, f"{TP2} --transformer-impl local --micro-batch-size 2", **own)
+    run("dp2, micro-batch 2", 2, f"{OVERLAP} --micro-batch-size 2")
+
+
+def full(runs: Runs) -> None:
+    """Four samples a step: of 32K tokens in all positions, and of 4K in CREAM's."""
+    few = [*SEVEN_B, "--global-batch-size", "4"]
+    long = "--seq-length 32768 --position-sampler full --context-parallel-size 2".split()
+    long += "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+    timed(runs, "4 samples: cream", 2, [*few, *OVERLAP.split()])
+    timed(runs, "4 samples: full, cp2", 2, [*few, *long, *OVERLAP.split()])
+    ring = [*few, *long, *OVERLAP.split(), "--attention-backend", "te", "--cp-comm-type", "p2p"]
+    timed(runs, "4 samples: full, cp2, te's ring", 2, ring)
+
+
+def timed(runs: Runs, name: str, gpus: int, flags: list[str], **how) -> None:
+    """One run of the 7B, and what the planner says of it."""
+    flags = [*flags, "--use-distributed-optimizer", *runs.extra]
+    gpu = next((kind for kind in GPUS if platform.has_cuda() and kind in torch.cuda.get_device_name()), "H200")
+    row = dict(what=name, gpu=gpu, config=CONFIG, flags=flags, gpus=gpus, tokens_per_second=1, peak_gib=1.0)
+    planned = measured.check(row)
+    if platform.has_cuda() and planned.peak_gib * 2**30 > 0.97 * torch.cuda.get_device_properties(0).total_memory:
+        print(f"{name:24} left out: the planner says that it takes {planned.peak_gib:.1f} GiB", flush=True)
+        return
+    text = runs.launch(name, gpus, ["--config", CONFIG, *flags], **how)
+    if text is None:
+        return
+    steps = [(float(m[2].replace(",", "")), float(m[3] or 0), float(m[4])) for m in STEP.finditer(text)][1:]
+    rates, shares, peaks = zip(*steps)
+    loss = float(re.findall(r"\| loss ([\d.]+)", text)[-1])
+    runs.keep(
+        name, gpus=gpus, flags=flags, gpu=gpu, tokens_per_second=statistics.median(rates),
+        mfu=statistics.median(shares), peak_gib=max(peaks), loss=loss,
+        planned_tokens_per_second=round(planned.speed.tokens_per_second), planned_gib=round(planned.peak_gib, 1),
+    )  # fmt: skip
+
+
+STAGES = {"default": default, "parity": parity, "faults": faults, "7b": seven_b, "full": full}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(runs: Runs) -> list[str]:
+    """Markdown."""
+    found, lines = runs.results, []
+    if run := found.get("default"):
+        lines += [f"default run: {run['seconds']} s", "", "| context | before | after |", "|---|---|---|"]
+        lines += [f"| {n} | {run['before'][n]:.1f} | {run['after'][n]:.1f} |" for n in run["before"]] + [""]
+    if any(name.startswith("parity") for name in found):
+        lines += ["| 20 steps, largest relative difference of the loss from one GPU | " + " | ".join(PRECISIONS) + " |"]
+        lines += ["|---" * (1 + len(PRECISIONS)) + "|"]
+        for layout in LAYOUTS:
+            cells = [_difference(found, precision, layout) for precision in PRECISIONS]
+            if layout != "one" and any(cells):
+                lines.append(f"| {layout} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if run := found.get("faults"):
+        lines += [
+            f"killed twice, {run['starts']} starts, the same bits after {run['steps']} steps: {run['same_bits']}",
+            "",
+        ]
+    rows = [run for name, run in found.items() if "tokens_per_second" in run]
+    if rows:
+        head = "| run | tokens/s/GPU | beside one GPU | MFU | GiB | planned tokens/s | planned GiB | loss |"
+        lines += [head, "|---" * 8 + "|"]
+        one = found.get("7b one", {}).get("tokens_per_second")
+        for run in rows:
+            beside = f"{run['tokens_per_second'] / one:.3f}" if one and run["run"].startswith("7b") else ""
+            lines.append(
+                f"| {run['run']} | {run['tokens_per_second']:,.0f} | {beside} | {run['mfu']:.1f} % | "
+                f"{run['peak_gib']:.1f} | {run['planned_tokens_per_second']:,} | {run['planned_gib']} | {run['loss']} |"
+            )
+    return lines
+
+
+def _difference(found: dict[str, dict], precision: str, layout: str) -> str:
+    one, other = (found.get(f"parity {precision}: {name}", {}).get("losses") for name in ("one", layout))
+    if not one or not other or len(one) != len(other):
+        return ""
+    return f"{max(abs(x - y) / y for x, y in zip(other, one)):.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
