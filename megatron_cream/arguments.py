@@ -163,6 +163,9 @@ def project_defaults() -> dict[str, Any]:
         create_attention_mask_in_dataloader=False,
         # Follows from --timeout-minutes.
         distributed_timeout_minutes=None,
+        # Follow from the layout: see overlaps().
+        overlap_grad_reduce=None,
+        overlap_param_gather=None,
         # The other one is a package of its own, and nothing here is tested with it.
         async_strategy="mcore",
         tokenizer_type="SentencePieceTokenizer",
@@ -199,6 +202,8 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     found = loading.open_checkpoint(args)
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]
     args.deterministic_mode = args.deterministic_mode or args.deterministic
+    shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    args.overlap_grad_reduce, args.overlap_param_gather = overlaps(args, shared, platform.has_cuda())
     # Megatron turns --async-save off without it.
     args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save
     if args.distributed_timeout_minutes is None:
@@ -302,6 +307,11 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
     attention.type, attention.choices = str, ATTENTION_BACKENDS
     # So that the command line can undo a recipe's.
     find_action(parser, "recompute_granularity").choices = ("full", "selective", "none")
+    for name in ("overlap-grad-reduce", "overlap-param-gather"):
+        parser.add_argument(
+            f"--no-{name}", action="store_false", dest=name.replace("-", "_"), help=f"Turn off --{name}, which is on "
+            "by default on GPUs with --use-distributed-optimizer and data or context parallelism.",
+        )  # fmt: skip
     find_action(parser, "rotary_base").type = float  # an exported ntk scaling is no whole number
     parser.set_defaults(**project_defaults())
     for action in parser._actions:
@@ -407,6 +417,21 @@ def one_pass_optimizer(args: Namespace) -> bool:
     )
     plain = args.optimizer == "adam" and not any(getattr(args, name, False) for name in other)
     return platform.has_cuda() and kernels.INSTALLED and plain
+
+
+def overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:
+    """Whether gradients are reduced beside the backward pass, and weights gathered beside the forward pass.
+
+    What a flag or recipe says; else both, where a distributed optimizer's shards are on several GPUs.
+
+    Args:
+        ranks: that share the weights: data-parallel times context-parallel.
+    """
+    sharded = args.use_distributed_optimizer and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
+    default = cuda and ranks > 1 and sharded and not args.skip_train
+    reduce, gather = args.overlap_grad_reduce, args.overlap_param_gather
+    reduce = default if reduce is None else reduce
+    return reduce, default and reduce if gather is None else gather
 
 
 def sampler_options(args: Namespace) -> dict[str, Any]:
