@@ -130,6 +130,15 @@ def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic:
     return AttentionBackend(name, te and name in ("te", "flash"), kernel, reason)
 
 
+def alternatives(first: AttentionBackend, *, half: bool) -> list[AttentionBackend]:
+    """What `auto` may take instead of `first`, which leads the list, inside the same layers."""
+    names = ["flash"] if half and flash_attention_function() is not None else []
+    names += ["te"] if first.transformer_engine else []
+    others = [choose_backend(name, has_cuda=True, half=half) for name in names if name != first.name]
+    sdpa = AttentionBackend("sdpa", first.transformer_engine, "auto", first.reason)
+    return [first, *others, *([sdpa] if first.name != "sdpa" else [])]
+
+
 class RotarySelfAttention(SelfAttention):
     """Megatron's self attention, with rotary angles that differ from sample to sample.
 

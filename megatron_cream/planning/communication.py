@@ -58,7 +58,7 @@ def layer_backward(model: Model, layout: Layout, engine: Engine) -> list[Transfe
 
 
 def gathered_again(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
-    """Keys and values in the backward pass of a layer that full recompute leaves alone: what is gathered is not kept."""
+    """Keys and values, which no layer keeps, in the backward pass of one that full recompute leaves alone."""
     return _layer_cp(model, layout, engine, backward=False) if engine.gathers_keys else []
 
 

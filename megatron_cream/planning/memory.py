@@ -304,7 +304,7 @@ def _working(model: Model, layout: Layout, engine: Engine, layers: int, last: bo
         working += sum(saved[name] for name in dropped)
         working += engine.element * residual if "fc1 output" in dropped else 0  # the MLP's output
     if everything:
-        # The MLP's tensors are gone; those gathered come with their gradients, by halves, the queries' and the output's.
+        # The MLP's tensors are gone; those gathered come with their gradients by halves, queries and output too.
         at_mlp = engine.element * max(fc2, swiglu, fc1)
         gone = sum(saved[name] for name in saved if name.startswith(("mlp", "fc", "proj")))
         at_attention = 5 * saved["query"] // 2 + saved["key"] - gone
