@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import io
+import json
 import math
 import os
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
 import yaml
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
@@ -51,7 +53,7 @@ from megatron_cream.data.dataset import LongDocumentDatasetConfig
 from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation import long_flags
 from megatron_cream.model import kernels
-from megatron_cream.model.attention import ATTENTION_BACKENDS, AttentionBackend, choose_backend
+from megatron_cream.model.attention import ATTENTION_BACKENDS, AttentionBackend, alternatives, choose_backend
 from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.model.rotary import rope_scaling_dict
 from megatron_cream.recipe import find_action, read_recipe, recipe_path
@@ -163,6 +165,9 @@ def project_defaults() -> dict[str, Any]:
         create_attention_mask_in_dataloader=False,
         # Follows from --timeout-minutes.
         distributed_timeout_minutes=None,
+        # Follow from the layout: see overlaps().
+        overlap_grad_reduce=None,
+        overlap_param_gather=None,
         # The other one is a package of its own, and nothing here is tested with it.
         async_strategy="mcore",
         tokenizer_type="SentencePieceTokenizer",
@@ -197,8 +202,11 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     data_checks.held_out(args, held_out_files(args))
     compat.checkpoints_run_no_code()
     found = loading.open_checkpoint(args)
+    auto = args.attention_backend == "auto"
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]
     args.deterministic_mode = args.deterministic_mode or args.deterministic
+    shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    args.overlap_grad_reduce, args.overlap_param_gather = overlaps(args, shared, platform.has_cuda())
     # Megatron turns --async-save off without it.
     args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save
     if args.distributed_timeout_minutes is None:
@@ -223,9 +231,31 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     data_checks.token_ids(args)
     loading.check_model(args, found)
     loading.check_content(args, found)
+    if auto and platform.has_cuda() and not (args.deterministic_mode or args.skip_train):
+        _take_fastest_attention(args)
     with console.captured(words):  # last, as it opens log files
         set_global_variables(args, build_tokenizer=False)
     return args, words.getvalue()
+
+
+def _take_fastest_attention(args: Namespace) -> None:
+    """Measured by every rank at once, as kernels are compiled by it; decided by rank 0."""
+    from megatron_cream.model import attention_speed
+
+    first = AttentionBackend(**args.attention)
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    shape = attention_speed.Shape(
+        tokens=args.seq_length // args.context_parallel_size,
+        samples=args.micro_batch_size,
+        heads=args.num_attention_heads // args.tensor_model_parallel_size,
+        groups=max(groups // args.tensor_model_parallel_size, 1),
+        head_dim=args.kv_channels,
+        dtype=args.params_dtype,
+    )
+    with torch.cuda.device(args.local_rank):
+        chosen = attention_speed.fastest(alternatives(first, half=args.bf16 or args.fp16), shape)
+    args.attention = json.loads(loading.from_rank_0(json.dumps(asdict(chosen)), args.rank, args.world_size))
+    args.attention_backend = AttnBackend[args.attention["te_kernel"]]
 
 
 @contextlib.contextmanager
@@ -302,6 +332,11 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
     attention.type, attention.choices = str, ATTENTION_BACKENDS
     # So that the command line can undo a recipe's.
     find_action(parser, "recompute_granularity").choices = ("full", "selective", "none")
+    for name in ("overlap-grad-reduce", "overlap-param-gather"):
+        parser.add_argument(
+            f"--no-{name}", action="store_false", dest=name.replace("-", "_"), help=f"Turn off --{name}, which is on "
+            "by default on GPUs with --use-distributed-optimizer and data or context parallelism.",
+        )  # fmt: skip
     find_action(parser, "rotary_base").type = float  # an exported ntk scaling is no whole number
     parser.set_defaults(**project_defaults())
     for action in parser._actions:
@@ -407,6 +442,21 @@ def one_pass_optimizer(args: Namespace) -> bool:
     )
     plain = args.optimizer == "adam" and not any(getattr(args, name, False) for name in other)
     return platform.has_cuda() and kernels.INSTALLED and plain
+
+
+def overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:
+    """Whether gradients are reduced beside the backward pass, and weights gathered beside the forward pass.
+
+    What a flag or recipe says; else both, where a distributed optimizer's shards are on several GPUs.
+
+    Args:
+        ranks: that share the weights: data-parallel times context-parallel.
+    """
+    sharded = args.use_distributed_optimizer and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
+    default = cuda and ranks > 1 and sharded and not args.skip_train
+    reduce, gather = args.overlap_grad_reduce, args.overlap_param_gather
+    reduce = default if reduce is None else reduce
+    return reduce, default and reduce if gather is None else gather
 
 
 def sampler_options(args: Namespace) -> dict[str, Any]:

@@ -224,6 +224,16 @@ def agree(look: Callable[[], None], rank: int, ranks: int) -> None:
         raise UsageError(fault)
 
 
+def from_rank_0(value: str, rank: int, ranks: int) -> str:
+    """Rank 0's value, on every rank; all must call it. Needs no process group."""
+    if ranks == 1:
+        return value
+    store, name = common_store(rank, ranks), f"megatron_cream/value/{next(_agreements)}"
+    if rank == 0:
+        store.set(name, value)
+    return store.get(name).decode()
+
+
 def common_store(rank: int, ranks: int) -> torch.distributed.Store | None:
     """Where the ranks of this start of the job find each other; None for one rank, which has nobody to find.
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from megatron_cream.errors import UsageError
+from megatron_cream.model import context_parallel
 from megatron_cream.planning import Engine, Layout, Model, layouts, run_from_flags
 from megatron_cream.planning import memory as planned
 from megatron_cream.planning.hardware import GIB, GPUS, Cluster
@@ -47,6 +48,9 @@ REAL = {
     "TP beyond the groups": (replace(BASE, tensor=8, sequence_parallel=True), 0),
     "query and key norms": (replace(BASE, tensor=2), 0),
     "CP": (replace(BASE, context=2), 0),
+    "CP 8": (replace(BASE, context=8), 0),
+    "CP and full": (replace(BASE, context=8, recompute="full"), 0),
+    "CP and core_attn": (replace(BASE, context=8, recompute="selective", recompute_modules=("core_attn",)), 0),
     "first of PP": (replace(BASE, pipeline=3), 0),
     "middle of PP": (replace(BASE, pipeline=3), 1),
     "last of PP": (replace(BASE, pipeline=3), 2),
@@ -71,10 +75,11 @@ def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, len
     layout, stage = replace(REAL[name][0], seq_length=length), REAL[name][1]
     engine = Engine(transformer_engine=False, own_kernels=own_kernels)
     changes = {"TP beyond the groups": dict(num_query_groups=2), "query and key norms": dict(qk_norm=True)}
+    changes |= dict.fromkeys(("CP 8", "CP and full", "CP and core_attn"), dict(num_query_groups=8))
     model = replace(SMALL, **changes.get(name, {}))
     net = build(monkeypatch, model, layout, stage, own_kernels)
     assert sum(p.numel() for p in net.parameters()) == parameters(model, layout, stage)
-    saved, peak = run(net, model, layout, stage)
+    saved, peak = run(monkeypatch, net, model, layout, stage)
     layers = planned.stage_layers(model, layout)[stage]
     expected = planned.saved_by_layers(model, layout, engine, layers) + planned.angles(model, layout)
     if stage == layout.pipeline - 1:
@@ -223,7 +228,7 @@ class Allocations(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def run(net, model: Model, layout: Layout, stage: int) -> tuple[int, int]:
+def run(monkeypatch, net, model: Model, layout: Layout, stage: int) -> tuple[int, int]:
     """(bytes of the floating-point tensors kept for the backward pass, peak of forward and backward)."""
     samples, length = layout.micro_batch, layout.seq_length // layout.context
     tokens = torch.randint(0, model.padded_vocab_size, (samples, length))
@@ -233,6 +238,14 @@ def run(net, model: Model, layout: Layout, stage: int) -> tuple[int, int]:
     for parameter in net.parameters():  # as Megatron's hook, which adds it to its buffer
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     kept: list[torch.Tensor] = []
+    pack = context_parallel._Again.pack
+
+    def keep(again, tensor):  # hooks of its own, which see what the ones below do not
+        packed = pack(again, tensor)
+        kept.extend([packed] if packed is tensor else [])
+        return packed
+
+    monkeypatch.setattr(context_parallel._Again, "pack", keep)
     allocations = Allocations()
     for parameter in net.parameters():
         allocations.known.add(parameter.untyped_storage())

@@ -28,6 +28,7 @@ LAYOUTS = {
     "PP, interleaved": f"{PP} --num-layers-per-virtual-pipeline-stage 1",
     "CP": "--context-parallel-size 2 --use-distributed-optimizer",
     "CP, full recompute": f"--context-parallel-size 2 {FULL} uniform",
+    "CP, one layer recomputed": f"--context-parallel-size 2 {FULL} block",
     "DP": "",
     "DP, distributed optimizer": DISTRIBUTED,
     "DP, overlapped": f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather",

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -23,6 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_cream.model import kernels
+from megatron_cream.model.context_parallel import context_parallel_attention
 from megatron_cream.model.rotary import apply_rotary
 
 # What `--attention-backend` takes. `fused` and `unfused` are Transformer Engine's own.
@@ -130,6 +130,15 @@ def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic:
     return AttentionBackend(name, te and name in ("te", "flash"), kernel, reason)
 
 
+def alternatives(first: AttentionBackend, *, half: bool) -> list[AttentionBackend]:
+    """What `auto` may take instead of `first`, which leads the list, inside the same layers."""
+    names = ["flash"] if half and flash_attention_function() is not None else []
+    names += ["te"] if first.transformer_engine else []
+    others = [choose_backend(name, has_cuda=True, half=half) for name in names if name != first.name]
+    sdpa = AttentionBackend("sdpa", first.transformer_engine, "auto", first.reason)
+    return [first, *others, *([sdpa] if first.name != "sdpa" else [])]
+
+
 class RotarySelfAttention(SelfAttention):
     """Megatron's self attention, with rotary angles that differ from sample to sample.
 
@@ -207,7 +216,7 @@ class _CausalCoreAttention(MegatronModule):
         if attention_mask is not None:
             out_SBND = _attend_unpadded(query, key, value, attention_mask, self.softmax_scale)
         elif self.cp_group is not None:
-            out_SBND = _context_parallel(self.attend, query, key, value, self.cp_group)
+            out_SBND = context_parallel_attention(self.attend, query, key, value, self.cp_group)
         else:
             out_SBND = self.attend(query, key, value)
         return out_SBND.flatten(2)
@@ -261,31 +270,6 @@ def _attend_unpadded(query_1BND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, k
         query_BGND, key_BGSD, value_BGSD, attn_mask=keys_BS[:, None, None], scale=scale
     )
     return out_BGND.flatten(1, 2).unsqueeze(0)
-
-
-def _context_parallel(attend, query_SBND, key_SBND, value_SBND, cp_group) -> Tensor:
-    """Causal attention over a sequence split in Megatron's load-balanced halves.
-
-    Rank r of c holds chunks r and 2c-1-r of 2c. Keys and values are gathered
-    (their gradients reduce-scattered); each half of the queries then attends to the
-    keys up to its own end, in sequence order.
-    """
-    ranks, rank = cp_group.size(), cp_group.rank()
-    half = query_SBND.shape[0] // 2
-    # Gathered chunks come as 0, 2c-1, 1, 2c-2, ..: `order[i]` is where chunk i lies.
-    held = [chunk for r in range(ranks) for chunk in (r, 2 * ranks - 1 - r)]
-    order = [held.index(chunk) for chunk in range(2 * ranks)]
-
-    def gather(x: Tensor) -> Tensor:
-        chunks = gather_from_sequence_parallel_region(x.contiguous(), group=cp_group).split(half)
-        return torch.cat([chunks[i] for i in order])
-
-    key_SBND, value_SBND = gather(key_SBND), gather(value_SBND)
-    halves = []
-    for queries, chunk in zip(query_SBND.split(half), (rank, 2 * ranks - 1 - rank)):
-        end = (chunk + 1) * half
-        halves.append(attend(queries, key_SBND[:end], value_SBND[:end]))
-    return torch.cat(halves)
 
 
 CORE_ATTENTIONS = {"sdpa": SdpaCoreAttention, "flash": FlashCoreAttention, "local": DotProductAttention}

@@ -243,6 +243,7 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         )
     if recompute == "full" and not (args.recompute_method and args.recompute_num_layers):
         raise UsageError("--recompute-granularity full: give --recompute-method and --recompute-num-layers with it")
+    reduce, gather = arguments.overlaps(args, data * cp, cuda=True)
     return Layout(
         tensor=tp,
         pipeline=pp,
@@ -261,8 +262,8 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         recompute_method=args.recompute_method or "uniform",
         recompute_layers=args.recompute_num_layers or 1,
         scatter_saved=args.distribute_saved_activations,
-        overlap_grad_reduce=args.overlap_grad_reduce and data * cp > 1,
-        overlap_param_gather=args.overlap_param_gather and data * cp > 1,
+        overlap_grad_reduce=reduce and data * cp > 1,
+        overlap_param_gather=gather and data * cp > 1,
     )
 
 

@@ -40,7 +40,7 @@ def layer_forward(model: Model, layout: Layout, engine: Engine) -> list[Transfer
 
 
 def layer_backward(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
-    """Of one layer's backward pass; what recompute repeats of the forward pass is not in it."""
+    """Of one layer's backward pass; what recompute or `gathered_again` repeats of the forward pass is not in it."""
     cp = _layer_cp(model, layout, engine, backward=True)
     if layout.tensor == 1:
         return cp
@@ -55,6 +55,11 @@ def layer_backward(model: Model, layout: Layout, engine: Engine) -> list[Transfe
     if model.num_query_groups < layout.tensor:
         tp.append(Transfer("tp", "reduce_scatter", _all_heads(model, layout, engine), "qkv"))
     return [*tp, *cp]
+
+
+def gathered_again(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
+    """Keys and values, which no layer keeps, in the backward pass of one that full recompute leaves alone."""
+    return _layer_cp(model, layout, engine, backward=False) if engine.gathers_keys else []
 
 
 def ends_forward(model: Model, layout: Layout, engine: Engine, first: bool, last: bool) -> list[Transfer]:
@@ -153,6 +158,7 @@ def volumes(model: Model, layout: Layout, engine: Engine, stage: int) -> Counter
     ahead = layer_forward(model, layout, engine)
     each = layout.micro_batches
     add(ahead, each * (layers + repeated_layers(layout, layers)))
+    add(gathered_again(model, layout, engine), each * (layers - repeated_layers(layout, layers)))
     add(of_mlp(ahead), each * layers * ("mlp" in layout.recompute_modules))
     add(layer_backward(model, layout, engine), each * layers)
     add(ends_forward(model, layout, engine, first, last), each)

@@ -147,13 +147,14 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
     groups = max(model.num_query_groups // layout.tensor, 1)
     query, key = tokens * heads * model.kv_channels, tokens * groups * model.kv_channels
     ffn = tokens * model.ffn_hidden_size // layout.tensor
-    gathered = layout.context if engine.gathers_keys else 1
+    # Of two halves, which are what attention keeps; unless it keeps nothing but what it was given.
+    joined = gathers(layout, engine) and "core_attn" not in layout.recompute_modules
     saved = {
         "attention norm input": a * hidden + 4 * between,
         "qkv input": linear * hidden,
         "query": a * query,
-        "key": a * key * gathered,
-        "value": a * key * gathered,
+        "key": a * key,
+        "value": a * key,
         "attention output": a * query,
         "attention log-sum-exp": 4 * tokens * heads,
         "mlp norm input": a * hidden + 4 * between,
@@ -161,7 +162,7 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
         "fc1 output": a * 2 * ffn,
         "fc2 input": linear * ffn,
     }
-    if engine.fp8 or gathered > 1:  # quantized, or the halves joined: apart from what attention keeps
+    if engine.fp8 or joined:  # quantized, or the halves joined: apart from what attention keeps
         saved["proj input"] = linear * query
     # Where the kernel does not split the projection's output, key and value are views that keep the whole of it;
     # with fewer groups than ranks that is the output of all ranks.
@@ -171,11 +172,17 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
     if model.qk_norm:
         saved["query norm input"] = a * query if groups > 1 else 0  # a copy, if it is no view as well
         saved["key norm input"] = whole + 4 * tokens * (heads + groups)
-        if gathered == 1:
+        if not joined:
             saved["value"] = 0
-    elif gathered == 1 and (everywhere or not engine.own_kernels):
+    elif not joined and (everywhere or not engine.own_kernels):
         saved["value"] = whole
     return saved
+
+
+def gathers(layout: Layout, engine: Engine) -> bool:
+    """Whether a layer gathers the keys and values of all context-parallel ranks: where they are used, to be
+    gathered again in the backward pass; not to be kept."""
+    return engine.gathers_keys and layout.context > 1
 
 
 def dropped_by_recompute(layout: Layout, engine: Engine) -> set[str]:
@@ -267,7 +274,7 @@ def _stage(model: Model, layout: Layout, engine: Engine, stage: int) -> Memory:
 
 
 def _working(model: Model, layout: Layout, engine: Engine, layers: int, last: bool) -> int:
-    """The most that the backward pass through one layer adds, which is at its MLP."""
+    """The most that the backward pass through one layer adds: at its MLP, or where it gathers keys, there."""
     tokens, between = tokens_of_rank(layout)
     hidden, residual = tokens * model.hidden_size, between * model.hidden_size
     ffn = tokens * model.ffn_hidden_size // layout.tensor
@@ -282,18 +289,27 @@ def _working(model: Model, layout: Layout, engine: Engine, layers: int, last: bo
     fc1 = gathered + weights["fc1"] - ffn
     working = engine.element * (residual + max(fc2, swiglu, fc1))
     saved = saved_by_layer(model, layout, engine)
+    # Keys and values of all ranks; on the first, whose queries see them all.
+    everything = 2 * saved["key"] * layout.context if gathers(layout, engine) else 0
     if layout.recompute == "full":
         uniform = layout.recompute_method == "uniform"
         # By the time block's recomputed layers run backward, the others' activations are gone.
         keeps_others = not uniform and layers > layout.recompute_layers
         again = min(layout.recompute_layers, layers) if uniform else 0 if keeps_others else 1
-        working += again * sum(saved.values())
+        working += again * (sum(saved.values()) + everything)
         if again and layout.scatter_saved:
             working += engine.element * residual  # the output; the first input, else kept, is gathered
     else:
         dropped = dropped_by_recompute(layout, engine)
         working += sum(saved[name] for name in dropped)
         working += engine.element * residual if "fc1 output" in dropped else 0  # the MLP's output
+    if everything:
+        # The MLP's tensors are gone; those gathered come with their gradients by halves, queries and output too.
+        at_mlp = engine.element * max(fc2, swiglu, fc1)
+        gone = sum(saved[name] for name in saved if name.startswith(("mlp", "fc", "proj")))
+        at_attention = 5 * saved["query"] // 2 + saved["key"] - gone
+        at_attention += everything * (1 if layout.recompute == "full" and again else 2)
+        working += max(at_attention - at_mlp, 0)
     if not last:
         working += engine.element * residual  # the gradient that came from the next stage
     return working

@@ -166,7 +166,10 @@ def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster,
     one = _layer(model, layout, engine, cluster)
     forward = {name: layers * value for name, value in one.forward.items()}
     backward = {name: layers * value for name, value in one.backward.items()}
-    backward["recompute"] += work.repeated_layers(layout, layers) * sum(one.forward.values())
+    repeated = work.repeated_layers(layout, layers)
+    backward["recompute"] += repeated * sum(one.forward.values())
+    again = communication.gathered_again(model, layout, engine)
+    backward["context"] += (layers - repeated) * _waited(again, "cp", {}, layout, cluster)
 
     first, last = stage == 0, stage == layout.pipeline - 1
     through_memory = cluster.gpu.bandwidth * PASSES
