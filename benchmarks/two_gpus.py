@@ -114,7 +114,7 @@ LAYOUTS = {
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "cp2": (2, "--context-parallel-size 2 --use-distributed-optimizer"),
-    "dp2": (2, "--use-distributed-optimizer"),
+    "dp2": (2, "--use-distributed-optimizer --no-overlap-grad-reduce"),
     "dp2, overlap": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
 }
 PRECISIONS = {
@@ -194,7 +194,10 @@ def faults(runs: Runs) -> None:
 CONFIG = "benchmarks/llama_7b_width.yaml"
 SEVEN_B = "--num-layers 32 --micro-batch-size 1 --attention-backend flash --train-iters 6 --eval-iters 0".split()
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max".split()
-OVERLAP, NO_OVERLAP = "--overlap-grad-reduce --overlap-param-gather", ""
+OVERLAP, NO_OVERLAP = (
+    "--overlap-grad-reduce --overlap-param-gather",
+    "--no-overlap-grad-reduce --no-overlap-param-gather",
+)
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 
 
