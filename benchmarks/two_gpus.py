@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import re
 import statistics
@@ -10,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
@@ -130,14 +132,25 @@ def parity(runs: Runs) -> None:
     if not platform.has_cuda():
         precisions = {"fp32": PRECISIONS["fp32"]}
     if not (start / "latest_checkpointed_iteration.txt").is_file():
-        flags = [*SMALL, "--train-iters", 1, "--save", start, "--save-interval", 1, "--attention-backend", "sdpa"]
+        flags = [
+            *SMALL,
+            "--train-iters",
+            1,
+            "--save",
+            start,
+            "--save-interval",
+            1,
+            "--attention-backend",
+            "sdpa",
+            *runs.extra,
+        ]
         runs.launch("start", 1, flags)
 
     def run(precision: str, layout: str) -> None:
         name, (ranks, extra) = f"parity {precision}: {layout}", LAYOUTS[layout]
         board = runs.folder / "boards" / name.replace(" ", "-")
         flags = [*SMALL, "--train-iters", 20, "--pretrained-checkpoint", start, "--tensorboard-dir", board]
-        flags += precisions[precision][0].split() + extra.split()
+        flags += precisions[precision][0].split() + extra.split() + runs.extra
         if runs.launch(name, ranks, flags) is not None:
             runs.keep(name, losses=_losses(board))
 
@@ -148,6 +161,8 @@ def parity(runs: Runs) -> None:
 def _losses(board: Path) -> list[float]:
     """Of each step, as logged: float32."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
 
     return [event.value for event in EventAccumulator(str(board)).Reload().Scalars("lm loss")]
 
@@ -209,8 +224,9 @@ def seven_b(runs: Runs) -> None:
         timed(runs, f"7b {name}", gpus, flags, **how)
 
     with ThreadPoolExecutor(2) as both:
-        both.submit(run, "one", 1, "", 16, gpu=0)
-        both.submit(run, "one, FP8", 1, [*FP8, "--use-precision-aware-optimizer"], 16, gpu=1)
+        one = both.submit(run, "one", 1, "", 16, gpu=0)
+        fp8 = both.submit(run, "one, FP8", 1, [*FP8, "--use-precision-aware-optimizer"], 16, gpu=1)
+    one.result(), fp8.result()
     own = dict(script=["benchmarks/train_step.py", "child", "without"])
     run("dp2", 2, OVERLAP)
     run("tp2-sp", 2, TP2)
@@ -232,12 +248,16 @@ def full(runs: Runs) -> None:
     timed(runs, "4 samples: full, cp2, te's ring", 2, ring)
 
 
+_PLANNING = Lock()
+
+
 def timed(runs: Runs, name: str, gpus: int, flags: list[str], **how) -> None:
     """One run of the 7B, and what the planner says of it."""
     flags = [*flags, "--use-distributed-optimizer", *runs.extra]
     gpu = next((kind for kind in GPUS if platform.has_cuda() and kind in torch.cuda.get_device_name()), "H200")
     row = dict(what=name, gpu=gpu, config=CONFIG, flags=flags, gpus=gpus, tokens_per_second=1, peak_gib=1.0)
-    planned = measured.check(row)
+    with _PLANNING:  # the parser of flags is Megatron's, which reads sys.argv
+        planned = measured.check(row)
     if platform.has_cuda() and planned.peak_gib * 2**30 > 0.97 * torch.cuda.get_device_properties(0).total_memory:
         print(f"{name:24} left out: the planner says that it takes {planned.peak_gib:.1f} GiB", flush=True)
         return

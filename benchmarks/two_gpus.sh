@@ -4,7 +4,7 @@
 #   bash benchmarks/two_gpus.sh OUTPUT_FOLDER [default|parity|faults|7b|full ...]    # no stage named: all
 #
 # A run whose figures are in OUTPUT_FOLDER already is not made again, so the same command goes on where it was
-# stopped. Flags after -- go to every run of the 7B.
+# stopped. Flags after -- go to every run of parity, 7b and full.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Multicast over NVLink needs a fabric manager that many machines do not have; it is not what is measured here.
