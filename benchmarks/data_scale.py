@@ -53,8 +53,9 @@ def main() -> None:
         for i, prefix in enumerate(prefixes):
             long = make(prefix, args.documents // args.prefixes, i, args.median)
             size = prefix.with_suffix(".idx").stat().st_size
-            print(f"{prefix.name}: {args.documents // args.prefixes:,} documents, {long:,} of {WINDOW} tokens or more, "
-                  f".idx {size / 1e9:.2f} GB, .bin {prefix.with_suffix('.bin').stat().st_size / 1e9:,.0f} GB")  # fmt: skip
+            hole = prefix.with_suffix(".bin").stat().st_size
+            print(f"{prefix.name}: {args.documents // args.prefixes:,} documents, {long:,} of {WINDOW} tokens or more")
+            print(f"  .idx {size / 1e9:.2f} GB, .bin {hole / 1e9:,.0f} GB", flush=True)
         print(f"made in {time.monotonic() - started:.0f} s", flush=True)
         shutil.rmtree(settings["cache"], ignore_errors=True)
         for what in ("checks", "cold", "warm"):
@@ -181,7 +182,9 @@ def build_and_read(settings: dict) -> list[str]:
         for _ in loader:
             pass
         seconds = time.monotonic() - started
-    lines.append(f"{len(places) / seconds:,.0f} samples/s of {settings['workers']} workers, their start counted; {memory}")
+    lines.append(
+        f"{len(places) / seconds:,.0f} samples/s of {settings['workers']} workers, their start counted; {memory}"
+    )
     return lines
 
 
@@ -201,6 +204,7 @@ class Memory:
     def __exit__(self, *_):
         self._ended.set()
         self._thread.join()
+        self.kept = 0 if self._children else _rollup("self")["Anonymous"] - self._before
 
     def _watch(self) -> None:
         while not self._ended.wait(0.05):
@@ -217,7 +221,8 @@ class Memory:
 
     def __str__(self) -> str:
         whose = "a worker's own" if self._children else "own memory"
-        return f"{whose} {self.alone / 2**20:+,.0f} MiB at most, files' {self.mapped / 2**20:,.0f} MiB"
+        kept = "" if self._children else f", {self.kept / 2**20:+,.0f} kept"
+        return f"{whose} {self.alone / 2**20:+,.0f} MiB at most{kept}, files' {self.mapped / 2**20:,.0f} MiB"
 
 
 def _rollup(process: str | int) -> dict[str, int]:

@@ -222,6 +222,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         pretrain_cfg_container_from_args(args, model_config(args))
     data_checks.token_ids(args)
     loading.check_model(args, found)
+    loading.agree(lambda: data_checks.whole(args, (args.rank, args.world_size)), args.rank, args.world_size)
     loading.check_content(args, found)
     with console.captured(words):  # last, as it opens log files
         set_global_variables(args, build_tokenizer=False)
