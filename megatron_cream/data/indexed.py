@@ -105,7 +105,7 @@ def open_index(prefix: str | Path) -> Index:
     if not len(ends) or ends[0] != 0 or ends[-1] != len(lengths):
         raise _bad(f"{idx_path} is damaged: its documents do not follow one another")
     itemsize = np.dtype(dtype).itemsize
-    if places[0] != 0 or lengths[-1] < 0 or places[-1] % itemsize:
+    if places[0] != 0 or lengths[-1] < 0 or (len(places) > 1 and places[1] != int(lengths[0]) * itemsize):
         raise _bad(f"{idx_path} is damaged: its sequences do not follow one another")
     bytes_, found = int(places[-1]) + int(lengths[-1]) * itemsize, bin_path.stat().st_size
     if found != bytes_:
