@@ -189,7 +189,7 @@ def build_and_read(settings: dict) -> list[str]:
 
 
 class Memory:
-    """The most that this process held while the block ran, beyond what it held before; `children`: the most of one."""
+    """CPU seconds, and the most that this process held while the block ran beyond before; `children`: the most of one."""
 
     def __init__(self, children: bool = False):
         self._children, self._ended = children, threading.Event()
@@ -197,11 +197,13 @@ class Memory:
 
     def __enter__(self):
         self._before = 0 if self._children else _rollup("self")["Anonymous"]
+        self._cpu = sum(os.times()[:4])
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_):
+        self.cpu = sum(os.times()[:4]) - self._cpu
         self._ended.set()
         self._thread.join()
         self.kept = 0 if self._children else _rollup("self")["Anonymous"] - self._before
@@ -222,7 +224,7 @@ class Memory:
     def __str__(self) -> str:
         whose = "a worker's own" if self._children else "own memory"
         kept = "" if self._children else f", {self.kept / 2**20:+,.0f} kept"
-        return f"{whose} {self.alone / 2**20:+,.0f} MiB at most{kept}, files' {self.mapped / 2**20:,.0f} MiB"
+        return f"CPU {self.cpu:.2f} s; {whose} {self.alone / 2**20:+,.0f} MiB at most{kept}, files' {self.mapped / 2**20:,.0f} MiB"
 
 
 def _rollup(process: str | int) -> dict[str, int]:
