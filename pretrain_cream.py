@@ -39,7 +39,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank
 
 from megatron_cream import arguments, compat, console, loading, pretrained, progress, record, signals, watchdog
-from megatron_cream.checkpoint import checksums, saving
+from megatron_cream.checkpoint import after_save, checksums, saving
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
@@ -161,8 +161,11 @@ def train(argv: list[str] | None = None) -> Namespace:
             try:
                 pretrained.carry(args)
                 record.write(args, sys.argv[1:] if argv is None else argv)
+                after_save.install(args, loaded[1] if (loaded := loading.source(args)) else None)
             except OSError as error:
                 raise UsageError(f"--save {args.save}: {error.strerror or error}") from error
+        if args.ckpt_format == "torch_dist":
+            args.save_retain_interval = None  # `after_save` does it, in Megatron's place
         finite.install(args.nan_policy, lambda norm: _say_not_finite(norm, terminal))
         if args.rank == 0:
             print(f"attention: {AttentionBackend(**args.attention)}", file=terminal, flush=True)
@@ -266,6 +269,8 @@ def main() -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
         return 1
+    finally:
+        after_save.close()
     return 0
 
 

@@ -49,6 +49,7 @@ from megatron_cream import (
     ranges,
     watchdog,
 )
+from megatron_cream.checkpoint import save_flags
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
 from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation import long_flags
@@ -230,6 +231,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         pretrain_cfg_container_from_args(args, model_config(args))
     data_checks.token_ids(args)
     loading.check_model(args, found)
+    loading.agree(lambda: _check_on_rank(args), args.rank, args.world_size)
     loading.check_content(args, found)
     if auto and platform.has_cuda() and not (args.deterministic_mode or args.skip_train):
         _take_fastest_attention(args)
@@ -256,6 +258,11 @@ def _take_fastest_attention(args: Namespace) -> None:
         chosen = attention_speed.fastest(alternatives(first, half=args.bf16 or args.fp16), shape)
     args.attention = json.loads(loading.from_rank_0(json.dumps(asdict(chosen)), args.rank, args.world_size))
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]
+
+
+def _check_on_rank(args: Namespace) -> None:
+    save_flags.check_on_rank(args)
+    data_checks.whole(args, (args.rank, args.world_size))
 
 
 @contextlib.contextmanager
@@ -327,6 +334,7 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
     parser.error = one_line  # not Megatron's 800 flags first
     ArgumentGroupFactory(CreamConfig).build_group(parser, "cream")
     ArgumentGroupFactory(long_flags.LongEvalConfig).build_group(parser, "long evaluation")
+    ArgumentGroupFactory(save_flags.SaveConfig).build_group(parser, "after a checkpoint")
     # One flag for attention: Megatron's names (all of them Transformer Engine's) and ours.
     attention = find_action(parser, "attention_backend")
     attention.type, attention.choices = str, ATTENTION_BACKENDS

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream import data_checks
+from megatron_cream.checkpoint import save_flags
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import long_flags
 from megatron_cream.files import check_can_be_made
@@ -84,6 +85,7 @@ def check(args: Namespace, sampler: dict[str, Any], rope_scaling: dict[str, Any]
     _positions(args, sampler)
     _rope(args, rope_scaling)
     long_flags.check(args)
+    save_flags.check(args)
     _shapes(args)
     _parallel(args)
     _files(args)

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megatron_cream import platform
+from megatron_cream.data import blend_cache
 from megatron_cream.data.workers import exit_with_parent
 from megatron_cream.files import replacing
 
@@ -21,6 +23,7 @@ def apply(args: Namespace) -> None:
     _one_command_line(args)
     _alone_without_collectives()
     _tracker_replaced_at_once()
+    wrap_method(BlendedDataset, "_build_indices", blend_cache.whole_or_none)
     _checkpoint_writer_outlives_sigterm()
     if platform.has_cuda():
         _weight_gradients_without_apex()

@@ -7,8 +7,9 @@ import json
 import math
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -30,7 +31,7 @@ _CACHED = {"-dataset_index.npy": np.int16, "-dataset_sample_index.npy": np.int64
 
 
 def check(args: Namespace) -> None:
-    """Every index whole and with documents that are long enough.
+    """Every pair of files of its size, with documents that are long enough. `whole` has what takes reading.
 
     Raises:
         UsageError: the first thing that is not so.
@@ -43,14 +44,28 @@ def check(args: Namespace) -> None:
         )
     need = args.target_length if args.position_sampler == "full" else args.seq_length
     for name, prefix in prefixes:
-        lengths = _index(name, prefix).lengths
-        if not (lengths >= need).any():
+        lengths = _index(name, prefix, indexed.open_index).lengths
+        if not indexed.any_as_long(lengths, need):
             raise UsageError(
                 f"{name} {prefix}: none of its {len(lengths)} documents has {need} tokens, which a sample takes; "
                 f"the longest has {lengths.max()}"
             )
     _shares(args)
     _check_cache(args.data_cache_path)
+
+
+def whole(args: Namespace, share: tuple[int, int] = (0, 1)) -> None:
+    """Every entry of every index, 20 bytes a document.
+
+    Args:
+        share: (i, n): of n readers, this is the one at place i, and reads an n-th.
+
+    Raises:
+        UsageError: the first file that is damaged.
+    """
+    for name, prefix in _prefixes(args):
+        _index(name, prefix, indexed.check_index, share)
+        _index(name, prefix, indexed.check_loss_mask, share)
 
 
 def splits(args: Namespace) -> None:
@@ -66,7 +81,7 @@ def splits(args: Namespace) -> None:
             if share is None or not wanted:
                 continue
             part = lengths[round(share[0] * len(lengths)) : round(share[1] * len(lengths))]  # as Megatron cuts it
-            if not (part >= need).any():
+            if not indexed.any_as_long(part, need):
                 raise UsageError(
                     f"{name} {prefix}: none of the {len(part)} documents that --split {args.split} leaves for {split} "
                     f"has {need} tokens; give {instead[split]}"
@@ -78,7 +93,7 @@ def held_out(args: Namespace, files: list[tuple[str, tuple[float, float]]]) -> N
     longest = max(args.eval_lengths or [0])
     lengths = [(indexed.open_index(prefix).lengths, share) for prefix, share in files] if longest else []
     parts = [found[round(first * len(found)) : round(last * len(found))] for found, (first, last) in lengths]
-    if longest and not any((part >= longest).any() for part in parts):
+    if longest and not any(indexed.any_as_long(part, longest) for part in parts):
         raise UsageError(
             f"--eval-lengths {longest}: no held-out document has as many tokens; give less, or longer text"
         )
@@ -173,13 +188,12 @@ def _blend_prefixes(flag: str, blend: list[str]) -> list[str]:
     return prefixes
 
 
-def _index(name: str, prefix: str) -> indexed.Index:
+def _index(name: str, prefix: str, look: Callable, *settings) -> Any:
+    """What `look` says of the data at `prefix`, which `name` gave."""
     try:
-        index = indexed.read_index(prefix)
-        indexed.check_loss_mask(prefix, index)
+        return look(prefix, *settings)
     except (ValueError, OSError) as error:
         raise UsageError(f"{name} {prefix}: {error}") from error
-    return index
 
 
 def _check_cache(folder: str | None) -> None:

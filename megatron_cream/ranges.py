@@ -14,7 +14,8 @@ _POSITIVE = {
     "exit_interval", "exit_duration_in_mins", "distributed_timeout_minutes", "ffn_hidden_size", "kv_channels",
     "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings", "lr", "lr_decay_iters",
     "lr_decay_samples", "norm_epsilon", "adam_eps", "init_method_std", "seed", "num_dataset_builder_threads",
-    "dist_ckpt_workers", "tensorboard_log_interval", "recompute_num_layers", "ckpt_step",
+    "dist_ckpt_workers", "tensorboard_log_interval", "recompute_num_layers", "ckpt_step", "most_recent_k",
+    "save_hook_minutes",
 }  # fmt: skip
 """Of the others, those that are not here may be 0."""
 

@@ -112,6 +112,23 @@ FLAGS = {
     "split of negatives": ("--split 8,-2,0", 1, ["--split 8,-2,0"]),
     "split leaves no long test": ("--split 8,1.999,0.001", 1, ["--split 8,1.999,0.001", "for test"]),
     "vocabulary": ("--vocab-size 60", 1, ["holds token id", "has 60"]),
+    "keep no checkpoint": ("--save {0}/new --most-recent-k 0", 1, ["--most-recent-k 0", "above 0"]),
+    "keep of nothing": ("--most-recent-k 2", 1, ["--most-recent-k 2: only with --save"]),
+    "keep in another format": (
+        "--save {0}/new --most-recent-k 2 --ckpt-format torch", 1, ["--most-recent-k 2: needs --ckpt-format torch_dist"],
+    ),
+    "hook without checkpoints": ("--save-hook true", 1, ["--save-hook true: only with --save"]),
+    "hook that is nowhere": (
+        "--save {0}/new --save-interval 1 --save-hook no-such-program", 1, ["--save-hook no-such-program", "not found"],
+    ),
+    "hook that is no program": (
+        "--save {0}/new --save-interval 1 --save-hook {0}/data.bin", 1, ["--save-hook", "data.bin", "not a program"],
+    ),
+    "hook's quotation": ("--save {0}/new --save-hook 'up", 1, ["--save-hook 'up: No closing quotation"]),
+    "time of no hook": ("--save {0}/new --save-hook-minutes 3", 1, ["--save-hook-minutes 3.0: only with --save-hook"]),
+    "hook's time": (
+        "--save {0}/new --save-hook true --save-hook-minutes 0", 1, ["--save-hook-minutes 0.0", "above 0"],
+    ),
     "tokenizer is no model": (
         "--tokenizer-type SentencePieceTokenizer --tokenizer-model {0}/data.bin", 1, ["--tokenizer-type", "data.bin"],
     ),

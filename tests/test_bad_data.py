@@ -129,7 +129,7 @@ def test_damaged_data_is_one_line_however_it_is_named(monkeypatch, tmp_path, kin
         (tmp_path / "lists").write_text(lists)
         data = {flag: str(tmp_path / "lists")}
     with pytest.raises(UsageError) as caught:
-        read(monkeypatch, tmp_path, GOOD | data)
+        data_checks.whole(read(monkeypatch, tmp_path, GOOD | data))
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"--{flag.replace('_', '-')} {prefix}: ")
     assert not [word for word in words if word not in message], message

@@ -25,6 +25,7 @@ from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_cream import watchdog
+from megatron_cream.checkpoint import after_save
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.compat import wrap_method
 from megatron_cream.errors import one_line
@@ -217,6 +218,8 @@ def _settle(settings, step: int, why: str) -> None:
     if not why:
         _saves.whole[place] = step
         _saves.failed.pop(place, None)
+        if settings.rank == 0:
+            after_save.whole(settings.save, step, folder)
         return
     _saves.failed[place] = f"step {step}, {folder}: {why}"
     if settings.rank != 0:

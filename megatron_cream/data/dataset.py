@@ -18,11 +18,16 @@ from megatron.core.datasets.utils import Split
 from megatron.core.utils import log_single_rank
 
 from megatron_cream.data.indexed import has_loss_mask, loss_mask_prefix
+from megatron_cream.data.long_documents import cache_file, long_documents
 from megatron_cream.data.order import permute
 from megatron_cream.errors import UsageError
 from megatron_cream.positions import build_sampler
 
 logger = logging.getLogger(__name__)
+
+
+def _warn(line: str) -> None:
+    log_single_rank(logger, logging.WARNING, line)
 
 
 @dataclass
@@ -60,10 +65,14 @@ class LongDocumentDataset(MegatronDataset):
     """
 
     def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config):
+        # A run of documents, of which Megatron gives each number.
+        begin, end = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
+        indices = range(begin, end)
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.sampler = build_sampler(**config.sampler, seed=config.random_seed)
-        lengths = dataset.sequence_lengths[indices]
-        self.documents = indices[lengths >= self.sampler.sequence_length]
+        minimum = self.sampler.sequence_length
+        file = cache_file(dataset_path, begin, end, minimum, config.path_to_cache)
+        self.documents = long_documents(dataset.sequence_lengths, begin, end, minimum, file, _warn)
         log_single_rank(
             logger,
             logging.INFO,

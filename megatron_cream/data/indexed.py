@@ -87,10 +87,108 @@ def read_index(prefix: str | Path) -> Index:
         ValueError: a file is missing, cut, of another kind, or not the other's. One line.
         OSError: the system cannot read it.
     """
+    check_index(prefix)
+    return open_index(prefix)
+
+
+def open_index(prefix: str | Path) -> Index:
+    """The same by the header, the first and last entries and the files' sizes alone: no time, whatever its length.
+
+    Raises:
+        ValueError, OSError: as `read_index`.
+    """
     bin_path, idx_path = paths(prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
             raise ValueError(f"there is no {path}; give the path without its suffix")
+    dtype, lengths, places, ends = _map(idx_path)
+    if not len(ends) or ends[0] != 0 or ends[-1] != len(lengths):
+        raise _bad(f"{idx_path} is damaged: its documents do not follow one another")
+    itemsize = np.dtype(dtype).itemsize
+    if places[0] != 0 or lengths[-1] < 0 or (len(places) > 1 and places[1] != int(lengths[0]) * itemsize):
+        raise _bad(f"{idx_path} is damaged: its sequences do not follow one another")
+    bytes_, found = int(places[-1]) + int(lengths[-1]) * itemsize, bin_path.stat().st_size
+    if found != bytes_:
+        name = np.dtype(dtype).name
+        raise _bad(
+            f"{bin_path} has {found} bytes, and its index says {bytes_ // itemsize} tokens of {name}, {bytes_} bytes"
+        )
+    if not bytes_:
+        raise ValueError(f"{bin_path} holds no token: the data is empty")
+    return Index(dtype, lengths, bytes_ // itemsize)
+
+
+def check_index(prefix: str | Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Whether each sequence begins where the one before it ends, and the documents likewise.
+
+    Args:
+        share: (i, n): of n readers, this is the one at place i, and reads an n-th.
+
+    Raises:
+        ValueError, OSError: as `read_index`.
+    """
+    idx_path = paths(prefix)[1]
+    dtype, lengths, places, ends = _map(idx_path)
+    itemsize = np.dtype(dtype).itemsize
+    for begin in range(share[0] * _CHUNK, len(lengths), share[1] * _CHUNK):
+        part = lengths[begin : begin + _CHUNK].astype(np.int64)
+        follow = places[begin + 1 : begin + _CHUNK + 1]
+        meet = places[begin : begin + _CHUNK][: len(follow)] + itemsize * part[: len(follow)]
+        if (part < 0).any() or (follow != meet).any():
+            raise _bad(f"{idx_path} is damaged: its sequences do not follow one another")
+    for begin in range(share[0] * _CHUNK, len(ends), share[1] * _CHUNK):
+        part = ends[begin : begin + _CHUNK + 1]
+        if (part[1:] < part[:-1]).any():
+            raise _bad(f"{idx_path} is damaged: its documents do not follow one another")
+    open_index(prefix)
+
+
+def check_loss_mask(prefix: str | Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Whether the loss mask beside PREFIX.bin is its own; nothing where there is none.
+
+    Args:
+        share: as in `check_index`.
+
+    Raises:
+        ValueError, OSError: as `read_index`, or it is of other documents.
+    """
+    if not has_loss_mask(prefix):
+        return
+    mask, index = open_index(loss_mask_prefix(prefix)), open_index(prefix)
+    same = mask.dtype is np.uint8 and len(mask.lengths) == len(index.lengths)
+    for begin in range(share[0] * _CHUNK, len(index.lengths) if same else 0, share[1] * _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        same = same and np.array_equal(mask.lengths[part], index.lengths[part])
+    if not same:
+        raise ValueError(
+            f"{loss_mask_prefix(prefix)}.bin is not the loss mask of {prefix}.bin: their documents differ; "
+            "preprocess the chats again, or move the mask away"
+        )
+    check_index(loss_mask_prefix(prefix), share)
+
+
+def any_as_long(lengths: np.ndarray, minimum: int) -> bool:
+    """Whether a document has `minimum` tokens; reads no further than the first that has."""
+    return any((lengths[at : at + _CHUNK] >= minimum).any() for at in range(0, len(lengths), _CHUNK))
+
+
+def token_range(prefix: str | Path, index: Index, most_bytes: int) -> tuple[int, int]:
+    """The least and the greatest token id of PREFIX.bin; of a larger file, in as many bytes of it, spread evenly."""
+    itemsize = np.dtype(index.dtype).itemsize
+    spans = 1 if index.tokens * itemsize <= most_bytes else 64
+    count = min(index.tokens, most_bytes // itemsize) // spans
+    least, greatest = [], []
+    with paths(prefix)[0].open("rb") as file:
+        for begin in np.linspace(0, index.tokens - count, spans, dtype=np.int64):
+            file.seek(int(begin) * itemsize)
+            tokens = np.fromfile(file, index.dtype, count)
+            least.append(int(tokens.min()))
+            greatest.append(int(tokens.max()))
+    return min(least), max(greatest)
+
+
+def _map(idx_path: Path) -> tuple[type, np.ndarray, np.ndarray, np.ndarray]:
+    """A token's type; lengths, places and ends, mapped from a file that is as long as its header says."""
     with idx_path.open("rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
@@ -111,75 +209,7 @@ def read_index(prefix: str | Path) -> Index:
     offsets = (_HEADER.size, _HEADER.size + 4 * sequences, _HEADER.size + 12 * sequences)
     lengths = np.frombuffer(content, "<i4", sequences, offsets[0])
     places = np.frombuffer(content, "<i8", sequences, offsets[1])
-    _check_documents(idx_path, np.frombuffer(content, "<i8", ends, offsets[2]), sequences)
-    itemsize = np.dtype(_TYPES[code]).itemsize
-    bytes_ = _check_places(idx_path, lengths, places, itemsize)
-    found = bin_path.stat().st_size
-    if found != bytes_:
-        name = np.dtype(_TYPES[code]).name
-        raise _bad(
-            f"{bin_path} has {found} bytes, and its index says {bytes_ // itemsize} tokens of {name}, {bytes_} bytes"
-        )
-    if not bytes_:
-        raise ValueError(f"{bin_path} holds no token: the data is empty")
-    return Index(_TYPES[code], lengths, bytes_ // itemsize)
-
-
-def open_index(prefix: str | Path) -> Index:
-    """The same of data that `read_index` found whole, without reading it again."""
-    bin_path, idx_path = paths(prefix)
-    with idx_path.open("rb") as file:
-        _, _, code, sequences, _ = _HEADER.unpack(file.read(_HEADER.size))
-    lengths = np.memmap(idx_path, "<i4", "r", _HEADER.size, sequences)
-    return Index(_TYPES[code], lengths, bin_path.stat().st_size // np.dtype(_TYPES[code]).itemsize)
-
-
-def check_loss_mask(prefix: str | Path, index: Index) -> None:
-    """Whether the loss mask beside PREFIX.bin is its own; nothing where there is none.
-
-    Raises:
-        ValueError, OSError: as `read_index`, or it is of other documents.
-    """
-    if not has_loss_mask(prefix):
-        return
-    mask = read_index(loss_mask_prefix(prefix))
-    if mask.dtype is not np.uint8 or not np.array_equal(mask.lengths, index.lengths):
-        raise ValueError(
-            f"{loss_mask_prefix(prefix)}.bin is not the loss mask of {prefix}.bin: their documents differ; "
-            "preprocess the chats again, or move the mask away"
-        )
-
-
-def token_range(prefix: str | Path, index: Index, most_bytes: int) -> tuple[int, int]:
-    """The least and the greatest token id of PREFIX.bin; of a larger file, in as many bytes of it, spread evenly."""
-    itemsize = np.dtype(index.dtype).itemsize
-    spans = 1 if index.tokens * itemsize <= most_bytes else 64
-    count = min(index.tokens, most_bytes // itemsize) // spans
-    least, greatest = [], []
-    with paths(prefix)[0].open("rb") as file:
-        for begin in np.linspace(0, index.tokens - count, spans, dtype=np.int64):
-            file.seek(int(begin) * itemsize)
-            tokens = np.fromfile(file, index.dtype, count)
-            least.append(int(tokens.min()))
-            greatest.append(int(tokens.max()))
-    return min(least), max(greatest)
-
-
-def _check_documents(path: Path, ends: np.ndarray, sequences: int) -> None:
-    if not len(ends) or ends[0] != 0 or ends[-1] != sequences or (ends[1:] < ends[:-1]).any():
-        raise _bad(f"{path} is damaged: its documents do not follow one another")
-
-
-def _check_places(path: Path, lengths: np.ndarray, places: np.ndarray, itemsize: int) -> int:
-    """The bytes of all sequences, when each begins where the one before it ends."""
-    at = 0
-    for begin in range(0, len(lengths), _CHUNK):
-        part = lengths[begin : begin + _CHUNK].astype(np.int64)
-        ends = at + np.cumsum(part) * itemsize
-        if (part < 0).any() or (places[begin : begin + _CHUNK] != ends - part * itemsize).any():
-            raise _bad(f"{path} is damaged: its sequences do not follow one another")
-        at = int(ends[-1])
-    return at
+    return _TYPES[code], lengths, places, np.frombuffer(content, "<i8", ends, offsets[2])
 
 
 def _bad(reason: str) -> ValueError:

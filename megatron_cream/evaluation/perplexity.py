@@ -7,11 +7,13 @@ positions beyond its window does worse as n grows; one that can does no worse.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_cream.data.long_documents import long_in_parts
 from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
 
 
@@ -26,15 +28,22 @@ def held_out_documents(files: list[tuple[str, tuple[float, float]]], minimum: in
 
     Returns: int64 arrays [minimum]; empty where no document is long enough.
     """
-    found = []
-    for prefix, share in files:
-        dataset = IndexedDataset(prefix)
-        first, last = (round(bound * len(dataset)) for bound in share)
-        long = np.flatnonzero(dataset.sequence_lengths[first:last] >= minimum) + first
-        found += [(dataset, int(i)) for i in long]
-    chosen = np.unique(np.linspace(0, len(found) - 1, num=min(most, len(found)), dtype=np.int64))
-    pick = [found[i] for i in chosen]
-    return [dataset.get(i, offset=0, length=minimum).astype(np.int64) for dataset, i in pick]
+    held_out = [(IndexedDataset(prefix), share) for prefix, share in files]
+
+    def long() -> Iterator[tuple[IndexedDataset, np.ndarray]]:
+        for dataset, share in held_out:
+            first, last = (round(bound * len(dataset)) for bound in share)
+            for numbers in long_in_parts(dataset.sequence_lengths, first, last, minimum):
+                yield dataset, numbers
+
+    count = sum(len(numbers) for _, numbers in long())
+    chosen = np.unique(np.linspace(0, count - 1, num=min(most, count), dtype=np.int64))
+    documents, at = [], 0
+    for dataset, numbers in long():
+        for i in numbers[chosen[(chosen >= at) & (chosen < at + len(numbers))] - at]:
+            documents.append(dataset.get(int(i), offset=0, length=minimum).astype(np.int64))
+        at += len(numbers)
+    return documents
 
 
 def perplexity_by_length(

@@ -1,0 +1,245 @@
+"""Checkpoints through pretrain_cream.py: how long training stands still, until one is whole, its size, its load.
+
+    python benchmarks/checkpoints.py FOLDER                                 # 134M parameters, two ranks, CPU or GPU
+    python benchmarks/checkpoints.py FOLDER --nproc 2 --config benchmarks/llama_7b_width.yaml --num-layers 32 \
+        --tensor-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 --saves 1       # the full 7B
+
+Further flags are pretrain_cream.py's. Each row is a run of its own, one after the other, that saves every --interval
+steps; the newest checkpoint alone is kept, so that FOLDER needs room for two, or for one with --saves 1. After the
+last row its checkpoint is loaded at --resume's layout. A step of training is not counted as standing still; what
+it waits for because of a save is: making it, handing it to the writer, and, once it is written, naming it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
+
+from megatron_cream import platform
+
+platform.setup()  # here: the process that writes a checkpoint imports this file
+
+import yaml
+
+ROWS = {
+    "sync": ("synchronous", []),
+    "async": ("--async-save", ["--async-save"]),
+    "async-constant": (
+        "--async-save --ckpt-assume-constant-structure", ["--async-save", "--ckpt-assume-constant-structure"]
+    ),
+    "sync-plain": ("synchronous, no checksums", ["--no-checkpoint-checksums"]),
+    "async-plain": ("--async-save, no checksums", ["--async-save", "--no-checkpoint-checksums"]),
+}  # fmt: skip
+SMALL = """--num-layers 12 --hidden-size 768 --ffn-hidden-size 2048 --num-attention-heads 12 --seq-length 128
+--micro-batch-size 1 --global-batch-size 2 --lr 1e-4 --use-distributed-optimizer --embedded-data --vocab-size 32000
+--padded-vocab-size 32000 --eval-iters 1 --eval-interval 100000 --log-interval 1 --console progress"""
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["child"]:
+        return child(Path(sys.argv[2]), sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where checkpoints are written; the benchmark's own, emptied")
+    parser.add_argument("--config", help="a recipe; without one, a small model")
+    parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["sync", "async", "sync-plain", "async-plain"])
+    parser.add_argument("--saves", type=int, default=3)
+    parser.add_argument("--interval", type=int, default=6, help="steps from one save to the next")
+    parser.add_argument("--resume", help="flags of the layout to load at; default: tensor-parallel if it was not")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for a row")
+    args, flags = parser.parse_known_args()
+    flags = [*(["--config", args.config] if args.config else SMALL.split()), *flags]
+    check_room(args, flags)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    steps = args.saves * args.interval
+    common = [*flags, "--train-iters", str(steps), "--lr-decay-iters", "1000", "--most-recent-k", "1"]
+    results = {}
+    for row in args.rows:
+        save = args.folder / "checkpoints"
+        shutil.rmtree(save, ignore_errors=True)
+        own = ["--save", str(save), "--save-interval", str(args.interval), *ROWS[row][1]]
+        results[row] = found = run(args, row, [*common, *own])
+        if found:
+            print(f"{row:14} " + "; ".join(words(s) for s in found["saves"]) + f"; {steps_words(found)}", flush=True)
+    loaded = resume(args, common, args.folder / "checkpoints", steps)
+    (args.folder / "results.json").write_text(json.dumps({"flags": flags, "rows": results, "load": loaded}, indent=1))
+    print("\n| row | training stands still, s | until whole, s | GB | GB/s |\n|---|---|---|---|---|")
+    for row, found in results.items():
+        saves = found["saves"] if found else []
+        still = ", ".join(f"{s['still']:.2f}" for s in saves)
+        whole = ", ".join(f"{s['whole']:.1f}" for s in saves)
+        rate = ", ".join(f"{s['bytes'] / 1e9 / s['whole']:.2f}" for s in saves)
+        size = f"{saves[-1]['bytes'] / 1e9:.2f}" if saves else "failed"
+        print(f"| {ROWS[row][0]} | {still} | {whole} | {size} | {rate} |")
+    if loaded:
+        print(f"\nloaded with {loaded['layout']} in {loaded['load']:.1f} s; looked at before (checksums, pickles) in "
+              f"{loaded['check']:.1f} s")  # fmt: skip
+    shutil.rmtree(args.folder / "checkpoints", ignore_errors=True)
+    return 0 if all(results.values()) and loaded else 1
+
+
+def words(save: dict) -> str:
+    return f"step {save['step']}: still {save['still']:.2f} s, whole after {save['whole']:.1f} s"
+
+
+def steps_words(found: dict) -> str:
+    alone, beside = found["steps"]["alone"], found["steps"]["beside"]
+    text = f"a step takes {statistics.median(alone):.2f} s" if alone else "no step was alone"
+    return text + (f", while a checkpoint is written {statistics.median(beside):.2f} s" if beside else "")
+
+
+def check_room(args, flags: list[str]) -> None:
+    """An estimate, so that a disk that fills does not cost an hour: weights, and 12 bytes of optimizer each."""
+    known = yaml.safe_load(Path(args.config).read_text()) if args.config else {}
+    known |= {
+        name[2:].replace("-", "_"): value for name, value in zip(flags, flags[1:], strict=False) if name[:1] == "-"
+    }
+    layers, hidden, ffn = (int(known[name]) for name in ("num_layers", "hidden_size", "ffn_hidden_size"))
+    parameters = layers * (4 * hidden**2 + 3 * hidden * ffn) + 2 * hidden * int(known["vocab_size"])
+    each = parameters * (14 if platform.has_cuda() else 16)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    free, need = shutil.disk_usage(args.folder).free, each * min(args.saves, 2) * 1.05
+    print(f"{parameters / 1e9:.2f}B parameters, about {each / 1e9:.1f} GB a checkpoint; {free / 1e9:.0f} GB free")
+    if free < need:
+        sys.exit(f"{args.folder}: {need / 1e9:.0f} GB are needed: give --saves 1, --num-layers 8, or another folder")
+
+
+def run(args, name: str, flags: list[str]) -> dict | None:
+    result = args.folder / f"{name}.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.nproc}", "--standalone"]
+    command += [__file__, "child", str(result), *flags]
+    env = {"OMP_NUM_THREADS": "1" if not platform.has_cuda() else "8"} | os.environ
+    log = args.folder / f"{name}.log"
+    try:
+        with log.open("w") as out:
+            code = subprocess.run(command, stdout=out, stderr=out, cwd=ROOT, env=env, timeout=args.timeout).returncode
+    except subprocess.TimeoutExpired:
+        code = f"none in {args.timeout:.0f} s"
+    if code or not result.is_file():
+        print(
+            f"{name}: exit code {code}; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}", file=sys.stderr
+        )
+        return None
+    return json.loads(result.read_text())
+
+
+def resume(args, flags: list[str], saved: Path, step: int) -> dict | None:
+    layout = args.resume
+    if layout is None:
+        tensor = "--tensor-model-parallel-size"
+        was = int(flags[flags.index(tensor) + 1]) if tensor in flags else 1
+        layout = f"{tensor} {1 if was > 1 else args.nproc}"
+    own = ["--load", str(saved), "--train-iters", str(step + 1), "--override-opt-param-scheduler", *layout.split()]
+    keep = flags.index("--most-recent-k")
+    found = run(args, "load", [*flags[:keep], *flags[keep + 2 :], *own])
+    return found and {"layout": layout, **found}
+
+
+# ---------------------------------------------------------------- in ranks of their own
+
+
+def child(result: Path, flags: list[str]) -> int:
+    from megatron.training import training
+
+    import pretrain_cream as main_job
+    from megatron_cream import loading
+    from megatron_cream.checkpoint import after_save
+
+    clock = Clock()
+    training.save_checkpoint_and_time = clock.saving(training.save_checkpoint_and_time)
+    training.maybe_finalize_async_save = clock.finalizing(training.maybe_finalize_async_save)
+    training.train_step = clock.step(training.train_step)
+    training.load_checkpoint = clock.timed("load", training.load_checkpoint)
+    loading.check_content = clock.timed("check", loading.check_content)
+    after_save.whole = clock.whole(after_save.whole)
+    sys.argv = [str(ROOT / "pretrain_cream.py"), *flags]
+    code = main_job.main()
+    if not code and os.environ["RANK"] == "0":
+        steps = {"alone": clock.alone, "beside": clock.beside}
+        result.write_text(json.dumps({"saves": list(clock.saves.values()), "steps": steps, **clock.seconds}))
+    return code
+
+
+class Clock:
+    """Of one rank.
+
+    Attributes:
+        saves: by step: seconds of standing still, until whole, bytes on the disk.
+        alone, beside: seconds of each step, without and with a checkpoint being written beside it.
+    """
+
+    def __init__(self):
+        self.saves, self.seconds, self.alone, self.beside = {}, {}, [], []
+        self._pending, self._inside, self._began = None, False, {}
+
+    def saving(self, original):
+        def save(iteration, *args, **kwargs):
+            began = _now()
+            self._pending = self.saves[iteration] = save = {"step": iteration, "still": 0.0}
+            self._began[iteration], self._inside = began, True
+            original(iteration, *args, **kwargs)
+            self._inside = False
+            save["still"] += _now() - began
+
+        return save
+
+    def finalizing(self, original):
+        def finalize(*args, **kwargs):
+            # Training's end waits for the last one, and stands in nobody's way.
+            save = None if self._inside or kwargs.get("terminate") else self._pending
+            began = _now() if save else 0.0
+            original(*args, **kwargs)
+            if save:
+                save["still"] += _now() - began
+
+        return finalize
+
+    def whole(self, original):
+        def whole(save_folder, step, folder):
+            save = self.saves[step]
+            save["whole"] = time.monotonic() - self._began[step]
+            save["bytes"] = sum(path.stat().st_size for path in Path(folder).iterdir())
+            if self._pending is save:
+                self._pending = None
+            original(save_folder, step, folder)
+
+        return whole
+
+    def step(self, original):
+        def step(*args, **kwargs):
+            beside, began = self._pending is not None, _now()
+            result = original(*args, **kwargs)
+            (self.beside if beside else self.alone).append(_now() - began)
+            return result
+
+        return step
+
+    def timed(self, name: str, original):
+        def function(*args, **kwargs):
+            began = _now()
+            result = original(*args, **kwargs)
+            self.seconds[name] = _now() - began
+            return result
+
+        return function
+
+
+def _now() -> float:
+    import torch
+
+    if platform.has_cuda() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What follows a checkpoint that is whole, on the first rank: the user's hook, and the removal of earlier ones."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_cream.checkpoint import save_hook
+from megatron_cream.checkpoint.retention import Retention
+from megatron_cream.checkpoint.save_hook import SaveHook
+
+_hook: SaveHook | None = None
+_retention: Retention | None = None
+_save: Path | None = None
+
+
+def install(args: Namespace, loaded: Path | None) -> None:
+    """For each run anew.
+
+    Args:
+        args: Megatron's, with --save.
+        loaded: the folder that the run starts from.
+    """
+    global _hook, _retention, _save
+    close()
+    _save = Path(args.save).resolve()
+    if args.save_hook is not None:
+        _hook = SaveHook(
+            save_hook.parse(args.save_hook), _save / save_hook.LOG, 60 * args.save_hook_minutes, after=_prune
+        )
+    if args.most_recent_k or args.save_retain_interval:
+        _retention = Retention(
+            _save,
+            last=args.most_recent_k or 1,
+            every=args.save_retain_interval,
+            kept=[loaded] if loaded else [],
+            busy=_hook.busy if _hook else set,
+        )
+
+
+def whole(save: str, step: int, folder: Path) -> None:
+    """Call when the tracker of `save` names this checkpoint. Returns at once."""
+    if Path(save).resolve() != _save:  # best/
+        return
+    if _hook:
+        _hook.start(step, folder)
+    _prune()
+
+
+def close() -> None:
+    """At the end of the run: wait for what goes on, as long as it may take."""
+    global _hook, _retention, _save
+    if _hook:
+        _hook.close()
+    if _retention:
+        _retention.close()
+    _hook = _retention = _save = None
+
+
+def _prune() -> None:
+    if _retention:
+        _retention.prune()

@@ -1,0 +1,198 @@
+"""What follows a whole checkpoint: which earlier ones go, and the user's command, which never holds training up."""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_cream.checkpoint import after_save, retention
+from megatron_cream.checkpoint.retention import Retention
+from megatron_cream.checkpoint.save_hook import SaveHook
+from tests.launch import train, write_documents
+
+
+def put(save: Path, *steps: int, newest: int | None = None) -> Path:
+    for step in steps:
+        folder = save / f"iter_{step:07d}"
+        folder.mkdir(parents=True)
+        for name in (".metadata", "metadata.json", "__0_0.distcp"):
+            (folder / name).write_text("x")
+    (save / "latest_checkpointed_iteration.txt").write_text(str(newest or max(steps)))
+    return save
+
+
+def left(save: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("iter_")) for path in save.glob("iter_*"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    steps=st.sets(st.integers(1, 30), min_size=1, max_size=12), last=st.integers(1, 4),
+    every=st.none() | st.integers(1, 7), data=st.data(),
+)  # fmt: skip
+def test_what_stays(tmp_path_factory, steps, last, every, data):
+    """Against the rule, said in another way; steps beyond the tracker's are of a run that went back."""
+    newest = data.draw(st.sampled_from(sorted(steps)))
+    loaded, busy = (data.draw(st.none() | st.sampled_from(sorted(steps))) for _ in range(2))
+    save = put(tmp_path_factory.mktemp("save"), *steps, newest=newest)
+    folder = {step: save / f"iter_{step:07d}" for step in steps}
+    kept = Retention(
+        save, last=last, every=every, kept=[folder[loaded]] if loaded else [],
+        busy=lambda: {folder[busy]} if busy else set(),
+    )  # fmt: skip
+    kept.prune()
+    kept.close()
+    rank = {step: sum(step < other <= newest for other in steps) for step in steps}
+    wanted = [
+        s for s in sorted(steps)
+        if s >= newest or rank[s] < last or (every and s % every == 0) or s in (loaded, busy)
+    ]  # fmt: skip
+    assert left(save) == wanted and not list(save.glob(".iter_*"))
+
+
+def test_what_is_not_whole_or_not_ours_stays_and_counts_for_nothing(tmp_path):
+    save = put(tmp_path / "save", 1, 2, 3, 4)
+    (save / "iter_0000003" / ".metadata").unlink()  # a save that was killed
+    (save / "best").mkdir()
+    put(save / "best", 1)
+    (save / "iter_of_mine").mkdir()
+    elsewhere = put(tmp_path / "elsewhere", 1)
+    (save / "iter_0000000").symlink_to(elsewhere / "iter_0000001")
+    kept = Retention(save, last=2, every=None, kept=[])
+    kept.prune()
+    kept.close()
+    stays = ["best", "iter_0000000", "iter_0000002", "iter_0000003", "iter_0000004", "iter_of_mine"]
+    assert sorted(path.name for path in save.iterdir() if path.is_dir()) == stays
+    assert left(save / "best") == [1] and left(elsewhere) == [1]
+
+
+def test_a_crash_in_a_removal_leaves_no_checkpoints_name(tmp_path, monkeypatch, capfd):
+    save = put(tmp_path, 1, 2)
+
+    def stops(folder):
+        (Path(folder) / ".metadata").unlink()
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retention.shutil, "rmtree", stops)
+        kept = Retention(save, last=1, every=None, kept=[])
+        kept.prune()
+        kept.close()
+    assert left(save) == [2] and (save / ".iter_0000001.removed").is_dir()
+    said = capfd.readouterr().err
+    assert "iter_0000001.removed: an earlier checkpoint is not removed: Input/output error" in said
+    assert said.count("\n") == 1
+    Retention(save, last=1, every=None, kept=[]).close()  # the next start
+    assert not (save / ".iter_0000001.removed").exists()
+
+
+def test_a_removal_that_cannot_begin_costs_a_line(tmp_path, monkeypatch, capfd):
+    save = put(tmp_path, 1, 2)
+
+    def refuses(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuses)
+    Retention(save, last=1, every=None, kept=[]).prune()
+    assert left(save) == [1, 2]
+    assert capfd.readouterr().err == f"warning: {save}: an earlier checkpoint is not removed: Permission denied\n"
+
+
+def command(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_hook_runs_for_each_in_turn_and_holds_nobody_up(tmp_path):
+    after = threading.Event()
+    code = """
+import json, os, sys, time
+while not os.path.exists("GO"): time.sleep(0.01)
+print(json.dumps([sys.argv[1], os.environ["CHECKPOINT_FOLDER"], os.environ["CHECKPOINT_STEP"]]))
+""".replace("GO", str(tmp_path / "go"))
+    hook = SaveHook(command(code), tmp_path / "log", 60, after=after.set)
+    folders = [tmp_path / f"with a space {step}" for step in (1, 2)]
+    for step, folder in enumerate(folders, 1):
+        hook.start(step, folder)
+    assert hook.busy() == set(folders) and not after.is_set()
+    (tmp_path / "go").touch()
+    hook.close()
+    assert not hook.busy() and after.is_set()
+    said = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("[")]
+    assert said == [[str(folder), str(folder), str(step)] for step, folder in enumerate(folders, 1)]
+
+
+@pytest.mark.parametrize(
+    "words, seconds, reason",
+    [
+        (command("import sys; sys.exit(3)"), 60, "exit code 3"),
+        (command("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"), 60, "exit code -9"),
+        (command("import time; time.sleep(600)"), 0.3, "ended after 0.005 minutes (--save-hook-minutes)"),
+        (["/no/such/program"], 60, "No such file or directory"),
+    ],
+)
+def test_a_hook_that_fails_costs_a_line(tmp_path, capfd, words, seconds, reason):
+    hook = SaveHook(words, tmp_path / "log", seconds)
+    hook.start(5, tmp_path / "iter_0000005")
+    while hook.busy():
+        time.sleep(0.01)
+    hook.close()
+    line = f"warning: --save-hook: {tmp_path}/iter_0000005: {reason}; see {tmp_path}/log\n"
+    assert capfd.readouterr().err == line
+
+
+def test_a_hook_that_outlives_the_run_is_left_to_itself(tmp_path, capfd):
+    hook = SaveHook(command("import time; time.sleep(600)"), tmp_path / "log", 600)
+    hook.start(1, tmp_path / "iter_0000001")
+    while not (tmp_path / "log").exists():
+        time.sleep(0.01)
+    hook._seconds = 0.05
+    hook.close()
+    assert "iter_0000001: not done 0.000833333 minutes after the end of the run" in capfd.readouterr().err
+    # As the test would leave it behind.
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        parent = Path(f"/proc/{pid}/stat")
+        if parent.exists() and parent.read_text().split()[3] == str(os.getpid()):
+            os.kill(int(pid), 9)
+
+
+def test_asynchronous_saves_are_followed_by_hook_and_removal_and_resume_at_another_layout(tmp_path):
+    """Two ranks: at step 8 the newest two are left, and step 4; the hook has seen each whole, and holds step 2."""
+    documents, save = write_documents(tmp_path / "documents"), tmp_path / "save"
+    hook = tmp_path / "hook"
+    hook.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\n"
+        "whole = all(os.path.exists(f'{sys.argv[2]}/{name}') for name in ('.metadata', 'metadata.json'))\n"
+        "newest = open(f'{os.path.dirname(sys.argv[2])}/latest_checkpointed_iteration.txt').read()\n"
+        "print(sys.argv[1], os.environ['CHECKPOINT_STEP'], whole, int(newest) >= int(os.environ['CHECKPOINT_STEP']))\n"
+        f"sys.exit(int(os.environ['CHECKPOINT_STEP']) == 6)\n"
+    )
+    hook.chmod(0o755)
+    flags = ["--data-path", documents, "--split", "90,10,0", "--train-iters", 10, "--save-interval", 2, "--async-save"]
+    flags += ["--use-distributed-optimizer", "--most-recent-k", 2, "--save-retain-interval", 4]
+    flags += ["--save-hook", f"{hook} 'two words'", "--save", save]
+    whole = train(2, tmp_path / "whole", *flags)
+    assert left(save) == [4, 8, 10] and not list(save.glob(".iter_*"))
+    lines = [line for line in (save / "save_hook.log").read_text().splitlines() if line.startswith("two words ")]
+    assert lines == [f"two words {step} True True" for step in (2, 4, 6, 8, 10)]
+    rest = train(
+        2, tmp_path / "rest", *flags[:-2], "--save", tmp_path / "other", "--load", save, "--ckpt-step", 8,
+        "--tensor-model-parallel-size", 2, "--sequence-parallel",
+    )  # fmt: skip
+    assert list(rest) == [9, 10]
+    assert max(abs(rest[step] - whole[step]) / whole[step] for step in rest) < 1e-5
+
+
+def test_best_is_not_the_runs_own(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(after_save, "_save", tmp_path)
+    monkeypatch.setattr(after_save, "_prune", lambda: called.append(1))
+    after_save.whole(str(tmp_path / "best"), 2, tmp_path / "best" / "iter_0000002")
+    assert not called
+    after_save.whole(str(tmp_path), 2, tmp_path / "iter_0000002")
+    assert called
