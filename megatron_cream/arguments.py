@@ -41,6 +41,7 @@ from megatron_cream import (
     console,
     data_checks,
     loading,
+    nodes,
     platform,
     pretrained,
     progress,
@@ -187,6 +188,16 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         UsageError: one clear line about what is wrong. Nothing was started or written.
         SystemExit: after --help or --print-config.
     """
+    args, found, words = nodes.alike(lambda: _look(argv))
+    loading.check_content(args, found)
+    nodes.check_shared(args)
+    with console.captured(words):  # last, as it opens log files
+        set_global_variables(args, build_tokenizer=False)
+    return args, words.getvalue()
+
+
+def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.StringIO]:
+    """All of `parse` that one rank can find out by itself."""
     args = read(argv)
     if args.print_config:
         if args.rank == 0:
@@ -222,10 +233,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         pretrain_cfg_container_from_args(args, model_config(args))
     data_checks.token_ids(args)
     loading.check_model(args, found)
-    loading.check_content(args, found)
-    with console.captured(words):  # last, as it opens log files
-        set_global_variables(args, build_tokenizer=False)
-    return args, words.getvalue()
+    return args, found, words
 
 
 @contextlib.contextmanager
