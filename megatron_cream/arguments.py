@@ -124,6 +124,10 @@ class CreamConfig:
     """End the job, with the stacks of every rank, when one finished no step, evaluation batch or checkpoint for so
     long; six times as long for the start, the first step and a checkpoint. 0: never."""
 
+    signal_exit_code: int = 0
+    """Exit code of a run that SIGTERM or SIGUSR1 ended, its checkpoint saved: 0 to 255. Kubernetes starts again what
+    ends with another than 0."""
+
     deterministic: bool = False
     """On a GPU: the same flags on the same GPUs give the same bits. Slower."""
 

@@ -1,6 +1,6 @@
 """What the nodes of a run must have in common, found out before a process group or a GPU is touched.
 
-A run on one node sees one disk. On several, a data file or a checkpoint may be missing on one of them, and a --save that
+A run on one node sees one disk. On several, a data file or a checkpoint may be missing on one, and a --save that
 is no shared file system would be filled with checkpoints of which each node has a part.
 """
 

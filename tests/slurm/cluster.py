@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine, in one folder: munged, slurmctld and two slurmd, with keys and ports of its own.
+"""A Slurm of two nodes on this machine: munged, slurmctld and two slurmd in one folder, with its own key and ports.
 
 The nodes share the machine's CPUs (Slurm is told of more than there are), and have no GPU. As root.
 """
@@ -84,7 +84,7 @@ class Slurm:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: int, *states: str, seconds: float = 420) -> dict[str, str]:
+    def wait(self, job: int | str, *states: str, seconds: float = 420) -> dict[str, str]:
         """Until the job is in one of the states; COMPLETED without a word. One that ends otherwise fails the test."""
         deadline, wanted = time.monotonic() + seconds, states or ("COMPLETED",)
         while (state := self.state(job))["JobState"] not in wanted:
@@ -93,7 +93,7 @@ class Slurm:
             time.sleep(0.3)
         return state
 
-    def log(self, job: int) -> str:
+    def log(self, job: int | str) -> str:
         path = self.folder / f"{job}.log"
         return path.read_text() if path.exists() else ""
 
