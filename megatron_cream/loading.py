@@ -98,11 +98,9 @@ def done(args: Namespace) -> str | None:
     if found is None or found[0] != "--load" or found[1].name == "release" or not args.train_iters:
         return None
     step = _step_of(found[1])
-    return (
-        f"step {step} of {args.train_iters} is in {args.load}: nothing is left to train"
-        if step >= args.train_iters
-        else None
-    )
+    if step < args.train_iters:
+        return None
+    return f"step {step} of {args.train_iters} is in {args.load}: nothing is left to train"
 
 
 def open_checkpoint(args: Namespace) -> Found | None:
@@ -241,7 +239,7 @@ def common_store(rank: int, ranks: int) -> torch.distributed.Store | None:
     """Where the ranks of this start of the job find each other; None for one rank, which has nobody to find.
 
     A torchrun of one node keeps its store when it starts its ranks again (--max-restarts), with the addresses of those
-    that died in it. Several have a new one each time (`nodes.check_restarts`), and count their restarts each by itself.
+    that died in it. Several have a new one each time (`nodes`), and count their restarts each by itself.
     """
     global _store
     if ranks == 1:

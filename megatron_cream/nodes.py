@@ -7,13 +7,14 @@ is no shared file system would be filled with checkpoints of which each node has
 import os
 import socket
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from megatron_cream.checks import flag
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 from megatron_cream.loading import agree
 
 _PATIENCE = 30.0
@@ -28,16 +29,19 @@ def alike(look: Callable[[], Found]) -> Found:
     Raises:
         UsageError: that of the first rank whose `look` raised one.
     """
-    if not _several():
+    if not several():
         return look()
     found = []
 
     def looked() -> None:
+        here = f" (on {socket.gethostname()})" if int(os.environ["GROUP_RANK"]) else ""
         try:
             found.append(look())
         except UsageError as error:
-            here = f" (on {socket.gethostname()})" if int(os.environ["GROUP_RANK"]) else ""
             raise UsageError(f"{error}{here}") from error
+        except Exception as error:  # the other nodes must not wait for this one
+            traceback.print_exc()
+            raise UsageError(f"{type(error).__name__}: {one_line(error)}{here}") from error
 
     _check_restarts()
     agree(looked, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -52,7 +56,7 @@ def check_shared(args: Namespace) -> None:
     """
     for name in ("save", "data_cache_path"):
         path = getattr(args, name)
-        if path and _several():
+        if path and several():
             _check_folder(args, name, Path(path))
 
 
@@ -87,7 +91,8 @@ def _check_folder(args: Namespace, name: str, folder: Path) -> None:
             sign.unlink(missing_ok=True)
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Whether torchrun runs on more than one node."""
     return int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
 
 

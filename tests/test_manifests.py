@@ -5,17 +5,20 @@ on the way through it, so that what comes out must be what went in.
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 
 from megatron_cream import arguments
-from tests.launch import ROOT
+from tests.faults.kill import newest, wait_for
+from tests.launch import ROOT, TINY, write_documents
 
 FOLDER = ROOT / "examples" / "kubernetes"
 
@@ -62,7 +65,10 @@ def test_the_pods_and_torchrun_agree(manifest):
     if manifest["kind"] == "JobSet":
         (group,) = spec["replicatedJobs"]
         job = group["template"]["spec"]
-        nodes, first = job["completions"], f"{manifest['metadata']['name']}-{group['name']}-0-0.{manifest['metadata']['name']}"
+        nodes, first = (
+            job["completions"],
+            f"{manifest['metadata']['name']}-{group['name']}-0-0.{manifest['metadata']['name']}",
+        )
         assert job["parallelism"] == nodes and job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
         assert group["replicas"] == 1
     else:
@@ -92,6 +98,36 @@ def test_the_flags_in_a_manifest_are_ours(manifest):
         parsed, unknown = parser.parse_known_args(flags)
         assert not unknown and parsed.signal_exit_code == 75
         assert (ROOT / parsed.config).is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("nsenter") is None, reason="process namespaces are made by root")
+def test_a_pod_that_is_told_to_go_saves_and_does_not_count_as_done(tmp_path, manifest):
+    """The manifest's own command as process 1, and its hook, as the kubelet would run it. One node of two ranks."""
+    (container, *_) = (pod["containers"][0] for pod in pods(manifest))
+    documents, save, log = write_documents(tmp_path / "documents", documents=20), tmp_path / "run", tmp_path / "log"
+    given = [
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "pretrain_cream.py",
+        *TINY,
+        "--fp32",
+        "--data-path",
+        documents,
+    ]
+    given += ["--split", "90,10,0", "--train-iters", 100_000, "--save", save, "--load", save, "--save-interval", 2]
+    given += ["--signal-exit-code=75"]
+    command = ["unshare", "--pid", "--fork", "--mount-proc", *container["command"], *given]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "JOB_COMPLETION_INDEX": "0"}
+    with open(log, "w") as out:
+        process = subprocess.Popen(list(map(str, command)), env=env, cwd=ROOT, stdout=out, stderr=out)
+    wait_for(lambda: newest(save) >= 2, process)
+    (first,) = psutil.Process(process.pid).children()
+    hook = container["lifecycle"]["preStop"]["exec"]["command"]
+    hook = [*hook[:-1], re.sub("sleep .*", "true", hook[-1])]
+    subprocess.run(["nsenter", f"--target={first.pid}", "--pid", "--mount", *hook], check=True)
+    assert process.wait(timeout=300) == 1, "torchrun's, of ranks that ended with 75"
+    words = log.read_text()
+    assert f"SIGUSR1: step {newest(save)} is saved in {save}" in words and "exitcode  : 75" in words, words[-3000:]
 
 
 def test_the_dockerfile_copies_and_installs_what_is_there():

@@ -29,7 +29,7 @@ def one_node(documents, tmp_path_factory):
     """The checkpoints of the same four ranks in one torchrun."""
     folder = tmp_path_factory.mktemp("one_node")
     process = launch(folder / "log", flags(documents, folder / "run"), ["--standalone", "--nproc_per_node=4"])
-    assert process.wait(timeout=400) == 0, (folder / "log").read_text()[-3000:]
+    assert process.wait(timeout=900) == 0, (folder / "log").read_text()[-3000:]
     return folder / "run"
 
 
@@ -77,7 +77,7 @@ def port():
 
 def ended(processes: list[subprocess.Popen], logs: list[Path]) -> list[int]:
     try:
-        return [process.wait(timeout=400) for process in processes]
+        return [process.wait(timeout=900) for process in processes]
     except subprocess.TimeoutExpired:
         for process in processes:
             os.killpg(process.pid, signal.SIGKILL)

@@ -70,7 +70,7 @@ class Slurm:
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def train(self, *flags, options=(), nodes: int = 2, ranks: int = 2) -> int:
+    def train(self, *flags, options=(), nodes: int = 2, ranks: int = 1) -> int:
         """`sbatch examples/slurm/train.sbatch`, as on a cluster, but for 1 CPU a node and ranks without GPUs.
 
         Returns: the job's id; its log is `folder`/ID.log.
@@ -84,7 +84,7 @@ class Slurm:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: int | str, *states: str, seconds: float = 420) -> dict[str, str]:
+    def wait(self, job: int | str, *states: str, seconds: float = 900) -> dict[str, str]:
         """Until the job is in one of the states; COMPLETED without a word. One that ends otherwise fails the test."""
         deadline, wanted = time.monotonic() + seconds, states or ("COMPLETED",)
         while (state := self.state(job))["JobState"] not in wanted:

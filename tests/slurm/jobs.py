@@ -48,7 +48,7 @@ def preempt(cluster: Slurm, job: int, save: Path) -> int:
     return newest(save)
 
 
-def wait_for_checkpoint(cluster: Slurm, job: int, save: Path, seconds: float = 400) -> None:
+def wait_for_checkpoint(cluster: Slurm, job: int, save: Path, seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while newest(save) < 2:
         assert time.monotonic() < deadline, cluster.log(job)[-3000:]
