@@ -134,6 +134,10 @@ def train(argv: list[str] | None = None) -> Namespace:
     """
     signals.install()
     args, words = arguments.parse(argv)
+    if said := loading.done(args):
+        if args.rank == 0:
+            print(said, flush=True)
+        return args
     args.curr_iteration = 0  # until Megatron's training sets it, which --skip-train has none of
     compat.apply(args)
     if arguments.one_pass_optimizer(args):

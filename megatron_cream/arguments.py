@@ -43,6 +43,7 @@ from megatron_cream import (
     console,
     data_checks,
     loading,
+    nodes,
     platform,
     pretrained,
     progress,
@@ -126,6 +127,10 @@ class CreamConfig:
     """End the job, with the stacks of every rank, when one finished no step, evaluation batch or checkpoint for so
     long; six times as long for the start, the first step and a checkpoint. 0: never."""
 
+    signal_exit_code: int = 0
+    """Exit code of a run that SIGTERM or SIGUSR1 ended, its checkpoint saved: 0 to 255. Kubernetes starts again what
+    ends with another than 0."""
+
     deterministic: bool = False
     """On a GPU: the same flags on the same GPUs give the same bits. Slower."""
 
@@ -193,6 +198,19 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         UsageError: one clear line about what is wrong. Nothing was started or written.
         SystemExit: after --help or --print-config.
     """
+    args, found, words, auto = nodes.alike(lambda: _look(argv))
+    loading.agree(lambda: _check_on_rank(args), args.rank, args.world_size)
+    loading.check_content(args, found)
+    nodes.check_shared(args)
+    if auto and platform.has_cuda() and not (args.deterministic_mode or args.skip_train):
+        _take_fastest_attention(args)
+    with console.captured(words):  # last, as it opens log files
+        set_global_variables(args, build_tokenizer=False)
+    return args, words.getvalue()
+
+
+def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.StringIO, bool]:
+    """All of `parse` that one rank can find out by itself; last, whether attention is to be measured."""
     args = read(argv)
     if args.print_config:
         if args.rank == 0:
@@ -231,13 +249,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         pretrain_cfg_container_from_args(args, model_config(args))
     data_checks.token_ids(args)
     loading.check_model(args, found)
-    loading.agree(lambda: _check_on_rank(args), args.rank, args.world_size)
-    loading.check_content(args, found)
-    if auto and platform.has_cuda() and not (args.deterministic_mode or args.skip_train):
-        _take_fastest_attention(args)
-    with console.captured(words):  # last, as it opens log files
-        set_global_variables(args, build_tokenizer=False)
-    return args, words.getvalue()
+    return args, found, words, auto
 
 
 def _take_fastest_attention(args: Namespace) -> None:

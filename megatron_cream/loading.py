@@ -92,6 +92,17 @@ def source(args: Namespace) -> tuple[str, Path] | None:
     return None
 
 
+def done(args: Namespace) -> str | None:
+    """A line on a run that --load finds at its end already, as of a job that was queued again; None of any other."""
+    found = None if args.skip_train or args.finetune else source(args)
+    if found is None or found[0] != "--load" or found[1].name == "release" or not args.train_iters:
+        return None
+    step = _step_of(found[1])
+    if step < args.train_iters:
+        return None
+    return f"step {step} of {args.train_iters} is in {args.load}: nothing is left to train"
+
+
 def open_checkpoint(args: Namespace) -> Found | None:
     """What will be loaded, if it is whole and its metadata and flags are plain data. No tensor is read.
 
@@ -237,11 +248,14 @@ def from_rank_0(value: str, rank: int, ranks: int) -> str:
 def common_store(rank: int, ranks: int) -> torch.distributed.Store | None:
     """Where the ranks of this start of the job find each other; None for one rank, which has nobody to find.
 
-    torchrun keeps its store when it starts them again (--max-restarts), with the addresses of those that died in it.
+    A torchrun of one node keeps its store when it starts its ranks again (--max-restarts), with the addresses of those
+    that died in it. Several have a new one each time (`nodes`), and count their restarts each by itself.
     """
     global _store
     if ranks == 1:
         return None
     if _store is None:
         _store, _, _ = next(torch.distributed.rendezvous("env://", rank, ranks))
-    return torch.distributed.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store)
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if kept else 0
+    return torch.distributed.PrefixStore(f"attempt/{attempt}", _store)

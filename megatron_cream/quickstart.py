@@ -17,6 +17,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cream import nodes
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 BASE, EXTEND = EXAMPLES / "quickstart_base.yaml", EXAMPLES / "quickstart.yaml"
 
@@ -51,7 +53,12 @@ def quickstart(train: Callable[[list[str]], None]) -> None:
 
 
 def run_folder() -> Path:
-    """`runs/quickstart-<when the launcher started>`: new for each launch, the same on every rank."""
+    """`runs/quickstart-<when the launcher started>`: new for each launch, the same on every rank.
+
+    On several nodes, whose launchers start when they do, `runs/quickstart-<torchrun's --rdzv_id>`.
+    """
+    if nodes.several():
+        return Path("runs") / f"quickstart-{os.environ['TORCHELASTIC_RUN_ID']}"
     launcher = os.getppid() if "RANK" in os.environ else os.getpid()
     started = time.localtime(psutil.Process(launcher).create_time())
     return Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S", started)

@@ -68,6 +68,8 @@ def leaving(args: Namespace, say: Callable[[str], None]) -> Iterator[None]:
         saving.check_last()
         if not left.code and _received and args.rank == 0:
             say(f"{signal.Signals(_received).name}: {_what_is_saved(args)}")
+        if not left.code and _received:
+            raise SystemExit(args.signal_exit_code) from left
         raise
     saving.check_last()
 

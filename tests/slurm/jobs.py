@@ -1,0 +1,145 @@
+"""Jobs of examples/slurm/train.sbatch under a real Slurm, each against a run that was left alone.
+
+    python tests/slurm/jobs.py FOLDER        (as root; Debian: apt-get install munge slurm-wlm)
+
+Two nodes of one rank over gloo, distributed optimizer. Told to stop by `scancel --signal=USR1`, by the time limit's
+warning, and by a job of a partition that preempts (SIGTERM, as Slurm does within its grace time), each also with
+--async-save; an array of two seeds; a job that fails and one that is cancelled, which must not be queued again.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.faults.kill import compare, newest
+from tests.launch import TINY, write_documents
+from tests.slurm.cluster import Slurm, slurm
+
+STEPS, LONG = 16, 150
+
+
+def flags(documents: Path, save: Path | str, *more, steps: int = STEPS) -> list:
+    run = ["--train-iters", steps, "--lr-decay-iters", steps, "--save-interval", 2, "--use-distributed-optimizer"]
+    return [
+        *TINY,
+        "--fp32",
+        *run,
+        "--data-path",
+        documents,
+        "--split",
+        "90,10,0",
+        "--save",
+        save,
+        "--load",
+        save,
+        *more,
+    ]
+
+
+def preempt(cluster: Slurm, job: int, save: Path) -> int:
+    """Tell a job to stop as soon as it has a checkpoint, wait until it is in the queue again; the step it saved."""
+    wait_for_checkpoint(cluster, job, save)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait(job, "PENDING")
+    return newest(save)
+
+
+def wait_for_checkpoint(cluster: Slurm, job: int, save: Path, seconds: float = 900) -> None:
+    deadline = time.monotonic() + seconds
+    while newest(save) < 2:
+        assert time.monotonic() < deadline, cluster.log(job)[-3000:]
+        time.sleep(0.02)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = write_documents(folder / "documents", documents=20)
+    (folder / "slurm").mkdir()
+    with slurm(folder / "slurm") as cluster:
+        alone = folder / "alone"
+        cluster.wait(cluster.train(*flags(documents, alone, steps=LONG)))
+        print("left alone: done", flush=True)
+        for more in ([], ["--async-save"]):
+            for told in (by_signal, by_time_limit, by_preemption):
+                save = folder / "-".join([told.__name__, *(word.strip("-") for word in more)])
+                told(cluster, documents, save, more)
+                compare(alone, save, LONG)
+                print(f"{save.name}: ended with the same bits", flush=True)
+        array(cluster, documents, folder / "array")
+        not_again(cluster, documents, folder)
+    return 0
+
+
+def by_signal(cluster: Slurm, documents: Path, save: Path, more: list) -> None:
+    job = cluster.train(*flags(documents, save, *more, steps=LONG))
+    preempt(cluster, job, save)
+    assert cluster.wait(job)["Restarts"] == "1"
+
+
+def by_time_limit(cluster: Slurm, documents: Path, save: Path, more: list) -> None:
+    """The limit is moved near once there is a checkpoint; Slurm looks at it twice a minute."""
+    job = cluster.train(*flags(documents, save, *more, steps=LONG), options=["--time=60", "--signal=USR1@60"])
+    wait_for_checkpoint(cluster, job, save)
+    run_time = cluster.state(job)["RunTime"].split(":")
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(run_time[1]) + 2}")
+    cluster.wait(job, "PENDING")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    assert cluster.wait(job)["Restarts"] == "1"
+
+
+def by_preemption(cluster: Slurm, documents: Path, save: Path, more: list) -> None:
+    job = cluster.train(*flags(documents, save, *more, steps=LONG), options=["--cpus-per-task=32"])
+    wait_for_checkpoint(cluster, job, save)
+    other = cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
+    )
+    cluster.wait(int(other))
+    assert cluster.wait(job)["Restarts"] == "1"
+
+
+def array(cluster: Slurm, documents: Path, folder: Path) -> None:
+    folder.mkdir()
+    given = flags(documents, f"{folder}/seed%a", "--seed", "%a")
+    first = cluster.train(*given, options=["--array=1-2"])
+    for seed in (1, 2):
+        cluster.wait(f"{first}_{seed}")
+        assert newest(folder / f"seed{seed}") == STEPS
+    print("array of two seeds: both at their end", flush=True)
+
+
+def not_again(cluster: Slurm, documents: Path, folder: Path) -> None:
+    """Neither a job that was cancelled nor one whose ranks died is put back into the queue."""
+    for name in ("cancelled", "failed"):
+        save = folder / name
+        job = cluster.train(*flags(documents, save, steps=LONG))
+        wait_for_checkpoint(cluster, job, save)
+        if name == "cancelled":
+            cluster.run("scancel", job)
+        else:
+            kill_a_rank(save)
+        state = cluster.wait(job, name.upper())
+        time.sleep(10)
+        assert cluster.state(job)["JobState"] == name.upper() and state["Restarts"] == "0", state
+        print(f"{name}: not queued again", flush=True)
+
+
+def kill_a_rank(save: Path) -> None:
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(save) in words and "-u" in words:
+            os.kill(process.pid, 9)
+            return
+    raise AssertionError(f"no rank of {save}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Two nodes, each a torchrun of its own: on loopback, in two network namespaces, and with one of them lost."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_cream import loading
+from tests.faults.kill import compare, newest, wait_for
+from tests.launch import ROOT, TINY, write_documents
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("data") / "documents", documents=20)
+
+
+@pytest.fixture(scope="module")
+def one_node(documents, tmp_path_factory):
+    """The checkpoints of the same four ranks in one torchrun."""
+    folder = tmp_path_factory.mktemp("one_node")
+    process = launch(folder / "log", flags(documents, folder / "run"), ["--standalone", "--nproc_per_node=4"])
+    assert process.wait(timeout=900) == 0, (folder / "log").read_text()[-3000:]
+    return folder / "run"
+
+
+def flags(documents: Path, save: Path) -> list:
+    """TP 2, and a data parallelism of 2 with the distributed optimizer: across the nodes."""
+    layout = ["--tensor-model-parallel-size", 2, "--use-distributed-optimizer"]
+    steps = ["--train-iters", STEPS, "--lr-decay-iters", STEPS, "--save-interval", 2]
+    return [
+        *TINY,
+        "--fp32",
+        *layout,
+        *steps,
+        "--data-path",
+        documents,
+        "--split",
+        "90,10,0",
+        "--save",
+        save,
+        "--load",
+        save,
+    ]
+
+
+def launch(log: Path, flags: list, options: list, prefix: tuple = (), cwd: Path = ROOT, **env) -> subprocess.Popen:
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, ROOT / "pretrain_cream.py", *flags]
+    with open(log, "w") as out:
+        return subprocess.Popen(
+            list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        )  # fmt: skip
+
+
+def node(port: int, first: bool, address: str = "127.0.0.1", ranks: int = 2) -> list:
+    """torchrun's options for one of two; on one machine both would take themselves for the first."""
+    found = [f"--rdzv_endpoint={address}:{port}", f"--rdzv_conf=is_host={int(first)}", "--rdzv_id=test"]
+    return ["--nnodes=2", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d", *found]
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def ended(processes: list[subprocess.Popen], logs: list[Path]) -> list[int]:
+    try:
+        return [process.wait(timeout=900) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError("\n\n".join(log.read_text()[-3000:] for log in logs)) from None
+
+
+def test_two_nodes_train_as_one(documents, one_node, tmp_path, port):
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    given = flags(documents, tmp_path / "run")
+    processes = [launch(log, given, node(port, first=log is logs[0])) for log in logs]
+    assert ended(processes, logs) == [0, 0], logs[0].read_text()[-3000:]
+    compare(one_node, tmp_path / "run", STEPS)
+
+
+def test_a_finished_run_that_starts_again_has_nothing_to_do(tmp_path):
+    """As a job has that was queued again at its very end; Megatron would fail at its data."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    (tmp_path / "iter_0000008").mkdir()
+    started = dict(load=str(tmp_path), save=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None, skip_train=False)
+    args = Namespace(**started, finetune=False, train_iters=8)
+    assert loading.done(args) == f"step 8 of 8 is in {tmp_path}: nothing is left to train"
+    for other in (dict(train_iters=9), dict(skip_train=True), dict(finetune=True), dict(load=None)):
+        assert loading.done(Namespace(**vars(args) | other)) is None
+
+
+@pytest.fixture
+def namespaces():
+    """Two hosts, 10.99.0.1 and 10.99.0.2, with a cable between them."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces are made by root with `ip` (Debian: iproute2)")
+    names = [f"megatron-cream-{os.getpid()}-{i}" for i in range(2)]
+
+    def ip(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+    try:
+        for name in names:
+            made = ip("netns", "add", name)
+            if made.returncode:
+                pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+        assert not ip(
+            "link", "add", "wire0", "netns", names[0], "type", "veth", "peer", "wire0", "netns", names[1]
+        ).returncode
+        for i, name in enumerate(names):
+            ip("-n", name, "address", "add", f"10.99.0.{i + 1}/24", "dev", "wire0")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "wire0", "up")
+        yield [("ip", "netns", "exec", name) for name in names]
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+def test_two_hosts_whose_names_do_not_resolve(documents, one_node, tmp_path, namespaces):
+    """Each host's name means 127.0.0.1 to itself: addresses and the network interface must be given."""
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    given = flags(documents, tmp_path / "run")
+    processes = []
+    for i, (log, prefix) in enumerate(zip(logs, namespaces, strict=True)):
+        options = [*node(29500, first=i == 0, address="10.99.0.1"), f"--local_addr=10.99.0.{i + 1}"]
+        processes.append(launch(log, given, options, prefix, GLOO_SOCKET_IFNAME="wire0"))
+    assert ended(processes, logs) == [0, 0], logs[0].read_text()[-3000:]
+    compare(one_node, tmp_path / "run", STEPS)
+
+
+def test_a_node_that_is_lost_comes_back(documents, one_node, tmp_path, port):
+    """SIGKILL of one torchrun with its ranks; started again by hand, as a cluster would. The other one stays."""
+    logs = [tmp_path / "0.log", tmp_path / "1.log", tmp_path / "1.again.log"]
+    save = tmp_path / "run"
+
+    def start(log: Path) -> subprocess.Popen:
+        options = [*node(port, first=log is logs[0]), "--max_restarts=3"]
+        return launch(log, flags(documents, save), options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+    stays, lost = start(logs[0]), start(logs[1])
+    wait_for(lambda: newest(save) >= 2, lost)
+    victims = [*psutil.Process(lost.pid).children(), psutil.Process(lost.pid)]
+    for victim in victims:
+        victim.kill()
+    lost.wait()
+    before = newest(save)
+    assert before < STEPS
+    assert ended([stays, start(logs[2])], logs) == [0, 0], logs[0].read_text()[-3000:] + logs[2].read_text()[-3000:]
+    compare(one_node, save, STEPS)
+    assert f"successfully loaded checkpoint from {save}" in "".join(log.read_text() for log in logs)
+
+
+def test_what_a_node_lacks_ends_the_job_on_all(documents, tmp_path, port):
+    """The same relative paths, but each node has a folder of its own: no data on the second, then no common --save."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    logs = [folder / "log" for folder in folders]
+    for folder in folders:
+        folder.mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{documents}{suffix}", folders[0])
+    given = flags(Path("documents"), Path("run"))
+
+    def run() -> list[str]:
+        options = [[*node(port, first=i == 0, ranks=1), "--max_restarts=0"] for i in range(2)]
+        processes = [launch(log, given, each, cwd=log.parent) for log, each in zip(logs, options, strict=True)]
+        assert ended(processes, logs) == [1, 1]
+        said = [line for log in logs for line in log.read_text().splitlines() if "pretrain_cream.py: error:" in line]
+        assert "Traceback" not in "".join(log.read_text().partition("torch/distributed/run.py")[0] for log in logs)
+        return said
+
+    host = socket.gethostname()
+    (said,) = run()
+    assert "error: --data-path documents: " in said and said.endswith(f"(on {host})")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{documents}{suffix}", folders[1])
+    (said,) = run()
+    assert f"error: --save run: {host} does not see what the first node writes there" in said
+    assert not list(folders[0].glob("run/*"))

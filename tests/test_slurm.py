@@ -1,0 +1,31 @@
+"""examples/slurm/train.sbatch under a real Slurm of two nodes, where one is installed; tests/slurm/jobs.py has more."""
+
+import pytest
+
+from tests.faults.kill import compare, newest
+from tests.launch import write_documents
+from tests.slurm import cluster
+from tests.slurm.jobs import STEPS, flags, preempt
+
+pytestmark = pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing()))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with cluster.slurm(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+def test_a_job_that_is_told_to_stop_is_queued_again_and_ends_as_one_left_alone(slurm, tmp_path):
+    """Two nodes of one rank. The first run is left alone; its like gets scancel --signal=USR1."""
+    documents = write_documents(tmp_path / "documents", documents=20)
+    alone, told = tmp_path / "alone", tmp_path / "told"
+    slurm.wait(slurm.train(*flags(documents, alone)))
+    job = slurm.train(*flags(documents, told))
+    step = preempt(slurm, job, told)
+    assert 0 < step < STEPS
+    assert slurm.wait(job)["Restarts"] == "1"
+    log = slurm.log(job)
+    assert f"SIGUSR1: step {step} is saved in {told}" in log and "told to stop: job" in log
+    assert newest(told) == STEPS
+    compare(alone, told, STEPS)
