@@ -54,6 +54,7 @@ from megatron_cream.model import kernels
 from megatron_cream.model.attention import ATTENTION_BACKENDS, AttentionBackend, choose_backend
 from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.model.rotary import rope_scaling_dict
+from megatron_cream.optimizer import finite
 from megatron_cream.recipe import find_action, read_recipe, recipe_path
 
 
@@ -433,7 +434,8 @@ def rope_scaling_options(args: Namespace) -> dict[str, Any] | None:
 def model_config(args: Namespace) -> LlamaModelConfig:
     """What the model builder needs."""
     load = pretrained.weights_hook(args)
-    options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": [*([load] if load else []), watchdog.listen]}
+    hooks = [*([load] if load else []), watchdog.listen, finite.of_model]
+    options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": hooks}
     return LlamaModelConfig(
         **options,
         rope_scaling_config=args.rope_scaling_config,
