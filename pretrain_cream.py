@@ -49,7 +49,7 @@ from megatron_cream.evaluation.long_evaluation import LongEvaluation
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
 from megatron_cream.evaluation.tokenizer import TrainingTokenizer
 from megatron_cream.evaluation.watch import Watch, watching
-from megatron_cream.files import append_line
+from megatron_cream.files import append_line, hold
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.optimizer import finite
 
@@ -161,13 +161,8 @@ def train(argv: list[str] | None = None) -> Namespace:
 
         saving.install(say)
         watch = _watch(args, step_line) if args.long_eval_interval else None
-        if args.save and args.rank == 0:
-            try:
-                pretrained.carry(args)
-                record.write(args, sys.argv[1:] if argv is None else argv)
-                after_save.install(args, loaded[1] if (loaded := loading.source(args)) else None)
-            except OSError as error:
-                raise UsageError(f"--save {args.save}: {error.strerror or error}") from error
+        if args.save:
+            loading.agree(lambda: _open_folder(args, argv), args.rank, args.world_size)
         if args.ckpt_format == "torch_dist":
             args.save_retain_interval = None  # `after_save` does it, in Megatron's place
         finite.install(args.nan_policy, lambda norm: _say_not_finite(norm, terminal))
@@ -188,6 +183,20 @@ def train(argv: list[str] | None = None) -> Namespace:
                 store=loading.common_store(args.rank, args.world_size),
             )
     return args
+
+
+def _open_folder(args: Namespace, argv: list[str] | None) -> None:
+    """--save is this run's own from here on; its first files."""
+    if args.rank != 0:
+        return
+    try:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        hold(Path(args.save), "--save")
+        pretrained.carry(args)
+        record.write(args, sys.argv[1:] if argv is None else argv)
+        after_save.install(args, loaded[1] if (loaded := loading.source(args)) else None)
+    except OSError as error:
+        raise UsageError(f"--save {args.save}: {error.strerror or error}") from error
 
 
 def _say_not_finite(norm: float, terminal) -> None:
@@ -266,6 +275,10 @@ def main() -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("pretrain_cream.py: interrupted", file=sys.stderr)
+        return 130
     except finite.NotFinite as error:
         print(f"pretrain_cream.py: stopped: {error}", file=sys.stderr)
         return 1

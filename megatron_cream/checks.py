@@ -32,6 +32,7 @@ UNSUPPORTED = {
     "mock_data": "--embedded-data",
     "inprocess_restart": "torchrun --max-restarts",
     "enable_ft_package": "--timeout-minutes and torchrun --max-restarts",
+    "non_persistent_save_interval": "--save-interval",
     "trust_remote_code": "a tokenizer that brings no code of its own",
 }
 
@@ -89,6 +90,11 @@ def check(args: Namespace, sampler: dict[str, Any], rope_scaling: dict[str, Any]
     _shapes(args)
     _parallel(args)
     _files(args)
+    if args.save and args.ckpt_format != "torch_dist":
+        raise UsageError(
+            f"--ckpt-format {args.ckpt_format}: --save writes torch_dist, which has checksums and outlives faults; "
+            "mp_rank_XX files are loaded without this flag"
+        )
 
 
 def flag(name: str) -> str:

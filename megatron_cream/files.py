@@ -1,9 +1,12 @@
 """Small files: written whole or left as they were, and read with one line for whatever is wrong with them."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,6 +14,8 @@ from typing import Any, TextIO
 from megatron_cream.errors import UsageError, one_line
 
 _MOST_BYTES = 1 << 28
+HOLD_SECONDS = 30.0
+_held: dict[Path, TextIO] = {}
 
 
 @contextlib.contextmanager
@@ -22,6 +27,30 @@ def replacing(path: Path) -> Iterator[TextIO]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def hold(folder: Path, flag: str) -> None:
+    """Keep `folder`, which the user gave with `flag`, to this process until it ends, however it ends.
+
+    What is left of a run whose launcher was killed saves once more, and goes: HOLD_SECONDS are waited for it. A file
+    system without locks is taken as it is.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    path, deadline = folder / ".lock", time.monotonic() + HOLD_SECONDS
+    if path not in _held:
+        _held[path] = open(path, "w")  # noqa: SIM115  (closed by the process's end)
+    while True:
+        try:
+            # The kind of lock that forked processes do not share, and that NFS knows.
+            return fcntl.lockf(_held[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None
+        if time.monotonic() >= deadline:
+            raise UsageError(f"{flag} {folder}: another run is writing there now; give another folder, or wait")
+        time.sleep(0.5)
 
 
 def check_can_be_made(folder: Path, flag: str) -> None:

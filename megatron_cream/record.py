@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import platform as system
 import subprocess
@@ -36,7 +37,9 @@ def write(args: Namespace, argv: list[str]) -> Path:
     """
     folder = Path(args.save) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / time.strftime("%Y%m%d-%H%M%S.yaml")
+    name = time.strftime("%Y%m%d-%H%M%S")
+    # Two starts in a second, or a clock that was set back.
+    path = next(path for i in itertools.count() if not (path := folder / f"{name}{f'.{i}' if i else ''}.yaml").exists())
     with replacing(path) as file:
         yaml.safe_dump(describe(args, argv), file, sort_keys=False, default_flow_style=None)
     return path

@@ -17,7 +17,7 @@ from megatron_cream import data_checks, platform
 
 platform.setup()
 
-from megatron_cream import arguments, ranges
+from megatron_cream import ranges
 from megatron_cream.checkpoint import hf_folder, opening, output
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.families import ModelShape, shape_from_config
@@ -25,12 +25,13 @@ from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.data import indexed
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
 from megatron_cream.errors import UsageError
+from megatron_cream.flags import build_parser
 from megatron_cream.recipe import read_recipe
 from tests.hf_models import save_model
 
 # A hang, or gigabytes that are filled, take longer.
 SOON = dict(deadline=timedelta(seconds=5), suppress_health_check=[HealthCheck.too_slow])
-PARSER = arguments.build_parser(recipe=False)
+PARSER = build_parser(recipe=False)
 DEFAULTS = vars(PARSER.parse_args([]))
 NAMES = sorted(flag[2:] for action in PARSER._actions for flag in action.option_strings if flag.startswith("--"))
 

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from megatron_cream import arguments
-from megatron_cream.arguments import build_parser, rope_scaling_options, sampler_options
+from megatron_cream.arguments import rope_scaling_options, sampler_options
 from megatron_cream.errors import UsageError
+from megatron_cream.flags import build_parser
 from megatron_cream.positions import build_sampler
 from megatron_cream.recipe import read_recipe
 from tests.launch import ROOT, torchrun, write_documents

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_cream import arguments, data_checks
+from megatron_cream import data_checks
 from megatron_cream.data import documents, indexed
 from megatron_cream.data.documents import BadDocument, Batch, Position, read_documents, take_text
 from megatron_cream.data.preprocess import preprocess
 from megatron_cream.errors import UsageError
+from megatron_cream.flags import build_parser
 from tests.launch import ROOT, write_documents
 from tests.test_arguments import GOOD, read
 from tests.test_chat_data import build
@@ -160,7 +161,7 @@ def test_data_settings_that_cannot_run(monkeypatch, tmp_path, changed, words):
 
 
 def arguments_of(prefix: str, vocabulary: int):
-    args = arguments.build_parser(recipe=False).parse_args(["--data-path", prefix])
+    args = build_parser(recipe=False).parse_args(["--data-path", prefix])
     args.vocab_size = vocabulary
     return args
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_cream import arguments
+from megatron_cream.flags import build_parser
 from tests.faults.kill import newest, wait_for
 from tests.launch import ROOT, TINY, write_documents
 
@@ -94,7 +94,7 @@ def test_the_flags_in_a_manifest_are_ours(manifest):
     for pod in pods(manifest):
         words = pod["containers"][0]["args"]
         flags = words[words.index("pretrain_cream.py") + 1 :]
-        parser = arguments.build_parser(recipe=False)
+        parser = build_parser(recipe=False)
         parsed, unknown = parser.parse_known_args(flags)
         assert not unknown and parsed.signal_exit_code == 75
         assert (ROOT / parsed.config).is_file()

@@ -103,6 +103,9 @@ def open_step(folder: Path, flag: str) -> Step:
         metadata = _plain_metadata(folder)
         _check_shards(folder, metadata)
         common = _common_state(folder, metadata)
+        saved = common.get("iteration")
+        if folder.name != "release" and saved != int(folder.name.removeprefix("iter_")):
+            raise ValueError(f"it holds step {saved}, of which the folder's name is another")
     return Step(folder, metadata, common)
 
 

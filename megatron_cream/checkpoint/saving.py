@@ -29,6 +29,7 @@ from megatron_cream.checkpoint import after_save
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.compat import wrap_method
 from megatron_cream.errors import one_line
+from megatron_cream.ranks import first_reason
 
 
 class SaveFailed(Exception):
@@ -99,14 +100,14 @@ def failed(folder: str) -> bool:
 def _save(original, iteration, *args, **kwargs):
     training.maybe_finalize_async_save(blocking=True)  # all give their results into one queue: one at a time
     settings = checkpointing.get_args()
-    if settings.ckpt_format != "torch_dist" or kwargs.get("non_persistent_ckpt"):
-        return original(iteration, *args, **kwargs)
     if _whole(settings, iteration):
         return None  # a finished run that was started again would write over its last checkpoint
     folder = _step_folder(settings.save, iteration)
     _saves.step, _saves.folder, _saves.agreed = iteration, folder, False
     with watchdog.saving(folder):
-        why = _agree(_make_room(folder) if settings.rank == 0 else "") or _agree(_try_to_write(folder, settings.rank))
+        why = first_reason(_make_room(folder) if settings.rank == 0 else "") or first_reason(
+            _try_to_write(folder, settings.rank)
+        )
         if not why:
             try:
                 original(iteration, *args, **kwargs)
@@ -118,7 +119,7 @@ def _save(original, iteration, *args, **kwargs):
                     raise  # the others are in a collective that this rank left: nothing can go on
                 mine = _here(error)  # the tracker's; the others are at the barrier that ends Megatron's function
                 torch.distributed.barrier()
-            why = _agree(mine)
+            why = first_reason(mine)
             if settings.async_save and not why:
                 return None  # `_schedule` has the rest
         _settle(settings, iteration, why)
@@ -175,7 +176,7 @@ def _agree_before_the_tracker(original, *args, **kwargs):
 
 def _raise_what_was_held() -> None:
     held, _saves.held = _saves.held, ""
-    if why := _agree(held):
+    if why := first_reason(held):
         raise SaveFailed(why)
     _saves.agreed = True
 
@@ -202,7 +203,7 @@ def _schedule(original, request):
             mine = _reason(error)
         except OSError as error:
             mine = _here(error)
-        _settle(settings, step, _agree(mine))
+        _settle(settings, step, first_reason(mine))
 
     return original(request._replace(finalize_fns=[finish]))
 
@@ -231,15 +232,6 @@ def _settle(settings, step: int, why: str) -> None:
     step_before = _newest(folder.parent)
     newest = f"the newest checkpoint is that of step {step_before}" if step_before else "there is none yet"
     _saves.say(f"warning: no checkpoint of step {step} in {folder}: {why}; {newest}")
-
-
-def _agree(why: str) -> str:
-    """The first rank's that has a reason; every rank calls this, and is given the same."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return why
-    reasons = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(reasons, why)
-    return next(filter(None, reasons), "")
 
 
 def _is_named(folder: Path) -> bool:

@@ -8,7 +8,10 @@ every rank anyway, and a loss that is no number leaves none that is.
 import math
 from collections.abc import Callable
 
+import torch
+
 from megatron_cream.compat import wrap_method
+from megatron_cream.ranks import first_reason
 
 
 class NotFinite(RuntimeError):
@@ -21,6 +24,7 @@ class _Skipped(Exception):
 
 class _Guard:
     policy = "stop"
+    model: list[torch.nn.Module] = []
     report: Callable[[float], None]
 
 
@@ -42,14 +46,28 @@ def install(policy: str, report: Callable[[float], None]) -> None:
     wrap_method(ChainedOptimizer, "step", _step)
 
 
+def of_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """For Megatron's `pre_wrap_hooks`: whose weights are looked at when a gradient is no number."""
+    _guard.model = chunks
+    return chunks
+
+
 def _look(original, self):
     norm = original(self)
     if _guard.policy == "rerun" or math.isfinite(norm):
         return norm
     _guard.report(float(norm))
+    if name := first_reason(_weight_that_is_no_number()):
+        raise NotFinite(f"the weights hold NaN or infinity ({name}), which no step mends: start from others")
     if _guard.policy == "skip":
         raise _Skipped
     raise NotFinite(f"the gradient's norm is {float(norm)}")
+
+
+def _weight_that_is_no_number() -> str:
+    """Came with what was loaded, or from a step before: then every gradient is so too, and skipping is no help."""
+    names = [name for chunk in _guard.model for name, weight in chunk.named_parameters() if not weight.isfinite().all()]
+    return names[0] if names else ""
 
 
 def _step(original, self):

@@ -11,6 +11,7 @@ from megatron_cream import arguments, checks, pretrained, ranges
 from megatron_cream.checkpoint.mapping import padded_vocabulary
 from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.errors import UsageError
+from megatron_cream.flags import build_parser
 
 # Flags that change what is stored in ways that `memory` does not know.
 _NOT_PLANNED = (
@@ -158,7 +159,7 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     """
     args = _parsed(argv)
     checks.unsupported(args)
-    defaults = vars(arguments.build_parser(recipe=False).parse_args([]))
+    defaults = vars(build_parser(recipe=False).parse_args([]))
     ranges.check(args, defaults)
     pretrained.adopt(args, defaults)
     steps = args.train_iters
@@ -180,7 +181,7 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
 def _parsed(argv: list[str]) -> Namespace:
     saved, sys.argv = sys.argv, [sys.argv[0], *argv]  # where the parser looks for --config
     try:
-        return arguments.build_parser().parse_args(argv)
+        return build_parser().parse_args(argv)
     finally:
         sys.argv = saved
 
