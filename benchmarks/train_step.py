@@ -7,10 +7,15 @@ and Megatron run through Megatron's trainer, data loader and distributed optimiz
 and gradients, on real text and CREAM's positions (plain ones for Megatron's own model). The transformers loops
 hold everything in bf16, on random tokens. A row's figure is the median over its steps but the first
 `--warmup`. MFU: 6 x parameters in matrix products + 6 x layers x sequence x hidden, a token, against the
-GPU's dense bf16 peak.
+GPU's dense bf16 peak. A table of ratios follows, each the median over the rounds, with the smallest and largest, of
+a row's tokens/s beside another's of the same round. A row that fails leaves its last lines and the others go on.
+
+Other sizes by flag or recipe (`--config benchmarks/llama_3b.yaml --micro-batch-size 4 --global-batch-size 16`), more
+GPUs by `--gpus 2` (this project's rows and Megatron's), with whatever layout the flags say.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -39,6 +44,10 @@ ROWS = {
     "liger": ("the same + liger-kernel", "liger", []),
 }
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max".split()
+RECIPES = {
+    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise".split(),  # each tensor scaled by what it holds now
+    "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise".split(),  # 128 x 128 of a weight, 1 x 128 of an input
+}
 ROWS |= {
     "flash-plain": (
         "this project, Transformer Engine's layers, flash-attn-4, plain positions", "ours",
@@ -48,6 +57,17 @@ ROWS |= {
         "this project, FP8 delayed scaling, flash-attn-4", "ours", ["--attention-backend", "flash", *FP8]
     ),
     "megatron-te-fp8": ("megatron-core + Transformer Engine, FP8 delayed scaling", "megatron", FP8),
+    **{
+        f"flash-fp8-{name}": (
+            f"this project, FP8 {name} scaling, flash-attn-4", "ours", ["--attention-backend", "flash", *flags]
+        )
+        for name, flags in RECIPES.items()
+    },
+    **{
+        f"megatron-te-fp8-{name}": (f"megatron-core + Transformer Engine, FP8 {name} scaling", "megatron", flags)
+        for name, flags in RECIPES.items()
+    },
+    "auto": ("this project, as it is installed, attention as measured", "ours", []),
     "compile": ("transformers + torch.compile", "compile", []),
     "compile-fp8": ("transformers + torch.compile + torchao float8 (tensorwise)", "compile-fp8", []),
 }  # fmt: skip
@@ -62,22 +82,26 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=8)
+    parser.add_argument("--gpus", type=int, default=1, help="of one host; rows of transformers use the first")
     args, flags = parser.parse_known_args()
     args.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict]] = {}
     for round_ in range(args.rounds):
         for row in args.rows:
             started = time.monotonic()
-            text = run(row, args, flags, args.output / f"{row}.{round_}.log")
+            text, error = run(row, args, flags, args.output / f"{row}.{round_}.log")
             steps = [(float(m[1].replace(",", "")), float(m[2])) for m in STEP.finditer(text)][args.warmup :]
             losses = [float(x) for x in re.findall(r"\| loss ([\d.]+)", text)]
+            measured = None
             if steps:
                 rate, mfu = (statistics.median(values) for values in zip(*steps, strict=True))
                 peak = max(float(x) for x in re.findall(r"([\d.]+) GiB", text))
-                results.setdefault(row, []).append(dict(rate=rate, mfu=mfu, peak=peak, loss=losses[-1], losses=losses))
+                measured = dict(round=round_, rate=rate, mfu=mfu, peak=peak, loss=losses[-1])
+                results.setdefault(row, []).append(measured | {"losses": losses})
             seconds = time.monotonic() - started
-            shown = {k: v for k, v in results[row][-1].items() if k != "losses"} if row in results else "failed"
-            print(f"{row:16} {shown}  ({seconds:.0f} s)", flush=True)
+            print(f"{row:16} {measured or 'failed: ' + error}  ({seconds:.0f} s)", flush=True)
+            if attention := re.search(r"^attention: .*", text, re.MULTILINE):
+                print(f"{'':16} {attention[0]}", flush=True)
     (args.output / "results.json").write_text(json.dumps(results))
     print("\n| row | tokens/s | MFU | peak GiB | loss, last tenth of the steps |\n|---|---|---|---|---|")
     for row, values in results.items():
@@ -85,22 +109,41 @@ def main() -> None:
         peak, losses = max(v["peak"] for v in values), values[-1]["losses"]
         loss = statistics.mean(losses[-max(len(losses) // 10, 1) :])
         print(f"| {ROWS[row][0]} | {rate:,.0f} | {mfu:.1f} % | {peak:.1f} | {loss:.3f} |")
+    print("\n| row | beside | tokens/s, ratio of the same round: median (smallest to largest) |\n|---|---|---|")
+    for row, other in itertools.product(results, (name for name in BESIDE if name in results)):
+        ratio = ratios(results[row], results[other])
+        if row != other and ratio:
+            middle, low, high = statistics.median(ratio), min(ratio), max(ratio)
+            print(f"| {row} | {other} | {middle:.3f} ({low:.3f} to {high:.3f}, {len(ratio)} rounds) |")
+
+
+BESIDE = ("megatron-te", "liger", "megatron-te-fp8")  # what the others are set beside
+
+
+def ratios(row: list[dict], other: list[dict]) -> list[float]:
+    """Of the rounds that both have."""
+    rates = {each["round"]: each["rate"] for each in other}
+    return [each["rate"] / rates[each["round"]] for each in row if each["round"] in rates]
 
 
 STEP = re.compile(r"\| ([\d,]+) tokens/s/GPU \| MFU ([\d.]+) %")
 
 
-def run(row: str, args, flags: list[str], log: Path) -> str:
+def run(row: str, args, flags: list[str], log: Path) -> tuple[str, str]:
+    """Its standard output, and the last of what it said if it failed."""
     _, kind, extra = ROWS[row]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone", __file__, "child"]
-    command = [*launcher, kind, "--config", args.config, *extra, *flags]
+    ranks = args.gpus if kind in ("ours", "without", "megatron") else 1
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    command = [*launcher, __file__, "child", kind, "--config", args.config, *extra, *flags]
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "8"}
     )
     log.write_text(result.stdout + result.stderr)
-    if result.returncode:
-        print(result.stderr[-2500:], file=sys.stderr)
-    return result.stdout
+    if not result.returncode:
+        return result.stdout, f"no step in {log}"
+    # torchrun's own words come last, and say nothing of the cause.
+    said = result.stderr.split("torch/distributed/elastic/multiprocessing/api.py")[0].strip().splitlines()
+    return result.stdout, "\n".join(said[-12:]) or f"exit code {result.returncode}"
 
 
 # ---------------------------------------------------------------- in a process of its own
@@ -163,6 +206,10 @@ def transformers(flags: list[str], kind: str) -> None:
 
         apply_liger_kernel_to_llama()
     c = yaml.safe_load(Path(flags[flags.index("--config") + 1]).read_text())
+    for flag, value in itertools.pairwise(flags):
+        name = flag.removeprefix("--").replace("-", "_")
+        if isinstance(c.get(name), int):
+            c[name] = int(value)
     groups = c.get("num_query_groups", c["num_attention_heads"])
     config = LlamaConfig(
         vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["ffn_hidden_size"],

@@ -44,6 +44,10 @@ def unsupported(args: Namespace) -> None:
             raise UsageError(f"{flag(name)} {getattr(args, name)}: not supported here; use {instead}")
     if args.async_save and args.async_strategy != "mcore":
         raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
+    if args.cuda_graph_impl not in ("none", "local") or args.external_cuda_graph:
+        # They record a layer with Megatron's own table of angles, or a data loader that hands out one buffer.
+        given = "--external-cuda-graph" if args.external_cuda_graph else f"--cuda-graph-impl {args.cuda_graph_impl}"
+        raise UsageError(f"{given}: cannot replay position ids that change with each sample; use local")
     if args.position_embedding_type not in ("none", "rope"):
         raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
     if args.rotary_percent != 1.0:

@@ -38,22 +38,27 @@ def write_documents(prefix: Path, documents: int = 60, shortest: int = 60, longe
     return prefix
 
 
-def torchrun(ranks: int, *flags, cwd: Path | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
-    """`torchrun --nproc_per_node=ranks pretrain_cream.py flags`, output captured."""
+JOB = (ROOT / "pretrain_cream.py",)
+
+
+def torchrun(
+    ranks: int, *flags, cwd: Path | None = None, timeout: int = 300, script=JOB
+) -> subprocess.CompletedProcess:
+    """`torchrun --nproc_per_node=ranks pretrain_cream.py flags`, or another script, output captured."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    command += [str(ROOT / "pretrain_cream.py"), *map(str, flags)]
+    command += [*map(str, script), *map(str, flags)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd or ROOT)
 
 
-def train(ranks: int, folder: Path, *flags, base=TINY, fp32: bool = True) -> dict[int, float]:
+def train(ranks: int, folder: Path, *flags, base=TINY, fp32: bool = True, script=JOB) -> dict[int, float]:
     """A run that must succeed. Returns step -> loss, as logged to TensorBoard (float32, exact).
 
     Args:
         base: flags that go before `flags`.
     """
     precision = ["--fp32"] if fp32 else []
-    result = torchrun(ranks, *base, *precision, "--tensorboard-dir", folder, *flags)
+    result = torchrun(ranks, *base, *precision, "--tensorboard-dir", folder, *flags, script=script)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     events = EventAccumulator(str(folder)).Reload()
     return {event.step: event.value for event in events.Scalars("lm loss")}

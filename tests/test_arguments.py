@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def long_data(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("long") / "documents"
-    return str(write_documents(prefix, documents=3, shortest=5000, longest=6000))
+    return str(write_documents(prefix, documents=3, shortest=33000, longest=34000))
 
 
 def read(monkeypatch, tmp_path, recipe: dict, *flags, world_size: int = 1):
@@ -81,6 +81,33 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
         factor = args.target_length / 4096
         assert rope_scaling_options(args) == {"rope_type": "linear", "factor": factor}
         assert (args.lr, args.global_batch_size, args.adam_beta2, args.weight_decay) == (2e-5, 32, 0.999, 0.0)
+
+
+@pytest.mark.parametrize(
+    "flags, ranks, cuda, expected",
+    [
+        ("--use-distributed-optimizer", 2, True, (True, True)),
+        ("--use-distributed-optimizer", 1, True, (False, False)),  # nobody to wait for
+        ("--use-distributed-optimizer", 2, False, (False, False)),
+        ("", 2, True, (False, False)),
+        ("--use-distributed-optimizer --no-overlap-param-gather", 2, True, (True, False)),
+        ("--use-distributed-optimizer --no-overlap-grad-reduce", 2, True, (False, False)),
+        ("--use-distributed-optimizer --overlap-grad-reduce", 2, False, (True, False)),
+        ("--use-distributed-optimizer --skip-train", 2, True, (False, False)),
+    ],
+)
+def test_overlap_is_on_where_shards_are_on_several_gpus(flags, ranks, cuda, expected):
+    assert arguments.overlaps(build_parser(recipe=False).parse_args(flags.split()), ranks, cuda) == expected
+
+
+def test_a_recipe_turns_overlap_off_and_the_command_line_on(monkeypatch, tmp_path, data):
+    recipe = GOOD | {"data_path": data, "use_distributed_optimizer": True, "overlap_param_gather": False}
+    args = read(monkeypatch, tmp_path, recipe)
+    assert arguments.overlaps(args, 2, True) == (True, False)
+    assert "overlap_param_gather: false" in arguments.describe(args)
+    assert "overlap_grad_reduce" not in arguments.describe(args)
+    args = read(monkeypatch, tmp_path, recipe, "--overlap-param-gather")
+    assert arguments.overlaps(args, 2, True) == (True, True)
 
 
 def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data):
@@ -136,6 +163,7 @@ BAD = [
     ),
     ({"inprocess_restart": True}, 1, ["--inprocess-restart", "torchrun --max-restarts"]),
     ({"async_save": True, "async_strategy": "nvrx"}, 1, ["--async-strategy nvrx", "use mcore"]),
+    ({"cuda_graph_impl": "transformer_engine"}, 1, ["--cuda-graph-impl transformer_engine", "use local"]),
     ({"data_path": None}, 1, ["--data-path is missing"]),
     ({"data_path": "no/such/prefix"}, 1, ["--data-path no/such/prefix", "no/such/prefix.bin"]),
     ({"seq_length": 1024, "target_length": 1024}, 1, ["--data-path", "none of its 60 documents has 1024 tokens"]),

@@ -55,7 +55,11 @@ def one_pass(script, folder, *flags):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=200, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     events = EventAccumulator(str(folder)).Reload()
-    return {name: {e.step: e.value for e in events.Scalars(name)} for name in ("lm loss", "grad-norm")}
+    names = [name for name in events.Tags()["scalars"] if name in ("lm loss", "grad-norm", "perplexity/64")]
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in names}
+
+
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-num-buckets", 4]
 
 
 @pytest.mark.parametrize(
@@ -63,23 +67,31 @@ def one_pass(script, folder, *flags):
     [
         (["--use-distributed-optimizer", "--fp32"], 1e-6),
         (["--use-distributed-optimizer", "--bf16"], 2e-3),  # sums in another order, then rounded
+        (["--use-distributed-optimizer", "--bf16", *OVERLAP], 2e-3),
         (["--pipeline-model-parallel-size", 2, "--fp32", "--clip-grad", 0.5], 1e-6),
     ],
 )
 def test_trains_as_megatron_does(tmp_path, layout, bound):
-    """Gradients divided by tokens and clipped on the way: the same losses, also when resumed."""
+    """Gradients divided by tokens and clipped on the way: the same losses, also when resumed.
+
+    Where weights are gathered beside the forward pass, the reference does not, and the checkpoint is resumed so.
+    """
     flags = ["--data-path", write_documents(tmp_path / "documents"), "--split", "90,10,0", *layout]
     save = ["--save", tmp_path / "saved", "--save-interval", 3]
-    reference = train(2, tmp_path / "reference", *flags, "--train-iters", 6, fp32=False)
-    ours = one_pass(tmp_path / "job.py", tmp_path / "ours", *flags, "--train-iters", 6, *save)
+    plain = [flag for flag in flags if flag not in OVERLAP]
+    evaluate = ["--eval-interval", 2, "--eval-lengths", 64]
+    reference = train(2, tmp_path / "reference", *plain, "--train-iters", 6, *evaluate, fp32=False)
+    ours = one_pass(tmp_path / "job.py", tmp_path / "ours", *flags, "--train-iters", 6, *evaluate, *save)
     assert max(abs(ours["lm loss"][s] - reference[s]) / reference[s] for s in reference) < bound
     events = EventAccumulator(str(tmp_path / "reference")).Reload()
     for event in events.Scalars("grad-norm"):
         assert abs(ours["grad-norm"][event.step] - event.value) / event.value < 10 * bound
+    for event in events.Scalars("perplexity/64"):  # of the weights after the step, not before
+        assert abs(ours["perplexity/64"][event.step] - event.value) / event.value < 10 * bound
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("3")
     load = ["--train-iters", 6, "--load", tmp_path / "saved"]
     if "--use-distributed-optimizer" in layout:  # whose checkpoint any AdamW opens
-        resumed = train(2, tmp_path / "resumed", *flags, *load, fp32=False)
+        resumed = train(2, tmp_path / "resumed", *plain, *load, fp32=False)
     else:
         resumed = one_pass(tmp_path / "job.py", tmp_path / "resumed", *flags, *load)["lm loss"]
     assert max(abs(resumed[s] - reference[s]) / reference[s] for s in (4, 5, 6)) < bound

@@ -23,7 +23,15 @@ LAYOUTS = {
         2,
         "--pipeline-model-parallel-size 2 --recompute-granularity selective --recompute-modules core_attn",
     ),
-    "cp2": (2, "--context-parallel-size 2"),
+    "cp4-selective-recompute": (
+        4,
+        "--context-parallel-size 4 --recompute-granularity selective --recompute-modules core_attn",
+    ),
+    "cp2-overlap": (
+        2,
+        "--context-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+        "--ddp-num-buckets 4",
+    ),
     "one-rank-local-attention": (1, "--attention-backend local"),
     "dp2-sdpa": (2, "--attention-backend sdpa"),
 }
@@ -57,6 +65,15 @@ def test_same_losses(start, layout):
     folder, flags, reference = start
     ranks, extra = LAYOUTS[layout]
     losses = train(ranks, folder / layout, *flags, *extra.split())
+    assert relative_error(losses, reference) < 1e-5
+
+
+def test_full_length_positions_under_context_parallelism(start):
+    """What CREAM saves: training at the target length."""
+    folder, flags, _ = start
+    full = "--position-sampler full --seq-length 384 --train-iters 3".split()
+    reference = train(1, folder / "full", *flags, *full)
+    losses = train(2, folder / "full-cp2", *flags, *full, "--context-parallel-size", 2)
     assert relative_error(losses, reference) < 1e-5
 
 
