@@ -159,7 +159,8 @@ def train(argv: list[str] | None = None) -> Namespace:
             try:
                 pretrained.carry(args)
                 record.write(args, sys.argv[1:] if argv is None else argv)
-                after_save.install(args, loaded[1] if (loaded := loading.source(args)) else None)
+                loaded = loading.source(args)
+                after_save.install(args, loaded and loaded[1])
             except OSError as error:
                 raise UsageError(f"--save {args.save}: {error.strerror or error}") from error
         if args.ckpt_format == "torch_dist":

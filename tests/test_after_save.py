@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -149,18 +150,14 @@ def test_a_hook_that_fails_costs_a_line(tmp_path, capfd, words, seconds, reason)
 
 
 def test_a_hook_that_outlives_the_run_is_left_to_itself(tmp_path, capfd):
-    hook = SaveHook(command("import time; time.sleep(600)"), tmp_path / "log", 600)
+    hook = SaveHook(command("import os, time; print(os.getpid(), flush=True); time.sleep(600)"), tmp_path / "log", 600)
     hook.start(1, tmp_path / "iter_0000001")
-    while not (tmp_path / "log").exists():
+    while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count("\n") < 2:
         time.sleep(0.01)
     hook._seconds = 0.05
     hook.close()
     assert "iter_0000001: not done 0.000833333 minutes after the end of the run" in capfd.readouterr().err
-    # As the test would leave it behind.
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        parent = Path(f"/proc/{pid}/stat")
-        if parent.exists() and parent.read_text().split()[3] == str(os.getpid()):
-            os.kill(int(pid), 9)
+    os.kill(int((tmp_path / "log").read_text().splitlines()[1]), signal.SIGKILL)  # it lived
 
 
 def test_asynchronous_saves_are_followed_by_hook_and_removal_and_resume_at_another_layout(tmp_path):
