@@ -194,7 +194,8 @@ def _open_folder(args: Namespace, argv: list[str] | None) -> None:
         hold(Path(args.save), "--save")
         pretrained.carry(args)
         record.write(args, sys.argv[1:] if argv is None else argv)
-        after_save.install(args, loaded[1] if (loaded := loading.source(args)) else None)
+        loaded = loading.source(args)
+        after_save.install(args, loaded and loaded[1])
     except OSError as error:
         raise UsageError(f"--save {args.save}: {error.strerror or error}") from error
 

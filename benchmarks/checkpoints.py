@@ -1,13 +1,17 @@
 """Checkpoints through pretrain_cream.py: how long training stands still, until one is whole, its size, its load.
 
-    python benchmarks/checkpoints.py FOLDER                                 # 134M parameters, two ranks, CPU or GPU
-    python benchmarks/checkpoints.py FOLDER --nproc 2 --config benchmarks/llama_7b_width.yaml --num-layers 32 \
-        --tensor-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 --saves 1       # the full 7B
+    python benchmarks/checkpoints.py FOLDER      # a small model on two ranks, CPU or GPU
+    python benchmarks/checkpoints.py FOLDER --nproc 2 --config benchmarks/llama_7b_width.yaml --num-layers 32 \\
+        --tensor-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 --saves 1 --interval 4 \\
+        --rows sync-dp async-dp sync-gloo async-gloo      # the full 7B, 95 GB a checkpoint
 
 Further flags are pretrain_cream.py's. Each row is a run of its own, one after the other, that saves every --interval
-steps; the newest checkpoint alone is kept, so that FOLDER needs room for two, or for one with --saves 1. After the
-last row its checkpoint is loaded at --resume's layout. A step of training is not counted as standing still; what
-it waits for because of a save is: making it, handing it to the writer, and, once it is written, naming it.
+steps; the newest checkpoint alone is kept, so that FOLDER needs room for two, or for one with --saves 1. The last row
+that can is loaded at --resume's layout; rows -dp resume at their own tensor and pipeline parallelism alone. By this
+project's default the distributed optimizer is gathered by every rank, in the host's memory and, a buffer at a time,
+in the GPU's; rows -gloo gather on one rank of each data-parallel group, in the host's memory alone. A step of training
+is not counted as standing still; what it waits for because of a save is: making it, handing it to the writer, and,
+once it is written, naming it.
 """
 
 import argparse
@@ -32,13 +36,19 @@ import yaml
 ROWS = {
     "sync": ("synchronous", []),
     "async": ("--async-save", ["--async-save"]),
-    "async-constant": (
-        "--async-save --ckpt-assume-constant-structure", ["--async-save", "--ckpt-assume-constant-structure"]
+    "sync-dp": ("synchronous, optimizer as it lies on the ranks", ["--no-dist-ckpt-optim-fully-reshardable"]),
+    "async-dp": (
+        "--async-save, optimizer as it lies on the ranks", ["--async-save", "--no-dist-ckpt-optim-fully-reshardable"],
+    ),
+    "sync-gloo": ("synchronous, optimizer gathered by gloo", ["--distrib-optim-fully-reshardable-mem-efficient"]),
+    "async-gloo": (
+        "--async-save, optimizer gathered by gloo",
+        ["--async-save", "--distrib-optim-fully-reshardable-mem-efficient"],
     ),
     "sync-plain": ("synchronous, no checksums", ["--no-checkpoint-checksums"]),
     "async-plain": ("--async-save, no checksums", ["--async-save", "--no-checkpoint-checksums"]),
 }  # fmt: skip
-SMALL = """--num-layers 12 --hidden-size 768 --ffn-hidden-size 2048 --num-attention-heads 12 --seq-length 128
+SMALL = """--num-layers 8 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 8 --seq-length 64
 --micro-batch-size 1 --global-batch-size 2 --lr 1e-4 --use-distributed-optimizer --embedded-data --vocab-size 32000
 --padded-vocab-size 32000 --eval-iters 1 --eval-interval 100000 --log-interval 1 --console progress"""
 
@@ -50,7 +60,9 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="where checkpoints are written; the benchmark's own, emptied")
     parser.add_argument("--config", help="a recipe; without one, a small model")
     parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["sync", "async", "sync-plain", "async-plain"])
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=["sync", "async", "sync-dp", "async-dp", "async-plain"]
+    )
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--interval", type=int, default=6, help="steps from one save to the next")
     parser.add_argument("--resume", help="flags of the layout to load at; default: tensor-parallel if it was not")
@@ -61,7 +73,8 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     steps = args.saves * args.interval
     common = [*flags, "--train-iters", str(steps), "--lr-decay-iters", "1000", "--most-recent-k", "1"]
-    results = {}
+    results, loaded = {}, None
+    reshardable = [row for row in args.rows if not row.endswith("-dp")]
     for row in args.rows:
         save = args.folder / "checkpoints"
         shutil.rmtree(save, ignore_errors=True)
@@ -69,7 +82,10 @@ def main() -> int:
         results[row] = found = run(args, row, [*common, *own])
         if found:
             print(f"{row:14} " + "; ".join(words(s) for s in found["saves"]) + f"; {steps_words(found)}", flush=True)
-    loaded = resume(args, common, args.folder / "checkpoints", steps)
+        if found and row == (reshardable or args.rows)[-1]:
+            layout = args.resume if reshardable or args.resume else ""
+            loaded = resume(args, [*common, *ROWS[row][1]], save, steps, layout)
+            print(f"loaded: {loaded}", flush=True)
     (args.folder / "results.json").write_text(json.dumps({"flags": flags, "rows": results, "load": loaded}, indent=1))
     print("\n| row | training stands still, s | until whole, s | GB | GB/s |\n|---|---|---|---|---|")
     for row, found in results.items():
@@ -132,8 +148,7 @@ def run(args, name: str, flags: list[str]) -> dict | None:
     return json.loads(result.read_text())
 
 
-def resume(args, flags: list[str], saved: Path, step: int) -> dict | None:
-    layout = args.resume
+def resume(args, flags: list[str], saved: Path, step: int, layout: str | None) -> dict | None:
     if layout is None:
         tensor = "--tensor-model-parallel-size"
         was = int(flags[flags.index(tensor) + 1]) if tensor in flags else 1

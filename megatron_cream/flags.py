@@ -179,7 +179,12 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
     # One flag for attention: Megatron's names (all of them Transformer Engine's) and ours.
     attention = find_action(parser, "attention_backend")
     attention.type, attention.choices = str, ATTENTION_BACKENDS
-    # So that the command line can undo a recipe's.
+    # So that the command line can undo a recipe's, and this project's default.
+    parser.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable", dest="dist_ckpt_optim_fully_reshardable", action="store_false",
+        help="Save the distributed optimizer as it lies on the ranks: faster, in no host memory, and it resumes at "
+        "the same tensor and pipeline parallelism alone.",
+    )  # fmt: skip
     find_action(parser, "recompute_granularity").choices = ("full", "selective", "none")
     for name in ("overlap-grad-reduce", "overlap-param-gather"):
         parser.add_argument(

@@ -2,16 +2,19 @@
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.checkpoint import after_save, retention
+from megatron_cream.checkpoint import after_save, host_memory, retention
+from megatron_cream.checkpoint.host_memory import Gathered
 from megatron_cream.checkpoint.retention import Retention
 from megatron_cream.checkpoint.save_hook import SaveHook
 from tests.launch import train, write_documents
@@ -147,18 +150,14 @@ def test_a_hook_that_fails_costs_a_line(tmp_path, capfd, words, seconds, reason)
 
 
 def test_a_hook_that_outlives_the_run_is_left_to_itself(tmp_path, capfd):
-    hook = SaveHook(command("import time; time.sleep(600)"), tmp_path / "log", 600)
+    hook = SaveHook(command("import os, time; print(os.getpid(), flush=True); time.sleep(600)"), tmp_path / "log", 600)
     hook.start(1, tmp_path / "iter_0000001")
-    while not (tmp_path / "log").exists():
+    while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count("\n") < 2:
         time.sleep(0.01)
     hook._seconds = 0.05
     hook.close()
     assert "iter_0000001: not done 0.000833333 minutes after the end of the run" in capfd.readouterr().err
-    # As the test would leave it behind.
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        parent = Path(f"/proc/{pid}/stat")
-        if parent.exists() and parent.read_text().split()[3] == str(os.getpid()):
-            os.kill(int(pid), 9)
+    os.kill(int((tmp_path / "log").read_text().splitlines()[1]), signal.SIGKILL)  # it lived
 
 
 def test_asynchronous_saves_are_followed_by_hook_and_removal_and_resume_at_another_layout(tmp_path):
@@ -196,3 +195,27 @@ def test_best_is_not_the_runs_own(tmp_path, monkeypatch):
     assert not called
     after_save.whole(str(tmp_path), 2, tmp_path / "iter_0000002")
     assert called
+
+
+@pytest.mark.parametrize(
+    "ranks, tensor, data, on_one, memory, shared",
+    [
+        (8, 1, 8, False, 8 * 12, 12),  # 7B on one host: eight copies, of which each rank writes an eighth
+        (8, 1, 8, True, 12, 12),
+        (8, 8, 4, False, 8 * 12, 24),
+        (8, 8, 4, True, 8 * 12, 8 * 12),
+        (1, 1, 1, False, 12, 12),
+    ],
+)
+def test_a_save_that_the_hosts_memory_cannot_take_is_a_line(monkeypatch, ranks, tensor, data, on_one, memory, shared):
+    gathered = Gathered(10**9, ranks, tensor, data, on_one)
+    assert (gathered.in_memory(), gathered.handed_over()) == (memory * 10**9, shared * 10**9)
+
+    def said(memory_left: float, shared_left: float, handed_over: bool) -> str:
+        monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: Namespace(available=memory_left * 1e9))
+        monkeypatch.setattr(host_memory.shutil, "disk_usage", lambda _: Namespace(free=shared_left * 1e9))
+        return host_memory.too_little(gathered, handed_over=handed_over)
+
+    assert not said(memory, shared, True) and not said(memory, 0, False)
+    assert f"{memory:.1f} GB of this host's memory" in said(memory - 1, shared, False)
+    assert f"hands {shared:.1f} GB of the optimizer over in /dev/shm" in said(memory, shared - 1, True)

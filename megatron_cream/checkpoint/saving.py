@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -25,7 +25,7 @@ from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_cream import watchdog
-from megatron_cream.checkpoint import after_save
+from megatron_cream.checkpoint import after_save, host_memory
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.compat import wrap_method
 from megatron_cream.errors import one_line
@@ -106,7 +106,7 @@ def _save(original, iteration, *args, **kwargs):
     _saves.step, _saves.folder, _saves.agreed = iteration, folder, False
     with watchdog.saving(folder):
         why = first_reason(_make_room(folder) if settings.rank == 0 else "") or first_reason(
-            _try_to_write(folder, settings.rank)
+            _try_to_write(folder, settings.rank) or _too_little_memory(settings, args[0])
         )
         if not why:
             try:
@@ -163,6 +163,23 @@ def _try_to_write(folder: Path, rank: int) -> str:
         with contextlib.suppress(OSError):
             path.unlink()
         return _here(error)
+
+
+def _too_little_memory(settings, model: list[torch.nn.Module]) -> str:
+    gathered = settings.use_distributed_optimizer and settings.dist_ckpt_optim_fully_reshardable
+    if not gathered or settings.no_save_optim:
+        return ""
+    why = host_memory.too_little(
+        host_memory.Gathered(
+            parameters=sum(parameter.numel() for chunk in model for parameter in chunk.parameters()),
+            ranks=host_memory.local_ranks(),
+            tensor_parallel=parallel_state.get_tensor_model_parallel_world_size(),
+            data_parallel=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            on_one=settings.distrib_optim_fully_reshardable_mem_efficient,
+        ),
+        handed_over=settings.async_save,
+    )
+    return f"{why} (rank {settings.rank})" if why else ""
 
 
 def _agree_before_the_tracker(original, *args, **kwargs):

@@ -1,0 +1,66 @@
+"""What a checkpoint takes of the host's memory, looked at before: beyond it is the OOM killer, or a SIGBUS.
+
+A fully reshardable checkpoint of the distributed optimizer is gathered in the host's memory first: three float32 of
+each parameter of a rank's model, on every rank, or with --distrib-optim-fully-reshardable-mem-efficient on the first
+of each data-parallel group. What of it a rank writes, an asynchronous save hands over in shared memory.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+
+import psutil
+
+_SHARED = "/dev/shm"
+_BYTES = 12
+_INSTEAD = "--no-dist-ckpt-optim-fully-reshardable"
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """parameters: of this rank's part of the model.
+    ranks: of this host.
+    tensor_parallel, data_parallel: sizes; of the latter with context parallelism.
+    on_one: of each data-parallel group, not on all.
+    """
+
+    parameters: int
+    ranks: int
+    tensor_parallel: int
+    data_parallel: int
+    on_one: bool
+
+    def in_memory(self) -> int:
+        """Bytes on this host, at least."""
+        holders = min(self.ranks, self.tensor_parallel) if self.on_one else self.ranks
+        return holders * _BYTES * self.parameters
+
+    def handed_over(self) -> int:
+        """Bytes that this host's writers are given, about."""
+        return self.in_memory() if self.on_one else self.in_memory() // self.data_parallel
+
+
+def local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def too_little(gathered: Gathered, *, handed_over: bool) -> str:
+    """Why there is no room for it; nothing where there is.
+
+    Args:
+        handed_over: to another process, as --async-save does.
+    """
+    need, free = gathered.in_memory(), psutil.virtual_memory().available
+    if need > free:
+        one = "" if gathered.on_one else "--distrib-optim-fully-reshardable-mem-efficient or "
+        return (
+            f"the optimizer is gathered in {need / 1e9:.1f} GB of this host's memory, of which {free / 1e9:.1f} GB are "
+            f"free: take {one}{_INSTEAD}"
+        )
+    need, free = gathered.handed_over(), shutil.disk_usage(_SHARED).free
+    if handed_over and need > free:
+        return (
+            f"--async-save hands {need / 1e9:.1f} GB of the optimizer over in {_SHARED}, which has {free / 1e9:.1f} GB "
+            f"free: make it larger, or take {_INSTEAD}"
+        )
+    return ""
