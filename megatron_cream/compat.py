@@ -1,10 +1,12 @@
 """Corrections to megatron-core 0.19, each with its reason. Delete what a newer release no longer needs."""
 
+import contextlib
 import functools
 import multiprocessing
 import signal
 import threading
 from argparse import Namespace
+from collections.abc import Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ def apply(args: Namespace) -> None:
     _alone_without_collectives()
     _tracker_replaced_at_once()
     wrap_method(BlendedDataset, "_build_indices", blend_cache.whole_or_none)
-    _checkpoint_writer_outlives_sigterm()
+    _checkpoint_helpers_outlive_signals()
     if platform.has_cuda():
         _weight_gradients_without_apex()
     _distributed_optimizer_resumes_with_torch_adam()
@@ -46,26 +48,44 @@ def _tracker_replaced_at_once() -> None:
         checkpointing.maybe_msc = _TrackerAtOnce(files)
 
 
-def _checkpoint_writer_outlives_sigterm() -> None:
-    """The process that collects what a checkpoint's writers did dies of a cluster's SIGTERM, and not with its rank.
+def _checkpoint_helpers_outlive_signals() -> None:
+    """What writes a checkpoint, and collects what its writers did, dies of a cluster's signal, and not with its rank.
 
-    The checkpoint that the signal asks for could then not be written; and each rank that was killed left a
-    process of 0.7 GB behind.
+    The checkpoint that the signal asks for could then not be written (Slurm signals every process of a step); and each
+    rank that was killed left a process of 0.7 GB behind.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     def results_queue(mp_mode: str = "spawn"):
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            manager.start(_live_as_long_as_the_rank)
+            with _born_deaf():
+                manager.start(_live_as_long_as_the_rank)
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
+    def writer(original, *args, **kwargs):
+        with _born_deaf():
+            process = original(*args, **kwargs)
+        process._popen.terminate = process._popen.kill  # as a failing rank ends it, on its own way out
+        return process
+
     filesystem_async.get_write_results_queue = results_queue
+    wrap_method(PersistentAsyncCaller, "_get_process", writer)
+
+
+@contextlib.contextmanager
+def _born_deaf() -> Iterator[None]:
+    """What is started in the block never hears of a cluster's signals; here they wait for its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _live_as_long_as_the_rank() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 

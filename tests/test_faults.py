@@ -10,7 +10,7 @@ import pytest
 import yaml
 from megatron.training import checkpointing
 
-from megatron_cream import compat, loading
+from megatron_cream import compat, loading, signals
 from megatron_cream.errors import UsageError
 from tests.faults.kill import kill, kill_under_torchrun, launch, newest, ranks, wait_for, writing
 from tests.launch import ROOT, write_documents
@@ -124,3 +124,17 @@ def test_the_tracker_is_never_half_written(tmp_path):
         file.write("200")
         assert tracker.read_text() == "100"
     assert checkpointing.read_metadata(str(tracker)) == (200, False)
+
+
+@pytest.mark.parametrize("code, given, comes", [(0, 0, 0), (0, 75, 75), (3, 75, 3)])
+def test_a_run_that_a_signal_ended_has_the_exit_code_that_was_asked_for(monkeypatch, code, given, comes):
+    """--signal-exit-code, but not of a run that failed on its way out."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    said = []
+    with (
+        pytest.raises(SystemExit) as left,
+        signals.leaving(Namespace(rank=0, save=None, signal_exit_code=given), said.append),
+    ):
+        monkeypatch.setattr(signals, "_received", signal.SIGTERM)
+        raise SystemExit(code)
+    assert left.value.code == comes and bool(said) == (code == 0)

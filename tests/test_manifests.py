@@ -78,7 +78,7 @@ def test_the_pods_and_torchrun_agree(manifest):
         (container,) = pod["containers"]
         options = dict(word.removeprefix("--").split("=", 1) for word in container["args"] if "=" in word)
         assert int(options["nnodes"]) == nodes
-        assert int(options["nproc_per_node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+        assert int(options["nproc_per_node"]) == int(container["resources"]["limits"]["nvidia.com/gpu"])
         assert options["rdzv_endpoint"].rpartition(":")[0] == first
         assert pod["restartPolicy" if manifest["kind"] == "JobSet" else "volumes"]
         # SIGKILL falls after the ranks have had as long as the hook gives them.

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_cream import loading
+from megatron_cream import loading, nodes
+from megatron_cream.errors import UsageError
 from tests.faults.kill import compare, newest, wait_for
 from tests.launch import ROOT, TINY, write_documents
 
@@ -163,6 +164,14 @@ def test_a_node_that_is_lost_comes_back(documents, one_node, tmp_path, port):
     assert ended([stays, start(logs[2])], logs) == [0, 0], logs[0].read_text()[-3000:] + logs[2].read_text()[-3000:]
     compare(one_node, save, STEPS)
     assert f"successfully loaded checkpoint from {save}" in "".join(log.read_text() for log in logs)
+
+
+def test_restarts_on_several_nodes_need_a_store_that_is_new_each_time(monkeypatch):
+    several = dict(GROUP_WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_MAX_RESTARTS="3")
+    for name, value in several.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them"):
+        nodes.alike(lambda: None)
 
 
 def test_what_a_node_lacks_ends_the_job_on_all(documents, tmp_path, port):
