@@ -53,7 +53,7 @@ from tests.bad_inputs import (
     start,
 )
 from tests.bad_setting_cases import DATA, FLAGS, RECIPES, TOOL_CASES
-from tests.launch import ROOT, torchrun
+from tests.launch import ROOT, TORCHRUN
 
 CASES = {
     **{f"checkpoint: {name}": case for name, case in CHECKPOINTS.items()},
@@ -158,7 +158,8 @@ def test_as_users_run_it(world):
         flags = [str(ROOT / command[0]), *(part.replace("{0}", str(world)) for part in command[1:])]
         ended = subprocess.run([sys.executable, *flags], capture_output=True, text=True, cwd=world)
         assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    ended = torchrun(2, *flags[1:], cwd=world)
+    command = [*TORCHRUN, "--nproc_per_node=2", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=world)
     assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
     assert ended.stderr.count("num_hidden_layers 'two'") == 1
     assert snapshot(world) == before
