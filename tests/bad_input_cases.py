@@ -200,6 +200,10 @@ CHECKPOINTS = {
         also(remove(f"run/{TRACKER}"), lambda w: (w / "run" / TRACKER).mkdir()), RESUME, [TRACKER],
     ),
     "step folder missing": (remove(STEP), RESUME, ["there is no iter_0000002"]),
+    "a step under another's name": (
+        also(lambda w: (w / STEP).rename(w / "run/iter_0000004"), put(f"run/{TRACKER}", "4")),
+        RESUME, ["--load", "iter_0000004 cannot be read", "holds step 2"],
+    ),
     "step that is not there": (also(), (*RESUME, "--ckpt-step", "9"), ["there is no iter_0000009"]),
     "tracker for export": (put(f"run/{TRACKER}", "1e5"), EXPORT_RUN, ["'1e5'", "must be a number"]),
     "load is a file": (also(), (*NEW, "--load", "{0}/data.bin"), ["--load", "data.bin: no such folder"]),

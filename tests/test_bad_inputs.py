@@ -18,7 +18,7 @@ from megatron_cream import platform
 
 platform.setup()
 
-from megatron_cream import arguments, compat
+from megatron_cream import arguments, compat, files
 from tests.bad_input_cases import (
     CHECKPOINTS,
     FOLDERS,
@@ -179,6 +179,21 @@ def test_readers_hold_when_nobody_looked_before(world):
     with pytest.raises(Exception, match="nothing of it was run"):
         dcp.FileSystemReader(world / STEP).read_metadata()
     assert not (world / "pwned").exists()
+
+
+def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
+    """What the other has saved stays; it is waited for a while, and there is one line."""
+    monkeypatch.setattr(files, "HOLD_SECONDS", 0.6)
+    monkeypatch.setattr(files, "_held", {})
+    files.hold(world / "run", "--save")
+    before = snapshot(world / "run")
+    flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run")]
+    ended = start(mains[TRAINER], *flags)()
+    assert (ended.code, len(ended.error.splitlines())) == (2, 1), ended.error
+    assert f"--save {world / 'run'}: another run is writing there now" in ended.error
+    assert snapshot(world / "run") == before
+    files._held.popitem()[1].close()
+    files.hold(world / "run", "--save")  # given back by the end of who held it
 
 
 def test_a_configuration_may_be_edited(world):
