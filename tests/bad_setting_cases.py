@@ -156,6 +156,13 @@ TOOL_CASES = {
         lambda w: os.mkfifo(w / "pipe.jsonl"), (*PREPARE, "--input", "{0}/pipe.jsonl"), ["pipe.jsonl: not a file"],
     ),
     "preprocess: no such key": (put("texts.jsonl", '{"body": "x"}\n'), PREPARE, ["text"]),
+    "preprocess: a chat template that fails": (
+        also(
+            put("texts.jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'),
+            put("hf/chat_template.jinja", "{% for i in range(10**9) %}{{ i }}{% endfor %}"),
+        ),
+        (*PREPARE, "--chat-format", "tokenizer"), ["--input", "1 chat that the chat template refuses"],
+    ),
     "preprocess: workers": (also(), (*PREPARE, "--workers", "0"), ["--workers 0"]),
     "preprocess: glob": (also(), (*PREPARE, "--glob", "/etc/*", "--input", "{0}/hf"), ["--input", "--glob"]),
     "preprocess: output below a file": (

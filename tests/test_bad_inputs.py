@@ -193,7 +193,6 @@ def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
     assert f"--save {world / 'run'}: another run is writing there now" in ended.error
     assert snapshot(world / "run") == before
     files._held.popitem()[1].close()
-    files.hold(world / "run", "--save")  # given back by the end of who held it
 
 
 def test_a_configuration_may_be_edited(world):
