@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream import data_checks
+from megatron_cream import data_checks, platform
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import long_flags
 from megatron_cream.files import check_can_be_made
@@ -43,6 +43,10 @@ def unsupported(args: Namespace) -> None:
             raise UsageError(f"{flag(name)} {getattr(args, name)}: not supported here; use {instead}")
     if args.async_save and args.async_strategy != "mcore":
         raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
+    if args.log_straggler and not (platform.has_cuda() and importlib.util.find_spec("pynvml")):
+        raise UsageError(
+            "--log-straggler: reads temperature and power of CUDA devices through nvidia-ml-py; pip install nvidia-ml-py"
+        )
     if args.position_embedding_type not in ("none", "rope"):
         raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
     if args.rotary_percent != 1.0:

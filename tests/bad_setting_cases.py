@@ -99,6 +99,7 @@ FLAGS = {
     "code of a tokenizer's": ("--trust-remote-code", 1, ["--trust-remote-code", "not supported here"]),
     "another format of checkpoints": ("--ckpt-format torch", 1, ["--ckpt-format torch", "--save writes torch_dist"]),
     "another kind of checkpoints": ("--non-persistent-save-interval 5", 1, ["--save-interval"]),
+    "stragglers without a GPU": ("--log-straggler", 1, ["--log-straggler", "nvidia-ml-py"]),
     "unknown flag": ("--no-such-flag 1", 1, ["--no-such-flag"]),
     "save is a file": ("--save {0}/data.bin", 1, ["--save", "data.bin is not a folder"]),
     "save below a file": ("--save {0}/data.bin/x", 1, ["--save", "data.bin is not a folder"]),
