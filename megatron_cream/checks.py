@@ -45,7 +45,7 @@ def unsupported(args: Namespace) -> None:
         raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
     if args.log_straggler and not (platform.has_cuda() and importlib.util.find_spec("pynvml")):
         raise UsageError(
-            "--log-straggler: reads temperature and power of CUDA devices through nvidia-ml-py; pip install nvidia-ml-py"
+            "--log-straggler: reads the temperature and power of GPUs through nvidia-ml-py; pip install nvidia-ml-py"
         )
     if args.position_embedding_type not in ("none", "rope"):
         raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
