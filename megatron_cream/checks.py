@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream import data_checks
+from megatron_cream import data_checks, platform
 from megatron_cream.checkpoint import save_flags
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import long_flags
@@ -48,6 +48,10 @@ def unsupported(args: Namespace) -> None:
         # They record a layer with Megatron's own table of angles, or a data loader that hands out one buffer.
         given = "--external-cuda-graph" if args.external_cuda_graph else f"--cuda-graph-impl {args.cuda_graph_impl}"
         raise UsageError(f"{given}: cannot replay position ids that change with each sample; use local")
+    if args.log_straggler and not (platform.has_cuda() and importlib.util.find_spec("pynvml")):
+        raise UsageError(
+            "--log-straggler: reads the temperature and power of GPUs through nvidia-ml-py; pip install nvidia-ml-py"
+        )
     if args.position_embedding_type not in ("none", "rope"):
         raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
     if args.rotary_percent != 1.0:

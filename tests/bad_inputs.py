@@ -233,6 +233,16 @@ def malicious_bin(w: Path) -> None:
     torch.save({"model.norm.weight": Malice(w / "pwned")}, w / "hf" / "pytorch_model.bin")
 
 
+def bin_of(change):
+    """The weights as a pytorch_model.bin that holds `change(state dict)`."""
+
+    def damage(w: Path) -> None:
+        torch.save(change(load_file(w / "hf" / "model.safetensors")), w / "hf" / "pytorch_model.bin")
+        (w / "hf" / "model.safetensors").unlink()
+
+    return damage
+
+
 def saved(value) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)

@@ -97,6 +97,9 @@ FLAGS = {
     "Megatron's enum": ("--exit-signal SIGWHAT", 1, ["--exit-signal", "SIGWHAT"]),
     "recompute": ("--recompute-granularity full", 1, ["recompute"]),
     "code of a tokenizer's": ("--trust-remote-code", 1, ["--trust-remote-code", "not supported here"]),
+    "another format of checkpoints": ("--ckpt-format torch", 1, ["--ckpt-format torch", "--save writes torch_dist"]),
+    "another kind of checkpoints": ("--non-persistent-save-interval 5", 1, ["--save-interval"]),
+    "stragglers without a GPU": ("--log-straggler", 1, ["--log-straggler", "nvidia-ml-py"]),
     "unknown flag": ("--no-such-flag 1", 1, ["--no-such-flag"]),
     "save is a file": ("--save {0}/data.bin", 1, ["--save", "data.bin is not a folder"]),
     "save below a file": ("--save {0}/data.bin/x", 1, ["--save", "data.bin is not a folder"]),
@@ -171,6 +174,13 @@ TOOL_CASES = {
         lambda w: os.mkfifo(w / "pipe.jsonl"), (*PREPARE, "--input", "{0}/pipe.jsonl"), ["pipe.jsonl: not a file"],
     ),
     "preprocess: no such key": (put("texts.jsonl", '{"body": "x"}\n'), PREPARE, ["text"]),
+    "preprocess: a chat template that fails": (
+        also(
+            put("texts.jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}'),
+            put("hf/chat_template.jinja", "{% for i in range(10**9) %}{{ i }}{% endfor %}"),
+        ),
+        (*PREPARE, "--chat-format", "tokenizer"), ["--input", "1 chat that the chat template refuses"],
+    ),
     "preprocess: workers": (also(), (*PREPARE, "--workers", "0"), ["--workers 0"]),
     "preprocess: glob": (also(), (*PREPARE, "--glob", "/etc/*", "--input", "{0}/hf"), ["--input", "--glob"]),
     "preprocess: output below a file": (

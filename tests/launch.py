@@ -1,8 +1,13 @@
-"""Run pretrain_cream.py as users do, with real torchrun ranks, and read what it logged."""
+"""Run pretrain_cream.py with real ranks, as torchrun starts them, and read what it logged."""
 
+import functools
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 VOCABULARY = 100  # padded to 128: the padding must not show in the loss
 
 # A tiny Llama with grouped-query attention; 10 steps on synthetic documents.
@@ -44,11 +50,43 @@ JOB = (ROOT / "pretrain_cream.py",)
 def torchrun(
     ranks: int, *flags, cwd: Path | None = None, timeout: int = 300, script=JOB
 ) -> subprocess.CompletedProcess:
-    """`torchrun --nproc_per_node=ranks pretrain_cream.py flags`, or another script, output captured."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    command += [*map(str, script), *map(str, flags)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd or ROOT)
+    """`torchrun --standalone --nproc_per_node=ranks pretrain_cream.py flags`, or another script, output captured.
+
+    Without a GPU the ranks are forked from a process that has imported everything (tests/preloaded.py).
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags, cwd = [str(flag) for flag in flags], str(cwd or ROOT)
+    if torch.cuda.is_available() or script is not JOB:
+        command = [*TORCHRUN, f"--nproc_per_node={ranks}", *map(str, script), *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
+    with tempfile.TemporaryDirectory() as folder:
+        out, error = Path(folder, "out"), Path(folder, "error")
+        job = dict(ranks=ranks, flags=flags, cwd=cwd, environment=environment, out=str(out), error=str(error))
+        code = _run_preloaded(job, timeout)
+        return subprocess.CompletedProcess(flags, code, out.read_text(), error.read_text())
+
+
+@functools.cache
+def _preloaded() -> subprocess.Popen:
+    """Ends with this process, whose end closes its input."""
+    command = [sys.executable, "-m", "tests.preloaded"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT, env=environment
+    )
+
+
+def _run_preloaded(job: dict, timeout: int) -> int:
+    server = _preloaded()
+    server.stdin.write(json.dumps(job).encode() + b"\n")
+    process = int(server.stdout.readline())
+    late = not select.select([server.stdout], [], [], timeout)[0]
+    if late:
+        os.killpg(process, signal.SIGKILL)
+    code = int(server.stdout.readline())
+    if late:
+        raise subprocess.TimeoutExpired(job["flags"], timeout)
+    return code
 
 
 def train(ranks: int, folder: Path, *flags, base=TINY, fp32: bool = True, script=JOB) -> dict[int, float]:

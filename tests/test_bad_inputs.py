@@ -18,7 +18,7 @@ from megatron_cream import platform
 
 platform.setup()
 
-from megatron_cream import arguments, compat
+from megatron_cream import arguments, compat, files
 from tests.bad_input_cases import (
     CHECKPOINTS,
     FOLDERS,
@@ -53,7 +53,7 @@ from tests.bad_inputs import (
     start,
 )
 from tests.bad_setting_cases import DATA, FLAGS, RECIPES, TOOL_CASES
-from tests.launch import ROOT, torchrun
+from tests.launch import ROOT, TORCHRUN
 
 CASES = {
     **{f"checkpoint: {name}": case for name, case in CHECKPOINTS.items()},
@@ -158,7 +158,8 @@ def test_as_users_run_it(world):
         flags = [str(ROOT / command[0]), *(part.replace("{0}", str(world)) for part in command[1:])]
         ended = subprocess.run([sys.executable, *flags], capture_output=True, text=True, cwd=world)
         assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    ended = torchrun(2, *flags[1:], cwd=world)
+    command = [*TORCHRUN, "--nproc_per_node=2", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=world)
     assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
     assert ended.stderr.count("num_hidden_layers 'two'") == 1
     assert snapshot(world) == before
@@ -178,6 +179,20 @@ def test_readers_hold_when_nobody_looked_before(world):
     with pytest.raises(Exception, match="nothing of it was run"):
         dcp.FileSystemReader(world / STEP).read_metadata()
     assert not (world / "pwned").exists()
+
+
+def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
+    """What the other has saved stays; it is waited for a while, and there is one line."""
+    monkeypatch.setattr(files, "HOLD_SECONDS", 0.6)
+    monkeypatch.setattr(files, "_held", {})
+    files.hold(world / "run", "--save")
+    before = snapshot(world / "run")
+    flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run")]
+    ended = start(mains[TRAINER], *flags)()
+    assert (ended.code, len(ended.error.splitlines())) == (2, 1), ended.error
+    assert f"--save {world / 'run'}: another run is writing there now" in ended.error
+    assert snapshot(world / "run") == before
+    files._held.popitem()[1].close()
 
 
 def test_a_configuration_may_be_edited(world):

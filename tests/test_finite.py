@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from megatron_cream.optimizer import finite
 from tests.launch import ROOT, TINY, write_documents
 
 # In the micro-batch of one rank, at step 3, the loss is no number.
@@ -32,6 +34,19 @@ code = job.main()
 print("SEEN" + json.dumps(seen), flush=True)
 sys.exit(code)
 """
+
+
+@pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_skipped(monkeypatch, wrong):
+    """Each step would be left out, to the end."""
+    model = torch.nn.Linear(2, 2)
+    model.bias.data[1] = wrong
+    monkeypatch.setattr(finite, "_guard", guard := finite._Guard())
+    guard.policy, guard.report = "skip", lambda norm: None
+    finite.of_model([torch.nn.Linear(2, 2), model])
+    with pytest.raises(finite.NotFinite if wrong else finite._Skipped, match="bias" if wrong else ""):
+        finite._look(lambda self: float("nan"), None)
+    assert finite._look(lambda self: 1.0, None) == 1.0
 
 
 @pytest.mark.parametrize(

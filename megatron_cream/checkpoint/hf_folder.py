@@ -217,8 +217,7 @@ class _Mapping:
         except Exception as error:  # a damaged file, or a pickle that is more than tensors
             reason = one_line(error)
             raise UsageError(f"{path}: not a file of tensors that can be read: {reason}") from error
-        is_state_dict = isinstance(self._tensors, dict) and all(isinstance(t, Tensor) for t in self._tensors.values())
-        if self._tensors is not None and not is_state_dict:
+        if self._tensors is not None and not _is_state_dict(self._tensors):
             raise UsageError(f"{path}: holds something other than named tensors")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -236,6 +235,14 @@ class _Mapping:
         tensor = self._tensors[name] if self._tensors is not None else self._file.get_tensor(name)
         self.bytes_read += tensor.nbytes
         return tensor
+
+
+def _is_state_dict(found: Any) -> bool:
+    """Names, and tensors whose elements lie in the file."""
+    return isinstance(found, dict) and all(
+        isinstance(name, str) and isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"
+        for name, t in found.items()
+    )
 
 
 # ---------------------------------------------------------------- writing

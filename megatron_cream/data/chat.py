@@ -169,13 +169,11 @@ class TemplateChat:
         return len(prompt), at + len(ending)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except TemplateError:
+        except Exception:  # the template's own, jinja's, or what its sandbox does not allow
             raise BadDocument("chat that the chat template refuses") from None
 
 

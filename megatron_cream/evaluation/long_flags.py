@@ -94,5 +94,3 @@ def _check_best(args: Namespace) -> None:
         raise UsageError(
             "--save is missing: --long-eval-interval keeps the best checkpoint there; or take --long-eval-best none"
         )
-    if args.ckpt_format != "torch_dist":
-        raise UsageError(f"--ckpt-format {args.ckpt_format}: --long-eval-best needs torch_dist, or none")

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.launch import TINY, write_documents
 
+_OF = "TEST_RUN_OF"  # in the environment of each launch's processes: its --save
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -93,7 +94,7 @@ def kill(folder: Path, *, kills: int, seed: int, steps: int) -> dict[str, int]:
         process.wait()
         for rest in ranks_of_folder(killed):
             rest.kill()
-        wait_for_no_helper()
+        wait_for_no_helper(killed)
         met[place] += 1
         print(f"{i}: killed {how} at {place}; newest checkpoint {newest(killed)} (was {before})", flush=True)
         assert newest(killed) >= before
@@ -145,7 +146,7 @@ def launch(
     with open(log, "w") as out:
         return subprocess.Popen(
             list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", _OF: str(save)},
         )  # fmt: skip
 
 
@@ -180,16 +181,17 @@ def ranks_of_folder(save: Path) -> list[psutil.Process]:
     return left
 
 
-def wait_for_no_helper(seconds: float = 60.0) -> None:
-    """A checkpoint's helper processes end with the rank that started them."""
+def wait_for_no_helper(save: Path, seconds: float = 60.0) -> None:
+    """A checkpoint's helper processes end with the rank that started them; of the launches into `save`."""
     deadline = time.monotonic() + seconds
-    while left := [p for p in psutil.process_iter(["cmdline", "ppid"]) if _helper_of_nobody(p)]:
-        assert time.monotonic() < deadline, [p.info for p in left]
+    while left := [p for p in psutil.process_iter(["cmdline", "ppid", "environ"]) if _helper_of_nobody(p, save)]:
+        assert time.monotonic() < deadline, [p.info["cmdline"] for p in left]
         time.sleep(0.2)
 
 
-def _helper_of_nobody(process: psutil.Process) -> bool:
-    return process.info["ppid"] == 1 and any("multiprocessing.spawn" in word for word in process.info["cmdline"] or [])
+def _helper_of_nobody(process: psutil.Process, save: Path) -> bool:
+    helper = process.info["ppid"] == 1 and "multiprocessing.spawn" in " ".join(process.info["cmdline"] or [])
+    return helper and (process.info["environ"] or {}).get(_OF) == str(save)
 
 
 def compare(one: Path, other: Path, steps: int) -> None:

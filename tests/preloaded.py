@@ -1,0 +1,76 @@
+"""Launches of pretrain_cream.py from a process that has imported everything, for tests/launch.py.
+
+To import Megatron, torch and transformers takes ten seconds of a core, for every rank. Here torch's own elastic
+launcher, which torchrun is the command line of, forks its ranks from this process instead of starting Python anew.
+For machines without a GPU: CUDA does not outlive a fork. It reads a job a line (JSON: ranks, flags, cwd, environment,
+out, error), and answers with the number of the process that runs it, then its exit code.
+"""
+
+import json
+import os
+import sys
+import traceback
+import uuid
+from pathlib import Path
+
+from megatron_cream import platform
+
+platform.setup()
+
+SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_cream.py"
+
+
+def main() -> None:
+    import torch
+    import torch.utils.tensorboard
+    import transformers.models.llama.modeling_llama  # noqa: F401  (what runs import only when they need it)
+
+    import pretrain_cream  # noqa: F401
+
+    torch.set_num_threads(1)  # a fork does not inherit the threads of a pool
+    for line in sys.stdin:
+        job = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            _launch(job)
+        print(process, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+
+
+def _launch(job: dict) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    code = 1
+    try:
+        os.setsid()
+        for fd, path in enumerate((os.devnull, job["out"], job["error"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), fd)
+        os.chdir(job["cwd"])
+        os.environ |= job["environment"]
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=job["ranks"], run_id=str(uuid.uuid4()), rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0, monitor_interval=0.1,
+        )  # fmt: skip
+        elastic_launch(config, _rank)(job["flags"])
+        code = 0
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _rank(flags: list[str]) -> None:
+    import pretrain_cream
+
+    sys.argv = [str(SCRIPT), *flags]
+    if code := pretrain_cream.main():
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
