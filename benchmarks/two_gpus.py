@@ -66,7 +66,7 @@ class Runs:
         self.results[name] = {"run": name, **found}
         with self.file.open("a") as file:
             file.write(json.dumps(self.results[name]) + "\n")
-        shown = {key: value for key, value in found.items() if key != "losses"}
+        shown = {key: value for key, value in found.items() if key not in ("losses", "flags")}
         print(f"{name:24} {shown}", flush=True)
 
     def launch(self, name: str, ranks: int, flags: list, *, script=JOB, gpu: int | None = None) -> str | None:
@@ -217,20 +217,30 @@ TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 
 
 def seven_b(runs: Runs) -> None:
-    """tokens/s of each GPU with the paper's global batch: one GPU has half of it."""
+    """tokens/s of each GPU with the paper's global batch: one GPU has half of it.
 
-    def run(name: str, gpus: int, flags: str | list, batch: int = 32, **how) -> None:
+    Where the whole model does not fit on one GPU, eight of its layers are what the layouts are compared on.
+    """
+    shape, whole = [], fits("one", 1, [*SEVEN_B, "--global-batch-size", "16"])
+    name = "7b" if whole else "8 layers"
+
+    def run(layout: str, gpus: int, flags: str | list, batch: int = 32, **how) -> None:
         flags = [*SEVEN_B, "--global-batch-size", str(batch), *(flags.split() if isinstance(flags, str) else flags)]
-        timed(runs, f"7b {name}", gpus, flags, **how)
+        timed(runs, f"{name} {layout}", gpus, flags + shape, **how)
 
+    # Megatron's own linear layers send while they compute; Transformer Engine's do not without its user buffers.
+    own = dict(script=["benchmarks/train_step.py", "child", "without"])
+    if not whole:
+        name = "7b"
+        run("tp2-sp", 2, TP2)
+        run("tp2-sp, own layers", 2, f"{TP2} --transformer-impl local", **own)
+        name, shape = "8 layers", ["--num-layers", "8"]
     with ThreadPoolExecutor(2) as both:
         one = both.submit(run, "one", 1, "", 16, gpu=0)
         fp8 = both.submit(run, "one, FP8", 1, [*FP8, "--use-precision-aware-optimizer"], 16, gpu=1)
     one.result(), fp8.result()
-    own = dict(script=["benchmarks/train_step.py", "child", "without"])
     run("dp2", 2, OVERLAP)
     run("tp2-sp", 2, TP2)
-    # Megatron's own linear layers send while they compute; Transformer Engine's do not without its user buffers.
     run("tp2-sp, own layers", 2, f"{TP2} --transformer-impl local", **own)
     run("dp2, no overlap", 2, NO_OVERLAP)
     run("tp2-sp, own layers, micro-batch 2", 2, f"{TP2} --transformer-impl local --micro-batch-size 2", **own)
@@ -239,13 +249,39 @@ def seven_b(runs: Runs) -> None:
 
 def full(runs: Runs) -> None:
     """Four samples a step: of 32K tokens in all positions, and of 4K in CREAM's."""
-    few = [*SEVEN_B, "--global-batch-size", "4"]
-    long = "--seq-length 32768 --position-sampler full --context-parallel-size 2".split()
+    few = [*SEVEN_B, "--train-iters", "5", "--global-batch-size", "4"]
+    long = [*few, *"--seq-length 32768 --position-sampler full".split()]
     long += "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
-    timed(runs, "4 samples: cream", 2, [*few, *OVERLAP.split()])
-    timed(runs, "4 samples: full, cp2", 2, [*few, *long, *OVERLAP.split()])
-    ring = [*few, *long, *OVERLAP.split(), "--attention-backend", "te", "--cp-comm-type", "p2p"]
-    timed(runs, "4 samples: full, cp2, te's ring", 2, ring)
+    if fits("full", 2, [*long, "--context-parallel-size", "2"]):
+        timed(runs, "4 samples: cream, dp2", 2, few)
+        timed(runs, "4 samples: full, cp2", 2, [*long, "--context-parallel-size", "2"])
+        ring = "--context-parallel-size 2 --attention-backend te --cp-comm-type p2p".split()
+        timed(runs, "4 samples: full, cp2, te's ring", 2, [*long, *ring])
+    else:
+        timed(runs, "4 samples: cream, tp2-sp", 2, [*few, *TP2.split()])
+        timed(runs, "4 samples: full, tp2-sp", 2, [*long, *TP2.split()])
+
+
+def fits(name: str, gpus: int, flags: list[str]) -> bool:
+    """Whether the planner says so."""
+    memory = torch.cuda.get_device_properties(0).total_memory if platform.has_cuda() else 2**40
+    needed = planned(name, gpus, [*flags, "--use-distributed-optimizer"]).peak_gib
+    if needed * 2**30 > 0.97 * memory:
+        print(f"{name:24} left out: the planner says that it takes {needed:.1f} GiB", flush=True)
+        return False
+    return True
+
+
+def planned(name: str, gpus: int, flags: list[str]) -> measured.Checked:
+    with _PLANNING:  # the parser of flags is Megatron's, which reads sys.argv
+        return measured.check(
+            dict(what=name, gpu=_kind(), config=CONFIG, flags=flags, gpus=gpus, tokens_per_second=1, peak_gib=1.0)
+        )
+
+
+def _kind() -> str:
+    """Of the GPU, as the planner has it."""
+    return next((kind for kind in GPUS if platform.has_cuda() and kind in torch.cuda.get_device_name()), "H200")
 
 
 _PLANNING = Lock()
@@ -253,24 +289,21 @@ _PLANNING = Lock()
 
 def timed(runs: Runs, name: str, gpus: int, flags: list[str], **how) -> None:
     """One run of the 7B, and what the planner says of it."""
-    flags = [*flags, "--use-distributed-optimizer", *runs.extra]
-    gpu = next((kind for kind in GPUS if platform.has_cuda() and kind in torch.cuda.get_device_name()), "H200")
-    row = dict(what=name, gpu=gpu, config=CONFIG, flags=flags, gpus=gpus, tokens_per_second=1, peak_gib=1.0)
-    with _PLANNING:  # the parser of flags is Megatron's, which reads sys.argv
-        planned = measured.check(row)
-    if platform.has_cuda() and planned.peak_gib * 2**30 > 0.97 * torch.cuda.get_device_properties(0).total_memory:
-        print(f"{name:24} left out: the planner says that it takes {planned.peak_gib:.1f} GiB", flush=True)
+    flags = [*flags, *runs.extra]
+    if name in runs.results or not fits(name, gpus, flags):
         return
+    flags = [*flags, "--use-distributed-optimizer"]
     text = runs.launch(name, gpus, ["--config", CONFIG, *flags], **how)
     if text is None:
         return
     steps = [(float(m[2].replace(",", "")), float(m[3] or 0), float(m[4])) for m in STEP.finditer(text)][1:]
     rates, shares, peaks = zip(*steps)
     loss = float(re.findall(r"\| loss ([\d.]+)", text)[-1])
+    plan = planned(name, gpus, flags)
     runs.keep(
-        name, gpus=gpus, flags=flags, gpu=gpu, tokens_per_second=statistics.median(rates),
-        mfu=statistics.median(shares), peak_gib=max(peaks), loss=loss,
-        planned_tokens_per_second=round(planned.speed.tokens_per_second), planned_gib=round(planned.peak_gib, 1),
+        name, gpus=gpus, gpu=_kind(), tokens_per_second=statistics.median(rates), mfu=statistics.median(shares),
+        peak_gib=max(peaks), loss=loss, planned_tokens_per_second=round(plan.speed.tokens_per_second),
+        planned_gib=round(plan.peak_gib, 1), flags=flags,
     )  # fmt: skip
 
 
@@ -303,9 +336,9 @@ def table(runs: Runs) -> list[str]:
     if rows:
         head = "| run | tokens/s/GPU | beside one GPU | MFU | GiB | planned tokens/s | planned GiB | loss |"
         lines += [head, "|---" * 8 + "|"]
-        one = found.get("7b one", {}).get("tokens_per_second")
         for run in rows:
-            beside = f"{run['tokens_per_second'] / one:.3f}" if one and run["run"].startswith("7b") else ""
+            one = found.get(re.sub(r"^(7b|8 layers) .*", r"\1 one", run["run"]), {}).get("tokens_per_second")
+            beside = f"{run['tokens_per_second'] / one:.3f}" if one and not run["run"].startswith("4 samples") else ""
             lines.append(
                 f"| {run['run']} | {run['tokens_per_second']:,.0f} | {beside} | {run['mfu']:.1f} % | "
                 f"{run['peak_gib']:.1f} | {run['planned_tokens_per_second']:,} | {run['planned_gib']} | {run['loss']} |"
