@@ -22,6 +22,7 @@ platform.setup()  # before anything of Megatron is imported
 
 import torch
 
+from megatron_cream.model.attention import has_transformer_engine
 from megatron_cream.planning import measured
 from megatron_cream.planning.hardware import GPUS
 from megatron_cream.quickstart import last_perplexity
@@ -131,6 +132,8 @@ def parity(runs: Runs) -> None:
     start, precisions = runs.folder / "start", PRECISIONS
     if not platform.has_cuda():
         precisions = {"fp32": PRECISIONS["fp32"]}
+    elif not has_transformer_engine():
+        precisions = {name: how for name, how in PRECISIONS.items() if not name.endswith("te")}
     if not (start / "latest_checkpointed_iteration.txt").is_file():
         flags = [
             *SMALL,
@@ -233,6 +236,7 @@ def seven_b(runs: Runs) -> None:
     if not whole:
         name = "7b"
         run("tp2-sp", 2, TP2)
+        run("tp2-sp, own layers, micro-batch 2", 2, f"{TP2} --transformer-impl local --micro-batch-size 2", **own)
         run("tp2-sp, own layers", 2, f"{TP2} --transformer-impl local", **own)
         name, shape = "8 layers", ["--num-layers", "8"]
     with ThreadPoolExecutor(2) as both:

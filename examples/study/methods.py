@@ -48,13 +48,13 @@ def base(seed: int) -> Run:
 
 
 def extensions(seeds: list[int], factors: list[int]) -> list[Run]:
-    """All extensions; those of the first seed that are timed alone come first, then the longest."""
+    """All extensions; those of the first seed that are timed alone come first, `full` of the others last."""
     timed = [Run(method, s, seeds[0], alone=True) for s in factors for method in ("cream", "full")]
     done = {(run.method, run.factor, run.seed) for run in timed}
     others = [Run(method, s, seed) for seed in seeds for s in sorted(factors, reverse=True) for method in METHODS]
     others += [Run(method, 8, seed) for seed in seeds for method in SIGMAS if 8 in factors]
     others = [run for run in others if (run.method, run.factor, run.seed) not in done]
-    return timed + sorted(others, key=lambda run: run.factor if run.method == "full" else 0, reverse=True)
+    return timed + sorted(others, key=lambda run: (run.method == "full", -run.factor, run.seed))
 
 
 def flags(run: Run, folder: Path, corpus: Corpus) -> list[str]:
