@@ -43,7 +43,11 @@ def unsupported(args: Namespace) -> None:
             raise UsageError(f"{flag(name)} {getattr(args, name)}: not supported here; use {instead}")
     if args.async_save and args.async_strategy != "mcore":
         raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
-    if args.log_straggler and not args.print_config and not (platform.has_cuda() and importlib.util.find_spec("pynvml")):
+    if (
+        args.log_straggler
+        and not args.print_config
+        and not (platform.has_cuda() and importlib.util.find_spec("pynvml"))
+    ):
         raise UsageError(
             "--log-straggler: reads the temperature and power of GPUs through nvidia-ml-py; pip install nvidia-ml-py"
         )
