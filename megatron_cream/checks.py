@@ -48,7 +48,11 @@ def unsupported(args: Namespace) -> None:
         # They record a layer with Megatron's own table of angles, or a data loader that hands out one buffer.
         given = "--external-cuda-graph" if args.external_cuda_graph else f"--cuda-graph-impl {args.cuda_graph_impl}"
         raise UsageError(f"{given}: cannot replay position ids that change with each sample; use local")
-    if args.log_straggler and not (platform.has_cuda() and importlib.util.find_spec("pynvml")):
+    if (
+        args.log_straggler
+        and not args.print_config
+        and not (platform.has_cuda() and importlib.util.find_spec("pynvml"))
+    ):
         raise UsageError(
             "--log-straggler: reads the temperature and power of GPUs through nvidia-ml-py; pip install nvidia-ml-py"
         )

@@ -62,6 +62,12 @@ def check_can_be_made(folder: Path, flag: str) -> None:
         raise UsageError(f"{flag} {folder}: {there} must not be written into")
 
 
+def is_name(name: Any) -> bool:
+    """Whether what a file of others calls a file can be one in its own folder: no path, nor what no file is called."""
+    plain = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+    return plain and name.isprintable() and len(name.encode()) < 256
+
+
 def append_line(path: Path, text: str) -> None:
     """A line more in a record that a run can do without: a full disk costs the line, and one of warning."""
     try:

@@ -165,6 +165,9 @@ CHECKPOINTS = {
     "a manifest out of its folder": (
         put(f"{STEP}/integrity.json", '{"files": {"../../data.bin": "00"}}'), RESUME, ["integrity.json", "../../data"],
     ),
+    "a manifest of a name that none can have": (
+        put(f"{STEP}/integrity.json", '{"files": {"%s": "00"}}' % ("a" * 5000)), RESUME, ["names 'aaaa"],
+    ),
     "a manifest that is none": (put(f"{STEP}/integrity.json", "["), RESUME, ["integrity.json", "not a manifest"]),
     "a manifest of a file that is not there": (
         put(f"{STEP}/integrity.json", '{"files": {"x.distcp": "00"}}'), RESUME, ["x.distcp: missing"],
@@ -242,6 +245,7 @@ FOLDERS = {
     "index out of the folder": (sharded({NORM: "../data.bin"}), FROM_HF, ["'../data.bin'", "beside the index"]),
     "absolute index": (sharded({NORM: "/etc/passwd"}), FROM_HF, ["'/etc/passwd'", "beside the index"]),
     "index out of the folder, evaluated": (sharded({NORM: "../data.bin"}), EVALUATE, ["'../data.bin'", "beside"]),
+    "index of a name that none can have": (sharded({NORM: "a" * 5000}), IMPORT, ["aaaa", "beside the index"]),
     "index of numbers": (sharded({NORM: 5}), IMPORT, ["5: must be the name of a file"]),
     "index empty": (sharded({}), IMPORT, ["must have a weight_map"]),
     "index nested deep": (

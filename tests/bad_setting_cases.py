@@ -3,6 +3,7 @@
 More of .bin/.idx files is in test_bad_data.py, of flags in test_arguments.py.
 """
 
+import json
 import os
 import shutil
 
@@ -176,7 +177,7 @@ TOOL_CASES = {
     "preprocess: no such key": (put("texts.jsonl", '{"body": "x"}\n'), PREPARE, ["text"]),
     "preprocess: a chat template that fails": (
         also(
-            put("texts.jsonl", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}'),
+            put("texts.jsonl", json.dumps({"messages": [dict(role=r, content="a") for r in ("user", "assistant")]})),
             put("hf/chat_template.jinja", "{% for i in range(10**9) %}{{ i }}{% endfor %}"),
         ),
         (*PREPARE, "--chat-format", "tokenizer"), ["--input", "1 chat that the chat template refuses"],

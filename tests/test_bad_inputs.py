@@ -187,6 +187,7 @@ def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
     monkeypatch.setattr(files, "_held", {})
     files.hold(world / "run", "--save")
     before = snapshot(world / "run")
+    files.hold(world / "run", "--save")  # to have read the lock's own file has given it back
     flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run")]
     ended = start(mains[TRAINER], *flags)()
     assert (ended.code, len(ended.error.splitlines())) == (2, 1), ended.error

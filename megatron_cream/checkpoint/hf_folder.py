@@ -17,7 +17,7 @@ from megatron_cream.checkpoint.families import ModelShape, check_types, read_con
 from megatron_cream.checkpoint.mapping import hf_shapes, pieces
 from megatron_cream.checkpoint.output import HashingFile
 from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import read_json
+from megatron_cream.files import is_name, read_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 # In the order in which transformers looks for them: (file, is it an index of shards).
@@ -168,7 +168,7 @@ def _read_index(index: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index}: not an index of shards that can be read: must have a weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file != Path(file).name or file in ("", "..", ".") or "\0" in file:
+        if not is_name(file):
             shown = repr(file)[:100]
             raise UsageError(f"{index}: tensor {name[:100]}: {shown}: must be the name of a file beside the index")
         if not (index.parent / file).is_file():

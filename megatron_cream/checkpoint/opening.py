@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.checkpoint.pickles import check_extra_state, load_metadata, load_plain, refuse_code
 from megatron_cream.errors import UsageError, one_line
+from megatron_cream.files import is_name
 
 _FORMAT, _METADATA = "metadata.json", ".metadata"
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the latter before megatron-core 0.16
@@ -188,8 +189,8 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
         name = info.relative_path
-        if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-            raise UsageError(f"{folder}: {_METADATA} names {name!r}: must be the name of a file beside it")
+        if not is_name(name):
+            raise UsageError(f"{folder}: {_METADATA} names {repr(name)[:100]}: must be the name of a file beside it")
         if info.offset < 0 or info.length < 0:
             raise ValueError(f"{_METADATA} places data before the start of {name}")
         ends[name] = max(ends.get(name, 0), info.offset + info.length)

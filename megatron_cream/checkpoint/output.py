@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_cream.errors import UsageError
-from megatron_cream.files import check_can_be_made, read_json
+from megatron_cream.files import check_can_be_made, is_name, read_json
 
 # Megatron's own manifest, by its own name: its --verify-integrity reads it as well.
 MANIFEST = "integrity.json"
@@ -186,8 +186,8 @@ def read_manifest(folder: Path) -> dict[str, str]:
     if not isinstance(files, dict) or found.get("algorithm", "sha256") != "sha256":
         raise UsageError(f"{manifest}: not a manifest that can be read: must give the sha256 of each of its files")
     for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UsageError(f"{manifest}: names {name!r}: must be the path of a file below it")
+        if not all(is_name(part) for part in Path(name).parts):
+            raise UsageError(f"{manifest}: names {repr(name)[:100]}: must be the path of a file below it")
     return files
 
 
