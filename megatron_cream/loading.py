@@ -94,13 +94,12 @@ def source(args: Namespace) -> tuple[str, Path] | None:
 
 def done(args: Namespace) -> str | None:
     """A line on a run that --load finds at its end already, as of a job that was queued again; None of any other."""
+    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     found = None if args.skip_train or args.finetune else source(args)
-    if found is None or found[0] != "--load" or found[1].name == "release" or not args.train_iters:
+    if found is None or found[0] != "--load" or found[1].name == "release" or not steps:
         return None
     step = _step_of(found[1])
-    if step < args.train_iters:
-        return None
-    return f"step {step} of {args.train_iters} is in {args.load}: nothing is left to train"
+    return f"step {step} of {steps} is in {args.load}: nothing is left to train" if step >= steps else None
 
 
 def open_checkpoint(args: Namespace) -> Found | None:

@@ -100,6 +100,8 @@ def test_a_finished_run_that_starts_again_has_nothing_to_do(tmp_path):
     started = dict(load=str(tmp_path), save=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None, skip_train=False)
     args = Namespace(**started, finetune=False, train_iters=8)
     assert loading.done(args) == f"step 8 of 8 is in {tmp_path}: nothing is left to train"
+    by_samples = dict(train_iters=None, train_samples=72, global_batch_size=9)
+    assert loading.done(Namespace(**vars(args) | by_samples)) == loading.done(args)
     for other in (dict(train_iters=9), dict(skip_train=True), dict(finetune=True), dict(load=None)):
         assert loading.done(Namespace(**vars(args) | other)) is None
 

@@ -27,8 +27,9 @@ def study():
         import methods
         import recall
         import report
+        import study as command
 
-        yield SimpleNamespace(corpus=corpus, recall=recall, report=report, methods=methods)
+        yield SimpleNamespace(corpus=corpus, recall=recall, report=report, methods=methods, command=command)
     finally:
         sys.path.remove(str(STUDY))
 
@@ -110,6 +111,27 @@ def test_every_run_is_one_that_the_trainer_takes(study, tmp_path):
     assert samplers["cream_no_relativity_s_8_seed_0"] == cream | {"relativity": 0.0}
     assert samplers["cream_released_s_8_seed_0"] == cream | {"variant": "released"}
     assert samplers["full_s_16_seed_0"]["window"] == 4096
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_timed_runs_have_the_first_gpu_to_themselves(study, gpus):
+    """Every run starts once, on a GPU that has room, whatever ends when."""
+    jobs, rng = 4, np.random.default_rng(gpus)
+    command = object.__new__(study.command.Study)
+    command.flags, command.pools = SimpleNamespace(jobs=jobs), dict.fromkeys(range(gpus))
+    wanted = study.methods.extensions([0, 1], [4, 8])
+    waiting, going, started = list(wanted), [], []
+    while waiting or going:
+        while (choice := command._next(waiting, going)) is not None:
+            waiting.remove(choice[0])
+            going.append(choice)
+            started.append(choice[0])
+        on = [[run for run, gpu in going if gpu == each] for each in range(gpus)]
+        assert all(len(runs) <= jobs for runs in on)
+        assert len(on[0]) == 1 if any(run.alone for run in on[0]) else not any(run.alone for run in waiting)
+        assert not any(run.alone for runs in on[1:] for run in runs)
+        going.pop(rng.integers(len(going)))
+    assert sorted(map(str, started)) == sorted(map(str, wanted))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,6 +27,8 @@ import report
 import torch
 import worker
 from corpus import Corpus, prepare
+
+from megatron_cream.errors import one_line
 
 LEARNED = 0.95
 """In-window recall below which a base is not extended."""
@@ -93,9 +95,11 @@ class Study:
                 run, _ = going.pop(future)
                 try:
                     self._keep(future.result())
-                except RuntimeError as error:
+                except BrokenExecutor:
+                    raise
+                except Exception as error:  # its log has the rest; the others go on
                     self.failed.append(run.name)
-                    print(f"{run.name}: failed: {error}", flush=True)
+                    print(f"{run.name}: failed: {one_line(error)}", flush=True)
             if not done:
                 return False
         return True

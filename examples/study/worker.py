@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
 import statistics
 import sys
 from pathlib import Path
@@ -67,15 +66,12 @@ def do(
 
 def _train(flags: list[str], gpu: int, log: Path) -> None:
     """pretrain_cream.py with these flags, on GPU `gpu` or none; what it prints goes to `log`."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": str(gpu),
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": "0",  # any that is free: no other rank has to know it
     }
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
@@ -87,10 +83,12 @@ def _train(flags: list[str], gpu: int, log: Path) -> None:
 
     import pretrain_cream
 
-    pretrain_cream.train(flags)
-    sys.stdout.flush()
-    destroy_global_state()
-    _forget()
+    try:
+        pretrain_cream.train(flags)
+    finally:
+        sys.stdout.flush()
+        destroy_global_state()
+        _forget()
 
 
 def _forget() -> None:
