@@ -48,9 +48,9 @@ MEASURED = measured.load()
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["what"])
 def test_measured_runs(row):
-    """Tokens a second and torch's peak of every measured run, within a tenth."""
+    """Tokens a second and torch's peak of every measured run, within a tenth; a time marked as missed is none."""
     found = measured.check(row)
-    assert abs(found.time_error) < 0.1 and abs(found.memory_error) < 0.1
+    assert (abs(found.time_error) < 0.1) is ("missed" not in row) and abs(found.memory_error) < 0.1
 
 
 def named(fits: str) -> dict:
