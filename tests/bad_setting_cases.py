@@ -117,11 +117,9 @@ FLAGS = {
     "split leaves no long test": ("--split 8,1.999,0.001", 1, ["--split 8,1.999,0.001", "for test"]),
     "vocabulary": ("--vocab-size 60", 1, ["holds token id", "has 60"]),
     "keep no checkpoint": ("--save {0}/new --most-recent-k 0", 1, ["--most-recent-k 0", "above 0"]),
-    "keep of nothing": ("--most-recent-k 2", 1, ["--most-recent-k 2: only with --save"]),
     "keep in another format": (
         "--save {0}/new --most-recent-k 2 --ckpt-format torch", 1, ["--most-recent-k 2: needs --ckpt-format torch_dist"],
     ),
-    "hook without checkpoints": ("--save-hook true", 1, ["--save-hook true: only with --save"]),
     "hook that is nowhere": (
         "--save {0}/new --save-interval 1 --save-hook no-such-program", 1, ["--save-hook no-such-program", "not found"],
     ),
