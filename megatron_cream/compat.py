@@ -7,6 +7,7 @@ import signal
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +79,7 @@ def _checkpoint_helpers_outlive_signals() -> None:
 @contextlib.contextmanager
 def _born_deaf() -> Iterator[None]:
     """What is started in the block never hears of a cluster's signals; here they wait for its end."""
+    resource_tracker.ensure_running()  # whose start, else in the block, lets SIGTERM through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
         yield

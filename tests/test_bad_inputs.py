@@ -181,6 +181,9 @@ def test_readers_hold_when_nobody_looked_before(world):
     assert not (world / "pwned").exists()
 
 
+LONGER = ("--train-iters", "9", "--override-opt-param-scheduler")  # there is something left to train
+
+
 def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
     """What the other has saved stays; it is waited for a while, and there is one line."""
     monkeypatch.setattr(files, "HOLD_SECONDS", 0.6)
@@ -188,7 +191,7 @@ def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
     files.hold(world / "run", "--save")
     before = snapshot(world / "run")
     files.hold(world / "run", "--save")  # to have read the lock's own file has given it back
-    flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run")]
+    flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run", *LONGER)]
     ended = start(mains[TRAINER], *flags)()
     assert (ended.code, len(ended.error.splitlines())) == (2, 1), ended.error
     assert f"--save {world / 'run'}: another run is writing there now" in ended.error

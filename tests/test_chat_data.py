@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
@@ -114,6 +114,7 @@ def test_template_masks_are_those_of_transformers(chat_folder):
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=7), st.booleans())
+    @example(["0", "|"], False)  # in the end token too
     def check(turns, with_system):
         system = [{"role": "system", "content": "the answer"}] if with_system else []
         messages = system + talk(*turns[: len(turns) // 2 * 2])

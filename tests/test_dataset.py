@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
 from megatron_cream.data.order import permute
@@ -41,6 +42,15 @@ def build(prefix, samples=(200, 40, 0), **options):
     return BlendedMegatronDatasetBuilder(
         LongDocumentDataset, list(samples), lambda: True, config([prefix], **options)
     ).build()
+
+
+def test_a_run_at_its_end_may_start_again(prefix):
+    """To Megatron's sampler, data of which nothing is left is a fault."""
+    train, _, _ = build(prefix)
+    sampler = MegatronPretrainingSampler(
+        len(train), consumed_samples=200, micro_batch_size=2, data_parallel_rank=0, data_parallel_size=1
+    )
+    assert list(sampler) == []
 
 
 def test_samples_are_what_the_sampler_planned(prefix):

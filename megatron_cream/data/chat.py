@@ -159,7 +159,9 @@ class TemplateChat:
         """Where in `text` the last of `messages` stands, an answer, with its end token."""
         prompt, answer = self._render(messages[:-1], add_generation_prompt=True), messages[-1]["content"].strip()
         alone = self._render(messages)
-        at, at_alone = text.find(answer, len(prompt)), alone.rfind(answer)
+        # The first after the prompt: the end token may hold the answer too.
+        after = len(prompt) if alone.startswith(prompt) else max(alone.rfind(answer), 0)
+        at, at_alone = text.find(answer, len(prompt)), alone.find(answer, after)
         if not text.startswith(prompt) or at < 0 or at_alone < 0:
             raise BadDocument("chat whose answers the chat template rewrites")
         ending = alone[at_alone + len(answer) :].rstrip()

@@ -105,7 +105,8 @@ class LongDocumentDataset(MegatronDataset):
         return ["random_seed", "sequence_length", "split", "split_matrix", "sampler"]
 
     def __len__(self) -> int:
-        return len(self.documents) if self.num_samples is None else self.num_samples
+        # One more than is asked for: that a run which is started again has had all is a fault to Megatron's sampler.
+        return len(self.documents) if self.num_samples is None else self.num_samples + 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, place = divmod(int(index), len(self.documents))
