@@ -107,15 +107,17 @@ def forward_step(data_iterator, model):
 
 def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None):
     """Built on the first tensor-parallel rank of every pipeline stage."""
-    config = arguments.dataset_config(get_args(), get_tokenizer())
+    args, (train, valid, test) = get_args(), train_val_test_num_samples
+    # Beside what an earlier start has evaluated on, perhaps more often than these flags say.
+    counts = [train, valid + args.consumed_valid_samples if valid else valid, test]
     datasets = BlendedMegatronDatasetBuilder(
         LongDocumentDataset,
-        train_val_test_num_samples,
+        counts,
         lambda: parallel_state.get_tensor_model_parallel_rank() == 0,
-        config,
+        arguments.dataset_config(args, get_tokenizer()),
     ).build()
     # Megatron's samplers take no empty data set, which --eval-iters 0 asks for.
-    return [None if count == 0 else data for data, count in zip(datasets, train_val_test_num_samples, strict=True)]
+    return [None if count == 0 else data for data, count in zip(datasets, counts, strict=True)]
 
 
 train_valid_test_datasets_provider.is_distributed = True

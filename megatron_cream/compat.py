@@ -31,6 +31,7 @@ def apply(args: Namespace) -> None:
     if platform.has_cuda():
         _weight_gradients_without_apex()
     _distributed_optimizer_resumes_with_torch_adam()
+    _distributed_optimizer_saves_padded_buckets()
 
 
 def _one_command_line(args: Namespace) -> None:
@@ -193,6 +194,37 @@ def _distributed_optimizer_resumes_with_torch_adam() -> None:
     wrap_method(cls, "sharded_state_dict", state_first)
     wrap_method(cls, "_set_main_param_and_optimizer_states", step_apart)
     wrap_method(cls, "load_state_dict", a_step_each)
+
+
+def _distributed_optimizer_saves_padded_buckets() -> None:
+    """A fully reshardable checkpoint of several buckets, as overlap makes them, holds the wrong optimizer state.
+
+    What the ranks have is joined without the padding at each bucket's end, and then cut at places that count it: every
+    parameter behind a padded bucket gets its neighbours' moments and master weights.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    def places_without_padding(buffer) -> dict:
+        begins, total = [], 0
+        for bucket in buffer.buckets:
+            begins.append(total - bucket.offset)
+            total += bucket.numel_unpadded
+        return {
+            param: (start + begins[bucket], end + begins[bucket], bucket)
+            for param, (start, end, bucket) in buffer.param_index_map.items()
+        }
+
+    def joined(original, self, *args, **kwargs):
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer.param_index_map = places_without_padding(buffer)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for buffer, places in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = places
+
+    wrap_method(DistributedOptimizer, "sharded_param_state_fully_reshardable", joined)
 
 
 def wrap_method(cls, name: str, wrapper) -> None:
