@@ -261,6 +261,7 @@ def _perplexity_at_evaluations(args, terminal):
 
 
 def main() -> int:
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         if len(sys.argv) == 1:
             from megatron_cream.quickstart import quickstart
@@ -275,19 +276,17 @@ def main() -> int:
         if finished:
             pretrained.save_hf(finished)
     except UsageError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
+        loading.say_once(f"pretrain_cream.py: error: {error}", rank, ranks)
         return 2
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank == 0:
             print("pretrain_cream.py: interrupted", file=sys.stderr)
         return 130
     except finite.NotFinite as error:
         print(f"pretrain_cream.py: stopped: {error}", file=sys.stderr)
         return 1
     except saving.SaveFailed as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
+        loading.say_once(f"pretrain_cream.py: error: {error}", rank, ranks)
         return 1
     finally:
         after_save.close()

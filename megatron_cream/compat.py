@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import multiprocessing
+import queue
 import signal
 import threading
 from argparse import Namespace
@@ -54,13 +55,17 @@ def _checkpoint_helpers_outlive_signals() -> None:
     """What writes a checkpoint, and collects what its writers did, dies of a cluster's signal, and not with its rank.
 
     The checkpoint that the signal asks for could then not be written (Slurm signals every process of a step); and each
-    rank that was killed left a process of 0.7 GB behind.
+    rank that was killed left a process of 0.7 GB behind. Where a rank writes by itself, without --async-save, it
+    started one too at its first save, only to hand it a list and take it back: there a queue of its own does.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    def results_queue(mp_mode: str = "spawn"):
+    def results_queue(mp_mode: str | None = None):
+        """With `mp_mode` when the process that writes is made, without by every save."""
         if filesystem_async._results_queue is None:
+            if mp_mode is None:
+                return queue.Queue()
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
             with _born_deaf():
                 manager.start(_live_as_long_as_the_rank)

@@ -6,9 +6,11 @@ tracebacks of all ranks, after the run's folders were made.
 
 import itertools
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ _SHAPE = (
 )  # fmt: skip
 _SET_BY = {"rope_scaling_config": "rope_scaling_type"}
 
+_SAID, _PATIENCE = "megatron_cream/said", timedelta(seconds=5)
 _agreements = itertools.count()
 _store: torch.distributed.Store | None = None  # lives on: Megatron's own rendezvous is at the same port
 
@@ -232,6 +235,26 @@ def agree(look: Callable[[], None], rank: int, ranks: int) -> None:
         fault = next(filter(None, found), "")
     if fault:
         raise UsageError(fault)
+
+
+def say_once(line: str, rank: int, ranks: int) -> None:
+    """To stderr, by rank 0, before any rank of the job ends: torchrun kills the others when the first one has ended.
+
+    Another rank says it when rank 0 does not, as the error was not everybody's.
+    """
+    store = common_store(rank, ranks) if _store is not None else None
+    if rank > 0:
+        try:
+            if store:
+                store.wait([_SAID], _PATIENCE)
+            return
+        except torch.distributed.DistNetworkError:  # the store was in rank 0, which has ended
+            return
+        except torch.distributed.DistStoreError:
+            pass  # nothing came
+    print(line, file=sys.stderr, flush=True)
+    if store:
+        store.set(_SAID, "")
 
 
 def from_rank_0(value: str, rank: int, ranks: int) -> str:

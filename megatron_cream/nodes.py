@@ -24,27 +24,29 @@ Found = TypeVar("Found")
 
 
 def alike(look: Callable[[], Found]) -> Found:
-    """`look()` on every rank. If it fails on one node, all ranks raise its error, with the node's name.
+    """`look()` on every rank. If it fails on one, all raise its error, with the node's name if there are several.
 
     Raises:
         UsageError: that of the first rank whose `look` raised one.
     """
-    if not several():
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
         return look()
     found = []
 
     def looked() -> None:
-        here = f" (on {socket.gethostname()})" if int(os.environ["GROUP_RANK"]) else ""
+        here = f" (on {socket.gethostname()})" if int(os.environ.get("GROUP_RANK", 0)) else ""
         try:
             found.append(look())
         except UsageError as error:
             raise UsageError(f"{error}{here}") from error
-        except Exception as error:  # the other nodes must not wait for this one
+        except Exception as error:  # the others must not wait for this one
             traceback.print_exc()
             raise UsageError(f"{type(error).__name__}: {one_line(error)}{here}") from error
 
-    _check_restarts()
-    agree(looked, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if several():
+        _check_restarts()
+    agree(looked, int(os.environ["RANK"]), ranks)
     return found[0]
 
 

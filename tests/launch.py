@@ -44,24 +44,29 @@ def write_documents(prefix: Path, documents: int = 60, shortest: int = 60, longe
     return prefix
 
 
-JOB = (ROOT / "pretrain_cream.py",)
-
-
 def torchrun(
-    ranks: int, *flags, cwd: Path | None = None, timeout: int = 300, script=JOB
+    ranks: int, *flags, cwd: Path | None = None, timeout: int = 300, script: Path = ROOT / "pretrain_cream.py"
 ) -> subprocess.CompletedProcess:
-    """`torchrun --standalone --nproc_per_node=ranks pretrain_cream.py flags`, or another script, output captured.
+    """`torchrun --standalone --nproc_per_node=ranks script flags`, output captured.
 
     Without a GPU the ranks are forked from a process that has imported everything (tests/preloaded.py).
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     flags, cwd = [str(flag) for flag in flags], str(cwd or ROOT)
-    if torch.cuda.is_available() or script is not JOB:
-        command = [*TORCHRUN, f"--nproc_per_node={ranks}", *map(str, script), *flags]
+    if torch.cuda.is_available():
+        command = [*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *flags]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
     with tempfile.TemporaryDirectory() as folder:
         out, error = Path(folder, "out"), Path(folder, "error")
-        job = dict(ranks=ranks, flags=flags, cwd=cwd, environment=environment, out=str(out), error=str(error))
+        job = dict(
+            ranks=ranks,
+            script=str(script),
+            flags=flags,
+            cwd=cwd,
+            environment=environment,
+            out=str(out),
+            error=str(error),
+        )
         code = _run_preloaded(job, timeout)
         return subprocess.CompletedProcess(flags, code, out.read_text(), error.read_text())
 
@@ -89,7 +94,15 @@ def _run_preloaded(job: dict, timeout: int) -> int:
     return code
 
 
-def train(ranks: int, folder: Path, *flags, base=TINY, fp32: bool = True, script=JOB) -> dict[int, float]:
+def _died_of(words: str) -> str:
+    """What a rank says as it dies of a signal stands before its stacks."""
+    before, said, after = words.partition("Fatal Python error")
+    return before[-1500:] + said + after[:1500] if said else ""
+
+
+def train(
+    ranks: int, folder: Path, *flags, base=TINY, fp32: bool = True, script: Path = ROOT / "pretrain_cream.py"
+) -> dict[int, float]:
     """A run that must succeed. Returns step -> loss, as logged to TensorBoard (float32, exact).
 
     Args:
@@ -97,6 +110,6 @@ def train(ranks: int, folder: Path, *flags, base=TINY, fp32: bool = True, script
     """
     precision = ["--fp32"] if fp32 else []
     result = torchrun(ranks, *base, *precision, "--tensorboard-dir", folder, *flags, script=script)
-    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{_died_of(result.stderr)}\n{result.stderr[-6000:]}"
     events = EventAccumulator(str(folder)).Reload()
     return {event.step: event.value for event in events.Scalars("lm loss")}

@@ -1,13 +1,14 @@
-"""Launches of pretrain_cream.py from a process that has imported everything, for tests/launch.py.
+"""Launches of pretrain_cream.py, or of a script around it, from a process that has imported everything, for tests/launch.py.
 
 To import Megatron, torch and transformers takes ten seconds of a core, for every rank. Here torch's own elastic
 launcher, which torchrun is the command line of, forks its ranks from this process instead of starting Python anew.
-For machines without a GPU: CUDA does not outlive a fork. It reads a job a line (JSON: ranks, flags, cwd, environment,
-out, error), and answers with the number of the process that runs it, then its exit code.
+For machines without a GPU: CUDA does not outlive a fork. It reads a job a line (JSON: ranks, script, flags, cwd,
+environment, out, error), and answers with the number of the process that runs it, then its exit code.
 """
 
 import json
 import os
+import runpy
 import sys
 import traceback
 import uuid
@@ -17,7 +18,7 @@ from megatron_cream import platform
 
 platform.setup()
 
-SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_cream.py"
+JOB = Path(__file__).resolve().parents[1] / "pretrain_cream.py"
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def _launch(job: dict) -> None:
             min_nodes=1, max_nodes=1, nproc_per_node=job["ranks"], run_id=str(uuid.uuid4()), rdzv_backend="c10d",
             rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0, monitor_interval=0.1,
         )  # fmt: skip
-        elastic_launch(config, _rank)(job["flags"])
+        elastic_launch(config, _rank)(job["script"], job["flags"])
         code = 0
     except ChildFailedError as error:
         print(error, file=sys.stderr)
@@ -64,11 +65,13 @@ def _launch(job: dict) -> None:
         os._exit(code)
 
 
-def _rank(flags: list[str]) -> None:
+def _rank(script: str, flags: list[str]) -> None:
     import pretrain_cream
 
-    sys.argv = [str(SCRIPT), *flags]
-    if code := pretrain_cream.main():
+    sys.argv = [script, *flags]
+    if script != str(JOB):
+        runpy.run_path(script, run_name="__main__")
+    elif code := pretrain_cream.main():
         sys.exit(code)
 
 

@@ -8,6 +8,9 @@ import io
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from megatron_cream import platform
 
 platform.setup()
 
-from megatron_cream import arguments, compat, files
+from megatron_cream import arguments, compat, files, loading
 from tests.bad_input_cases import (
     CHECKPOINTS,
     FOLDERS,
@@ -87,7 +90,10 @@ def world(good, tmp_path, monkeypatch):
 def fails_in_one_line(mains, world: Path, command, words: list[str], ranks: int = 1) -> None:
     before = snapshot(world.parent)
     name, *flags = [part.replace("{0}", str(world)) for part in command]
-    ended = start(mains[name], name, *flags, ranks=ranks)()
+    port = free_port()
+    waits = [start(mains[name], name, *flags, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
+    ended, *others = (wait() for wait in waits)
+    assert all((other.code, other.error) == (2, "") for other in others), others
     assert not (world / "pwned").exists() and not (world.parent / "pwned").exists(), "code of the input was run"
     lines = [line for line in ended.error.splitlines() if line.strip()]
     assert ended.code == 2, ended.error[-3000:]
@@ -148,6 +154,34 @@ def test_one_rank_finds_it_and_both_end_with_one_line(mains, world):
         assert len(first.error.splitlines()) == 1 and f"{shard}.distcp" in first.error and not second.error
         (world / STEP / f"{shard}.distcp").write_bytes(whole)
     assert snapshot(world) == before
+
+
+def test_no_rank_ends_before_the_line_is_said(mains, world):
+    """torchrun would kill rank 0, which may be slower to find the fault, before it came to print it."""
+    config(num_hidden_layers="two")(world)
+    flags, port = [part.replace("{0}", str(world)) for part in (*START[1:], "--load-hf", "{0}/hf")], free_port()
+    ended, waits = [], {}
+    for rank in (1, 0):
+        waits[rank] = start(mains[TRAINER], TRAINER, *flags, rank=rank, ranks=2, port=port)
+        threading.Thread(target=lambda wait=waits[rank], rank=rank: ended.append((rank, wait()))).start()
+        time.sleep(3 * rank)
+        assert not ended
+    deadline = time.monotonic() + 60
+    while len(ended) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    said = dict(ended)
+    assert "num_hidden_layers 'two'" in said[0].error and not said[1].error
+    assert (said[0].code, said[1].code) == (2, 2)
+
+
+def test_another_rank_says_what_only_it_has_found(monkeypatch, capsys):
+    monkeypatch.setattr(loading, "_PATIENCE", timedelta(seconds=0.3))
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True)
+    monkeypatch.setattr(loading, "_store", store)
+    loading.say_once("from rank 1", 1, 2)
+    loading.say_once("from rank 0", 0, 2)
+    loading.say_once("again", 1, 2)
+    assert capsys.readouterr().err.split("\n") == ["from rank 1", "from rank 0", ""]
 
 
 def test_as_users_run_it(world):

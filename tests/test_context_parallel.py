@@ -1,14 +1,8 @@
 """Context-parallel attention against attention over the whole sequence, on real ranks over gloo, in float64."""
 
-import os
-import subprocess
-import sys
-
-from tests.launch import ROOT
+from tests.launch import torchrun
 
 SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
 from megatron_cream import platform
 platform.setup()
 from types import SimpleNamespace
@@ -79,8 +73,5 @@ dist.barrier()
 
 def test_output_and_gradients_at_two_and_four_ranks(tmp_path):
     (tmp_path / "ranks.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--standalone"]
-    command += [tmp_path / "ranks.py", ROOT]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=env, cwd=ROOT)
+    result = torchrun(4, script=tmp_path / "ranks.py")
     assert result.returncode == 0 and result.stdout.count("same") == 4, result.stderr[-4000:]

@@ -18,13 +18,13 @@ from tests.launch import ROOT, write_documents
 
 def test_killed_runs_end_as_one_left_alone(tmp_path):
     """SIGKILL at random moments, checkpoints among them; the last checkpoints have the same bits."""
-    met = kill(tmp_path, kills=4, seed=3, steps=16)
-    assert sum(met.values()) == 4
+    met = kill(tmp_path, kills=2, seed=3, steps=16)
+    assert sum(met.values()) == 2
 
 
 def test_torchrun_restarts_killed_ranks(tmp_path):
     """--max-restarts, --save and no --load: on from the newest checkpoint, to the same bits."""
-    kill_under_torchrun(tmp_path, kills=2, seed=1, steps=16)
+    kill_under_torchrun(tmp_path, kills=1, seed=1, steps=16)
 
 
 @pytest.mark.parametrize(

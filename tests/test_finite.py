@@ -1,21 +1,17 @@
 """A NaN on one rank: all ranks know in that step, and no weight has changed."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from megatron_cream.optimizer import finite
-from tests.launch import ROOT, TINY, write_documents
+from tests.launch import TINY, torchrun, write_documents
 
 # In the micro-batch of one rank, at step 3, the loss is no number.
 SCRIPT = """
 import json, os, sys
-sys.path.insert(0, sys.argv.pop(1))
 import pretrain_cream as job
 import torch
 from megatron.training import get_args, training
@@ -52,15 +48,13 @@ def test_weights_that_are_no_numbers_are_not_skipped(monkeypatch, wrong):
 @pytest.mark.parametrize(
     "policy, wrong, optimizer", [("stop", "nan", []), ("skip", "inf", ["--use-distributed-optimizer"])]
 )
-def test_policy(tmp_path, policy, wrong, optimizer):
+def test_policy(tmp_path, monkeypatch, policy, wrong, optimizer):
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
     documents = write_documents(tmp_path / "documents", documents=20)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, ROOT]
-    command += [*TINY, "--fp32", "--data-path", documents, "--split", "90,10,0", "--train-iters", 5]
-    command += [*optimizer, "--nan-policy", policy]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WRONG": wrong}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=200, cwd=ROOT)
+    monkeypatch.setenv("WRONG", wrong)
+    flags = [*TINY, "--fp32", "--data-path", documents, "--split", "90,10,0", "--train-iters", 5]
+    result = torchrun(2, *flags, *optimizer, "--nan-policy", policy, script=script)
     assert (result.returncode == 0) == (policy == "skip"), result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stdout.count("step 3: the gradient's norm is") == 1
     # Two micro-batches of two samples each, and where they come from.

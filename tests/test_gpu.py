@@ -124,7 +124,6 @@ RUNS = {
 PLAIN_STEP = """
 if __name__ == "__main__":
     import sys
-    sys.path.insert(0, sys.argv.pop(1))
     import pretrain_cream as job
     from megatron_cream import arguments
     arguments.one_pass_optimizer = lambda args: False
@@ -156,7 +155,7 @@ def losses(tmp_path_factory):
         yield {
             name: pool.submit(
                 train, ranks, folder / name, *flags, *extra.split(), fp32=precision == "fp32",
-                script=[job, ROOT] if name == "megatron's step" else [ROOT / "pretrain_cream.py"],
+                script=job if name == "megatron's step" else ROOT / "pretrain_cream.py",
             )
             for name, (ranks, precision, extra) in runs.items()
         }  # fmt: skip

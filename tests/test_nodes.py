@@ -15,7 +15,7 @@ import pytest
 from megatron_cream import loading, nodes
 from megatron_cream.errors import UsageError
 from tests.faults.kill import compare, newest, wait_for
-from tests.launch import ROOT, TINY, write_documents
+from tests.launch import ROOT, TINY, torchrun, write_documents
 
 STEPS = 8
 
@@ -29,8 +29,8 @@ def documents(tmp_path_factory):
 def one_node(documents, tmp_path_factory):
     """The checkpoints of the same four ranks in one torchrun."""
     folder = tmp_path_factory.mktemp("one_node")
-    process = launch(folder / "log", flags(documents, folder / "run"), ["--standalone", "--nproc_per_node=4"])
-    assert process.wait(timeout=900) == 0, (folder / "log").read_text()[-3000:]
+    done = torchrun(4, *flags(documents, folder / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder / "run"
 
 
@@ -83,14 +83,6 @@ def ended(processes: list[subprocess.Popen], logs: list[Path]) -> list[int]:
         for process in processes:
             os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError("\n\n".join(log.read_text()[-3000:] for log in logs)) from None
-
-
-def test_two_nodes_train_as_one(documents, one_node, tmp_path, port):
-    logs = [tmp_path / "0.log", tmp_path / "1.log"]
-    given = flags(documents, tmp_path / "run")
-    processes = [launch(log, given, node(port, first=log is logs[0])) for log in logs]
-    assert ended(processes, logs) == [0, 0], logs[0].read_text()[-3000:]
-    compare(one_node, tmp_path / "run", STEPS)
 
 
 def test_a_finished_run_that_starts_again_has_nothing_to_do(tmp_path):
@@ -169,7 +161,13 @@ def test_a_node_that_is_lost_comes_back(documents, one_node, tmp_path, port):
 
 
 def test_restarts_on_several_nodes_need_a_store_that_is_new_each_time(monkeypatch):
-    several = dict(GROUP_WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_MAX_RESTARTS="3")
+    several = dict(
+        RANK="0",
+        WORLD_SIZE="4",
+        GROUP_WORLD_SIZE="2",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_MAX_RESTARTS="3",
+    )
     for name, value in several.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them"):

@@ -3,19 +3,14 @@
 The kernel itself is tested in test_kernels.py; here torch does its arithmetic, so that a CPU can run it.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launch import ROOT, TINY, train, write_documents
+from tests.launch import TINY, torchrun, train, write_documents
 
 SCRIPT = """
-if __name__ == "__main__":  # checkpoints are written by processes that import this file
+if __name__ == "__main__":
     import sys
-    sys.path.insert(0, sys.argv.pop(1))
     import pretrain_cream as job
     import torch
     from megatron_cream import arguments
@@ -49,10 +44,7 @@ if __name__ == "__main__":  # checkpoints are written by processes that import t
 
 def one_pass(script, folder, *flags):
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, ROOT]
-    command += [*TINY, "--tensorboard-dir", folder, *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=200, cwd=ROOT)
+    result = torchrun(2, *TINY, "--tensorboard-dir", folder, *flags, script=script)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     events = EventAccumulator(str(folder)).Reload()
     names = [name for name in events.Tags()["scalars"] if name in ("lm loss", "grad-norm", "perplexity/64")]

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -136,7 +136,8 @@ class Study:
         """End what is under way: a base saves, and goes on from there next time; an extension begins again."""
         for pool in self.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
-        workers = psutil.Process().children()
+        started = {child.pid for child in active_children()}  # not multiprocessing's own, which hears of no signal
+        workers = [child for child in psutil.Process().children() if child.pid in started]
         for process in workers:
             process.terminate()
         for process in psutil.wait_procs(workers, timeout=60)[1]:
