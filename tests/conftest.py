@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; pytest runs two tests at a time
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; pytest runs several tests at a time
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,7 +16,16 @@ from megatron_cream import platform
 platform.setup()
 
 
+# Files are handed out in this order: a long one that comes last would run alone.
+LONGEST = (
+    "faults nodes slurm long_evaluation_runs bad_inputs parallel resume_preprocess plan_traffic convert_faults study "
+    "perplexity one_pass after_save"
+).split()
+
+
 def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if platform.has_cuda():
         return
     for item in items:

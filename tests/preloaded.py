@@ -66,8 +66,12 @@ def _launch(job: dict) -> None:
 
 
 def _rank(script: str, flags: list[str]) -> None:
+    import torch
+
     import pretrain_cream
 
+    # A fork makes torch's pool anew when it is first asked for: not by several threads of autograd at once.
+    torch.set_num_threads(1)
     sys.argv = [script, *flags]
     if script != str(JOB):
         runpy.run_path(script, run_name="__main__")

@@ -31,7 +31,6 @@ from tests.bad_input_cases import (
     FROM_HF,
     IMPORT,
     NEW,
-    PLAN,
     PREPARE,
     RECIPE,
     RESUME,
@@ -185,14 +184,16 @@ def test_another_rank_says_what_only_it_has_found(monkeypatch, capsys):
 
 
 def test_as_users_run_it(world):
-    """A real process of each command line, and torchrun with two ranks."""
+    """A real process of a command line, and torchrun with two ranks."""
     config(num_hidden_layers="two")(world)
     before = snapshot(world)
-    for command in (IMPORT, (*PLAN, "--load-hf", "{0}/hf"), (*START, "--load-hf", "{0}/hf")):
-        flags = [str(ROOT / command[0]), *(part.replace("{0}", str(world)) for part in command[1:])]
-        ended = subprocess.run([sys.executable, *flags], capture_output=True, text=True, cwd=world)
-        assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    command = [*TORCHRUN, "--nproc_per_node=2", *flags]
+    one, two = (
+        [str(ROOT / command[0]), *(part.replace("{0}", str(world)) for part in command[1:])]
+        for command in (IMPORT, (*START, "--load-hf", "{0}/hf"))
+    )
+    ended = subprocess.run([sys.executable, *one], capture_output=True, text=True, cwd=world)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
+    command = [*TORCHRUN, "--nproc_per_node=2", *two]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=world)
     assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
     assert ended.stderr.count("num_hidden_layers 'two'") == 1
