@@ -29,7 +29,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -56,21 +56,24 @@ from megatron_cream.optimizer import finite
 recent_samples = RecentSamples()
 
 
-def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
-    """The next micro-batch of this rank, [b, n / context_parallel_size] each.
+def get_batch(data_iterator, samples: int) -> dict[str, torch.Tensor]:
+    """The next micro-batch of this rank, [samples, n / context_parallel_size] each.
 
-    Every pipeline stage gets one, since rotary needs `position_ids` in every layer.
+    Every pipeline stage gets one, since rotary needs `position_ids` in every layer. Where tensor-parallel ranks share
+    it, the first sends it in one piece of known size: `broadcast_data` of Megatron sends the sizes first and waits for
+    the device to read them, at every micro-batch.
     """
     names = ["tokens", "labels", "loss_mask", "position_ids"]
-    data = None
+    packed = None
     if data_iterator is not None:
         data = {name: tensor.long() for name, tensor in next(data_iterator).items()}
         recent_samples.add(get_args().curr_iteration, data)
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        # The broadcast would wait for the device, at every micro-batch.
-        batch = {name: data[name].cuda(non_blocking=True) for name in names}
-    else:
-        batch = tensor_parallel.broadcast_data(names, data, torch.int64)
+        packed = torch.stack([data[name].cuda(non_blocking=True) for name in names])
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        shape = (len(names), samples, get_args().seq_length)
+        packed = torch.empty(shape, dtype=torch.long, device="cuda") if packed is None else packed.view(shape)
+        torch.distributed.broadcast(packed, group=parallel_state.get_tensor_model_parallel_group(), group_src=0)
+    batch = dict(zip(names, packed, strict=True))
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
 
@@ -97,9 +100,9 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
 
 def forward_step(data_iterator, model):
     """One micro-batch through this rank's part of the model."""
-    timers = get_timers()
+    args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator)
+    batch = get_batch(data_iterator, args.micro_batch_size if model.training else args.eval_micro_batch_size)
     timers("batch-generator").stop()
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return losses, functools.partial(loss_func, batch["loss_mask"])

@@ -1,4 +1,4 @@
-"""Launches of pretrain_cream.py, or of a script around it, from a process that has imported everything, for tests/launch.py.
+"""Launches pretrain_cream.py, or a script around it, from a process that has imported everything: for launch.py.
 
 To import Megatron, torch and transformers takes ten seconds of a core, for every rank. Here torch's own elastic
 launcher, which torchrun is the command line of, forks its ranks from this process instead of starting Python anew.

@@ -11,7 +11,7 @@ from tests.launch import train, write_documents
 STEPS = 10
 LAYOUTS = {
     "dp2": (2, "--use-distributed-optimizer"),
-    "tp2": (2, "--tensor-model-parallel-size 2"),
+    "tp2": (2, "--tensor-model-parallel-size 2 --eval-micro-batch-size 1"),
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "tp2-sp-full-recompute": (
         2,

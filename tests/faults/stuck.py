@@ -21,10 +21,10 @@ def main() -> int:
     rank, step = sys.argv[1:3]
     del sys.argv[1:3]
 
-    def stuck_data_loader(data_iterator):
+    def stuck_data_loader(*args):
         while os.environ["RANK"] == rank and get_args().curr_iteration >= int(step):
             time.sleep(3600)
-        return get_batch(data_iterator)
+        return get_batch(*args)
 
     pretrain_cream.get_batch = stuck_data_loader
     return pretrain_cream.main()
