@@ -45,7 +45,7 @@ def write_documents(prefix: Path, documents: int = 60, shortest: int = 60, longe
 
 
 def torchrun(
-    ranks: int, *flags, cwd: Path | None = None, timeout: int = 300, script: Path = ROOT / "pretrain_cream.py"
+    ranks: int, *flags, cwd: Path | None = None, timeout: int = 900, script: Path = ROOT / "pretrain_cream.py"
 ) -> subprocess.CompletedProcess:
     """`torchrun --standalone --nproc_per_node=ranks script flags`, output captured.
 

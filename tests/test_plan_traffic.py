@@ -49,7 +49,7 @@ def heard(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += [str(ROOT / "tests" / "traffic.py"), str(folder), str(folder / "layouts.json")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=folder)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=folder)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return flags, {
         (name, rank): json.loads((folder / f"{name}.{rank}.json").read_text()) for name in LAYOUTS for rank in (0, 1)
