@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +23,8 @@ from megatron_cream.checkpoint.mapping import pieces
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.model import load_model
 from megatron_cream.model.rotary import rope_scaling_dict
-from tests import bad_inputs
 from tests.hf_models import MODELS, logits_of, relative, save_model, some_tokens
-from tests.launch import train, write_documents
+from tests.launch import ROOT, train, write_documents
 
 WINDOW = 128
 
@@ -37,13 +37,9 @@ def no_process_group_is_left():
         torch.distributed.destroy_process_group()
 
 
-TOOL = "tools/convert_hf.py"
-
-
 def run_tool(*flags) -> subprocess.CompletedProcess:
-    """tools/convert_hf.py in a fork of this process, which has imported what it needs."""
-    ended = bad_inputs.start(bad_inputs.load(TOOL).main, TOOL, *flags)()
-    return subprocess.CompletedProcess(flags, ended.code, ended.out, ended.error)
+    command = [sys.executable, str(ROOT / "tools" / "convert_hf.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import pieces
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.errors import UsageError
+from tests import bad_inputs
 from tests.hf_models import save_model
 from tests.launch import ROOT
 from tests.test_convert import run_tool
@@ -144,6 +145,8 @@ def test_bad_folders(hf, case):
 
 
 def test_the_command_line_says_it_in_one_line(hf, tmp_path, model):
+    tool = "tools/convert_hf.py"
+    main = bad_inputs.load(tool).main
     config(model_type="gemma")(hf)
     result = run_tool("import", "--hf-path", hf, "--output", tmp_path / "ckpt")
     assert result.returncode == 2 and result.stdout == ""
@@ -165,9 +168,9 @@ def test_the_command_line_says_it_in_one_line(hf, tmp_path, model):
         ),
         (["explode"], "invalid choice: 'explode'"),
     ]:
-        result = run_tool(*flags)
-        assert result.returncode == 2 and message in result.stderr, result.stderr
-        assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "x").exists()
+        ended = bad_inputs.start(main, tool, *flags)()
+        assert ended.code == 2 and message in ended.error, ended.error
+        assert len(ended.error.splitlines()) == 1 and not (tmp_path / "x").exists()
 
 
 def test_a_folder_that_holds_something(hf, tmp_path):
