@@ -3,8 +3,8 @@
     python benchmarks/profile.py OUTPUT_FOLDER [--config benchmarks/llama_7b_width.yaml] [any flag of the job]
     python benchmarks/profile.py --trace rank-0.json.gz [--config ...]        # of a trace that is there already
 
-Runs pretrain_cream.py for twelve steps on one GPU, traces the last but one and two, and sorts every kernel into
-a kind. A floor is what the kind has to do at least (FLOPs, or bytes read once and written once) over what this
+Runs pretrain_cream.py for twelve steps on one GPU, or `--gpus 2`, traces the last but one and two of the first, and
+sorts every kernel into a kind. A floor is what the kind has to do at least (FLOPs, or bytes read once and written once) over what this
 GPU did in a plain large product, or copy, measured just before. `idle` is the time in which no kernel ran.
 """
 
@@ -50,19 +50,22 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", help="for the trace and the log")
     parser.add_argument("--trace", type=Path, help="a trace that is there already")
     parser.add_argument("--config", default=str(ROOT / "benchmarks" / "llama_7b_width.yaml"))
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="of this host; the layout that the flags say shares the work"
+    )
     args, flags = parser.parse_known_args()
     if bool(args.output) == bool(args.trace):
         parser.error("give OUTPUT_FOLDER, or --trace FILE")
-    trace = args.trace or record(args.output, ["--config", args.config, *flags])
+    trace = args.trace or record(args.output, ["--config", args.config, *flags], args.gpus)
     recipe = yaml.safe_load(Path(args.config).read_text())
     recipe |= {flag[2:].replace("-", "_"): int(value) for flag, value in zip(flags, flags[1:]) if value.isdigit()}
-    show(kernels(trace), floors(recipe, *ceilings()))
+    show(kernels(trace), floors(recipe, args.gpus, *ceilings()))
 
 
-def record(folder: Path, flags: list[str]) -> Path:
-    """One run on one GPU; the trace's file."""
+def record(folder: Path, flags: list[str], gpus: int) -> Path:
+    """One run; the trace's file of its first rank."""
     last = FIRST_STEP + STEPS
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "--standalone"]
     command += [str(ROOT / "pretrain_cream.py"), *flags, "--train-iters", str(last + 2), "--profile"]
     command += ["--use-pytorch-profiler", "--profile-step-start", str(FIRST_STEP), "--profile-step-end", str(last)]
     command += ["--profile-ranks", "0", "--tensorboard-dir", str(folder / "tensorboard")]
@@ -116,8 +119,8 @@ def ceilings() -> tuple[float, float]:
     return 2 * 8192**3 / seconds(lambda: a @ b), 2 * source.numel() / seconds(lambda: target.copy_(source))
 
 
-def floors(c: dict, flops: float, bytes_: float) -> dict[str, float]:
-    """Microseconds that each kind needs at least, a step."""
+def floors(c: dict, gpus: int, flops: float, bytes_: float) -> dict[str, float]:
+    """Microseconds that each kind needs at least, a step, where the GPUs share all of it."""
     h, f, layers, vocabulary = c["hidden_size"], c["ffn_hidden_size"], c["num_layers"], c["padded_vocab_size"]
     heads = c["num_attention_heads"]
     groups, d = c.get("num_query_groups", heads), h // heads
@@ -138,7 +141,8 @@ def floors(c: dict, flops: float, bytes_: float) -> dict[str, float]:
         "attention": 6 * layers * c["seq_length"] * heads * d * tokens,
     }
     print(f"ceilings: {flops / 1e12:.0f} TFLOP/s in bf16, {bytes_ / 1e12:.2f} TB/s")
-    return {k: 1e6 * v / bytes_ for k, v in moved.items()} | {k: 1e6 * v / flops for k, v in worked.items()}
+    least = {k: v / bytes_ for k, v in moved.items()} | {k: v / flops for k, v in worked.items()}
+    return {kind: 1e6 * seconds / gpus for kind, seconds in least.items()}
 
 
 def show(measured: tuple[Counter, Counter, float, float], floor: dict[str, float]) -> None:

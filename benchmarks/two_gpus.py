@@ -210,13 +210,23 @@ def faults(runs: Runs) -> None:
 # ---------------------------------------------------------------- 7B
 
 CONFIG = "benchmarks/llama_7b_width.yaml"
-SEVEN_B = "--num-layers 32 --micro-batch-size 1 --attention-backend flash --train-iters 6 --eval-iters 0".split()
+SEVEN_B = "--num-layers 32 --micro-batch-size 1 --attention-backend flash --train-iters 5 --eval-iters 0".split()
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max".split()
-OVERLAP, NO_OVERLAP = (
-    "--overlap-grad-reduce --overlap-param-gather",
-    "--no-overlap-grad-reduce --no-overlap-param-gather",
-)
-TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather".split()
+NO_OVERLAP = "--no-overlap-grad-reduce --no-overlap-param-gather".split()
+# Megatron's own linear layers send while they compute; Transformer Engine's do not without its user buffers.
+OWN_LAYERS = [*TP2, "--transformer-impl", "local"]
+WITHOUT_TE = dict(script=["benchmarks/train_step.py", "child", "without"])
+# layout, its flags, the largest micro-batch, how it is launched. With TP a GPU has half of each product: samples side
+# by side give its kernels their size back.
+TP_LAYOUTS = [
+    ("tp2-sp", TP2, 1, {}),
+    ("tp2-sp, own layers", OWN_LAYERS, 4, WITHOUT_TE),
+    ("tp2-sp", TP2, 4, {}),
+    ("tp2-sp, own layers", OWN_LAYERS, 1, WITHOUT_TE),
+]
+DP_LAYOUTS = [("dp2", OVERLAP, 1, {}), ("dp2, no overlap", NO_OVERLAP, 1, {}), ("dp2", OVERLAP, 2, {})]
 
 
 def seven_b(runs: Runs) -> None:
@@ -224,31 +234,28 @@ def seven_b(runs: Runs) -> None:
 
     Where the whole model does not fit on one GPU, eight of its layers are what the layouts are compared on.
     """
-    shape, whole = [], fits("one", 1, [*SEVEN_B, "--global-batch-size", "16"])
-    name = "7b" if whole else "8 layers"
-
-    def run(layout: str, gpus: int, flags: str | list, batch: int = 32, **how) -> None:
-        flags = [*SEVEN_B, "--global-batch-size", str(batch), *(flags.split() if isinstance(flags, str) else flags)]
-        timed(runs, f"{name} {layout}", gpus, flags + shape, **how)
-
-    # Megatron's own linear layers send while they compute; Transformer Engine's do not without its user buffers.
-    own = dict(script=["benchmarks/train_step.py", "child", "without"])
+    batch = ["--global-batch-size", "32"]
+    half = ["--global-batch-size", "16"]
+    whole = fits("one", 1, [*SEVEN_B, *half])
+    name, shape = ("7b", SEVEN_B) if whole else ("8 layers", [*SEVEN_B, "--num-layers", "8"])
     if not whole:
-        name = "7b"
-        run("tp2-sp", 2, TP2)
-        run("tp2-sp, own layers, micro-batch 2", 2, f"{TP2} --transformer-impl local --micro-batch-size 2", **own)
-        run("tp2-sp, own layers", 2, f"{TP2} --transformer-impl local", **own)
-        name, shape = "8 layers", ["--num-layers", "8"]
+        for layout, flags, largest, how in TP_LAYOUTS:
+            _largest(runs, f"7b {layout}", [*SEVEN_B, *batch, *flags], largest, **how)
     with ThreadPoolExecutor(2) as both:
-        one = both.submit(run, "one", 1, "", 16, gpu=0)
-        fp8 = both.submit(run, "one, FP8", 1, [*FP8, "--use-precision-aware-optimizer"], 16, gpu=1)
-    one.result(), fp8.result()
-    run("dp2", 2, OVERLAP)
-    run("tp2-sp", 2, TP2)
-    run("tp2-sp, own layers", 2, f"{TP2} --transformer-impl local", **own)
-    run("dp2, no overlap", 2, NO_OVERLAP)
-    run("tp2-sp, own layers, micro-batch 2", 2, f"{TP2} --transformer-impl local --micro-batch-size 2", **own)
-    run("dp2, micro-batch 2", 2, f"{OVERLAP} --micro-batch-size 2")
+        one = both.submit(timed, runs, f"{name} one", 1, [*shape, *half], gpu=0)
+        fp8 = [*shape, *half, *FP8, "--use-precision-aware-optimizer"]
+        other = both.submit(timed, runs, f"{name} one, FP8", 1, fp8, gpu=1)
+    one.result(), other.result()
+    for layout, flags, largest, how in (DP_LAYOUTS[0], *TP_LAYOUTS, *DP_LAYOUTS[1:]):
+        _largest(runs, f"{name} {layout}", [*shape, *batch, *flags], largest, **how)
+
+
+def _largest(runs: Runs, name: str, flags: list[str], largest: int, **how) -> None:
+    """`timed` at the largest micro-batch up to `largest` that fits."""
+    for size in (size for size in (4, 2, 1) if size <= largest):
+        given = [*flags, "--micro-batch-size", str(size)]
+        if size == 1 or fits(f"{name}, micro-batch {size}", 2, given):
+            return timed(runs, name if size == 1 else f"{name}, micro-batch {size}", 2, given, **how)
 
 
 def full(runs: Runs) -> None:
@@ -262,8 +269,8 @@ def full(runs: Runs) -> None:
         ring = "--context-parallel-size 2 --attention-backend te --cp-comm-type p2p".split()
         timed(runs, "4 samples: full, cp2, te's ring", 2, [*long, *ring])
     else:
-        timed(runs, "4 samples: cream, tp2-sp", 2, [*few, *TP2.split()])
-        timed(runs, "4 samples: full, tp2-sp", 2, [*long, *TP2.split()])
+        timed(runs, "4 samples: cream, tp2-sp", 2, [*few, *TP2])
+        timed(runs, "4 samples: full, tp2-sp", 2, [*long, *TP2])
 
 
 def fits(name: str, gpus: int, flags: list[str]) -> bool:
