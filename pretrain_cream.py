@@ -291,6 +291,16 @@ def main() -> int:
     except saving.SaveFailed as error:
         loading.say_once(f"pretrain_cream.py: error: {error}", rank, ranks)
         return 1
+    except Exception:
+        if ranks == 1:
+            raise
+        # What befell this rank alone, memory that ran out, say: Python's own end would wait for NCCL's collectives,
+        # which the other ranks never enter. torchrun ends those as soon as this one has ended.
+        sys.excepthook(*sys.exc_info())
+        after_save.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     finally:
         after_save.close()
     return 0

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from megatron_cream import platform
 
 platform.setup()  # before anything of Megatron is imported
 
+import psutil
 import torch
 
 from megatron_cream.model.attention import has_transformer_engine
@@ -43,6 +46,7 @@ def main() -> int:
     args = parser.parse_args(own)
     if unknown := set(args.stages) - STAGES.keys():
         parser.error(f"{', '.join(sorted(unknown))}: no such stage; choose from {', '.join(STAGES)}")
+    signal.signal(signal.SIGTERM, _end_all)
     runs = Runs(args.output.absolute(), extra)
     for stage in args.stages:
         started = time.monotonic()
@@ -51,6 +55,13 @@ def main() -> int:
         print(f"   {time.monotonic() - started:.0f} s", flush=True)
     print("\n".join(table(runs)))
     return 1 if runs.failed else 0
+
+
+def _end_all(*_) -> None:
+    """Stopped from outside: no rank is left on a GPU, beside what is started next."""
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+    os._exit(128 + signal.SIGTERM)
 
 
 class Runs:
@@ -177,8 +188,9 @@ def faults(runs: Runs) -> None:
     """One of two ranks killed in a step, and one while a checkpoint is written; torchrun starts both again."""
     if "faults" in runs.results:
         return
-    folder, steps = runs.folder / "faults", 200
-    folder.mkdir(exist_ok=True)
+    folder, steps = runs.folder / "faults", 100
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier try
+    folder.mkdir()
     documents = write_documents(folder / "documents", documents=20)
     flags = ["--hidden-size", 256, "--ffn-hidden-size", 688, "--kv-channels", 64, "--attention-backend", "sdpa"]
     flags += ["--deterministic", "--save-interval", 20]
@@ -246,7 +258,7 @@ def seven_b(runs: Runs) -> None:
         fp8 = [*shape, *half, *FP8, "--use-precision-aware-optimizer"]
         other = both.submit(timed, runs, f"{name} one, FP8", 1, fp8, gpu=1)
     one.result(), other.result()
-    for layout, flags, largest, how in (DP_LAYOUTS[0], *TP_LAYOUTS, *DP_LAYOUTS[1:]):
+    for layout, flags, largest, how in (*DP_LAYOUTS[:2], *TP_LAYOUTS, *DP_LAYOUTS[2:]):
         _largest(runs, f"{name} {layout}", [*shape, *batch, *flags], largest, **how)
 
 

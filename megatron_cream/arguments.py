@@ -243,6 +243,10 @@ def _resolve(args: Namespace) -> None:
     args.check_for_nan_in_loss_and_grad = args.nan_policy == "rerun"
     if args.nan_policy == "rerun" and args.rerun_mode == "disabled":
         args.rerun_mode = "validate_results"
+    if not args.hidden_dropout:
+        # What Megatron compiles there is then the sum with the residual: one kernel also without a compiler, whose
+        # code takes the host much longer to enter.
+        args.bias_dropout_fusion = False
     if not cuda:
         args.gradient_accumulation_fusion = False
     elif kernels.INSTALLED:
@@ -367,7 +371,8 @@ def describe(args: Namespace) -> str:
     laptop is right on a cluster.
     """
     defaults = vars(build_parser(recipe=False).parse_args([]))
-    derived = {"config", "print_config", "transformer_impl", "kv_channels", "gradient_accumulation_fusion"}
+    derived = {"config", "print_config", "transformer_impl", "kv_channels"}
+    derived |= {"gradient_accumulation_fusion", "bias_dropout_fusion"}
     if args.embedded_data:
         derived |= {"train_data_path", "valid_data_path", "tokenizer_model"}
     known = defaults.keys() - derived

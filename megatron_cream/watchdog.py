@@ -35,11 +35,12 @@ class _Watchdog(threading.Thread):
         while not self.ended.wait(min(1.0, self.seconds / 10)):
             limit = self.seconds if self.stepped else PATIENCE * self.seconds
             # For a rank whose threads do not get to run: C code that keeps the interpreter's lock, a dead file system.
-            faulthandler.dump_traceback_later(limit + 2 * _GRACE, exit=True)
+            # To the real standard error: a library that compiles may have put a buffer in its place for a while.
+            faulthandler.dump_traceback_later(limit + 2 * _GRACE, file=sys.__stderr__, exit=True)
             if self.folder is not None and (size := _size(self.folder)) != written:
                 self.last, written = time.monotonic(), size
             if time.monotonic() - self.last > limit:
-                print(_stacks(limit, self.ident), file=sys.stderr, flush=True)
+                print(_stacks(limit, self.ident), file=sys.__stderr__, flush=True)
                 time.sleep(min(_GRACE, self.seconds))
                 os._exit(1)
         faulthandler.cancel_dump_traceback_later()

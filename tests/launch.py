@@ -51,7 +51,8 @@ def torchrun(
 
     Without a GPU the ranks are forked from a process that has imported everything (tests/preloaded.py).
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     flags, cwd = [str(flag) for flag in flags], str(cwd or ROOT)
     if torch.cuda.is_available():
         command = [*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *flags]

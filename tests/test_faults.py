@@ -92,6 +92,16 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks(tmp_path):
     assert "step 3/100" in log and "step 4/100" not in log
 
 
+def test_a_rank_that_fails_alone_ends_the_job(tmp_path):
+    """At once, with what befell it: also where its own end would wait for the others."""
+    documents = write_documents(tmp_path / "documents", documents=20)
+    script = (ROOT / "tests" / "faults" / "lost.py", 1, 3)
+    process = launch(documents, tmp_path, 100, tmp_path / "log", flags=[], script=script)
+    assert process.wait(timeout=120) == 1
+    log = (tmp_path / "log").read_text()
+    assert "MemoryError: nothing is left" in log and "step 3/100" in log and "step 4/100" not in log
+
+
 def test_an_earlier_runs_folder_is_not_written_over(tmp_path, monkeypatch):
     """Unless torchrun started the ranks again: then the folder is this job's own."""
 

@@ -59,8 +59,9 @@ def test_more_keys_than_queries_make_no_matrix_of_scores():
 
     from megatron_cream.model.attention import FlashCoreAttention, SdpaCoreAttention
 
+    # Two heads: keys and values spread over all heads of queries, as sdpa has them, stay far below a mask's size.
     s, keys, d = 4096, 32768, 128
-    q, k, v = (torch.randn(n, 1, h, d, device="cuda", dtype=torch.bfloat16) for n, h in ((s, 8), (keys, 2), (keys, 2)))
+    q, k, v = (torch.randn(n, 1, h, d, device="cuda", dtype=torch.bfloat16) for n, h in ((s, 2), (keys, 1), (keys, 1)))
     outs = []
     for module in (SdpaCoreAttention, FlashCoreAttention):
         if module is FlashCoreAttention and flash_attention_function() is None:
@@ -75,10 +76,8 @@ def test_more_keys_than_queries_make_no_matrix_of_scores():
     # The last query sees all keys, the first all but those after it: in float64.
     for row in (0, s - 1):
         seen = keys - s + row + 1
-        scores = torch.einsum("nd,tgd->gnt", q[row, 0].double().view(8, d), k[:seen, 0].double())
-        scores = torch.stack([scores[n // 4, n] for n in range(8)]) / d**0.5
-        value = v[:seen, 0].double().repeat_interleave(4, 1)
-        expected = torch.einsum("nt,tnd->nd", scores.softmax(-1), value)
+        scores = torch.einsum("nd,td->nt", q[row, 0].double(), k[:seen, 0, 0].double()) / d**0.5
+        expected = scores.softmax(-1) @ v[:seen, 0, 0].double()
         for out, *_ in outs:
             assert torch.linalg.norm(out[row, 0] - expected) / torch.linalg.norm(expected) < 1e-2
     for mine, other in zip(*outs, strict=True) if len(outs) == 2 else ():
@@ -194,3 +193,16 @@ def test_hugging_face_weights_open_in_every_layer_stack(tmp_path):
         ]
         reference, losses = (run.result() for run in started)
     assert max(abs(losses[s] - reference[s]) / reference[s] for s in reference) < 2e-3
+
+
+@pytest.mark.parametrize("family", ["llama-3", "qwen3"])
+def test_a_conversion_is_verified_on_a_gpu(tmp_path, family):
+    from megatron_cream.checkpoint.convert import import_hf
+    from megatron_cream.checkpoint.hf_folder import HfFolder
+    from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+    from megatron_cream.checkpoint.verify import verify
+    from tests.hf_models import save_model
+
+    save_model(tmp_path / "hf", family)
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
+    assert verify(MegatronCheckpoint(tmp_path / "ckpt"), HfFolder(tmp_path / "hf"), text="one two three")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import fields, replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -48,9 +49,9 @@ MEASURED = measured.load()
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["what"])
 def test_measured_runs(row):
-    """Tokens a second and torch's peak of every measured run, within a tenth; a time marked as missed is none."""
+    """Tokens a second and torch's peak of every measured run, within a tenth."""
     found = measured.check(row)
-    assert (abs(found.time_error) < 0.1) is ("missed" not in row) and abs(found.memory_error) < 0.1
+    assert abs(found.time_error) < 0.1 and abs(found.memory_error) < 0.1
 
 
 def named(fits: str) -> dict:
@@ -115,6 +116,15 @@ def test_constants_are_the_profiles(monkeypatch):
     slow = named("FP8 parameters")
     cast = fitted(lambda x: monkeypatch.setattr(step_time, "FP8_PARAMETERS", x), part(slow, *every), seconds(slow))
     assert cast == pytest.approx(hardware.FP8_PARAMETERS, rel=0.01)
+    waiting, table, launch = named("the host"), dict(hardware.HOST), "tensor parallel"
+
+    def of_a_step() -> float:
+        run = measured.run(waiting)
+        return predict(run.model, run.layout, run.engine, CLUSTER).time.step
+
+    a_step = 32 * 4096 / waiting["tokens_per_second"] / waiting["gpus"]
+    host = fitted(share(step_time.HOST, launch), of_a_step, a_step)
+    assert host == pytest.approx(table[launch], rel=0.01)
 
 
 def test_check_shows_every_run(monkeypatch, capsys):
@@ -232,7 +242,7 @@ def test_ranks_lie_as_megatron_numbers_them(tensor, context, data, pipeline):
 def test_a_ring_by_hand():
     """Eight ranks gather 8 GB: each link carries seven parts of 1 GB."""
     gather = Transfer("dp", "all_gather", 8e9, "weights")
-    speed = hardware.LINKS * H200.nvlink
+    speed = hardware.LINKS["inside"] * H200.nvlink
     inside = communication.seconds(gather, replace(BASE, data=8), CLUSTER)
     assert inside == pytest.approx(7 * 1e9 / speed + 7 * hardware.HOP_INSIDE)
     reduced = communication.seconds(replace(gather, operation="all_reduce"), replace(BASE, data=8), CLUSTER)
@@ -246,7 +256,7 @@ def test_a_ring_by_hand():
 def test_a_ring_across_hosts_uses_the_adapters_of_its_ranks(tensor, adapters):
     layout = replace(BASE, tensor=tensor, data=64 // tensor)
     found = communication.seconds(Transfer("dp", "all_gather", 64e9, "weights"), layout, CLUSTER)
-    speed = hardware.LINKS * min(H200.nvlink, adapters * H200.network)
+    speed = min(hardware.LINKS["inside"] * H200.nvlink, adapters * hardware.LINKS["between"] * H200.network)
     others = layout.data - 1
     assert found == pytest.approx(others * (64e9 / layout.data / speed + hardware.HOP_BETWEEN))
 
@@ -275,13 +285,17 @@ def test_less_to_do_is_never_slower(layout, gathers):
     def step(layout=layout, cluster=CLUSTER, **changes) -> float:
         return predict(LLAMA2_7B, replace(layout, **changes), engine, cluster).time.step
 
+    def rising(*steps: float) -> bool:
+        return all(a <= b * (1 + 1e-9) for a, b in pairwise(steps))  # the same sum in another order is no rise
+
     plain = step()
-    assert plain <= step(recompute="selective", recompute_modules=("mlp",)) <= step(recompute="full")
-    assert step(recompute="full", recompute_method="block", recompute_layers=2) <= step(recompute="full")
-    assert step(overlap_grad_reduce=True, overlap_param_gather=True) <= plain
-    assert plain <= step(cluster=replace(CLUSTER, inside=H200.pcie))
-    assert plain <= step(cluster=replace(CLUSTER, host=2))
-    assert plain <= step(cluster=replace(CLUSTER, gpu=GPUS["H100"])) <= step(cluster=replace(CLUSTER, gpu=GPUS["A100"]))
+    assert rising(plain, step(recompute="selective", recompute_modules=("mlp",)), step(recompute="full"))
+    assert rising(step(recompute="full", recompute_method="block", recompute_layers=2), step(recompute="full"))
+    assert rising(step(overlap_grad_reduce=True, overlap_param_gather=True), plain)
+    assert rising(plain, step(cluster=replace(CLUSTER, inside=H200.pcie)))
+    assert rising(plain, step(cluster=replace(CLUSTER, host=2)))
+    others = [step(cluster=replace(CLUSTER, gpu=GPUS[name])) for name in ("H100", "A100")]
+    assert rising(plain, *others)
     parts = predict(LLAMA2_7B, layout, engine, CLUSTER).time
     assert all(getattr(parts, field.name) >= 0 for field in fields(Time))
     # What one GPU would need, shared by all without a loss, is the least.

@@ -21,6 +21,8 @@ def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> LlamaModel
     """
     _one_rank()
     model = _build_model(checkpoint.shape, dtype)
+    if platform.has_cuda():
+        model.cuda()  # Megatron's own parts are there already, this project's norms are not
     fill(model, checkpoint.shape, checkpoint.read)
     return model.eval()
 

@@ -98,8 +98,10 @@ def _logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) -> bool
     theirs = _transformers_logits(folder.path, tokens, dtype)
     gc.collect()
     model = load_model(checkpoint, dtype)
+    device = next(model.parameters()).device
+    positions = torch.arange(tokens.shape[1], device=device)[None]
     with torch.inference_mode():
-        ours = model(tokens, torch.arange(tokens.shape[1])[None], None).float()[..., : theirs.shape[-1]]
+        ours = model(tokens.to(device), positions, None).float()[..., : theirs.shape[-1]].cpu()
     absolute = (ours - theirs).abs().max().item()
     relative = (torch.linalg.norm(ours - theirs) / torch.linalg.norm(theirs)).item()
     same_best = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()

@@ -234,9 +234,10 @@ def seconds(transfer: Transfer, layout: Layout, cluster: Cluster) -> float:
     in_a_host = max(min(size, cluster.host // distance), 1)
     crosses = in_a_host < size
     hop = HOP_BETWEEN if crosses else HOP_INSIDE
+    inside, between = LINKS["inside"] * cluster.inside, LINKS["between"] * cluster.between
     if transfer.operation == "send":
-        return hop + transfer.nbytes / (LINKS * (cluster.between if crosses else cluster.inside))
-    speed = LINKS * (min(cluster.inside, in_a_host * cluster.between) if crosses else cluster.inside)
+        return hop + transfer.nbytes / (between if crosses else inside)
+    speed = min(inside, in_a_host * between) if crosses else inside
     rounds = 2 if transfer.operation == "all_reduce" else 1
     return rounds * (size - 1) * (hop + transfer.nbytes / size / speed)
 

@@ -22,7 +22,7 @@ class Checked:
     row: as the file has it. config, flags: what was started; gpus (default: 1) of the kind gpu; engine: fields of
         `Engine` that no flag sets, for Megatron's own model and this project's earlier kernels;
         tokens_per_second: of each GPU; peak_gib: of torch's allocator; fits: the constants of `hardware` that
-        it gave; missed: what the plan has wrong; profile: milliseconds of a traced step by kind of kernel.
+        it gave; profile: milliseconds of a traced step by kind of kernel.
     speed, peak_gib: predicted.
     """
 
@@ -65,7 +65,7 @@ def print_check(console: Console) -> None:
     table.add_column("run")
     for name in ("tokens/s", "measured", "error", "GiB", "measured", "error"):
         table.add_column(name, justify="right")
-    table.add_column("gave, or missed", style="dim")
+    table.add_column("gave", style="dim")
     for row in load():
         found = check(row)
         time = (
@@ -74,7 +74,7 @@ def print_check(console: Console) -> None:
         space = (
             f"{found.peak_gib:.1f}", f"{row['peak_gib']:.1f}", f"{found.memory_error:+.1%}"
         )  # fmt: skip
-        table.add_row(row["what"], *time, *space, row.get("fits", row.get("missed", "")))
+        table.add_row(row["what"], *time, *space, row.get("fits", ""))
     console.print(table)
     console.print(
         "gave: the constants of megatron_cream/planning/hardware.py fitted on that run; all others are checks"

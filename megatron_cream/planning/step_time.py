@@ -12,6 +12,7 @@ from megatron_cream.planning.communication import Transfer
 from megatron_cream.planning.hardware import (
     ATTENTION,
     FP8_PARAMETERS,
+    HOST,
     IDLE,
     PASSES,
     PRODUCTS,
@@ -129,7 +130,10 @@ def _step(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Tim
     parts["passes"] += moved.get("cast to FP8", 0.0) / through_memory
     if engine.fp8_parameters:
         parts["optimizer"] += stage_layers(model, layout)[slowest] * FP8_PARAMETERS
-    parts["idle"] = IDLE
+    layers = stage_layers(model, layout)[slowest]
+    passes = layers + work.repeated_layers(layout, layers) / 2  # a forward pass is about half of what is launched
+    launched = passes * HOST["tensor parallel" if layout.tensor > 1 else "alone"]
+    parts["idle"] = IDLE + layout.micro_batches * max(launched - one.total, 0.0)
     for transfer in communication.step(model, layout, engine, slowest):
         name = "data" if transfer.group == "dp" else "tensor" if transfer.group == "tp" else "pipeline"
         parts[name] = parts.get(name, 0.0) + _waited_in_step(transfer, model, layout, cluster, slowest, one)
