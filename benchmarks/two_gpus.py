@@ -118,7 +118,7 @@ def default(runs: Runs) -> None:
 
 SMALL = (
     "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1376 --num-attention-heads 8 --seq-length 512 "
-    "--target-length 4096 --rope-scaling-type linear --micro-batch-size 1 --global-batch-size 8 --lr 1e-3 "
+    "--target-length 4096 --rope-scaling-type linear --micro-batch-size 1 --global-batch-size 8 --lr 3e-4 "
     "--embedded-data --eval-iters 0 --num-workers 1 --seed 7"
 ).split()
 LAYOUTS = {

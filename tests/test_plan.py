@@ -434,8 +434,11 @@ def test_the_papers_setting_fits_two_gpus_without_offload():
         assert again.layout == layout and predict(again.model, layout, again.engine).device == each["memory"]["device"]
 
 
-def test_the_table_says_all_of_it(monkeypatch, capsys):
-    assert tool(monkeypatch, "--config", RECIPE, "--gpus", "2") == 0
+def test_the_table_says_all_of_it(monkeypatch, capsys, tmp_path):
+    careful = tmp_path / "recipe.yaml"  # no flag takes a recipe's recompute back
+    recompute = "recompute_granularity: full\nrecompute_method: uniform\nrecompute_num_layers: 1\n"
+    careful.write_text(Path(RECIPE).read_text() + recompute)
+    assert tool(monkeypatch, "--config", str(careful), "--gpus", "2") == 0
     text = capsys.readouterr().out
     for part in ("6.74 B parameters", "optimizer", "activations", "fits:", "--micro-batch-size 2", ": null"):
         assert part in text

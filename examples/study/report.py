@@ -142,6 +142,8 @@ def _by_length(study: _Results, path: Path) -> None:
                 _line(panel, lengths, [of_length(n) for n in lengths], method)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
+        panel.set_yticks([4, 6, 10, 20, 40], ["4", "6", "10", "20", "40"])
+        panel.minorticks_off()
         panel.set_xticks(lengths, [str(n) for n in lengths])
         panel.set_title(f"extended to {methods.WINDOW * factor} (s = {factor})", fontsize=10)
         panel.set_xlabel("tokens of context")
