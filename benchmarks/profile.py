@@ -3,9 +3,10 @@
     python benchmarks/profile.py OUTPUT_FOLDER [--config benchmarks/llama_7b_width.yaml] [any flag of the job]
     python benchmarks/profile.py --trace rank-0.json.gz [--config ...]        # of a trace that is there already
 
-Runs pretrain_cream.py for twelve steps on one GPU, or `--gpus 2`, traces the last but one and two of the first, and
-sorts every kernel into a kind. A floor is what the kind has to do at least (FLOPs, or bytes read once and written once) over what this
-GPU did in a plain large product, or copy, measured just before. `idle` is the time in which no kernel ran.
+Runs pretrain_cream.py for twelve steps on one GPU, or `--gpus 2`, traces the last but one and two of the first GPU,
+and sorts every kernel into a kind. A floor is what the kind has to do at least (FLOPs, or bytes read once and written
+once) over what this GPU did in a plain large product, or copy, measured just before. `idle` is the time in which no
+kernel ran.
 """
 
 import sys

@@ -435,7 +435,7 @@ def test_the_papers_setting_fits_two_gpus_without_offload():
 
 
 def test_the_table_says_all_of_it(monkeypatch, capsys, tmp_path):
-    careful = tmp_path / "recipe.yaml"  # no flag takes a recipe's recompute back
+    careful = tmp_path / "recipe.yaml"
     recompute = "recompute_granularity: full\nrecompute_method: uniform\nrecompute_num_layers: 1\n"
     careful.write_text(Path(RECIPE).read_text() + recompute)
     assert tool(monkeypatch, "--config", str(careful), "--gpus", "2") == 0
