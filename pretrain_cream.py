@@ -43,7 +43,7 @@ from megatron_cream.checkpoint import after_save, checksums, saving
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, of_another_rank, one_line
 from megatron_cream.evaluation import long_flags
 from megatron_cream.evaluation.long_evaluation import LongEvaluation
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
@@ -291,12 +291,15 @@ def main() -> int:
     except saving.SaveFailed as error:
         loading.say_once(f"pretrain_cream.py: error: {error}", rank, ranks)
         return 1
-    except Exception:
+    except Exception as error:
         if ranks == 1:
             raise
         # What befell this rank alone, memory that ran out, say: Python's own end would wait for NCCL's collectives,
         # which the other ranks never enter. torchrun ends those as soon as this one has ended.
-        sys.excepthook(*sys.exc_info())
+        if of_another_rank(error):
+            print(f"pretrain_cream.py: rank {rank}: another rank is gone: {one_line(error)}", file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())
         after_save.close()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,9 @@
-"""The one error that a user is meant to read."""
+"""The one error that a user is meant to read, and what others' errors come to in a line."""
+
+import re
+
+# As gloo, NCCL (ncclRemoteError) and torch's store have it.
+_GONE = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
 
 
 class UsageError(Exception):
@@ -12,3 +17,8 @@ class UsageError(Exception):
 def one_line(error: object, most: int = 300) -> str:
     """What an error of another library says, in one line of `most` characters."""
     return " ".join(str(error).split())[:most]
+
+
+def of_another_rank(error: Exception) -> bool:
+    """Whether it only says that another rank is gone, whose own last words say why."""
+    return isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))

@@ -100,6 +100,7 @@ def test_a_rank_that_fails_alone_ends_the_job(tmp_path):
     assert process.wait(timeout=120) == 1
     log = (tmp_path / "log").read_text()
     assert "MemoryError: nothing is left" in log and "step 3/100" in log and "step 4/100" not in log
+    assert log.count("Traceback (most recent call last):") == 2, "the rank's and torchrun's, none of a rank left alone"
 
 
 def test_an_earlier_runs_folder_is_not_written_over(tmp_path, monkeypatch):
