@@ -81,7 +81,7 @@ def test_a_rank_that_cannot_write_costs_no_more_than_that_checkpoint(tmp_path, a
 
 def test_a_rank_that_hangs_ends_the_job_with_all_stacks(tmp_path):
     documents = write_documents(tmp_path / "documents", documents=20)
-    script = (ROOT / "tests" / "faults" / "stuck.py", 1, 3)
+    script = (ROOT / "tests" / "faults" / "one_rank.py", "stuck", 1, 3)
     process = launch(documents, tmp_path, 100, tmp_path / "log", flags=["--timeout-minutes", 0.1], script=script)
     assert process.wait(timeout=120) == 1
     log = (tmp_path / "log").read_text()
@@ -95,7 +95,7 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks(tmp_path):
 def test_a_rank_that_fails_alone_ends_the_job(tmp_path):
     """At once, with what befell it: also where its own end would wait for the others."""
     documents = write_documents(tmp_path / "documents", documents=20)
-    script = (ROOT / "tests" / "faults" / "lost.py", 1, 3)
+    script = (ROOT / "tests" / "faults" / "one_rank.py", "memory", 1, 3)
     process = launch(documents, tmp_path, 100, tmp_path / "log", flags=[], script=script)
     assert process.wait(timeout=120) == 1
     log = (tmp_path / "log").read_text()

@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cream.planning import Run, communication
-from megatron_cream.planning.hardware import ATTENTION, FP8_PARAMETERS, HOST, LINKS, PASSES, PRODUCTS, Cluster
+from megatron_cream.planning.hardware import ATTENTION, FP8_PARAMETERS, LINKS, PASSES, PRODUCTS, Cluster
 from megatron_cream.planning.layouts import Plan
 from megatron_cream.planning.report import words
-from megatron_cream.planning.step_time import Speed, Time
+from megatron_cream.planning.step_time import Speed, Time, launch_seconds
 
 REMARKS = {
     "products": "the linears' matrix products, forward and backward",
@@ -95,8 +95,9 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         f"of these peaks, fitted on one H200 and taken for every GPU: products {PRODUCTS['bf16']:.0%} "
         f"(FP8 {PRODUCTS['fp8']:.0%}), attention {attention:.0%} at any length, bytes {PASSES:.0%}",
     ]
-    host = 1e3 * HOST["tensor parallel" if run.layout.tensor > 1 else "alone"]
-    lines.append(f"the host takes {host:.1f} ms to launch a layer, forward and backward, as in one run on two H200s")
+    seen = "as in one run with TP 2 on two H200s" if run.layout.tensor > 1 else "at most, by one run on an H200"
+    host = 1e3 * launch_seconds(run.layout)
+    lines.append(f"the host takes {host:.1f} ms to launch a layer, forward and backward, {seen}")
     if run.engine.fp8_parameters:
         lines.append(
             f"{1e3 * FP8_PARAMETERS:.0f} ms a step to cast the FP8 parameters of a layer, as in one run on one GPU"

@@ -82,6 +82,11 @@ def predict(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> S
     return Speed(time, rate, rate * flops / cluster.gpu.bf16)
 
 
+def launch_seconds(layout: Layout) -> float:
+    """In which the host launches a layer's kernels, forward and backward."""
+    return HOST["tensor parallel" if layout.tensor > 1 else "alone"]
+
+
 def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: bool) -> dict[str, float]:
     """Of a linear's three products: forward, input (its gradient) and weight (its gradient, added up in float32).
 
@@ -128,11 +133,11 @@ def _step(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Tim
     through_memory = cluster.gpu.bandwidth * PASSES
     parts["optimizer"] = (moved["optimizer"] + moved["zero gradients"]) / through_memory
     parts["passes"] += moved.get("cast to FP8", 0.0) / through_memory
-    if engine.fp8_parameters:
-        parts["optimizer"] += stage_layers(model, layout)[slowest] * FP8_PARAMETERS
     layers = stage_layers(model, layout)[slowest]
+    if engine.fp8_parameters:
+        parts["optimizer"] += layers * FP8_PARAMETERS
     passes = layers + work.repeated_layers(layout, layers) / 2  # a forward pass is about half of what is launched
-    launched = passes * HOST["tensor parallel" if layout.tensor > 1 else "alone"]
+    launched = passes * launch_seconds(layout)
     parts["idle"] = IDLE + layout.micro_batches * max(launched - one.total, 0.0)
     for transfer in communication.step(model, layout, engine, slowest):
         name = "data" if transfer.group == "dp" else "tensor" if transfer.group == "tp" else "pipeline"
