@@ -1,6 +1,6 @@
 """The planner's memory against the real model's tensors, Megatron's optimizer and schedules, and transformers' models.
 
-Against measured runs: test_plan_time.py."""
+Against measured runs: test_plan_measured.py."""
 
 import contextlib
 import importlib.util

@@ -67,7 +67,7 @@ class Cluster:
 
 # What one H200 reached, as shares of its data sheet's peaks. All were fitted on the profile of one run in bf16
 # (eight layers of 7B width) but where another is named; benchmarks/measured_runs.json has the runs, and
-# tests/test_plan_time.py fits them again. Other GPUs are given the same shares.
+# tests/test_plan_measured.py fits them again. Other GPUs are given the same shares.
 
 PRODUCTS = {"bf16": 0.791, "fp8": 0.772}
 """Of the peak in matrix products, beside the time that their operands' bytes take. fp8: so that the same run in FP8

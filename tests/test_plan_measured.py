@@ -1,0 +1,99 @@
+"""The planner against runs measured on GPUs, and its constants against the runs that gave them."""
+
+from dataclasses import fields
+
+import pytest
+from scipy.optimize import brentq
+
+from megatron_cream.planning import hardware, measured, step_time
+from megatron_cream.planning.step_time import Time, predict
+from tests.test_plan_time import CLUSTER, tool
+
+MEASURED = measured.load()
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["what"])
+def test_measured_runs(row):
+    """Tokens a second and torch's peak of every measured run, within a tenth."""
+    found = measured.check(row)
+    assert abs(found.time_error) < 0.1 and abs(found.memory_error) < 0.1
+
+
+def named(fits: str) -> dict:
+    (row,) = (row for row in MEASURED if row.get("fits") == fits)
+    return row
+
+
+def untraced(row: dict, *kinds: str) -> float:
+    """Seconds of these kinds in a step of the profile, scaled from the traced step to the timed one."""
+    profile = row["profile"]
+    return sum(profile[kind] for kind in kinds) / 1e3 * seconds(row) / (sum(profile.values()) / 1e3)
+
+
+def seconds(row: dict) -> float:
+    """Of a step of eight samples of 4096 tokens."""
+    return 8 * 4096 / row["tokens_per_second"]
+
+
+def test_constants_are_the_profiles(monkeypatch):
+    """Each constant of `hardware`, fitted again on the run that it is said to come from."""
+    bf16, fp8 = named("all of bf16"), named("products in FP8")
+
+    def fitted(set_, value, wanted: float) -> float:
+        def miss(x: float) -> float:
+            set_(x)
+            return value() - wanted
+
+        result = brentq(miss, 1e-4, 1.0)
+        set_(result)
+        return result
+
+    def share(table: dict, key: str):
+        return lambda x: monkeypatch.setitem(table, key, x)
+
+    def part(row: dict, *names: str):
+        run = measured.run(row)
+        assert run.layout.global_batch * run.layout.seq_length == 8 * 4096
+
+        def value() -> float:
+            time = predict(run.model, run.layout, run.engine, CLUSTER).time
+            return sum(getattr(time, name) for name in names)
+
+        return value
+
+    moved = set(bf16["profile"]) - {"GEMM", "attention", "idle"}
+    passes = fitted(
+        lambda x: monkeypatch.setattr(step_time, "PASSES", x), part(bf16, "passes", "optimizer"), untraced(bf16, *moved)
+    )
+    assert passes == pytest.approx(hardware.PASSES, rel=0.01)
+    expected = dict(hardware.ATTENTION), dict(hardware.PRODUCTS)
+    attention = fitted(share(step_time.ATTENTION, "flash"), part(bf16, "attention"), untraced(bf16, "attention"))
+    assert attention == pytest.approx(expected[0]["flash"], rel=0.01)
+    assert expected[0]["te"] == pytest.approx(attention * 1.84 / 2.06, rel=0.01)
+    assert expected[0]["sdpa"] == pytest.approx(attention * 1.84 / 3.41, rel=0.01)
+    products = fitted(share(step_time.PRODUCTS, "bf16"), part(bf16, "products"), untraced(bf16, "GEMM"))
+    assert products == pytest.approx(expected[1]["bf16"], rel=0.01)
+    assert untraced(bf16, "idle") == pytest.approx(hardware.IDLE, rel=0.01)
+    every = [field.name for field in fields(Time)]
+    assert fitted(share(step_time.PRODUCTS, "fp8"), part(fp8, *every), seconds(fp8)) == pytest.approx(
+        expected[1]["fp8"], rel=0.01
+    )
+    slow = named("FP8 parameters")
+    cast = fitted(lambda x: monkeypatch.setattr(step_time, "FP8_PARAMETERS", x), part(slow, *every), seconds(slow))
+    assert cast == pytest.approx(hardware.FP8_PARAMETERS, rel=0.01)
+    waiting, table, launch = named("the host"), dict(hardware.HOST), "tensor parallel"
+
+    def of_a_step() -> float:
+        run = measured.run(waiting)
+        return predict(run.model, run.layout, run.engine, CLUSTER).time.step
+
+    a_step = 32 * 4096 / waiting["tokens_per_second"] / waiting["gpus"]
+    host = fitted(share(step_time.HOST, launch), of_a_step, a_step)
+    assert host == pytest.approx(table[launch], rel=0.01)
+
+
+def test_check_shows_every_run(monkeypatch, capsys):
+    assert tool(monkeypatch, "--check") == 0
+    text = capsys.readouterr().out
+    for row in MEASURED:
+        assert f"{row['tokens_per_second']:,}" in text and f"{row['peak_gib']:.1f}" in text
