@@ -91,7 +91,7 @@ class Runs:
             return None
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
         environment = dict(os.environ) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
-        log = self.folder / "logs" / f"{name}.txt"
+        log = self.folder / "logs" / f"{re.sub(r'[^a-z0-9-]+', '_', name)}.txt"
         with log.open("w") as file:
             code = subprocess.run(
                 [*command, *script, *map(str, flags)], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
@@ -229,11 +229,14 @@ OVERLAP = "--overlap-grad-reduce --overlap-param-gather".split()
 NO_OVERLAP = "--no-overlap-grad-reduce --no-overlap-param-gather".split()
 # Megatron's own linear layers send while they compute; Transformer Engine's do not without its user buffers.
 OWN_LAYERS = [*TP2, "--transformer-impl", "local"]
+# Its user buffers send a product's parts while the next part is computed.
+SENDS_BESIDE = [*TP2, "--tp-comm-overlap"]
 WITHOUT_TE = dict(script=["benchmarks/train_step.py", "child", "without"])
 # layout, its flags, the largest micro-batch, how it is launched. With TP a GPU has half of each product: samples side
 # by side give its kernels their size back.
 TP_LAYOUTS = [
     ("tp2-sp", TP2, 1, {}),
+    ("tp2-sp, user buffers", SENDS_BESIDE, 4, {}),
     ("tp2-sp, own layers", OWN_LAYERS, 4, WITHOUT_TE),
     ("tp2-sp", TP2, 4, {}),
     ("tp2-sp, own layers", OWN_LAYERS, 1, WITHOUT_TE),

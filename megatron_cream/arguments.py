@@ -83,6 +83,7 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
         if args.rank == 0:
             print(describe(args))
         raise SystemExit(0)
+    _use_expandable_segments(args)
     ranges.learning_rates(args)
     data_checks.splits(args)
     data_checks.held_out(args, held_out_files(args))
@@ -117,6 +118,14 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
     data_checks.token_ids(args)
     loading.check_model(args, found)
     return args, found, words, auto
+
+
+def _use_expandable_segments(args: Namespace) -> None:
+    """torch's memory in segments that grow, as all of this project's figures have it, so that what was measured to fit
+    does. Read at the first allocation. Megatron refuses it beside CUDA graphs and NCCL's own buffers."""
+    alone = args.cuda_graph_impl == "none" and not args.nccl_ub
+    if alone and "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def _take_fastest_attention(args: Namespace) -> None:

@@ -221,6 +221,27 @@ def _parallel(args: Namespace) -> None:
         )
     if args.attention["name"] == "local" and cp > 1:
         raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
+    if args.tp_comm_overlap:
+        _user_buffers(args)
+
+
+def _user_buffers(args: Namespace) -> None:
+    """Transformer Engine's, which send beside its products; of the size of a micro-batch."""
+    if not args.sequence_parallel or args.tensor_model_parallel_size == 1:
+        raise UsageError("--tp-comm-overlap: needs --tensor-model-parallel-size 2 or more and --sequence-parallel")
+    if not args.attention["transformer_engine"]:
+        raise UsageError(
+            "--tp-comm-overlap: needs Transformer Engine's layers, which this run does not have; leave it out"
+        )
+    for name in ("eval_lengths", "long_eval_interval"):
+        if value := getattr(args, name):
+            raise UsageError(
+                f"{flag(name)} {value}: not with --tp-comm-overlap, whose buffers hold samples of --seq-length "
+                f"{args.seq_length} tokens; leave one of them out (tools/evaluate.py reads a checkpoint at any length)"
+            )
+    config = args.tp_comm_overlap_cfg
+    if config and not Path(config).is_file():
+        raise UsageError(f"--tp-comm-overlap-cfg {config}: no such file")
 
 
 def _files(args: Namespace) -> None:

@@ -1,5 +1,6 @@
 """The command line: recipes, precedence, and one clear line for everything that cannot run."""
 
+import os
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from megatron_cream import arguments
 from megatron_cream.arguments import rope_scaling_options, sampler_options
 from megatron_cream.errors import UsageError
 from megatron_cream.flags import build_parser
+from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.positions import build_sampler
 from megatron_cream.recipe import read_recipe
 from tests.launch import ROOT, torchrun, write_documents
@@ -163,6 +165,12 @@ BAD = [
         1,
         ["--recompute-modules layernorm", "only with Transformer Engine"],
     ),
+    ({"tp_comm_overlap": True}, 1, ["--tp-comm-overlap", "--sequence-parallel"]),
+    (
+        {"tp_comm_overlap": True, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        2,
+        ["--tp-comm-overlap", "Transformer Engine's layers"],
+    ),
     ({"inprocess_restart": True}, 1, ["--inprocess-restart", "torchrun --max-restarts"]),
     ({"async_save": True, "async_strategy": "nvrx"}, 1, ["--async-strategy nvrx", "use mcore"]),
     ({"cuda_graph_impl": "transformer_engine"}, 1, ["--cuda-graph-impl transformer_engine", "use local"]),
@@ -190,6 +198,44 @@ def test_bad_input_is_one_clear_line(changed, ranks, words, monkeypatch, tmp_pat
     assert "\n" not in message
     missing = [word for word in words if word not in message]
     assert not missing, message
+
+
+@pytest.mark.parametrize(
+    "also",
+    [
+        {"eval_lengths": [128, 256]},
+        {"long_eval_interval": 1, "long_eval_tasks": "perplexity"},
+        {"tp_comm_overlap_cfg": "no"},
+    ],
+)
+def test_user_buffers_hold_samples_of_one_length(also, monkeypatch, tmp_path, data):
+    layers = AttentionBackend(name="flash", te_kernel="flash", transformer_engine=True, reason="a test")
+    monkeypatch.setattr(arguments, "choose_backend", lambda *_, **__: layers)
+    recipe = GOOD | {"tp_comm_overlap": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    recipe |= {"data_path": data, "save": str(tmp_path / "save"), "save_interval": 1}
+    assert read(monkeypatch, tmp_path, recipe, world_size=2).tp_comm_overlap
+    name = next(iter(also))
+    with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+        read(monkeypatch, tmp_path, recipe | also, world_size=2)
+
+
+@pytest.mark.parametrize(
+    "flags, given, expected",
+    [
+        ("", {}, "expandable_segments:True"),
+        ("", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ("", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        ("--cuda-graph-impl local", {}, None),
+    ],
+)
+def test_memory_grows_in_segments_unless_told_otherwise(flags, given, expected, monkeypatch):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    arguments._use_expandable_segments(build_parser(recipe=False).parse_args(flags.split()))
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What only a CUDA device can show. Run: pytest -m gpu"""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -148,9 +149,9 @@ def losses(tmp_path_factory):
     flags = [*data, "--train-iters", 5, "--pretrained-checkpoint", folder / "start"]
     job = folder / "plain_step.py"
     job.write_text(PLAIN_STEP)
-    runs = {name: run for name, run in RUNS.items() if lacks(name) is None}
-    runs["reference"] = (1, "fp32", "--attention-backend sdpa")
-    with ThreadPoolExecutor(4) as pool:
+    runs = {"reference": (1, "fp32", "--attention-backend sdpa")}
+    runs |= {name: run for name, run in RUNS.items() if lacks(name) is None}
+    with ThreadPoolExecutor(max(os.cpu_count() // 2, 1)) as pool:  # most of a run is its imports
         yield {
             name: pool.submit(
                 train, ranks, folder / name, *flags, *extra.split(), fp32=precision == "fp32",

@@ -6,6 +6,7 @@ import pytest
 from scipy.optimize import brentq
 
 from megatron_cream.planning import hardware, measured, step_time
+from megatron_cream.planning.hardware import GPUS, Cluster
 from megatron_cream.planning.step_time import Time, predict
 from tests.test_plan_time import CLUSTER, tool
 
@@ -39,12 +40,12 @@ def test_constants_are_the_profiles(monkeypatch):
     """Each constant of `hardware`, fitted again on the run that it is said to come from."""
     bf16, fp8 = named("all of bf16"), named("products in FP8")
 
-    def fitted(set_, value, wanted: float) -> float:
+    def fitted(set_, value, wanted: float, most: float = 1.0) -> float:
         def miss(x: float) -> float:
             set_(x)
             return value() - wanted
 
-        result = brentq(miss, 1e-4, 1.0)
+        result = brentq(miss, 1e-4, most)
         set_(result)
         return result
 
@@ -81,15 +82,23 @@ def test_constants_are_the_profiles(monkeypatch):
     slow = named("FP8 parameters")
     cast = fitted(lambda x: monkeypatch.setattr(step_time, "FP8_PARAMETERS", x), part(slow, *every), seconds(slow))
     assert cast == pytest.approx(hardware.FP8_PARAMETERS, rel=0.01)
-    waiting, table, launch = named("the host"), dict(hardware.HOST), "tensor parallel"
 
-    def of_a_step() -> float:
-        run = measured.run(waiting)
-        return predict(run.model, run.layout, run.engine, CLUSTER).time.step
+    def a_step(row: dict):
+        """(as predicted now, as measured), in seconds."""
+        run, gpu = measured.run(row), GPUS[row["gpu"]]
+        cluster = Cluster(gpu=gpu, host=8, inside=gpu.nvlink, between=gpu.network)
+        tokens = run.layout.global_batch * run.layout.seq_length
+        return (
+            lambda: predict(run.model, run.layout, run.engine, cluster).time.step,
+            tokens / row["tokens_per_second"] / row["gpus"],
+        )
 
-    a_step = 32 * 4096 / waiting["tokens_per_second"] / waiting["gpus"]
-    host = fitted(share(step_time.HOST, launch), of_a_step, a_step)
+    table, launch = dict(hardware.HOST), "tensor parallel"
+    host = fitted(share(step_time.HOST, launch), *a_step(named("the host")))
     assert host == pytest.approx(table[launch], rel=0.01)
+    for name, fits in (("BESIDE", "transfers beside products"), ("HALF_RATE", "attention at 32K")):
+        found = fitted(lambda x: monkeypatch.setattr(step_time, name, x), *a_step(named(fits)), most=1e4)
+        assert found == pytest.approx(getattr(hardware, name), rel=0.01)
 
 
 def test_check_shows_every_run(monkeypatch, capsys):

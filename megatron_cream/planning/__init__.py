@@ -51,6 +51,7 @@ class Layout:
     scatter_saved: the inputs kept under full recompute are split over the tensor-parallel ranks.
     overlap_grad_reduce, overlap_param_gather: gradients are reduced beside the backward pass, weights gathered
         beside the forward pass.
+    overlap_tensor: Transformer Engine's user buffers send beside every product of a layer (--tp-comm-overlap).
     """
 
     tensor: int = 1
@@ -72,6 +73,7 @@ class Layout:
     scatter_saved: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    overlap_tensor: bool = False
 
     @property
     def gpus(self) -> int:
@@ -265,6 +267,7 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         scatter_saved=args.distribute_saved_activations,
         overlap_grad_reduce=reduce and data * cp > 1,
         overlap_param_gather=gather and data * cp > 1,
+        overlap_tensor=args.tp_comm_overlap and engine.transformer_engine and tp > 1,
     )
 
 

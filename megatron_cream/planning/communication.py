@@ -48,7 +48,7 @@ def layer_backward(model: Model, layout: Layout, engine: Engine) -> list[Transfe
     if not layout.sequence_parallel:
         tp = [Transfer("tp", "all_reduce", hidden, at, beside=True) for at in ("qkv", "fc1")]
     else:
-        tp = [Transfer("tp", "all_gather", hidden, at) for at in ("proj", "fc2")]
+        tp = [Transfer("tp", "all_gather", hidden, at, layout.overlap_tensor) for at in ("proj", "fc2")]
         # The input, kept in parts, for the weight's gradient; and the input's gradient.
         for operation in ("all_gather", "reduce_scatter"):
             tp += [Transfer("tp", operation, hidden, at, beside=True) for at in ("qkv", "fc1")]
@@ -172,9 +172,10 @@ def _layer_tp(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
     if layout.tensor == 1:
         return []
     hidden = _hidden(model, layout, engine)
-    transfers = [Transfer("tp", _joined(layout), hidden, at) for at in ("proj", "fc2")]
+    beside = layout.overlap_tensor
+    transfers = [Transfer("tp", _joined(layout), hidden, at, beside) for at in ("proj", "fc2")]
     if layout.sequence_parallel:
-        transfers += [Transfer("tp", "all_gather", hidden, at) for at in ("qkv", "fc1")]
+        transfers += [Transfer("tp", "all_gather", hidden, at, beside) for at in ("qkv", "fc1")]
     if model.num_query_groups < layout.tensor:  # each rank computes a part of a head, and all are put together
         transfers.append(Transfer("tp", "all_gather", _all_heads(model, layout, engine), "qkv"))
     return transfers

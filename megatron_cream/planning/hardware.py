@@ -74,9 +74,13 @@ PRODUCTS = {"bf16": 0.791, "fp8": 0.772}
 takes what it took."""
 
 ATTENTION = {"flash": 0.415, "te": 0.371, "sdpa": 0.224}
-"""Of the bf16 peak, forward and backward, causal attention counted once. flash is the profile's. By themselves its
+"""Of the bf16 peak at 4096 tokens, forward and backward, causal attention counted once. flash is the profile's. By themselves its
 kernels took 1.84 ms, cuDNN's (Transformer Engine) 2.06, sdpa's flash kernel 3.41. sdpa may take either: with cuDNN's
 rate the measured 1.1B run would be 16 % off, with flash's both runs are within 5 %."""
+
+HALF_RATE = 2176
+"""Tokens of a sequence at which attention has half the rate that it nears at endless length. Fitted on the only run at
+another length, 32K on two H100s."""
 
 PASSES = 0.753
 """Of the memory's bandwidth, where a kernel only moves bytes, for the bytes that `work` counts."""
@@ -96,6 +100,10 @@ that did not wait."""
 LINKS = {"inside": 0.43, "between": 0.8}
 """Of a link's stated speed, in a ring. inside: in the trace of a run with TP 2 on two H200s 16.8 MB took 86 us to gather
 and 90 to reduce (NCCL's LL protocol, without multicast). between: assumed."""
+
+BESIDE = 0.576
+"""Of the time of a transfer beside computation, what it costs all the same: it takes multiprocessors, memory and power.
+Fitted on a run with TP 2 on two H100s in which every layer's transfers lie beside its products (--tp-comm-overlap)."""
 
 # Assumed: not measured.
 HOP_INSIDE, HOP_BETWEEN = 3e-6, 10e-6

@@ -126,6 +126,7 @@ def _splits(model: Model, base: Layout, gpus: int, host: int) -> Iterator[Layout
                         tensor=tp, pipeline=pp, context=cp, data=gpus // (tp * pp * cp), sequence_parallel=tp > 1,
                         seq_length=base.seq_length, micro_batch=micro_batch, global_batch=base.global_batch,
                         overlap_grad_reduce=several, overlap_param_gather=several,
+                        overlap_tensor=base.overlap_tensor and tp > 1,
                     )  # fmt: skip
                     if refused(model, layout) is None:
                         yield layout
@@ -151,6 +152,7 @@ def settings(layout: Layout) -> dict[str, int | bool | str | list[str] | None]:
     return {
         "tensor_model_parallel_size": layout.tensor,
         "sequence_parallel": layout.sequence_parallel,
+        "tp_comm_overlap": layout.overlap_tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "context_parallel_size": layout.context,
         "use_distributed_optimizer": layout.distributed_optimizer,

@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cream.planning import Run, communication
-from megatron_cream.planning.hardware import ATTENTION, FP8_PARAMETERS, LINKS, PASSES, PRODUCTS, Cluster
+from megatron_cream.planning.hardware import BESIDE, FP8_PARAMETERS, LINKS, PASSES, PRODUCTS, Cluster
 from megatron_cream.planning.layouts import Plan
 from megatron_cream.planning.report import words
-from megatron_cream.planning.step_time import Speed, Time, launch_seconds
+from megatron_cream.planning.step_time import Speed, Time, attention_share, launch_seconds
 
 REMARKS = {
     "products": "the linears' matrix products, forward and backward",
@@ -85,7 +85,8 @@ def print_full(console: Console, run: Run, best: Plan, full: list[Plan], price: 
 
 def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
     """What the times rest on."""
-    gpu, attention = cluster.gpu, ATTENTION[run.engine.attention]
+    length = run.layout.seq_length
+    gpu, attention = cluster.gpu, attention_share(run.engine.attention, length)
     peaks = f"{gpu.bf16 / 1e12:,.0f} TFLOP/s in bf16" + (f", {gpu.fp8 / 1e12:,.0f} in FP8" if gpu.fp8 else "")
     links = f"{cluster.inside / 1e9:g} GB/s each way between the {cluster.host} GPUs of a host"
     if run.gpus > cluster.host:
@@ -93,7 +94,7 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
     lines = [
         f"{gpu.name}: {peaks}, {gpu.bandwidth / 1e12:g} TB/s ({gpu.source})",
         f"of these peaks, fitted on one H200 and taken for every GPU: products {PRODUCTS['bf16']:.0%} "
-        f"(FP8 {PRODUCTS['fp8']:.0%}), attention {attention:.0%} at any length, bytes {PASSES:.0%}",
+        f"(FP8 {PRODUCTS['fp8']:.0%}), attention {attention:.0%} at {length:,} tokens, bytes {PASSES:.0%}",
     ]
     seen = "as in one run with TP 2 on two H200s" if run.layout.tensor > 1 else "at most, by one run on an H200"
     host = 1e3 * launch_seconds(run.layout)
@@ -106,7 +107,8 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         lines += [
             f"{links}; in a ring {LINKS['inside']:.0%} of it inside a host (one run on two H200s), {LINKS['between']:.0%} "
             "between hosts (not measured)",
-            "what travels beside computation does not slow it; no GPU is slower than another",
+            f"what travels beside computation costs it {BESIDE:.0%} of that time, as in one run with TP 2; no GPU is slower "
+            "than another",
             f"gradients travel in buckets of {communication.BUCKET / 1e6:g} million parameters or more",
         ]
     lines.append("not in it: start, data that come late, evaluation, checkpoints")

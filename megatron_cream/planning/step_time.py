@@ -11,7 +11,9 @@ from megatron_cream.planning import Engine, Layout, Model, communication, work
 from megatron_cream.planning.communication import Transfer
 from megatron_cream.planning.hardware import (
     ATTENTION,
+    BESIDE,
     FP8_PARAMETERS,
+    HALF_RATE,
     HOST,
     IDLE,
     PASSES,
@@ -29,7 +31,7 @@ class Time:
 
     passes: kernels that only move bytes: norms, residual sums, rotary, SwiGLU, loss, embedding, casts to FP8.
     recompute: the forward pass's parts that are done again.
-    tensor, context, pipeline, data: waiting for these ranks' transfers; what computation hides is not in it.
+    tensor, context, pipeline, data: waiting for these ranks' transfers, and what those beside computation cost it.
     bubble: a stage waits for the others at the beginning and end of a step.
     optimizer: its update, and setting gradients to zero.
     idle: the GPU waits for the host.
@@ -106,6 +108,11 @@ def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: 
     return {name: 2 * m * n * k / rate + nbytes / (gpu.bandwidth * PASSES) for name, nbytes in moved.items()}
 
 
+def attention_share(kernel: str, seq_length: int) -> float:
+    """Of the bf16 peak, that attention reaches."""
+    return ATTENTION[kernel] * (1 + HALF_RATE / 4096) / (1 + HALF_RATE / seq_length)
+
+
 @dataclass(frozen=True)
 class _MicroBatch:
     """Seconds of a micro-batch on one stage; parts as `Time` names them."""
@@ -167,7 +174,12 @@ def _waited_in_step(
         return duration
     bare = communication.bucket_share(layout, parameters(model, layout, stage)) * duration
     computed = sum((one.backward if transfer.at == "gradients" else one.forward).values())
-    return max(bare, duration - computed)
+    return _cost(duration, min(computed, duration - bare))
+
+
+def _cost(duration: float, beside: float) -> float:
+    """Seconds that a transfer costs of which so many are beside computation."""
+    return duration - beside + BESIDE * beside
 
 
 def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster, stage: int) -> _MicroBatch:
@@ -197,8 +209,8 @@ def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster,
     backward["tensor"] += _waited(sent_back, "tp", {"head": head}, layout, cluster)
     if layout.pipeline > 1:
         transfer = communication.between_stages(model, layout, engine)
-        each = 0.0 if transfer.beside else communication.seconds(transfer, layout, cluster)
-        forward["pipeline"] = backward["pipeline"] = each
+        duration = communication.seconds(transfer, layout, cluster)
+        forward["pipeline"] = backward["pipeline"] = _cost(duration, duration if transfer.beside else 0.0)
     return _MicroBatch(forward, backward)
 
 
@@ -208,7 +220,7 @@ def _layer(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> _M
     shapes = work.layer_products(model, layout)
     products = {at: product_seconds(shape, engine, gpu, engine.fp8) for at, shape in shapes.items()}
     peak = gpu.fp32 if engine.element == 4 else gpu.bf16
-    attention = work.attention_flops(model, layout) / (peak * ATTENTION[engine.attention])
+    attention = work.attention_flops(model, layout) / (peak * attention_share(engine.attention, layout.seq_length))
     moved = work.layer_bytes(model, layout, engine)
     sent = communication.layer_forward(model, layout, engine)
     sent_back = communication.layer_backward(model, layout, engine)
@@ -240,7 +252,7 @@ def _layer(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> _M
 def _waited(
     transfers: list[Transfer], group: str, computed: dict[str, float], layout: Layout, cluster: Cluster
 ) -> float:
-    """Seconds that the transfers of a group take beyond what hides them.
+    """Seconds that the transfers of a group cost.
 
     Args:
         computed: how long each module computes. Of a linear's backward pass one product hides one transfer: the
@@ -249,6 +261,7 @@ def _waited(
     total = 0.0
     for transfer in transfers:
         if transfer.group == group:
+            duration = communication.seconds(transfer, layout, cluster)
             hidden = computed[transfer.at] / (2 if group == "tp" else 1) if transfer.beside else 0.0
-            total += max(communication.seconds(transfer, layout, cluster) - hidden, 0.0)
+            total += _cost(duration, min(hidden, duration))
     return total

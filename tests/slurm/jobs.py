@@ -1,10 +1,11 @@
 """Jobs of examples/slurm/train.sbatch under a real Slurm, each against a run that was left alone.
 
-    python tests/slurm/jobs.py FOLDER        (as root; Debian: apt-get install munge slurm-wlm)
+    python tests/slurm/jobs.py FOLDER [JOB ...]        (as root; Debian: apt-get install munge slurm-wlm)
 
 Two nodes of one rank over gloo, distributed optimizer. Told to stop by `scancel --signal=USR1`, by the time limit's
 warning, and by a job of a partition that preempts (SIGTERM, as Slurm does within its grace time), each also with
 --async-save; an array of two seeds; a job that fails and one that is cancelled, which must not be queued again.
+All of them, or those named.
 """
 
 import argparse
@@ -58,22 +59,32 @@ def wait_for_checkpoint(cluster: Slurm, job: int, save: Path, seconds: float = 9
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder.absolute()
+    stops = {
+        "-".join([told.__name__, *(flag.strip("-") for flag in more)]): (told, more)
+        for more in ([], ["--async-save"])
+        for told in (by_signal, by_time_limit, by_preemption)
+    }
+    others = {job.__name__: job for job in (array, cancelled, failed)}
+    parser.add_argument("jobs", nargs="*", metavar="JOB", default=[*stops, *others], help=", ".join([*stops, *others]))
+    args = parser.parse_args()
+    if unknown := set(args.jobs) - stops.keys() - others.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: no such job")
+    folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     documents = write_documents(folder / "documents", documents=20)
     (folder / "slurm").mkdir()
     with slurm(folder / "slurm") as cluster:
-        alone = folder / "alone"
-        cluster.wait(cluster.train(*flags(documents, alone, steps=LONG)))
-        print("left alone: done", flush=True)
-        for more in ([], ["--async-save"]):
-            for told in (by_signal, by_time_limit, by_preemption):
-                save = folder / "-".join([told.__name__, *(word.strip("-") for word in more)])
-                told(cluster, documents, save, more)
-                compare(alone, save, LONG)
-                print(f"{save.name}: ended with the same bits", flush=True)
-        array(cluster, documents, folder / "array")
-        not_again(cluster, documents, folder)
+        alone, chosen = folder / "alone", [name for name in stops if name in args.jobs]
+        if chosen:
+            cluster.wait(cluster.train(*flags(documents, alone, steps=LONG)))
+            print("left alone: done", flush=True)
+        for name in chosen:
+            told, more = stops[name]
+            told(cluster, documents, folder / name, more)
+            compare(alone, folder / name, LONG)
+            print(f"{name}: ended with the same bits", flush=True)
+        for name in (name for name in others if name in args.jobs):
+            others[name](cluster, documents, folder / name)
     return 0
 
 
@@ -114,20 +125,23 @@ def array(cluster: Slurm, documents: Path, folder: Path) -> None:
     print("array of two seeds: both at their end", flush=True)
 
 
-def not_again(cluster: Slurm, documents: Path, folder: Path) -> None:
-    """Neither a job that was cancelled nor one whose ranks died is put back into the queue."""
-    for name in ("cancelled", "failed"):
-        save = folder / name
-        job = cluster.train(*flags(documents, save, steps=LONG))
-        wait_for_checkpoint(cluster, job, save)
-        if name == "cancelled":
-            cluster.run("scancel", job)
-        else:
-            kill_a_rank(save)
-        state = cluster.wait(job, name.upper())
-        time.sleep(10)
-        assert cluster.state(job)["JobState"] == name.upper() and state["Restarts"] == "0", state
-        print(f"{name}: not queued again", flush=True)
+def cancelled(cluster: Slurm, documents: Path, save: Path) -> None:
+    not_again(cluster, documents, save, lambda job: cluster.run("scancel", job))
+
+
+def failed(cluster: Slurm, documents: Path, save: Path) -> None:
+    not_again(cluster, documents, save, lambda job: kill_a_rank(save))
+
+
+def not_again(cluster: Slurm, documents: Path, save: Path, end) -> None:
+    """A job that `end` ends is not put back into the queue; its state has the name of its folder."""
+    job = cluster.train(*flags(documents, save, steps=LONG))
+    wait_for_checkpoint(cluster, job, save)
+    end(job)
+    state = cluster.wait(job, save.name.upper())
+    time.sleep(10)
+    assert cluster.state(job)["JobState"] == save.name.upper() and state["Restarts"] == "0", state
+    print(f"{save.name}: not queued again", flush=True)
 
 
 def kill_a_rank(save: Path) -> None:
