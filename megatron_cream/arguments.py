@@ -12,6 +12,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from megatron_cream.checkpoint import save_flags
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
 from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation import long_flags
+from megatron_cream.files import writing
 from megatron_cream.flags import build_parser, parse_flags
 from megatron_cream.model import kernels
 from megatron_cream.model.attention import AttentionBackend, alternatives, choose_backend
@@ -71,7 +73,9 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     nodes.check_shared(args)
     if auto and platform.has_cuda() and not (args.deterministic_mode or args.skip_train):
         _take_fastest_attention(args)
-    with console.captured(words):  # last, as it opens log files
+    compat.tensorboard_outlives_a_full_disk()
+    # Last, as it opens log files.
+    with console.captured(words), writing(Path(args.tensorboard_dir or ""), "--tensorboard-dir"):
         set_global_variables(args, build_tokenizer=False)
     return args, words.getvalue()
 

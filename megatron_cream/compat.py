@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import multiprocessing
+import os
 import queue
 import signal
+import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
@@ -126,6 +128,31 @@ def checkpoints_run_no_code() -> None:
 
     wrap_method(FileSystemReader, "read_metadata", read_metadata)
     wrap_method(DefaultLoadPlanner, "load_bytes", load_bytes)
+
+
+def tensorboard_outlives_a_full_disk() -> None:
+    """A line of events that cannot be written ends its writer's thread, and the next one the training.
+
+    It is left out here, and said once; what a disk took of it is taken back, as no reader goes past half a line.
+    """
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def write(original, self, data):
+        path = Path(os.fsdecode(self._writer.filename))
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            original(self, data)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            if path not in _without_events:
+                _without_events.add(path)
+                print(f"warning: {path}: events are missing: {error.strerror or error}", file=sys.stderr, flush=True)
+
+    wrap_method(RecordWriter, "write", write)
+
+
+_without_events: set[Path] = set()
 
 
 class _TrackerAtOnce:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from megatron_cream.errors import UsageError, one_line
 
@@ -19,14 +19,43 @@ _held: dict[Path, TextIO] = {}
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """A file to write, UTF-8, that takes the name `path` when the block ends without an error."""
+def replacing(path: Path, *, binary: bool = False) -> Iterator[IO]:
+    """A file to write, UTF-8 or binary, that takes the name `path` when the block ends without an error."""
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") if binary else open(beside, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def save_picture(figure, path: Path, dpi: int = 150) -> None:
+    """Of matplotlib's, as what the path ends in says."""
+    with replacing(path, binary=True) as file:
+        figure.savefig(file, dpi=dpi, format=path.suffix[1:] or "png")
+
+
+@contextlib.contextmanager
+def writing(path: Path, flag: str, kept: str = "") -> Iterator[None]:
+    """For a block that writes to `path`, which the user gave with `flag`.
+
+    Args:
+        kept: what is there all the same, for the message.
+
+    Raises:
+        UsageError: there is no room, or the file system is read-only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UsageError(f"{flag} {path}: {error.strerror}{kept and '; ' + kept}") from error
 
 
 def hold(folder: Path, flag: str) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cream import nodes
+from megatron_cream.files import save_picture
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 BASE, EXTEND = EXAMPLES / "quickstart_base.yaml", EXAMPLES / "quickstart.yaml"
@@ -114,6 +115,6 @@ def plot(before: dict, after: dict, window: int, path: Path) -> Path:
     axes.set_ylabel("held-out perplexity (same tokens scored)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path)
     plt.close(figure)
     return path

@@ -35,6 +35,7 @@ from megatron_cream.evaluation.runner import (
     run_task,
 )
 from megatron_cream.evaluation.tasks import needle
+from megatron_cream.files import writing
 
 LONGEST_BY_DEFAULT = 131072
 """Without --lengths, a model of more positions is tested up to here."""
@@ -42,8 +43,10 @@ LONGEST_BY_DEFAULT = 131072
 
 def main() -> int:
     args = parser(__doc__).parse_args()
+    args.output = args.output or Path("runs", "evaluation") / Path(args.model).resolve().name / args.command
     try:
-        RUNS[args.command](args)
+        with writing(args.output, "--output", "what is done is kept, and the same command goes on from there"):
+            RUNS[args.command](args)
         return 0
     except UsageError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
@@ -184,10 +187,9 @@ def load(args, source: language_model.Source) -> language_model.LanguageModel:
 
 
 def results_of(args, source: language_model.Source, settings: dict):
-    folder = args.output or Path("runs", "evaluation") / Path(args.model).resolve().name / args.command
     described = {"command": args.command, "tokenizer": args.tokenizer, **settings}
     return open_results(
-        folder,
+        args.output,
         settings={key: _plain(value) for key, value in described.items()},
         model=source.identity(),
         model_path=source.path,

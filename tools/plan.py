@@ -27,6 +27,7 @@ platform.setup()  # before anything of Megatron is imported
 from rich.console import Console
 
 from megatron_cream.errors import UsageError
+from megatron_cream.files import writing
 from megatron_cream.planning import (
     Run,
     layouts,
@@ -93,7 +94,8 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
         shown = (
             f"{options.gpus} x {around.gpu.name}, {run.layout.global_batch} samples of {run.layout.seq_length:,} tokens"
         )
-        picture.draw(plans[: report.SHOWN], shown, options.picture)
+        with writing(options.picture, "--picture"):
+            picture.draw(plans[: report.SHOWN], shown, options.picture)
     if not plans:
         print(f"plan.py: {report.nothing_fits(run, usable, MOST_GPUS, around)}", file=sys.stderr)
     return 0 if plans else 1

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from megatron_cream.command_line import OneLineParser, positive
 from megatron_cream.errors import UsageError
+from megatron_cream.files import save_picture, writing
 from megatron_cream.positions import SAMPLERS, build_sampler
 from megatron_cream.positions.coverage import Coverage, coverage
 
@@ -95,7 +96,8 @@ def draw(measured: dict[str, Coverage], args) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=9)
     axes[0].set_title(f"dashed: the trained window, {args.seq_length}", fontsize=9, loc="left", color="0.4")
-    figure.savefig(args.output, dpi=150)
+    with writing(args.output, "--output"):
+        save_picture(figure, args.output)
     plt.close(figure)
 
 

@@ -43,7 +43,7 @@ from megatron_cream.data.partial import check_output
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_files, load_tokenizer, tokenizer_id
 from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import check_can_be_made
+from megatron_cream.files import check_can_be_made, writing
 
 LONG_DOCUMENTS = (4096, 8192, 16384, 32768)
 """Lengths in tokens that the report counts documents from."""
@@ -61,21 +61,22 @@ def main() -> None:
         platform.setup()  # before anything of Megatron is imported
         with blame("--tokenizer-model"):
             tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
-        report = preprocess(
-            args.input,
-            args.output_prefix,
-            tokenizer,
-            json_key=args.json_key,
-            glob=args.glob,
-            chat_format=args.chat_format,
-            append_eod=args.append_eod is not False,
-            prepend_bos=args.prepend_bos,
-            min_document_tokens=args.min_document_tokens,
-            workers=args.workers,
-            overwrite=args.overwrite,
-            strict=args.strict,
-            tokenizer_id=tokenizer_id(args.tokenizer_type, args.tokenizer_model),
-        )
+        with writing(args.output_prefix, "--output-prefix", "with room the same command goes on from here"):
+            report = preprocess(
+                args.input,
+                args.output_prefix,
+                tokenizer,
+                json_key=args.json_key,
+                glob=args.glob,
+                chat_format=args.chat_format,
+                append_eod=args.append_eod is not False,
+                prepend_bos=args.prepend_bos,
+                min_document_tokens=args.min_document_tokens,
+                workers=args.workers,
+                overwrite=args.overwrite,
+                strict=args.strict,
+                tokenizer_id=tokenizer_id(args.tokenizer_type, args.tokenizer_model),
+            )
     except (UsageError, ValueError, OSError) as error:
         parser.error(one_line(error, 1000))
     except KeyboardInterrupt:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import methods
 
+from megatron_cream.files import save_picture
+
 COMPARED = ("pi", "randpos", "pose", "cream", "full")
 ABLATED = ("cream", "cream, released", "cream, no Gaussian", "cream, no continuity", "cream, no relativity")
 _COLOURS = {
@@ -129,7 +131,7 @@ def _by_depth(study: _Results, path: Path) -> None:
             panel.set_xlabel("depth of what is asked for, %")
         row[0].set_ylabel("recall, %")
         row[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=130)
+    save_picture(figure, path, dpi=130)
 
 
 def _by_length(study: _Results, path: Path) -> None:
@@ -149,7 +151,7 @@ def _by_length(study: _Results, path: Path) -> None:
         panel.set_xlabel("tokens of context")
     axes[0][0].set_ylabel("held-out perplexity")
     axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=130)
+    save_picture(figure, path, dpi=130)
 
 
 def _cost_and_sigma(study: _Results, path: Path) -> None:
@@ -185,4 +187,4 @@ def _cost_and_sigma(study: _Results, path: Path) -> None:
         spread.minorticks_off()
         spread.set_xlabel("sigma (none: no Gaussian)")
         break
-    figure.savefig(path, dpi=130)
+    save_picture(figure, path, dpi=130)

@@ -11,16 +11,15 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from megatron_cream.evaluation.tasks import ruler
+from megatron_cream.files import save_picture
 
 
 def draw(task: str, summary: dict[str, Any], file: Path) -> None:
     """Write the picture of `report.summarise`'s value, or of `runner.perplexities`' for the task perplexity."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     _DRAW[task](axes, summary)
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, dpi=150, format="png")
+    save_picture(figure, file)
     pyplot.close(figure)
-    partial.replace(file)
 
 
 def _needle(axes: Axes, summary: dict[str, Any]) -> None:

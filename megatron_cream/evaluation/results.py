@@ -13,7 +13,7 @@ import torch
 
 from megatron_cream import platform
 from megatron_cream.errors import UsageError
-from megatron_cream.files import replacing
+from megatron_cream.files import check_can_be_made, replacing
 from megatron_cream.record import versions
 
 RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
@@ -61,6 +61,7 @@ def open_results(
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: exists and is not a folder; give another")
+    check_can_be_made(folder, "--output")
     new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     description = {"settings": settings, "model": model, "model_path": str(model_path), "versions": _versions()}

@@ -1,8 +1,8 @@
 """A picture of where a step's time goes in each layout: a bar a layout, waiting in warm colours."""
 
-import os
 from pathlib import Path
 
+from megatron_cream.files import save_picture
 from megatron_cream.planning.layouts import Plan
 
 # Label, parts of `Time`, colour.
@@ -49,9 +49,7 @@ def draw(plans: list[Plan], title: str, path: Path) -> None:
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    beside = path.with_name(f".{path.name}.partial")
-    figure.savefig(beside, dpi=150, format=path.suffix[1:])
-    os.replace(beside, path)
+    save_picture(figure, path)
     plt.close(figure)
 
 

@@ -1,0 +1,85 @@
+"""A disk without room under what the tools and TensorBoard write; tests/faults/outputs.py has every command, and more disks."""
+
+import errno
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io import gfile
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_cream import compat
+from megatron_cream.errors import UsageError
+from megatron_cream.files import replacing, save_picture, writing
+from tests.bad_inputs import load, start
+from tests.evaluation_models import save_llama
+
+
+def full(path: Path) -> None:
+    """What is written beside `path`, to take its name, goes to a device without room."""
+    path.parent.mkdir(exist_ok=True)
+    path.with_name(f".{path.name}.partial").symlink_to("/dev/full")
+
+
+def test_what_was_there_stays(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    full(path)
+    with pytest.raises(UsageError, match=f"^--output {path}: No space left on device; what is done is kept$"):
+        with writing(path, "--output", "what is done is kept"), replacing(path) as file:
+            file.write("after")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError), writing(path, "--output"):
+        open(tmp_path / "no file")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf"])
+def test_pictures(name, tmp_path):
+    save_picture(plt.figure(), tmp_path / name)
+    begins = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[Path(name).suffix]
+    assert (tmp_path / name).read_bytes().startswith(begins) and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "tool, flags, written",
+    [
+        ("plan", "--config examples/llama2_7b_32k.yaml --gpus 2 --picture {out}", "out.png"),
+        ("plot_positions", "--samples 5 --output {out}", "out.png"),
+        (
+            "evaluate", "kv --model {model} --keys 3 --samples 1 --output {out}", "out/summary.json"
+        ),
+    ],
+    ids=lambda value: value.split()[0],
+)  # fmt: skip
+def test_tools_end_in_a_line(tool, flags, written, tmp_path):
+    full(tmp_path / written)
+    out = tmp_path / Path(written).parts[0]
+    model = save_llama(tmp_path / "model") if "{model}" in flags else None
+    ended = start(load(f"tools/{tool}.py").main, f"tools/{tool}.py", *flags.format(out=out, model=model).split())()
+    flag = "--picture" if tool == "plan" else "--output"
+    assert ended.code == 2, ended.error
+    assert f"{tool}.py: error: {flag} {out}: No space left on device" in ended.error.splitlines()[-1]
+    assert "Traceback" not in ended.error and not (tmp_path / written).exists()
+
+
+def test_events_that_cannot_be_written_are_left_out(tmp_path, monkeypatch, capsys):
+    compat.tensorboard_outlives_a_full_disk()
+    writer = SummaryWriter(str(tmp_path))
+    real = gfile.LocalFileSystem._write
+
+    def half(self, filename, content, mode):
+        real(self, filename, content[: len(content) // 2], mode)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in range(1, 6):
+        with monkeypatch.context() as patched:
+            if step in (2, 3):
+                patched.setattr(gfile.LocalFileSystem, "_write", half)
+            writer.add_scalar("loss", step, step)
+            writer.flush()
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1), (4, 4), (5, 5)]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1 and warnings[0].endswith("events are missing: No space left on device")
