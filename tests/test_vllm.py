@@ -1,0 +1,78 @@
+"""vLLM, where it is installed, on a folder that this project exported: what it answers, beside transformers."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megatron_cream.checkpoint.convert import export_hf, import_hf
+from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.model.rotary import rope_scaling_dict
+from tests.evaluation_models import save_tokenizer
+from tests.hf_models import save_model
+from tests.launch import ROOT
+
+pytest.importorskip("vllm", reason="needs vllm")
+
+# Heads of 64, which vLLM's attention takes everywhere.
+WIDE = dict(hidden_size=256, num_attention_heads=4, head_dim=64, num_key_value_heads=2, vocab_size=2048)
+SCALINGS = {"llama-mha": ("linear", 8.0), "qwen3": ("yarn", 8.0)}
+
+
+@pytest.fixture(scope="module", params=SCALINGS)
+def folder(request, tmp_path_factory):
+    """ckpt: a checkpoint with scaled positions; out: exported from it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_model(folder / "hf", request.param, **WIDE)
+    save_tokenizer(folder / "hf")
+    import_hf(HfFolder(folder / "hf"), folder / "plain")
+    checkpoint = MegatronCheckpoint(folder / "plain")
+    scaling = rope_scaling_dict(*SCALINGS[request.param], 512)
+    checkpoint.shape = replace(checkpoint.shape, rope_scaling=scaling, max_position_embeddings=2048)
+    export_hf(checkpoint, folder / "out")
+    import_hf(HfFolder(folder / "out"), folder / "ckpt")
+    return folder
+
+
+def evaluate(*flags) -> subprocess.CompletedProcess:
+    # conftest.py has switched torch's compiler off, which vLLM needs.
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tools" / "evaluate.py", "needle", *flags, "--dtype", "fp32"]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900, env=environment)
+
+
+GRID = "--length-steps 2 --depth-steps 2 --min-length 300 --max-length".split()
+
+
+def answers(folder) -> dict[str, str]:
+    return {
+        line["name"]: line["output"] for line in map(json.loads, (folder / "results.jsonl").read_text().splitlines())
+    }
+
+
+def test_answers_are_transformers(folder, tmp_path):
+    for name, flags in {"vllm": ["--engine", "vllm"], "transformers": []}.items():
+        ended = evaluate("--model", folder / "out", *GRID, 1200, *flags, "--output", tmp_path / name)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    found = answers(tmp_path / "vllm")
+    assert found == answers(tmp_path / "transformers") and len(found) >= 4 and len(set(found.values())) > 1
+
+
+def test_a_checkpoint_is_exported_for_it(folder, tmp_path):
+    for name, model in {"checkpoint": "ckpt", "folder": "out"}.items():
+        ended = evaluate("--model", folder / model, *GRID, 600, "--engine", "vllm", "--output", tmp_path / name)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    assert answers(tmp_path / "checkpoint") == answers(tmp_path / "folder")
+
+
+def test_beyond_its_positions(folder, tmp_path):
+    """vLLM takes no such prompt, where transformers runs it as well as it can."""
+    ended = evaluate("--model", folder / "out", *GRID, 3000, "--engine", "vllm", "--output", tmp_path / "out")
+    last = [line for line in ended.stderr.splitlines() if line.startswith("evaluate.py: error:")]
+    assert ended.returncode == 2 and len(last) == 1
+    assert "--engine vllm" in last[0] and "max_position_embeddings 2048" in last[0]
