@@ -145,14 +145,11 @@ def tensorboard_outlives_a_full_disk() -> None:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(path, size)
-            if path not in _without_events:
-                _without_events.add(path)
+            if not getattr(self, "_events_are_missing", False):
+                self._events_are_missing = True
                 print(f"warning: {path}: events are missing: {error.strerror or error}", file=sys.stderr, flush=True)
 
     wrap_method(RecordWriter, "write", write)
-
-
-_without_events: set[Path] = set()
 
 
 class _TrackerAtOnce:

@@ -1,4 +1,4 @@
-"""A disk without room under what the tools and TensorBoard write; tests/faults/outputs.py has every command, and more disks."""
+"""A disk without room under what the tools and TensorBoard write; tests/faults/outputs.py has every command."""
 
 import errno
 from pathlib import Path

@@ -6,7 +6,6 @@ import pytest
 from scipy.optimize import brentq
 
 from megatron_cream.planning import hardware, measured, step_time
-from megatron_cream.planning.hardware import GPUS, Cluster
 from megatron_cream.planning.step_time import Time, predict
 from tests.test_plan_time import CLUSTER, tool
 
@@ -85,8 +84,7 @@ def test_constants_are_the_profiles(monkeypatch):
 
     def a_step(row: dict):
         """(as predicted now, as measured), in seconds."""
-        run, gpu = measured.run(row), GPUS[row["gpu"]]
-        cluster = Cluster(gpu=gpu, host=8, inside=gpu.nvlink, between=gpu.network)
+        run, cluster = measured.run(row), measured.cluster(row)
         tokens = run.layout.global_batch * run.layout.seq_length
         return (
             lambda: predict(run.model, run.layout, run.engine, cluster).time.step,

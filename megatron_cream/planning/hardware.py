@@ -74,9 +74,9 @@ PRODUCTS = {"bf16": 0.791, "fp8": 0.772}
 takes what it took."""
 
 ATTENTION = {"flash": 0.415, "te": 0.371, "sdpa": 0.224}
-"""Of the bf16 peak at 4096 tokens, forward and backward, causal attention counted once. flash is the profile's. By themselves its
-kernels took 1.84 ms, cuDNN's (Transformer Engine) 2.06, sdpa's flash kernel 3.41. sdpa may take either: with cuDNN's
-rate the measured 1.1B run would be 16 % off, with flash's both runs are within 5 %."""
+"""Of the bf16 peak at 4096 tokens, forward and backward, causal attention counted once. flash is the profile's. By
+themselves its kernels took 1.84 ms, cuDNN's (Transformer Engine) 2.06, sdpa's flash kernel 3.41. sdpa may take either:
+with cuDNN's rate the measured 1.1B run would be 16 % off, with flash's both runs are within 5 %."""
 
 HALF_RATE = 2176
 """Tokens of a sequence at which attention has half the rate that it nears at endless length. Fitted on the only run at

@@ -50,13 +50,17 @@ def run(row: dict) -> Run:
     return replace(flagged, engine=replace(flagged.engine, **row.get("engine", {})))
 
 
+def cluster(row: dict) -> Cluster:
+    """Where it ran."""
+    gpu = GPUS[row["gpu"]]
+    return Cluster(gpu=gpu, host=8, inside=gpu.nvlink, between=gpu.network)
+
+
 def check(row: dict) -> Checked:
     """Predict a measured run."""
-    ran = run(row)
-    gpu = GPUS[row["gpu"]]
-    cluster = Cluster(gpu=gpu, host=8, inside=gpu.nvlink, between=gpu.network)
+    ran, around = run(row), cluster(row)
     needed = memory.predict(ran.model, ran.layout, ran.engine)
-    return Checked(row, step_time.predict(ran.model, ran.layout, ran.engine, cluster), needed.allocated / GIB)
+    return Checked(row, step_time.predict(ran.model, ran.layout, ran.engine, around), needed.allocated / GIB)
 
 
 def print_check(console: Console) -> None:

@@ -107,8 +107,8 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         lines += [
             f"{links}; in a ring {LINKS['inside']:.0%} of it inside a host (one run on two H200s), {LINKS['between']:.0%} "
             "between hosts (not measured)",
-            f"what travels beside computation costs it {BESIDE:.0%} of that time, as in one run with TP 2; no GPU is slower "
-            "than another",
+            f"what travels beside computation costs it {BESIDE:.0%} of that time, as in one run with TP 2; no GPU is "
+            "slower than another",
             f"gradients travel in buckets of {communication.BUCKET / 1e6:g} million parameters or more",
         ]
     lines.append("not in it: start, data that come late, evaluation, checkpoints")

@@ -27,7 +27,7 @@ _PAGE = 4096
 @contextlib.contextmanager
 def full(save: Path) -> Iterator[None]:
     """Not a byte is left."""
-    with _ballast(save, leave=0):
+    with ballast(save, leave=0):
         yield
 
 
@@ -36,7 +36,7 @@ def no_room_for_metadata(save: Path) -> Iterator[None]:
     """The shards of all ranks fit; what the first rank writes when the others are done does not."""
     step = save / f"iter_{newest(save):07d}"
     shards = sum(-(-path.stat().st_size // _PAGE) * _PAGE for path in step.glob("*.distcp"))
-    with _ballast(save, leave=shards + 4 * _PAGE):
+    with ballast(save, leave=shards + 4 * _PAGE):
         yield
 
 
@@ -69,7 +69,8 @@ def names_taken(save: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ballast(save: Path, leave: int) -> Iterator[None]:
+def ballast(save: Path, leave: int) -> Iterator[None]:
+    """The disk of `save` has so many bytes left."""
     path = save.parent / "ballast"
     with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -95,7 +96,7 @@ def main() -> int:
     for fault in FAULTS:
         for extra in ([], ["--async-save"]):
             name = "-".join([fault.__name__, *(flag.strip("-") for flag in extra)])
-            with _small_disk(folder / "disk", 256 << 20) as disk:
+            with small_disk(folder / "disk", 256 << 20) as disk:
                 said = take_away(fault, documents, disk / "run", steps, folder / f"{name}.log", extra)
                 compare(folder / "alone", disk / "run", steps)
             print(f"{name}: {said}; ended with the same bits", flush=True)
@@ -122,13 +123,16 @@ def take_away(fault, documents: Path, save: Path, steps: int, log: Path, extra: 
 
 
 @contextlib.contextmanager
-def _small_disk(path: Path, size: int) -> Iterator[Path]:
+def small_disk(path: Path, size: int) -> Iterator[Path]:
     path.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
     try:
         yield path
     finally:
-        subprocess.run(["umount", path], check=True)
+        deadline = time.monotonic() + 10  # what a run has started ends shortly after it
+        while subprocess.run(["umount", path], stderr=subprocess.DEVNULL).returncode:
+            assert time.monotonic() < deadline, f"{path} is still in use"
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

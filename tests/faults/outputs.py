@@ -9,13 +9,10 @@ must write what it wrote before.
 """
 
 import argparse
-import contextlib
 import itertools
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +25,9 @@ from megatron_cream import platform
 platform.setup()
 
 from tests.bad_inputs import MODEL, TRAINER, Ended, load, make_world, snapshot, start
+from tests.faults.disk import ballast, read_only, small_disk
 
-PAGE = 4096
+PAGE, SIZE = 4096, 512 << 20
 SHARES = (0.0, 0.3, 0.6, 0.9)
 
 
@@ -119,7 +117,7 @@ def tried(command: Command, world: Path, disk: Path) -> Iterator[str]:
     """A line for each disk."""
     earlier = disk.parent / "earlier"
     shutil.rmtree(earlier, ignore_errors=True)
-    with small_disk(disk):
+    with small_disk(disk, SIZE):
         first = run(command, world, disk)
         if first.code:
             yield f"WRONG: with room it ended with {first.code}: {first.error[-500:]}"
@@ -127,7 +125,7 @@ def tried(command: Command, world: Path, disk: Path) -> Iterator[str]:
         written, needed = snapshot(disk), used(disk)
         shutil.copytree(disk, earlier)
     for fault, over in itertools.product(["read-only", *SHARES], [False] + [True] * (command.over is not None)):
-        with small_disk(disk):
+        with small_disk(disk, SIZE):
             other = disk / "other"
             other.write_text("what is here already")
             if over:
@@ -183,35 +181,10 @@ def used(disk: Path) -> int:
     return (found.f_blocks - found.f_bfree) * found.f_frsize
 
 
-@contextlib.contextmanager
-def taken_away(disk: Path, fault: str | float, needed: int) -> Iterator[None]:
-    if fault == "read-only":
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        yield
-        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-        return
-    found = os.statvfs(disk)
-    room = int(fault * needed) // PAGE * PAGE
-    ballast = disk / ".ballast"
-    ballast.write_bytes(bytes(max(found.f_bavail * found.f_frsize - room - PAGE, 0)))
-    with contextlib.suppress(OSError), open(ballast, "ab", buffering=0) as file:
-        while os.statvfs(disk).f_bavail * PAGE > room:
-            file.write(bytes(PAGE))
-    yield
-    ballast.unlink()
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, size: int = 512 << 20) -> Iterator[None]:
-    path.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
-    try:
-        yield
-    finally:
-        deadline = time.monotonic() + 10  # what a run has started ends shortly after it
-        while subprocess.run(["umount", path], stderr=subprocess.DEVNULL).returncode:
-            assert time.monotonic() < deadline, f"{path} is still in use"
-            time.sleep(0.1)
+def taken_away(disk: Path, fault: str | float, needed: int):
+    """In a `with`: the disk is read-only, or has room for a share of what is needed."""
+    here = disk / "out"
+    return read_only(here) if fault == "read-only" else ballast(here, leave=int(fault * needed) // PAGE * PAGE)
 
 
 if __name__ == "__main__":
