@@ -33,6 +33,8 @@ platform.setup()  # here: the process that writes a checkpoint imports this file
 
 import yaml
 
+from benchmarks.stopping import end_ranks, leave_no_ranks
+
 ROWS = {
     "sync": ("synchronous", []),
     "async": ("--async-save", ["--async-save"]),
@@ -69,6 +71,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for a row")
     args, flags = parser.parse_known_args()
     flags = [*(["--config", args.config] if args.config else SMALL.split()), *flags]
+    leave_no_ranks()
     check_room(args, flags)
     args.folder.mkdir(parents=True, exist_ok=True)
     steps = args.saves * args.interval
@@ -135,11 +138,13 @@ def run(args, name: str, flags: list[str]) -> dict | None:
     command += [__file__, "child", str(result), *flags]
     env = {"OMP_NUM_THREADS": "1" if not platform.has_cuda() else "8"} | os.environ
     log = args.folder / f"{name}.log"
-    try:
-        with log.open("w") as out:
-            code = subprocess.run(command, stdout=out, stderr=out, cwd=ROOT, env=env, timeout=args.timeout).returncode
-    except subprocess.TimeoutExpired:
-        code = f"none in {args.timeout:.0f} s"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=env)
+        try:
+            code = process.wait(args.timeout)
+        except subprocess.TimeoutExpired:
+            end_ranks()
+            code = f"none in {args.timeout:.0f} s"
     if code or not result.is_file():
         print(
             f"{name}: exit code {code}; the end of {log}:\n{log.read_text(errors='replace')[-3000:]}", file=sys.stderr

@@ -24,6 +24,8 @@ from collections import Counter
 
 import yaml
 
+from benchmarks.stopping import leave_no_ranks
+
 FIRST_STEP, STEPS = 8, 2
 # The first pattern that a kernel's name holds gives its kind.
 KINDS = [
@@ -57,6 +59,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if bool(args.output) == bool(args.trace):
         parser.error("give OUTPUT_FOLDER, or --trace FILE")
+    leave_no_ranks()
     trace = args.trace or record(args.output, ["--config", args.config, *flags], args.gpus)
     recipe = yaml.safe_load(Path(args.config).read_text())
     recipe |= {flag[2:].replace("-", "_"): int(value) for flag, value in zip(flags, flags[1:]) if value.isdigit()}

@@ -29,6 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
 
+from benchmarks.stopping import leave_no_ranks
+
 # name: (what it is, the first word of `child`, its flags)
 ROWS = {
     "flash": ("this project, Transformer Engine's layers, flash-attn-4", "ours", ["--attention-backend", "flash"]),
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=8)
     parser.add_argument("--gpus", type=int, default=1, help="of one host; rows of transformers use the first")
     args, flags = parser.parse_known_args()
+    leave_no_ranks()
     args.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict]] = {}
     for round_ in range(args.rounds):

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,9 +21,10 @@ from megatron_cream import platform
 
 platform.setup()  # before anything of Megatron is imported
 
-import psutil
 import torch
 
+from benchmarks.stopping import leave_no_ranks
+from megatron_cream.errors import UsageError
 from megatron_cream.model.attention import has_transformer_engine
 from megatron_cream.planning import measured
 from megatron_cream.planning.hardware import GPUS
@@ -46,7 +46,7 @@ def main() -> int:
     args = parser.parse_args(own)
     if unknown := set(args.stages) - STAGES.keys():
         parser.error(f"{', '.join(sorted(unknown))}: no such stage; choose from {', '.join(STAGES)}")
-    signal.signal(signal.SIGTERM, _end_all)
+    leave_no_ranks()
     runs = Runs(args.output.absolute(), extra)
     for stage in args.stages:
         started = time.monotonic()
@@ -55,13 +55,6 @@ def main() -> int:
         print(f"   {time.monotonic() - started:.0f} s", flush=True)
     print("\n".join(table(runs)))
     return 1 if runs.failed else 0
-
-
-def _end_all(*_) -> None:
-    """Stopped from outside: no rank is left on a GPU, beside what is started next."""
-    for process in psutil.Process().children(recursive=True):
-        process.kill()
-    os._exit(128 + signal.SIGTERM)
 
 
 class Runs:
@@ -234,14 +227,17 @@ SENDS_BESIDE = [*TP2, "--tp-comm-overlap"]
 WITHOUT_TE = dict(script=["benchmarks/train_step.py", "child", "without"])
 # layout, its flags, the largest micro-batch, how it is launched. With TP a GPU has half of each product: samples side
 # by side give its kernels their size back.
-TP_LAYOUTS = [
+LAYOUTS_OF_7B = [
+    ("dp2", OVERLAP, 1, {}),
+    ("dp2, no overlap", NO_OVERLAP, 1, {}),
+    ("pp2", ["--pipeline-model-parallel-size", "2"], 1, {}),
     ("tp2-sp", TP2, 1, {}),
     ("tp2-sp, user buffers", SENDS_BESIDE, 4, {}),
     ("tp2-sp, own layers", OWN_LAYERS, 4, WITHOUT_TE),
     ("tp2-sp", TP2, 4, {}),
     ("tp2-sp, own layers", OWN_LAYERS, 1, WITHOUT_TE),
+    ("dp2", OVERLAP, 2, {}),
 ]
-DP_LAYOUTS = [("dp2", OVERLAP, 1, {}), ("dp2, no overlap", NO_OVERLAP, 1, {}), ("dp2", OVERLAP, 2, {})]
 
 
 def seven_b(runs: Runs) -> None:
@@ -251,17 +247,17 @@ def seven_b(runs: Runs) -> None:
     """
     batch = ["--global-batch-size", "32"]
     half = ["--global-batch-size", "16"]
-    whole = fits("one", 1, [*SEVEN_B, *half])
+    whole = fits("7b one", 1, [*SEVEN_B, *half, *runs.extra])
     name, shape = ("7b", SEVEN_B) if whole else ("8 layers", [*SEVEN_B, "--num-layers", "8"])
     if not whole:
-        for layout, flags, largest, how in TP_LAYOUTS:
+        for layout, flags, largest, how in LAYOUTS_OF_7B:
             _largest(runs, f"7b {layout}", [*SEVEN_B, *batch, *flags], largest, **how)
     with ThreadPoolExecutor(2) as both:
         one = both.submit(timed, runs, f"{name} one", 1, [*shape, *half], gpu=0)
         fp8 = [*shape, *half, *FP8, "--use-precision-aware-optimizer"]
         other = both.submit(timed, runs, f"{name} one, FP8", 1, fp8, gpu=1)
     one.result(), other.result()
-    for layout, flags, largest, how in (*DP_LAYOUTS[:2], *TP_LAYOUTS, *DP_LAYOUTS[2:]):
+    for layout, flags, largest, how in LAYOUTS_OF_7B:
         _largest(runs, f"{name} {layout}", [*shape, *batch, *flags], largest, **how)
 
 
@@ -269,7 +265,7 @@ def _largest(runs: Runs, name: str, flags: list[str], largest: int, **how) -> No
     """`timed` at the largest micro-batch up to `largest` that fits."""
     for size in (size for size in (4, 2, 1) if size <= largest):
         given = [*flags, "--micro-batch-size", str(size)]
-        if size == 1 or fits(f"{name}, micro-batch {size}", 2, given):
+        if size == 1 or fits(f"{name}, micro-batch {size}", 2, [*given, *runs.extra]):
             return timed(runs, name if size == 1 else f"{name}, micro-batch {size}", 2, given, **how)
 
 
@@ -278,7 +274,7 @@ def full(runs: Runs) -> None:
     few = [*SEVEN_B, "--train-iters", "5", "--global-batch-size", "4"]
     long = [*few, *"--seq-length 32768 --position-sampler full".split()]
     long += "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
-    if fits("full", 2, [*long, "--context-parallel-size", "2"]):
+    if fits("full, cp2", 2, [*long, "--context-parallel-size", "2", *runs.extra]):
         timed(runs, "4 samples: cream, dp2", 2, few)
         timed(runs, "4 samples: full, cp2", 2, [*long, "--context-parallel-size", "2"])
         ring = "--context-parallel-size 2 --attention-backend te --cp-comm-type p2p".split()
@@ -291,7 +287,11 @@ def full(runs: Runs) -> None:
 def fits(name: str, gpus: int, flags: list[str]) -> bool:
     """Whether the planner says so."""
     memory = torch.cuda.get_device_properties(0).total_memory if platform.has_cuda() else 2**40
-    needed = planned(name, gpus, [*flags, "--use-distributed-optimizer"]).peak_gib
+    try:
+        needed = planned(name, gpus, [*flags, "--use-distributed-optimizer"]).peak_gib
+    except UsageError as error:  # flags after -- that this layout does not take
+        print(f"{name:24} left out: {error}", flush=True)
+        return False
     if needed * 2**30 > 0.97 * memory:
         print(f"{name:24} left out: the planner says that it takes {needed:.1f} GiB", flush=True)
         return False

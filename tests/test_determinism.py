@@ -1,5 +1,7 @@
 """--deterministic: the same flags give the same bits."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -27,10 +29,12 @@ def test_two_runs_on_gpus_have_the_same_bits(tmp_path, backend):
     flags += ["--train-iters", 8, "--save-interval", 8]
     flags += [] if backend == "fp32" else ["--attention-backend", backend]
     ranks = min(2, torch.cuda.device_count())
-    losses = [
-        train(ranks, tmp_path / f"tb{i}", *flags, "--save", tmp_path / f"run{i}", fp32=backend == "fp32")
-        for i in range(2)
-    ]
+
+    def run(i: int) -> dict[int, float]:
+        return train(ranks, tmp_path / f"tb{i}", *flags, "--save", tmp_path / f"run{i}", fp32=backend == "fp32")
+
+    with ThreadPoolExecutor(2) as both:
+        losses = list(both.map(run, range(2)))
     assert losses[0] == losses[1] and len(losses[0]) == 8
     compare(tmp_path / "run0", tmp_path / "run1", 8)
 

@@ -358,7 +358,7 @@ MODELS = st.builds(
 )  # fmt: skip
 ENGINES = st.builds(
     Engine, transformer_engine=st.booleans(), own_kernels=st.booleans(), fused_weight_gradients=st.booleans(),
-    fp8=st.booleans(),
+    fp8=st.sampled_from([None, "delayed", "blockwise"]),
 )  # fmt: skip
 
 
@@ -513,6 +513,10 @@ def test_narrow_optimizer_state_is_counted():
     flags = ["--config", RECIPE, "--use-precision-aware-optimizer", "--main-grads-dtype", "bf16"]
     run = run_from_flags([*flags, "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"], 2)
     assert (run.engine.gradient, run.engine.optimizer) == (2, 2 + 2 + 2)
+
+
+def test_gradients_reduced_in_bf16_are_counted():
+    assert run_from_flags(["--config", RECIPE, "--grad-reduce-in-bf16"], 2).engine.gradient == 2
 
 
 def test_an_unknown_vocabulary_is_asked_for(tmp_path):

@@ -1,6 +1,6 @@
 """The planner against runs measured on GPUs, and its constants against the runs that gave them."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from scipy.optimize import brentq
@@ -84,17 +84,26 @@ def test_constants_are_the_profiles(monkeypatch):
 
     def a_step(row: dict):
         """(as predicted now, as measured), in seconds."""
-        run, cluster = measured.run(row), measured.cluster(row)
+        run = measured.run(row)
         tokens = run.layout.global_batch * run.layout.seq_length
         return (
-            lambda: predict(run.model, run.layout, run.engine, cluster).time.step,
-            tokens / row["tokens_per_second"] / row["gpus"],
+            lambda: predict(run.model, run.layout, run.engine, measured.cluster(row)).time.step,
+            tokens / row["tokens_per_second"] / row.get("gpus", 1),
         )
 
+    h100 = hardware.GPUS["H100"]
+    faster = fitted(
+        lambda x: monkeypatch.setitem(measured.GPUS, "H100", replace(h100, products=x)),
+        *a_step(named("products of an H100")), most=2.0,
+    )  # fmt: skip
+    assert faster == pytest.approx(h100.products, rel=0.01)
+    blockwise = fitted(share(step_time.PRODUCTS, "fp8 blockwise"), *a_step(named("products in blockwise FP8")))
+    assert blockwise == pytest.approx(expected[1]["fp8 blockwise"], rel=0.01)
     table, launch = dict(hardware.HOST), "tensor parallel"
     host = fitted(share(step_time.HOST, launch), *a_step(named("the host")))
     assert host == pytest.approx(table[launch], rel=0.01)
-    for name, fits in (("BESIDE", "transfers beside products"), ("HALF_RATE", "attention at 32K")):
+    totals = {"BESIDE": "transfers beside products", "HALF_RATE": "attention at 32K", "RING": "attention in a ring"}
+    for name, fits in totals.items():
         found = fitted(lambda x: monkeypatch.setattr(step_time, name, x), *a_step(named(fits)), most=1e4)
         assert found == pytest.approx(getattr(hardware, name), rel=0.01)
 

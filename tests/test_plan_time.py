@@ -209,11 +209,12 @@ def test_less_to_do_is_never_slower(layout, gathers):
     alone = predict(LLAMA2_7B, replace(BASE, global_batch=64), engine, CLUSTER).time
     assert parts.products * layout.gpus > 0.95 * alone.products
     if layout.pipeline == 1:
-        assert parts.attention * layout.gpus == pytest.approx(alone.attention)
+        share = hardware.RING if layout.context > 1 and not gathers else 1.0
+        assert parts.attention * layout.gpus * share == pytest.approx(alone.attention)
 
 
 def test_fp8_needs_a_gpu_that_has_it():
-    fp8 = replace(ENGINE, fp8=True)
+    fp8 = replace(ENGINE, fp8="delayed")
     assert predict(LLAMA2_7B, BASE, fp8, CLUSTER).time.step < predict(LLAMA2_7B, BASE, ENGINE, CLUSTER).time.step
     with pytest.raises(UsageError, match="A100.*has no FP8"):
         predict(LLAMA2_7B, BASE, fp8, replace(CLUSTER, gpu=GPUS["A100"]))

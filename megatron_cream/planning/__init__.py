@@ -94,11 +94,12 @@ class Engine:
     optimizer: bytes of optimizer state for a parameter: master weight and both moments.
     transformer_engine: its layers, which norm inside their linears.
     own_kernels: this project's Triton kernels: the projection is split as it is rotated, the loss stays in
-        `element` and its gradient takes the logits' place.
+        `element` and its gradient takes the logits' place. te_rotation: without them, Transformer Engine's kernel
+        rotates, as in Megatron's own model; otherwise torch's operations.
     fused_weight_gradients: added to the buffer inside the GEMM.
     one_pass_optimizer: the gradient's scaling, AdamW and the rounding to bf16 are one kernel.
     attention: flash, sdpa or te.
-    fp8: linears of the layers in FP8; fp8_parameters: which are then also the parameters.
+    fp8: recipe of the layers' linears in FP8, as --fp8-recipe has it; fp8_parameters: their weights are kept in it.
     """
 
     transformer_engine: bool
@@ -106,10 +107,11 @@ class Engine:
     gradient: int = 4
     optimizer: int = 12
     own_kernels: bool = True
+    te_rotation: bool = False
     fused_weight_gradients: bool = True
     one_pass_optimizer: bool = True
     attention: str = "flash"
-    fp8: bool = False
+    fp8: str | None = None
     fp8_parameters: bool = False
 
     @property
@@ -298,12 +300,12 @@ def _engine(args: Namespace) -> Engine:
     return Engine(
         transformer_engine=not local,
         element=element,
-        gradient=_DTYPE_BYTES[args.main_grads_dtype],
+        gradient=element if args.grad_reduce_in_bf16 else _DTYPE_BYTES[args.main_grads_dtype],
         optimizer=_optimizer_bytes(args, element, local),
         fused_weight_gradients=args.gradient_accumulation_fusion,
         one_pass_optimizer=not args.use_precision_aware_optimizer,
         attention={"te": "te", "fused": "te", "sdpa": "sdpa"}.get(backend, "flash"),
-        fp8=args.fp8 is not None,
+        fp8=args.fp8_recipe if args.fp8 else None,
         fp8_parameters=args.fp8_param_gather,
     )
 

@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cream.planning import Run, communication
-from megatron_cream.planning.hardware import BESIDE, FP8_PARAMETERS, LINKS, PASSES, PRODUCTS, Cluster
+from megatron_cream.planning.hardware import BESIDE, FP8_PARAMETERS, LINKS, PASSES, RING, Cluster
 from megatron_cream.planning.layouts import Plan
 from megatron_cream.planning.report import words
-from megatron_cream.planning.step_time import Speed, Time, attention_share, launch_seconds
+from megatron_cream.planning.step_time import Speed, Time, attention_share, launch_seconds, product_share
 
 REMARKS = {
     "products": "the linears' matrix products, forward and backward",
@@ -93,12 +93,15 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         links += f", {cluster.between / 1e9:g} GB/s of network for each GPU"
     lines = [
         f"{gpu.name}: {peaks}, {gpu.bandwidth / 1e12:g} TB/s ({gpu.source})",
-        f"of these peaks, fitted on one H200 and taken for every GPU: products {PRODUCTS['bf16']:.0%} "
-        f"(FP8 {PRODUCTS['fp8']:.0%}), attention {attention:.0%} at {length:,} tokens, bytes {PASSES:.0%}",
+        f"of these peaks, fitted on runs of {'one H100' if gpu.products != 1 else 'one H200'}: products "
+        f"{product_share(gpu, None):.0%} (FP8 {product_share(gpu, run.engine.fp8 or 'delayed'):.0%}); fitted on one H200 "
+        f"and taken for every GPU: attention {attention:.0%} at {length:,} tokens, bytes {PASSES:.0%}",
     ]
-    seen = "as in one run with TP 2 on two H200s" if run.layout.tensor > 1 else "at most, by one run on an H200"
+    seen = "as in one run with TP 2 on two H200s" if run.layout.tensor > 1 else "at most, by one run on an H100"
     host = 1e3 * launch_seconds(run.layout)
     lines.append(f"the host takes {host:.1f} ms to launch a layer, forward and backward, {seen}")
+    if run.layout.context > 1 and not run.engine.gathers_keys:
+        lines.append(f"attention in Transformer Engine's ring at {RING:.0%} of its rate, as in one run on two H100s")
     if run.engine.fp8_parameters:
         lines.append(
             f"{1e3 * FP8_PARAMETERS:.0f} ms a step to cast the FP8 parameters of a layer, as in one run on one GPU"

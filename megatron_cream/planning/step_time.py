@@ -18,6 +18,7 @@ from megatron_cream.planning.hardware import (
     IDLE,
     PASSES,
     PRODUCTS,
+    RING,
     Cluster,
     Gpu,
 )
@@ -89,7 +90,7 @@ def launch_seconds(layout: Layout) -> float:
     return HOST["tensor parallel" if layout.tensor > 1 else "alone"]
 
 
-def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: bool) -> dict[str, float]:
+def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: str | None) -> dict[str, float]:
     """Of a linear's three products: forward, input (its gradient) and weight (its gradient, added up in float32).
 
     FLOPs at the rate of large products, and the operands' bytes once.
@@ -97,7 +98,8 @@ def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: 
     m, n, k = shape
     if fp8 and gpu.fp8 is None:
         raise UsageError(f"--fp8-format: an {gpu.name} has no FP8; leave it out, or choose another --gpu")
-    rate = gpu.fp8 * PRODUCTS["fp8"] if fp8 else (gpu.fp32 if engine.element == 4 else gpu.bf16) * PRODUCTS["bf16"]
+    peak = gpu.fp8 if fp8 else gpu.fp32 if engine.element == 4 else gpu.bf16
+    rate = peak * product_share(gpu, fp8)
     operand, a = 1 if fp8 else engine.element, engine.element
     added = 2 * engine.gradient if engine.fused_weight_gradients else 2 * a + 2 * engine.gradient
     moved = {
@@ -106,6 +108,12 @@ def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: 
         "weight": operand * (m * n + m * k) + added * n * k,
     }
     return {name: 2 * m * n * k / rate + nbytes / (gpu.bandwidth * PASSES) for name, nbytes in moved.items()}
+
+
+def product_share(gpu: Gpu, fp8: str | None) -> float:
+    """Of the peak, that matrix products reach: in bf16, or in FP8 with this recipe."""
+    kind = "bf16" if fp8 is None else "fp8 blockwise" if fp8 == "blockwise" else "fp8"
+    return PRODUCTS[kind] * gpu.products
 
 
 def attention_share(kernel: str, seq_length: int) -> float:
@@ -199,7 +207,7 @@ def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster,
     backward["passes"] += sum(back for _, back in moved) / through_memory
     head = 0.0
     if last:
-        products = product_seconds(work.head_product(model, layout), engine, cluster.gpu, fp8=False)
+        products = product_seconds(work.head_product(model, layout), engine, cluster.gpu, fp8=None)
         head = products["input"] + products["weight"]
         forward["products"] += products["forward"]
         backward["products"] += head
@@ -221,6 +229,8 @@ def _layer(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> _M
     products = {at: product_seconds(shape, engine, gpu, engine.fp8) for at, shape in shapes.items()}
     peak = gpu.fp32 if engine.element == 4 else gpu.bf16
     attention = work.attention_flops(model, layout) / (peak * attention_share(engine.attention, layout.seq_length))
+    if layout.context > 1 and not engine.gathers_keys:
+        attention /= RING
     moved = work.layer_bytes(model, layout, engine)
     sent = communication.layer_forward(model, layout, engine)
     sent_back = communication.layer_backward(model, layout, engine)

@@ -59,7 +59,7 @@ def layer_bytes(model: Model, layout: Layout, engine: Engine) -> dict[str, tuple
         "SwiGLU": (3 * ffn, 5 * ffn),
     }
     if not engine.own_kernels:
-        rotation = _UNFUSED_ROTATION * (query + key)
+        rotation = split + 2 * a * (query + key) if engine.te_rotation else _UNFUSED_ROTATION * (query + key)
         moved["rotary and split"] = (rotation, rotation)
         moved["SwiGLU"] = (3 * ffn, 10 * ffn)  # torch.compile's backward pass goes twice
     if engine.fp8:
