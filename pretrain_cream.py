@@ -18,6 +18,10 @@ import sys
 if sys.version_info < (3, 12):
     sys.exit(f"megatron_cream needs Python 3.12 or newer; this is Python {sys.version.split()[0]}")
 
+from megatron_cream import launcher
+
+launcher.follow()
+
 from megatron_cream import platform
 
 platform.setup()  # before anything of Megatron is imported
@@ -197,6 +201,8 @@ def _open_folder(args: Namespace, argv: list[str] | None) -> None:
     try:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         hold(Path(args.save), "--save")
+        if not pretrained.is_between(args):
+            loading.refuse_another_run(args)  # one that had the folder until now
         pretrained.carry(args)
         record.write(args, sys.argv[1:] if argv is None else argv)
         loaded = loading.source(args)
@@ -264,7 +270,11 @@ def _perplexity_at_evaluations(args, terminal):
 
 
 def main() -> int:
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        rank, ranks = launcher.ranks()
+    except UsageError as error:
+        print(f"pretrain_cream.py: error: {error}", file=sys.stderr)
+        return 2
     try:
         if len(sys.argv) == 1:
             from megatron_cream.quickstart import quickstart

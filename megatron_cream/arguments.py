@@ -179,6 +179,7 @@ def read(argv: list[str] | None = None) -> Namespace:
         UsageError: as `parse`.
     """
     args = parse_flags(argv)
+    checks.path_lengths(args)
     checks.unsupported(args)
     args.position_embedding_type = "none"  # Megatron's own rotary embedding stays out of the way
     if args.embedded_data:

@@ -3,7 +3,10 @@
 Each says, in one line, which flag, what value, and what would be right.
 """
 
+import errno
 import importlib.util
+import os
+import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -56,10 +59,41 @@ def unsupported(args: Namespace) -> None:
         raise UsageError(
             "--log-straggler: reads the temperature and power of GPUs through nvidia-ml-py; pip install nvidia-ml-py"
         )
+    if args.fp16 and args.fp32:
+        raise UsageError("--fp16 with --fp32: give one of the two")
+    if args.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
+        raise UsageError(f"--exit-signal {args.exit_signal.name}: no process hears it; use SIGTERM")
+    if args.dataloader_type == "external":
+        raise UsageError("--dataloader-type external: not supported here; use single or cyclic")
+    if args.train_iters and args.train_samples:
+        raise UsageError(f"--train-samples {args.train_samples} with --train-iters: give one of the two")
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        raise UsageError(
+            "--override-opt-param-scheduler with --use-checkpoint-opt-param-scheduler: give one of the two"
+        )
+    _optimizer(args)
     if args.position_embedding_type not in ("none", "rope"):
         raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
     if args.rotary_percent != 1.0:
         raise UsageError(f"--rotary-percent {args.rotary_percent}: only 1.0 is supported here")
+
+
+def _optimizer(args: Namespace) -> None:
+    if "muon" in args.optimizer and importlib.util.find_spec("emerging_optimizers") is None:
+        raise UsageError(f"--optimizer {args.optimizer}: needs the package emerging-optimizers; use adam")
+    if args.use_distributed_optimizer and args.optimizer == "sgd":
+        raise UsageError("--use-distributed-optimizer: not with --optimizer sgd; use adam")
+
+
+def path_lengths(args: Namespace) -> None:
+    """Raise UsageError at a path that no file system takes; later it would be an error of whoever looks first."""
+    names = ("save", "load", "pretrained_checkpoint", "load_hf", "save_hf", "tensorboard_dir", "data_cache_path")
+    for name in (*names, "tokenizer_model"):
+        try:
+            os.lstat(getattr(args, name) or ".")
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise UsageError(f"{flag(name)} {getattr(args, name)[:60]}..: {error.strerror}") from error
 
 
 def require(args: Namespace) -> None:
@@ -218,6 +252,10 @@ def _parallel(args: Namespace) -> None:
     if selective and "layernorm" in (args.recompute_modules or []) and not args.attention["transformer_engine"]:
         raise UsageError(
             "--recompute-modules layernorm: works in megatron-core 0.19 only with Transformer Engine's layers"
+        )
+    if args.attention_dropout and args.attention["name"] in ("sdpa", "flash"):
+        raise UsageError(
+            f"--attention-dropout {args.attention_dropout}: not with --attention-backend {args.attention['name']}; use 0"
         )
     if args.attention["name"] == "local" and cp > 1:
         raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")

@@ -20,7 +20,14 @@ _held: dict[Path, TextIO] = {}
 
 @contextlib.contextmanager
 def replacing(path: Path, *, binary: bool = False) -> Iterator[IO]:
-    """A file to write, UTF-8 or binary, that takes the name `path` when the block ends without an error."""
+    """A file to write, UTF-8 or binary, that takes the name `path` when the block ends without an error.
+
+    A symbolic link stays one; what it leads to is replaced.
+
+    Raises:
+        UsageError: what is there is no regular file.
+    """
+    path = _regular(path)
     beside = path.with_name(f".{path.name}.partial")
     try:
         with open(beside, "wb") if binary else open(beside, "w", encoding="utf-8") as file:
@@ -38,6 +45,35 @@ def save_picture(figure, path: Path, dpi: int = 150) -> None:
     """Of matplotlib's, as what the path ends in says."""
     with replacing(path, binary=True) as file:
         figure.savefig(file, dpi=dpi, format=path.suffix[1:] or "png")
+
+
+def _regular(path: Path, flag: str = "") -> Path:
+    """`path` without symbolic links. A device, pipe or folder there is refused: a rename would take its place."""
+    real = Path(os.path.realpath(path))
+    if os.path.lexists(real) and not real.is_file():
+        raise UsageError(f"{flag and flag + ' '}{path}: exists and is not a regular file")
+    return real
+
+
+def check_name(path: Path, flag: str) -> None:
+    """Raise UsageError if `path`, which the user gave with `flag`, is too long, or what is made beside it would be."""
+    try:
+        os.lstat(path.parent / f".{path.name}.replaced")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror}") from error
+
+
+def check_picture(path: Path, flag: str) -> None:
+    """Raise UsageError unless a picture can be written to `path`, which the user gave with `flag`."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"{flag} {path}: must end in .png, .svg or .pdf")
+    check_name(path, flag)
+    folder = _regular(path, flag).parent
+    if not folder.is_dir():
+        raise UsageError(f"{flag} {path}: No such file or directory: there is no folder {path.parent}")
+    check_can_be_made(folder, f"{flag} {path}:")
 
 
 @contextlib.contextmanager

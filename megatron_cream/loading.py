@@ -25,9 +25,9 @@ from megatron_cream.errors import UsageError
 _SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "vocab_size", "untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "add_bias_linear", "swiglu",
-    "normalization", "rotary_base",
+    "normalization", "layernorm_epsilon", "rotary_base",
 )  # fmt: skip
-_SET_BY = {"rope_scaling_config": "rope_scaling_type"}
+_SET_BY = {"rope_scaling_config": "rope_scaling_type", "layernorm_epsilon": "norm_epsilon"}
 
 _SAID, _PATIENCE = "megatron_cream/said", timedelta(seconds=5)
 _agreements = itertools.count()
@@ -60,11 +60,16 @@ def own_folder(args: Namespace) -> None:
     """
     if args.save is None or args.skip_train or not (Path(args.save) / output.TRACKER).exists():
         return
-    own = args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.no_save_optim:
         args.load, args.ckpt_step, args.finetune = args.save, None, False
         args.no_load_optim = args.no_load_rng = None
-    elif not own:
+    refuse_another_run(args)
+
+
+def refuse_another_run(args: Namespace) -> None:
+    """Raise UsageError where --save holds checkpoints that this run does not go on from."""
+    own = args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
+    if not own and not args.skip_train and os.path.lexists(Path(args.save) / output.TRACKER):
         raise UsageError(
             f"--save {args.save}: holds the checkpoints of an earlier run: add --load {args.save} to go on from "
             "there, or give another folder"
@@ -92,7 +97,18 @@ def source(args: Namespace) -> tuple[str, Path] | None:
         if name != "load" or args.save is None or path.resolve() != Path(args.save).resolve():
             why = f"holds no checkpoint: it has no {output.TRACKER}" if path.is_dir() else "no such folder"
             raise UsageError(f"{given} {path}: {why}")
+        _refuse_lost_tracker(path)
     return None
+
+
+def _refuse_lost_tracker(path: Path) -> None:
+    """The first checkpoint of a run that was killed may be there without one; no second comes before the tracker."""
+    whole = sorted(folder.name for folder in path.glob("iter_*") if (folder / "metadata.json").is_file())
+    if len(whole) > 1 or (path / output.TRACKER).is_symlink():
+        raise UsageError(
+            f"--load {path}: {output.TRACKER} is missing beside {', '.join(whole) or 'nothing'}, which training would "
+            "write over: --ckpt-step goes on from one of them; or give another folder"
+        )
 
 
 def done(args: Namespace) -> str | None:
@@ -141,9 +157,24 @@ def check_model(args: Namespace, found: Found | None) -> None:
                 f"{flag(_SET_BY.get(name, name))} {saved}, and these flags make it {ours}"
             )
     if goes_on:
+        _check_optimizer(args, found)
         _check_schedule(args, found)
     if found.step and _is_ours(found.args):
         MegatronCheckpoint(found.folder.parent, _step_of(found.folder), flag=found.flag)
+
+
+def _check_optimizer(args: Namespace, found: Found) -> None:
+    """Its state goes on as it is: another optimizer, precision or way to lie on the ranks has no place for it."""
+    if args.no_load_optim or found.step is None:
+        return
+    for name in ("optimizer", "fp16", "bf16", "use_distributed_optimizer"):
+        saved, ours = getattr(found.args, name, None), getattr(args, name)
+        gathered = name == "use_distributed_optimizer" and saved and not ours
+        if saved is not None and saved != ours and not gathered:
+            raise UsageError(
+                f"{found.flag} {found.folder.parent}: {found.folder.name} was saved with {flag(name)} {saved}, and these "
+                f"flags make it {ours}; --no-load-optim goes on with the weights alone"
+            )
 
 
 def _check_schedule(args: Namespace, found: Found) -> None:
@@ -164,6 +195,9 @@ def _check_schedule(args: Namespace, found: Found) -> None:
         steps["wd_incr_steps"] = ("train_iters", args.train_iters)
         if args.lr_warmup_fraction is None:
             steps["lr_warmup_steps"] = ("lr_warmup_iters", args.lr_warmup_iters)
+        else:
+            warmup = args.lr_warmup_fraction * (args.lr_decay_iters or args.train_iters)
+            steps["lr_warmup_steps"] = ("lr_warmup_fraction", warmup)
         ours |= {(key, name): value * args.global_batch_size for key, (name, value) in steps.items()}
     for (key, name), value in ours.items():
         if key in saved and saved[key] != value:

@@ -81,13 +81,39 @@ def check_ends(args: Namespace) -> None:
         output.check_free(target, flag="--save-hf", overwrite=False)
         if args.save is None:
             args.save, args.no_save_optim = str(_between(target)), True
+            _refuse_finished(args, target)
+        _check_apart(args, target)
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or 1000
+
+
+def _check_apart(args: Namespace, target: Path) -> None:
+    """Where the run keeps its own files --save-hf would find something at the end."""
+    save, target = Path(args.save).resolve(), target.resolve()
+    below = target.relative_to(save).parts[0] if save in target.parents else ""
+    if target == save or target in save.parents or below in (HF, "runs", "best") or below.startswith("iter_"):
+        raise UsageError(f"--save-hf {args.save_hf}: --save {args.save} keeps its files there; give a folder beside it")
+
+
+def _refuse_finished(args: Namespace, target: Path) -> None:
+    """A run that came to its end, and whose export failed, left its last checkpoint there."""
+    tracker = _between(target) / output.TRACKER
+    step = tracker.read_text().strip() if tracker.is_file() else ""
+    if step.isdigit() and args.train_iters and int(step) >= args.train_iters:
+        raise UsageError(
+            f"--save-hf {args.save_hf}: step {step} of an earlier run is in {tracker.parent}: python tools/convert_hf.py "
+            f"export --checkpoint {tracker.parent} --hf-path {args.save_hf}, or delete it"
+        )
 
 
 def _between(target: Path) -> Path:
     """Where the last checkpoint lies until it is exported, if the user keeps none."""
     return target.with_name(f".{target.name}.checkpoint")
+
+
+def is_between(args: Namespace) -> bool:
+    """Whether --save is a folder of --save-hf's own, written anew by each start."""
+    return args.save_hf is not None and Path(args.save) == _between(Path(args.save_hf).absolute())
 
 
 def weights_hook(args: Namespace) -> Callable[[list], list] | None:
@@ -132,5 +158,5 @@ def save_hf(args: Namespace) -> None:
     with TransferBar("exported") as progress:
         export_hf(MegatronCheckpoint(Path(args.save)), target, flag="--save-hf", progress=progress)
     print(f"{args.save_hf}: for {args.target_length} positions", flush=True)
-    if Path(args.save) == _between(target):
+    if is_between(args):
         shutil.rmtree(args.save)

@@ -28,6 +28,7 @@ _MOST = {
     "eval_lengths": 1 << 30, "micro_batch_size": 1 << 20, "global_batch_size": 1 << 24, "train_iters": 1 << 40,
     "train_samples": 1 << 48, "seed": (1 << 31) - 1, "num_workers": 1 << 10, "eval_iters": 1 << 40,
     "make_vocab_size_divisible_by": 1 << 20, "distributed_timeout_minutes": 1 << 20,
+    "timeout_minutes": 1 << 20,
     "signal_exit_code": 255,
 }  # fmt: skip
 """Far beyond any model; larger is a slip of the keyboard, and would be asked of the memory."""

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 end a run at its next step, with a checkpoint; so does the end of its torchrun.
+"""SIGTERM and SIGUSR1 end a run at its next step, with a checkpoint; so does the end of its torchrun (`launcher`).
 
 A cluster gives a short time before it takes the machines away. Megatron's handler knows one signal
 (--exit-signal, SIGTERM); Slurm's warning is mostly SIGUSR1. torchrun passes SIGTERM on, and kills what is left 30
@@ -6,8 +6,6 @@ seconds later; of SIGUSR1 it dies, unless it was told to pass that on too (--sig
 """
 
 import contextlib
-import ctypes
-import os
 import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -19,7 +17,6 @@ from megatron_cream.checkpoint import saving
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.compat import wrap_method
 
-_PR_SET_PDEATHSIG = 1
 _received = 0
 
 
@@ -59,9 +56,6 @@ def leaving(args: Namespace, say: Callable[[str], None]) -> Iterator[None]:
     """
     global _received
     _received = 0
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != 1:
-        # A torchrun that died would leave its ranks behind, which know nothing of it.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
     try:
         yield
     except SystemExit as left:

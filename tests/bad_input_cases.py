@@ -4,6 +4,7 @@ More of Hugging Face folders, for the converter, is in test_convert_faults.py.
 """
 
 import pickle
+import shutil
 from pathlib import Path
 
 import torch
@@ -40,6 +41,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 NEW = (TRAINER, *RUN, "--data-path", "{0}/data", "--save", "{0}/new", "--tensorboard-dir", "{0}/tb")
 NEW_WITHOUT_DATA = (TRAINER, *RUN, "--save", "{0}/new")
 RESUME = (*NEW, "--load", "{0}/run")
+SGD = (*(part for part in RESUME if part != "--use-distributed-optimizer"), "--optimizer", "sgd")
+FP16 = (*(part for part in RESUME if part != "--fp32"), "--fp16")
+GO_ON = (*RESUME, "--save", "{0}/run", "--train-iters", "4")
 START = (TRAINER, *MODEL, "--data-path", "{0}/data", "--tokenizer-type", "NullTokenizer", "--save", "{0}/new")
 FROM_CKPT, FROM_HF = (*START, "--pretrained-checkpoint", "{0}/ckpt"), (*START, "--load-hf", "{0}/hf")
 FROM_EXPORT, FROM_CLASSIC = (*START, "--load-hf", "{0}/exported"), (*START, "--pretrained-checkpoint", "{0}/classic")
@@ -97,6 +101,16 @@ def own_code(w: Path) -> None:
 
 
 # name: (damage, command line, what the line must say)
+def astray(w: Path) -> None:
+    (w / "run" / TRACKER).unlink()
+    (w / "run" / TRACKER).symlink_to("/nowhere")
+
+
+def untracked(w: Path) -> None:
+    shutil.copytree(w / STEP, w / "run/iter_0000004")
+    (w / "run" / TRACKER).unlink()
+
+
 CHECKPOINTS = {
     "metadata runs code": (metadata(STEP, lambda w, m: evil(w)), RESUME, ["--load", "open", "nothing of it was run"]),
     "metadata's planner data runs code": (
@@ -222,6 +236,12 @@ CHECKPOINTS = {
     "another scaling": (also(), (*RESUME, "--rope-scaling-type", "ntk"), ["--rope-scaling-type", "linear", "ntk"]),
     "another factor": (also(), (*RESUME, "--target-length", "768"), ["--rope-scaling-type", "4.0", "8.0"]),
     "another learning rate": (also(), (*RESUME, "--lr", "1e-3"), ["--lr", "0.01", "0.001", "--override-opt-param"]),
+    "another optimizer": (also(), SGD, ["--optimizer adam", "make it sgd", "--no-load-optim"]),
+    "another precision": (also(), FP16, ["--fp16 False", "make it True", "--no-load-optim"]),
+    "another norm": (also(), (*RESUME, "--norm-epsilon", "1e-3"), ["--norm-epsilon 1e-05", "make it 0.001"]),
+    "another warm-up": (also(), (*RESUME, "--lr-warmup-fraction", "0.5"), ["--lr-warmup-fraction", "lr_warmup_steps 0"]),
+    "a tracker that leads nowhere": (astray, GO_ON, ["--load", TRACKER, "--ckpt-step"]),
+    "two checkpoints without a tracker": (untracked, GO_ON, ["--load", "iter_0000002, iter_0000004", "--ckpt-step"]),
     "more steps": (also(), (*RESUME, "--train-iters", "9"), ["16", "72", "--override-opt-param-scheduler"]),
     "a parameter of another shape": (
         metadata(STEP, lambda w, m: setattr(m.state_dict_metadata[NORM_KEY], "size", torch.Size([7]))),

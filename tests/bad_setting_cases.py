@@ -131,6 +131,27 @@ FLAGS = {
     "hook's time": (
         "--save {0}/new --save-hook true --save-hook-minutes 0", 1, ["--save-hook-minutes 0.0", "above 0"],
     ),
+    "two precisions": ("--fp16", 1, ["--fp16 with --fp32"]),
+    "a signal that no process hears": ("--exit-signal SIGKILL", 1, ["--exit-signal SIGKILL", "SIGTERM"]),
+    "another data loader": ("--dataloader-type external", 1, ["--dataloader-type external"]),
+    "steps and samples": ("--train-samples 64", 1, ["--train-samples 64 with --train-iters"]),
+    "two schedules": (
+        "--override-opt-param-scheduler --use-checkpoint-opt-param-scheduler", 1,
+        ["--override-opt-param-scheduler", "give one of the two"],
+    ),
+    "an optimizer that is not installed": ("--optimizer muon", 1, ["--optimizer muon", "emerging-optimizers"]),
+    "an optimizer without shards": ("--optimizer sgd", 1, ["--use-distributed-optimizer", "--optimizer sgd"]),
+    "attention's dropout": ("--attention-dropout 0.1", 1, ["--attention-dropout 0.1", "sdpa", "use 0"]),
+    "minutes without end": ("--timeout-minutes 1e300", 1, ["--timeout-minutes", "at most"]),
+    "a long name to save": (f"--save {{0}}/{'x' * 300}", 1, ["--save", "File name too long"]),
+    "a long name to load": (f"--load {{0}}/{'x' * 300}", 1, ["--load", "File name too long"]),
+    "the same place twice": ("--save-hf {0}/new", 1, ["--save-hf", "--save"]),
+    "an export among checkpoints": ("--save-hf {0}/new/iter_0000002", 1, ["--save-hf", "--save"]),
+    "an export where the tokenizer will be": ("--save-hf {0}/new/hf", 1, ["--save-hf", "--save"]),
+    "an export around checkpoints": ("--save {0}/up/new --save-hf {0}/up", 1, ["--save-hf", "--save"]),
+    "keeping what is not saved": (
+        "--most-recent-k 1 --save-interval 2 --save-retain-interval 3", 1, ["--save-retain-interval 3", "--save-interval 2"],
+    ),
     "tokenizer is no model": (
         "--tokenizer-type SentencePieceTokenizer --tokenizer-model {0}/data.bin", 1, ["--tokenizer-type", "data.bin"],
     ),

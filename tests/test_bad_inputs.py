@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron_cream import platform
 platform.setup()
 
 from megatron_cream import arguments, compat, files, loading
+from megatron_cream.errors import UsageError
 from tests.bad_input_cases import (
     CHECKPOINTS,
     FOLDERS,
@@ -113,6 +115,17 @@ def test_one_line_exit_code_2_and_nothing_written(mains, world, case):
 def test_flags_that_cannot_run(mains, world, case):
     flags, ranks, words = FLAGS[case]
     fails_in_one_line(mains, world, (*NEW, *flags.split()), words, ranks)
+
+
+def test_checkpoints_that_another_run_saved_meanwhile_are_not_written_over(tmp_path):
+    """Looked at again when --save is held: a run of 30 s fits between the first look and the lock."""
+    args = Namespace(save=str(tmp_path), load=None, skip_train=False)
+    loading.refuse_another_run(args)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    with pytest.raises(UsageError, match=f"--save {tmp_path}: holds the checkpoints of an earlier run"):
+        loading.refuse_another_run(args)
+    args.load = f"{tmp_path}/."
+    loading.refuse_another_run(args)
 
 
 def test_what_is_whole_passes_every_check(mains, world):

@@ -1,5 +1,6 @@
 """Runs without a model that computes: gold answers score 1, batches, memory, folders of results, means, pictures."""
 
+import json
 import math
 import re
 import shutil
@@ -153,12 +154,21 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_damaged_results_are_refused(tmp_path):
     options = dict(settings={}, model={}, model_path=tmp_path, overwrite=False)
+    good = {"name": "a", "score": 1.0, "part": "", "length": 9, "depth": None}
+    line = json.dumps(good) + "\n"
     with open_results(tmp_path / "out", **options) as results:
-        results.add({"name": "a"})
+        results.add(good)
         results.finish({})
+    wrong = [
+        "not json", '{"name": "b"}', "[" * 100_000, json.dumps(good | {"name": 5}), json.dumps(good | {"score": "1"}),
+        json.dumps(good | {"score": 2}), json.dumps(good | {"depth": "x"}), json.dumps(good | {"length": None}),
+        '{"name": "b", "lengths": 5}', '{"name": "b", "lengths": {"x": {"nll": 1, "tokens": 1}}}',
+        '{"name": "b", "lengths": {"8": {"nll": 1}}}', '{"name": "b", "lengths": {"8": {"nll": "1", "tokens": 1}}}',
+    ]  # fmt: skip
     for name, text, reason in [
-        (RESULTS, '{"name": "a"}\nnot json\n{"name": "b"}\n', "line 2: not a result"),
+        *((RESULTS, f"{line}{text}\n{line}", "line 2: not a result") for text in wrong),
         (SUMMARY, "{", "summary.json cannot be read"),
+        (SUMMARY, "[" * 100_000, "summary.json cannot be read"),
         (SUMMARY, None, "results.jsonl has no summary.json"),
     ]:
         folder = tmp_path / f"{reason[:6]}"

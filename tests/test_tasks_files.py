@@ -279,7 +279,7 @@ def bad(kind: str, tmp_path: Path):
         "lines": lambda: lines.examples(TOKENS, lines=[1]),
         "lines length": lambda: lines.examples(TOKENS, lengths=[100]),
         "no file": lambda: lines.load(TOKENS, [file]),
-        "not JSON": lambda: lines.load(TOKENS, [write_lines(file, []), _text(file, '{"a": 1}\n\n{"b"')]),
+        "not JSON": lambda: lines.load(TOKENS, [_text(file, '{"a": 1}\n\n{"b"')]),
         "field": lambda: lines.load(TOKENS, [write_lines(file, [longeval(), {"prompt": "x"}])]),
         "not an object": lambda: lines.load(TOKENS, [_text(file, "[1, 2]\n")]),
         "field's value": lambda: lines.load(TOKENS, [write_lines(file, [longeval() | {"expected_number": "x"}])]),
@@ -316,34 +316,34 @@ def _text(path: Path, text: str) -> Path:
         ("needle depth", "depth 50: must be from 0 to 1"),
         ("needle length", r"context length 60: too short for needle, which takes \d+ tokens"),
         ("grid", "3 lengths from 5000 to 1000"),
-        ("no haystack", "haystack .*none: no such folder"),
-        ("empty haystack", "haystack .*bench: there is no text"),
+        ("no haystack", "--haystack .*none: no such folder"),
+        ("empty haystack", "--haystack .*bench: there is no text"),
         ("haystack not UTF-8", r"latin/a\.txt: not a text file in UTF-8"),
-        ("lines", "lines 1: must be 2 or more"),
+        ("lines", "--lines 1: must be 2 or more"),
         ("lines length", "context length 100: too short for lines"),
         ("no file", r"file\.jsonl: cannot be read"),
         ("not JSON", r"file\.jsonl, line 1: expected an object with expected_number, num_lines, prompt, random_idx"),
         ("field", r"file\.jsonl, line 2: expected an object with expected_number, num_lines, random_idx"),
         ("not an object", r"file\.jsonl, line 1: expected an object"),
-        ("field's value", r"file\.jsonl: example 1 is not one of LongEval's lines"),
-        ("keys", "keys 1: must be 2 or more"),
-        ("gold", "gold place 75: must be from 0 to 74"),
+        ("field's value", r"file\.jsonl, line 1: not one of LongEval's lines"),
+        ("keys", "--keys 1: must be 2 or more"),
+        ("gold", "--gold 75: must be from 0 to 74"),
         ("cut gzip", r"cut\.jsonl\.gz"),
-        ("pairs", r"file\.jsonl: example 1 is not one of key-value retrieval"),
-        ("ruler task", "RULER task niah_single_4: expected some of niah_single_1"),
-        ("ruler file", "RULER task qa_2: give HotpotQA's"),
+        ("pairs", r"file\.jsonl, line 1: not an example of key-value retrieval"),
+        ("ruler task", "--tasks niah_single_4: expected some of niah_single_1"),
+        ("ruler file", "--hotpotqa is missing: --tasks qa_2 needs HotpotQA's"),
         ("ruler length", "context length 200: too short for cwe"),
         ("questions", r"squad\.json: has 1 questions, too few for 2"),
         ("squad", r"s\.json: not SQuAD's JSON"),
         ("hotpotqa", r"h\.json: not HotpotQA's JSON"),
         ("no questions", r"e\.json: there are no questions"),
-        ("bench folder", "LongBench .*none: no such folder"),
+        ("bench folder", "--data .*none: no such folder"),
         ("bench zip", r"data\.zip: cannot be read"),
         ("bench empty", "there is no NAME.jsonl"),
-        ("bench name", "LongBench data set squad: expected some of narrativeqa"),
-        ("bench absent", "LongBench data set trec: .* has narrativeqa"),
+        ("bench name", "--datasets squad: expected some of narrativeqa"),
+        ("bench absent", "--datasets trec: .* has narrativeqa"),
         ("bench length", "context length 128: too short for narrativeqa"),
-        ("bench answers", "narrativeqa, id0: answers must be a list, not 'gold'"),
+        ("bench answers", r"narrativeqa\.jsonl, line 1: answers must be a list, not 'gold'"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, kind, told):
@@ -358,3 +358,89 @@ def test_a_package_that_grading_needs_is_missed_before_generation(tmp_path, monk
     monkeypatch.setitem(sys.modules, "rouge", None)
     with pytest.raises(UsageError, match="pip install rouge"):
         next(longbench.examples(TOKENS, folder=tmp_path, length=2000))
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "told"),
+    [
+        # Lone surrogates, too deep, nothing at all.
+        ("lines", json.dumps(longeval() | {"prompt": "a \ud800"}), r"data\.jsonl, line 1: not a JSON object"),
+        ("kv", json.dumps(pairs_record() | {"key": "\ud800"}), r"data\.jsonl, line 1: not a JSON object"),
+        ("longbench", json.dumps(record(context="\udfff")), r"narrativeqa\.jsonl, line 1: not a JSON object"),
+        ("longbench", json.dumps(record(_id="\udfff")), r"narrativeqa\.jsonl, line 1: not a JSON object"),
+        ("squad", json.dumps(squad()).replace("Who", "\\ud800"), r"data\.jsonl: cannot be read"),
+        ("longbench", DEEP, r"narrativeqa\.jsonl, line 1: not a JSON object"),
+        ("squad", DEEP, r"data\.jsonl: cannot be read"),
+        ("lines", "", r"data\.jsonl: there are no records"),
+        ("kv", "\n", r"data\.jsonl: there are no records"),
+        ("longbench", "", r"narrativeqa\.jsonl: there are no records"),
+        # Values of other types.
+        ("lines", json.dumps(longeval() | {"num_lines": float("inf")}), r"data\.jsonl, line 1: not one of LongEval's"),
+        ("lines", json.dumps(longeval() | {"prompt": ""}), r"data\.jsonl, line 1: not one of LongEval's"),
+        ("lines", json.dumps(longeval() | {"prompt": 5}), r"data\.jsonl, line 1: not one of LongEval's"),
+        ("kv", json.dumps(pairs_record(1, 0)), r"data\.jsonl, line 1: not an example of key-value"),
+        ("longbench", json.dumps(record(all_classes=5)), r"narrativeqa\.jsonl, line 1: all_classes must be a list"),
+        ("longbench", json.dumps(record(all_classes=True)), r"narrativeqa\.jsonl, line 1: all_classes must be a list"),
+        ("squad", json.dumps(squad()).replace('"Name 0-0"', "5"), r"data\.jsonl: not SQuAD's JSON .*text must be"),
+        ("squad", json.dumps(squad()).replace('"Who is 0.0?"', "[]"), r"data\.jsonl: not SQuAD's JSON .*question must"),
+        ("hotpotqa", json.dumps(hotpot()).replace('"yes1"', '["yes"]'), r"data\.jsonl, record 2: .*answer must be"),
+        ("hotpotqa", json.dumps(hotpot()).replace('"yes1"', "1"), r"data\.jsonl, record 2: .*answer must be"),
+        ("hotpotqa", json.dumps([*hotpot(), hotpot()[0] | {"context": []}]), r"data\.jsonl, record 4: .*context is"),
+        # The same name twice.
+        ("longbench", f"{json.dumps(record())}\n" * 2, r"jsonl, line 2: _id 'id0' is that of .*jsonl, line 1"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_one_line(tmp_path, task, text, told):
+    (tmp_path / "bench").mkdir()
+    path = _text(tmp_path / ("bench/narrativeqa.jsonl" if task == "longbench" else "data.jsonl"), text)
+    read = {
+        "lines": lambda: lines.load(TOKENS, [path]),
+        "kv": lambda: kv.load(TOKENS, [path]),
+        "squad": lambda: [qa.read_squad(path)],
+        "hotpotqa": lambda: [qa.read_hotpotqa(path)],
+        "longbench": lambda: longbench.examples(TOKENS, folder=path.parent, length=900),
+    }[task]
+    with pytest.raises(UsageError, match=told) as error:
+        list(read())
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_files_of_one_name_are_refused(tmp_path):
+    """Their examples would be taken for each other."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "4_lines.jsonl", [longeval()])
+        write_lines(tmp_path / folder / "5_keys.jsonl", [pairs_record()])
+    for load, name in ((lines.load, "4_lines"), (kv.load, "5_keys")):
+        files = [tmp_path / folder / f"{name}.jsonl" for folder in ("a", "b")]
+        for given in (files, [files[0], Path(str(files[0]))]):
+            with pytest.raises(UsageError, match=re.escape(f"--data {given[0]} {given[1]}: two files of one name")):
+                list(load(TOKENS, given))
+    bench = tmp_path / "data.zip"
+    with zipfile.ZipFile(bench, "w") as archive:
+        for folder in ("a", "b"):
+            archive.writestr(f"{folder}/trec.jsonl", json.dumps(record()))
+    with pytest.raises(UsageError, match="--data .*zip: a/trec.jsonl b/trec.jsonl: two files of one name"):
+        list(longbench.examples(TOKENS, folder=bench, length=900))
+    write_lines(tmp_path / "trec.jsonl", [record()])
+    with pytest.raises(UsageError, match="--datasets trec: given twice"):
+        list(longbench.examples(TOKENS, folder=tmp_path, length=900, datasets=["trec", "trec"]))
+
+
+def test_members_of_a_zip(tmp_path):
+    """A name with a dot is read; what is encrypted, or compressed in an unknown way, is one line."""
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("./data/trec.jsonl", json.dumps(record()))
+    assert [example.part for example in longbench.examples(TOKENS, folder=path, length=900)] == ["trec"]
+    data = path.read_bytes()
+    local, central = data.index(b"PK\x03\x04"), data.index(b"PK\x01\x02")
+    for offset, value in ((6, 1), (8, 77)):  # flags: encrypted; method
+        changed = bytearray(data)
+        changed[local + offset] = changed[central + offset + 2] = value
+        path.write_bytes(changed)
+        with pytest.raises(UsageError, match=r"data\.zip: cannot be read"):
+            list(longbench.examples(TOKENS, folder=path, length=900))

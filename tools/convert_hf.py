@@ -24,6 +24,7 @@ TEXT = (
     "The window of a language model is the number of tokens it was trained to read at once. "
     "Positions beyond it are new to the model, unless they are made to look like old ones."
 )
+MOST_DIVISOR = 1 << 26  # as many tokens as a vocabulary has at most
 
 
 def main() -> int:
@@ -49,6 +50,8 @@ def run_import(args) -> int:
             "--format torch; a torch_dist checkpoint opens at any layout"
         )
     source = hf_folder.HfFolder(hf_folder.locate(args.hf_path, flag="--hf-path"))
+    convert.check_apart(source.path, args.output, flag="--output")
+    output.check_free(args.output.absolute(), flag="--output", overwrite=args.overwrite)
     output.check_unchanged(source.path)
     with console.TransferBar("imported") as progress:
         convert.import_hf(
@@ -69,6 +72,7 @@ def run_import(args) -> int:
 
 def run_export(args) -> int:
     source = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
+    convert.check_apart(source.path, Path(args.hf_path), flag="--hf-path")
     output.check_free(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
     output.check_unchanged(source.folder)
     with console.TransferBar("exported") as progress:
@@ -102,10 +106,16 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a size such as 5GB or 800MB")
-    found = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-    if found < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be above 0")
-    return found
+    found = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
+    if not 1 <= found <= 1e18:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be from 1 byte to 1000000TB")
+    return int(found)
+
+
+def divisor(text: str) -> int:
+    if positive(text) > MOST_DIVISOR:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {MOST_DIVISOR} or less")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -128,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
         help="torch_dist opens at any layout; torch writes mp_rank_XX files for another Megatron",
     )  # fmt: skip
     command.add_argument(
-        "--make-vocab-size-divisible-by", type=positive, default=128, metavar="N",
+        "--make-vocab-size-divisible-by", type=divisor, default=128, metavar="N",
         help="pad the vocabulary with zeros to a multiple of N (default 128)",
     )  # fmt: skip
     command.add_argument(

@@ -35,10 +35,14 @@ from megatron_cream.evaluation.runner import (
     run_task,
 )
 from megatron_cream.evaluation.tasks import needle
+from megatron_cream.evaluation.tasks.filler import TooShort
 from megatron_cream.files import writing
 
 LONGEST_BY_DEFAULT = 131072
 """Without --lengths, a model of more positions is tested up to here."""
+
+LENGTH_FLAGS = {"needle": "--min-length", "longbench": "--length"}
+"""Which flag sets the shortest context, where it is not --lengths."""
 
 
 def main() -> int:
@@ -48,6 +52,9 @@ def main() -> int:
         with writing(args.output, "--output", "what is done is kept, and the same command goes on from there"):
             RUNS[args.command](args)
         return 0
+    except TooShort as error:
+        print(f"evaluate.py: error: {LENGTH_FLAGS.get(args.command, '--lengths')}: {error}", file=sys.stderr)
+        return 2
     except UsageError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
@@ -118,6 +125,9 @@ def run_examples(args, source: language_model.Source, plan: Plan, options: dict)
 def run_perplexity_command(args) -> None:
     source = find_model(args)
     lengths = args.lengths or default_lengths(source)
+    if lengths[-1] < 2 or args.min_tokens == 1:
+        flag = f"--lengths {lengths[-1]}" if lengths[-1] < 2 else f"--min-tokens {args.min_tokens}"
+        raise UsageError(f"{flag}: must be 2 or more: a document's first token is not scored")
     rule = KeyTokenRule(args.alpha, args.beta, args.short_context, args.short_block)
     with_longppl = lengths[-1] > rule.short_context if args.longppl is None else args.longppl
     if with_longppl and lengths[-1] <= rule.short_context:

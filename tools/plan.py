@@ -27,7 +27,7 @@ platform.setup()  # before anything of Megatron is imported
 from rich.console import Console
 
 from megatron_cream.errors import UsageError
-from megatron_cream.files import writing
+from megatron_cream.files import check_picture, writing
 from megatron_cream.planning import (
     Run,
     layouts,
@@ -53,6 +53,8 @@ def main() -> int:
             return 0
         if options.gpus is None:
             raise UsageError("the following arguments are required: --gpus")
+        if options.picture:
+            check_picture(options.picture, "--picture")
         return plan(options, flags)
     except UsageError as error:
         print(f"plan.py: error: {error}", file=sys.stderr)
@@ -144,15 +146,6 @@ def link(text: str) -> str | float:
     return text if text in ("nvlink", "pcie") else 1e9 * above_zero(text)
 
 
-def picture_file(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must end in .png, .svg or .pdf")
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.parent}")
-    return path
-
-
 def above_zero(text: str) -> float:
     if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
@@ -181,9 +174,7 @@ def parser() -> argparse.ArgumentParser:
         help="Gbit/s between hosts for each GPU; 400 (InfiniBand NDR) of H100 and H200, 200 (HDR) of A100",
     )  # fmt: skip
     result.add_argument("--price", type=above_zero, help="of one GPU for an hour, for the cost of the run")
-    result.add_argument(
-        "--picture", type=picture_file, metavar="FILE", help="where a step's time goes, of each layout listed"
-    )
+    result.add_argument("--picture", type=Path, metavar="FILE", help="where a step's time goes, of each layout listed")
     result.add_argument("--check", action="store_true", help="predictions beside measured runs, and no plan")
     result.add_argument("--json", action="store_true", help="all of it, in bytes, for a program")
     return result

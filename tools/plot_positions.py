@@ -21,14 +21,19 @@ from rich.table import Table
 
 from megatron_cream.command_line import OneLineParser, positive
 from megatron_cream.errors import UsageError
-from megatron_cream.files import save_picture, writing
+from megatron_cream.files import check_picture, save_picture, writing
 from megatron_cream.positions import SAMPLERS, build_sampler
 from megatron_cream.positions.coverage import Coverage, coverage
+
+MOST_SAMPLES = 10_000_000
 
 
 def main() -> int:
     args = parser().parse_args()
     try:
+        check_picture(args.output, "--output")
+        if args.samples > MOST_SAMPLES:
+            raise UsageError(f"--samples {args.samples}: must be {MOST_SAMPLES} or less")
         measured = {name: measure(args, options) for name, options in curves(args).items()}
         draw(measured, args)
     except (UsageError, ValueError, OSError) as error:

@@ -25,7 +25,9 @@ ends with one line and exit code 2, and writes nothing.
 
 import argparse
 import contextlib
+import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_cream.command_line import OneLineParser
@@ -133,15 +136,17 @@ def check(args: argparse.Namespace) -> None:
     with blame("--tokenizer-model"):
         check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
     with blame("--input"):
-        find_files(args.input, args.glob)
+        find_files(args.input, args.glob, args.output_prefix)
     prefix = args.output_prefix
-    if prefix.is_dir() or prefix.suffix in (".bin", ".idx"):
+    if os.path.isdir(prefix) or prefix.suffix in (".bin", ".idx"):
         raise ValueError(f"--output-prefix {prefix}: expected a path up to .bin and .idx, such as data/pile")
     try:
         check_can_be_made(prefix.absolute().parent, f"--output-prefix {prefix}:")
         check_output(prefix, args.overwrite)
     except FileExistsError as error:
         raise ValueError(f"--output-prefix {prefix}: {error}; give another prefix, or --overwrite") from error
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--output-prefix {prefix}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextlib.contextmanager
@@ -154,7 +159,9 @@ def blame(flag: str) -> Iterator[None]:
 
 
 def print_report(report: PreprocessReport, prefix: Path) -> None:
-    table = Table(title=f"{prefix}.bin, {prefix}.idx", show_header=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names of files need not be UTF-8
+    table = Table(title=escape(f"{prefix}.bin, {prefix}.idx"), show_header=False)
     table.add_row("documents", f"{report.documents:,}")
     table.add_row("tokens", f"{report.tokens:,}")
     table.add_row("longest document", f"{report.lengths.max():,} tokens")
@@ -163,7 +170,7 @@ def print_report(report: PreprocessReport, prefix: Path) -> None:
     for length in LONG_DOCUMENTS:
         table.add_row(f"documents of {length:,} tokens or more", f"{report.documents_of_at_least(length):,}")
     for reason, count in report.dropped.items():
-        table.add_row(f"dropped: {reason}", f"{count:,}")
+        table.add_row(escape(f"dropped: {reason}"), f"{count:,}")
     table.add_row("seconds", f"{report.seconds:.1f}")
     Console().print(table)
     for reason, where in report.first_dropped.items():  # below, where a path is not wrapped

@@ -2,7 +2,7 @@
 
 import threading
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from megatron_cream.checkpoint.mapping import (
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint, write_torch_dist
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.console import TransferBar
+from megatron_cream.errors import UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Files written at once; each thread hashes what it wrote. Import makes as many files, of one size;
@@ -73,7 +74,11 @@ def import_hf(
     scratch, read = _Scratch(), joined(source)
 
     def produce(row: Row, layer: int | None) -> Tensor:
-        return read(row, layer, scratch.get(megatron_shape(row, shape, padded), kinds[row.key]))
+        names = row.names(layer)
+        out = read(row, layer, scratch.get(megatron_shape(row, shape, padded), kinds[row.key]))
+        if dtype is not None:
+            _check_range(out, map(source.dtype, names), lambda: zip(names, map(source.get, names)))
+        return out
 
     needs = sum(
         torch.Size(megatron_shape(row, shape, padded)).numel() * kinds[row.key].itemsize for row, _ in pieces(shape)
@@ -106,6 +111,30 @@ def import_hf(
         carry(source.path, folder / HF)
         output.write_manifest(folder, {f"release/{name}": digest for name, digest in hashes.items()})
         (folder / TRACKER).write_text("release")
+
+
+def check_apart(source: Path, target: Path, *, flag: str) -> None:
+    """Raise UsageError if writing `target`, which the user gave with `flag`, would remove `source` or a part of it."""
+    read, written = source.resolve(), target.resolve()
+    if read == written or written in read.parents or (read in written.parents and target.exists()):
+        raise UsageError(f"{flag} {target}: must be apart from what is read, {source}")
+
+
+def _check_range(out: Tensor, before: Iterable[torch.dtype], again: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+    """Raise UsageError if the cast to what is in `out` made a finite value infinite.
+
+    Args:
+        before: the types that were cast.
+        again: (name, tensor) of what was cast.
+    """
+    wider = any(torch.finfo(kind).max > torch.finfo(out.dtype).max for kind in before)
+    if not wider or all(value.isfinite() for value in out.aminmax()):
+        return
+    for name, tensor in again():
+        lost = tensor[tensor.isfinite() & tensor.to(out.dtype).isinf()]
+        if lost.numel():
+            flag = next(flag for flag, kind in DTYPES.items() if kind == out.dtype)
+            raise UsageError(f"--dtype {flag}: {name} holds {lost.abs().max():.4g}, more than {flag} can")
 
 
 def joined(source: HfFolder) -> Callable[[Row, int | None, Tensor], Tensor]:
@@ -180,11 +209,18 @@ def export_groups(source: MegatronCheckpoint, dtype: torch.dtype | None) -> list
     shape = source.shape
 
     def group(row: Row, layer: int | None) -> Group:
-        kind = dtype or source.dtype(row, layer)
+        own = source.dtype(row, layer)
+        kind, out_shape = dtype or own, megatron_shape(row, shape, shape.vocab_size)
 
         def produce() -> list[Tensor]:
-            out = scratch.get(megatron_shape(row, shape, shape.vocab_size), kind)
-            return split(row, source.read(row, layer, out), shape)
+            out = scratch.get(out_shape, kind)
+            source.read(row, layer, out)
+            if dtype is not None:
+                _check_range(out, [own], lambda: zip(row.names(layer), whole()))
+            return split(row, out, shape)
+
+        def whole() -> list[Tensor]:
+            return split(row, source.read(row, layer, torch.empty(out_shape, dtype=own)), shape)
 
         names = zip(row.names(layer), hf_shapes(row, shape), strict=True)
         return Group([(name, kind, size) for name, size in names], produce)

@@ -160,9 +160,10 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
         if key in raw and value is not None and value != needed:
             shown = "" if isinstance(value, dict) else f" {json.dumps(value)}"
             raise UsageError(f"{path}: {key}{shown}: not supported; only {json.dumps(needed)} is")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']}: only 1.0 is supported")
+    for key in ("rope_parameters", "rope_scaling"):
+        factor = (raw.get(key) or {}).get("partial_rotary_factor", 1.0)
+        if factor != 1.0:
+            raise UsageError(f"{path}: {key}: partial_rotary_factor {factor}: only 1.0 is supported")
     try:
         config = AutoConfig.for_model(**raw)
         scaling = {k: v for k, v in (config.rope_parameters or {}).items() if k != "partial_rotary_factor"}
@@ -190,8 +191,11 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
     except Exception as error:  # transformers validates in ways of its own
         raise UsageError(f"{path}: {one_line(error) or type(error).__name__}") from error
     if _slides(config):
+        window = getattr(config, "sliding_window", None)
+        if window is None:  # a family that knows of none, or layers that slide all the same
+            raise UsageError(f"{path}: layer_types: only full_attention is supported")
         raise UsageError(
-            f"{path}: sliding_window {config.sliding_window}: attention over a sliding window is not supported; "
+            f"{path}: sliding_window {window}: attention over a sliding window is not supported; "
             'only "sliding_window": null is'
         )
     return shape

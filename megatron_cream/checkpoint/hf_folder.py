@@ -219,6 +219,8 @@ class _Mapping:
             raise UsageError(f"{path}: not a file of tensors that can be read: {reason}") from error
         if self._tensors is not None and not _is_state_dict(self._tensors):
             raise UsageError(f"{path}: holds something other than named tensors")
+        if self._tensors is not None:  # nn.Parameters take no copy into a view
+            self._tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         if self._tensors is not None:

@@ -67,7 +67,7 @@ def _tensors(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
                 cast += ours.dtype != theirs.dtype
                 difference = _largest_difference(ours.reshape(shape), theirs)
                 equal += difference == 0
-                if not difference <= largest:  # NaN counts as the largest
+                if difference > largest:
                     largest, where = difference, name
                 progress(theirs.nbytes)
     kind = f"; {cast} are of another type" if cast else ""
@@ -86,7 +86,14 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
     parts = zip(ours.reshape(-1).split(1 << 24), theirs.reshape(-1).split(1 << 24))
     # A cast down is compared as such: the wider of the two, rounded to the narrower.
     kind = min(ours.dtype, theirs.dtype, key=lambda d: d.itemsize)
-    return max(((a.to(kind).double() - b.to(kind).double()).abs().max().item() for a, b in parts), default=0.0)
+    return max((_largest(a.to(kind).double(), b.to(kind).double()) for a, b in parts), default=0.0)
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    """NaN equals NaN, and is infinitely far from all else."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    infinity = float("inf")
+    return (a - b).abs().nan_to_num_(nan=infinity, posinf=infinity).masked_fill_(same, 0.0).max().item()
 
 
 def _logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) -> bool:

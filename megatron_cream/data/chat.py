@@ -20,7 +20,7 @@ from megatron_cream.data.documents import BadDocument
 CHAT_FORMATS = ("llama2", "tokenizer")
 
 CHAT_KEYS = ("conversations", "messages")
-"""Where a record keeps its turns: ShareGPT's name and OpenAI's. The first that is there is read."""
+"""Where a record keeps its turns: ShareGPT's name and OpenAI's. The first that is there, and is not null, is read."""
 
 ROLES = {
     "human": "user",
@@ -46,7 +46,7 @@ def take_messages(record: dict, keys: Sequence[str] = CHAT_KEYS) -> list[Message
         BadDocument: what is left is no such chat.
         UnicodeError: a turn holds lone surrogates.
     """
-    turns = next((record[key] for key in keys if key in record), None)
+    turns = next((record[key] for key in keys if record.get(key) is not None), None)
     if turns is None:
         raise BadDocument(f"no key {' or '.join(map(repr, keys))}")
     if not isinstance(turns, list):

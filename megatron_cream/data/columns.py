@@ -165,6 +165,8 @@ def _column_name(path: Path, schema: Any, keys: tuple[str, ...], chats: bool) ->
     if key is None:
         wanted, there = " or ".join(map(repr, keys)), one_line(", ".join(schema.names), 200)
         raise ValueError(f"{path}: no column {wanted}; it has {there} (--json-key names one)")
+    if schema.names.count(key) > 1:
+        raise ValueError(f"{path}: {schema.names.count(key)} columns are named {key!r}; one is needed")
     kind = schema.field(key).type
     if chats:
         is_list = types.is_list(kind) or types.is_large_list(kind)

@@ -75,13 +75,17 @@ class _Forward(io.RawIOBase):
 class _Gzip(_Forward):
     def __init__(self, raw: BinaryIO):
         super().__init__()
+        self._raw = raw
         self._file = gzip.GzipFile(fileobj=raw)
 
     def _some(self, most: int) -> bytes:
         try:
-            return self._file.read1(most)
+            data = self._file.read1(most)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DamagedFile(f"not a whole gzip file ({error})") from error
+        if not data and not self._raw.tell():  # even of nothing there is a header
+            raise DamagedFile("not a whole gzip file (it is empty)")
+        return data
 
 
 class _Zstandard(_Forward):
@@ -106,6 +110,8 @@ class _Zstandard(_Forward):
             if not self._compressed:
                 if self._frame is not None:
                     raise DamagedFile("not a whole zstd file (it ends within a frame)")
+                if not self._raw.tell():
+                    raise DamagedFile("not a whole zstd file (it is empty)")
                 return b""
             self._frame = self._frame or self._new()
             try:

@@ -8,6 +8,7 @@ How documents fall into batches does not depend on the workers.
 
 import codecs
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from megatron_cream.data.columns import COLUMN_SUFFIXES, check_column, dataset_files, read_rows
 from megatron_cream.data.compressed import COMPRESSED_SUFFIXES, DamagedFile, decompressed, suffix
+from megatron_cream.data.indexed import loss_mask_prefix, paths
 from megatron_cream.data.json_array import DamagedArray, read_elements, starts_array
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -66,30 +68,24 @@ class Batch:
     """Where the next batch begins."""
 
 
-def find_files(inputs: Iterable[Path], glob: str | None = None) -> list[Path]:
+def find_files(inputs: Iterable[Path], glob: str | None = None, output: Path | None = None) -> list[Path]:
     """The files behind `inputs`, in reading order: files as named, folders recursively.
 
     Args:
         glob: which files of a folder are read. None: those of a known suffix but for `.json`,
             the usual name of what lies beside data; of a folder that `datasets` saved, its data.
+        output: prefix of what is written, which is no input where it lies in a folder of them.
 
     Raises:
-        ValueError: an input that does not exist, a folder without a matching file, or a
+        ValueError: an input that does not exist or cannot be read, a folder without a matching file, or a
             file of a kind that is not read. The message is one line and names the path.
     """
     files: list[Path] = []
     for path in map(Path, inputs):
-        if path.is_dir():
-            files += _files_in(path, glob)
-        elif not path.exists():
-            raise ValueError(f"{path}: no such file or folder")
-        elif not path.is_file():
-            raise ValueError(f"{path}: not a file or a folder")  # a pipe can be read only once, or never ends
-        elif _kind(path) is None:
-            known = ", ".join((*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES))
-            raise ValueError(f"{path}: expected a file that ends in {known} (text also in .gz or .zst), or a folder")
-        else:
-            files.append(path)
+        try:
+            files += _files_of(path, glob, output)
+        except OSError as error:
+            raise ValueError(f"{error.filename or path}: {error.strerror or error}") from error
     return files
 
 
@@ -181,7 +177,22 @@ def take_text(record: dict, key: str) -> str:
     return _checked_text(record[key])
 
 
-def _files_in(folder: Path, glob: str | None) -> list[Path]:
+def _files_of(path: Path, glob: str | None, output: Path | None) -> list[Path]:
+    if path.is_dir():
+        return _files_in(path, glob, output)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file or a folder")  # a pipe can be read only once, or never ends
+    if _kind(path) is None:
+        known = ", ".join((*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES))
+        raise ValueError(f"{path}: expected a file that ends in {known} (text also in .gz or .zst), or a folder")
+    return [path]
+
+
+def _files_in(folder: Path, glob: str | None, output: Path | None) -> list[Path]:
+    for _ in os.walk(folder, onerror=_raise):  # rglob passes over what it may not read
+        pass
     if glob is None:
         files = dataset_files(folder)
         if files is not None:
@@ -192,12 +203,25 @@ def _files_in(folder: Path, glob: str | None) -> list[Path]:
             raise ValueError(f"{folder}: no {', '.join(sorted(known))} file in this folder; name others with --glob")
         return sorted(found)
     try:
-        found = sorted(file for file in folder.rglob(glob) if file.is_file())
+        found = sorted(file for file in folder.rglob(glob) if file.is_file() and not _is_of(output, file))
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"--glob {glob!r}: expected a pattern such as '*.txt' ({error})") from error
     if not found:
         raise ValueError(f"{folder}: no file in this folder matches {glob!r}; give another --glob")
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_of(output: Path | None, file: Path) -> bool:
+    """Whether a run that writes to the prefix `output` wrote, or will write, `file`."""
+    if output is None:
+        return False
+    place = file.parent if file.parent.name == f"{output.name}.partial" else file
+    names = {path.name for path in (*paths(output), *paths(loss_mask_prefix(output)))}
+    return (place is not file or file.name in names) and place.parent.resolve() == output.parent.resolve()
 
 
 def _kind(path: Path) -> Literal["lines", "columns", "text"] | None:
@@ -218,7 +242,7 @@ def _grouped(
     items: list[tuple[int, bytes | None]] = []
     size = 0
     for number, data, offset, told in records:
-        if data is None or not data.isspace():
+        if form == "text" or data is None or not data.isspace():  # a blank line is none; a row's text is one
             items.append((number, data))
             size += len(data or b"")
         if size >= BATCH_BYTES:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -54,10 +55,22 @@ class State:
 
 
 def check_output(prefix: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if there is output at `prefix` that may not be replaced."""
+    """Before any work: whether the output can have its names.
+
+    Raises:
+        FileExistsError: there is output at `prefix` that may not be replaced.
+        ValueError: a folder or the like has one of the names.
+        OSError: the names are too long.
+    """
+    targets = (*paths(prefix), *paths(loss_mask_prefix(prefix)))
+    for path in (*targets, _folder(prefix)):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            fits, what = (stat.S_ISREG, "file") if path in targets else (stat.S_ISDIR, "folder")
+            if not fits(os.stat(path).st_mode):
+                raise ValueError(f"{path} exists and is not a {what}")
     if overwrite or _read_state(_folder(prefix))[1].complete:  # a run killed while its files took their names
         return
-    for path in (*paths(prefix), *paths(loss_mask_prefix(prefix))):
+    for path in targets:
         if path.exists():
             raise FileExistsError(f"{path} already exists")
 

@@ -26,7 +26,7 @@ from megatron_cream.data.encode import Encoder
 from megatron_cream.data.partial import State, check_output, open_partial
 from megatron_cream.data.workers import map_in_order
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the same inputs and settings would give other bytes: unfinished runs are not mixed."""
 
 
@@ -108,7 +108,7 @@ def preprocess(
     started = time.perf_counter()
     output_prefix = Path(output_prefix)
     check_output(output_prefix, overwrite)
-    files = find_files(inputs, glob)
+    files = find_files(inputs, glob, output_prefix)
     encode = Encoder(
         tokenizer,
         json_key=json_key,

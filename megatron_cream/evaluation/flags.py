@@ -59,15 +59,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     added = command("lines", "LongChat-Lines: the number on one of many lines")
     add = added.add_argument
     _add_lengths(add)
-    add("--lines", type=positive, nargs="+", default=[], metavar="N", help="numbers of lines, in place of lengths")
+    count = dict(type=positive, nargs="+", action=_Ascending, default=[], metavar="N")
+    add("--lines", **count, help="numbers of lines, in place of lengths")
     add("--data", type=Path, nargs="+", default=[], help="LongEval's published N_lines.jsonl files, in place of those")
     _add_generation(added, samples=50, of="length or file")
 
     added = command("kv", "key-value retrieval of Lost in the Middle, by the place of the gold pair")
     add = added.add_argument
-    add("--keys", type=positive, nargs="+", default=[], metavar="N", help="numbers of pairs (default: 75 140)")
+    add("--keys", **count, help="numbers of pairs (default: 75 140)")
     _add_lengths(add, default="none")
-    add("--gold", type=int, nargs="+", metavar="PLACE", help="places of the gold pair, from 0; with --keys or --data")
+    places = "places of the gold pair, from 0; with --keys or --data"
+    add("--gold", type=int, nargs="+", action=_Ascending, metavar="PLACE", help=places)
     add("--data", type=Path, nargs="+", default=[], help="published kv-retrieval-N_keys.jsonl.gz files, in their place")
     _add_generation(added, samples=50, of="place")
 

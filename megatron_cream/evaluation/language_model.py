@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation.tokenizer import ModelTokenizer, has_tokenizer, open_tokenizer
 from megatron_cream.evaluation.vllm_model import VllmModel, import_vllm
+from megatron_cream.files import read_json
 
 ENGINES = ("auto", "vllm")
 """auto: transformers for a Hugging Face folder, Megatron-Core for a Megatron checkpoint."""
@@ -79,7 +79,11 @@ class Source:
     def max_positions(self) -> int:
         if self.checkpoint:
             return self.checkpoint.shape.max_position_embeddings
-        return json.loads((self.path / "config.json").read_text()).get("max_position_embeddings", 1 << 40)
+        file = self.path / "config.json"
+        positions = read_json(file, "a model's configuration that can be read").get("max_position_embeddings")
+        if positions is not None and (type(positions) is not int or positions < 1):
+            raise UsageError(f"{file}: max_position_embeddings {positions!r}: must be a whole number above 0")
+        return positions or 1 << 40
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another, and from itself after more training; no matter where it lies."""
@@ -197,9 +201,9 @@ def _generation_stop_ids(source: Source) -> frozenset[int]:
     if file is None or not file.is_file():
         return frozenset()
     try:
-        ids = json.loads(file.read_text()).get("eos_token_id")
+        ids = read_json(file, "a configuration that can be read").get("eos_token_id")
         return frozenset(() if ids is None else [ids] if isinstance(ids, int) else map(int, ids))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UsageError(f"{file}: cannot be read: {error}") from error
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from megatron_cream import platform
-from megatron_cream.errors import UsageError
-from megatron_cream.files import check_can_be_made, replacing
+from megatron_cream.errors import UsageError, one_line
+from megatron_cream.files import check_can_be_made, read_json, replacing
 from megatron_cream.record import versions
 
 RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
@@ -57,11 +57,16 @@ def open_results(
         overwrite: begin anew, whatever an earlier run left there.
 
     Raises:
-        UsageError: made with others, damaged, or in use by another run.
+        UsageError: made with others, damaged, in use by another run, or not results of an evaluation.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: exists and is not a folder; give another")
     check_can_be_made(folder, "--output")
+    for name in (RESULTS, SUMMARY, PICTURE):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UsageError(f"--output {folder}: its {name} is not a file; give another folder")
+    if overwrite:
+        _check_ours(folder)
     new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     description = {"settings": settings, "model": model, "model_path": str(model_path), "versions": _versions()}
@@ -94,14 +99,28 @@ def _versions() -> dict[str, str]:
     return versions(_PACKAGES) | {"gpu": torch.cuda.get_device_name() if platform.has_cuda() else "none"}
 
 
+def _check_ours(folder: Path) -> None:
+    """Raise UsageError where --overwrite would empty files that no evaluation wrote."""
+    with contextlib.suppress(UsageError):
+        summary = read_json(folder / SUMMARY, "a summary")
+        if isinstance(summary, dict) and {"settings", "model", "finished"} <= summary.keys():
+            return
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(folder / RESULTS, "rb") as lines:
+        if _is_record(json.loads(next(lines, b""))):
+            return
+    for name in (RESULTS, SUMMARY, PICTURE):
+        if (folder / name).exists() and (folder / name).stat().st_size:
+            raise UsageError(f"--output {folder}: no evaluation wrote its {name}; give another folder, or remove it")
+
+
 def _check_same(folder: Path, now: dict[str, Any]) -> None:
     try:
-        before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        before = read_json(folder / SUMMARY, "a summary")
         old, new = dict(before["settings"]), now["settings"]
         same_model = before["model"] == now["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UsageError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"--output {folder}: its {SUMMARY} cannot be read ({error}); give another folder, or --overwrite"
+            f"--output {folder}: its {SUMMARY} cannot be read ({one_line(error)}); give another folder, or --overwrite"
         ) from error
     different = [key for key in [*new, *(old.keys() - new.keys())] if old.get(key) != new.get(key)]
     if different:
@@ -129,12 +148,38 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             record = json.loads(line)
-            records[record["name"]] = record
-        except (ValueError, KeyError, TypeError) as error:
+            if not _is_record(record):
+                raise ValueError("a name or a score is missing, or is none")
+        except (ValueError, RecursionError) as error:
             raise UsageError(
-                f"--output: {path}, line {number}: not a result ({error}); give another folder, or --overwrite"
+                f"--output: {path}, line {number}: not a result ({one_line(error)}); give another folder, or "
+                "--overwrite"
             ) from error
+        records[record["name"]] = record
     return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it has what `report.summarise` or `runner.perplexities` reads."""
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        return False
+    if "lengths" in record:  # of perplexity
+        rows = record["lengths"].items() if isinstance(record["lengths"], dict) else [("", None)]
+        return all(
+            length.isdecimal()
+            and isinstance(row, dict)
+            and {"nll", "tokens"} <= row.keys()
+            and all(map(_is_number, row.values()))
+            for length, row in rows
+        )
+    score, depth = record.get("score"), record.get("depth")
+    right = _is_number(score) and 0 <= score <= 1 and _is_number(record.get("rouge_l", 0))
+    right = right and isinstance(record.get("part"), str) and type(record.get("length")) is int
+    return right and (depth is None or _is_number(depth))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _write_summary(folder: Path, summary: dict[str, Any]) -> None:

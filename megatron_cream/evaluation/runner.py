@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -81,7 +82,7 @@ def run_task(
                     yield example
 
         todo, model = missing(), None
-        while some := list(islice(todo, _BATCHES_AT_ONCE * generation.batch_size)):
+        while some := list(islice(todo, min(_BATCHES_AT_ONCE * generation.batch_size, sys.maxsize))):
             model = model or open_model()
             for batch in _batches(model, some, generation):
                 for record in _answered(model, batch, plan, generation):

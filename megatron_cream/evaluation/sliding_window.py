@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_cream.data.documents import BadDocument, check_files, find_files, read_batches, read_documents, take_text
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation.language_model import LanguageModel
+from megatron_cream.evaluation.tasks.sources import check_names
 from megatron_cream.evaluation.tokenizer import ModelTokenizer
 
 
@@ -64,6 +65,7 @@ def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str
     try:
         files = find_files(inputs)
         check_files(files, (json_key,), chats=False)
+        check_names("--dataset", files, lambda file: str(file.resolve()))
         for batch in read_batches(files, (json_key,)):
             for name, text in read_documents(batch, partial(take_text, key=json_key)):
                 if isinstance(text, BadDocument):

@@ -13,6 +13,11 @@ from megatron_cream.data.embedded import source_files
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation.task import Tokenizer
 
+
+class TooShort(UsageError):
+    """A context length that does not hold what a task needs."""
+
+
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 # After a full stop, where the next word does not begin with a small letter.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[^a-z\s])")
@@ -118,7 +123,7 @@ def fit(
     Returns: n >= least whose prompt fits, while n + 1 units do not.
 
     Raises:
-        UsageError: not even `least` units fit.
+        TooShort: not even `least` units fit.
     """
     budget = length - max_new_tokens
 
@@ -127,7 +132,7 @@ def fit(
 
     fits, fits_tokens = least, count(least)
     if fits_tokens > budget:
-        raise UsageError(
+        raise TooShort(
             f"context length {length}: too short for {task}, which takes {fits_tokens + max_new_tokens} tokens or more"
         )
     over, over_tokens, tries = None, 0, 0
@@ -172,15 +177,15 @@ def _is_prose(text: str) -> bool:
 
 def _folder(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise UsageError(f"haystack {folder}: no such folder; give one with .txt files")
+        raise UsageError(f"--haystack {folder}: no such folder; give one with .txt files")
     found = []
     for path in sorted(folder.glob("*.txt")):
         try:
             found += split_sentences(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"haystack {path}: not a text file in UTF-8 ({error})") from error
+            raise UsageError(f"--haystack {path}: not a text file in UTF-8 ({error})") from error
     if not found:
-        raise UsageError(f"haystack {folder}: there is no text in .txt files")
+        raise UsageError(f"--haystack {folder}: there is no text in .txt files")
     return found
 
 

@@ -12,10 +12,10 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation.task import Example, Tokenizer
 from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
-from megatron_cream.evaluation.tasks.sources import json_lines
+from megatron_cream.evaluation.tasks.sources import check_names, json_lines
 
 MAX_NEW_TOKENS = 50
 PUBLISHED = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}
@@ -47,6 +47,8 @@ def examples(
         UsageError: too few pairs, a place that is not among them, a length that is too short.
     """
     for count in keys:
+        if count < 2:
+            raise UsageError(f"--keys {count}: must be 2 or more")
         _check(count, gold)
     for count in keys:
         for place in places(count) if gold is None else gold:
@@ -70,21 +72,23 @@ def load(
         most: so many of a file's examples at most.
 
     Raises:
-        UsageError: a file that is not there, or not one of those.
+        UsageError: a file that is not there, or not one of those, or two of one name.
     """
+    check_names("--data", files, _stem)
     for path in map(Path, files):
-        for i, case in enumerate(json_lines(path, ("ordered_kv_records", "key", "value"))):
+        for i, (where, case) in enumerate(json_lines(path, ("ordered_kv_records", "key", "value"))):
             if i == most:
                 break
             try:
                 pairs = [(str(key), str(value)) for key, value in case["ordered_kv_records"]]
                 index = pairs.index((case["key"], case["value"]))
+                if len(pairs) < 2:
+                    raise ValueError("it has one pair only")
             except (TypeError, ValueError) as error:
-                raise UsageError(f"{path}: example {i + 1} is not one of key-value retrieval ({error})") from error
+                raise UsageError(f"{where}: not an example of key-value retrieval ({one_line(error)})") from error
             _check(len(pairs), gold)
-            stem = path.name.split(".")[0]
             for place in places(len(pairs)) if gold is None else gold:
-                name = f"kv/{stem}/{place}/{i}"
+                name = f"kv/{_stem(path)}/{place}/{i}"
                 yield _example(tokenizer, name, _move(pairs, index, place), place, part=f"{len(pairs)}_keys")
 
 
@@ -104,11 +108,13 @@ def _place(count: int, step: int) -> int:
 
 
 def _check(count: int, gold: Sequence[int] | None) -> None:
-    if count < 2:
-        raise UsageError(f"keys {count}: must be 2 or more")
     for place in gold or ():
         if not 0 <= place < count:
-            raise UsageError(f"gold place {place}: must be from 0 to {count - 1}, for {count} keys")
+            raise UsageError(f"--gold {place}: must be from 0 to {count - 1}, for {count} keys")
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0]
 
 
 def _pairs(seed: str) -> Drawn[tuple[str, str]]:

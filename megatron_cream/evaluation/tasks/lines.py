@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation.task import Example, Tokenizer
 from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
-from megatron_cream.evaluation.tasks.sources import json_lines, words
+from megatron_cream.evaluation.tasks.sources import check_names, json_lines, words
 
 MAX_NEW_TOKENS = 35
 _LARGEST = 50_000
@@ -47,7 +47,7 @@ def examples(
     """
     for count in lines:
         if count < 2:
-            raise UsageError(f"lines {count}: must be 2 or more")
+            raise UsageError(f"--lines {count}: must be 2 or more")
     for length in lengths:
         for i in range(per_cell):
             name = f"lines/{length}/{i}"
@@ -69,18 +69,21 @@ def load(tokenizer: Tokenizer, files: Sequence[Path], *, most: int | None = None
         most: so many of a file's examples at most.
 
     Raises:
-        UsageError: a file that is not there, or not one of LongEval's.
+        UsageError: a file that is not there, or not one of LongEval's, or two of one name.
     """
+    check_names("--data", files, lambda path: path.stem)
     for path in map(Path, files):
-        for i, case in enumerate(json_lines(path, ("prompt", "expected_number", "num_lines", "random_idx"))):
+        for i, (where, case) in enumerate(json_lines(path, ("prompt", "expected_number", "num_lines", "random_idx"))):
             if i == most:
                 break
             try:
                 count, number, (_, index) = int(case["num_lines"]), int(case["expected_number"]), case["random_idx"]
+                if not isinstance(case["prompt"], str) or not case["prompt"].strip():
+                    raise TypeError("prompt must be a text that is not empty")
                 length = len(tokenizer.encode(case["prompt"])) + MAX_NEW_TOKENS
                 depth = int(index) / max(1, count - 1)
-            except (TypeError, ValueError) as error:
-                raise UsageError(f"{path}: example {i + 1} is not one of LongEval's lines ({error})") from error
+            except (TypeError, ValueError, OverflowError) as error:
+                raise UsageError(f"{where}: not one of LongEval's lines ({one_line(error)})") from error
             name, part = f"lines/{path.stem}/{i}", f"{count}_lines"
             yield Example(name, case["prompt"], (str(number),), MAX_NEW_TOKENS, length, depth, part)
 

@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation.task import Example, Tokenizer
 from megatron_cream.evaluation.tasks import longbench_metrics as metrics
-from megatron_cream.evaluation.tasks.sources import json_lines, package, parse_lines, reported
+from megatron_cream.evaluation.tasks.filler import TooShort
+from megatron_cream.evaluation.tasks.sources import check_names, json_lines, package, parse_lines, reported
 
 _FIELDS = ("input", "context", "answers", "all_classes", "_id")
 _SHORT = "Answer as briefly as you can, with a single phrase where possible, and explain nothing."
@@ -189,21 +190,27 @@ def examples(
     found = _files(Path(folder))
     known = {name: read for name, read in found.items() if _base(name) in DATASETS}
     if not known:
-        raise UsageError(f"LongBench {folder}: there is no NAME.jsonl of its data sets, such as narrativeqa.jsonl")
+        raise UsageError(f"--data {folder}: there is no NAME.jsonl of its data sets, such as narrativeqa.jsonl")
     for name in datasets or ():
         if _base(name) not in DATASETS:
-            raise UsageError(f"LongBench data set {name}: expected some of {', '.join(DATASETS)}")
+            raise UsageError(f"--datasets {name}: expected some of {', '.join(DATASETS)}")
         if name not in known:
-            raise UsageError(f"LongBench data set {name}: {folder} has {', '.join(sorted(known))}")
+            raise UsageError(f"--datasets {name}: {folder} has {', '.join(sorted(known))}")
+        if datasets.count(name) > 1:
+            raise UsageError(f"--datasets {name}: given twice")
     chosen = datasets or sorted(known)
     for name in chosen:
         for module in metrics.MODULES.get(DATASETS[_base(name)].metric, ()):
             package(module)
     for name in chosen:
-        for i, record in enumerate(known[name]()):
+        places: dict[str, str] = {}
+        for i, (where, record) in enumerate(known[name]()):
             if i == most:
                 break
-            yield _example(tokenizer, name, record, length)
+            example = _example(tokenizer, name, where, record, length)
+            if (other := places.setdefault(example.name, where)) != where:
+                raise UsageError(f"{where}: _id {record['_id']!r} is that of {other}")
+            yield example
 
 
 def score(example: Example, output: str) -> float:
@@ -231,12 +238,13 @@ def without_middle(tokenizer: Tokenizer, text: str, most: int) -> str:
     return result
 
 
-def _example(tokenizer: Tokenizer, name: str, record: dict[str, Any], length: int) -> LongBenchExample:
+def _example(tokenizer: Tokenizer, name: str, where: str, record: dict[str, Any], length: int) -> LongBenchExample:
     dataset = DATASETS[_base(name)]
     if length <= dataset.max_new_tokens:
-        raise UsageError(f"context length {length}: too short for {name}, whose answer takes {dataset.max_new_tokens}")
-    if not isinstance(record["answers"], list):
-        raise UsageError(f"LongBench {name}, {record['_id']}: answers must be a list, not {record['answers']!r}")
+        raise TooShort(f"context length {length}: too short for {name}, whose answer takes {dataset.max_new_tokens}")
+    for key, right in (("answers", list), ("all_classes", list | None)):
+        if not isinstance(record[key], right):
+            raise UsageError(f"{where}: {key} must be a list, not {one_line(repr(record[key]), 60)}")
     parts = {"context": str(record["context"]), "input": str(record["input"])}
     # In one pass: what is filled in may itself have braces.
     prompt = re.sub(r"\{(context|input)\}", lambda field: parts[field.group(1)], dataset.prompt)
@@ -256,17 +264,18 @@ def _base(name: str) -> str:
     return name.removesuffix("_e")
 
 
-def _files(folder: Path) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
+def _files(folder: Path) -> dict[str, Callable[[], Iterator[tuple[str, dict[str, Any]]]]]:
     """Name of each .jsonl file -> what reads its records."""
     if folder.suffix == ".zip":
         with reported(folder), zipfile.ZipFile(folder) as archive:
-            members = [Path(name) for name in archive.namelist() if name.endswith(".jsonl")]
-        return {member.stem: partial(_zipped, folder, member) for member in members}
+            members = [name for name in archive.namelist() if name.endswith(".jsonl")]
+        check_names(f"--data {folder}:", map(Path, members), lambda member: member.stem)
+        return {Path(member).stem: partial(_zipped, folder, member) for member in members}
     if not folder.is_dir():
-        raise UsageError(f"LongBench {folder}: no such folder; give one with NAME.jsonl files, or data.zip")
+        raise UsageError(f"--data {folder}: no such folder; give one with NAME.jsonl files, or data.zip")
     return {path.stem: partial(json_lines, path, _FIELDS) for path in folder.glob("*.jsonl")}
 
 
-def _zipped(file: Path, member: Path) -> Iterator[dict[str, Any]]:
-    with reported(file), zipfile.ZipFile(file) as archive, archive.open(member.as_posix()) as lines:
+def _zipped(file: Path, member: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with reported(file), zipfile.ZipFile(file) as archive, archive.open(member) as lines:
         yield from parse_lines(lines, f"{file}:{member}", _FIELDS)

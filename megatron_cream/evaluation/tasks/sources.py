@@ -2,9 +2,10 @@
 
 import gzip
 import json
+import lzma
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 
 
 def package(module: str) -> ModuleType:
@@ -37,29 +38,42 @@ def words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     )
 
 
-def json_lines(path: Path, fields: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl or .jsonl.gz file, each with `fields` at least.
+def check_names(flag: str, files: Iterable[Path], name: Callable[[Path], str]) -> None:
+    """Raise UsageError where two of the files have the same `name`: a run knows their examples by it."""
+    seen: dict[str, Path] = {}
+    for file in files:
+        if (other := seen.get(name(file))) is not None:
+            raise UsageError(f"{flag} {other} {file}: two files of one name; rename one, or give each once")
+        seen[name(file)] = file
+
+
+def json_lines(path: Path, fields: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, for messages; the object there) of a .jsonl or .jsonl.gz file, each with `fields` at least.
 
     Raises:
-        UsageError: no such file, or not such lines; it names the first one.
+        UsageError: no such file, none or not such lines; it names the first one.
     """
     with reported(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         yield from parse_lines(lines, str(path), fields)
 
 
-def parse_lines(lines: Iterable[bytes], where: str, fields: Iterable[str]) -> Iterator[dict[str, Any]]:
+def parse_lines(lines: Iterable[bytes], where: str, fields: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """As `json_lines`, from lines of UTF-8; `where` names the file."""
+    empty = True
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except ValueError as error:  # not UTF-8, or not JSON
-            raise UsageError(f"{where}, line {number}: not a JSON object ({error})") from error
+            value = _json(line)
+        except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+            raise UsageError(f"{where}, line {number}: not a JSON object ({one_line(error)})") from error
         missing = set(fields) - set(value) if isinstance(value, dict) else set(fields)
         if missing:
             raise UsageError(f"{where}, line {number}: expected an object with {', '.join(sorted(missing))}")
-        yield value
+        empty = False
+        yield f"{where}, line {number}", value
+    if empty:
+        raise UsageError(f"{where}: there are no records in it")
 
 
 def json_file(path: Path) -> Any:
@@ -69,7 +83,14 @@ def json_file(path: Path) -> Any:
         UsageError: no such file, or not JSON.
     """
     with reported(path):
-        return json.loads(path.read_bytes())
+        return _json(path.read_bytes())
+
+
+def _json(data: bytes) -> Any:
+    """Raises ValueError also for lone surrogates, which JSON can spell and no tokenizer takes."""
+    value = json.loads(data)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 @contextmanager
@@ -77,5 +98,8 @@ def reported(path: Path) -> Iterator[None]:
     """Whatever fails in reading `path` is a UsageError."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
+    # RuntimeError: of an archive that is encrypted, or compressed in a way that zipfile does not know.
+    except (
+        OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ValueError, RecursionError, RuntimeError,
+    ) as error:  # fmt: skip
+        raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error

@@ -89,11 +89,14 @@ def _maker(task: str, essay: Haystack | None, files: Mapping[str, Path | None]) 
         return partial(niah.example, task, essay)
     if task in files:
         if files[task] is None:
-            name = {"qa_1": "SQuAD's dev-v2.0.json", "qa_2": "HotpotQA's hotpot_dev_distractor_v1.json"}[task]
-            raise UsageError(f"RULER task {task}: give {name}")
+            flag, name = {
+                "qa_1": ("--squad", "SQuAD's dev-v2.0.json"),
+                "qa_2": ("--hotpotqa", "HotpotQA's hotpot_dev_distractor_v1.json"),
+            }[task]
+            raise UsageError(f"{flag} is missing: --tasks {task} needs {name}")
         read = qa.read_squad if task == "qa_1" else qa.read_hotpotqa
         return partial(qa.example, task, read(Path(files[task])))
     makers = {"vt": tracing.variables, "cwe": aggregation.common_words, "fwe": aggregation.frequent_words}
     if task not in makers:
-        raise UsageError(f"RULER task {task}: expected some of {', '.join(TASKS)}")
+        raise UsageError(f"--tasks {task}: expected some of {', '.join(TASKS)}")
     return makers[task]

@@ -12,7 +12,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation.task import Example, Tokenizer
 from megatron_cream.evaluation.tasks.filler import fit
 from megatron_cream.evaluation.tasks.sources import json_file
@@ -48,7 +48,7 @@ def read_squad(path: Path) -> Questions:
     data = json_file(path)
     try:
         articles = [article["paragraphs"] for article in data["data"]]
-        index, documents = _indexed(paragraph["context"] for paragraphs in articles for paragraph in paragraphs)
+        index, documents = _indexed(_text(paragraph, "context") for paragraphs in articles for paragraph in paragraphs)
         questions = []
         for paragraphs in articles:
             article = tuple(dict.fromkeys(index[paragraph["context"]] for paragraph in paragraphs))
@@ -56,11 +56,11 @@ def read_squad(path: Path) -> Questions:
                 own = index[paragraph["context"]]
                 related = tuple(i for i in article if i != own)
                 for asked in paragraph["qas"]:
-                    answers = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"]))
+                    answers = tuple(dict.fromkeys(_text(answer, "text") for answer in asked["answers"]))
                     if answers and not asked.get("is_impossible"):
-                        questions.append(Question(asked["question"], answers, (own,), related))
+                        questions.append(Question(_text(asked, "question"), answers, (own,), related))
     except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: not SQuAD's JSON ({error!r})") from error
+        raise UsageError(f"{path}: not SQuAD's JSON ({one_line(repr(error))})") from error
     return _checked(path, questions, documents)
 
 
@@ -71,15 +71,22 @@ def read_hotpotqa(path: Path) -> Questions:
         UsageError: no such file, or not HotpotQA's.
     """
     data = json_file(path)
-    try:
-        contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in case["context"]] for case in data]
-        index, documents = _indexed(document for context in contexts for document in context)
-        questions = [
-            Question(case["question"], (case["answer"],), tuple(index[document] for document in context), ())
-            for case, context in zip(data, contexts, strict=True)
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: not HotpotQA's JSON ({error!r})") from error
+    if not isinstance(data, list):
+        raise UsageError(f"{path}: not HotpotQA's JSON: it is no list")
+    read = []
+    for number, case in enumerate(data, start=1):
+        try:
+            context = [f"{title}\n{''.join(sentences)}" for title, sentences in case["context"]]
+            read.append((_text(case, "question"), _text(case, "answer"), context))
+            if not context:
+                raise ValueError("context is empty")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path}, record {number}: not one of HotpotQA's ({one_line(repr(error))})") from error
+    index, documents = _indexed(document for _, _, context in read for document in context)
+    questions = [
+        Question(question, (answer,), tuple(index[document] for document in context), ())
+        for question, answer, context in read
+    ]
     return _checked(path, questions, documents)
 
 
@@ -112,6 +119,12 @@ def _prompt(documents: Sequence[str], question: str) -> str:
     task = "Answer the question from the documents that are given. Give the answer alone, without any other words."
     context = "\n\n".join(f"Document {i}:\n{document}" for i, document in enumerate(documents, start=1))
     return f"{task}\n\nThese are the documents.\n\n{context}\n\n{task}\n\nQuestion: {question} Answer:"
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    if not isinstance(record[key], str) or not record[key]:
+        raise TypeError(f"{key} must be a text that is not empty, not {record[key]!r}")
+    return record[key]
 
 
 def _indexed(documents: Any) -> tuple[dict[str, int], list[str]]:
