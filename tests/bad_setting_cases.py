@@ -218,7 +218,7 @@ TOOL_CASES = {
     ),
     "import: output below a file": (also(), (*IMPORT[:-1], "{0}/data.bin/x"), ["--output", "data.bin"]),
     "import: vocabulary divisor": (
-        also(), (*IMPORT, "--make-vocab-size-divisible-by", "99999999999"), ["--output", "GB are free"],
+        also(), (*IMPORT, "--make-vocab-size-divisible-by", "99999999999"), ["--make-vocab-size-divisible-by", "67108864 or less"],
     ),
     "export: step is text": (also(), (*EXPORT, "--ckpt-step", "last"), ["--ckpt-step", "last"]),
     "export: step is negative": (also(), (*EXPORT, "--ckpt-step", "-3"), ["--checkpoint", "-000003"]),
