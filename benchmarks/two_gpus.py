@@ -247,7 +247,7 @@ def seven_b(runs: Runs) -> None:
     """
     batch = ["--global-batch-size", "32"]
     half = ["--global-batch-size", "16"]
-    whole = fits("7b one", 1, [*SEVEN_B, *half, *runs.extra])
+    whole = fits(runs, "7b one", 1, [*SEVEN_B, *half])
     name, shape = ("7b", SEVEN_B) if whole else ("8 layers", [*SEVEN_B, "--num-layers", "8"])
     if not whole:
         for layout, flags, largest, how in LAYOUTS_OF_7B:
@@ -265,7 +265,7 @@ def _largest(runs: Runs, name: str, flags: list[str], largest: int, **how) -> No
     """`timed` at the largest micro-batch up to `largest` that fits."""
     for size in (size for size in (4, 2, 1) if size <= largest):
         given = [*flags, "--micro-batch-size", str(size)]
-        if size == 1 or fits(f"{name}, micro-batch {size}", 2, [*given, *runs.extra]):
+        if size == 1 or fits(runs, f"{name}, micro-batch {size}", 2, given):
             return timed(runs, name if size == 1 else f"{name}, micro-batch {size}", 2, given, **how)
 
 
@@ -274,7 +274,7 @@ def full(runs: Runs) -> None:
     few = [*SEVEN_B, "--train-iters", "5", "--global-batch-size", "4"]
     long = [*few, *"--seq-length 32768 --position-sampler full".split()]
     long += "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
-    if fits("full, cp2", 2, [*long, "--context-parallel-size", "2", *runs.extra]):
+    if fits(runs, "full, cp2", 2, [*long, "--context-parallel-size", "2"]):
         timed(runs, "4 samples: cream, dp2", 2, few)
         timed(runs, "4 samples: full, cp2", 2, [*long, "--context-parallel-size", "2"])
         ring = "--context-parallel-size 2 --attention-backend te --cp-comm-type p2p".split()
@@ -284,11 +284,11 @@ def full(runs: Runs) -> None:
         timed(runs, "4 samples: full, tp2-sp", 2, [*long, *TP2])
 
 
-def fits(name: str, gpus: int, flags: list[str]) -> bool:
-    """Whether the planner says so."""
+def fits(runs: Runs, name: str, gpus: int, flags: list[str]) -> bool:
+    """Whether the planner says so, with the flags after -- too."""
     memory = torch.cuda.get_device_properties(0).total_memory if platform.has_cuda() else 2**40
     try:
-        needed = planned(name, gpus, [*flags, "--use-distributed-optimizer"]).peak_gib
+        needed = planned(name, gpus, [*flags, *runs.extra, "--use-distributed-optimizer"]).peak_gib
     except UsageError as error:  # flags after -- that this layout does not take
         print(f"{name:24} left out: {error}", flush=True)
         return False
@@ -315,10 +315,9 @@ _PLANNING = Lock()
 
 def timed(runs: Runs, name: str, gpus: int, flags: list[str], **how) -> None:
     """One run of the 7B, and what the planner says of it."""
-    flags = [*flags, *runs.extra]
-    if name in runs.results or not fits(name, gpus, flags):
+    if name in runs.results or not fits(runs, name, gpus, flags):
         return
-    flags = [*flags, "--use-distributed-optimizer"]
+    flags = [*flags, *runs.extra, "--use-distributed-optimizer"]
     text = runs.launch(name, gpus, ["--config", CONFIG, *flags], **how)
     if text is None:
         return

@@ -3,14 +3,11 @@
 Megatron's namespace for Megatron, small dataclasses and dicts for the rest of the package.
 """
 
-import contextlib
 import io
 import json
 import math
 import os
-import traceback
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +40,7 @@ from megatron_cream import (
 )
 from megatron_cream.checkpoint import save_flags
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
-from megatron_cream.errors import UsageError, one_line
+from megatron_cream.errors import UsageError, refused_in_one_line
 from megatron_cream.evaluation import long_flags
 from megatron_cream.files import writing
 from megatron_cream.flags import build_parser, parse_flags
@@ -109,15 +106,16 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
     if args.make_vocab_size_divisible_by % tp == 0:
         args.make_vocab_size_divisible_by //= tp
     words = io.StringIO()
-    with _refused_in_one_line(words, ""):
+    with refused_in_one_line(""), console.captured(words):
         if args.use_checkpoint_args:
             load_args_from_checkpoint(args)
         validate_args(args, {})
-    with _refused_in_one_line(words, f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "):
+    tokenizer = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "
+    with refused_in_one_line(tokenizer), console.captured(words):
         tokenizer = rebuild_tokenizer(args)
     # Saved with the checkpoint: what of its padded vocabulary is real.
     args.vocab_size = args.vocab_size or tokenizer.vocab_size
-    with _refused_in_one_line(words, ""):  # has checks of its own
+    with refused_in_one_line(""), console.captured(words):  # has checks of its own
         pretrain_cfg_container_from_args(args, model_config(args))
     data_checks.token_ids(args)
     loading.check_model(args, found)
@@ -155,21 +153,6 @@ def _take_fastest_attention(args: Namespace) -> None:
 def _check_on_rank(args: Namespace) -> None:
     save_flags.check_on_rank(args)
     data_checks.whole(args, (args.rank, args.world_size))
-
-
-@contextlib.contextmanager
-def _refused_in_one_line(words: io.StringIO, beginning: str) -> Iterator[None]:
-    """What Megatron's code says inside goes to `words`; how it refuses a setting, by any kind of error, to the user."""
-    try:
-        with console.captured(words):
-            yield
-    except UsageError:
-        raise
-    except (AssertionError, ValueError, RuntimeError) as error:
-        refused = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion without words
-        raise UsageError(beginning + (one_line(error) or f"Megatron refused these flags: {refused}")) from error
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"{beginning}Megatron refused it: {type(error).__name__}: {one_line(error)}") from error
 
 
 def read(argv: list[str] | None = None) -> Namespace:

@@ -1,6 +1,9 @@
 """The one error that a user is meant to read, and what others' errors come to in a line."""
 
+import contextlib
 import re
+import traceback
+from collections.abc import Iterator
 
 # As gloo, NCCL (ncclRemoteError) and torch's store have it.
 _GONE = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
@@ -17,6 +20,20 @@ class UsageError(Exception):
 def one_line(error: object, most: int = 300) -> str:
     """What an error of another library says, in one line of `most` characters."""
     return " ".join(str(error).split())[:most]
+
+
+@contextlib.contextmanager
+def refused_in_one_line(beginning: str) -> Iterator[None]:
+    """How Megatron's code inside refuses a setting, by any kind of error, as a UsageError that begins so."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (AssertionError, ValueError, RuntimeError) as error:
+        refused = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion without words
+        raise UsageError(beginning + (one_line(error) or f"Megatron refused these flags: {refused}")) from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{beginning}Megatron refused it: {type(error).__name__}: {one_line(error)}") from error
 
 
 def of_another_rank(error: Exception) -> bool:

@@ -18,6 +18,7 @@ import torch
 
 from megatron_cream.checkpoint import opening, output
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checkpoint.retention import whole_steps
 from megatron_cream.checks import flag
 from megatron_cream.errors import UsageError
 
@@ -103,7 +104,7 @@ def source(args: Namespace) -> tuple[str, Path] | None:
 
 def _refuse_lost_tracker(path: Path) -> None:
     """The first checkpoint of a run that was killed may be there without one; no second comes before the tracker."""
-    whole = sorted(folder.name for folder in path.glob("iter_*") if (folder / "metadata.json").is_file())
+    whole = [folder.name for _, folder in sorted(whole_steps(path).items())]
     if len(whole) > 1 or (path / output.TRACKER).is_symlink():
         raise UsageError(
             f"--load {path}: {output.TRACKER} is missing beside {', '.join(whole) or 'nothing'}, which training would "

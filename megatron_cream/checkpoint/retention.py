@@ -20,6 +20,16 @@ _WHOLE = (".metadata", "metadata.json")
 _SECONDS_AT_THE_END = 60
 
 
+def whole_steps(save: Path) -> dict[int, Path]:
+    """The checkpoints in a folder that were written to their end, whether the tracker names them or not."""
+    steps = {}
+    for folder in save.glob("iter_*"):
+        named = _STEP.fullmatch(folder.name)
+        if named and not folder.is_symlink() and all((folder / name).is_file() for name in _WHOLE):
+            steps[int(named[1])] = folder
+    return steps
+
+
 class Retention:
     """Of one run; on its first rank.
 
@@ -60,11 +70,7 @@ class Retention:
     def _to_go(self) -> list[Path]:
         """Whole checkpoints before the one that the tracker names; what is not whole counts for nothing, and stays."""
         newest = int((self._save / TRACKER).read_text())
-        steps = {}
-        for folder in self._save.glob("iter_*"):
-            named = _STEP.fullmatch(folder.name)
-            if named and not folder.is_symlink() and all((folder / name).is_file() for name in _WHOLE):
-                steps[int(named[1])] = folder
+        steps = whole_steps(self._save)
         earlier = sorted(step for step in steps if step < newest)
         last = earlier[1 - self._last :] if self._last > 1 else []  # beside the newest itself
         stays = set(last) | {step for step in earlier if self._every and step % self._every == 0}
