@@ -200,8 +200,9 @@ def megatron(flags: list[str]) -> None:
 def transformers(flags: list[str], kind: str) -> None:
     import torch
     import yaml
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
+    from benchmarks.shapes import llama_config
     from megatron_cream.progress import flops_per_token, peak_flops
 
     if kind == "liger":
@@ -213,12 +214,7 @@ def transformers(flags: list[str], kind: str) -> None:
         name = flag.removeprefix("--").replace("-", "_")
         if isinstance(c.get(name), int):
             c[name] = int(value)
-    groups = c.get("num_query_groups", c["num_attention_heads"])
-    config = LlamaConfig(
-        vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["ffn_hidden_size"],
-        num_hidden_layers=c["num_layers"], num_attention_heads=c["num_attention_heads"], num_key_value_heads=groups,
-        max_position_embeddings=c["seq_length"], use_cache=False, attn_implementation="sdpa",
-    )  # fmt: skip
+    config = llama_config(c, max_position_embeddings=c["seq_length"], use_cache=False, attn_implementation="sdpa")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
@@ -234,7 +230,7 @@ def transformers(flags: list[str], kind: str) -> None:
     tokens = micro * accumulate * c["seq_length"]
     flops = flops_per_token(
         num_layers=c["num_layers"], hidden_size=c["hidden_size"], ffn_hidden_size=c["ffn_hidden_size"],
-        num_query_groups=groups, kv_channels=c["hidden_size"] // c["num_attention_heads"],
+        num_query_groups=config.num_key_value_heads, kv_channels=c["hidden_size"] // c["num_attention_heads"],
         num_attention_heads=c["num_attention_heads"], vocab_size=c["vocab_size"], seq_length=c["seq_length"],
     )  # fmt: skip
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -44,7 +44,7 @@ from megatron_cream.errors import UsageError, refused_in_one_line
 from megatron_cream.evaluation import long_flags
 from megatron_cream.files import writing
 from megatron_cream.flags import build_parser, parse_flags
-from megatron_cream.model import kernels
+from megatron_cream.model import kernels, user_buffers
 from megatron_cream.model.attention import AttentionBackend, alternatives, choose_backend
 from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.model.rotary import rope_scaling_dict
@@ -95,6 +95,7 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
     args.deterministic_mode = args.deterministic_mode or args.deterministic
     shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     args.overlap_grad_reduce, args.overlap_param_gather = overlaps(args, shared, platform.has_cuda())
+    user_buffers.fill(args)
     # Megatron turns --async-save off without it.
     args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save
     if args.distributed_timeout_minutes is None:

@@ -16,6 +16,7 @@ from megatron_cream.checkpoint import save_flags
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import long_flags
 from megatron_cream.files import check_can_be_made
+from megatron_cream.model import user_buffers
 from megatron_cream.model.rotary import RotaryEmbedding
 from megatron_cream.positions import build_sampler
 
@@ -277,9 +278,8 @@ def _user_buffers(args: Namespace) -> None:
                 f"{flag(name)} {value}: not with --tp-comm-overlap, whose buffers hold samples of --seq-length "
                 f"{args.seq_length} tokens; leave one of them out (tools/evaluate.py reads a checkpoint at any length)"
             )
-    config = args.tp_comm_overlap_cfg
-    if config and not Path(config).is_file():
-        raise UsageError(f"--tp-comm-overlap-cfg {config}: no such file")
+    if args.tp_comm_overlap_cfg is not None:
+        user_buffers.check(args.tp_comm_overlap_cfg)
 
 
 def _files(args: Namespace) -> None:

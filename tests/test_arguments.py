@@ -10,6 +10,7 @@ from megatron_cream import arguments
 from megatron_cream.arguments import rope_scaling_options, sampler_options
 from megatron_cream.errors import UsageError
 from megatron_cream.flags import build_parser
+from megatron_cream.model import user_buffers
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.positions import build_sampler
 from megatron_cream.recipe import read_recipe
@@ -217,6 +218,45 @@ def test_user_buffers_hold_samples_of_one_length(also, monkeypatch, tmp_path, da
     name = next(iter(also))
     with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
         read(monkeypatch, tmp_path, recipe | also, world_size=2)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (None, "No such file"),
+        ("[1, 2]", "must map products"),
+        ("proj_fprop: ring_exchange", "must map products"),
+        ("proj: {method: pipeline}", "proj: no such product"),
+        ("proj_fprop: {method: [}", "not a YAML file"),
+        ("proj_fprop: !!python/object/apply:os.getcwd []", "not a YAML file"),
+    ],
+)
+def test_a_configuration_of_user_buffers_is_read_before_it_is_used(text, words, tmp_path):
+    file = tmp_path / "buffers.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError, match=words) as caught:
+        user_buffers.check(str(file))
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags, rings",
+    [
+        ("--tensor-model-parallel-size 2 --tp-comm-overlap", True),
+        ("--tensor-model-parallel-size 2", False),
+        ("--tensor-model-parallel-size 4 --tp-comm-overlap", False),
+        ("--tensor-model-parallel-size 2 --tp-comm-overlap --fp8-format hybrid", False),
+        ("--tensor-model-parallel-size 2 --tp-comm-overlap --tp-comm-overlap-cfg own.yaml", False),
+    ],
+)
+def test_user_buffers_send_in_rings_where_that_was_measured(flags, rings):
+    args = build_parser(recipe=False).parse_args(flags.split())
+    given = args.tp_comm_overlap_cfg
+    user_buffers.fill(args)
+    assert args.tp_comm_overlap_cfg == (str(user_buffers.RINGS) if rings else given)
+    assert args.tp_comm_overlap_rs_dgrad is rings
+    user_buffers.check(str(user_buffers.RINGS))
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_timed_runs_have_the_first_gpu_to_themselves(study, gpus):
             going.append(choice)
             started.append(choice[0])
         on = [[run for run, gpu in going if gpu == each] for each in range(gpus)]
-        assert all(len(runs) <= jobs for runs in on)
+        assert all(sum(run.places for run in runs) <= jobs for runs in on)
         assert len(on[0]) == 1 if any(run.alone for run in on[0]) else not any(run.alone for run in waiting)
         assert not any(run.alone for runs in on[1:] for run in runs)
         going.pop(rng.integers(len(going)))

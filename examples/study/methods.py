@@ -39,6 +39,11 @@ class Run:
     """Nothing else on the GPU meanwhile, so that its seconds count."""
 
     @property
+    def places(self) -> int:
+        """Of the runs that fit on a GPU side by side, how many this one is in memory."""
+        return 3 if self.method == "full" else 1
+
+    @property
     def name(self) -> str:
         return re.sub(r"[^a-z0-9]+", "_", f"{self.method} s {self.factor} seed {self.seed}".lower())
 

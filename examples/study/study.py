@@ -107,7 +107,7 @@ class Study:
     def _next(self, waiting: list[methods.Run], going: list[tuple[methods.Run, int]]) -> tuple[methods.Run, int] | None:
         """A run that can start now, and the GPU for it: the emptiest.
 
-        The timed ones have the first GPU to themselves, and go first there.
+        The timed ones have the first GPU to themselves, and go first there. One that is too large for any goes alone.
         """
         timed, others = ([run for run in waiting if run.alone is alone] for alone in (True, False))
         there = {gpu: [run for run, on in going if on == gpu] for gpu in self.pools}
@@ -115,8 +115,10 @@ class Study:
             if gpu == 0 and (timed or any(run.alone for run in there[0])):
                 if timed and not there[0]:
                     return timed[0], 0
-            elif others and len(there[gpu]) < self.flags.jobs:
-                return others[0], gpu
+            elif others:
+                taken = sum(run.places for run in there[gpu])
+                if not taken or taken + others[0].places <= self.flags.jobs:
+                    return others[0], gpu
         return None
 
     def _how(self, run: methods.Run) -> tuple:
@@ -144,6 +146,13 @@ class Study:
             process.kill()
 
 
+def _jobs() -> int:
+    """Seven at a time fit into 80 GB, ten did not; more than ten gain nothing."""
+    if not platform.has_cuda():
+        return 10
+    return max(1, min(torch.cuda.get_device_properties(0).total_memory // (10 << 30), 10))
+
+
 def _later() -> int:
     print("Time is over: the same command goes on from here.")
     return 0
@@ -154,7 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder for the corpus, the runs, and what they found")
     add("--minutes", type=float, default=60.0, help="stop after so long; the same command goes on")
-    add("--jobs", type=int, default=10, help="runs at a time on a GPU, but for those that are timed")
+    add(
+        "--jobs", type=int, default=_jobs(),
+        help="runs at a time on a GPU, but for those that are timed; `full` counts as three. Default: by the GPU's memory",
+    )  # fmt: skip
     gpus = torch.cuda.device_count() if platform.has_cuda() else 1
     add("--gpus", type=int, default=gpus, help="GPUs of this machine to use; default: all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -12,6 +12,7 @@ from megatron_cream.checkpoint.mapping import padded_vocabulary
 from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.errors import UsageError
 from megatron_cream.flags import build_parser
+from megatron_cream.model import user_buffers
 
 # Flags that change what is stored in ways that `memory` does not know.
 _NOT_PLANNED = (
@@ -52,6 +53,7 @@ class Layout:
     overlap_grad_reduce, overlap_param_gather: gradients are reduced beside the backward pass, weights gathered
         beside the forward pass.
     overlap_tensor: Transformer Engine's user buffers send beside every product of a layer (--tp-comm-overlap).
+    rings: they send in the rings of model/user_buffers.yaml, where that is the default.
     """
 
     tensor: int = 1
@@ -74,6 +76,7 @@ class Layout:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     overlap_tensor: bool = False
+    rings: bool = False
 
     @property
     def gpus(self) -> int:
@@ -270,6 +273,7 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         overlap_grad_reduce=reduce and data * cp > 1,
         overlap_param_gather=gather and data * cp > 1,
         overlap_tensor=args.tp_comm_overlap and engine.transformer_engine and tp > 1,
+        rings=user_buffers.sends_in_rings(args),
     )
 
 

@@ -127,6 +127,7 @@ def _splits(model: Model, base: Layout, gpus: int, host: int) -> Iterator[Layout
                         seq_length=base.seq_length, micro_batch=micro_batch, global_batch=base.global_batch,
                         overlap_grad_reduce=several, overlap_param_gather=several,
                         overlap_tensor=base.overlap_tensor and tp > 1,
+                        rings=base.rings and tp == 2,
                     )  # fmt: skip
                     if refused(model, layout) is None:
                         yield layout

@@ -22,7 +22,8 @@ class Checked:
     row: as the file has it. config, flags: what was started; gpus (default: 1) of the kind gpu; engine: fields of
         `Engine` that no flag sets, for Megatron's own model and this project's earlier kernels;
         tokens_per_second: of each GPU; peak_gib: of torch's allocator; fits: the constants of `hardware` that
-        it gave; profile: milliseconds of a traced step by kind of kernel.
+        it gave, beside: where they are of two runs, the other one; off: why the time predicted is; profile:
+        milliseconds of a traced step by kind of kernel.
     speed, peak_gib: predicted.
     """
 
@@ -78,7 +79,8 @@ def print_check(console: Console) -> None:
         space = (
             f"{found.peak_gib:.1f}", f"{row['peak_gib']:.1f}", f"{found.memory_error:+.1%}"
         )  # fmt: skip
-        table.add_row(row["what"], *time, *space, row.get("fits", ""))
+        note = f"off: {row['off']}" if "off" in row else row.get("fits", "")
+        table.add_row(row["what"], *time, *space, note)
     console.print(table)
     console.print(
         "gave: the constants of megatron_cream/planning/hardware.py fitted on that run; all others are checks"

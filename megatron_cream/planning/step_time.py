@@ -16,6 +16,7 @@ from megatron_cream.planning.hardware import (
     HALF_RATE,
     HOST,
     IDLE,
+    IN_RINGS,
     PASSES,
     PRODUCTS,
     RING,
@@ -185,9 +186,9 @@ def _waited_in_step(
     return _cost(duration, min(computed, duration - bare))
 
 
-def _cost(duration: float, beside: float) -> float:
+def _cost(duration: float, beside: float, rings: bool = False) -> float:
     """Seconds that a transfer costs of which so many are beside computation."""
-    return duration - beside + BESIDE * beside
+    return duration - beside + (IN_RINGS if rings else BESIDE) * beside
 
 
 def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster, stage: int) -> _MicroBatch:
@@ -273,5 +274,5 @@ def _waited(
         if transfer.group == group:
             duration = communication.seconds(transfer, layout, cluster)
             hidden = computed[transfer.at] / (2 if group == "tp" else 1) if transfer.beside else 0.0
-            total += _cost(duration, min(hidden, duration))
+            total += _cost(duration, min(hidden, duration), rings=layout.rings and group == "tp")
     return total

@@ -1,0 +1,116 @@
+"""Prompts of 32K to 256K tokens: seconds until they are read, time of each token after, GPU memory.
+
+    python benchmarks/long_prompts.py FOLDER [--config benchmarks/llama_1b.yaml] [--lengths 32768 65536 131072 262144]
+
+A model of the recipe's shape with random weights and linear scaling of its rotary embedding is written to FOLDER as
+a Hugging Face folder, and imported from it as a Megatron checkpoint; what evaluation has for each of the two reads
+one random prompt of each length in chunks. Both also give the mean log-probability of the prompt's last 256 tokens,
+which has to be the same: positions and their angles are. A length that does not fit is said and passed over.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
+
+from megatron_cream import platform
+
+platform.setup()  # before anything of Megatron is imported
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from benchmarks.shapes import llama_config
+from megatron_cream.checkpoint.convert import import_hf
+from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.evaluation.hf_model import HfModel
+from megatron_cream.evaluation.megatron_model import MegatronModel
+
+CUDA = platform.has_cuda()
+NEW = 16
+SCORED = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--config", default=str(ROOT / "benchmarks" / "llama_1b.yaml"))
+    parser.add_argument("--layers", type=int, help="in place of the recipe's")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072, 262144])
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
+    parser.add_argument("--prefill-chunk", type=int, default=4096)
+    args = parser.parse_args()
+    recipe = yaml.safe_load(Path(args.config).read_text())
+    recipe["num_layers"] = args.layers or recipe["num_layers"]
+    hf, checkpoint = make(args.folder, recipe, max(args.lengths))
+    common = dict(
+        dtype=torch.bfloat16 if CUDA else torch.float32, prefill_chunk=args.prefill_chunk, tokenizer=None,
+        stop_ids=frozenset(), max_positions=max(args.lengths),
+    )  # fmt: skip
+    print("| engine | tokens | read in, s | tokens/s | ms each token after | mean log-probability | peak GiB |")
+    print("|---|---|---|---|---|---|---|")
+    for engine in args.engines:
+        model = ENGINES[engine](hf, checkpoint, common)
+        model.generate([list(range(64))], NEW, **GREEDY)  # what is compiled and loaded once
+        for length in args.lengths:
+            print(f"| {engine} | {length:,} | {measured(model, length, recipe['vocab_size'])} |", flush=True)
+        del model
+        free()
+
+
+ENGINES = {
+    "megatron": lambda hf, checkpoint, common: MegatronModel(MegatronCheckpoint(checkpoint), **common),
+    "transformers": lambda hf, checkpoint, common: HfModel(hf, **common),
+}
+GREEDY = dict(temperature=0.0, top_p=1.0, seeds=[0])
+
+
+def make(folder: Path, recipe: dict, longest: int) -> tuple[Path, Path]:
+    """The same random weights as a Hugging Face folder and as a Megatron checkpoint."""
+    hf, checkpoint = folder / "hf", folder / "checkpoint"
+    scaling = {"rope_type": "linear", "factor": longest / recipe["seq_length"], "rope_theta": 10000.0}
+    config = llama_config(recipe, rms_norm_eps=1e-5, max_position_embeddings=longest, rope_parameters=scaling)
+    for made in (hf, checkpoint):
+        shutil.rmtree(made, ignore_errors=True)
+    torch.manual_seed(0)
+    with torch.device("cuda" if CUDA else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(hf)
+    free()
+    import_hf(HfFolder(hf), checkpoint)
+    return hf, checkpoint
+
+
+def measured(model, length: int, vocabulary: int) -> str:
+    """One row's figures, in words."""
+    prompt = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        started = time.monotonic()
+        model.generate(prompt.tolist(), 1, **GREEDY)
+        read = time.monotonic() - started
+        started = time.monotonic()
+        model.generate(prompt.tolist(), 1 + NEW, **GREEDY)
+        after = (time.monotonic() - started - read) / NEW
+        score = float(model.log_probs(prompt, length - SCORED).mean())
+    except torch.OutOfMemoryError:
+        return "does not fit"
+    finally:
+        free()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else float("nan")
+    return f"{read:.2f} | {length / read:,.0f} | {1000 * after:.1f} | {score:.4f} | {peak:.1f}"
+
+
+def free() -> None:
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
