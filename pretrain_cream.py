@@ -47,7 +47,7 @@ from megatron_cream.checkpoint import after_save, checksums, saving
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
-from megatron_cream.errors import UsageError, of_another_rank, one_line
+from megatron_cream.errors import UsageError, of_another_rank, one_line, reason
 from megatron_cream.evaluation import long_flags
 from megatron_cream.evaluation.long_evaluation import LongEvaluation
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
@@ -208,7 +208,7 @@ def _open_folder(args: Namespace, argv: list[str] | None) -> None:
         loaded = loading.source(args)
         after_save.install(args, loaded and loaded[1])
     except OSError as error:
-        raise UsageError(f"--save {args.save}: {error.strerror or error}") from error
+        raise UsageError(f"--save {args.save}: {reason(error)}") from error
 
 
 def _say_not_finite(norm: float, terminal) -> None:
@@ -302,6 +302,13 @@ def main() -> int:
         loading.say_once(f"pretrain_cream.py: error: {error}", rank, ranks)
         return 1
     except Exception as error:
+        if isinstance(error, torch.distributed.DistNetworkError) and "EADDRINUSE" in str(error):
+            port = os.environ["MASTER_PORT"]
+            print(
+                f"pretrain_cream.py: error: MASTER_PORT={port} in the environment: is taken; give another",
+                file=sys.stderr,
+            )
+            return 2
         if ranks == 1:
             raise
         # What befell this rank alone, memory that ran out, say: Python's own end would wait for NCCL's collectives,

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -68,6 +69,8 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     loading.agree(lambda: _check_on_rank(args), args.rank, args.world_size)
     loading.check_content(args, found)
     nodes.check_shared(args)
+    if args.rank == 0 and (note := loading.remark(args, found)):
+        print(note, file=sys.stderr, flush=True)
     if auto and platform.has_cuda() and not (args.deterministic_mode or args.skip_train):
         _take_fastest_attention(args)
     compat.tensorboard_outlives_a_full_disk()

@@ -170,7 +170,8 @@ def _positions(args: Namespace, options: dict[str, Any]) -> None:
     try:
         build_sampler(**options, seed=args.seed)
     except ValueError as error:
-        raise UsageError(f"--position-sampler {sampler}: {error}") from error
+        lengths = f"--seq-length {args.seq_length}, --target-length {args.target_length}"
+        raise UsageError(f"--position-sampler {sampler} ({lengths}): {error}") from error
 
 
 def _rope(args: Namespace, rope_scaling: dict[str, Any] | None) -> None:

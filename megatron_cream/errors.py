@@ -22,6 +22,12 @@ def one_line(error: object, most: int = 300) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def reason(error: OSError) -> str:
+    """What the system says, and of which file."""
+    words = error.strerror or one_line(error)
+    return f"{error.filename}: {words}" if error.filename else words
+
+
 @contextlib.contextmanager
 def refused_in_one_line(beginning: str) -> Iterator[None]:
     """How Megatron's code inside refuses a setting, by any kind of error, as a UsageError that begins so."""

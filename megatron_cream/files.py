@@ -105,6 +105,7 @@ def hold(folder: Path, flag: str) -> None:
     """
     path, deadline = folder / ".lock", time.monotonic() + HOLD_SECONDS
     if path not in _held:
+        check_regular(path, f"{flag} {folder}")
         _held[path] = open(path, "w")  # noqa: SIM115  (closed by the process's end)
     while True:
         try:
@@ -116,6 +117,12 @@ def hold(folder: Path, flag: str) -> None:
         if time.monotonic() >= deadline:
             raise UsageError(f"{flag} {folder}: another run is writing there now; give another folder, or wait")
         time.sleep(0.5)
+
+
+def check_regular(path: Path, what: str) -> None:
+    """Raise UsageError if something else than a file has the place of one: to open a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{what}: {path} is not a file")
 
 
 def check_can_be_made(folder: Path, flag: str) -> None:

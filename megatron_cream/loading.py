@@ -59,7 +59,11 @@ def own_folder(args: Namespace) -> None:
     Raises:
         UsageError: the run would write over an earlier one's checkpoints.
     """
-    if args.save is None or args.skip_train or not (Path(args.save) / output.TRACKER).exists():
+    if args.save is None or args.skip_train:
+        return
+    if not (Path(args.save) / output.TRACKER).exists():
+        if _goes_on(args) and args.ckpt_step is None:
+            args.ckpt_step = _without_tracker(Path(args.save))
         return
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.no_save_optim:
         args.load, args.ckpt_step, args.finetune = args.save, None, False
@@ -69,12 +73,16 @@ def own_folder(args: Namespace) -> None:
 
 def refuse_another_run(args: Namespace) -> None:
     """Raise UsageError where --save holds checkpoints that this run does not go on from."""
-    own = args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
-    if not own and not args.skip_train and os.path.lexists(Path(args.save) / output.TRACKER):
+    if not _goes_on(args) and not args.skip_train and os.path.lexists(Path(args.save) / output.TRACKER):
         raise UsageError(
             f"--save {args.save}: holds the checkpoints of an earlier run: add --load {args.save} to go on from "
             "there, or give another folder"
         )
+
+
+def _goes_on(args: Namespace) -> bool:
+    """Whether --load is what --save makes: how a job is written that may be started again."""
+    return args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
 
 
 def source(args: Namespace) -> tuple[str, Path] | None:
@@ -94,12 +102,21 @@ def source(args: Namespace) -> tuple[str, Path] | None:
                 raise UsageError(f"--ckpt-step {args.ckpt_step}: {given} {path} holds a release, which has no steps")
             step = step if args.ckpt_step is None else args.ckpt_step
             return given, opening.step_folder(path, step, given)
-        # `--load` of what `--save` is to make is how a restartable job is written.
-        if name != "load" or args.save is None or path.resolve() != Path(args.save).resolve():
+        if name != "load" or args.save is None or not _goes_on(args):
             why = f"holds no checkpoint: it has no {output.TRACKER}" if path.is_dir() else "no such folder"
             raise UsageError(f"{given} {path}: {why}")
         _refuse_lost_tracker(path)
     return None
+
+
+def _without_tracker(path: Path) -> int | None:
+    """The step of a folder's only checkpoint, if that is whole by its checksums, which come last but for the tracker.
+
+    A run that was killed between the two goes on from there, and so does one that lost its tracker.
+    """
+    whole = {} if os.path.lexists(path / output.TRACKER) else whole_steps(path)
+    steps = [step for step, folder in whole.items() if (folder / output.MANIFEST).is_file()]
+    return steps[0] if len(steps) == len(whole) == 1 else None
 
 
 def _refuse_lost_tracker(path: Path) -> None:
@@ -224,6 +241,33 @@ def _value(args: Namespace, name: str) -> Any:
     if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
         return getattr(args, "num_attention_heads", None)
     return getattr(args, name, None)
+
+
+_DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+_SAMPLES = (
+    "seed", "split", "seq_length", "position_sampler", "target_length", "cream_sigma", "cream_variant", "cream_relativity"
+)  # fmt: skip
+
+
+def remark(args: Namespace, found: Found | None) -> str:
+    """A line, where a run that goes on draws other samples than it would have: allowed, and seldom meant.
+
+    Data that only lie in another folder now are the same.
+    """
+    if found is None or found.flag != "--load" or found.folder.name == "release" or args.finetune:
+        return ""
+    changed = []
+    for name in (*_SAMPLES, *(() if args.embedded_data else _DATA)):
+        saved, ours = getattr(found.args, name, None), getattr(args, name)
+        if hasattr(found.args, name) and _names(saved) != _names(ours):
+            changed.append(f"{flag(name)} {_names(saved)}, now {_names(ours)}")
+    told = f"note: {found.flag} {found.folder.parent}: {found.folder.name} was saved with "
+    return f"{told}{'; '.join(changed)}: other samples come than would have" if changed else ""
+
+
+def _names(value: Any) -> str:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join(Path(item).name if isinstance(item, str) else str(item) for item in items)
 
 
 def check_content(args: Namespace, found: Found | None) -> None:

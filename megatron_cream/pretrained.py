@@ -61,7 +61,12 @@ def _model_folder(args: Namespace) -> Path | None:
     if args.load_hf is not None:
         if args.pretrained_checkpoint is not None:
             raise UsageError(f"--load-hf {args.load_hf} with --pretrained-checkpoint: give one of the two")
-        return hf_folder.locate(args.load_hf, flag="--load-hf")
+        folder = hf_folder.locate(args.load_hf, flag="--load-hf")
+        if not (folder / hf_folder.CONFIG).exists():
+            raise UsageError(
+                f"--load-hf {args.load_hf}: has no {hf_folder.CONFIG}; give a Hugging Face model's folder, or its name"
+            )
+        return folder
     for name in (args.load, args.pretrained_checkpoint):
         if name is not None and (Path(name) / HF / hf_folder.CONFIG).is_file():
             return Path(name) / HF

@@ -1,6 +1,7 @@
 """YAML recipes: any flag by its name, parsed as the command line would parse it."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,20 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
             seen.add(getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
+
+
+def _plain_number(loader: _PlainLoader, node: yaml.ScalarNode) -> int | float:
+    """Not what YAML 1.1 has besides: 1:30 for 90, 010 for 8."""
+    if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{node.value} would be read to the base of {60 if ':' in node.value else 8}", node.start_mark
+        )
+    whole = node.tag.endswith(":int")
+    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+
+
+for _kind_of_number in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind_of_number}", _plain_number)
 
 
 def _short(value: Any) -> str:

@@ -193,11 +193,11 @@ CHECKPOINTS = {
         metadata("ckpt/release", placed_at("/etc/passwd")), EXPORT, ["'/etc/passwd'", "must be the name of a file"],
     ),
     "no metadata": (remove(f"{STEP}/.metadata"), RESUME, ["it has no .metadata"]),
-    "metadata cut": (without_checksums(cut(f"{STEP}/.metadata", 900)), RESUME, ["iter_0000002 cannot be read"]),
-    "metadata empty": (put(f"{STEP}/.metadata", b""), RESUME, ["iter_0000002 cannot be read"]),
-    "metadata is text": (put(f"{STEP}/.metadata", "hello"), RESUME, ["iter_0000002 cannot be read"]),
+    "metadata cut": (without_checksums(cut(f"{STEP}/.metadata", 900)), RESUME, ["iter_0000002/.metadata cannot be read"]),
+    "metadata empty": (put(f"{STEP}/.metadata", b""), RESUME, ["iter_0000002/.metadata cannot be read"]),
+    "metadata is text": (put(f"{STEP}/.metadata", "hello"), RESUME, ["iter_0000002/.metadata cannot be read"]),
     "no metadata.json": (remove(f"{STEP}/metadata.json"), RESUME, ["it has no metadata.json"]),
-    "metadata.json is none": (put(f"{STEP}/metadata.json", "{"), RESUME, ["iter_0000002 cannot be read"]),
+    "metadata.json is none": (put(f"{STEP}/metadata.json", "{"), RESUME, ["iter_0000002/metadata.json cannot be read"]),
     "metadata.json of another format": (
         put(f"{STEP}/metadata.json", '{"sharded_backend": "zarr"}'), RESUME, ["metadata.json", "torch_dist"],
     ),
@@ -241,6 +241,10 @@ CHECKPOINTS = {
     "another norm": (also(), (*RESUME, "--norm-epsilon", "1e-3"), ["--norm-epsilon 1e-05", "make it 0.001"]),
     "another warm-up": (also(), (*RESUME, "--lr-warmup-fraction", "0.5"), ["--lr-warmup-fraction", "lr_warmup_steps 0"]),
     "a tracker that leads nowhere": (astray, GO_ON, ["--load", TRACKER, "--ckpt-step"]),
+    "checksums that lead nowhere": (
+        also(remove(f"{STEP}/integrity.json"), lambda w: (w / STEP / "integrity.json").symlink_to("/nowhere")),
+        RESUME, ["iter_0000002/integrity.json", "No such file"],
+    ),
     "two checkpoints without a tracker": (untracked, GO_ON, ["--load", "iter_0000002, iter_0000004", "--ckpt-step"]),
     "more steps": (also(), (*RESUME, "--train-iters", "9"), ["16", "72", "--override-opt-param-scheduler"]),
     "a parameter of another shape": (

@@ -49,6 +49,8 @@ RECIPES = {
     "a tab": ("lr:\t1\n\tx: 2", ["not a YAML file"]),
     "a date that is none": ("lr: 2001-13-45", ["not a YAML file"]),
     "a number of 5000 digits": (f"lr: {'9' * 5000}", ["not a YAML file"]),
+    "a time for a number": (BASE.replace("lr: 1e-3", "lr: 1:30"), ["1:30", "base of 60"]),
+    "an octal number": (BASE.replace("train_iters: 2", "train_iters: 010"), ["010", "base of 8"]),
     "an unknown key": (BASE + "learning_rate: 3", ["unknown key 'learning_rate'"]),
     "a key that is a number": (BASE + "3: 4", ["unknown key 3"]),
     "the recipe's own flag": (BASE + "config: other.yaml", ["unknown key 'config'"]),
@@ -237,5 +239,8 @@ TOOL_CASES = {
     ),
     "plan: GPUs": (also(), (*PLAN, "--gpus", "-1"), ["--gpus", "-1"]),
     "plan: memory": (also(), (*PLAN, "--gpu-memory", "nan"), ["--gpu-memory", "nan"]),
+    "plan: a target below the window": (
+        also(), (*PLAN, *"--num-layers 2 --hidden-size 64 --num-attention-heads 4 --target-length 100".split()), ["--target-length 100", "a multiple of --seq-length"],
+    ),
     "plan: a shape": (also(), (*PLAN, "--num-layers", "-2"), ["--num-layers -2"]),
 }  # fmt: skip

@@ -5,6 +5,7 @@ process; a few run as real processes.
 """
 
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,34 @@ def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
     assert f"--save {world / 'run'}: another run is writing there now" in ended.error
     assert snapshot(world / "run") == before
     files._held.popitem()[1].close()
+
+
+def test_a_pipe_in_the_lock_s_place_is_no_wait(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UsageError, match=r"--save .*\.lock is not a file"):
+        files.hold(tmp_path, "--save")
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_the_only_checkpoint_is_found_without_its_tracker(world, checksums):
+    """If its checksums, which are written last, are there: else it may be what a killed run left of its first save."""
+    (world / "run" / "latest_checkpointed_iteration.txt").unlink()
+    if not checksums:
+        (world / STEP / "integrity.json").unlink()
+    flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run", *LONGER)][1:]
+    step = 2 if checksums else None
+    assert start(lambda: 7 if arguments.parse(flags)[0].ckpt_step == step else 8, TRAINER)().code == 7
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [("", ""), ("--seed 99", ", now 99: other"), ("--position-sampler pose", "--position-sampler cream, now pose; ")],
+)
+def test_a_run_that_goes_on_with_other_samples_is_told_so(world, flags, words):
+    given = [part.replace("{0}", str(world)) for part in (*RESUME, *LONGER)][1:]
+    ended = start(lambda: arguments.parse([*given, *flags.split()]) and 7, TRAINER)()
+    said = [line for line in ended.error.splitlines() if line.startswith("note:")]
+    assert ended.code == 7 and len(said) == bool(words) and words in "".join(said), ended.error
 
 
 def test_a_configuration_may_be_edited(world):

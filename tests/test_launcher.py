@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,18 @@ def test_an_environment_that_cannot_be_is_a_line(name, value, words):
     command = [sys.executable, "pretrain_cream.py", "--print-config"]
     result = subprocess.run(command, cwd=ROOT, env=plain | {name: value}, capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and words in result.stderr
+
+
+def test_a_port_that_is_taken_is_a_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        command = [sys.executable, str(ROOT / "pretrain_cream.py"), "--config", str(ROOT / "examples/quickstart.yaml")]
+        result = subprocess.run(command, cwd=tmp_path, env=os.environ | given, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].endswith("is taken; give another"), result.stderr
+    assert f"MASTER_PORT={port}" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_without_a_launcher_there_is_one_rank(monkeypatch):

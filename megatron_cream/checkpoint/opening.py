@@ -99,9 +99,11 @@ def open_step(folder: Path, flag: str) -> Step:
     for name in (_METADATA, _FORMAT):
         if not (folder / name).is_file():
             raise UsageError(f"{where}: {folder.name} is not a whole torch_dist checkpoint: it has no {name}")
-    with _one_line(f"{where}: {folder.name} cannot be read: "):
+    with _one_line(f"{where}: {folder.name}/{_FORMAT} cannot be read: "):
         _check_format(folder / _FORMAT)
+    with _one_line(f"{where}: {folder.name}/{_METADATA} cannot be read: "):
         metadata = _plain_metadata(folder)
+    with _one_line(f"{where}: {folder.name} cannot be read: "):
         _check_shards(folder, metadata)
         common = _common_state(folder, metadata)
         saved = common.get("iteration")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_cream.errors import UsageError
-from megatron_cream.files import check_can_be_made, check_name, is_name, read_json
+from megatron_cream.files import check_can_be_made, check_name, check_regular, is_name, read_json
 
 # Megatron's own manifest, by its own name: its --verify-integrity reads it as well.
 MANIFEST = "integrity.json"
@@ -112,6 +112,7 @@ def _sync(folder: Path) -> None:
 @contextlib.contextmanager
 def _locked(file: Path, what: str) -> Iterator[None]:
     """Held while two writers of one folder must not meet; the kernel frees it if the process dies."""
+    check_regular(file, what)
     with open(file, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,7 +181,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
         UsageError: it cannot be read, or names a file that is not in the folder's tree.
     """
     manifest = folder / MANIFEST
-    if not manifest.exists():
+    if not os.path.lexists(manifest):  # a link to nothing is a manifest that was lost
         return {}
     found = read_json(manifest, "a manifest that can be read")
     files = found.get("files") if isinstance(found, dict) else None

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from megatron_cream.data.tokenizers import load_tokenizer
+from megatron_cream.files import check_regular
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it when the same sources would give other files."""
@@ -264,6 +265,7 @@ def _excluded(name: str) -> bool:
 @contextlib.contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Hold a lock file, so that the ranks of a run do not all build; dies with its holder."""
+    check_regular(path, "--embedded-data")
     with path.open("w") as lock:
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -178,11 +178,14 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
             raise UsageError(f"{checks.flag(name)} {getattr(args, name)}: its memory is not modelled; leave it out")
     if args.optimizer != "adam":
         raise UsageError(f"--optimizer {args.optimizer}: only adam's memory is modelled")
+    target = args.target_length or args.seq_length
+    if target % args.seq_length:
+        raise UsageError(f"--target-length {target}: must be a multiple of --seq-length {args.seq_length}")
     engine = _engine(args)
     layout = _layout(args, gpus, engine)
     if args.train_samples and not steps:
         steps = args.train_samples // layout.global_batch
-    return Run(_model(args), layout, engine, gpus, args.target_length or args.seq_length, steps)
+    return Run(_model(args), layout, engine, gpus, target, steps)
 
 
 def _parsed(argv: list[str]) -> Namespace:
