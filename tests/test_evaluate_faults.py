@@ -62,6 +62,14 @@ def test_numbers_given_twice_count_once(monkeypatch):
     assert TOOL.parser("").parse_args("lines --model m --lines 9 9".split()).lines == [9]
 
 
+def test_a_picture_of_somebody_else_stays(refused, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    (out / PICTURE).write_bytes(b"mine")
+    assert f"--output {out}: no evaluation wrote its {PICTURE}" in refused("kv", "--keys", 4)
+    assert (out / PICTURE).read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("name", [RESULTS, SUMMARY, PICTURE])
 def test_overwrite_leaves_what_no_evaluation_wrote(refused, tmp_path, name):
     """And a folder in the place of a file is refused at once, with and without it."""

@@ -65,7 +65,7 @@ def open_results(
     for name in (RESULTS, SUMMARY, PICTURE):
         if (folder / name).exists() and not (folder / name).is_file():
             raise UsageError(f"--output {folder}: its {name} is not a file; give another folder")
-    if overwrite:
+    if overwrite or not any((folder / name).exists() for name in (RESULTS, SUMMARY)):
         _check_ours(folder)
     new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def _versions() -> dict[str, str]:
 
 
 def _check_ours(folder: Path) -> None:
-    """Raise UsageError where --overwrite would empty files that no evaluation wrote."""
+    """Raise UsageError where files that no evaluation wrote would be written over."""
     with contextlib.suppress(UsageError):
         summary = read_json(folder / SUMMARY, "a summary")
         if isinstance(summary, dict) and {"settings", "model", "finished"} <= summary.keys():
