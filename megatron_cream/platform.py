@@ -3,10 +3,11 @@
 `setup()` is called once, before anything of Megatron is imported. Where a CUDA
 device is present it only sets what Megatron wants of the environment. Where there
 is none, Megatron's own code (TP, PP, DP over gloo, distributed optimizer,
-recompute, checkpoints) runs on the CPU with the help of two things:
+recompute, checkpoints) runs on the CPU with the help of three things:
 
-- stand-ins for the functions of `torch.cuda` that Megatron calls, and
-- a `TorchFunctionMode` that sends every `device='cuda'` to the CPU.
+- stand-ins for the functions of `torch.cuda` that Megatron calls,
+- a `TorchFunctionMode` that sends every `device='cuda'` to the CPU, and
+- packages that have kernels for CUDA alone look as if they were not installed.
 
 Nothing lies to torch itself: `torch.cuda.is_available()` says True only to callers
 inside the `megatron` package, so pinned memory, `torch.accelerator`, fused
@@ -80,10 +81,16 @@ def _use_prebuilt_dataset_helpers() -> None:
 # ---------------------------------------------------------------- without CUDA
 
 
+# Megatron runs their kernels wherever they can be imported: on a login node, say, with what the GPUs' nodes have.
+_FOR_CUDA_ALONE = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "flash_attn")
+
+
 def _install_cpu() -> None:
     global _installed
     # Megatron compiles small functions at first use; on a CPU that costs more than it saves.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    for package in _FOR_CUDA_ALONE:
+        sys.modules.setdefault(package, None)
     import torch._dynamo  # noqa: F401  (tabulates torch.cuda's functions: must see the real ones)
 
     _replace_torch_cuda()

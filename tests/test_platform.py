@@ -1,8 +1,10 @@
 """The CPU platform: Megatron sees a device, torch sees the truth, and nothing changes where there is CUDA."""
 
+import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from megatron_cream import platform
@@ -86,3 +88,22 @@ def test_no_effect_where_there_is_cuda():
 def test_has_cuda_is_the_truth():
     out = run("import torch; print(torch.cuda.is_available())")
     assert platform.has_cuda() == (out.strip() == "True")
+
+
+@pytest.mark.skipif(platform.has_cuda(), reason="there is a CUDA device")
+def test_packages_for_cuda_alone_are_as_if_they_were_not_installed(tmp_path):
+    """Where a login node has what the GPUs' nodes have: Megatron would run their kernels on the CPU's tensors."""
+    for name in ("transformer_engine", "transformer_engine_torch", "amp_C", "flash_attn"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('needs a driver')\n")
+    code = (
+        "from megatron_cream import platform; platform.setup()\n"
+        "from megatron.core.optimizer import clip_grads\n"
+        "from megatron_cream.model.attention import choose_backend, flash_attention_function, has_transformer_engine\n"
+        "assert not has_transformer_engine() and flash_attention_function() is None\n"
+        "assert choose_backend('auto', has_cuda=False, half=True).name == 'sdpa'\n"
+        "print(clip_grads.multi_tensor_applier.__module__)\n"
+    )
+    environment = dict(os.environ) | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.split()[-1].startswith("megatron.core"), done.stderr[-2000:]
