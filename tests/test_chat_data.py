@@ -250,6 +250,21 @@ def test_every_form_of_input_gives_the_same_data_and_mask(tmp_path, form):
     assert report.loss_tokens == sum(int(answer.sum()) for _, answer in expected)
 
 
+def test_a_file_with_both_columns_is_asked_which_is_meant(tmp_path):
+    import pyarrow.parquet
+
+    turns, others = (CHATS[0]["conversations"], take_messages(CHATS[1]))
+    path = tmp_path / "both.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"conversations": [turns, None], "messages": [None, others]}), path)
+    given = dict(chat_format="llama2", min_document_tokens=2, progress=False)
+    with pytest.raises(ValueError, match="columns 'conversations' and 'messages': --json-key names"):
+        preprocess([path], tmp_path / "x", ByteTokenizer(), **given)
+    report = preprocess([path], tmp_path / "x", ByteTokenizer(), json_key="messages", **given)
+    ids, _ = Llama2Chat(ByteTokenizer())(others)
+    data = IndexedDataset(str(tmp_path / "x"))
+    assert report.documents == len(data) == 1 and data[0].tolist() == ids
+
+
 def test_a_mask_does_not_outlive_its_data(tmp_path):
     path = write_chats(tmp_path, "jsonl")
     preprocess([path], tmp_path / "x", ByteTokenizer(), chat_format="llama2", progress=False)

@@ -44,11 +44,11 @@ def check_column(path: Path, keys: tuple[str, ...], chats: bool) -> None:
     """Whether `path` has what is to be read, by its schema alone.
 
     Args:
-        keys: names of the column; the first that is there is meant.
+        keys: names of the column; the one that is there is meant.
         chats: the column holds lists of turns, not text.
 
     Raises:
-        ValueError: pyarrow is not installed; not such a file; no such column, or of another type.
+        ValueError: pyarrow is not installed; not such a file; no such column, several, or of another type.
     """
     with _opened(path) as table:
         _column_name(path, table.schema, keys, chats)
@@ -161,7 +161,12 @@ class _Arrow:
 def _column_name(path: Path, schema: Any, keys: tuple[str, ...], chats: bool) -> str:
     from pyarrow import types
 
-    key = next((key for key in keys if key in schema.names), None)
+    found = [key for key in keys if key in schema.names]
+    if len(found) > 1:
+        raise ValueError(
+            f"{path}: has the columns {' and '.join(map(repr, found))}: --json-key names the one that is meant"
+        )
+    key = next(iter(found), None)
     if key is None:
         wanted, there = " or ".join(map(repr, keys)), one_line(", ".join(schema.names), 200)
         raise ValueError(f"{path}: no column {wanted}; it has {there} (--json-key names one)")
