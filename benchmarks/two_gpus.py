@@ -232,7 +232,7 @@ LAYOUTS_OF_7B = [
     ("dp2, no overlap", NO_OVERLAP, 1, {}),
     ("pp2", ["--pipeline-model-parallel-size", "2"], 1, {}),
     ("tp2-sp", TP2, 1, {}),
-    ("tp2-sp, user buffers", SENDS_BESIDE, 4, {}),
+    ("tp2-sp, user buffers", SENDS_BESIDE, 8, {}),
     ("tp2-sp, own layers", OWN_LAYERS, 4, WITHOUT_TE),
     ("tp2-sp", TP2, 4, {}),
     ("tp2-sp, own layers", OWN_LAYERS, 1, WITHOUT_TE),
@@ -263,7 +263,7 @@ def seven_b(runs: Runs) -> None:
 
 def _largest(runs: Runs, name: str, flags: list[str], largest: int, **how) -> None:
     """`timed` at the largest micro-batch up to `largest` that fits."""
-    for size in (size for size in (4, 2, 1) if size <= largest):
+    for size in (size for size in (8, 4, 2, 1) if size <= largest):
         given = [*flags, "--micro-batch-size", str(size)]
         if size == 1 or fits(runs, f"{name}, micro-batch {size}", 2, given):
             return timed(runs, name if size == 1 else f"{name}, micro-batch {size}", 2, given, **how)
