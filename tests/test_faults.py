@@ -1,6 +1,7 @@
 """Faults, as far as the test suite has time for; tests/faults/ has the long ones."""
 
 import resource
+import shutil
 import signal
 import time
 from argparse import Namespace
@@ -12,7 +13,7 @@ from megatron.training import checkpointing
 
 from megatron_cream import compat, loading, signals
 from megatron_cream.errors import UsageError
-from tests.faults.kill import kill, kill_under_torchrun, launch, newest, ranks, wait_for, writing
+from tests.faults.kill import compare, kill, kill_under_torchrun, launch, newest, ranks, wait_for, writing
 from tests.launch import ROOT, write_documents
 
 
@@ -25,6 +26,17 @@ def test_killed_runs_end_as_one_left_alone(tmp_path):
 def test_torchrun_restarts_killed_ranks(tmp_path):
     """--max-restarts, --save and no --load: on from the newest checkpoint, to the same bits."""
     kill_under_torchrun(tmp_path, kills=1, seed=1, steps=16)
+
+
+def test_a_run_killed_between_its_first_checkpoint_and_the_tracker_goes_on_from_there(tmp_path):
+    """Whole by its checksums; and to the same bits."""
+    documents, alone, cut = write_documents(tmp_path / "documents", documents=20), tmp_path / "alone", tmp_path / "cut"
+    assert launch(documents, alone, 4, tmp_path / "log").wait(timeout=120) == 0
+    shutil.copytree(alone / "iter_0000002", cut / "iter_0000002")
+    assert launch(documents, cut, 4, tmp_path / "log").wait(timeout=120) == 0
+    words = (tmp_path / "log").read_text()
+    assert newest(cut) == 4 and "step 3/4" in words and "step 1/4" not in words, words[-3000:]
+    compare(alone, cut, 4)
 
 
 @pytest.mark.parametrize(
