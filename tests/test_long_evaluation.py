@@ -3,13 +3,14 @@
 import io
 import math
 import random
+import re
 from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
@@ -162,6 +163,7 @@ class Clock:
     cost=st.floats(0.1, 50.0),
     seed=st.integers(0, 99),
 )
+@example(share=0.01, interval=1, cost=0.15, seed=0)  # whose rounding hangs on the last bit
 def test_it_never_takes_more_than_its_share(share, interval, cost, seed):
     """But for the first and the last; and it does not stay away where there is room."""
     rng, clock, stream = random.Random(seed), Clock(), io.StringIO()
@@ -192,7 +194,8 @@ def test_it_never_takes_more_than_its_share(share, interval, cost, seed):
         said = stream.getvalue().splitlines()
         assert len(said) == 200 // interval + (200 % interval != 0)
         assert sum("left out" in line for line in said) == len(said) - done
-        assert f"{cost:.1f} s, {100 * spent / clock.now:.1f} % of the time so far" in said[-1]
+        took, part = map(float, re.search(r"\| ([\d.]+) s, ([\d.]+) % of the time so far", said[-1]).groups())
+        assert took == pytest.approx(cost, abs=0.051) and part == pytest.approx(100 * spent / clock.now, abs=0.051)
 
 
 def test_values_go_to_tensorboard_and_to_wandb(monkeypatch):

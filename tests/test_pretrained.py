@@ -68,7 +68,7 @@ BAD = {
     "--load-hf {0}/qwen2 --vocab-size 100": "--vocab-size 100: the model in {0}/qwen2 has 515",
     "--load {0}/ckpt --hidden-size 32": "--hidden-size 32: the model in {0}/ckpt/hf has 64",
     "--load-hf {0}/none": "--load-hf {0}/none: no such folder",
-    "--load-hf {0}/ckpt": "{0}/ckpt: no config.json there",
+    "--load-hf {0}/ckpt": "{0}/ckpt: has no config.json",
     "--load-hf {0}/qwen2 --pretrained-checkpoint {0}/ckpt": "with --pretrained-checkpoint: give one of the two",
     "--load-hf {0}/qwen2 --save-hf {0}/llama3": "--save-hf {0}/llama3: holds something already",
     "--load-hf {0}/qwen2 --save-hf {0}/documents.bin": "--save-hf {0}/documents.bin: exists and is not a folder",
