@@ -114,8 +114,8 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
         if args.use_checkpoint_args:
             load_args_from_checkpoint(args)
         validate_args(args, {})
-    tokenizer = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "
-    with refused_in_one_line(tokenizer), console.captured(words):
+    named = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "
+    with refused_in_one_line(named), console.captured(words):
         tokenizer = rebuild_tokenizer(args)
     # Saved with the checkpoint: what of its padded vocabulary is real.
     args.vocab_size = args.vocab_size or tokenizer.vocab_size

@@ -22,10 +22,10 @@ def one_line(error: object, most: int = 300) -> str:
     return " ".join(str(error).split())[:most]
 
 
-def reason(error: OSError) -> str:
-    """What the system says, and of which file."""
-    words = error.strerror or one_line(error)
-    return f"{error.filename}: {words}" if error.filename else words
+def reason(error: OSError, path: object = None) -> str:
+    """What the system says, and of which file; `path` where it does not say that."""
+    words, file = error.strerror or one_line(error), error.filename or path
+    return f"{file}: {words}" if file else words
 
 
 @contextlib.contextmanager

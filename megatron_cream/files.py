@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+import yaml
+
 from megatron_cream.errors import UsageError, one_line
 
-_MOST_BYTES = 1 << 28
+_MOST_BYTES, _MOST_YAML_BYTES = 1 << 28, 1 << 20
 HOLD_SECONDS = 30.0
 _held: dict[Path, TextIO] = {}
 
@@ -182,3 +184,16 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(read_text(path, what))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not {what}: {one_line(error)}") from error
+
+
+def read_yaml(path: Path, what: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """A YAML file's value, by a loader that makes plain values only.
+
+    Raises:
+        UsageError: as `read_text`, or no YAML.
+    """
+    text = read_text(path, what, _MOST_YAML_BYTES)
+    try:
+        return yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # a date that is none, too many digits
+        raise UsageError(f"{path}: not a YAML file that can be read: {one_line(error)}") from error

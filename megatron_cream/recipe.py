@@ -8,9 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import read_text
-
-_MOST_BYTES = 1 << 20
+from megatron_cream.files import read_yaml
 
 
 def recipe_path(argv: list[str]) -> Path | None:
@@ -44,11 +42,9 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[Any, Any]:
     try:
-        recipe = yaml.load(read_text(path, "a YAML recipe", _MOST_BYTES), _PlainLoader)
+        recipe = read_yaml(path, "a YAML recipe", _PlainLoader)
     except UsageError as error:
         raise UsageError(f"--config {error}") from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # a date that is none, too many digits
-        raise UsageError(f"--config {path}: not a YAML file that can be read: {one_line(error)}") from error
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {path}: must map flag names to values")
     return recipe

@@ -18,6 +18,7 @@ from megatron_cream.data.columns import COLUMN_SUFFIXES, check_column, dataset_f
 from megatron_cream.data.compressed import COMPRESSED_SUFFIXES, DamagedFile, decompressed, suffix
 from megatron_cream.data.indexed import loss_mask_prefix, paths
 from megatron_cream.data.json_array import DamagedArray, read_elements, starts_array
+from megatron_cream.errors import reason
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 """One JSON object a line. `.json` too, as Megatron's own recipes name such files; a `.json`
@@ -85,7 +86,7 @@ def find_files(inputs: Iterable[Path], glob: str | None = None, output: Path | N
         try:
             files += _files_of(path, glob, output)
         except OSError as error:
-            raise ValueError(f"{error.filename or path}: {error.strerror or error}") from error
+            raise ValueError(reason(error, path)) from error
     return files
 
 
@@ -191,14 +192,14 @@ def _files_of(path: Path, glob: str | None, output: Path | None) -> list[Path]:
 
 
 def _files_in(folder: Path, glob: str | None, output: Path | None) -> list[Path]:
-    for _ in os.walk(folder, onerror=_raise):  # rglob passes over what it may not read
-        pass
+    # rglob passes over what it may not read.
+    every = [Path(place, name) for place, _, names in os.walk(folder, onerror=_raise) for name in names]
     if glob is None:
         files = dataset_files(folder)
         if files is not None:
             return files
         known = {*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, ".parquet"} - {".json"}
-        found = [path for path in folder.rglob("*") if suffix(path) in known and _kind(path) and path.is_file()]
+        found = [path for path in every if suffix(path) in known and _kind(path) and path.is_file()]
         if not found:
             raise ValueError(f"{folder}: no {', '.join(sorted(known))} file in this folder; name others with --glob")
         return sorted(found)

@@ -3,10 +3,8 @@
 from argparse import Namespace
 from pathlib import Path
 
-import yaml
-
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import read_text
+from megatron_cream.errors import UsageError
+from megatron_cream.files import read_yaml
 
 PRODUCTS = {f"{layer}_{way}" for layer in ("qkv", "proj", "fc1", "fc2") for way in ("fprop", "dgrad", "wgrad")}
 RINGS = Path(__file__).with_suffix(".yaml")
@@ -32,11 +30,9 @@ def check(path: str) -> None:
     """
     flag = f"--tp-comm-overlap-cfg {path}"
     try:
-        config = yaml.safe_load(read_text(Path(path), "a YAML file", 1 << 20)) or {}
+        config = read_yaml(Path(path), "a YAML file") or {}
     except UsageError as error:
         raise UsageError(f"--tp-comm-overlap-cfg {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{flag}: not a YAML file that can be read: {one_line(error)}") from error
     if not isinstance(config, dict) or not all(isinstance(settings, dict) for settings in config.values()):
         raise UsageError(f"{flag}: must map products ({', '.join(sorted(PRODUCTS))}) to their settings")
     if unknown := [name for name in config if name not in PRODUCTS]:
