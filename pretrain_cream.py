@@ -163,6 +163,7 @@ def train(argv: list[str] | None = None) -> Namespace:
             ranks=args.world_size,
             flops_per_token=arguments.flops_per_token(args),
             stream=terminal,
+            graphs=args.cuda_graph_impl == "local",
         )
 
         def say(line: str) -> None:
@@ -285,6 +286,7 @@ def main() -> int:
             finished = train()
         # Rank 0 may write for long: no other waits for it in a collective.
         if torch.distributed.is_initialized():
+            compat.end_cuda_graphs()
             torch.distributed.destroy_process_group()
         if finished:
             pretrained.save_hf(finished)
@@ -309,10 +311,8 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-        if ranks == 1:
-            raise
-        # What befell this rank alone, memory that ran out, say: Python's own end would wait for NCCL's collectives,
-        # which the other ranks never enter. torchrun ends those as soon as this one has ended.
+        # Memory that ran out, say. Python's own end could wait for ever, for NCCL's collectives, which other ranks never
+        # enter. torchrun ends those as soon as this one has ended.
         if of_another_rank(error):
             print(f"pretrain_cream.py: rank {rank}: another rank is gone: {one_line(error)}", file=sys.stderr)
         else:

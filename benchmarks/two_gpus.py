@@ -84,6 +84,8 @@ class Runs:
             return None
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
         environment = dict(os.environ) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        if "--cuda-graph-impl" in flags:  # its memory does not lie in segments that grow
+            environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
         log = self.folder / "logs" / f"{re.sub(r'[^a-z0-9-]+', '_', name)}.txt"
         with log.open("w") as file:
             code = subprocess.run(
@@ -229,10 +231,11 @@ WITHOUT_TE = dict(script=["benchmarks/train_step.py", "child", "without"])
 # by side give its kernels their size back.
 LAYOUTS_OF_7B = [
     ("dp2", OVERLAP, 1, {}),
-    ("dp2, no overlap", NO_OVERLAP, 1, {}),
+    ("tp2-sp, user buffers", SENDS_BESIDE, 8, {}),
     ("pp2", ["--pipeline-model-parallel-size", "2"], 1, {}),
     ("tp2-sp", TP2, 1, {}),
-    ("tp2-sp, user buffers", SENDS_BESIDE, 8, {}),
+    ("tp2-sp, CUDA graphs", [*TP2, "--cuda-graph-impl", "local", "--te-rng-tracker"], 1, {}),
+    ("dp2, no overlap", NO_OVERLAP, 1, {}),
     ("tp2-sp, own layers", OWN_LAYERS, 4, WITHOUT_TE),
     ("tp2-sp", TP2, 4, {}),
     ("tp2-sp, own layers", OWN_LAYERS, 1, WITHOUT_TE),

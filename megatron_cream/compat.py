@@ -8,6 +8,7 @@ import queue
 import signal
 import sys
 import threading
+import weakref
 from argparse import Namespace
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -31,6 +32,7 @@ def apply(args: Namespace) -> None:
     _tracker_replaced_at_once()
     wrap_method(BlendedDataset, "_build_indices", blend_cache.whole_or_none)
     _checkpoint_helpers_outlive_signals()
+    _cuda_graphs_of_layers()
     if platform.has_cuda():
         _weight_gradients_without_apex()
     _distributed_optimizer_resumes_with_torch_adam()
@@ -150,6 +152,35 @@ def tensorboard_outlives_a_full_disk() -> None:
                 print(f"warning: {path}: events are missing: {error.strerror or error}", file=sys.stderr, flush=True)
 
     wrap_method(RecordWriter, "write", write)
+
+
+_graphs_of_layers = weakref.WeakSet()
+
+
+def _cuda_graphs_of_layers() -> None:
+    """Megatron's own (--cuda-graph-impl local) have the training's shapes, and would be replayed in evaluations too,
+    which have others: an assertion fails. And it keeps them for good, in no list (`end_cuda_graphs`)."""
+    from megatron.core.transformer import TransformerLayer
+    from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
+
+    def in_training(original, self, *args, **kwargs):
+        return self.training and original(self, *args, **kwargs)
+
+    def known(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        _graphs_of_layers.add(self)
+
+    wrap_method(TransformerLayer, "_should_call_local_cudagraph", in_training)
+    wrap_method(_CudaGraphRunner, "__init__", known)
+
+
+def end_cuda_graphs() -> None:
+    """Call before process groups are destroyed: NCCL waits until no graph holds its collectives, which with tensor
+    parallelism every layer's do; the ranks of a finished run would never end."""
+    for runner in _graphs_of_layers:
+        for graph in (runner.fwd_graph, runner.bwd_graph):
+            if graph is not None:
+                graph.reset()
 
 
 class _TrackerAtOnce:

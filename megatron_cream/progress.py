@@ -57,6 +57,7 @@ class StepLine:
     ranks: GPUs (or CPU processes) that share the work.
     flops_per_token: see `flops_per_token`.
     stream: where to print.
+    graphs: layers are CUDA graphs; what they use again and again counts to the allocator as reserved alone.
     """
 
     total_steps: int
@@ -64,6 +65,7 @@ class StepLine:
     ranks: int
     flops_per_token: float
     stream: object = None
+    graphs: bool = False
 
     def __post_init__(self):
         self.stream = self.stream or sys.stdout
@@ -95,11 +97,16 @@ class StepLine:
             if self.peak:
                 parts.append(f"MFU {100 * rate * self.flops_per_token / self.peak:.1f} %")
             parts.append(f"ETA {_duration((self.total_steps - step) * seconds)}")
-        parts.append(f"{_memory_gib():.1f} GiB")
+        parts.append(f"{self._memory_gib():.1f} GiB")
         print(" | ".join(parts), file=self.stream, flush=True)
         if loss is not None:
             self._watch(step, loss)
         self.start(step)
+
+    def _memory_gib(self) -> float:
+        if not platform.has_cuda():
+            return psutil.Process().memory_info().rss / 2**30
+        return (torch.cuda.max_memory_reserved() if self.graphs else torch.cuda.max_memory_allocated()) / 2**30
 
     def _watch(self, step: int, loss: float) -> None:
         """Warn of a loss far above the newest hundred: 8 of their median deviations, and a tenth of their median."""
@@ -114,11 +121,6 @@ class StepLine:
                 )
         if math.isfinite(loss):
             self.losses.append(loss)
-
-
-def _memory_gib() -> float:
-    used = torch.cuda.max_memory_allocated() if platform.has_cuda() else psutil.Process().memory_info().rss
-    return used / 2**30
 
 
 def _duration(seconds: float) -> str:

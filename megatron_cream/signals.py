@@ -6,12 +6,15 @@ seconds later; of SIGUSR1 it dies, unless it was told to pass that on too (--sig
 """
 
 import contextlib
+import os
 import signal
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron.training.dist_signal_handler import DistributedSignalHandler
+from torch.utils.data import get_worker_info
 
 from megatron_cream.checkpoint import saving
 from megatron_cream.checkpoint.output import TRACKER
@@ -21,13 +24,16 @@ _received = 0
 
 
 def install() -> None:
-    """Call before the flags are parsed, when Megatron makes its handler; workers of its data loader get one too."""
+    """Call before the flags are parsed, when Megatron makes its handler; it makes one in workers of its data loader too."""
     wrap_method(DistributedSignalHandler, "__enter__", _both_signals)
     wrap_method(DistributedSignalHandler, "signals_received", _remember)
 
 
 def _both_signals(original, self):
     entered = original(self)
+    if get_worker_info() is not None:
+        _hear_the_rank_alone({self.sig, signal.SIGUSR1})
+        return entered
 
     def handler(number, _frame):
         self._signal_received = number  # gathered from all ranks as an integer
@@ -35,6 +41,19 @@ def _both_signals(original, self):
     for number in (self.sig, signal.SIGUSR1):
         signal.signal(number, handler)
     return entered
+
+
+def _hear_the_rank_alone(signals: set[signal.Signals]) -> None:
+    """In a worker that loads data. The rank needs it until its last step, so a cluster's signal is none to it; the rank's
+    own, which Python sends when that ends, and waits for what follows, ends it."""
+
+    def listen():
+        while signal.sigwaitinfo(signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def _remember(original, self):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from megatron_cream import arguments
+from megatron_cream import arguments, checks
 from megatron_cream.arguments import rope_scaling_options, sampler_options
 from megatron_cream.errors import UsageError
 from megatron_cream.flags import build_parser
@@ -188,6 +188,17 @@ BAD = [
     ({"sequence_parallel": "yes please"}, 1, ["sequence_parallel", "true or false"]),
     ({"lr_decay_style": "zigzag"}, 1, ["lr_decay_style", "zigzag", "cosine"]),
 ]
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_cuda_graphs_beside_segments_that_grow(name, monkeypatch):
+    args = build_parser(recipe=False).parse_args(["--cuda-graph-impl", "local"])
+    checks._graphs_beside_growing_segments(args)
+    monkeypatch.setenv(name, "garbage_collection_threshold:0.8,expandable_segments:True")
+    with pytest.raises(UsageError, match=f"--cuda-graph-impl local with {name}=.*unset one of them"):
+        checks._graphs_beside_growing_segments(args)
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
+    checks._graphs_beside_growing_segments(args)
 
 
 @pytest.mark.parametrize("changed, ranks, words", BAD, ids=lambda value: str(value)[:40])

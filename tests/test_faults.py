@@ -43,13 +43,15 @@ def test_a_run_killed_between_its_first_checkpoint_and_the_tracker_goes_on_from_
     "number, to, code", [("SIGTERM", "torchrun", 1), ("SIGUSR1", "torchrun", -10), ("SIGUSR1", 1, 0)]
 )
 def test_a_signal_saves_and_exits(tmp_path, number, to, code):
-    """What a cluster sends before it takes the machines: to the launcher, or to one rank of two."""
+    """What a cluster sends before it takes the machines: to the launcher, or to one rank of two and all that it started."""
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
-    process = launch(documents, save, 100_000, tmp_path / "log")
+    flags = ["--save", save, "--load", save, "--save-interval", 2, "--num-workers", 1]
+    process = launch(documents, save, 100_000, tmp_path / "log", flags=flags)
     wait_for(lambda: newest(save) >= 2, process)
     running = ranks(process)
     sent = time.monotonic()
-    (process if to == "torchrun" else running[to]).send_signal(getattr(signal, number))
+    for each in [process] if to == "torchrun" else [*running[to].children(recursive=True), running[to]]:
+        each.send_signal(getattr(signal, number))
     assert process.wait(timeout=60) == code
     gone, left = psutil.wait_procs(running, timeout=30)
     log = (tmp_path / "log").read_text()
@@ -104,11 +106,14 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks(tmp_path):
     assert "step 3/100" in log and "step 4/100" not in log
 
 
-def test_a_rank_that_fails_alone_ends_the_job(tmp_path):
-    """At once, with what befell it: also where its own end would wait for the others."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_fails_alone_ends_the_job(tmp_path, ranks):
+    """At once, with what befell it: also where its own end would wait for the others, or for what loads its data."""
     documents = write_documents(tmp_path / "documents", documents=20)
-    script = (ROOT / "tests" / "faults" / "one_rank.py", "memory", 1, 3)
-    process = launch(documents, tmp_path, 100, tmp_path / "log", flags=[], script=script)
+    script, flags = (ROOT / "tests" / "faults" / "one_rank.py", "memory", ranks - 1, 3), ["--num-workers", 1]
+    process = launch(
+        documents, tmp_path, 100, tmp_path / "log", f"--nproc_per_node={ranks}", flags=flags, script=script
+    )
     assert process.wait(timeout=120) == 1
     log = (tmp_path / "log").read_text()
     assert "MemoryError: nothing is left" in log and "step 3/100" in log and "step 4/100" not in log

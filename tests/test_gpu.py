@@ -109,18 +109,24 @@ def test_attention_is_measured(groups):
 # name: (ranks, precision, flags). In float32 as sdpa on one GPU within 2e-3 (TF32 may be on inside Transformer Engine's
 # products), in bf16 within 2e-2.
 CP = "--use-distributed-optimizer --context-parallel-size 2 --attention-backend"
+# Evaluations have other shapes than the graphs, in the middle of training and at its end.
+GRAPHS = "--cuda-graph-impl local --te-rng-tracker --eval-interval 2 --eval-iters 1 --eval-lengths 64 512"
 RUNS = {
     "unfused": (1, "fp32", "--attention-backend unfused"),  # a checkpoint of this project's layers in other layers
     "megatron's step": (1, "fp32", "--attention-backend sdpa"),
     "bf16 flash": (1, "bf16", "--attention-backend flash"),
     "bf16 te": (1, "bf16", "--attention-backend te"),
     "bf16 sdpa": (1, "bf16", "--attention-backend sdpa"),
+    "flash in cuda graphs te": (1, "bf16", f"--attention-backend flash {GRAPHS}"),
     "cp2 sdpa": (2, "bf16", f"{CP} sdpa"),
     "cp2 flash": (2, "bf16", f"{CP} flash"),
     "cp2 te": (2, "bf16", f"{CP} te --cp-comm-type p2p"),
+    "tp2 flash in cuda graphs te": (
+        2, "bf16", f"--attention-backend flash --tensor-model-parallel-size 2 --sequence-parallel {GRAPHS}"
+    ),
     "dp2 overlapped": (2, "bf16", "--use-distributed-optimizer --attention-backend sdpa"),
     "dp2 not": (2, "bf16", "--use-distributed-optimizer --attention-backend sdpa --no-overlap-grad-reduce"),
-}
+}  # fmt: skip
 PLAIN_STEP = """
 if __name__ == "__main__":
     import sys

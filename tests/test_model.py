@@ -1,5 +1,7 @@
 """Our Llama against transformers' Llama: same weights, same logits and losses, at any position ids."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_cream import compat
 from megatron_cream.evaluation.perplexity import perplexity_by_length
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
@@ -124,6 +127,37 @@ def test_rotary_follows_position_ids(one_rank):
     plain = model(tokens, ids, None)
     assert relative(model(tokens, ids + 200, None), plain) < 1e-4
     assert relative(model(tokens, ids * 3, None), plain) > 1e-3
+
+
+def test_a_cuda_graph_sees_the_angles(one_rank):
+    """Megatron's graphs copy what they find among a layer's inputs before each replay; nothing else changes."""
+    from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
+
+    model = megatron_llama(one_rank, kv_heads=4, tied=False, backend="sdpa", scaling=None)
+    given = []
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+    ids = torch.randint(0, TARGET, (2, WINDOW))
+    model(torch.randint(0, VOCABULARY, (2, WINDOW)), ids, None)
+    assert len(given) == SHAPE["num_layers"]
+    for args, kwargs in given:
+        found = _CudaGraphRunner.get_tensors(None, args, kwargs)
+        assert any(x.shape == (2, *ids.shape, 16) and torch.equal(x[1], model.rotary.cos_sin(ids)[1]) for x in found)
+
+
+def test_cuda_graphs_are_of_training_and_end_before_nccl(one_rank, monkeypatch):
+    from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
+
+    layer = megatron_llama(one_rank, kv_heads=4, tied=False, backend="sdpa", scaling=None).decoder.layers[0]
+    monkeypatch.setattr(type(layer), "_should_call_local_cudagraph", type(layer)._should_call_local_cudagraph)
+    monkeypatch.setattr(_CudaGraphRunner, "__init__", torch.nn.Module.__init__)
+    compat._cuda_graphs_of_layers()
+    layer.cudagraph_manager = torch.nn.Identity()
+    assert layer.train()._should_call_local_cudagraph() and not layer.eval()._should_call_local_cudagraph()
+    runner, ended = _CudaGraphRunner(), []
+    runner.fwd_graph, runner.bwd_graph = SimpleNamespace(reset=lambda: ended.append("forward")), None
+    compat.end_cuda_graphs()
+    assert ended == ["forward"]
 
 
 def test_casting_the_model_leaves_the_angles_alone(one_rank):

@@ -142,9 +142,8 @@ def alternatives(first: AttentionBackend, *, half: bool) -> list[AttentionBacken
 class RotarySelfAttention(SelfAttention):
     """Megatron's self attention, with rotary angles that differ from sample to sample.
 
-    Takes `rotary_pos_emb=(cos, sin)`, float32 [b, s, head_dim] each, in place of
-    Megatron's table of angles: a pair of tensors passes through every kind of
-    activation recompute unchanged.
+    Takes as `rotary_pos_emb` cos and sin, float32 [2, b, s, head_dim], in place of Megatron's table of angles:
+    one tensor passes through every kind of activation recompute, and into CUDA graphs, which take no pair.
     """
 
     def forward(self, hidden_states, attention_mask, rotary_pos_emb=None, **kwargs):

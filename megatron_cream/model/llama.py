@@ -44,7 +44,7 @@ class LlamaModel(GPTModel):
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        return (decoder_input, self.rotary.cos_sin(position_ids), *rest)
+        return (decoder_input, torch.stack(self.rotary.cos_sin(position_ids)), *rest)
 
     def sharded_state_dict(self, *args, **kwargs):
         """Without the extra states of Transformer Engine's norms: they are empty, and other layers have none.

@@ -103,6 +103,7 @@ class Engine:
     one_pass_optimizer: the gradient's scaling, AdamW and the rounding to bf16 are one kernel.
     attention: flash, sdpa or te.
     fp8: recipe of the layers' linears in FP8, as --fp8-recipe has it; fp8_parameters: their weights are kept in it.
+    graphs: each layer is one CUDA graph (--cuda-graph-impl local), which the host launches at once.
     """
 
     transformer_engine: bool
@@ -116,6 +117,7 @@ class Engine:
     attention: str = "flash"
     fp8: str | None = None
     fp8_parameters: bool = False
+    graphs: bool = False
 
     @property
     def gathers_keys(self) -> bool:
@@ -314,6 +316,7 @@ def _engine(args: Namespace) -> Engine:
         attention={"te": "te", "fused": "te", "sdpa": "sdpa"}.get(backend, "flash"),
         fp8=args.fp8_recipe if args.fp8 else None,
         fp8_parameters=args.fp8_param_gather,
+        graphs=args.cuda_graph_impl == "local",
     )
 
 

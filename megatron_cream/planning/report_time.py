@@ -98,8 +98,11 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         f"and taken for every GPU: attention {attention:.0%} at {length:,} tokens, bytes {PASSES:.0%}",
     ]
     seen = "as in one run with TP 2 on two H200s" if run.layout.tensor > 1 else "at most, by one run on an H100"
-    host = 1e3 * launch_seconds(run.layout)
-    lines.append(f"the host takes {host:.1f} ms to launch a layer, forward and backward, {seen}")
+    host = 1e3 * launch_seconds(run.layout, run.engine)
+    if run.engine.graphs:
+        lines.append("the host launches a layer's CUDA graph in no time that counts; their memory is not modelled")
+    else:
+        lines.append(f"the host takes {host:.1f} ms to launch a layer, forward and backward, {seen}")
     if run.layout.context > 1 and not run.engine.gathers_keys:
         lines.append(f"attention in Transformer Engine's ring at {RING:.0%} of its rate, as in one run on two H100s")
     if run.engine.fp8_parameters:

@@ -86,9 +86,9 @@ def predict(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> S
     return Speed(time, rate, rate * flops / cluster.gpu.bf16)
 
 
-def launch_seconds(layout: Layout) -> float:
-    """In which the host launches a layer's kernels, forward and backward."""
-    return HOST["tensor parallel" if layout.tensor > 1 else "alone"]
+def launch_seconds(layout: Layout, engine: Engine) -> float:
+    """In which the host launches a layer's kernels, forward and backward; two graphs take it no time that counts."""
+    return 0.0 if engine.graphs else HOST["tensor parallel" if layout.tensor > 1 else "alone"]
 
 
 def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: str | None) -> dict[str, float]:
@@ -153,7 +153,7 @@ def _step(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Tim
     if engine.fp8_parameters:
         parts["optimizer"] += layers * FP8_PARAMETERS
     passes = layers + work.repeated_layers(layout, layers) / 2  # a forward pass is about half of what is launched
-    launched = passes * launch_seconds(layout)
+    launched = passes * launch_seconds(layout, engine)
     parts["idle"] = IDLE + layout.micro_batches * max(launched - one.total, 0.0)
     for transfer in communication.step(model, layout, engine, slowest):
         name = "data" if transfer.group == "dp" else "tensor" if transfer.group == "tp" else "pipeline"
