@@ -163,7 +163,6 @@ def train(argv: list[str] | None = None) -> Namespace:
             ranks=args.world_size,
             flops_per_token=arguments.flops_per_token(args),
             stream=terminal,
-            graphs=args.cuda_graph_impl == "local",
         )
 
         def say(line: str) -> None:

@@ -57,7 +57,6 @@ class StepLine:
     ranks: GPUs (or CPU processes) that share the work.
     flops_per_token: see `flops_per_token`.
     stream: where to print.
-    graphs: layers are CUDA graphs; what they use again and again counts to the allocator as reserved alone.
     """
 
     total_steps: int
@@ -65,7 +64,6 @@ class StepLine:
     ranks: int
     flops_per_token: float
     stream: object = None
-    graphs: bool = False
 
     def __post_init__(self):
         self.stream = self.stream or sys.stdout
@@ -82,7 +80,10 @@ class StepLine:
         if self.last_time is not None:
             self.last_time += seconds
 
-    def show(self, step: int, loss: float | None, learning_rate: float | None, grad_norm: float | None) -> None:
+    def show(
+        self, step: int, loss: float | None, learning_rate: float | None, grad_norm: float | None, memory: int
+    ) -> None:
+        """Args: memory: bytes, as `peak_memory` has them."""
         parts = [f"step {step}/{self.total_steps}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
@@ -97,16 +98,11 @@ class StepLine:
             if self.peak:
                 parts.append(f"MFU {100 * rate * self.flops_per_token / self.peak:.1f} %")
             parts.append(f"ETA {_duration((self.total_steps - step) * seconds)}")
-        parts.append(f"{self._memory_gib():.1f} GiB")
+        parts.append(f"{memory / 2**30:.1f} GiB")
         print(" | ".join(parts), file=self.stream, flush=True)
         if loss is not None:
             self._watch(step, loss)
         self.start(step)
-
-    def _memory_gib(self) -> float:
-        if not platform.has_cuda():
-            return psutil.Process().memory_info().rss / 2**30
-        return (torch.cuda.max_memory_reserved() if self.graphs else torch.cuda.max_memory_allocated()) / 2**30
 
     def _watch(self, step: int, loss: float) -> None:
         """Warn of a loss far above the newest hundred: 8 of their median deviations, and a tenth of their median."""
@@ -121,6 +117,27 @@ class StepLine:
                 )
         if math.isfinite(loss):
             self.losses.append(loss)
+
+
+def peak_memory() -> int:
+    """Bytes that torch held at most, on the pipeline stage that holds most; on CPUs what the process holds now.
+
+    Every rank calls this. What CUDA graphs use again and again counts to torch's allocator as reserved alone.
+    """
+    from megatron.core import parallel_state
+    from megatron.training import get_args
+
+    if not platform.has_cuda():
+        used = psutil.Process().memory_info().rss
+    elif get_args().cuda_graph_impl == "none":
+        used = torch.cuda.max_memory_allocated()
+    else:
+        used = torch.cuda.max_memory_reserved()
+    if (stages := parallel_state.get_pipeline_model_parallel_group()).size() == 1:
+        return used
+    most = torch.tensor(used, device="cuda")
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=stages)
+    return int(most)
 
 
 def _duration(seconds: float) -> str:
@@ -160,9 +177,11 @@ def each_step(line: StepLine, interval: int) -> Iterator[None]:
             *rest, **kwargs,
         )  # fmt: skip
         watchdog.stepped()
-        if iteration % interval == 0 and is_last_rank():
+        due = iteration % interval == 0
+        memory = peak_memory() if due else 0
+        if due and is_last_rank():
             loss = loss_dict.get("lm loss")
-            line.show(iteration, None if loss is None else float(loss), learning_rate, grad_norm)
+            line.show(iteration, None if loss is None else float(loss), learning_rate, grad_norm, memory)
         elif line.last_step is None:
             line.start(iteration)
         return result

@@ -4,9 +4,11 @@ All layouts start from one checkpoint, written by one rank, so that each also sh
 the checkpoint opens at its layout.
 """
 
+import re
+
 import pytest
 
-from tests.launch import train, write_documents
+from tests.launch import ROOT, TINY, torchrun, train, write_documents
 
 STEPS = 10
 LAYOUTS = {
@@ -98,3 +100,20 @@ def test_resume(start):
         ("to-one", 1, "--use-distributed-optimizer"),
     ]:
         assert relative_error(resume(ranks, name, *extra.split()), rest) < 1e-5, name
+
+
+def test_the_step_line_has_the_memory_of_the_fullest_stage(start, tmp_path):
+    """The first one's, which keeps most micro-batches; the line is the last one's."""
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import os, sys\n"
+        "held = b'x' * 2**30 if os.environ['RANK'] == '0' else b''\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import pretrain_cream\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(pretrain_cream.main())\n"
+    )
+    result = torchrun(2, *TINY, "--fp32", *start[1], "--pipeline-model-parallel-size", 2, script=job)
+    assert result.returncode == 0, result.stderr[-3000:]
+    shown = [float(gib) for gib in re.findall(r"^step .* ([\d.]+) GiB$", result.stdout, re.M)]
+    assert len(shown) == STEPS and min(shown) > 1.3, shown

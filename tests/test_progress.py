@@ -9,7 +9,7 @@ def shown(losses):
     stream = io.StringIO()
     line = StepLine(total_steps=1000, tokens_per_step=1, ranks=1, flops_per_token=1.0, stream=stream)
     for step, loss in enumerate(losses, 1):
-        line.show(step, loss, 1e-4, 1.0)
+        line.show(step, loss, 1e-4, 1.0, 2**30)
     return stream.getvalue()
 
 
