@@ -84,8 +84,6 @@ class Runs:
             return None
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
         environment = dict(os.environ) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
-        if "--cuda-graph-impl" in flags:  # its memory does not lie in segments that grow
-            environment.pop("PYTORCH_CUDA_ALLOC_CONF", None)
         log = self.folder / "logs" / f"{re.sub(r'[^a-z0-9-]+', '_', name)}.txt"
         with log.open("w") as file:
             code = subprocess.run(

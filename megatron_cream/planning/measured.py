@@ -21,9 +21,9 @@ class Checked:
 
     row: as the file has it. config, flags: what was started; gpus (default: 1) of the kind gpu; engine: fields of
         `Engine` that no flag sets, for Megatron's own model and this project's earlier kernels;
-        tokens_per_second: of each GPU; peak_gib: of torch's allocator; fits: the constants of `hardware` that
-        it gave, beside: where they are of two runs, the other one; off: why the time predicted is; profile:
-        milliseconds of a traced step by kind of kernel.
+        tokens_per_second: of each GPU; peak_gib: of torch's allocator, on the fullest pipeline stage or on `stage`;
+        fits: the constants of `hardware` that it gave, beside: where they are of two runs, the other one; off: why
+        the time predicted is; profile: milliseconds of a traced step by kind of kernel.
     speed, peak_gib: predicted.
     """
 
@@ -60,7 +60,7 @@ def cluster(row: dict) -> Cluster:
 def check(row: dict) -> Checked:
     """Predict a measured run."""
     ran, around = run(row), cluster(row)
-    needed = memory.predict(ran.model, ran.layout, ran.engine)
+    needed = memory.predict(ran.model, ran.layout, ran.engine, row.get("stage"))
     return Checked(row, step_time.predict(ran.model, ran.layout, ran.engine, around), needed.allocated / GIB)
 
 

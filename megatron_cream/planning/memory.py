@@ -60,10 +60,10 @@ class Memory:
         return round(self.allocated * (1 + FRAGMENTATION)) + outside
 
 
-def predict(model: Model, layout: Layout, engine: Engine) -> Memory:
-    """The memory of the pipeline stage that needs most."""
-    stages = (_stage(model, layout, engine, stage) for stage in range(layout.pipeline))
-    return max(stages, key=lambda memory: memory.allocated)
+def predict(model: Model, layout: Layout, engine: Engine, stage: int | None = None) -> Memory:
+    """The memory of a pipeline stage, or of the one that needs most."""
+    stages = range(layout.pipeline) if stage is None else [stage]
+    return max((_stage(model, layout, engine, each) for each in stages), key=lambda memory: memory.allocated)
 
 
 # Which stage has what.

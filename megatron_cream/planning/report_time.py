@@ -97,7 +97,7 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         f"{product_share(gpu, None):.0%} (FP8 {product_share(gpu, run.engine.fp8 or 'delayed'):.0%}); fitted on one H200 "
         f"and taken for every GPU: attention {attention:.0%} at {length:,} tokens, bytes {PASSES:.0%}",
     ]
-    seen = "as in one run with TP 2 on two H200s" if run.layout.tensor > 1 else "at most, by one run on an H100"
+    seen = "as in runs with TP 2 on two hosts" if run.layout.tensor > 1 else "as in one run on an H100"
     host = 1e3 * launch_seconds(run.layout, run.engine)
     if run.engine.graphs:
         lines.append("the host launches a layer's CUDA graph in no time that counts; their memory is not modelled")

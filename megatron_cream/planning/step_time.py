@@ -88,7 +88,9 @@ def predict(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> S
 
 def launch_seconds(layout: Layout, engine: Engine) -> float:
     """In which the host launches a layer's kernels, forward and backward; two graphs take it no time that counts."""
-    return 0.0 if engine.graphs else HOST["tensor parallel" if layout.tensor > 1 else "alone"]
+    if engine.graphs:
+        return 0.0
+    return HOST["tensor parallel" if layout.tensor > 1 else "FP8" if engine.fp8 else "alone"]
 
 
 def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: str | None) -> dict[str, float]:
