@@ -10,7 +10,6 @@ import os
 import sys
 from argparse import Namespace
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,9 +40,8 @@ from megatron_cream import (
 )
 from megatron_cream.checkpoint import save_flags
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
-from megatron_cream.errors import UsageError, refused_in_one_line
+from megatron_cream.errors import UsageError, reason, refused_in_one_line
 from megatron_cream.evaluation import long_flags
-from megatron_cream.files import writing
 from megatron_cream.flags import build_parser, parse_flags
 from megatron_cream.model import kernels, user_buffers
 from megatron_cream.model.attention import AttentionBackend, alternatives, choose_backend
@@ -74,9 +72,13 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     if auto and platform.has_cuda() and not (args.deterministic_mode or args.skip_train):
         _take_fastest_attention(args)
     compat.tensorboard_outlives_a_full_disk()
-    # Last, as it opens log files.
-    with console.captured(words), writing(Path(args.tensorboard_dir or ""), "--tensorboard-dir"):
-        set_global_variables(args, build_tokenizer=False)
+    try:
+        with console.captured(words):
+            set_global_variables(args, build_tokenizer=False)  # last, as it opens log files
+    except OSError as error:
+        if not args.tensorboard_dir:
+            raise
+        raise UsageError(f"--tensorboard-dir {args.tensorboard_dir}: {reason(error)}") from error
     return args, words.getvalue()
 
 

@@ -106,6 +106,9 @@ FLAGS = {
     "unknown flag": ("--no-such-flag 1", 1, ["--no-such-flag"]),
     "save is a file": ("--save {0}/data.bin", 1, ["--save", "data.bin is not a folder"]),
     "save below a file": ("--save {0}/data.bin/x", 1, ["--save", "data.bin is not a folder"]),
+    "TensorBoard where no folder can be": (
+        "--tensorboard-dir /proc/no/folder", 1, ["--tensorboard-dir /proc/no/folder", "No such file or directory"]
+    ),
     "TensorBoard in a file": ("--tensorboard-dir {0}/data.bin", 1, ["--tensorboard-dir", "is not a folder"]),
     "wandb without a name": ("--wandb-project x", 1, ["--wandb-project x", "--wandb-exp-name"]),
     "evaluation longer than the text": ("--eval-lengths 5000", 1, ["--eval-lengths 5000", "no held-out document"]),
