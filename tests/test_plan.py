@@ -2,14 +2,8 @@
 
 Against measured runs: test_plan_measured.py."""
 
-import contextlib
-import importlib.util
-import json
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,15 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from megatron_cream.errors import UsageError
 from megatron_cream.model import context_parallel
-from megatron_cream.planning import Engine, Layout, Model, layouts, run_from_flags
+from megatron_cream.planning import Engine, Layout, Model, layouts
 from megatron_cream.planning import memory as planned
 from megatron_cream.planning.hardware import GIB, GPUS, Cluster
 from megatron_cream.planning.memory import in_flight, parameters, predict
-from tests.launch import ROOT
 
-RECIPE = str(ROOT / "examples" / "llama2_7b_32k.yaml")
 LLAMA2_7B = Model(
     num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, num_query_groups=32,
     kv_channels=128, padded_vocab_size=32000,
@@ -407,122 +398,3 @@ def test_more_to_keep_is_never_less_memory(model, engine, tensor, pipeline, data
     assert kept(replace(layout, micro_batch=4)) == 2 * kept(layout)
     replicated = optimizer(replace(layout, distributed_optimizer=False))
     assert optimizer(layout) <= replicated <= data * optimizer(layout)
-
-
-def test_the_papers_setting_fits_two_gpus_without_offload():
-    """Llama-2-7B, global batch 32, two A100-80G; and the flags suggested give the layout that was planned."""
-    result = plan("--config", RECIPE, "--gpus", "2", "--gpu-memory", "80", "--json")
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["own"]["fits"] and found["own"]["layout"]["global_batch"] == 32
-    assert found["layouts"][0]["layout"]["recompute"] == "none"
-    for each in found["layouts"]:
-        assert each["memory"]["device"] <= found["usable"] < 80 * GIB
-        layout = Layout(**each["layout"] | {"recompute_modules": tuple(each["layout"]["recompute_modules"])})
-        given = ["--seq-length", "4096", "--global-batch-size", "32", "--tokenizer-type", "Llama2Tokenizer"]
-        shape = [
-            "--num-layers",
-            "32",
-            "--hidden-size",
-            "4096",
-            "--ffn-hidden-size",
-            "11008",
-            "--num-attention-heads",
-            "32",
-        ]
-        again = run_from_flags([*given, *shape, *layouts.flags(layout)], 2)
-        assert again.layout == layout and predict(again.model, layout, again.engine).device == each["memory"]["device"]
-
-
-def test_the_table_says_all_of_it(monkeypatch, capsys, tmp_path):
-    careful = tmp_path / "recipe.yaml"
-    recompute = "recompute_granularity: full\nrecompute_method: uniform\nrecompute_num_layers: 1\n"
-    careful.write_text(Path(RECIPE).read_text() + recompute)
-    assert tool(monkeypatch, "--config", str(careful), "--gpus", "2") == 0
-    text = capsys.readouterr().out
-    for part in ("6.74 B parameters", "optimizer", "activations", "fits:", "--micro-batch-size 1", ": null"):
-        assert part in text
-
-
-def test_another_number_of_gpus_than_the_recipe_needs(monkeypatch, capsys):
-    assert tool(monkeypatch, "--config", RECIPE, "--gpus", "1", "--gpu-memory", "140") == 0
-    text = capsys.readouterr().out
-    assert "--gpus 1: must be a multiple of --tensor-model-parallel-size 2" in text and "fastest first" in text
-
-
-def test_nothing_fits(monkeypatch, capsys):
-    assert tool(monkeypatch, "--config", RECIPE, "--gpus", "1", "--gpu-memory", "40GiB") == 1
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "4 GPUs would do" in error
-
-
-def tool(monkeypatch, *arguments: str) -> int:
-    """Exit code of tools/plan.py, in this process."""
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "tools" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
-    return module.main()
-
-
-def plan(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--config", "missing.yaml", "--gpus", "2"], "--config missing.yaml"),
-        (["--config", RECIPE], "--gpus"),
-        (["--config", RECIPE, "--gpus", "0"], "'0': must be a whole number"),
-        (["--config", RECIPE, "--gpus", "2", "--gpu-memory", "much"], "'much': must be a number of GiB"),
-        (["--config", RECIPE, "--gpus", "2", "--no-such-flag"], "--no-such-flag"),
-        (["--config", RECIPE, "--gpus", "2", "--optimizer", "sgd"], "--optimizer sgd"),
-        (["--config", RECIPE, "--gpus", "2", "--main-grads-dtype", "bf16"], "--use-precision-aware-optimizer"),
-        (["--config", RECIPE, "--gpus", "2", "--attention-backend", "local"], "--attention-backend local"),
-        (["--config", RECIPE, "--gpus", "4", "--micro-batch-size", "3"], "--global-batch-size 32"),
-        (["--config", RECIPE, "--gpus", "3", "--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3"),
-        (["--config", RECIPE, "--gpus", "2", "--use-torch-fsdp2"], "--use-torch-fsdp2"),
-        (["--load-hf", "nowhere/at/all", "--gpus", "2", "--seq-length", "4096"], "--load-hf"),
-    ],
-    ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",
-)
-def test_bad_input_is_one_line(monkeypatch, capsys, arguments, message):
-    assert tool(monkeypatch, *arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
-
-
-def test_shape_of_a_hugging_face_folder(tmp_path):
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=300, tie_word_embeddings=True,
-    )  # fmt: skip
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(tmp_path)
-    run = run_from_flags(["--load-hf", str(tmp_path), "--seq-length", "64"], 1)
-    assert run.model == Model(
-        num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=16,
-        padded_vocab_size=384, tied=True,
-    )  # fmt: skip
-
-
-def test_narrow_optimizer_state_is_counted():
-    """Two bytes that complete the bf16 weight to float32, and two of each moment."""
-    flags = ["--config", RECIPE, "--use-precision-aware-optimizer", "--main-grads-dtype", "bf16"]
-    run = run_from_flags([*flags, "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"], 2)
-    assert (run.engine.gradient, run.engine.optimizer) == (2, 2 + 2 + 2)
-
-
-def test_gradients_reduced_in_bf16_are_counted():
-    assert run_from_flags(["--config", RECIPE, "--grad-reduce-in-bf16"], 2).engine.gradient == 2
-
-
-def test_an_unknown_vocabulary_is_asked_for(tmp_path):
-    shape = ["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "64"]
-    with pytest.raises(UsageError, match="--vocab-size is missing"):
-        run_from_flags(shape, 1)
-    with contextlib.chdir(tmp_path):
-        assert run_from_flags([*shape, "--vocab-size", "100"], 1).model.padded_vocab_size == 128
-    assert not list(Path(tmp_path).iterdir())

@@ -7,7 +7,8 @@ from scipy.optimize import brentq
 
 from megatron_cream.planning import hardware, measured, step_time
 from megatron_cream.planning.step_time import Time, predict
-from tests.test_plan_time import CLUSTER, tool
+from tests.test_plan_time import CLUSTER
+from tests.test_plan_tool import tool
 
 MEASURED = measured.load()
 

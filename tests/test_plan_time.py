@@ -1,8 +1,6 @@
 """The planner's times against Megatron's schedules and rank order, and closed forms; and what plan.py says of them."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import fields, replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -28,7 +26,7 @@ from megatron_cream.planning.communication import Transfer
 from megatron_cream.planning.hardware import GPUS, Cluster
 from megatron_cream.planning.step_time import Time, predict
 from megatron_cream.progress import flops_per_token
-from tests.launch import ROOT
+from tests.test_plan_tool import RECIPE, tool
 
 H200 = GPUS["H200"]
 CLUSTER = Cluster(gpu=H200, host=8, inside=H200.nvlink, between=H200.network)
@@ -38,7 +36,6 @@ LLAMA2_7B = Model(
     kv_channels=128, padded_vocab_size=32000,
 )  # fmt: skip
 BASE = Layout(seq_length=4096, micro_batch=1, global_batch=32)
-RECIPE = str(ROOT / "examples" / "llama2_7b_32k.yaml")
 
 
 # Work.
@@ -229,15 +226,6 @@ def test_the_fastest_layout_is_first():
 
 
 # As users call it.
-
-
-def tool(monkeypatch, *arguments: str) -> int:
-    """Exit code of tools/plan.py, in this process."""
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "tools" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
-    return module.main()
 
 
 def as_json(monkeypatch, capsys, *arguments: str) -> dict:
