@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_another_number_of_gpus_than_the_recipe_needs(monkeypatch, capsys):
     assert tool(monkeypatch, "--config", RECIPE, "--gpus", "1", "--gpu-memory", "140") == 0
     text = capsys.readouterr().out
     assert "--gpus 1: must be a multiple of --tensor-model-parallel-size 2" in text and "fastest first" in text
+
+
+@pytest.mark.parametrize("flags, said", [([], True), (["--tp-comm-overlap"], False), (["--host-link", "pcie"], False)])
+def test_what_user_buffers_would_gain(monkeypatch, capsys, flags, said):
+    assert tool(monkeypatch, "--config", RECIPE, "--gpus", "2", "--gpu", "H200", *flags) == 0
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if "with --tp-comm-overlap:" in line]
+    assert bool(lines) is said
+    if said:
+        (rate,) = re.findall(r" ([\d,]+) tokens/s/GPU, MFU", lines[0])
+        (row,) = re.findall(rf"│ +{lines[0].split()[0]} │ +2 │.*│ +([\d,]+) │ +[\d.]+% │", text)
+        assert int(rate.replace(",", "")) > 1.02 * int(row.replace(",", ""))
 
 
 def test_nothing_fits(monkeypatch, capsys):

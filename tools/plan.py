@@ -90,6 +90,7 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
             terminal.print(f"the layout of these flags cannot run: {misfit}", soft_wrap=True, highlight=False)
         if plans:
             report.print_layouts(terminal, plans, run.layout, usable)
+            report_time.print_user_buffers(terminal, run, plans[: report.SHOWN], around)
             say_full_length(terminal, options, long, plans[0], full, usable, around)
             report_time.print_assumptions(terminal, run, around)
     if options.picture and plans:

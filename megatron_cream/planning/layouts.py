@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_cream.model.user_buffers import rings_are_faster
 from megatron_cream.planning import Engine, Layout, Model, memory, step_time
 from megatron_cream.planning.hardware import Cluster
 from megatron_cream.planning.memory import Memory
@@ -96,6 +97,18 @@ def least(model: Model, base: Layout, engine: Engine, gpus: int, host: int) -> t
         for layout in (split, *_recomputed(model, split))
     )
     return min(found, key=lambda each: each[1].device, default=None)
+
+
+def with_user_buffers(plan: Plan, model: Model, engine: Engine, cluster: Cluster) -> Plan | None:
+    """The same with Transformer Engine's (--tp-comm-overlap), which need NVLink; None where they are no use."""
+    layout = plan.layout
+    if layout.tensor == 1 or layout.overlap_tensor or not engine.transformer_engine:
+        return None
+    if cluster.inside < cluster.gpu.nvlink:
+        return None
+    rings = rings_are_faster(layout.tensor, engine.fp8 is not None)
+    layout = replace(layout, overlap_tensor=True, rings=rings)
+    return Plan(layout, memory.predict(model, layout, engine), step_time.predict(model, layout, engine, cluster))
 
 
 def preference(plan: Plan) -> tuple[float, int]:
