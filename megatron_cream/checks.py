@@ -37,6 +37,7 @@ UNSUPPORTED = {
     "inprocess_restart": "torchrun --max-restarts",
     "enable_ft_package": "--timeout-minutes and torchrun --max-restarts",
     "non_persistent_save_interval": "--save-interval",
+    "enable_cuda_graph": "--cuda-graph-impl local",
     "trust_remote_code": "a tokenizer that brings no code of its own",
 }
 
