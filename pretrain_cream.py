@@ -47,7 +47,7 @@ from megatron_cream.checkpoint import after_save, checksums, saving
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
-from megatron_cream.errors import UsageError, of_another_rank, one_line, reason
+from megatron_cream.errors import UsageError, of_a_worker, of_another_rank, one_line, reason
 from megatron_cream.evaluation import long_flags
 from megatron_cream.evaluation.long_evaluation import LongEvaluation
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
@@ -314,6 +314,12 @@ def main() -> int:
         # enter. torchrun ends those as soon as this one has ended.
         if of_another_rank(error):
             print(f"pretrain_cream.py: rank {rank}: another rank is gone: {one_line(error)}", file=sys.stderr)
+        elif of_a_worker(error):
+            print(
+                f"pretrain_cream.py: error: rank {rank}: what loads its data is gone: {one_line(error)} Is there memory, "
+                "room in /dev/shm (docker --shm-size), and was no file of --data-path changed? Or --num-workers 0",
+                file=sys.stderr,
+            )
         else:
             sys.excepthook(*sys.exc_info())
         after_save.close()

@@ -89,9 +89,10 @@ def _checkpoint_helpers_outlive_signals() -> None:
 @contextlib.contextmanager
 def _born_deaf() -> Iterator[None]:
     """What is started in the block never hears of a cluster's signals; here they wait for its end."""
-    resource_tracker.ensure_running()  # whose start, else in the block, lets SIGTERM through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
+        resource_tracker.ensure_running()  # deaf to SIGTERM by itself, which its start lets through again here
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

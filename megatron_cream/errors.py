@@ -42,6 +42,11 @@ def refused_in_one_line(beginning: str) -> Iterator[None]:
         raise UsageError(f"{beginning}Megatron refused it: {type(error).__name__}: {one_line(error)}") from error
 
 
+def of_a_worker(error: Exception) -> bool:
+    """Whether it says that a process that loads data is gone; torch raises it wherever the rank stands."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
 def of_another_rank(error: Exception) -> bool:
     """Whether it only says that another rank is gone, whose own last words say why."""
     return isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))

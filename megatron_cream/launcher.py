@@ -19,7 +19,12 @@ def follow() -> None:
     While a rank starts, that ends it; later it saves first (`signals`).
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
+        die_with_parent(signal.SIGUSR1)
+
+
+def die_with_parent(number: signal.Signals) -> None:
+    """Let the system send this process a signal when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def ranks() -> tuple[int, int]:

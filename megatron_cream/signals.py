@@ -19,6 +19,7 @@ from torch.utils.data import get_worker_info
 from megatron_cream.checkpoint import saving
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.compat import wrap_method
+from megatron_cream.launcher import die_with_parent
 
 _received = 0
 
@@ -44,8 +45,10 @@ def _both_signals(original, self):
 
 
 def _hear_the_rank_alone(signals: set[signal.Signals]) -> None:
-    """In a worker that loads data. The rank needs it until its last step, so a cluster's signal is none to it; the rank's
-    own, which Python sends when that ends, and waits for what follows, ends it."""
+    """In a worker that loads data. The rank needs it until its last step, so a cluster's signal, or Ctrl-C, is none to
+    it; the rank's own, which Python sends when that ends, and waits for what follows, ends it. So does the rank's death."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
 
     def listen():
         while signal.sigwaitinfo(signals).si_pid != os.getppid():

@@ -15,7 +15,8 @@ class RecentSamples:
         if step != self._step:
             self._step, self._batches = step, []
         kept = ("sample", "document", "dataset_id", "position_ids")
-        self._batches.append({name: batch[name] for name in kept if name in batch})
+        # Copies: what a worker sent is an open file each, and a step may have a thousand micro-batches.
+        self._batches.append({name: batch[name].clone() for name in kept if name in batch})
 
     def lines(self, step: int) -> list[str]:
         """One for each sample of a step: where it comes from, and the position ids it was given."""
