@@ -24,7 +24,10 @@ def follow() -> None:
 
 def die_with_parent(number: signal.Signals) -> None:
     """Let the system send this process a signal when the thread that started it ends."""
+    parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it ended in between, of which the system says nothing
+        os.kill(os.getpid(), number)
 
 
 def ranks() -> tuple[int, int]:
