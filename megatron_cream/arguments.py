@@ -89,6 +89,7 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
         if args.rank == 0:
             print(describe(args))
         raise SystemExit(0)
+    checks.graphs_beside_growing_segments(args)
     _use_expandable_segments(args)
     ranges.learning_rates(args)
     data_checks.splits(args)

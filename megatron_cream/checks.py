@@ -42,7 +42,7 @@ UNSUPPORTED = {
 }
 
 
-def _graphs_beside_growing_segments(args: Namespace) -> None:
+def graphs_beside_growing_segments(args: Namespace) -> None:
     """NCCL registers what a graph sends, and memory in segments that grow cannot be: illegal accesses."""
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         grows = "expandable_segments:true" in os.environ.get(name, "").lower()
@@ -64,7 +64,6 @@ def unsupported(args: Namespace) -> None:
         # They record a layer with Megatron's own table of angles, or a data loader that hands out one buffer.
         given = "--external-cuda-graph" if args.external_cuda_graph else f"--cuda-graph-impl {args.cuda_graph_impl}"
         raise UsageError(f"{given}: cannot replay position ids that change with each sample; use local")
-    _graphs_beside_growing_segments(args)
     if (
         args.log_straggler
         and not args.print_config

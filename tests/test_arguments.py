@@ -194,12 +194,12 @@ BAD = [
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_cuda_graphs_beside_segments_that_grow(name, monkeypatch):
     args = build_parser(recipe=False).parse_args(["--cuda-graph-impl", "local"])
-    checks._graphs_beside_growing_segments(args)
+    checks.graphs_beside_growing_segments(args)
     monkeypatch.setenv(name, "garbage_collection_threshold:0.8,expandable_segments:True")
     with pytest.raises(UsageError, match=f"--cuda-graph-impl local with {name}=.*unset one of them"):
-        checks._graphs_beside_growing_segments(args)
+        checks.graphs_beside_growing_segments(args)
     monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
-    checks._graphs_beside_growing_segments(args)
+    checks.graphs_beside_growing_segments(args)
 
 
 @pytest.mark.parametrize("changed, ranks, words", BAD, ids=lambda value: str(value)[:40])
