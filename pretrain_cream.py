@@ -310,14 +310,15 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-        # Memory that ran out, say. Python's own end could wait for ever, for NCCL's collectives, which other ranks never
-        # enter. torchrun ends those as soon as this one has ended.
+        # Memory that ran out, say. Python's own end could wait for ever, for NCCL's collectives, which other ranks
+        # never enter. torchrun ends those as soon as this one has ended.
         if of_another_rank(error):
             print(f"pretrain_cream.py: rank {rank}: another rank is gone: {one_line(error)}", file=sys.stderr)
         elif of_a_worker(error):
             print(
-                f"pretrain_cream.py: error: rank {rank}: what loads its data is gone: {one_line(error)} Is there memory, "
-                "room in /dev/shm (docker --shm-size), and was no file of --data-path changed? Or --num-workers 0",
+                f"pretrain_cream.py: error: rank {rank}: what loads its data is gone: {one_line(error)} Is there "
+                "memory, room in /dev/shm (docker --shm-size), and was no file of --data-path changed? "
+                "Or --num-workers 0",
                 file=sys.stderr,
             )
         else:

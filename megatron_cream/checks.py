@@ -48,8 +48,8 @@ def graphs_beside_growing_segments(args: Namespace) -> None:
         grows = "expandable_segments:true" in os.environ.get(name, "").lower()
         if args.cuda_graph_impl != "none" and grows and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
             raise UsageError(
-                f"--cuda-graph-impl {args.cuda_graph_impl} with {name}={os.environ[name]} in the environment: NCCL cannot "
-                "register such memory; unset one of them, or set NCCL_GRAPH_REGISTER=0"
+                f"--cuda-graph-impl {args.cuda_graph_impl} with {name}={os.environ[name]} in the environment: NCCL "
+                "cannot register such memory; unset one of them, or set NCCL_GRAPH_REGISTER=0"
             )
 
 

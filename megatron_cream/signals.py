@@ -25,7 +25,7 @@ _received = 0
 
 
 def install() -> None:
-    """Call before the flags are parsed, when Megatron makes its handler; it makes one in workers of its data loader too."""
+    """Call before the flags are parsed, when Megatron makes its handler; each worker that loads data gets one too."""
     wrap_method(DistributedSignalHandler, "__enter__", _both_signals)
     wrap_method(DistributedSignalHandler, "signals_received", _remember)
 
@@ -45,8 +45,10 @@ def _both_signals(original, self):
 
 
 def _hear_the_rank_alone(signals: set[signal.Signals]) -> None:
-    """In a worker that loads data. The rank needs it until its last step, so a cluster's signal, or Ctrl-C, is none to
-    it; the rank's own, which Python sends when that ends, and waits for what follows, ends it. So does the rank's death."""
+    """In a worker that loads data: a cluster's signals and Ctrl-C are nothing to it, as the rank needs it to the end.
+
+    The rank's own signal ends it, which Python sends when that ends, and then waits; so does the rank's death.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)
 

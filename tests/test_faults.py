@@ -45,7 +45,7 @@ def test_a_run_killed_between_its_first_checkpoint_and_the_tracker_goes_on_from_
     "number, to, code", [("SIGTERM", "torchrun", 1), ("SIGUSR1", "torchrun", -10), ("SIGUSR1", 1, 0)]
 )
 def test_a_signal_saves_and_exits(tmp_path, number, to, code):
-    """What a cluster sends before it takes the machines: to the launcher, or to one rank of two and all that it started."""
+    """What a cluster sends before it takes machines: to the launcher, or to one of two ranks and what it started."""
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
     flags = ["--save", save, "--load", save, "--save-interval", 2, "--num-workers", 1]
     flags += ["--async-save"] if to == 1 else []

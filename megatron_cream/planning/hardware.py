@@ -102,8 +102,8 @@ the only such run; not profiled."""
 HOST = {"tensor parallel": 5.72e-3, "FP8": 5.24e-3, "alone": 4.59e-3}
 """Seconds in which the host launches a layer's kernels, forward and backward; for smaller products the GPU waits for
 it. Each fitted on a run that was seen waiting, at micro-batch 1: TP 2 on two H200s (another host gives the same to 1 in
-1,000), a 3B in FP8 and a 1.1B in bf16 on one H100. Three earlier runs, on three hosts, took 7.5 to 8.3 ms with TP 2: the
-rows that are off."""
+1,000), a 3B in FP8 and a 1.1B in bf16 on one H100. Three earlier runs, on three hosts, took 7.5 to 8.3 ms with TP 2:
+the rows that are off."""
 
 LINKS = {"inside": 0.43, "between": 0.8}
 """Of a link's stated speed, in a ring. inside: in the trace of a run with TP 2 on two H200s 16.8 MB took 86 us to gather
@@ -114,8 +114,8 @@ BESIDE = 0.896
 Fitted on a run with TP 2 on two H100s in which every layer's transfers lie beside its products (--tp-comm-overlap)."""
 
 IN_RINGS = 0.604
-"""The same of user buffers that send in rings (model/user_buffers.yaml), by copy engines. Fitted so that the 7B with TP 2 at
-micro-batch 8 gains over micro-batch 4 without user buffers what it gained on two H200s."""
+"""The same of user buffers that send in rings (model/user_buffers.yaml), by copy engines. Fitted so that the 7B with
+TP 2 at micro-batch 8 gains over micro-batch 4 without user buffers what it gained on two H200s."""
 
 # Assumed: not measured.
 HOP_INSIDE, HOP_BETWEEN = 3e-6, 10e-6
