@@ -111,7 +111,9 @@ def checkpoints_run_no_code() -> None:
     from torch.distributed.checkpoint._nested_dict import set_element
     from torch.distributed.checkpoint.metadata import StorageMeta
 
-    from megatron_cream.checkpoint.pickles import load_metadata, refuse_code
+    from megatron_cream.checkpoint.pickles import declare_names_of_other_versions, load_metadata, refuse_code
+
+    declare_names_of_other_versions()
 
     def read_metadata(original, self, *args, **kwargs):
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:

@@ -4,13 +4,16 @@ A pickle can call any function by its name. Here each is read with the names tha
 other; nothing else is imported. Neither Megatron nor a GPU is needed.
 """
 
+import dataclasses
+import enum
 import io
 import pickle
 import signal
 from argparse import Namespace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import torch
 
 _METADATA = {
@@ -30,7 +33,9 @@ _METADATA = {
 }  # fmt: skip
 """What torch.distributed.checkpoint's .metadata is made of: module -> names in it."""
 
-_PLAIN = {"argparse.Namespace": Namespace, "signal.Signals": signal.Signals, "builtins.NoneType": type(None)}
+# pathlib's classes are pickled under the first name up to Python 3.12, and under the second in 3.13.
+_PATHS = {f"{module}.PosixPath": PosixPath for module in ("pathlib", "pathlib._local")}
+_PLAIN = {"argparse.Namespace": Namespace, "signal.Signals": signal.Signals, "builtins.NoneType": type(None)} | _PATHS
 
 _REFUSED = "it asks for {}, which has no place there; nothing of it was run"
 
@@ -53,7 +58,7 @@ class _Unpickler(pickle._Unpickler):  # in C it would take 64 GB for a damaged m
         return self.found(module, name)
 
     def found(self, module: str, name: str) -> Any:
-        return super().find_class(module, name)
+        return _PATHS.get(f"{module}.{name}") or super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError(_REFUSED.format("a persistent object"))
@@ -62,6 +67,40 @@ class _Unpickler(pickle._Unpickler):  # in C it would take 64 GB for a damaged m
 class _NamesOnly(_Unpickler):
     def found(self, module: str, name: str) -> Any:
         return NotNeeded
+
+
+def to_plain(value: Any) -> Any:
+    """Return a copy that any process can read: containers of numbers, strings, None and torch's dtypes.
+
+    What is saved as an object of a class can be read only where that class has the same name, which Python's own
+    library does not promise: pathlib's moved in 3.13. Paths become strings, enums their names, other objects their
+    `str`.
+    """
+    if value is None or type(value) in (bool, int, float, complex, str, bytes, torch.dtype):
+        return value
+    if isinstance(value, dict):
+        return {to_plain(key): to_plain(item) for key, item in value.items()}
+    for kind in (list, tuple, set):
+        if isinstance(value, kind):
+            return kind(to_plain(item) for item in value)
+    if isinstance(value, Namespace):
+        return Namespace(**to_plain(vars(value)))
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, np.generic):
+        return to_plain(value.item())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return str(value)
+
+
+def declare_names_of_other_versions() -> None:
+    """Let torch read what Megatron declares safe under the names that other versions of Python and numpy give it."""
+    from numpy.core.multiarray import _reconstruct
+
+    others = [(cls, name) for name, cls in _PATHS.items()]
+    others += [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    torch.serialization.add_safe_globals(others)
 
 
 def refuse_code(file: Path | io.BytesIO) -> None:

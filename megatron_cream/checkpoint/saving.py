@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_cream import watchdog
 from megatron_cream.checkpoint import after_save, host_memory
 from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.checkpoint.pickles import to_plain
 from megatron_cream.compat import wrap_method
 from megatron_cream.errors import one_line
 from megatron_cream.ranks import first_reason
@@ -71,6 +72,7 @@ def install(say: Callable[[str], None]) -> None:
     wrap_method(training, "save_checkpoint", _save)
     wrap_method(training, "maybe_finalize_async_save", _finalize)
     wrap_method(checkpointing, "schedule_async_save", _schedule)
+    wrap_method(checkpointing, "generate_state_dict", _with_plain_args)
     wrap_method(dist_checkpointing, "save", _agree_before_the_tracker)
     wrap_method(serialization, "save_config", _hold)
     wrap_method(FileSystemWriterAsync, "finish", _hold)
@@ -123,6 +125,13 @@ def _save(original, iteration, *args, **kwargs):
             if settings.async_save and not why:
                 return None  # `_schedule` has the rest
         _settle(settings, iteration, why)
+
+
+def _with_plain_args(original, *args, **kwargs):
+    """Megatron saves the flags as they are in this process, with objects that another may have no class for."""
+    state = original(*args, **kwargs)
+    state["args"] = to_plain(state["args"])
+    return state
 
 
 def _whole(settings, step: int) -> bool:
