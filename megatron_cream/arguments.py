@@ -169,7 +169,7 @@ def read(argv: list[str] | None = None) -> Namespace:
         UsageError: as `parse`.
     """
     args = parse_flags(argv)
-    checks.path_lengths(args)
+    checks.paths(args)
     checks.unsupported(args)
     args.position_embedding_type = "none"  # Megatron's own rotary embedding stays out of the way
     if args.embedded_data:

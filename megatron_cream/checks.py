@@ -3,7 +3,6 @@
 Each says, in one line, which flag, what value, and what would be right.
 """
 
-import errno
 import importlib.util
 import os
 import signal
@@ -15,7 +14,7 @@ from megatron_cream import data_checks, platform
 from megatron_cream.checkpoint import save_flags
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import long_flags
-from megatron_cream.files import check_can_be_made
+from megatron_cream.files import check_can_be_made, check_path
 from megatron_cream.model import user_buffers
 from megatron_cream.model.rotary import RotaryEmbedding
 from megatron_cream.positions import build_sampler
@@ -40,6 +39,12 @@ UNSUPPORTED = {
     "enable_cuda_graph": "--cuda-graph-impl local",
     "trust_remote_code": "a tokenizer that brings no code of its own",
 }
+
+_PATHS = (
+    "save", "load", "pretrained_checkpoint", "load_hf", "save_hf", "tensorboard_dir", "data_cache_path",
+    "tokenizer_model", "vocab_file", "merge_file", "data_path", "train_data_path", "valid_data_path",
+    "test_data_path", "data_args_path", "per_split_data_args_path", "tp_comm_overlap_cfg", "wandb_save_dir",
+)  # fmt: skip
 
 
 def graphs_beside_growing_segments(args: Namespace) -> None:
@@ -98,15 +103,13 @@ def _optimizer(args: Namespace) -> None:
         raise UsageError("--use-distributed-optimizer: not with --optimizer sgd; use adam")
 
 
-def path_lengths(args: Namespace) -> None:
-    """Raise UsageError at a path that no file system takes; later it would be an error of whoever looks first."""
-    names = ("save", "load", "pretrained_checkpoint", "load_hf", "save_hf", "tensorboard_dir", "data_cache_path")
-    for name in (*names, "tokenizer_model"):
-        try:
-            os.lstat(getattr(args, name) or ".")
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                raise UsageError(f"{flag(name)} {getattr(args, name)[:60]}..: {error.strerror}") from error
+def paths(args: Namespace) -> None:
+    """Raise UsageError at a path that no file can have; later it would be an error of whatever reads it first."""
+    for name in _PATHS:
+        value = getattr(args, name)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None:
+                check_path(path, flag(name))
 
 
 def require(args: Namespace) -> None:

@@ -1,7 +1,11 @@
 """What the tools' command lines have in common."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
+
+from megatron_cream.errors import UsageError
+from megatron_cream.files import check_path
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -17,3 +21,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
     return int(text)
+
+
+def path(text: str) -> Path:
+    """A type for `add_argument`: the path of a file or folder."""
+    return Path(path_or_name(text))
+
+
+def path_or_name(text: str) -> str:
+    """A type for `add_argument`: a folder, or a model's name on the Hugging Face Hub."""
+    try:
+        check_path(text, "")
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from error
+    return text

@@ -57,21 +57,38 @@ def _regular(path: Path, flag: str = "") -> Path:
     return real
 
 
-def check_name(path: Path, flag: str) -> None:
-    """Raise UsageError if `path`, which the user gave with `flag`, is too long, or what is made beside it would be."""
+def check_path(path: str | Path, flag: str) -> None:
+    """Raise UsageError if `path`, which the user gave with `flag`, cannot be the path of a file.
+
+    Check the text that the user gave: Path("") is the current folder.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise UsageError(f"{flag} '': must not be empty. Is a shell variable unset?")
     try:
-        os.lstat(path.parent / f".{path.name}.replaced")
+        if b"\0" in os.fsencode(text):
+            raise UsageError(f"{flag} {text!r}: no path holds a NUL character")
+        os.lstat(text)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{flag} {text!r}: no path holds the character {text[error.start]!r}") from error
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise UsageError(f"{flag} {path}: {error.strerror}") from error
+        shown = text if len(text) <= 200 else f"{text[:60]}.."
+        raise UsageError(f"{flag} {shown}: {error.strerror}") from error
+
+
+def check_new_path(path: Path, flag: str) -> None:
+    """Do as `check_path`, also for what is made beside `path` while it is written."""
+    check_path(path, flag)
+    check_path(path.parent / f".{path.name}.replaced", flag)
 
 
 def check_picture(path: Path, flag: str) -> None:
     """Raise UsageError unless a picture can be written to `path`, which the user gave with `flag`."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{flag} {path}: must end in .png, .svg or .pdf")
-    check_name(path, flag)
+    check_new_path(path, flag)
     folder = _regular(path, flag).parent
     if not folder.is_dir():
         raise UsageError(f"{flag} {path}: No such file or directory: there is no folder {path.parent}")

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import read_yaml
+from megatron_cream.files import check_path, read_yaml
 
 
 def recipe_path(argv: list[str]) -> Path | None:
@@ -18,7 +18,10 @@ def recipe_path(argv: list[str]) -> Path | None:
         path = finder.parse_known_args(argv)[0].config
     except argparse.ArgumentError as error:
         raise UsageError("--config: give the path of a YAML recipe") from error
-    return None if path is None else Path(path)
+    if path is None:
+        return None
+    check_path(path, "--config")
+    return Path(path)
 
 
 def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:

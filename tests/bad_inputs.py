@@ -28,7 +28,7 @@ from tests.evaluation_models import save_llama
 from tests.launch import ROOT, TINY, torchrun, write_documents
 
 TRAINER = "pretrain_cream.py"
-TOOLS = ("tools/convert_hf.py", "tools/preprocess_data.py", "tools/evaluate.py", "tools/plan.py")
+TOOLS = tuple(f"tools/{name}.py" for name in ("convert_hf", "preprocess_data", "evaluate", "plan", "plot_positions"))
 
 
 # ---------------------------------------------------------------- running

@@ -19,6 +19,7 @@ from tests.bad_input_cases import (
     PERPLEXITY,
     PLAN,
     PREPARE,
+    START,
     VERIFY,
     evil,
 )
@@ -68,6 +69,9 @@ RECIPES = {
     "a negative number": (BASE + "weight_decay: -1", ["--weight-decay -1.0", "must not be negative"]),
     "zero steps": (BASE.replace("train_iters: 2", "train_iters: 0"), ["--train-iters 0", "must be above 0"]),
     "zero samples": (BASE.replace("micro_batch_size: 2", "micro_batch_size: 0"), ["--micro-batch-size 0"]),
+    "a NUL in a path": (BASE + 'load: "a\\0b"', ["--load 'a\\x00b'", "NUL"]),
+    "half a character in a path": (BASE + 'tensorboard_dir: "\\ud800"', ["--tensorboard-dir '\\ud800'", "no path holds"]),
+    "an empty path": (BASE + "load_hf: ''", ["--load-hf '': must not be empty"]),
     "a huge number": (BASE.replace("num_layers: 2", f"num_layers: {10**15}"), ["--num-layers", "at most 10000"]),
     "a number of 40 digits": (BASE + f"eval_interval: {10**40}", ["--eval-interval", "64 bits"]),
 }  # fmt: skip
@@ -247,3 +251,22 @@ TOOL_CASES = {
     ),
     "plan: a shape": (also(), (*PLAN, "--num-layers", "-2"), ["--num-layers -2"]),
 }  # fmt: skip
+
+# What an unset shell variable leaves of a path.
+_PATHS = {
+    NEW: "save load load-hf save-hf pretrained-checkpoint data-path data-cache-path tensorboard-dir config",
+    START: "tokenizer-model",
+    PREPARE: "input output-prefix tokenizer-model",
+    IMPORT: "hf-path output",
+    EXPORT: "checkpoint hf-path",
+    VERIFY: "text-file",
+    EVALUATE: "model output tokenizer",
+    PERPLEXITY: "dataset key-token-model",
+    PLAN: "picture config load-hf",
+    ("tools/plot_positions.py",): "output",
+}
+EMPTY_PATHS = {
+    f"empty path: {command[0]} --{name}": (also(), (*command, f"--{name}", ""), [f"--{name}", "'': must not be empty"])
+    for command, names in _PATHS.items()
+    for name in names.split()
+}

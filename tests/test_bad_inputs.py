@@ -57,7 +57,7 @@ from tests.bad_inputs import (
     snapshot,
     start,
 )
-from tests.bad_setting_cases import DATA, FLAGS, RECIPES, TOOL_CASES
+from tests.bad_setting_cases import DATA, EMPTY_PATHS, FLAGS, RECIPES, TOOL_CASES
 from tests.launch import ROOT, TORCHRUN
 
 CASES = {
@@ -66,6 +66,7 @@ CASES = {
     **{f"recipe: {name}": (put("recipe.yaml", text), RECIPE, words) for name, (text, words) in RECIPES.items()},
     **{f"data: {name}": case for name, case in DATA.items()},
     **TOOL_CASES,
+    **EMPTY_PATHS,
 }
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_cream import console
 from megatron_cream.checkpoint import convert, hf_folder, output
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.command_line import OneLineParser, positive
+from megatron_cream.command_line import OneLineParser, path, path_or_name, positive
 from megatron_cream.errors import UsageError
 from megatron_cream.files import read_text
 
@@ -130,8 +130,10 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("import", help="Hugging Face folder -> Megatron checkpoint", allow_abbrev=False)
     command.set_defaults(run=run_import)
-    command.add_argument("--hf-path", required=True, help="a folder, or a model's name on the Hugging Face Hub")
-    command.add_argument("--output", type=Path, required=True, help="the checkpoint's folder, new")
+    command.add_argument(
+        "--hf-path", type=path_or_name, required=True, help="a folder, or a model's name on the Hugging Face Hub"
+    )
+    command.add_argument("--output", type=path, required=True, help="the checkpoint's folder, new")
     command.add_argument("--dtype", **dtypes)
     command.add_argument(
         "--format", choices=["torch_dist", "torch"], default="torch_dist",
@@ -155,8 +157,8 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face folder", allow_abbrev=False)
     command.set_defaults(run=run_export)
-    command.add_argument("--checkpoint", type=Path, required=True, help="the folder given to --save or --output")
-    command.add_argument("--hf-path", required=True, help="the folder to write, new")
+    command.add_argument("--checkpoint", type=path, required=True, help="the folder given to --save or --output")
+    command.add_argument("--hf-path", type=path_or_name, required=True, help="the folder to write, new")
     command.add_argument("--ckpt-step", **step)
     command.add_argument("--dtype", **dtypes)
     command.add_argument("--max-shard-size", type=size, default="5GB", help="of a safetensors file (default 5GB)")
@@ -164,11 +166,11 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verify", help="compare the two, by tensors and by logits", allow_abbrev=False)
     command.set_defaults(run=run_verify)
-    command.add_argument("--checkpoint", type=Path, required=True)
-    command.add_argument("--hf-path", required=True)
+    command.add_argument("--checkpoint", type=path, required=True)
+    command.add_argument("--hf-path", type=path_or_name, required=True)
     command.add_argument("--ckpt-step", **step)
     command.add_argument("--text", default=TEXT, help="what the logits are compared on")
-    command.add_argument("--text-file", type=Path, help="the same, from a file")
+    command.add_argument("--text-file", type=path, help="the same, from a file")
     return main_parser
 
 

@@ -26,6 +26,7 @@ platform.setup()  # before anything of Megatron is imported
 
 from rich.console import Console
 
+from megatron_cream.command_line import path
 from megatron_cream.errors import UsageError
 from megatron_cream.files import check_picture, writing
 from megatron_cream.planning import (
@@ -175,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
         help="Gbit/s between hosts for each GPU; 400 (InfiniBand NDR) of H100 and H200, 200 (HDR) of A100",
     )  # fmt: skip
     result.add_argument("--price", type=above_zero, help="of one GPU for an hour, for the cost of the run")
-    result.add_argument("--picture", type=Path, metavar="FILE", help="where a step's time goes, of each layout listed")
+    result.add_argument("--picture", type=path, metavar="FILE", help="where a step's time goes, of each layout listed")
     result.add_argument("--check", action="store_true", help="predictions beside measured runs, and no plan")
     result.add_argument("--json", action="store_true", help="all of it, in bytes, for a program")
     return result

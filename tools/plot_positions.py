@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cream.command_line import OneLineParser, positive
+from megatron_cream.command_line import OneLineParser, path, positive
 from megatron_cream.errors import UsageError
 from megatron_cream.files import check_picture, save_picture, writing
 from megatron_cream.positions import SAMPLERS, build_sampler
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=positive, default=1000, help="drawn for each curve (default 1000)")
     add("--document-length", type=positive, help="of every document, in tokens (default: --target-length)")
     add("--seed", type=int, default=1234)
-    add("--output", type=Path, default=Path("positions.png"), help="the picture (default positions.png)")
+    add("--output", type=path, default=Path("positions.png"), help="the picture (default positions.png)")
     return result
 
 

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_cream.command_line import OneLineParser
+from megatron_cream.command_line import OneLineParser, path
 from megatron_cream.data.chat import CHAT_FORMATS
 from megatron_cream.data.documents import find_files
 from megatron_cream.data.partial import check_output
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="files and folders of text")
+    add("--input", type=path, nargs="+", required=True, help="files and folders of text")
     add("--glob", help="which files of an input folder are read (default: those of a known suffix, but for .json)")
     add(
         "--json-key",
@@ -105,10 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
         choices=CHAT_FORMATS,
         help="documents are chats, written as Llama-2-chat's, or by the Hugging Face tokenizer's chat template",
     )
-    add("--output-prefix", type=Path, required=True, help="writes OUTPUT_PREFIX.bin and OUTPUT_PREFIX.idx")
+    add("--output-prefix", type=path, required=True, help="writes OUTPUT_PREFIX.bin and OUTPUT_PREFIX.idx")
     add("--overwrite", action="store_true", help="replace output that is there")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="as for the trainer")
-    add("--tokenizer-model", type=Path, required=True, help="a sentencepiece .model, or a Hugging Face folder")
+    add("--tokenizer-model", type=path, required=True, help="a sentencepiece .model, or a Hugging Face folder")
     add("--append-eod", action=argparse.BooleanOptionalAction, help="end documents with EOD (default: yes)")
     add(
         "--prepend-bos",

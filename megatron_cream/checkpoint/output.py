@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_cream.errors import UsageError
-from megatron_cream.files import check_can_be_made, check_name, check_regular, is_name, read_json
+from megatron_cream.files import check_can_be_made, check_new_path, check_regular, is_name, read_json
 
 # Megatron's own manifest, by its own name: its --verify-integrity reads it as well.
 MANIFEST = "integrity.json"
@@ -56,7 +56,7 @@ def new_folder(path: Path, *, flag: str, overwrite: bool, needs_bytes: int) -> I
 
 def check_free(path: Path, *, flag: str, overwrite: bool) -> None:
     """Raises UsageError if `path` holds something that must not be replaced."""
-    check_name(path, flag)
+    check_new_path(path, flag)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{flag} {path}: exists and is not a folder; give a new one")
     check_can_be_made(path, flag)

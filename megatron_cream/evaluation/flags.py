@@ -1,10 +1,9 @@
 """The flags of tools/evaluate.py."""
 
 import argparse
-from pathlib import Path
 
 from megatron_cream.checkpoint.convert import DTYPES
-from megatron_cream.command_line import OneLineParser, positive
+from megatron_cream.command_line import OneLineParser, path, path_or_name, positive
 from megatron_cream.evaluation.language_model import ENGINES
 from megatron_cream.evaluation.tasks import needle, ruler
 
@@ -29,7 +28,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         "LongPPL (arXiv 2410.23771) is the perplexity of the tokens that a long context makes likelier.",
     )  # fmt: skip
     add = added.add_argument
-    add("--dataset", type=Path, nargs="+", required=True, help=".jsonl, .txt (also .gz) or .parquet files, or folders")
+    add("--dataset", type=path, nargs="+", required=True, help=".jsonl, .txt (also .gz) or .parquet files, or folders")
     add("--json-key", default="text", help="key of the text in a record")
     _add_lengths(add)
     add("--stride", type=positive, default=256, help="tokens that a window moves on by")
@@ -40,7 +39,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--short-block", type=positive, default=1024, help="LongPPL: tokens that share a short context")
     add("--alpha", type=float, default=2.0, help="LongPPL: a key token's gain by the long context is above this")
     add("--beta", type=float, default=-2.0, help="LongPPL: and its log-probability with it is above this")
-    add("--key-token-model", metavar="MODEL", help="LongPPL: another model that tells the key tokens")
+    about = "LongPPL: another model that tells the key tokens"
+    add("--key-token-model", type=path_or_name, metavar="MODEL", help=about)
     _add_prefill(added)
 
     added = command(
@@ -61,7 +61,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     _add_lengths(add)
     count = dict(type=positive, nargs="+", action=_Ascending, default=[], metavar="N")
     add("--lines", **count, help="numbers of lines, in place of lengths")
-    add("--data", type=Path, nargs="+", default=[], help="LongEval's published N_lines.jsonl files, in place of those")
+    add("--data", type=path, nargs="+", default=[], help="LongEval's published N_lines.jsonl files, in place of those")
     _add_generation(added, samples=50, of="length or file")
 
     added = command("kv", "key-value retrieval of Lost in the Middle, by the place of the gold pair")
@@ -70,7 +70,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     _add_lengths(add, default="none")
     places = "places of the gold pair, from 0; with --keys or --data"
     add("--gold", type=int, nargs="+", action=_Ascending, metavar="PLACE", help=places)
-    add("--data", type=Path, nargs="+", default=[], help="published kv-retrieval-N_keys.jsonl.gz files, in their place")
+    add("--data", type=path, nargs="+", default=[], help="published kv-retrieval-N_keys.jsonl.gz files, in their place")
     _add_generation(added, samples=50, of="place")
 
     added = command(
@@ -81,13 +81,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     _add_lengths(add)
     add("--tasks", nargs="+", choices=ruler.TASKS, metavar="NAME", help=f"of {', '.join(ruler.TASKS)}; default: all")
     _add_haystack(add)
-    add("--squad", type=Path, help="dev-v2.0.json, for qa_1, which is left out without it")
-    add("--hotpotqa", type=Path, help="hotpot_dev_distractor_v1.json, for qa_2, which is left out without it")
+    add("--squad", type=path, help="dev-v2.0.json, for qa_1, which is left out without it")
+    add("--hotpotqa", type=path, help="hotpot_dev_distractor_v1.json, for qa_2, which is left out without it")
     _add_generation(added, samples=50, of="task and length (500 in the paper)")
 
     added = command("longbench", "LongBench's 21 data sets, which you have downloaded")
     add = added.add_argument
-    add("--data", type=Path, required=True, help="folder with NAME.jsonl files, or data.zip")
+    add("--data", type=path, required=True, help="folder with NAME.jsonl files, or data.zip")
     add("--length", type=positive, help="longer prompts lose their middle; default: the model's positions")
     add("--datasets", nargs="+", metavar="NAME", help="default: all that are there")
     _add_generation(added, samples=None, of="data set at most, all by default")
@@ -100,7 +100,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--tasks", required=True, help="names, with commas between them")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question; default: the task's own")
     add("--limit", type=positive, metavar="N", help="so many questions of each task")
-    add("--include-path", type=Path, metavar="FOLDER", help="with tasks of your own, as YAML")
+    add("--include-path", type=path, metavar="FOLDER", help="with tasks of your own, as YAML")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     add("--batch-size", type=positive, default=8, help="prompts at once")
     _add_model(added)
@@ -113,7 +113,7 @@ def _add_lengths(add, default: str = "4096 8192 .. up to the model's positions")
 
 
 def _add_haystack(add) -> None:
-    add("--haystack", type=Path, help="folder of .txt files; default: prose of Python's standard library")
+    add("--haystack", type=path, help="folder of .txt files; default: prose of Python's standard library")
 
 
 def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of: str) -> None:
@@ -138,11 +138,12 @@ def _add_prefill(command: argparse.ArgumentParser) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--model", required=True, help="Hugging Face folder (or name on its Hub), or Megatron checkpoint")
+    about = "Hugging Face folder (or name on its Hub), or Megatron checkpoint"
+    add("--model", type=path_or_name, required=True, help=about)
     add("--ckpt-step", type=int, metavar="ITERATION", help="of a Megatron checkpoint; default: the newest")
-    add("--tokenizer", type=Path, help="Hugging Face folder or sentencepiece .model; default: the model's own")
+    add("--tokenizer", type=path, help="Hugging Face folder or sentencepiece .model; default: the model's own")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--output", type=Path, metavar="FOLDER", help="default: runs/evaluation/MODEL/TASK")
+    add("--output", type=path, metavar="FOLDER", help="default: runs/evaluation/MODEL/TASK")
     add("--overwrite", action="store_true", help="begin anew, whatever results are in --output")
 
 

@@ -167,6 +167,7 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
         UsageError: one line about what is missing or cannot run.
     """
     args = _parsed(argv)
+    checks.paths(args)
     checks.unsupported(args)
     defaults = vars(build_parser(recipe=False).parse_args([]))
     ranges.check(args, defaults)
