@@ -33,6 +33,7 @@ from megatron_cream import (
     loading,
     nodes,
     platform,
+    position_flags,
     pretrained,
     progress,
     ranges,
@@ -48,6 +49,7 @@ from megatron_cream.model.attention import AttentionBackend, alternatives, choos
 from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.model.rotary import rope_scaling_dict
 from megatron_cream.optimizer import finite
+from megatron_cream.position_flags import sampler_options
 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
@@ -220,10 +222,7 @@ def _resolve(args: Namespace) -> None:
     if (args.train_data_path or args.per_split_data_args_path) and not args.data_args_path:
         args.split = None
     args.target_length = args.target_length or args.seq_length
-    if args.position_sampler == "cream":
-        args.cream_sigma = 3.0 if args.cream_sigma is None else args.cream_sigma
-        args.cream_variant = args.cream_variant or "paper"
-        args.cream_relativity = 0.5 if args.cream_relativity is None else args.cream_relativity
+    position_flags.fill(args)
     if args.rope_scaling_type is None and args.model_rope_scaling is None:
         args.rope_scaling_type = "none"
     if args.rope_scaling_type not in (None, "none") and args.rope_scaling_factor is None:
@@ -287,14 +286,6 @@ def overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:
     reduce, gather = args.overlap_grad_reduce, args.overlap_param_gather
     reduce = default if reduce is None else reduce
     return reduce, default and reduce if gather is None else gather
-
-
-def sampler_options(args: Namespace) -> dict[str, Any]:
-    """Keyword arguments of `build_sampler`, but for the seed."""
-    options = dict(name=args.position_sampler, window=args.seq_length, target=args.target_length)
-    if args.position_sampler == "cream":
-        options |= dict(sigma=args.cream_sigma, variant=args.cream_variant, relativity=args.cream_relativity)
-    return options
 
 
 def rope_scaling_options(args: Namespace) -> dict[str, Any] | None:

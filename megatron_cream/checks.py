@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream import data_checks, platform
+from megatron_cream import data_checks, platform, position_flags
 from megatron_cream.checkpoint import save_flags
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import long_flags
@@ -166,10 +166,7 @@ def flag(name: str) -> str:
 
 def _positions(args: Namespace, options: dict[str, Any]) -> None:
     window, target, sampler = args.seq_length, args.target_length, args.position_sampler
-    for name in ("cream_sigma", "cream_variant", "cream_relativity"):
-        value = getattr(args, name)
-        if value is not None and sampler != "cream":
-            raise UsageError(f"{flag(name)} {value}: only with --position-sampler cream, not {sampler}")
+    position_flags.check_own_flags(args)
     if target % window:
         raise UsageError(
             f"--target-length {target}: must be a multiple of --seq-length {window}, "
@@ -180,13 +177,16 @@ def _positions(args: Namespace, options: dict[str, Any]) -> None:
             f"--position-sampler full trains at the target length: --seq-length {window} must be "
             f"--target-length {target}"
         )
-    if args.mask_segment_starts and sampler not in ("cream", "pose"):
-        raise UsageError(f"--mask-segment-starts: only with --position-sampler cream or pose, not {sampler}")
+    few_blocks = ("cream", "pose", "pi") if sampler == "mix" else ("cream", "pose")
+    for name in position_flags.drawing(args):
+        if args.mask_segment_starts and name not in few_blocks:
+            raise UsageError(f"--mask-segment-starts: only with --position-sampler cream or pose, not {name}")
     try:
         build_sampler(**options, seed=args.seed)
     except ValueError as error:
         lengths = f"--seq-length {args.seq_length}, --target-length {args.target_length}"
-        raise UsageError(f"--position-sampler {sampler} ({lengths}): {error}") from error
+        named = f"--position-mix {args.position_mix}" if sampler == "mix" else f"--position-sampler {sampler}"
+        raise UsageError(f"{named} ({lengths}): {error}") from error
 
 
 def _rope(args: Namespace, rope_scaling: dict[str, Any] | None) -> None:

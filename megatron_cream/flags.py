@@ -33,9 +33,13 @@ class CreamConfig:
     print_config: bool = False
     """Print what would run, as a recipe, and exit."""
 
-    position_sampler: Literal["cream", "pose", "randpos", "pi", "full"] = "cream"
+    position_sampler: Literal["cream", "pose", "randpos", "pi", "full", "mix"] = "cream"
     """How position ids are drawn. cream: Wu et al. 2024; pose: Zhu et al. 2023; randpos: N sorted random
-    positions; pi: 0 .. N-1 (position interpolation); full: 0 .. L-1 at the target length."""
+    positions; pi: 0 .. N-1 (position interpolation); full: 0 .. L-1 at the target length; mix: --position-mix."""
+
+    position_mix: str | None = None
+    """Shares of samplers, such as cream=0.6,pose=0.2,pi=0.2: each sample is drawn by one of cream, pose, randpos and
+    pi, chosen at random. In place of --position-sampler."""
 
     target_length: int | None = None
     """L, the window to extend to, in tokens: a multiple of --seq-length. Default: --seq-length."""
@@ -48,6 +52,13 @@ class CreamConfig:
 
     cream_relativity: float | None = None
     """Share of the samples whose head and tail are N/3 tokens, 0 to 1; the others have a long middle. Default: 0.5."""
+
+    cream_middle: Literal["gaussian", "uniform"] | None = None
+    """What the middle's scale follows. gaussian: as published; uniform: an even draw, which has no --cream-sigma.
+    Default: gaussian."""
+
+    pose_chunks: int | None = None
+    """Chunks of contiguous text in a sample of --position-sampler pose, 2 or more. Default: 2."""
 
     mask_segment_starts: bool = False
     """No loss on the first token of the middle and tail blocks, where the text jumps."""

@@ -245,7 +245,8 @@ def _value(args: Namespace, name: str) -> Any:
 
 _DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
 _SAMPLES = (
-    "seed", "split", "seq_length", "position_sampler", "target_length", "cream_sigma", "cream_variant", "cream_relativity"
+    "seed", "split", "seq_length", "position_sampler", "position_mix", "target_length", "cream_sigma", "cream_variant",
+    "cream_relativity", "cream_middle", "pose_chunks",
 )  # fmt: skip
 
 

@@ -48,6 +48,9 @@ def test_tool_draws(tmp_path):
     result = run(*size, "--sigmas", 1, 3, "--variants", "paper", "released", "--output", tmp_path / "a.png")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    kinds = ["--samplers", "cream", "pose", "--middles", "uniform", "--pose-chunks", 3, "--mixes", "cream=1,pi=1"]
+    more = run(*size, *kinds, "--output", tmp_path / "b.png")
+    assert more.returncode == 0 and all(word in more.stdout for word in ("cream, uniform", "3 chunks", "cream=1,pi=1"))
     assert "cream, sigma 3, released" in result.stdout and "pose" in result.stdout
     row = next(line for line in result.stdout.splitlines() if " pi " in line)
     assert row.count("25.0%") == 3  # a quarter of the window, and nothing else

@@ -6,11 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cream.positions import SAMPLERS, build_sampler
+from megatron_cream.positions.mix import read_shares
 from megatron_cream.positions.random import unit, word_source, words
 from megatron_cream.positions.randpos import _first_distinct
 from megatron_cream.positions.sampler import Arrays, Integers
 
 WORD = st.integers(0, 2**64 - 1)
+MIX = dict(shares={"cream": 0.5, "pose": 0.2, "pi": 0.2, "randpos": 0.1})
+
+
+def build(name, **options):
+    return build_sampler(name, **options, **(MIX if name == "mix" else {}))
 
 
 @st.composite
@@ -18,15 +24,18 @@ def cases(draw, names=SAMPLERS):
     """(sampler, epoch, sample, document length)."""
     name = draw(st.sampled_from(names))
     factor = draw(st.integers(1, 64))
-    window = draw(st.integers(8 * factor + 1 if name == "cream" else 1, 8 * factor + 700))
+    window = draw(st.integers(8 * factor + 1 if name in ("cream", "mix") else 1, 8 * factor + 700))
     options = {}
     if name == "cream":
         options = dict(
             sigma=draw(st.floats(0.3, 30)),
             variant=draw(st.sampled_from(["paper", "released"])),
             relativity=draw(st.sampled_from([0, 0.5, 1])),
+            middle=draw(st.sampled_from(["gaussian", "uniform"])),
         )
-    sampler = build_sampler(name, window=window, target=factor * window, seed=draw(WORD), **options)
+    if name == "pose":
+        options = dict(chunks=draw(st.integers(2, max(2, min(window, 9)))))
+    sampler = build(name, window=window, target=factor * window, seed=draw(WORD), **options)
     least = sampler.sequence_length
     length = draw(st.integers(least, least + draw(st.sampled_from([0, 1, window, 80 * window]))))
     return sampler, draw(st.integers(0, 10**6)), draw(st.integers(0, 2**40)), length
@@ -140,7 +149,10 @@ def test_randpos_reads_one_row_of_draws(seed, population, data):
 KEPT = [
     ("cream", {}, ((0, 42), (469, 44), (982, 42)), 0, 491),
     ("cream", {"variant": "released"}, ((0, 42), (436, 44), (982, 42)), 0, 458),
-    ("pose", {}, ((0, 19), (602, 109)), 0, 1469),
+    ("cream", {"middle": "uniform"}, ((0, 42), (523, 44), (982, 42)), 0, 545),
+    ("pose", {}, ((0, 10), (593, 118)), 0, 1469),
+    ("pose", {"chunks": 3}, ((0, 7), (590, 10), (861, 111)), 0, 1799),
+    ("mix", MIX, ((0, 42), (469, 44), (982, 42)), 0, 491),
     ("pi", {}, ((0, 128),), 273, 337),
     ("full", {}, ((0, 1024),), 142, 206),
     ("randpos", {}, ((28, 1), (42, 1), (45, 1)), 273, 337),
@@ -157,8 +169,8 @@ def test_plans_stay_as_they_are(name, options, segments, first, later):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_numpy_integers_are_integers(name):
-    python = build_sampler(name, window=128, target=1024, seed=3).plan(2, 17, 2000)
-    numpy_ = build_sampler(name, window=np.int32(128), target=np.int64(1024), seed=np.uint64(3)).plan(
+    python = build(name, window=128, target=1024, seed=3).plan(2, 17, 2000)
+    numpy_ = build(name, window=np.int32(128), target=np.int64(1024), seed=np.uint64(3)).plan(
         np.int64(2), np.int32(17), np.int32(2000)
     )
     np.testing.assert_array_equal(python.token_indices, numpy_.token_indices)
@@ -168,17 +180,17 @@ def test_numpy_integers_are_integers(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("epoch, sample", [(-1, 0), (0, -1), (2**64, 0), (0, 2**64), (0, 1.5), (0, None)])
 def test_samples_and_epochs_out_of_range(name, epoch, sample):
-    sampler = build_sampler(name, window=128, target=1024)
+    sampler = build(name, window=128, target=1024)
     with pytest.raises(ValueError, match=r"^(epoch|sample) .*must be an integer, in 0 \.\. 2\*\*64 - 1$"):
         sampler.plan(epoch, sample, 2000)
-    if name != "randpos":
+    if name not in ("randpos", "mix"):
         with pytest.raises(ValueError, match="must be (an )?integer"):
             sampler.plan_many(epoch, [sample], 2000)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_many_of_none(name):
-    if name != "randpos":
+    if name not in ("randpos", "mix"):
         assert len(build_sampler(name, window=128, target=1024).plan_many(0, [], 2000)) == 0
 
 
@@ -192,11 +204,42 @@ def test_extreme_deviations():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_factor_one_is_plain_positions(name):
-    sampler = build_sampler(name, window=128, target=128, seed=3)
+    sampler = build(name, window=128, target=128, seed=3)
     for sample in range(50):
         plan = sampler.plan(epoch=0, sample=sample, document_length=128)
         np.testing.assert_array_equal(plan.position_ids, np.arange(128))
         np.testing.assert_array_equal(plan.token_indices, np.arange(128))
+
+
+def test_an_even_middle_is_the_limit_of_wide_gaussians():
+    even, wide = (
+        build_sampler("cream", window=512, target=4096, seed=9, **o) for o in ({"middle": "uniform"}, {"sigma": 1e6})
+    )
+    np.testing.assert_allclose(even.thresholds, wide.thresholds, rtol=1e-9)
+    a, b = (sampler.plan_many(0, np.arange(5000), 9000) for sampler in (even, wide))
+    np.testing.assert_array_equal(a.position_starts, b.position_starts)
+    released = build_sampler("cream", window=512, target=4096, middle="uniform", variant="released")
+    np.testing.assert_allclose(released.thresholds, even.thresholds)  # nothing lies beyond its ends
+
+
+@settings(max_examples=100, deadline=None)
+@given(WORD, st.integers(0, 10**6), st.integers(0, 2**40))
+def test_a_mixture_draws_as_one_of_its_samplers(seed, epoch, sample):
+    options = {"pose": {"chunks": 3}, "cream": {"middle": "uniform"}}
+    shares = {"pi": 2, "pose": 1, "cream": 3, "randpos": 2}
+    mix = build_sampler("mix", window=100, target=400, seed=seed, shares=shares, options=options)
+    name = mix.chosen(epoch, sample)
+    alone = build_sampler(name, window=100, target=400, seed=seed, **options.get(name, {}))
+    plan, expected = mix.plan(epoch, sample, 1000), alone.plan(epoch, sample, 1000)
+    np.testing.assert_array_equal(plan.position_ids, expected.position_ids)
+    np.testing.assert_array_equal(plan.token_indices, expected.token_indices)
+
+
+@pytest.mark.parametrize("text", ["cream", "cream=", "cream=x", "cream=1,,pi=1", "pi=1,pi=1", ""])
+def test_shares_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="NAME=SHARE|twice"):
+        read_shares(text)
+    assert read_shares("cream=0.6, pose=0.2,pi=.2") == {"cream": 0.6, "pose": 0.2, "pi": 0.2}
 
 
 def test_epochs():
@@ -226,9 +269,15 @@ def test_epochs():
         (dict(relativity=1.5), ["relativity 1.5", "0 to 1"]),
         (dict(relativity=-0.1), ["relativity -0.1"]),
         (dict(relativity="1"), ["relativity 1", "share"]),
+        (dict(middle="wide"), ["middle wide", "gaussian, uniform"]),
+        (dict(name="pose", chunks=1), ["chunks 1", "2 or more"]),
+        (dict(name="pose", chunks=513), ["chunks 513", "512"]),
+        (dict(name="mix"), ["shares", "cream=0.6"]),
+        (dict(name="mix", shares={"full": 1.0}), ["sampler full", "cream, pose"]),
+        (dict(name="mix", shares={"pi": 0.0}), ["share 0.0 of pi", "positive"]),
         (dict(variant="draft"), ["variant draft", "paper, released"]),
         (dict(name="pose", sigma=3.0), ["sigma", "pose"]),
-        (dict(gap=3), ["gap", "cream", "relativity, sigma, variant"]),
+        (dict(gap=3), ["gap", "cream", "middle, relativity, sigma, variant"]),
     ],
     ids=str,
 )
@@ -240,6 +289,6 @@ def test_errors_are_one_line(arguments, words_):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_short_document(name):
-    sampler = build_sampler(name, window=128, target=256)
+    sampler = build(name, window=128, target=256)
     with pytest.raises(ValueError, match=f"document_length 127.*{sampler.sequence_length}"):
         sampler.plan(0, 0, 127)

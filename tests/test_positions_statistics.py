@@ -94,13 +94,56 @@ def test_pose_draws_are_uniform():
     sampler = build_sampler("pose", window=100, target=800, seed=5)
     plans = sampler.plan_many(0, np.arange(DRAWS), 300)
     first = plans.lengths[:, 0]
-    draws = {"split": (first - 1, 99), "shift": (plans.position_starts[:, 1] - first, 701),
+    draws = {"split": (first - 1, 50), "shift": (plans.position_starts[:, 1] - first, 701),
              "gap": (plans.token_starts[:, 1] - first, 201)}  # fmt: skip
     for name, (values, n) in draws.items():
         assert stats.chisquare(np.bincount(values, minlength=n)).pvalue > REJECT, name
     names = list(draws)
     for a, b in [(0, 1), (0, 2), (1, 2)]:
         assert stats.pearsonr(draws[names[a]][0], draws[names[b]][0]).pvalue > REJECT
+
+
+def test_the_shifts_of_more_chunks_rise():
+    """Of four chunks each skip and gap is uniform from the one before, and each length in its own range."""
+    n, target, length, chunks = 100, 800, 300, 4
+    plans = build_sampler("pose", window=n, target=target, seed=6, chunks=chunks).plan_many(0, np.arange(DRAWS), length)
+    begins = np.cumsum(plans.lengths, axis=1) - plans.lengths
+    dither = np.random.default_rng(1).random(DRAWS)
+    for starts, last in ((plans.position_starts, target - n), (plans.token_starts, length - n)):
+        shifts = starts - begins
+        assert np.all(shifts[:, 0] == 0) and np.all(np.diff(shifts, axis=1) >= 0) and shifts.max() == last
+        for before, after in zip(shifts.T, shifts.T[1:]):
+            place = (after - before + dither) / (last - before + 1)
+            assert stats.kstest(place, "uniform").pvalue > REJECT
+    for i in range(chunks - 1):
+        most = (n - begins[:, i] + 1) // (chunks - i)
+        place = (plans.lengths[:, i] - 1 + dither) / most
+        assert plans.lengths[:, i].min() == 1 and stats.kstest(place, "uniform").pvalue > REJECT
+    assert plans.lengths.min() == 1 and np.all(plans.lengths.sum(axis=1) == n)
+
+
+def test_an_even_middle_is_even():
+    plans = build_sampler("cream", window=1024, target=8192, seed=1, middle="uniform").plan_many(
+        0, np.arange(DRAWS), 9000
+    )
+    counts = np.bincount((2 * plans.alpha).astype(int) - 2, minlength=15)
+    assert counts[14] == 0 and stats.chisquare(counts[:14]).pvalue > REJECT
+
+
+def test_a_mixture_has_its_shares():
+    """And what it chooses is independent from sample to sample, from epoch to epoch, and of the samplers' own draws."""
+    shares = {"cream": 3.0, "pose": 1.0, "pi": 1.0}
+    mix = build_sampler("mix", window=100, target=800, seed=8, shares=shares)
+    chosen = np.array([list(shares).index(mix.chosen(epoch, i)) for epoch in (0, 1) for i in range(20_000)])
+    assert stats.chisquare(np.bincount(chosen), len(chosen) * np.array([0.6, 0.2, 0.2])).pvalue > REJECT
+    first, second = chosen.reshape(2, -1)
+    for a, b in ((first, second), (first[1:], first[:-1])):
+        table = np.zeros((3, 3))
+        np.add.at(table, (a, b), 1)
+        assert stats.chi2_contingency(table).pvalue > REJECT
+    coin = mix.parts["cream"].plan_many(0, np.arange(20_000), 1000).lengths[:, 0] == 33
+    table = [np.bincount(first[coin == side], minlength=3) for side in (False, True)]
+    assert stats.chi2_contingency(table).pvalue > REJECT
 
 
 def test_pi_starts_uniformly():

@@ -2,8 +2,9 @@
 
 python tools/plot_positions.py --output positions.png
 python tools/plot_positions.py --seq-length 4096 --target-length 32768 --samplers cream pose randpos --sigmas 1 3 10
+python tools/plot_positions.py --middles gaussian uniform --pose-chunks 2 4 --mixes cream=0.6,pose=0.2,pi=0.2
 
-Draws many samples of each sampler (of cream: one curve for each sigma and variant) and shows, over the target
+Draws many samples of each sampler (of cream: one curve for each middle, sigma and variant) and shows, over the target
 window, how often a position is trained, how often by the middle segment, and how often two tokens of a sample are
 so far apart. A distance that no sample has is one that the model never learns.
 """
@@ -24,6 +25,8 @@ from megatron_cream.errors import UsageError
 from megatron_cream.files import check_picture, save_picture, writing
 from megatron_cream.positions import SAMPLERS, build_sampler
 from megatron_cream.positions.coverage import Coverage, coverage
+from megatron_cream.positions.cream import MIDDLES
+from megatron_cream.positions.mix import read_shares
 
 MOST_SAMPLES = 10_000_000
 
@@ -48,14 +51,22 @@ def curves(args) -> dict[str, dict]:
     """{name of the curve: options of `build_sampler`}."""
     result = {}
     for name in args.samplers:
+        if name == "pose":
+            for chunks in args.pose_chunks:
+                result[name if chunks == 2 else f"pose, {chunks} chunks"] = dict(name=name, chunks=chunks)
+            continue
         if name != "cream":
             result[name] = dict(name=name)
             continue
         for variant in args.variants:
-            for sigma in args.sigmas:
-                label = f"cream, sigma {sigma:g}" + (f", {variant}" if len(args.variants) > 1 else "")
-                result[label] = dict(name="cream", sigma=sigma, variant=variant)
-    return result
+            end = f", {variant}" if len(args.variants) > 1 else ""
+            options = dict(name="cream", variant=variant)
+            for sigma in args.sigmas if "gaussian" in args.middles else []:
+                result[f"cream, sigma {sigma:g}{end}"] = options | dict(sigma=sigma)
+            for middle in args.middles:
+                if middle != "gaussian":
+                    result[f"cream, {middle}{end}"] = options | dict(middle=middle)
+    return result | {text: dict(name="mix", shares=read_shares(text)) for text in args.mixes}
 
 
 def measure(args, options: dict) -> Coverage:
@@ -121,8 +132,12 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--seq-length", type=int, default=4096, metavar="N", help="the trained window (default 4096)")
     add("--target-length", type=int, default=32768, metavar="L", help="the window to extend to (default 32768)")
-    add("--samplers", nargs="+", choices=SAMPLERS, default=["cream", "pose", "randpos", "pi"])
+    alone = [name for name in SAMPLERS if name != "mix"]
+    add("--samplers", nargs="+", choices=alone, default=["cream", "pose", "randpos", "pi"])
     add("--sigmas", nargs="+", type=float, default=[3.0], help="of cream, a curve each (default 3)")
+    add("--middles", nargs="+", choices=list(MIDDLES), default=["gaussian"], help="of cream, a curve each")
+    add("--pose-chunks", nargs="+", type=int, default=[2], metavar="K", help="of pose, a curve each (default 2)")
+    add("--mixes", nargs="+", default=[], metavar="SHARES", help="mixtures, such as cream=0.6,pose=0.4; a curve each")
     add("--variants", nargs="+", choices=["paper", "released"], default=["paper"], help="of cream, a curve each")
     add("--samples", type=positive, default=1000, help="drawn for each curve (default 1000)")
     add("--document-length", type=positive, help="of every document, in tokens (default: --target-length)")

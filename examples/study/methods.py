@@ -15,7 +15,7 @@ METHODS = {
     "pose": ["--position-sampler", "pose"],
     "cream": [],
     "cream, released": ["--cream-variant", "released"],
-    "cream, no Gaussian": ["--cream-sigma", "1e6"],
+    "cream, no Gaussian": ["--cream-middle", "uniform"],
     "cream, no continuity": ["--cream-relativity", "1"],
     "cream, no relativity": ["--cream-relativity", "0"],
     "full": ["--position-sampler", "full"],

@@ -10,13 +10,14 @@ Pure functions of (seed, epoch, sample, document length): neither torch nor Mega
 import inspect
 
 from megatron_cream.positions.cream import CreamSampler
+from megatron_cream.positions.mix import MixSampler
 from megatron_cream.positions.plain import FullSampler, PiSampler
 from megatron_cream.positions.plan import Plan, Plans
 from megatron_cream.positions.pose import PoseSampler
 from megatron_cream.positions.randpos import RandposSampler
 from megatron_cream.positions.sampler import Sampler
 
-_CLASSES = {cls.name: cls for cls in (CreamSampler, PoseSampler, RandposSampler, PiSampler, FullSampler)}
+_CLASSES = {cls.name: cls for cls in (CreamSampler, PoseSampler, RandposSampler, PiSampler, FullSampler, MixSampler)}
 SAMPLERS = tuple(_CLASSES)
 
 __all__ = ["SAMPLERS", "Plan", "Plans", "Sampler", "build_sampler"]
@@ -30,7 +31,8 @@ def build_sampler(name: str, *, window: int, target: int, seed: int = 0, **optio
         window: N, the pre-trained window, in tokens.
         target: L, the window to extend to: a multiple of N.
         seed: an integer in [0, 2**64).
-        options: the sampler's own; cream: sigma, variant, relativity.
+        options: the sampler's own; cream: sigma, variant, relativity, middle; pose: chunks; mix: shares,
+            and the options of the samplers in it.
 
     Raises:
         ValueError: an unknown name, an option it does not take, a value out of range; in one line.

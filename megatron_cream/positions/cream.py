@@ -13,6 +13,7 @@ and the code its authors released differ in four points; both are here:
 """
 
 import math
+from collections.abc import Callable
 from numbers import Real
 
 import numpy as np
@@ -21,6 +22,20 @@ from megatron_cream.positions.random import unit, words
 from megatron_cream.positions.sampler import BlockSampler
 
 VARIANTS = ("paper", "released")
+
+
+def _gaussian(points: np.ndarray, factor: int, sigma: float) -> np.ndarray:
+    # erf is exact to the last digits around 0, so that even a near-uniform law (huge sigma) is resolved.
+    return np.array([math.erf((x - 1 - factor) / sigma / math.sqrt(2.0)) for x in points.tolist()])
+
+
+def _uniform(points: np.ndarray, factor: int, sigma: float) -> np.ndarray:
+    return (points - 1 - factor) / (factor - 1)
+
+
+MIDDLES: dict[str, Callable[[np.ndarray, int, float], np.ndarray]] = {"gaussian": _gaussian, "uniform": _uniform}
+"""Laws of the scale of the middle: 2 CDF - 1 at points of [2, 2 factor]; factor is 2 or more. A new law is one more."""
+
 _RELEASED_BATCH = 3000
 _POINTS = 1000
 
@@ -29,9 +44,11 @@ class CreamSampler(BlockSampler):
     """See the module's docstring, and `Sampler` for window, target and seed.
 
     Args:
-        sigma: deviation of the Gaussian, in half steps of the middle's scale (3.0 in the paper).
+        sigma: deviation of the Gaussian, in half steps of the middle's scale (3.0 in the paper); no other middle has one.
         variant: `paper` or `released`.
         relativity: share of the samples with head and tail of N/3; the others have a long middle (1/2 in the paper).
+        middle: what the middle's scale follows: `gaussian`, as in the paper, or `uniform`, an even draw, which is the
+            limit of the Gaussian as sigma grows.
     """
 
     name = "cream"
@@ -44,6 +61,7 @@ class CreamSampler(BlockSampler):
         sigma: float = 3.0,
         variant: str = "paper",
         relativity: float = 0.5,
+        middle: str = "gaussian",
     ):
         super().__init__(window, target, seed)
         if not (isinstance(sigma, Real) and sigma > 0 and math.isfinite(sigma)):
@@ -52,6 +70,8 @@ class CreamSampler(BlockSampler):
             raise ValueError(f"variant {variant}: choose from {', '.join(VARIANTS)}")
         if not (isinstance(relativity, Real) and 0 <= relativity <= 1):
             raise ValueError(f"relativity {relativity}: must be a share of 0 to 1, 0.5 in the paper")
+        if middle not in MIDDLES:
+            raise ValueError(f"middle {middle}: choose from {', '.join(MIDDLES)}")
         self.factor = target // window
         if window <= 8 * self.factor:
             raise ValueError(
@@ -59,7 +79,7 @@ class CreamSampler(BlockSampler):
                 f"must be more than {8 * self.factor} for target {target}"
             )
         self.sigma, self.variant, self.relativity = float(sigma), variant, float(relativity)
-        self.thresholds = scale_thresholds(self.factor, self.sigma, censored=variant == "released")
+        self.thresholds = scale_thresholds(self.factor, self.sigma, censored=variant == "released", middle=middle)
 
     def _blocks(self, math, epoch, sample, document_length):
         n, s, t_len = self.window, self.factor, document_length
@@ -87,10 +107,10 @@ class CreamSampler(BlockSampler):
         )
 
 
-def scale_thresholds(factor: int, sigma: float, censored: bool) -> list[float]:
+def scale_thresholds(factor: int, sigma: float, censored: bool, middle: str = "gaussian") -> list[float]:
     """Where the inverse CDF passes from one half step to the next (Algorithm 1, step 2).
 
-    x follows a Gaussian of mean 1 + factor over [2, 2 factor]; its CDF is tabulated on 1000
+    x follows the law `middle` over [2, 2 factor], around 1 + factor; its CDF is tabulated on 1000
     evenly spaced points and inverted by linear interpolation; k = floor(x). So k is 2 plus
     the number of thresholds that a uniform u in [0, 1) reaches.
 
@@ -100,8 +120,7 @@ def scale_thresholds(factor: int, sigma: float, censored: bool) -> list[float]:
     if factor == 1:
         return []
     points = np.linspace(low, high, _POINTS)
-    # erf is exact to the last digits around 0, so that even a near-uniform law (huge sigma) is resolved.
-    signed = np.array([math.erf((x - 1 - factor) / sigma / math.sqrt(2.0)) for x in points.tolist()])
+    signed = MIDDLES[middle](points, factor, sigma)
     cdf = 0.5 + 0.5 * signed
     if not censored:
         cdf = (signed - signed[0]) / (signed[-1] - signed[0])

@@ -1,22 +1,51 @@
-"""PoSE: positional skip-wise training (Zhu et al. 2023, arXiv 2309.10400), two chunks."""
+"""PoSE: positional skip-wise training (Zhu et al. 2023, arXiv 2309.10400): a few chunks of text, skips between them.
+
+Two chunks follow the authors' released code, more follow the paper's section 3.2:
+
+| what | drawn |
+|---|---|
+| tokens of chunk i | uniform in 1 .. (R + 1) // C; R tokens and C chunks remain. For two: 1 .. (N + 1) // 2 |
+| tokens of the last chunk | all that remain |
+| skip of positions before chunk i | uniform from the one before (0 at first) .. L - N |
+| gap in the document before chunk i | uniform from the one before (0 at first) .. T - N |
+"""
 
 from megatron_cream.positions.random import unit, words
-from megatron_cream.positions.sampler import BlockSampler
+from megatron_cream.positions.sampler import BlockSampler, as_integer
+
+_FIRST_STREAM = 16
+"""Words of the chunks after the second; the second has those of stream 0."""
 
 
 class PoseSampler(BlockSampler):
-    """The first chunk at position 0, the second shifted by u of [0, L - N].
+    """See the module's docstring, and `Sampler` for window, target and seed.
 
-    The first chunk has 1 .. N-1 tokens, uniformly, from the document's start; the second
-    follows after a gap of 0 .. T-N tokens of the document, uniformly.
+    Args:
+        chunks: of contiguous text in a sample, 2 or more; 2 in the paper's experiments.
     """
 
     name = "pose"
 
+    def __init__(self, window: int, target: int, seed: int = 0, chunks: int = 2):
+        super().__init__(window, target, seed)
+        self.chunks = as_integer("chunks", chunks, low=2)
+        if self.chunks > max(window, 2):
+            raise ValueError(f"chunks {chunks}: must be at most the window, {window} tokens")
+
     def _blocks(self, math, epoch, sample, document_length):
         n = self.window
-        split, shift, gap, _ = map(unit, words(self.seed, epoch, sample))
-        first = math.draw(split, 1, n - 1) if n > 1 else 1 + 0 * document_length
-        shift = math.draw(shift, 0, self.target - n)
-        gap = math.draw(gap, 0, document_length - n)
-        return (0 * first, first + gap), (0 * first, first + shift), (first, n - first), None
+        zero = 0 * document_length
+        begin = skip = gap = zero
+        token_starts, position_starts, lengths = [zero], [zero], []
+        for remaining in range(self.chunks, 1, -1):
+            stream = 0 if remaining == self.chunks else _FIRST_STREAM + self.chunks - remaining
+            split, skip_word, gap_word, _ = map(unit, words(self.seed, epoch, sample, stream))
+            length = math.draw(split, 1, (n - begin + 1) // remaining)
+            skip = math.draw(skip_word, skip, self.target - n)
+            gap = math.draw(gap_word, gap, document_length - n)
+            begin = begin + length
+            lengths.append(length)
+            token_starts.append(begin + gap)
+            position_starts.append(begin + skip)
+        lengths.append(n - begin)
+        return token_starts, position_starts, lengths, None

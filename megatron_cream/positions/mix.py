@@ -1,0 +1,82 @@
+"""A mixture of samplers: each sample is drawn by one of them, chosen at random with given shares."""
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+
+from megatron_cream.positions.cream import CreamSampler
+from megatron_cream.positions.plain import PiSampler
+from megatron_cream.positions.pose import PoseSampler
+from megatron_cream.positions.randpos import RandposSampler
+from megatron_cream.positions.random import unit, words
+from megatron_cream.positions.sampler import Sampler
+
+_PARTS = {cls.name: cls for cls in (CreamSampler, PoseSampler, RandposSampler, PiSampler)}
+_STREAM = 3
+"""Of the word that chooses: apart from the words that the samplers themselves draw from."""
+
+
+class MixSampler(Sampler):
+    """See the module's docstring, and `Sampler` for window, target and seed.
+
+    A plan stays a pure function of (seed, epoch, sample, document length), and is the one that the chosen sampler
+    makes by itself with the same seed.
+
+    Args:
+        shares: {name of a sampler: its share of the samples}, positive; they are divided by their sum.
+        options: {name of a sampler: its own options}, for samplers in `shares`.
+    """
+
+    name = "mix"
+
+    def __init__(
+        self,
+        window: int,
+        target: int,
+        seed: int = 0,
+        shares: Mapping[str, float] | None = None,
+        options: Mapping[str, Mapping] | None = None,
+    ):
+        super().__init__(window, target, seed)
+        shares, options = shares or {}, options or {}
+        if not shares:
+            raise ValueError("shares: must name one sampler or more, such as cream=0.6,pose=0.4")
+        for name, share in shares.items():
+            if name not in _PARTS:
+                raise ValueError(f"sampler {name}: a mixture takes {', '.join(_PARTS)}")
+            if not (isinstance(share, Real) and share > 0 and math.isfinite(share)):
+                raise ValueError(f"share {share} of {name}: must be a positive number")
+        self.parts = {name: _PARTS[name](window, target, seed, **options.get(name, {})) for name in shares}
+        total, self.ends, end = sum(shares.values()), [], 0.0
+        for name, share in shares.items():
+            end += share / total
+            self.ends.append((end, name))
+
+    def chosen(self, epoch: int, sample: int) -> str:
+        """Name of the sampler that draws this sample."""
+        place = unit(words(self.seed, epoch, sample, _STREAM)[0])
+        # Shares may add up to a little less than 1 in floating point: the last has what is left.
+        return next((name for end, name in self.ends if place < end), self.ends[-1][1])
+
+    def plan(self, epoch: int, sample: int, document_length: int):
+        epoch, sample, document_length = self._checked(epoch, sample, document_length)
+        return self.parts[self.chosen(epoch, sample)].plan(epoch, sample, document_length)
+
+
+def read_shares(text: str) -> dict[str, float]:
+    """Shares from text such as `cream=0.6,pose=0.2,pi=0.2`.
+
+    Raises:
+        ValueError: a part without a number, or a name twice; in one line.
+    """
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, share = (word.strip() for word in part.partition("="))
+        try:
+            value = float(share)
+        except ValueError:
+            raise ValueError(f"{part.strip()!r} is not NAME=SHARE, such as cream=0.6") from None
+        if name in shares:
+            raise ValueError(f"{name} stands there twice")
+        shares[name] = value
+    return shares
