@@ -30,4 +30,24 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="gpu: needs a CUDA device"))
+
+
+def _fail_if_skipped_in_ci(report):
+    """Turn a skip for any reason but a GPU into a failure where CI=true: what CI skips is tested nowhere."""
+    if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith("gpu: "):
+            report.outcome = "failed"
+            report.longrepr = f"skipped, which CI does not allow: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return _fail_if_skipped_in_ci((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return _fail_if_skipped_in_ci((yield))

@@ -300,14 +300,14 @@ def test_a_trained_checkpoint_brings_its_tokenizer(tmp_path):
             tokenizer.spans(text)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
 def test_harness_says_that_it_is_not_installed(monkeypatch, models, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run(monkeypatch, "harness", "--tasks", "arc_easy", "--model", models["hf"], "--output", tmp_path) == 2
-    words = "evaluate.py: error: harness: No module named 'lm_eval': pip install lm_eval accelerate\n"
-    assert capsys.readouterr().err == words
+    words = capsys.readouterr().err
+    assert words.startswith("evaluate.py: error: harness: ") and words.count("\n") == 1
+    assert words.endswith(": pip install lm_eval accelerate\n")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval")
 def test_harness_on_a_task_of_ones_own(monkeypatch, models, tmp_path, capsys):
     """Both formats of a model score alike; an unknown task is one line."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"q": f"{i}", "gold": i % 2}) + "\n" for i in range(10)))

@@ -90,7 +90,7 @@ def test_has_cuda_is_the_truth():
     assert platform.has_cuda() == (out.strip() == "True")
 
 
-@pytest.mark.skipif(platform.has_cuda(), reason="there is a CUDA device")
+@pytest.mark.skipif(platform.has_cuda(), reason="gpu: there is one")
 def test_packages_for_cuda_alone_are_as_if_they_were_not_installed(tmp_path):
     """Where a login node has what the GPUs' nodes have: Megatron would run their kernels on the CPU's tensors."""
     for name in ("transformer_engine", "transformer_engine_torch", "amp_C", "flash_attn"):
