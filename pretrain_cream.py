@@ -18,6 +18,11 @@ import sys
 if sys.version_info < (3, 12):
     sys.exit(f"megatron_cream needs Python 3.12 or newer; this is Python {sys.version.split()[0]}")
 
+from megatron_cream import entry
+
+if __name__ == "__main__":
+    entry.start()  # before the imports, which take seconds
+
 from megatron_cream import launcher
 
 launcher.follow()
@@ -333,4 +338,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -14,6 +14,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_cream import entry
+
 
 @contextlib.contextmanager
 def divert(mode: str, folder: str | None) -> Iterator[TextIO]:
@@ -25,6 +27,7 @@ def divert(mode: str, folder: str | None) -> Iterator[TextIO]:
             and only what is printed to the yielded stream reaches the terminal.
         folder: made if missing; without one, `progress` drops the rest.
     """
+    entry.ignore_lost_output()
     if mode == "full":
         yield sys.stdout
         return

@@ -103,12 +103,12 @@ def writing(path: Path, flag: str, kept: str = "") -> Iterator[None]:
         kept: what is there all the same, for the message.
 
     Raises:
-        UsageError: there is no room, or the file system is read-only.
+        UsageError: there is no room, a limit on files' sizes is met, or the file system is read-only.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         raise UsageError(f"{flag} {path}: {error.strerror}{kept and '; ' + kept}") from error
 

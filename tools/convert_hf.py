@@ -5,13 +5,19 @@ python tools/convert_hf.py export --checkpoint ckpt/ --hf-path out/
 python tools/convert_hf.py verify --checkpoint ckpt/ --hf-path out/
 """
 
-import argparse
-import re
 import sys
 from pathlib import Path
 
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_cream import entry
+
+if __name__ == "__main__":
+    entry.start()  # before the imports, which take seconds
+
+import argparse
+import re
 
 from megatron_cream import console
 from megatron_cream.checkpoint import convert, hf_folder, output
@@ -175,4 +181,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -18,6 +18,11 @@ from pathlib import Path
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_cream import entry
+
+if __name__ == "__main__":
+    entry.start()  # before the imports, which take seconds
+
 from rich.console import Console
 
 from megatron_cream.errors import UsageError
@@ -250,4 +255,4 @@ RUNS = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

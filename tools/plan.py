@@ -10,15 +10,21 @@ sequence length and global batch, then training at the full --target-length. --t
 GPUs without Transformer Engine. --check shows predictions beside every run that was measured.
 """
 
-import argparse
-import json
-import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_cream import entry
+
+if __name__ == "__main__":
+    entry.start()  # before the imports, which take seconds
+
+import argparse
+import json
+import re
+from dataclasses import replace
 
 from megatron_cream import platform
 
@@ -183,4 +189,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

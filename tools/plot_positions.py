@@ -9,12 +9,18 @@ window, how often a position is trained, how often by the middle segment, and ho
 so far apart. A distance that no sample has is one that the model never learns.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_cream import entry
+
+if __name__ == "__main__":
+    entry.start()  # before the imports, which take seconds
+
+import argparse
 
 import numpy as np
 from rich.console import Console
@@ -147,4 +153,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

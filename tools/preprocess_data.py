@@ -23,17 +23,23 @@ A run that was killed goes on where it was when it is started again with the sam
 ends with one line and exit code 2, and writes nothing.
 """
 
+import sys
+from pathlib import Path
+
+# So that the file runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_cream import entry
+
+if __name__ == "__main__":
+    entry.start()  # before the imports, which take seconds
+
 import argparse
 import contextlib
 import io
 import logging
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-# So that the file runs from a checkout that is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 from rich.markup import escape
@@ -178,4 +184,4 @@ def print_report(report: PreprocessReport, prefix: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

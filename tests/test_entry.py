@@ -1,0 +1,155 @@
+"""What every command does with Ctrl-C, with output that takes no words, and under `python -O`."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch import ROOT
+
+COMMANDS = [
+    "pretrain_cream.py", "tools/convert_hf.py", "tools/evaluate.py", "tools/plan.py", "tools/plot_positions.py",
+    "tools/preprocess_data.py",
+]  # fmt: skip
+# Loaded by Python before a script begins: sends this process Ctrl-C when the script imports a module.
+INTERRUPT_AT_IMPORT = """
+import os, signal, sys
+def hook(event, found):
+    if event == "import" and found[0] == os.environ["INTERRUPT_AT"]:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(hook)
+"""
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from megatron_cream import entry
+if __name__ == "__main__":
+    entry.start()
+def main():
+{body}
+if __name__ == "__main__":
+    entry.run(main)
+"""
+
+
+def run(command, shell_redirect: str = "", **environment) -> subprocess.CompletedProcess:
+    words = [sys.executable, *map(str, command)]
+    if shell_redirect:
+        words = ["bash", "-c", f'"$@" {shell_redirect}', "bash", *words]
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | environment
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def script(tmp_path, body: str):
+    path = tmp_path / "tool.py"
+    path.write_text(SCRIPT.format(root=str(ROOT), body="\n".join(f"    {line}" for line in body.splitlines())))
+    return path
+
+
+@pytest.mark.parametrize(
+    "command, module",
+    [
+        *((command, "torch") for command in COMMANDS[:4]), ("tools/plot_positions.py", "numpy"),
+        ("tools/plot_positions.py", "matplotlib"), ("tools/preprocess_data.py", "numpy"),
+    ],
+)  # fmt: skip
+def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path, command, module):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT_AT_IMPORT)
+    flags = ["--samples", 10, "--output", tmp_path / "x.png"] if module == "matplotlib" else []
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = run([command, *flags], PYTHONPATH=path, INTERRUPT_AT=module)
+    assert (result.returncode, result.stderr) == (130, f"{os.path.basename(command)}: interrupted\n")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_ctrl_c_is_said_by_the_first_rank_only(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT_AT_IMPORT)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = run(["pretrain_cream.py"], PYTHONPATH=path, INTERRUPT_AT="torch", RANK="1", WORLD_SIZE="2")
+    assert (result.returncode, result.stderr) == (130, "")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "os.kill(os.getpid(), 2)",
+        "try: os.kill(os.getpid(), 2)\nexcept KeyboardInterrupt: raise RuntimeError",  # as extension modules do
+        "class Deleted:\n    def __del__(self): os.kill(os.getpid(), 2)\nDeleted()",
+        "import atexit\natexit.register(lambda: os.kill(os.getpid(), 2))",
+        # A fork that has not yet set a handler of its own.
+        "child = os.fork() or os.kill(os.getpid(), 2)\nos.waitpid(child, 0)\nos.kill(os.getpid(), 2)",
+    ],
+)
+def test_ctrl_c_while_a_command_runs_is_one_line(tmp_path, body):
+    result = run([script(tmp_path, f"import os\n{body}")])
+    assert (result.returncode, result.stderr) == (130, "tool.py: interrupted\n")
+
+
+def test_ctrl_c_that_a_shell_has_switched_off_stays_off(tmp_path):
+    path = script(tmp_path, "import os\nos.kill(os.getpid(), 2)\nprint('on')")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result = run([path])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "on\n", "")
+
+
+FULL = "tool.py: error: standard output: No space left on device\n"
+CLOSED = "tool.py: error: standard output: Bad file descriptor\n"
+
+
+@pytest.mark.parametrize(
+    "redirect, code, error",
+    [
+        (">/dev/full", 2, FULL), (">/dev/full 2>&1", 2, ""), (">&-", 2, CLOSED), (">&- 2>&-", 2, ""),
+        ("| true; exit ${PIPESTATUS[0]}", 141, ""), ("2>/dev/full", 0, ""), ("2>&-", 0, ""), ("<&-", 0, "said\n"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)])
+def test_output_that_takes_no_words(tmp_path, redirect, code, error, unbuffered):
+    """Unwritten words are an error like that of any other output; words on standard error can be done without."""
+    body = "import sys\nprint('said', file=sys.stderr) if {said} else None\nfor _ in range(100_000): print('a line')"
+    body = body.format(said=code == 0)
+    result = run([*unbuffered, script(tmp_path, body)], redirect)
+    assert (result.returncode, result.stderr) == (code, error)
+    assert (result.stdout.count("a line\n") == 100_000) == (code == 0)
+
+
+def test_output_is_not_taken_for_a_file_of_the_commands_own(tmp_path):
+    body = "try: print('a line', flush=True)\nexcept OSError: print('--output: no room')\nreturn 3"
+    result = run([script(tmp_path, body)], ">/dev/full")
+    assert (result.returncode, result.stderr) == (2, FULL)
+
+
+def test_a_run_outlives_its_output(tmp_path):
+    result = run([script(tmp_path, "entry.ignore_lost_output()\nprint('a line', flush=True)\nreturn 3")], ">/dev/full")
+    assert (result.returncode, result.stderr) == (3, "")
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--samples", "10", "--output", "x.png"]])
+def test_a_tools_words_into_a_full_disk(tmp_path, flags):
+    result = run([ROOT / "tools/plot_positions.py", *(str(tmp_path / f) if "png" in f else f for f in flags)], ">/dev/full")  # fmt: skip
+    assert (result.returncode, result.stderr) == (2, FULL.replace("tool", "plot_positions"))
+
+
+def test_a_picture_beyond_the_limit_on_files_sizes(tmp_path):
+    path = tmp_path / "x.png"
+    command = f"ulimit -f 1; {sys.executable} tools/plot_positions.py --samples 10 --output {path}"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, f"plot_positions.py: error: --output {path}: File too large\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_not_utf8_can_be_printed(tmp_path):
+    result = run([script(tmp_path, "print('x\\udcff')")])
+    assert (result.returncode, result.stdout, result.stderr) == (0, "x\\udcff\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_python_without_assertions_is_refused(command):
+    result = run([command, "--help"], PYTHONOPTIMIZE="1")
+    assert (result.returncode, result.stdout) == (2, "") and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"{os.path.basename(command)}: error: python -O or PYTHONOPTIMIZE: ")
