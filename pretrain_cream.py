@@ -32,7 +32,6 @@ from megatron_cream import platform
 platform.setup()  # before anything of Megatron is imported
 
 import functools
-import json
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -57,8 +56,8 @@ from megatron_cream.evaluation import long_flags
 from megatron_cream.evaluation.long_evaluation import LongEvaluation
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
 from megatron_cream.evaluation.tokenizer import TrainingTokenizer
-from megatron_cream.evaluation.watch import Watch, watching
-from megatron_cream.files import append_line, hold
+from megatron_cream.evaluation.watch import Watch, loaded_from, watching
+from megatron_cream.files import append_line, hold, to_json
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.optimizer import finite
 
@@ -261,6 +260,8 @@ def _perplexity_at_evaluations(args, terminal):
     def evaluate(model) -> None:
         scored = min(args.eval_lengths) // 2
         result = perplexity_by_length(model, documents, args.eval_lengths, scored)
+        if args.skip_train:
+            finite.check_values(result.values(), loaded_from(args))
         if not is_last_rank():
             return
         iteration = args.iteration if args.skip_train else args.curr_iteration + 1
@@ -269,7 +270,7 @@ def _perplexity_at_evaluations(args, terminal):
         progress.log_values({f"perplexity/{n}": value for n, value in result.items()}, iteration)
         if args.save:
             record = dict(iteration=iteration, documents=len(documents), perplexity=result)
-            append_line(Path(args.save) / "perplexity_by_length.jsonl", json.dumps(record))
+            append_line(Path(args.save) / "perplexity_by_length.jsonl", to_json(record))
 
     return evaluate
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import sys
 import time
@@ -93,6 +94,18 @@ def check_picture(path: Path, flag: str) -> None:
     if not folder.is_dir():
         raise UsageError(f"{flag} {path}: No such file or directory: there is no folder {path.parent}")
     check_can_be_made(folder, f"{flag} {path}:")
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """`folder` and its parents that do not exist yet, innermost first."""
+    return [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove these folders, innermost first, up to the first that holds something or cannot be removed."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -201,6 +214,25 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(read_text(path, what))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not {what}: {one_line(error)}") from error
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Dump a value as JSON that every reader takes: null where a number is NaN or infinite.
+
+    Args:
+        options: of `json.dumps`.
+    """
+    return json.dumps(_without_nan(value), allow_nan=False, **options)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value
 
 
 def read_yaml(path: Path, what: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:

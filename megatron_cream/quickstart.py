@@ -68,7 +68,8 @@ def run_folder() -> Path:
 def last_perplexity(folder: Path) -> dict[int, float]:
     """Context length -> perplexity, from the newest line a run wrote."""
     lines = (folder / "perplexity_by_length.jsonl").read_text().splitlines()
-    return {int(n): value for n, value in json.loads(lines[-1])["perplexity"].items()}
+    # JSON has null for NaN
+    return {int(n): float(value or "nan") for n, value in json.loads(lines[-1])["perplexity"].items()}
 
 
 def show(before: dict, after: dict, window: int, folder: Path, picture: Path, seconds: float) -> None:

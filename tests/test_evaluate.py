@@ -18,6 +18,7 @@ from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import language_model
+from megatron_cream.evaluation.result_lines import line_of
 from megatron_cream.evaluation.results import RESULTS, SUMMARY
 from tests import task_tokenizers
 from tests.evaluation_models import POSITIONS, is_picture, records_of, save_llama, save_tokenizer
@@ -133,7 +134,9 @@ def test_a_stopped_run_goes_on(monkeypatch, models, texts, tmp_path):
     flags = [*NEEDLE, "--model", models["hf"], "--output", tmp_path]
     assert run(monkeypatch, *flags) == 0
     summary, lines = summary_of(tmp_path), (tmp_path / RESULTS).read_bytes().splitlines(keepends=True)
-    marked = lines[0].replace(b'"output": "', b'"output": "KEPT ')
+    first = json.loads(lines[0])
+    del first["crc32"]
+    marked = line_of(first | {"output": "KEPT " + first["output"]}).encode()
     (tmp_path / RESULTS).write_bytes(marked + b"".join(lines[1:7]) + lines[7][:40])
     # Another batch size and chunk are no other settings.
     assert run(monkeypatch, *flags, "--batch-size", 1, "--prefill-chunk", 64) == 0

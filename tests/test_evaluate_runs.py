@@ -155,10 +155,10 @@ def test_one_run_at_a_time(tmp_path):
 def test_damaged_results_are_refused(tmp_path):
     options = dict(settings={}, model={}, model_path=tmp_path, overwrite=False)
     good = {"name": "a", "score": 1.0, "part": "", "length": 9, "depth": None}
-    line = json.dumps(good) + "\n"
     with open_results(tmp_path / "out", **options) as results:
         results.add(good)
         results.finish({})
+    line = (tmp_path / "out" / RESULTS).read_text()
     wrong = [
         "not json", '{"name": "b"}', "[" * 100_000, json.dumps(good | {"name": 5}), json.dumps(good | {"score": "1"}),
         json.dumps(good | {"score": 2}), json.dumps(good | {"depth": "x"}), json.dumps(good | {"length": None}),

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -157,3 +158,18 @@ def test_a_kill_while_the_best_is_written_leaves_the_one_before(tmp_path):
     assert newest(best) == found["iteration"] > kept
     assert [path.name for path in best.glob("iter_*")] == [f"iter_{found['iteration']:07d}"]
     compare(best, save, found["iteration"])
+
+
+def test_nan_weights_end_an_evaluation_with_one_line(trained, data, tmp_path):
+    export_hf(MegatronCheckpoint(trained[0] / "save"), tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "hf" / "integrity.json").unlink()
+    without = MODEL[: MODEL.index("--long-eval-interval")]
+    for flags in (MODEL, [*without, "--eval-lengths", 128, 512]):
+        result = torchrun(2, *flags, *data, "--load-hf", tmp_path / "hf", "--skip-train", "--save", tmp_path / "save")
+        said = [line for line in result.stderr.splitlines() if "error: --load-hf" in line]
+        assert result.returncode and len(said) == 1, result.stderr[-3000:]
+        assert f"error: --load-hf {tmp_path / 'hf'}: decoder.final_layernorm.weight holds NaN" in said[0]
+        assert not list(tmp_path.glob("save/*.jsonl"))

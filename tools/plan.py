@@ -22,7 +22,6 @@ if __name__ == "__main__":
     entry.start()  # before the imports, which take seconds
 
 import argparse
-import json
 import re
 from dataclasses import replace
 
@@ -34,7 +33,7 @@ from rich.console import Console
 
 from megatron_cream.command_line import path
 from megatron_cream.errors import UsageError
-from megatron_cream.files import check_picture, writing
+from megatron_cream.files import check_picture, to_json, writing
 from megatron_cream.planning import (
     Run,
     layouts,
@@ -87,7 +86,7 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
     if plans and run.target_length > run.layout.seq_length:
         full = layouts.fitting(long.model, long.layout, long.engine, options.gpus, usable, around)
     if options.json:
-        print(json.dumps(report.as_dict(run, around, own, plans, full, gpu_memory, usable), indent=2))
+        print(to_json(report.as_dict(run, around, own, plans, full, gpu_memory, usable), indent=2))
     else:
         terminal = console()
         if own:

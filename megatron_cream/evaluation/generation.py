@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+class NotFinite(Exception):
+    """The model's logits are NaN or infinite: nothing can be chosen by them."""
+
+
 class CachedBatch(Protocol):
     """A batch of sequences whose keys and values are kept from one call to the next."""
 
@@ -34,12 +38,18 @@ def generate(
         temperature: 0 takes the likeliest token.
         top_p: a token is drawn from the likeliest ones that together have this probability.
         seeds: one for each prompt; what is drawn for it does not depend on the rest of the batch.
+
+    Raises:
+        NotFinite: a NaN or an infinite largest logit.
     """
     choose = _Chooser(temperature, top_p, seeds)
     outputs: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
     logits = batch.prefill(prompts)
     for step in range(max_new_tokens):
+        # -inf is what padding of the vocabulary has; a NaN is the largest of any it stands among.
+        if not logits.amax(-1).isfinite().all():
+            raise NotFinite
         tokens = choose(logits)
         for i, token in enumerate(tokens.tolist()):
             if token in stop_ids:

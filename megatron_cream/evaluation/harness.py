@@ -9,8 +9,9 @@ import torch
 
 from megatron_cream import platform
 from megatron_cream.errors import UsageError, one_line
-from megatron_cream.evaluation.language_model import Source, hf_folder_of
+from megatron_cream.evaluation.language_model import Source, hf_folder_of, not_finite
 from megatron_cream.evaluation.results import Results
+from megatron_cream.files import replacing, to_json
 
 FULL = "harness.json"
 _CACHE = "requests"  # lm_eval adds _rank0.db
@@ -71,9 +72,6 @@ def run(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import handle_non_serializable, make_table
 
-    if overwrite:
-        for file in results.folder.glob(f"{_CACHE}_rank*.db"):
-            file.unlink()
     with hf_folder_of(source) as folder:
         model = HFLM(
             pretrained=str(folder),
@@ -83,6 +81,13 @@ def run(
             device="cuda" if platform.has_cuda() else "cpu",
         )
     with torch.inference_mode():
+        text = source.tokenizer.prompt("The capital of France is")
+        if not model.model(torch.tensor([text], device=model.device)).logits.isfinite().all():
+            raise not_finite(source, model.model.named_parameters())
+        results.begin()
+        if overwrite:
+            for file in results.folder.glob(f"{_CACHE}_rank*.db"):
+                file.unlink()
         full = lm_eval.simple_evaluate(
             model=model,
             tasks=list(names),
@@ -93,9 +98,8 @@ def run(
             use_cache=str(results.folder / _CACHE),
             log_samples=False,
         )
-    text = json.dumps(full, indent=2, ensure_ascii=False, default=handle_non_serializable)
-    partial = results.folder / f".{FULL}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(results.folder / FULL)
+    text = to_json(full, indent=2, ensure_ascii=False, default=handle_non_serializable)
+    with replacing(results.folder / FULL) as file:
+        file.write(text + "\n")
     print(make_table(full))
     return json.loads(text)["results"]

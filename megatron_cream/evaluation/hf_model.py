@@ -1,6 +1,6 @@
 """A Hugging Face folder, run by transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,6 +51,9 @@ class HfModel:
         self._model = model.to(device).eval()
         self._chunk, self._stop_ids = prefill_chunk, stop_ids
         self.tokenizer, self.max_positions = tokenizer, max_positions
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        return self._model.named_parameters()
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from megatron_cream.checkpoint.hf_folder import GENERATION_CONFIG, locate
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.generation import NotFinite
 from megatron_cream.evaluation.tokenizer import ModelTokenizer, has_tokenizer, open_tokenizer
 from megatron_cream.evaluation.vllm_model import VllmModel, import_vllm
 from megatron_cream.files import read_json
@@ -57,6 +58,9 @@ class LanguageModel(Protocol):
         Returns: float32 [b, s - start], on the CPU.
         """
 
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Its parameters by name, as far as they can be reached."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -67,6 +71,7 @@ class Source:
     tokenizer: of the model, or what the user gave in its place.
     engine: transformers, megatron or vllm.
     dtype: in which it runs.
+    flag: what the user gave `path` with, for messages.
     """
 
     path: Path
@@ -74,6 +79,7 @@ class Source:
     tokenizer: ModelTokenizer
     engine: str
     dtype: torch.dtype
+    flag: str = "--model"
 
     @property
     def max_positions(self) -> int:
@@ -127,7 +133,7 @@ def find_model(
         checkpoint = MegatronCheckpoint(folder, step, flag=flag)
         output.check_unchanged(checkpoint.folder)
         words = open_tokenizer(tokenizer, flag="--tokenizer") if tokenizer else _own_tokenizer(checkpoint, flag)
-        return Source(folder, checkpoint, words, "vllm" if engine == "vllm" else "megatron", kind)
+        return Source(folder, checkpoint, words, "vllm" if engine == "vllm" else "megatron", kind, flag)
     if step is not None:
         raise UsageError(f"--ckpt-step {step}: only with a Megatron checkpoint, and {flag} {path} is none")
     folder = locate(path, flag=flag)
@@ -142,11 +148,11 @@ def find_model(
         words = open_tokenizer(tokenizer, flag="--tokenizer")
     else:
         words = open_tokenizer(folder, flag=flag)
-    return Source(folder, None, words, "vllm" if engine == "vllm" else "transformers", kind)
+    return Source(folder, None, words, "vllm" if engine == "vllm" else "transformers", kind, flag)
 
 
 def load(source: Source, *, prefill_chunk: int) -> LanguageModel:
-    """The model, on the GPU if there is one.
+    """Load the model, on the GPU if there is one. It raises UsageError where its logits are not finite.
 
     Args:
         prefill_chunk: tokens of a prompt that are read at once; memory grows with it, results do not change.
@@ -154,6 +160,44 @@ def load(source: Source, *, prefill_chunk: int) -> LanguageModel:
     Raises:
         UsageError: weights that cannot be read.
     """
+    return _Checked(_load(source, prefill_chunk), source)
+
+
+def not_finite(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageError:
+    """The error for a model whose logits are NaN or infinite; names the first such tensor of `weights`."""
+    bad = next((name for name, weight in weights if not weight.isfinite().all()), None)
+    if bad:
+        return UsageError(
+            f"{source.flag} {source.path}: {bad} holds NaN or infinite numbers, and so do the logits. Train, export or "
+            "download the model again."
+        )
+    return UsageError(
+        f"{source.flag} {source.path}: its logits are NaN or infinite in {str(source.dtype).removeprefix('torch.')}. "
+        "Try --dtype fp32; if they still are, train, export or download the model again."
+    )
+
+
+class _Checked:
+    """A LanguageModel whose logits are known to be finite."""
+
+    def __init__(self, model: LanguageModel, source: Source):
+        self._model, self._source = model, source
+        self.tokenizer, self.max_positions = model.tokenizer, model.max_positions
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
+        try:
+            return self._model.generate(prompts, max_new_tokens, **sampling)
+        except NotFinite:
+            raise not_finite(self._source, self._model.weights()) from None
+
+    def log_probs(self, tokens: Tensor, start: int) -> Tensor:
+        found = self._model.log_probs(tokens, start)
+        if not found.isfinite().all():
+            raise not_finite(self._source, self._model.weights())
+        return found
+
+
+def _load(source: Source, prefill_chunk: int) -> LanguageModel:
     stop_ids = source.tokenizer.stop_ids | _generation_stop_ids(source)
     common = dict(tokenizer=source.tokenizer, stop_ids=stop_ids, max_positions=source.max_positions)
     if source.engine == "vllm":

@@ -6,7 +6,7 @@ memory that begins after its padding, and so without a mask; then all go on toge
 a time, and the padding is masked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -43,6 +43,9 @@ class MegatronModel:
         self._device = "cuda" if platform.has_cuda() else "cpu"
         self._chunk, self._stop_ids = prefill_chunk, stop_ids
         self.tokenizer, self.max_positions = tokenizer, max_positions
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        return self._model.named_parameters()
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:

@@ -4,20 +4,21 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO
 
 import torch
 
 from megatron_cream import platform
 from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import check_can_be_made, read_json, replacing
+from megatron_cream.evaluation.result_lines import is_record, line_of, read_records
+from megatron_cream.files import check_can_be_made, missing_folders, read_json, remove_empty, replacing, to_json
 from megatron_cream.record import versions
 
 RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
 _PACKAGES = ("torch", "transformers", "megatron-core", "tokenizers", "vllm", "lm_eval")
+_SUMS = "line_checksums"
 
 
 class Results:
@@ -28,20 +29,57 @@ class Results:
         records: of the examples that are done, by name.
     """
 
-    def __init__(self, folder: Path, description: dict[str, Any], records: dict[str, dict[str, Any]], lines):
+    def __init__(
+        self,
+        folder: Path,
+        description: dict[str, Any],
+        records: dict[str, dict[str, Any]],
+        lines: TextIO,
+        replaces: bool,
+    ):
         self.folder, self.records = folder, records
-        self._description, self._lines = description, lines
+        self._description, self._lines, self._replaces = description, lines, replaces
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep one example's result; `name` is its key. It is on disk when this returns."""
-        self._lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._lines.flush()
+        line = line_of(record)
+        if self._replaces:
+            self.begin(line)
+        else:
+            self._lines.write(line)
+            self._lines.flush()
         self.records[record["name"]] = record
+
+    def begin(self, line: str = "") -> None:
+        """With `overwrite`: replace the earlier run's files, once the new ones are on the disk.
+
+        Args:
+            line: the first of the new results.
+        """
+        if not self._replaces:
+            return
+        with replacing(self.folder / SUMMARY) as file:
+            self._dump(file, finished=False, results=None)
+            file.flush()
+            # Killed in between, it leaves results without a summary, which no run takes for its own.
+            self._lines = _new_lines(self.folder, line, remove=(PICTURE, SUMMARY))
+        self._replaces = False
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write summary.json anew, with the aggregate `results` of all examples."""
+        self.begin()
         os.fsync(self._lines.fileno())
-        _write_summary(self.folder, self._description | {"finished": True, "results": results})
+        self.write_summary(finished=True, results=results)
+
+    def write_summary(self, **more: Any) -> None:
+        with replacing(self.folder / SUMMARY) as file:
+            self._dump(file, **more)
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def _dump(self, file: IO, **more: Any) -> None:
+        file.write(to_json(self._description | {_SUMS: "crc32"} | more, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -50,11 +88,13 @@ def open_results(
 ) -> Iterator[Results]:
     """The folder's results, and what was done before, if it was with the same settings and model.
 
+    A run that ends by a UsageError before its first result removes the files and the empty folders that it made.
+
     Args:
         settings: whatever changes the results, as JSON values, by flag.
         model: `Source.identity()`.
         model_path: where it lies now, for the reader of summary.json.
-        overwrite: begin anew, whatever an earlier run left there.
+        overwrite: begin anew. What an earlier run left there stays until the first new result is on the disk.
 
     Raises:
         UsageError: made with others, damaged, in use by another run, or not results of an evaluation.
@@ -65,33 +105,92 @@ def open_results(
     for name in (RESULTS, SUMMARY, PICTURE):
         if (folder / name).exists() and not (folder / name).is_file():
             raise UsageError(f"--output {folder}: its {name} is not a file; give another folder")
-    if overwrite or not any((folder / name).exists() for name in (RESULTS, SUMMARY)):
+    made = [folder / name for name in (RESULTS, SUMMARY) if not (folder / name).exists()]
+    if overwrite or len(made) == 2:
         _check_ours(folder)
-    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    new = missing_folders(folder)
     description = {"settings": settings, "model": model, "model_path": str(model_path), "versions": _versions()}
     description = json.loads(json.dumps(description))
-    with open(folder / RESULTS, "a+", encoding="utf-8") as lines:
+    with _opened_alone(folder) as lines:
+        records: dict[str, dict[str, Any]] = {}
+        try:
+            replaces = overwrite and len(made) < 2
+            if not replaces:
+                records, lines = _resumed(folder, description, lines)
+            results = Results(folder, description, records, lines, replaces)
+            with contextlib.closing(results):
+                if not replaces:
+                    results.write_summary(finished=False, results=None)
+                yield results
+        except UsageError:  # a model that cannot be loaded, say
+            if not records:
+                for path in made:
+                    path.unlink(missing_ok=True)
+                remove_empty(new)
+            raise
+
+
+def _resumed(folder: Path, description: dict[str, Any], lines: TextIO) -> tuple[dict[str, dict[str, Any]], TextIO]:
+    """What an earlier run of the same settings has done, and where to append; lines without checksums get theirs."""
+    path, summed = folder / RESULTS, True
+    if (folder / SUMMARY).exists():
+        summed = _check_same(folder, description)
+    elif path.stat().st_size:
+        raise UsageError(f"--output {folder}: its {RESULTS} has no {SUMMARY}; give another folder, or --overwrite")
+    records = read_records(path, summed=summed)
+    return records, lines if summed else _new_lines(folder, "".join(map(line_of, records.values())))
+
+
+def _opened_alone(folder: Path) -> TextIO:
+    """The folder's results.jsonl, to append to; no other run has it.
+
+    Raises:
+        UsageError: another run writes there.
+    """
+    path, tries = folder / RESULTS, 100
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        except FileNotFoundError:  # a run that failed has just removed its empty folders
+            tries -= 1
+            if tries:
+                continue
+            raise
         try:
             fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lines.close()
             raise UsageError(f"--output {folder}: another run is writing there now") from None
-        if overwrite:
-            lines.truncate(0)
-            for name in (SUMMARY, PICTURE):
-                (folder / name).unlink(missing_ok=True)
-        elif (folder / SUMMARY).exists():
-            _check_same(folder, description)
-        elif (folder / RESULTS).stat().st_size:
-            raise UsageError(f"--output {folder}: its {RESULTS} has no {SUMMARY}; give another folder, or --overwrite")
-        records = _read(folder / RESULTS)
-        _write_summary(folder, description | {"finished": False, "results": None})
-        try:
-            yield Results(folder, description, records, lines)
-        except UsageError:  # a model that cannot be loaded, say
-            if new and not lines.tell():
-                shutil.rmtree(new[-1])
-            raise
+        # Another run may have replaced or removed the file since it was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lines.fileno()), os.stat(path)):
+                return lines
+        lines.close()
+
+
+def _new_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> TextIO:
+    """Replace results.jsonl by a new one, locked, that begins with `text`. Without room all stays as it was.
+
+    Args:
+        remove: files of the folder that go just before.
+    """
+    path = Path(os.path.realpath(folder / RESULTS))
+    beside = path.with_name(f".{path.name}.partial")
+    lines = open(beside, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lines.write(text)
+        lines.flush()
+        os.fsync(lines.fileno())
+        for name in remove:
+            (folder / name).unlink(missing_ok=True)
+        os.replace(beside, path)
+    except BaseException:
+        lines.close()
+        beside.unlink(missing_ok=True)
+        raise
+    return lines
 
 
 def _versions() -> dict[str, str]:
@@ -106,14 +205,19 @@ def _check_ours(folder: Path) -> None:
         if isinstance(summary, dict) and {"settings", "model", "finished"} <= summary.keys():
             return
     with contextlib.suppress(OSError, ValueError, RecursionError), open(folder / RESULTS, "rb") as lines:
-        if _is_record(json.loads(next(lines, b""))):
+        if is_record(json.loads(next(lines, b""))):
             return
     for name in (RESULTS, SUMMARY, PICTURE):
         if (folder / name).exists() and (folder / name).stat().st_size:
             raise UsageError(f"--output {folder}: no evaluation wrote its {name}; give another folder, or remove it")
 
 
-def _check_same(folder: Path, now: dict[str, Any]) -> None:
+def _check_same(folder: Path, now: dict[str, Any]) -> bool:
+    """Whether each line has a checksum, by a summary of the same settings and model.
+
+    Raises:
+        UsageError: of others, or damaged.
+    """
     try:
         before = read_json(folder / SUMMARY, "a summary")
         old, new = dict(before["settings"]), now["settings"]
@@ -129,60 +233,10 @@ def _check_same(folder: Path, now: dict[str, Any]) -> None:
     elif not same_model:
         reason = "another model, or another --engine or --dtype"
     else:
-        return
+        return _SUMS in before
     raise UsageError(f"--output {folder}: its results were made with {reason}; give another folder, or --overwrite")
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The records of the whole lines; one that was cut when a run was killed is cut off."""
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    records = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            if not _is_record(record):
-                raise ValueError("a name or a score is missing, or is none")
-        except (ValueError, RecursionError) as error:
-            raise UsageError(
-                f"--output: {path}, line {number}: not a result ({one_line(error)}); give another folder, or "
-                "--overwrite"
-            ) from error
-        records[record["name"]] = record
-    return records
-
-
-def _is_record(record: Any) -> bool:
-    """Whether it has what `report.summarise` or `runner.perplexities` reads."""
-    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
-        return False
-    if "lengths" in record:  # of perplexity
-        rows = record["lengths"].items() if isinstance(record["lengths"], dict) else [("", None)]
-        return all(
-            length.isdecimal()
-            and isinstance(row, dict)
-            and {"nll", "tokens"} <= row.keys()
-            and all(map(_is_number, row.values()))
-            for length, row in rows
-        )
-    score, depth = record.get("score"), record.get("depth")
-    right = _is_number(score) and 0 <= score <= 1 and _is_number(record.get("rouge_l", 0))
-    right = right and isinstance(record.get("part"), str) and type(record.get("length")) is int
-    return right and (depth is None or _is_number(depth))
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    with replacing(folder / SUMMARY) as file:
-        json.dump(summary, file, indent=2, ensure_ascii=False)
-        file.write("\n")

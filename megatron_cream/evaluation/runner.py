@@ -6,17 +6,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import sliding_window
 from megatron_cream.evaluation.generation import seed_of
 from megatron_cream.evaluation.language_model import LanguageModel
 from megatron_cream.evaluation.longppl import KeyTokenRule, key_spans, key_tokens, tokens_in
 from megatron_cream.evaluation.progress import WorkBar
-from megatron_cream.evaluation.results import Results
+from megatron_cream.evaluation.results import RESULTS, Results
 from megatron_cream.evaluation.sliding_window import Document
 from megatron_cream.evaluation.task import Example
 from megatron_cream.evaluation.tokenizer import ModelTokenizer
@@ -77,6 +78,7 @@ def run_task(
             for example in plan.examples:
                 order.append(example.name)
                 if example.name in results.records:
+                    _check_same(example, results)
                     bar.skip(example.length)
                 else:
                     yield example
@@ -118,6 +120,7 @@ def run_perplexity(
     with WorkBar(len(documents), sum(len(document.tokens) for document in documents)) as bar:
         for document in documents:
             if document.name in results.records:
+                _check_lengths(document, by_length, rule, results)
                 bar.skip(len(document.tokens))
                 continue
             record: dict[str, Any] = {"name": document.name, "tokens": len(document.tokens), "lengths": {}}
@@ -213,6 +216,31 @@ def memory_watched(tokens: int, samples: int) -> Iterator[None]:
             f"out of memory at {tokens} tokens x {samples}: try {batch}a smaller --prefill-chunk, or shorter lengths; "
             "what is done is kept, and the same command goes on from there"
         ) from error
+
+
+def _check_same(example: Example, results: Results) -> None:
+    """Raise UsageError where the folder's result of that name is of another example."""
+    record = results.records[example.name]
+    values = {"part": example.part, "length": example.length, "depth": example.depth, "answers": list(example.answers)}
+    for key, value in values.items():
+        if key in record and record[key] != value:
+            _refuse(example.name, f"{key} {record[key]!r}, not {value!r}", results)
+
+
+def _check_lengths(document: Document, lengths: list[int], rule: KeyTokenRule | None, results: Results) -> None:
+    """Raise UsageError where the folder's result of that document is of other context lengths."""
+    rows = results.records[document.name].get("lengths", {})
+    if rows.keys() != set(map(str, lengths)):
+        _refuse(document.name, f"context lengths {', '.join(rows) or 'none'}, not {lengths}", results)
+    if any(("key_nll" in row) != (rule is not None) for row in rows.values()):
+        _refuse(document.name, f"{'no ' if rule else ''}LongPPL", results)
+
+
+def _refuse(name: str, reason: str, results: Results) -> NoReturn:
+    raise UsageError(
+        f"--output {results.folder}: its {RESULTS} has a result of {name} with {reason}; delete that line and the "
+        "example is done again, or give another folder, or --overwrite"
+    )
 
 
 def perplexities(records: list[dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:

@@ -3,13 +3,15 @@
 Run with vLLM 0.32 on a CPU: greedy answers are transformers' (tests/test_vllm.py).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.generation import NotFinite
 from megatron_cream.evaluation.tokenizer import ModelTokenizer
 
 
@@ -42,6 +44,9 @@ class VllmModel:
             max_num_batched_tokens=prefill_chunk,
         )
 
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        return ()  # they lie in vLLM's own processes
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -64,11 +69,15 @@ class VllmModel:
                 max_tokens=max_new_tokens,
                 stop_token_ids=self._stop_ids,
                 detokenize=False,
+                logprobs=0,  # of the chosen tokens, by which NaN logits show
             )
             for seed in seeds
         ]
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         answers = self._engine.generate(requests, settings, use_tqdm=False)
+        for answer in answers:
+            if not math.isfinite(answer.outputs[0].cumulative_logprob or 0.0):
+                raise NotFinite
         ids = [list(answer.outputs[0].token_ids) for answer in answers]
         return [answer[:-1] if answer and answer[-1] in self._stop_ids else answer for answer in ids]
 

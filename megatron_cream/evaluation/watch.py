@@ -1,7 +1,6 @@
 """A training job evaluated at its target lengths: when, what that may cost, what is said, which checkpoint is kept."""
 
 import contextlib
-import json
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -12,8 +11,10 @@ from pathlib import Path
 import torch
 
 from megatron_cream.checkpoint.best import BestCheckpoint
+from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.evaluation.long_evaluation import LongEvaluation, Result, Score
-from megatron_cream.files import append_line
+from megatron_cream.files import append_line, to_json
+from megatron_cream.optimizer import finite
 from megatron_cream.progress import StepLine, log_values
 
 RECORD = "long_evaluation.jsonl"
@@ -69,16 +70,20 @@ class Watch:
         *,
         pause: AbstractContextManager | None = None,
         keep: Callable[[Score], None] | None = None,
+        must_be_finite: str = "",
     ) -> None:
         """Measure, keep, say and record; on every rank.
 
         Args:
             pause: what training needs around the measurement.
             keep: saves the model as the best checkpoint; None where none is kept.
+            must_be_finite: where given, a NaN raises UsageError, which begins so: the flag that named the model.
         """
         began = time.perf_counter()
         with pause or contextlib.nullcontext(), _evaluating(model):
             result = self._evaluation(model)
+        if must_be_finite:
+            finite.check_values(result.flat().values(), must_be_finite)
         self._cost = time.perf_counter() - began
         score = result.score(self._score) if self._score else None
         verdict, better = "", False
@@ -123,7 +128,16 @@ class Watch:
         line |= {task: {n: asdict(value) for n, value in of.items()} for task, of in result.recalls.items()}
         line |= {"perplexity": result.perplexity} if result.perplexity else {}
         line |= {"score": asdict(score), "best": better} if score else {}
-        append_line(self._folder / RECORD, json.dumps(line))
+        append_line(self._folder / RECORD, to_json(line))
+
+
+def loaded_from(args: Namespace) -> str:
+    """The flag and value that named a run's weights, for messages."""
+    resumed = args.load and (Path(args.load) / TRACKER).is_file()
+    for name in (["load"] if resumed else []) + ["load_hf", "pretrained_checkpoint"]:
+        if value := getattr(args, name, None):
+            return f"--{name.replace('_', '-')} {value}"
+    return "--skip-train"
 
 
 @contextlib.contextmanager
@@ -164,7 +178,7 @@ def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
     def evaluate_loaded(*positional, **named):
         built = setup(*positional, **named)
         if args.skip_train:
-            watch.evaluate(built[0], args.iteration)
+            watch.evaluate(built[0], args.iteration, must_be_finite=loaded_from(args))
         return built
 
     training.checkpoint_and_decide_exit, training.setup_model_and_optimizer = evaluate_after, evaluate_loaded

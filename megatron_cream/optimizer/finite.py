@@ -6,11 +6,12 @@ every rank anyway, and a loss that is no number leaves none that is.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from megatron_cream.compat import wrap_method
+from megatron_cream.errors import UsageError
 from megatron_cream.ranks import first_reason
 
 
@@ -52,12 +53,26 @@ def of_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     return chunks
 
 
+def bad_weight() -> str:
+    """Name the first weight that holds NaN or infinity, or "". On every rank; the same on every rank."""
+    return first_reason(_weight_that_is_no_number())
+
+
+def check_values(values: Iterable[float], what: str) -> None:
+    """Raise UsageError, which begins with `what`, unless all are finite. On every rank, with the same values."""
+    if all(map(math.isfinite, values)):
+        return
+    name = bad_weight()
+    because = f"{name} holds NaN or infinite numbers" if name else "its losses are NaN or infinite"
+    raise UsageError(f"{what}: {because}. Train, export or download the model again.")
+
+
 def _look(original, self):
     norm = original(self)
     if _guard.policy == "rerun" or math.isfinite(norm):
         return norm
     _guard.report(float(norm))
-    if name := first_reason(_weight_that_is_no_number()):
+    if name := bad_weight():
         raise NotFinite(f"the weights hold NaN or infinity ({name}), which no step mends: start from others")
     if _guard.policy == "skip":
         raise _Skipped
