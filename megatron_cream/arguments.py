@@ -40,6 +40,7 @@ from megatron_cream import (
     watchdog,
 )
 from megatron_cream.checkpoint import save_flags
+from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
 from megatron_cream.errors import UsageError, reason, refused_in_one_line
 from megatron_cream.evaluation import long_flags
@@ -47,7 +48,7 @@ from megatron_cream.flags import build_parser, parse_flags
 from megatron_cream.model import kernels, user_buffers
 from megatron_cream.model.attention import AttentionBackend, alternatives, choose_backend
 from megatron_cream.model.llama import LlamaModelConfig
-from megatron_cream.model.rotary import rope_scaling_dict
+from megatron_cream.model.rope_choice import Rope, RopeFlags, choose_rope, contradicts
 from megatron_cream.optimizer import finite
 from megatron_cream.position_flags import sampler_options
 
@@ -69,8 +70,9 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     loading.agree(lambda: _check_on_rank(args), args.rank, args.world_size)
     loading.check_content(args, found)
     nodes.check_shared(args)
-    if args.rank == 0 and (note := loading.remark(args, found)):
-        print(note, file=sys.stderr, flush=True)
+    if args.rank == 0:
+        for line in [*args.rope_lines, *filter(None, [loading.remark(args, found)])]:
+            print(line, file=sys.stderr, flush=True)
     if auto and platform.has_cuda() and not (args.deterministic_mode or args.skip_train):
         _take_fastest_attention(args)
     compat.tensorboard_outlives_a_full_disk()
@@ -179,16 +181,12 @@ def read(argv: list[str] | None = None) -> Namespace:
     defaults = vars(build_parser(recipe=False).parse_args([]))
     ranges.check(args, defaults)
     loading.own_folder(args)
-    pretrained.adopt(args, defaults)
+    shape = pretrained.adopt(args, defaults)
     _resolve(args)
-    try:
-        rope_scaling = rope_scaling_options(args)
-    except ValueError as error:
-        raise UsageError(f"--rope-scaling-type {args.rope_scaling_type}: {error}") from error
-    checks.check(args, sampler_options(args), rope_scaling)
+    _choose_rope(args, shape, defaults)
+    checks.check(args, sampler_options(args), args.rope_scaling_config)
     pretrained.check_ends(args)
     loading.source(args)
-    args.rope_scaling_config = rope_scaling
     args.transformer_impl = "transformer_engine" if args.attention["transformer_engine"] else "local"
     return args
 
@@ -207,6 +205,35 @@ def _use_embedded_data(args: Namespace) -> None:
     args.train_data_path, args.valid_data_path = [str(corpus.train_prefix)], [str(corpus.valid_prefix)]
 
 
+def _choose_rope(args: Namespace, shape: ModelShape | None, defaults: dict[str, Any]) -> None:
+    """Set the run's rotary embedding, from the model that it starts from and the flags.
+
+    Args:
+        shape: of the Hugging Face folder that the model comes from or came from.
+    """
+    default_theta = float(defaults["rotary_base"])
+    flags = RopeFlags(
+        target=args.target_length,
+        window=args.seq_length,
+        type=args.rope_scaling_type,
+        factor=args.rope_scaling_factor,
+        original=args.original_max_position_embeddings,
+        theta=None if args.rotary_base == default_theta else float(args.rotary_base),
+    )
+    found = loading.open_checkpoint(args)
+    saved = loading.saved_rope(found)
+    if saved and loading.resumes(args, found) and not contradicts(flags, saved):
+        rope = Rope(theta=saved.theta, scaling=saved.scaling, original=saved.original)
+    else:
+        model = saved if saved and not loading.resumes(args, found) else shape and shape.rope()
+        try:
+            rope = choose_rope(flags, model, head_dim=args.kv_channels, default_theta=default_theta)
+        except ValueError as error:
+            raise UsageError(f"--rope-scaling-type {args.rope_scaling_type}: {error}") from error
+    args.rotary_base, args.rope_scaling_config, args.rope_window = rope.theta, rope.scaling, rope.original
+    args.rope_lines = list(rope.lines)
+
+
 def _resolve(args: Namespace) -> None:
     """Fill in what follows from other values and from what is installed."""
     checks.require(args)
@@ -223,11 +250,6 @@ def _resolve(args: Namespace) -> None:
         args.split = None
     args.target_length = args.target_length or args.seq_length
     position_flags.fill(args)
-    if args.rope_scaling_type is None and args.model_rope_scaling is None:
-        args.rope_scaling_type = "none"
-    if args.rope_scaling_type not in (None, "none") and args.rope_scaling_factor is None:
-        window = args.original_max_position_embeddings or args.seq_length
-        args.rope_scaling_factor = args.target_length / window
     args.max_position_embeddings = max(
         args.max_position_embeddings or 0, args.target_length, *(args.eval_lengths or [0])
     )
@@ -286,19 +308,6 @@ def overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:
     reduce, gather = args.overlap_grad_reduce, args.overlap_param_gather
     reduce = default if reduce is None else reduce
     return reduce, default and reduce if gather is None else gather
-
-
-def rope_scaling_options(args: Namespace) -> dict[str, Any] | None:
-    """The `rope_scaling` dict of a Hugging Face config.json, or None."""
-    if args.rope_scaling_type is None:
-        return args.model_rope_scaling
-    if args.rope_scaling_type == "none" or args.rope_scaling_factor == 1.0:
-        return None
-    return rope_scaling_dict(
-        args.rope_scaling_type,
-        args.rope_scaling_factor,
-        args.original_max_position_embeddings or args.seq_length,
-    )
 
 
 def model_config(args: Namespace) -> LlamaModelConfig:
@@ -379,7 +388,8 @@ def describe(args: Namespace) -> str:
     head = [
         f"attention: {AttentionBackend(**args.attention)}",
         f"positions: {sampler_options(args)}",
-        f"rope: theta {args.rotary_base}, scaling {rope_scaling_options(args)}",
+        f"rope: theta {args.rotary_base}, scaling {args.rope_scaling_config}",
+        *args.rope_lines,
         f"parallel: {args.world_size} ranks, TP {args.tensor_model_parallel_size}, "
         f"PP {args.pipeline_model_parallel_size}, CP {args.context_parallel_size}, DP {data_parallel}",
         f"batch: {batch} samples of {args.seq_length} tokens, {batch * args.seq_length:,} a step",

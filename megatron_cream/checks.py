@@ -190,17 +190,6 @@ def _positions(args: Namespace, options: dict[str, Any]) -> None:
 
 
 def _rope(args: Namespace, rope_scaling: dict[str, Any] | None) -> None:
-    if args.rope_scaling_type in (None, "none"):
-        if args.rope_scaling_factor is not None:
-            raise UsageError(
-                f"--rope-scaling-factor {args.rope_scaling_factor}: only with --rope-scaling-type linear, ntk, "
-                "yarn or llama3"
-            )
-        if args.original_max_position_embeddings is not None:
-            raise UsageError(
-                f"--original-max-position-embeddings {args.original_max_position_embeddings}: only with "
-                "--rope-scaling-type yarn or llama3"
-            )
     try:
         RotaryEmbedding(
             head_dim=args.kv_channels,

@@ -64,11 +64,13 @@ class CreamConfig:
     """No loss on the first token of the middle and tail blocks, where the text jumps."""
 
     rope_scaling_type: Literal["none", "linear", "ntk", "yarn", "llama3"] | None = None
-    """How the rotary embedding is scaled for --target-length; --rope-scaling-factor defaults to L / N.
-    Default: as the model was that training starts from, else none."""
+    """How the rotary embedding is scaled for --target-length. Default: the type of the model that training starts
+    from, widened where the target needs it; else none. --rope-scaling-factor defaults to --target-length divided by
+    the window that the model was pre-trained with."""
 
     original_max_position_embeddings: int | None = None
-    """The pre-trained window that yarn and llama3 scale from. Default: --seq-length."""
+    """The window that the model was pre-trained with, before any scaling. Default: what the model says; without a
+    model, --seq-length."""
 
     fp32: bool = False
     """Train in float32 on a GPU too, where bf16 is the default."""

@@ -21,12 +21,13 @@ from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.retention import whole_steps
 from megatron_cream.checks import flag
 from megatron_cream.errors import UsageError
+from megatron_cream.model.rope_choice import ModelRope
 
-# What a checkpoint's weights were trained as, and the rope that they were trained with.
+# What a checkpoint's weights were trained as.
 _SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "vocab_size", "untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "add_bias_linear", "swiglu",
-    "normalization", "layernorm_epsilon", "rotary_base",
+    "normalization", "layernorm_epsilon",
 )  # fmt: skip
 _SET_BY = {"rope_scaling_config": "rope_scaling_type", "layernorm_epsilon": "norm_epsilon"}
 
@@ -158,16 +159,36 @@ def open_checkpoint(args: Namespace) -> Found | None:
     return Found(given, folder, step.args, step)
 
 
+def resumes(args: Namespace, found: Found | None) -> bool:
+    """Return whether the run continues the training that saved the checkpoint, and does not start from its weights."""
+    return found is not None and found.flag == "--load" and found.folder.name != "release" and not args.finetune
+
+
+def saved_rope(found: Found | None) -> ModelRope | None:
+    """Return the rotary embedding that a checkpoint of this project was trained with; None for any other.
+
+    A release is a converted model, whose config.json says more.
+    """
+    saved = found and found.args
+    if saved is None or found.folder.name == "release" or not hasattr(saved, "rope_scaling_config"):
+        return None
+    scaling, positions = saved.rope_scaling_config, saved.target_length
+    original = getattr(saved, "rope_window", None)
+    if original is None and scaling and "original_max_position_embeddings" not in scaling:
+        original = round(positions / scaling["factor"])  # saved by a release that did not note it
+    return ModelRope(theta=float(saved.rotary_base), scaling=scaling, positions=positions, original=original)
+
+
 def check_model(args: Namespace, found: Found | None) -> None:
-    """Do the flags make the model that was saved? A run that goes on must have its rope scaling too.
+    """Do the flags make the model that was saved? A run that goes on must have its rotary embedding too.
 
     Raises:
         UsageError: a flag does not.
     """
     if found is None:
         return
-    goes_on = found.flag == "--load" and found.folder.name != "release" and not args.finetune
-    for name in (*_SHAPE, *(["rope_scaling_config"] if goes_on else [])):
+    goes_on = resumes(args, found)
+    for name in (*_SHAPE, *(["rotary_base", "rope_scaling_config"] if goes_on else [])):
         saved, ours = _value(found.args, name), _value(args, name)
         if saved != ours and hasattr(found.args, name) and (saved is not None or name == "rope_scaling_config"):
             raise UsageError(
@@ -255,7 +276,7 @@ def remark(args: Namespace, found: Found | None) -> str:
 
     Data that only lie in another folder now are the same.
     """
-    if found is None or found.flag != "--load" or found.folder.name == "release" or args.finetune:
+    if not resumes(args, found):
         return ""
     changed = []
     for name in (*_SAMPLES, *(() if args.embedded_data else _DATA)):

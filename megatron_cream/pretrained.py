@@ -13,7 +13,7 @@ from typing import Any
 from megatron_cream import checks
 from megatron_cream.checkpoint import hf_folder, output
 from megatron_cream.checkpoint.convert import export_hf, joined
-from megatron_cream.checkpoint.families import read_config
+from megatron_cream.checkpoint.families import ModelShape, read_config
 from megatron_cream.checkpoint.mapping import padded_vocabulary
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
 from megatron_cream.checkpoint.model import fill
@@ -23,30 +23,33 @@ from megatron_cream.errors import UsageError
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-def adopt(args: Namespace, defaults: dict[str, Any]) -> None:
-    """Take from the model that a run starts from what the user did not set: its shape, rope, tokenizer.
+def adopt(args: Namespace, defaults: dict[str, Any]) -> ModelShape | None:
+    """Take from the model that a run starts from what the user did not set: its shape, its tokenizer.
 
-    Sets `args.model_folder` (the Hugging Face folder, or a checkpoint's `hf/`, or None) and
-    `args.model_rope_scaling` (its rope_scaling, or None).
+    Sets `args.model_folder` (the Hugging Face folder, or a checkpoint's `hf/`, or None).
+
+    Returns: the model in that folder, whose rotary embedding is not taken here (`model.rope_choice`), or None.
 
     Raises:
         UsageError: a flag contradicts the model, or the model cannot be carried.
     """
     folder = _model_folder(args)
-    args.model_folder, args.model_rope_scaling = folder, None
+    args.model_folder = folder
     if folder is None:
-        return
+        return None
     _, shape = read_config(folder)
     for name, value in shape.megatron_args().items():
+        if name == "rotary_base":
+            continue
         given = getattr(args, name)
         if given not in (defaults[name], value) and not (name == "num_query_groups" and not args.group_query_attention):
             raise UsageError(f"{checks.flag(name)} {given}: the model in {folder} has {value}")
         setattr(args, name, value)
     divisor, tp = args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
     args.padded_vocab_size = padded_vocabulary(shape.vocab_size, divisor if divisor % tp == 0 else divisor * tp)
-    args.model_rope_scaling = shape.rope_scaling
     if args.tokenizer_model is None and not args.embedded_data:
         _use_tokenizer(args, folder, defaults["tokenizer_type"])
+    return shape
 
 
 def _use_tokenizer(args: Namespace, folder: Path, default_type: str) -> None:

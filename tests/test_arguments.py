@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_cream import arguments, checks
-from megatron_cream.arguments import rope_scaling_options, sampler_options
+from megatron_cream.arguments import sampler_options
 from megatron_cream.errors import UsageError
 from megatron_cream.flags import build_parser
 from megatron_cream.model import user_buffers
@@ -82,7 +82,7 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
     assert len(plan.position_ids) == args.seq_length and plan.position_ids[-1] < args.target_length
     if "llama2" in recipe.stem:
         factor = args.target_length / 4096
-        assert rope_scaling_options(args) == {"rope_type": "linear", "factor": factor}
+        assert args.rope_scaling_config == {"rope_type": "linear", "factor": factor}
         assert (args.lr, args.global_batch_size, args.adam_beta2, args.weight_decay) == (2e-5, 32, 0.999, 0.0)
 
 

@@ -188,7 +188,8 @@ def test_keys_are_those_of_the_model(tmp_path):
 def start(tmp_path_factory):
     """A model, its import, and the flags and losses of a run that starts from that."""
     folder = tmp_path_factory.mktemp("start")
-    save_model(folder / "hf", "qwen2")  # tied, with biases: every kind of parameter under TP and PP
+    # Tied, with biases: every kind of parameter under TP and PP.
+    save_model(folder / "hf", "qwen2", max_position_embeddings=96)
     result = run_tool("import", "--hf-path", folder / "hf", "--output", folder / "ckpt")
     assert result.returncode == 0, result.stderr
     documents = write_documents(folder / "documents")

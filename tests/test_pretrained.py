@@ -37,7 +37,7 @@ def test_shape_comes_from_the_model(folder, flag, path):
     assert (args.num_attention_heads, args.num_query_groups, args.group_query_attention) == (4, 2, True)
     assert args.add_qkv_bias and not args.qk_layernorm and not args.untie_embeddings_and_output_weights
     assert (args.vocab_size, args.padded_vocab_size) == (515, 640)
-    assert args.rope_scaling_type == "none" and args.rope_scaling_config is None
+    assert args.rope_scaling_config is None and args.rope_lines == []
 
 
 def test_rope_comes_from_the_model_unless_set(folder):
@@ -45,9 +45,10 @@ def test_rope_comes_from_the_model_unless_set(folder):
     assert args.rotary_base == 500000.0
     assert args.rope_scaling_config == {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     args = read(folder, "--load-hf", folder / "llama3", "--rope-scaling-type", "linear", "--target-length", 512)
-    assert args.rope_scaling_config == {"rope_type": "linear", "factor": 4.0}
-    args = read(folder, "--load-hf", folder / "llama3", "--rope-scaling-type", "none")
-    assert args.rope_scaling_config is None
+    assert args.rope_scaling_config == {"rope_type": "linear", "factor": 8.0}  # its window is 64
+    assert "llama3 scaling by 8 (window 64, 512 positions) is replaced by linear" in args.rope_lines[0]
+    args = read(folder, "--load-hf", folder / "llama3", "--rope-scaling-type", "none", "--rotary-base", "1e6")
+    assert args.rope_scaling_config is None and args.rotary_base == 1e6
 
 
 def test_tokenizer_comes_from_the_model_unless_set(folder, tmp_path):

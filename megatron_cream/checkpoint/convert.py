@@ -152,6 +152,7 @@ def checkpoint_args(
         target_length=shape.max_position_embeddings,
         max_position_embeddings=shape.max_position_embeddings,
         rope_scaling_config=shape.rope_scaling,
+        rope_window=shape.original_window,
         position_embedding_type="none",
         swiglu=True,
         normalization="RMSNorm",

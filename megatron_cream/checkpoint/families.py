@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_cream.errors import UsageError, one_line
 from megatron_cream.files import read_json
+from megatron_cream.model.rope_choice import ModelRope
 from megatron_cream.model.rotary import RotaryEmbedding
 
 
@@ -59,7 +60,10 @@ _KINDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A Llama-like model, in Megatron's terms; sizes are numbers of elements."""
+    """A Llama-like model, in Megatron's terms; sizes are numbers of elements.
+
+    original_window: positions it was pre-trained with, where config.json says so outside of the rope scaling.
+    """
 
     model_type: str
     num_layers: int
@@ -74,6 +78,7 @@ class ModelShape:
     rope_theta: float
     rope_scaling: dict[str, Any] | None
     max_position_embeddings: int
+    original_window: int | None = None
 
     @property
     def family(self) -> Family:
@@ -85,6 +90,15 @@ class ModelShape:
             rope_theta=self.rope_theta,
             max_position_embeddings=self.max_position_embeddings,
             rope_scaling=self.rope_scaling,
+        )
+
+    def rope(self) -> ModelRope:
+        """What the model says of its rotary embedding."""
+        return ModelRope(
+            theta=self.rope_theta,
+            scaling=self.rope_scaling,
+            positions=self.max_position_embeddings,
+            original=self.original_window,
         )
 
     def megatron_args(self) -> dict[str, Any]:
@@ -113,6 +127,13 @@ class ModelShape:
         """
         config = dict(base) if base else {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
         config.pop("rope_parameters", None)  # transformers 5's form; every release reads the older one
+        # transformers takes it for that of yarn and llama3 too, whose dicts have their own.
+        config.pop("original_max_position_embeddings", None)
+        if (self.rope_scaling or {}).get("rope_type") == "linear" and self.original_window:
+            # Loaders ignore it; without it nobody can tell whether max_position_embeddings is scaled already.
+            config["original_max_position_embeddings"] = self.original_window
+        if config.get("max_sequence_length"):  # FastChat's name for the same as max_position_embeddings below
+            config["max_sequence_length"] = self.max_position_embeddings
         return config | {
             "architectures": [self.family.architecture],
             "model_type": self.model_type,
@@ -168,6 +189,7 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
         config = AutoConfig.for_model(**raw)
         scaling = {k: v for k, v in (config.rope_parameters or {}).items() if k != "partial_rotary_factor"}
         theta = scaling.pop("rope_theta")
+        window = _original_window(raw, scaling)
         heads = config.num_attention_heads
         shape = ModelShape(
             model_type=model_type,
@@ -183,8 +205,9 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
             rope_theta=float(theta),
             rope_scaling=None if scaling.get("rope_type", "default") == "default" else scaling,
             max_position_embeddings=config.max_position_embeddings,
+            original_window=window,
         )
-        shape.rotary()
+        shape = replace(shape, rope_scaling=shape.rotary().rope_scaling)
         _check_sizes(shape)
     except UsageError:
         raise
@@ -199,6 +222,20 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
             'only "sliding_window": null is'
         )
     return shape
+
+
+def _original_window(raw: dict[str, Any], scaling: dict[str, Any]) -> int | None:
+    """Return the pre-trained window that config.json names outside of what `scaling` keeps; None if it does not.
+
+    FastChat's folders (Vicuna, LongChat) have the scaled window as max_sequence_length.
+    """
+    inside = scaling.pop("original_max_position_embeddings", None) if scaling.get("rope_type") == "linear" else None
+    window = inside or raw.get("original_max_position_embeddings")
+    if window is None and scaling.get("rope_type") == "linear" and raw.get("max_sequence_length"):
+        window = round(raw["max_sequence_length"] / scaling["factor"])
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"original_max_position_embeddings {window!r}: must be a whole number above 0")
+    return window
 
 
 def check_types(raw: Any, path: Path) -> None:
@@ -272,6 +309,7 @@ def shape_from_args(args: Namespace, original: ModelShape | None) -> ModelShape:
         rope_theta=float(args.rotary_base),
         rope_scaling=args.rope_scaling_config,
         max_position_embeddings=args.target_length,
+        original_window=getattr(args, "rope_window", None),
     )
     same_rope = original and (shape.rope_theta, shape.rope_scaling) == (original.rope_theta, original.rope_scaling)
     if same_rope and original.max_position_embeddings > shape.max_position_embeddings:

@@ -83,7 +83,7 @@ class RotaryEmbedding:
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
         self.rope_scaling = None if rope_type == "none" else scaling
-        self.attention_factor = _yarn_attention_factor(scaling) if rope_type == "yarn" else 1.0
+        self.attention_factor = yarn_attention_factor(scaling) if rope_type == "yarn" else 1.0
         # ntk is another base: the one that stretches the slowest dimension by `factor`.
         stretch = scaling["factor"] ** (head_dim / (head_dim - 2)) if rope_type == "ntk" else 1.0
         self._served_theta = rope_theta * stretch
@@ -192,7 +192,7 @@ def rope_scaling_dict(
         usual |= {key: value for key, value in _USUAL.items() if key in sum(_KEYS[rope_type], ())}
     if rope_type == "yarn":
         # Written out, for loaders that do not infer it.
-        usual["attention_factor"] = _yarn_attention_factor(_checked(usual | extra))
+        usual["attention_factor"] = yarn_attention_factor(_checked(usual | extra))
     return _checked(usual | extra)
 
 
@@ -288,7 +288,7 @@ def _yarn_inv_freq(wavelengths: Tensor, theta: float, scaling: dict[str, Any]) -
     return interpolated * (1 - kept) + (1.0 / wavelengths) * kept
 
 
-def _yarn_attention_factor(scaling: dict[str, Any]) -> float:
+def yarn_attention_factor(scaling: dict[str, Any]) -> float:
     """What multiplies cos and sin: as given, or 0.1 ln(factor) + 1, or a ratio of two such terms."""
     if "attention_factor" in scaling:
         return float(scaling["attention_factor"])
