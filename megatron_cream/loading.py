@@ -152,10 +152,11 @@ def open_checkpoint(args: Namespace) -> Found | None:
     if found is None or args.ckpt_format not in ("torch", "torch_dist"):
         return None
     given, folder = found
+    checksums = args.checkpoint_checksums or args.verify_integrity
     if opening.is_classic(folder):
         layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-        return Found(given, folder, opening.open_classic(folder, given, layout), None)
-    step = opening.open_step(folder, given)
+        return Found(given, folder, opening.open_classic(folder, given, layout, checksums=checksums), None)
+    step = opening.open_step(folder, given, checksums=checksums)
     return Found(given, folder, step.args, step)
 
 
@@ -199,7 +200,7 @@ def check_model(args: Namespace, found: Found | None) -> None:
         _check_optimizer(args, found)
         _check_schedule(args, found)
     if found.step and _is_ours(found.args):
-        MegatronCheckpoint(found.folder.parent, _step_of(found.folder), flag=found.flag)
+        MegatronCheckpoint(found.folder.parent, _step_of(found.folder), flag=found.flag, checksums=False)  # done
 
 
 def _check_optimizer(args: Namespace, found: Found) -> None:
@@ -302,17 +303,20 @@ def check_content(args: Namespace, found: Found | None) -> None:
     """
     share = (args.rank, args.world_size)
 
-    def look() -> None:
+    def check_sums() -> None:
         folder = found.folder if found else args.model_folder if args.load_hf else None
         if found and args.verify_integrity and not (folder / output.MANIFEST).is_file():
             raise UsageError(f"--verify-integrity: {found.flag} {folder} was saved without {output.MANIFEST}")
         if folder is not None and (args.checkpoint_checksums or args.verify_integrity):
             if faults := output.check_manifest(folder, share=share):
-                raise UsageError(faults[0])
+                raise UsageError(f"{found.flag if found else '--load-hf'} {faults[0]}")
+
+    def check_pickles() -> None:
         if found and found.step:
             opening.check_pickles(found.step, found.flag, keys=found.step.pickled()[share[0] :: share[1]])
 
-    agree(look, *share)
+    agree(check_sums, *share)
+    agree(check_pickles, *share)  # of files whose sums other ranks may have read
 
 
 def agree(look: Callable[[], None], rank: int, ranks: int) -> None:

@@ -20,6 +20,7 @@ from tests.bad_inputs import (
     cut,
     entry,
     flip,
+    flip_in_entry,
     header,
     malicious_bin,
     metadata,
@@ -52,17 +53,20 @@ IMPORT = ("tools/convert_hf.py", "import", "--hf-path", "{0}/hf", "--output", "{
 EXPORT = ("tools/convert_hf.py", "export", "--checkpoint", "{0}/ckpt", "--hf-path", "{0}/new")
 EXPORT_RUN = ("tools/convert_hf.py", "export", "--checkpoint", "{0}/run", "--hf-path", "{0}/new")
 VERIFY = ("tools/convert_hf.py", "verify", "--checkpoint", "{0}/ckpt", "--hf-path", "{0}/exported")
+VERIFY_RUN = ("tools/convert_hf.py", "verify", "--checkpoint", "{0}/run", "--hf-path", "{0}/exported")
 PREPARE = (
     "tools/preprocess_data.py", "--input", "{0}/texts.jsonl", "--output-prefix", "{0}/new",
     "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "{0}/hf",
 )  # fmt: skip
 KV = ("tools/evaluate.py", "kv", "--keys", "3", "--samples", "1", "--output", "{0}/new", "--model")
-EVALUATE, EVALUATE_CKPT = (*KV, "{0}/hf"), (*KV, "{0}/ckpt")
+EVALUATE, EVALUATE_CKPT, EVALUATE_RUN = ((*KV, f"{{0}}/{folder}") for folder in ("hf", "ckpt", "run"))
 PERPLEXITY = (
     "tools/evaluate.py", "perplexity", "--lengths", "64", "--stride", "32", "--output", "{0}/new", "--model", "{0}/hf",
     "--dataset", "{0}/texts.jsonl",
 )  # fmt: skip
 PLAN = ("tools/plan.py", "--gpus", "2", *MODEL, "--tokenizer-type", "NullTokenizer", "--data-path", "{0}/data")
+
+FLIPPED = flip_in_entry(STEP, "common_state")
 
 
 def evil(w: Path) -> Malice:
@@ -117,7 +121,8 @@ CHECKPOINTS = {
         metadata(STEP, lambda w, m: setattr(m, "planner_data", evil(w))), RESUME, ["nothing of it was run"],
     ),
     "metadata asks for os.system": (
-        put(f"{STEP}/.metadata", b"cposix\nsystem\n(S'touch pwned'\ntR."), RESUME, ["posix.system"],
+        without_checksums(put(f"{STEP}/.metadata", b"cposix\nsystem\n(S'touch pwned'\ntR.")),
+        RESUME, ["posix.system"],
     ),
     "common state runs code": (
         entry(STEP, "common_state", state("args", evil)), RESUME, ["open", "nothing of it was run"],
@@ -148,14 +153,14 @@ CHECKPOINTS = {
         metadata("ckpt/release", lambda w, m: evil(w)), EVALUATE_CKPT, ["--model", "nothing of it was run"],
     ),
     "mp_rank file runs code": (
-        lambda w: (w / CLASSIC).write_bytes(saved({"args": evil(w)})),
+        without_checksums(lambda w: (w / CLASSIC).write_bytes(saved({"args": evil(w)}))),
         FROM_CLASSIC, ["mp_rank_00/model_optim_rng.pt", "nothing of it was run"],
     ),
     "mp_rank file is a bare pickle": (
-        lambda w: (w / CLASSIC).write_bytes(pickle.dumps(evil(w))),
+        without_checksums(lambda w: (w / CLASSIC).write_bytes(pickle.dumps(evil(w)))),
         FROM_CLASSIC, ["mp_rank_00/model_optim_rng.pt"],
     ),
-    "mp_rank file cut": (cut(CLASSIC, 700), FROM_CLASSIC, ["mp_rank_00"]),
+    "mp_rank file cut": (without_checksums(cut(CLASSIC, 700)), FROM_CLASSIC, ["mp_rank_00/model_optim_rng.pt"]),
     "mp_rank file of another layout": (
         remove(CLASSIC), FROM_CLASSIC, ["release has no mp_rank_00"],
     ),
@@ -164,7 +169,23 @@ CHECKPOINTS = {
     "shard empty": (put(SHARD, b""), RESUME, ["__0_0.distcp has 0 bytes"]),
     "a bit of a shard": (flip(SHARD), RESUME, ["__0_0.distcp", "not those that were written"]),
     "a bit of the other rank's shard": (flip(f"{STEP}/__1_0.distcp", 0.3), RESUME, ["__1_0.distcp", "SHA-256"]),
-    "a bit of the metadata": (flip(f"{STEP}/.metadata", 0.5), RESUME, ["iter_0000002"]),
+    "a bit of the metadata": (flip(f"{STEP}/.metadata", 0.5), RESUME, ["iter_0000002/.metadata", "SHA-256"]),
+    "a bit of the common state": (FLIPPED, RESUME, ["--load", "__0_0.distcp", "SHA-256"]),
+    "a bit of the common state to export": (FLIPPED, EXPORT_RUN, ["--checkpoint", "__0_0.distcp", "SHA-256"]),
+    "a bit of the common state to verify": (FLIPPED, VERIFY_RUN, ["--checkpoint", "__0_0.distcp", "SHA-256"]),
+    "a bit of the common state to evaluate": (FLIPPED, EVALUATE_RUN, ["--model", "__0_0.distcp", "SHA-256"]),
+    "a bit of the common state without checksums": (
+        without_checksums(FLIPPED), EXPORT_RUN, ["run: iter_0000002/__0_0.distcp cannot be read: Unsupported operand"],
+    ),
+    "a bit of a random state": (
+        flip_in_entry(STEP, "rng_state"), RESUME, ["--load", "__0_0.distcp", "SHA-256"],
+    ),
+    "a bit of a random state without checksums": (
+        without_checksums(flip_in_entry(STEP, "rng_state")), RESUME, ["iter_0000002/__0_0.distcp", "rng_state"],
+    ),
+    "a bit of an extra state without checksums": (
+        without_checksums(flip_in_entry(STEP, "decoder")), RESUME, ["iter_0000002/__", "_extra_state"],
+    ),
     "a bit of an imported shard": (flip("ckpt/release/__0_1.distcp", 0.7), FROM_CKPT, ["__0_1.distcp", "SHA-256"]),
     "a bit of a shard to export": (flip("ckpt/release/__0_1.distcp", 0.7), EXPORT, ["__0_1.distcp", "SHA-256"]),
     "a bit of a run's shard to export": (flip(SHARD, 0.2), EXPORT_RUN, ["__0_0.distcp", "SHA-256"]),
@@ -194,8 +215,12 @@ CHECKPOINTS = {
     ),
     "no metadata": (remove(f"{STEP}/.metadata"), RESUME, ["it has no .metadata"]),
     "metadata cut": (without_checksums(cut(f"{STEP}/.metadata", 900)), RESUME, ["iter_0000002/.metadata cannot be read"]),
-    "metadata empty": (put(f"{STEP}/.metadata", b""), RESUME, ["iter_0000002/.metadata cannot be read"]),
-    "metadata is text": (put(f"{STEP}/.metadata", "hello"), RESUME, ["iter_0000002/.metadata cannot be read"]),
+    "metadata empty": (
+        without_checksums(put(f"{STEP}/.metadata", b"")), RESUME, ["iter_0000002/.metadata cannot be read"],
+    ),
+    "metadata is text": (
+        without_checksums(put(f"{STEP}/.metadata", "hello")), RESUME, ["iter_0000002/.metadata cannot be read"],
+    ),
     "no metadata.json": (remove(f"{STEP}/metadata.json"), RESUME, ["it has no metadata.json"]),
     "metadata.json is none": (put(f"{STEP}/metadata.json", "{"), RESUME, ["iter_0000002/metadata.json cannot be read"]),
     "metadata.json of another format": (
@@ -220,7 +245,7 @@ CHECKPOINTS = {
     "step folder missing": (remove(STEP), RESUME, ["there is no iter_0000002"]),
     "a step under another's name": (
         also(lambda w: (w / STEP).rename(w / "run/iter_0000004"), put(f"run/{TRACKER}", "4")),
-        RESUME, ["--load", "iter_0000004 cannot be read", "holds step 2"],
+        RESUME, ["--load", "contains step 2, but the folder is named iter_0000004"],
     ),
     "step that is not there": (also(), (*RESUME, "--ckpt-step", "9"), ["there is no iter_0000009"]),
     "tracker for export": (put(f"run/{TRACKER}", "1e5"), EXPORT_RUN, ["'1e5'", "must be a number"]),

@@ -266,6 +266,19 @@ def entry(step: str, key: str, make):
     return without_checksums(damage)
 
 
+def flip_in_entry(step: str, key: str):
+    """One bit, in the first operation of the pickle that this entry is."""
+
+    def damage(w: Path) -> None:
+        found = pickle.loads((w / step / ".metadata").read_bytes())
+        info = next(info for index, info in found.storage_data.items() if index.fqn.startswith(key))
+        data = bytearray((w / step / info.relative_path).read_bytes())
+        data[data.index(b"\x80\x02", info.offset) + 2] ^= 128
+        (w / step / info.relative_path).write_bytes(data)
+
+    return damage
+
+
 def metadata(step: str, change):
     """`change(world, metadata)` in place, or what it gives is pickled instead."""
 

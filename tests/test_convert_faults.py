@@ -305,6 +305,7 @@ BAD_CHECKPOINTS = {
 def test_bad_checkpoints(hf, tmp_path, case):
     import_hf(HfFolder(hf), tmp_path / "ckpt", vocabulary_divisor=64)
     edit, message = BAD_CHECKPOINTS[case]
+    (tmp_path / "ckpt" / "release" / output.MANIFEST).unlink()  # which would tell it first
     edit(tmp_path / "ckpt" / "release")
     with pytest.raises(UsageError) as error:
         export_hf(MegatronCheckpoint(tmp_path / "ckpt"), tmp_path / "out")

@@ -207,7 +207,7 @@ def bad_inputs(models: dict[str, Path], texts: Path, folder: Path):
         ([*NEEDLE, *output, "--model", folder / "empty"], "neither a Hugging Face folder (it has no config.json)"),
         ([*NEEDLE, *output, "--model", cut], f"{cut / 'model.safetensors'}: not a file of tensors that can be read"),
         ([*NEEDLE, *output, "--model", mute], f"--model {mute}: no tokenizer there"),
-        ([*NEEDLE, *output, "--model", damaged], f"--model {damaged}: release/.metadata cannot be read"),
+        ([*NEEDLE, *output, "--model", damaged], f"--model {damaged}/release/.metadata: its bytes are not those"),
         ([*NEEDLE, *output, "--model", tokenless], f"--model {tokenless}: has no tokenizer; give --tokenizer"),
         ([*NEEDLE, *output, "--model", models["ckpt"], "--ckpt-step", 7], "there is no iter_0000007 in it"),
         ([*NEEDLE, *output, *hf, "--ckpt-step", 7], "--ckpt-step 7: only with a Megatron checkpoint"),

@@ -57,15 +57,18 @@ class MegatronCheckpoint:
     Args:
         step: None is the newest.
         flag: what the user gave `path` with, for messages.
+        checksums: as `open_step`'s.
 
     Raises:
         UsageError: one line that says what is missing or cannot be read.
     """
 
-    def __init__(self, path: Path, step: int | str | None = None, *, flag: str = "--checkpoint"):
+    def __init__(
+        self, path: Path, step: int | str | None = None, *, flag: str = "--checkpoint", checksums: bool = True
+    ):
         self.path, self._given = path, f"{flag} {path}"
         self.step = newest_step(path, flag) if step is None else step
-        saved = open_step(step_folder(path, self.step, flag), flag)
+        saved = open_step(step_folder(path, self.step, flag), flag, checksums=checksums)
         self.folder, self.args, self._metadata = saved.folder, saved.args, saved.metadata
         self._reader = dcp.FileSystemReader(self.folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -105,8 +108,9 @@ class MegatronCheckpoint:
             if slow:
                 self._reader.read_data(LoadPlan(slow), _Into(target)).wait()
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            reason = one_line(error, 200)
-            raise UsageError(f"{self._given}: {key} in {self.folder.name} cannot be read: {reason}") from error
+            files = sorted({self._metadata.storage_data[item.storage_index].relative_path for item in items})
+            where, reason = f"{self._given}: {self.folder.name}/{', '.join(files)}", one_line(error, 200)
+            raise UsageError(f"{where}: {key} cannot be read: {reason}") from error
         return out
 
     def _read_at_once(self, item: ReadItem, stored: TensorStorageMetadata, target: Tensor) -> bool:

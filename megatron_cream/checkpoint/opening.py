@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.checkpoint.output import TRACKER, check_files
 from megatron_cream.checkpoint.pickles import check_extra_state, load_metadata, load_plain, refuse_code
 from megatron_cream.errors import UsageError, one_line
 from megatron_cream.files import is_name
@@ -89,8 +89,11 @@ def is_classic(folder: Path) -> bool:
     return not (folder / _FORMAT).is_file() and any(folder.glob("mp_rank_*"))
 
 
-def open_step(folder: Path, flag: str) -> Step:
+def open_step(folder: Path, flag: str, *, checksums: bool = True) -> Step:
     """The step in `folder`; `flag` is what the user gave its parent with.
+
+    Args:
+        checksums: compare each file with its sum in the manifest, if there is one, before a pickle in it is read.
 
     Raises:
         UsageError: something is missing, cut, damaged, or asks for code to be run.
@@ -101,14 +104,20 @@ def open_step(folder: Path, flag: str) -> Step:
             raise UsageError(f"{where}: {folder.name} is not a whole torch_dist checkpoint: it has no {name}")
     with _one_line(f"{where}: {folder.name}/{_FORMAT} cannot be read: "):
         _check_format(folder / _FORMAT)
+    if checksums:
+        check_files(folder, [_METADATA], flag)
     with _one_line(f"{where}: {folder.name}/{_METADATA} cannot be read: "):
         metadata = _plain_metadata(folder)
     with _one_line(f"{where}: {folder.name} cannot be read: "):
         _check_shards(folder, metadata)
+        file = _common_file(folder, metadata)
+    if checksums:
+        check_files(folder, [file], flag)
+    with _one_line(f"{where}: {folder.name}/{file} cannot be read: "):
         common = _common_state(folder, metadata)
-        saved = common.get("iteration")
-        if folder.name != "release" and saved != int(folder.name.removeprefix("iter_")):
-            raise ValueError(f"it holds step {saved}, of which the folder's name is another")
+    saved = common.get("iteration")
+    if folder.name != "release" and saved != int(folder.name.removeprefix("iter_")):
+        raise UsageError(f"{where}: it contains step {saved}, but the folder is named {folder.name}")
     return Step(folder, metadata, common)
 
 
@@ -122,7 +131,8 @@ def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
 
     places = _places(step.metadata)
     for key in keys:
-        with _one_line(f"{flag} {step.folder.parent}: {key} in {step.folder.name} cannot be read: "):
+        file = f"{step.folder.name}/{places[key].relative_path}"
+        with _one_line(f"{flag} {step.folder.parent}: {file} cannot be read: its {key}: "):
             entry = io.BytesIO(_read_entry(step.folder, places[key]))
             refuse_code(entry)
             entry.seek(0)
@@ -131,11 +141,12 @@ def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
                 check_extra_state(state)
 
 
-def open_classic(folder: Path, flag: str, layout: tuple[int, int]) -> Namespace:
+def open_classic(folder: Path, flag: str, layout: tuple[int, int], *, checksums: bool = True) -> Namespace:
     """Looks into the `mp_rank_XX` files of a step, at all but the bytes of their tensors.
 
     Args:
         layout: tensor- and pipeline-parallel ranks, each of which loads one file.
+        checksums: as `open_step`'s.
 
     Returns: the flags that it was saved with.
 
@@ -154,7 +165,10 @@ def open_classic(folder: Path, flag: str, layout: tuple[int, int]) -> Namespace:
                     f"--tensor-model-parallel-size {tensor}, --pipeline-model-parallel-size {pipeline}"
                 )
     saved = None
-    for file in sorted(folder.glob("mp_rank_*/*.pt")):
+    files = sorted(folder.glob("mp_rank_*/*.pt"))
+    if checksums:
+        check_files(folder, [str(file.relative_to(folder)) for file in files], flag)
+    for file in files:
         with _one_line(f"{flag} {folder.parent}: {file.relative_to(folder.parent)} cannot be read: "):
             refuse_code(file)
             if file.name == _CLASSIC_FILE and saved is None:
@@ -203,14 +217,21 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
             raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes, and its data takes {end}: it is cut")
 
 
-def _common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
+def _common_file(folder: Path, metadata: Metadata) -> str:
+    """Return the name of the file that holds the common state."""
+    if (folder / _COMMON_FILE).is_file():
+        return _COMMON_FILE
     places = _places(metadata)
+    if _COMMON_KEY not in places:
+        raise ValueError("its common state is missing, which holds the flags that it was saved with")
+    return places[_COMMON_KEY].relative_path
+
+
+def _common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
     if (folder / _COMMON_FILE).is_file():
         found = load_plain(io.BytesIO(_read(folder / _COMMON_FILE)))
-    elif _COMMON_KEY in places:
-        found = load_plain(io.BytesIO(_read_entry(folder, places[_COMMON_KEY])))[0]
     else:
-        raise ValueError("its common state is missing, which holds the flags that it was saved with")
+        found = load_plain(io.BytesIO(_read_entry(folder, _places(metadata)[_COMMON_KEY])))[0]
     if not isinstance(found, dict) or not isinstance(found.get("args"), Namespace):
         raise ValueError("its common state does not hold the flags that it was saved with")
     return found

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -206,20 +206,42 @@ def check_manifest(folder: Path, progress=None, *, share: tuple[int, int] = (0, 
         UsageError: the manifest cannot be read.
     """
 
-    def fault(item: tuple[str, str]) -> str | None:
-        file, digest = folder / item[0], item[1]
-        if not file.is_file():
-            return f"{file}: missing"
-        if hash_file(file, progress) != digest:
-            return f"{file}: its bytes are not those that were written (SHA-256 differs)"
-        return None
-
     files = {n: digest for n, digest in read_manifest(folder).items() if texts or Path(n).suffix not in _EDITED}
     # The largest first, so that readers and threads end at about the same time.
-    by_size = sorted(files, key=lambda name: (-_size(folder / name), name))
+    by_size = sorted(files, key=lambda name: (-_size(folder / name), name))[share[0] :: share[1]]
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        faults = pool.map(fault, [(name, files[name]) for name in by_size[share[0] :: share[1]]])
+        faults = pool.map(lambda name: _fault(folder / name, files[name], progress), by_size)
         return [line for line in faults if line]
+
+
+def check_files(folder: Path, names: Iterable[str], flag: str) -> None:
+    """Raise UsageError if one of these files of `folder` differs from its sum in the manifest; look at no other.
+
+    Args:
+        flag: what the user gave the folder with, for the message.
+    """
+    sums = read_manifest(folder)
+    for name in names:
+        if name in sums and (fault := _fault(folder / name, sums[name])):
+            raise UsageError(f"{flag} {fault}")
+
+
+_unchanged: set[tuple[Path, int, int, str]] = set()
+"""Path, size, time of change and sum of files that this process has hashed: large ones are not hashed twice."""
+
+
+def _fault(file: Path, digest: str, progress: Callable[[int], None] | None = None) -> str | None:
+    if not file.is_file():
+        return f"{file}: missing"
+    status = file.stat()
+    known = (file.absolute(), status.st_size, status.st_mtime_ns, digest)
+    if known in _unchanged:
+        if progress:
+            progress(status.st_size)
+    elif hash_file(file, progress) != digest:
+        return f"{file}: its bytes are not those that were written (SHA-256 differs)"
+    _unchanged.add(known)
+    return None
 
 
 def check_unchanged(folder: Path, progress=None, *, texts: bool = False) -> None:
