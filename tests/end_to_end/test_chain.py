@@ -1,0 +1,157 @@
+"""From text and a Hugging Face folder to an extended one and on, by the commands of the README in fresh processes.
+
+A tiny model by default. With `-m real_model`, a pretrained one: REAL_MODEL is the folder that fetch_model.sh made.
+CHAIN_PYTHON names the interpreters, with colons between them, whose commands take turns.
+"""
+
+import json
+import os
+import re
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.chain import ROOT, Chain
+from tests.faults.kill import newest
+
+TINY_MODEL = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.evaluation_models import save_llama
+config = save_llama(Path("model")) / "config.json"
+config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 256}))
+"""
+"""Saves a Llama of two layers and 256 positions, with a tokenizer of its own."""
+
+OPEN_BY_TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+model, found = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(found[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+GenerationConfig.from_pretrained(sys.argv[1])
+text = "def read(self, name):"
+tokens = tokenizer(text, return_tensors="pt")
+assert text in tokenizer.decode(tokens["input_ids"][0])
+assert model(**tokens).logits.isfinite().all()
+assert model.generate(**tokens, max_new_tokens=2, do_sample=False).shape[1] == tokens["input_ids"].shape[1] + 2
+print("opened by transformers")
+"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """window: positions that the model was pretrained with. seq_length: of a training sample. steps: of the first run.
+
+    targets: the windows of the first and of the second training. length: of the evaluations.
+    """
+
+    window: int
+    seq_length: int
+    targets: tuple[int, int]
+    steps: int
+    length: int
+    train: str = ""
+
+
+TINY = Model(window=256, seq_length=256, targets=(1024, 2048), steps=10, length=512)
+REAL = Model(
+    window=8192, seq_length=256, targets=(16384, 32768), steps=6, length=1024, train="--most-recent-k 1"
+)
+
+
+def test_tiny_model(tmp_path):
+    chain = Chain(tmp_path)
+    chain.run_code(TINY_MODEL, ROOT)
+    run_chain(chain, TINY)
+
+
+@pytest.mark.real_model
+def test_real_model(tmp_path):
+    folder = os.environ.get("REAL_MODEL")
+    assert folder, "REAL_MODEL: give the folder that tests/end_to_end/fetch_model.sh made"
+    (tmp_path / "model").symlink_to(Path(folder).absolute())
+    run_chain(Chain(tmp_path), REAL)
+
+
+def run_chain(chain: Chain, model: Model) -> None:
+    folder = chain.folder
+    write_texts(folder / "docs.jsonl")
+    tokenizer = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model model".split()
+    chain.run("tools/preprocess_data.py", "--input", "docs.jsonl", "--output-prefix", "data", *tokenizer)
+    chain.run("tools/convert_hf.py", "import", "--hf-path", "model", "--output", "imported")
+    assert_same(chain, "imported", "model")
+
+    train = common_flags(model, model.targets[0])
+    train += f"--pretrained-checkpoint imported --train-iters {model.steps}".split()
+    train += "--save run --load run --save-interval 2".split()
+    train += f"--long-eval-interval 4 --long-eval-tasks kv --long-eval-lengths {model.length}".split()
+    train += "--long-eval-samples 1 --long-eval-share 1 --use-distributed-optimizer".split()
+    killed = chain.kill_when(lambda: newest(folder / "run") >= 2, "pretrain_cream.py", *train, ranks=2)
+    before = newest(folder / "run")
+    assert 2 <= before < model.steps, killed[-3000:]
+    resumed = chain.run("pretrain_cream.py", *train, ranks=2)
+    assert steps_of(resumed) == list(range(before + 1, model.steps + 1)), resumed[-3000:]
+
+    export(chain, "run", "extended", model, model.targets[0])
+    export(chain, "run/best", "best", model, model.targets[0])
+    scores = [perplexity(chain, name, model.length) for name in ("run", "extended")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3), "Megatron-Core and transformers give the same model"
+    needle = f"needle --min-length {model.length} --max-length {model.length} --length-steps 1 --depth-steps 1".split()
+    chain.run("tools/evaluate.py", *needle, "--samples", 1, "--model", "run/best", "--output", "needle")
+    assert results(chain, "needle")["examples"] == 1
+
+    classic = "--format torch --transformer-impl local".split()
+    chain.run("tools/convert_hf.py", "import", "--hf-path", "extended", "--output", "classic", *classic)
+    again = common_flags(model, model.targets[1])
+    again += "--pretrained-checkpoint classic --train-iters 2 --save further --save-hf ended".split()
+    chain.run("pretrain_cream.py", *again, ranks=2)
+    export(chain, "further", "exported", model, model.targets[1])
+    assert_same(chain, "further", "ended")
+
+
+def write_texts(file: Path) -> None:
+    """Documents longer than a sample: Python's own sources, which every machine has."""
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:25]
+    text = "".join(source.read_text(encoding="utf-8", errors="replace") for source in sources)
+    file.write_text("".join(json.dumps({"text": text[i * 9000 : i * 9000 + 9000]}) + "\n" for i in range(60)))
+
+
+def common_flags(model: Model, target: int) -> list[str]:
+    flags = f"--data-path data --seq-length {model.seq_length} --target-length {target} --rope-scaling-type yarn"
+    flags += f" --micro-batch-size 1 --global-batch-size 2 --lr 1e-5 --split 90,10,0 --log-interval 1 {model.train}"
+    return f"{flags} --eval-iters 1 --eval-interval 1000".split()
+
+
+def steps_of(log: str) -> list[int]:
+    return [int(step) for step in re.findall(r"iteration +(\d+)/", log)]
+
+
+def export(chain: Chain, checkpoint: str, name: str, model: Model, target: int) -> None:
+    """Export and verify a checkpoint, and let transformers open the folder."""
+    chain.run("tools/convert_hf.py", "export", "--checkpoint", checkpoint, "--hf-path", name)
+    assert_same(chain, checkpoint, name)
+    assert "opened by transformers" in chain.run_code(OPEN_BY_TRANSFORMERS, name)
+    config = json.loads((chain.folder / name / "config.json").read_text())
+    rope = config.get("rope_parameters") or config["rope_scaling"]
+    assert config["max_position_embeddings"] == target and rope["rope_type"] == "yarn"
+    assert (rope["factor"], rope["original_max_position_embeddings"]) == (target / model.window, model.window)
+
+
+def assert_same(chain: Chain, checkpoint: str, name: str) -> None:
+    said = chain.run("tools/convert_hf.py", "verify", "--checkpoint", checkpoint, "--hf-path", name)
+    equal, count = re.search(r"tensors: (\d+) of (\d+) equal", said).groups()
+    assert equal == count and "logits: " in said, said
+
+
+def perplexity(chain: Chain, name: str, length: int) -> float:
+    flags = f"perplexity --dataset docs.jsonl --lengths {length} --documents 2 --model {name} --output {name}.score"
+    chain.run("tools/evaluate.py", *flags.split())
+    return results(chain, f"{name}.score")[str(length)]["perplexity"]
+
+
+def results(chain: Chain, name: str) -> dict:
+    return json.loads((chain.folder / name / "summary.json").read_text())["results"]
