@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/one_gpu.sh OUTPUT_FOLDER [tests|default|evaluate|llama_1b ...]    # no stage named: all
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 out=$(realpath -m "${1:?usage: one_gpu.sh OUTPUT_FOLDER [STAGE ...]}"); shift
 [ $# -gt 0 ] || set -- tests default evaluate llama_1b
 mkdir -p "$out"
