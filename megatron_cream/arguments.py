@@ -162,6 +162,11 @@ def _take_fastest_attention(args: Namespace) -> None:
 
 
 def _check_on_rank(args: Namespace) -> None:
+    if platform.has_cuda() and args.local_rank >= (gpus := torch.cuda.device_count()):
+        raise UsageError(
+            f"LOCAL_RANK={args.local_rank} in the environment: this machine has {gpus} visible GPUs; use torchrun "
+            f"--nproc_per_node={gpus} or less"
+        )
     save_flags.check_on_rank(args)
     data_checks.whole(args, (args.rank, args.world_size))
 
@@ -185,6 +190,7 @@ def read(argv: list[str] | None = None) -> Namespace:
     _resolve(args)
     _choose_rope(args, shape, defaults)
     checks.check(args, sampler_options(args), args.rope_scaling_config)
+    save_flags.hide_hook(args)
     pretrained.check_ends(args)
     loading.source(args)
     args.transformer_impl = "transformer_engine" if args.attention["transformer_engine"] else "local"
@@ -375,7 +381,7 @@ def describe(args: Namespace) -> str:
     laptop is right on a cluster.
     """
     defaults = vars(build_parser(recipe=False).parse_args([]))
-    derived = {"config", "print_config", "transformer_impl", "kv_channels"}
+    derived = {"config", "print_config", "transformer_impl", "kv_channels", "save_hook"}
     derived |= {"gradient_accumulation_fusion", "bias_dropout_fusion"}
     if args.embedded_data:
         derived |= {"train_data_path", "valid_data_path", "tokenizer_model"}
@@ -394,4 +400,6 @@ def describe(args: Namespace) -> str:
         f"PP {args.pipeline_model_parallel_size}, CP {args.context_parallel_size}, DP {data_parallel}",
         f"batch: {batch} samples of {args.seq_length} tokens, {batch * args.seq_length:,} a step",
     ]
+    if args.save_hook is not None:
+        head.append("save_hook: left out, as its words may hold secrets")
     return "".join(f"# {line}\n" for line in head) + yaml.safe_dump(recipe, sort_keys=True, default_flow_style=None)

@@ -5,6 +5,7 @@ import importlib.metadata
 import itertools
 import os
 import platform as system
+import re
 import subprocess
 import time
 from argparse import Namespace
@@ -29,6 +30,10 @@ _ENVIRONMENT = (
 )  # fmt: skip
 
 
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
+_USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
 def write(args: Namespace, argv: list[str]) -> Path:
     """`--save`/runs/TIME.yaml, one for each start of the run.
 
@@ -48,8 +53,8 @@ def write(args: Namespace, argv: list[str]) -> Path:
 def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": ["pretrain_cream.py", *argv],
-        "recipe": Path(args.config).read_text() if args.config else None,
+        "command": ["pretrain_cream.py", *_command(argv, args.save_hook)],
+        "recipe": _recipe(Path(args.config)) if args.config else None,
         "seed": args.seed,
         "versions": versions(_PACKAGES),
         "commit": _commit(),
@@ -59,9 +64,33 @@ def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "ranks": args.world_size,
         },
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)},
+        "environment": {
+            name: _plain(value)
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_ENVIRONMENT) and not _SECRET.search(name)
+        },
         "settings": {name: _plain(value) for name, value in sorted(vars(args).items())},
     }
+
+
+def _command(argv: list[str], hook: str | None) -> list[str]:
+    """The command line, but for the words of --save-hook, which may hold a token; its program stands for them."""
+    shown = []
+    for word in argv:
+        if shown and shown[-1] == "--save-hook":
+            word = str(hook)
+        elif word.startswith("--save-hook="):
+            word = f"--save-hook={hook}"
+        shown.append(_plain(word))
+    return shown
+
+
+def _recipe(path: Path) -> str:
+    """The recipe's text; one that sets save_hook without it, written anew."""
+    text = path.read_text()
+    values = yaml.safe_load(text)
+    kept = {key: value for key, value in values.items() if key not in ("save_hook", "save-hook")}
+    return _plain(text if len(kept) == len(values) else yaml.safe_dump(kept, sort_keys=False))
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -87,10 +116,12 @@ def _commit() -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """As YAML writes it: numbers, texts, lists and mappings; the rest by name."""
+    """As YAML writes it: numbers, texts without the passwords of URLs, lists and mappings; the rest by name."""
     if isinstance(value, Enum):  # before numbers, which some are too
         return value.name
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):
+        return _USER_OF_URL.sub("***", value)
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -146,7 +146,7 @@ FLAGS = {
     "hook that is no program": (
         "--save {0}/new --save-interval 1 --save-hook {0}/data.bin", 1, ["--save-hook", "data.bin", "not a program"],
     ),
-    "hook's quotation": ("--save {0}/new --save-hook 'up", 1, ["--save-hook 'up: No closing quotation"]),
+    "hook's quotation": ("--save {0}/new --save-hook 'up", 1, ["--save-hook: No closing quotation"]),
     "time of no hook": ("--save {0}/new --save-hook-minutes 3", 1, ["--save-hook-minutes 3.0: only with --save-hook"]),
     "hook's time": (
         "--save {0}/new --save-hook true --save-hook-minutes 0", 1, ["--save-hook-minutes 0.0", "above 0"],

@@ -179,6 +179,11 @@ def test_asynchronous_saves_are_followed_by_hook_and_removal_and_resume_at_anoth
     assert left(save) == [4, 8, 10] and not list(save.glob(".iter_*"))
     lines = [line for line in (save / "save_hook.log").read_text().splitlines() if line.startswith("two words ")]
     assert lines == [f"two words {step} True True" for step in (2, 4, 6, 8, 10)]
+    # What may be a token is nowhere but in what the command itself has printed, which is its user's alone.
+    assert (save / "save_hook.log").stat().st_mode & 0o777 == 0o600
+    written = [path for path in (*save.rglob("*"), *(tmp_path / "whole").rglob("*")) if path.is_file()]
+    assert [path.name for path in written if b"two words" in path.read_bytes()] == ["save_hook.log"]
+    assert any(str(hook).encode() in path.read_bytes() for path in (save / "runs").iterdir())
     rest = train(
         2, tmp_path / "rest", *flags[:-2], "--save", tmp_path / "other", "--load", save, "--ckpt-step", 8,
         "--tensor-model-parallel-size", 2, "--sequence-parallel",

@@ -1,11 +1,15 @@
 """What a run leaves of itself in its folder."""
 
 import subprocess
+from argparse import Namespace
 
+import pytest
 import torch
 import yaml
 
-from tests.launch import ROOT, train, write_documents
+from megatron_cream import arguments, record
+from megatron_cream.checkpoint import save_hook
+from tests.launch import ROOT, TINY, train, write_documents
 
 
 def test_a_run_is_recorded_at_each_start(tmp_path, monkeypatch):
@@ -26,3 +30,30 @@ def test_a_run_is_recorded_at_each_start(tmp_path, monkeypatch):
     assert first["environment"]["NCCL_DEBUG_SUBSYS"] == "INIT" and "HOME" not in first["environment"]
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert (first["commit"] or {"id": ""})["id"] == head
+
+
+HOOK = "upload --token s3cr3t"
+
+
+@pytest.mark.parametrize("flags", [["--save-hook", HOOK], [f"--save-hook={HOOK}"], ["--config", "recipe.yaml"]])
+def test_secrets_are_not_kept(tmp_path, monkeypatch, flags):
+    """The words of --save-hook, passwords in URLs, and what the environment calls a key."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(f"save: x\nsave_hook: |\n  {HOOK}\n")
+    for name, value in {"NCCL_API_KEY": "s3cr3t", "NCCL_NET": "http://user:s3cr3t@proxy:3128"}.items():
+        monkeypatch.setenv(name, value)
+    given = ["--save", "x", "--save-interval", "1", *flags, "--data-path", "https://user:s3cr3t@host/data"]
+    args = Namespace(save_hook=save_hook.take(HOOK), config=flags[1] if flags[0] == "--config" else None, seed=1)
+    found = record.describe(Namespace(**vars(args), world_size=1, data_path=[given[-1]]), given)
+    assert "s3cr3t" not in str(found) and found["settings"]["save_hook"] == "upload"
+    assert found["environment"]["NCCL_NET"] == "http://***@proxy:3128"
+    assert "save: x" in found["recipe"] if args.config else "upload" in " ".join(found["command"])
+    assert save_hook.words() == ["upload", "--token", "s3cr3t"]
+
+
+def test_a_configuration_is_printed_without_the_words_of_the_hook(tmp_path):
+    write_documents(tmp_path / "documents", documents=20)
+    flags = [*TINY, "--train-iters", "1", "--data-path", str(tmp_path / "documents"), "--save", str(tmp_path / "x")]
+    args = arguments.read([*flags, "--save-interval", "1", "--save-hook", HOOK])
+    words = arguments.describe(args)
+    assert "s3cr3t" not in words and "upload" not in words and "# save_hook: left out" in words

@@ -17,7 +17,8 @@ class SaveConfig:
 
     save_hook: str | None = None
     """A command to run, in the background, for each whole checkpoint in --save: an upload. Its folder is added as the
-    last argument; CHECKPOINT_FOLDER and CHECKPOINT_STEP are set. Its output goes to save_hook.log in --save."""
+    last argument; CHECKPOINT_FOLDER and CHECKPOINT_STEP are set. Its output goes to save_hook.log in --save. A token
+    belongs into the environment or a file, as other users of the machine see a command's words."""
 
     save_hook_minutes: float = 30.0
     """--save-hook is ended after so long, and the end of the run waits no longer for it."""
@@ -29,6 +30,8 @@ def check(args: Namespace) -> None:
         value = getattr(args, given.name)
         if value == given.default:
             continue
+        if given.name == "save_hook":
+            value = save_hook.shown(save_hook.parse(value))
         shown = f"--{given.name.replace('_', '-')} {value}"
         if args.save is None:
             raise UsageError(f"{shown}: only with --save")
@@ -39,11 +42,15 @@ def check(args: Namespace) -> None:
     keep, interval = args.save_retain_interval, args.save_interval
     if keep and interval and keep % interval:
         raise UsageError(f"--save-retain-interval {keep}: must be a multiple of --save-interval {interval}")
+
+
+def hide_hook(args: Namespace) -> None:
+    """Leave only the program of --save-hook in `args`, which are saved and logged; `save_hook` keeps its words."""
     if args.save_hook is not None:
-        save_hook.parse(args.save_hook)
+        args.save_hook = save_hook.take(args.save_hook)
 
 
 def check_on_rank(args: Namespace) -> None:
     """Raise UsageError on the rank that runs --save-hook, if it cannot."""
     if args.save_hook is not None and args.rank == 0:
-        save_hook.check_can_run(args.save_hook)
+        save_hook.check_can_run()

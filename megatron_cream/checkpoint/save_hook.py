@@ -1,7 +1,12 @@
 """The user's own command for each checkpoint that is whole: an upload, a message. It never holds training up.
 
 One after the other, in the background, on the first rank. It gets the checkpoint's folder as its last argument, and
-CHECKPOINT_FOLDER and CHECKPOINT_STEP in its environment; what it prints goes to `save_hook.log` in --save.
+CHECKPOINT_FOLDER and CHECKPOINT_STEP in its environment; what it prints goes to `save_hook.log` in --save, which only
+the run's user may read.
+
+It outlives a rank that is killed, so that an upload under way comes to its end; then nothing ends it after
+--save-hook-minutes. Its words may hold a token: they are kept here alone, and everything that is saved, printed or
+logged has the program's name.
 """
 
 import os
@@ -20,6 +25,25 @@ from megatron_cream.errors import UsageError
 
 LOG = "save_hook.log"
 
+_words: list[str] = []
+"""Those of this run's --save-hook."""
+
+
+def take(command: str) -> str:
+    """Keep the words of --save-hook for `words`, and return what may be shown: the program."""
+    global _words
+    _words = parse(command)
+    return shown(_words)
+
+
+def words() -> list[str]:
+    """Return those that `take` was given."""
+    return _words
+
+
+def shown(words: list[str]) -> str:
+    return words[0].partition("=")[0]  # TOKEN=... program, which a shell would understand
+
 
 def parse(command: str) -> list[str]:
     """The words of --save-hook, as a shell would cut them; no shell runs it.
@@ -30,17 +54,17 @@ def parse(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise UsageError(f"--save-hook {command}: {error}") from error
+        raise UsageError(f"--save-hook: {error}") from error
     if not words:
         raise UsageError("--save-hook: must name a command")
     return words
 
 
-def check_can_run(command: str) -> None:
-    """Raises UsageError unless the command is there and can be run; on the rank that is to."""
-    program = parse(command)[0]
-    if shutil.which(program) is None:
-        raise UsageError(f"--save-hook {command}: {program} is not found, or not a program that can be run")
+def check_can_run() -> None:
+    """Raise UsageError unless the command is there and can be run; on the rank that is to."""
+    if shutil.which(_words[0]) is None:
+        hint = "; no shell runs it: env NAME=value PROGRAM sets a variable" if "=" in _words[0] else ""
+        raise UsageError(f"--save-hook {shown(_words)}: is not found, or not a program that can be run{hint}")
 
 
 class SaveHook:
@@ -95,8 +119,8 @@ class SaveHook:
         environment = {**os.environ, "CHECKPOINT_FOLDER": str(folder), "CHECKPOINT_STEP": str(step)}
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
-            with open(self._log, "a") as log:
-                print(f"{began} step {step}: {shlex.join([*self._command, str(folder)])}", file=log, flush=True)
+            with open(self._log, "a", opener=_private) as log:
+                print(f"{began} step {step}: {shown(self._command)} ... {folder}", file=log, flush=True)
                 # A session of its own: what ends the run (Ctrl-C) does not end an upload.
                 process = subprocess.Popen(
                     [*self._command, str(folder)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -110,6 +134,10 @@ class SaveHook:
         except OSError as error:
             return error.strerror or str(error)
         return f"exit code {code}" if code else ""
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _warn(text: str) -> None:
