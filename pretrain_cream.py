@@ -25,7 +25,10 @@ if __name__ == "__main__":
 
 from megatron_cream import launcher
 
-launcher.follow()
+if __name__ == "__main__":
+    launcher.follow()
+elif __name__ == "__mp_main__":  # the writer of --async-save, which imports this first
+    launcher.end_with_parent()
 
 from megatron_cream import platform
 
@@ -51,7 +54,14 @@ from megatron_cream.checkpoint import after_save, checksums, saving
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
-from megatron_cream.errors import UsageError, of_a_worker, of_another_rank, one_line, reason
+from megatron_cream.errors import (
+    UsageError,
+    is_full_shared_memory,
+    of_a_worker,
+    of_another_rank,
+    one_line,
+    reason,
+)
 from megatron_cream.evaluation import long_flags
 from megatron_cream.evaluation.long_evaluation import LongEvaluation
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
@@ -320,6 +330,12 @@ def main() -> int:
         # never enter. torchrun ends those as soon as this one has ended.
         if of_another_rank(error):
             print(f"pretrain_cream.py: rank {rank}: another rank is gone: {one_line(error)}", file=sys.stderr)
+        elif is_full_shared_memory(error):
+            print(
+                f"pretrain_cream.py: error: rank {rank}: /dev/shm: No space left on device. Give it more (docker "
+                "--shm-size), or have fewer processes: --num-workers 0, no --async-save",
+                file=sys.stderr,
+            )
         elif of_a_worker(error):
             print(
                 f"pretrain_cream.py: error: rank {rank}: what loads its data is gone: {one_line(error)} Is there "

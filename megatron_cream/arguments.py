@@ -162,11 +162,7 @@ def _take_fastest_attention(args: Namespace) -> None:
 
 
 def _check_on_rank(args: Namespace) -> None:
-    if platform.has_cuda() and args.local_rank >= (gpus := torch.cuda.device_count()):
-        raise UsageError(
-            f"LOCAL_RANK={args.local_rank} in the environment: this machine has {gpus} visible GPUs; use torchrun "
-            f"--nproc_per_node={gpus} or less"
-        )
+    checks.gpu_of_rank(args.local_rank)
     save_flags.check_on_rank(args)
     data_checks.whole(args, (args.rank, args.world_size))
 
@@ -399,7 +395,6 @@ def describe(args: Namespace) -> str:
         f"parallel: {args.world_size} ranks, TP {args.tensor_model_parallel_size}, "
         f"PP {args.pipeline_model_parallel_size}, CP {args.context_parallel_size}, DP {data_parallel}",
         f"batch: {batch} samples of {args.seq_length} tokens, {batch * args.seq_length:,} a step",
+        *(["save_hook: left out, as its words may hold secrets"] if args.save_hook else []),
     ]
-    if args.save_hook is not None:
-        head.append("save_hook: left out, as its words may hold secrets")
     return "".join(f"# {line}\n" for line in head) + yaml.safe_dump(recipe, sort_keys=True, default_flow_style=None)

@@ -10,6 +10,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_cream import data_checks, platform, position_flags
 from megatron_cream.checkpoint import save_flags
 from megatron_cream.errors import UsageError
@@ -56,6 +58,15 @@ def graphs_beside_growing_segments(args: Namespace) -> None:
                 f"--cuda-graph-impl {args.cuda_graph_impl} with {name}={os.environ[name]} in the environment: NCCL "
                 "cannot register such memory; unset one of them, or set NCCL_GRAPH_REGISTER=0"
             )
+
+
+def gpu_of_rank(local_rank: int) -> None:
+    """Raise UsageError if torchrun was given more ranks than this machine shows GPUs."""
+    if platform.has_cuda() and local_rank >= (gpus := torch.cuda.device_count()):
+        raise UsageError(
+            f"LOCAL_RANK={local_rank} in the environment: this machine has {gpus} visible GPUs; use torchrun "
+            f"--nproc_per_node={gpus} or less"
+        )
 
 
 def unsupported(args: Namespace) -> None:

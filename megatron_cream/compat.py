@@ -7,7 +7,6 @@ import os
 import queue
 import signal
 import sys
-import threading
 import weakref
 from argparse import Namespace
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 
 from megatron_cream import platform
 from megatron_cream.data import blend_cache
-from megatron_cream.data.workers import exit_with_parent
 from megatron_cream.files import replacing
+from megatron_cream.launcher import end_with_parent
 
 
 def apply(args: Namespace) -> None:
@@ -56,11 +55,15 @@ def _tracker_replaced_at_once() -> None:
 
 
 def _checkpoint_helpers_outlive_signals() -> None:
-    """What writes a checkpoint, and collects what its writers did, dies of a cluster's signal, and not with its rank.
+    """Keep checkpoint helper processes alive through a cluster's signals, and end them with their rank.
 
-    The checkpoint that the signal asks for could then not be written (Slurm signals every process of a step); and each
-    rank that was killed left a process of 0.7 GB behind. Where a rank writes by itself, without --async-save, it
-    started one too at its first save, only to hand it a list and take it back: there a queue of its own does.
+    By itself the writer of --async-save dies of SIGTERM and SIGUSR1, so that the checkpoint that the signal asks for
+    cannot be written (Slurm signals every process of a step). And it outlives a rank that is killed, with 0.7 GB, its
+    fork server and a resource tracker, for ever. A fork server stands between it and the rank, so that the system
+    cannot tell it of the rank's end: here the rank starts it without one.
+
+    Where a rank writes by itself, without --async-save, Megatron started a process too at the first save, only to hand
+    it a list and take it back: there a queue of its own does.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
@@ -72,13 +75,16 @@ def _checkpoint_helpers_outlive_signals() -> None:
                 return queue.Queue()
             manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
             with _born_deaf():
-                manager.start(_live_as_long_as_the_rank)
+                manager.start(end_with_parent, (signal.SIGKILL, os.getpid()))
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
-    def writer(original, *args, **kwargs):
+    loop = functools.partial(_write_for_the_rank, os.getpid())
+
+    def writer(original, rank: int, _mp_mode: str = "spawn", *args, **kwargs):
+        PersistentAsyncCaller.async_loop = loop
         with _born_deaf():
-            process = original(*args, **kwargs)
+            process = original(rank, "spawn", *args, **kwargs)
         process._popen.terminate = process._popen.kill  # as a failing rank ends it, on its own way out
         return process
 
@@ -92,14 +98,18 @@ def _born_deaf() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         resource_tracker.ensure_running()  # deaf to SIGTERM by itself, which its start lets through again here
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # Ctrl-C, from a terminal
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _live_as_long_as_the_rank() -> None:
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+def _write_for_the_rank(rank_pid: int, *args) -> None:
+    """What the writer of --async-save runs, in its own process."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    end_with_parent(parent=rank_pid)
+    PersistentAsyncCaller.async_loop(*args)
 
 
 def checkpoints_run_no_code() -> None:

@@ -28,8 +28,8 @@ def start() -> None:
     sys.stdout = sys.__stdout__ = _stream(1, sys.stdout, lossy=False)
     sys.stderr = sys.__stderr__ = _stream(2, sys.stderr, lossy=True)
     if sys.flags.optimize:
-        print(f"{_name()}: error: python -O or PYTHONOPTIMIZE: switches off the checks that Megatron makes with assert; "
-              "run Python without it", file=sys.stderr)  # fmt: skip
+        problem = "switches off the checks that Megatron makes with assert; run Python without it"
+        print(f"{_name()}: error: python -O or PYTHONOPTIMIZE: {problem}", file=sys.stderr)
         os._exit(2)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored, as with &
         signal.signal(signal.SIGINT, _interrupt)

@@ -1,12 +1,16 @@
 """The one error that a user is meant to read, and what others' errors come to in a line."""
 
 import contextlib
+import errno
 import re
 import traceback
 from collections.abc import Iterator
 
 # As gloo, NCCL (ncclRemoteError) and torch's store have it.
 _GONE = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
+
+# As torch has it, of a batch in /dev/shm.
+_NO_SHARED_MEMORY = re.compile(r"(shared memory|/torch_\d).*No space left on device", re.DOTALL)
 
 
 class UsageError(Exception):
@@ -45,6 +49,14 @@ def refused_in_one_line(beginning: str) -> Iterator[None]:
 def of_a_worker(error: Exception) -> bool:
     """Whether it says that a process that loads data is gone; torch raises it wherever the rank stands."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def is_full_shared_memory(error: Exception) -> bool:
+    """Whether /dev/shm has no room, for a batch or for a semaphore, of which the system names no file."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        frames = traceback.extract_tb(error.__traceback__)
+        return any(frame.filename.endswith("multiprocessing/synchronize.py") for frame in frames)
+    return isinstance(error, RuntimeError) and bool(_NO_SHARED_MEMORY.search(str(error)))
 
 
 def of_another_rank(error: Exception) -> bool:

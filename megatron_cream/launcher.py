@@ -3,10 +3,14 @@
 Imports little: `follow` comes before torch and Megatron, whose imports take seconds.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 
 from megatron_cream.errors import UsageError
 
@@ -19,35 +23,106 @@ def follow() -> None:
     While a rank starts, that ends it; later it saves first (`signals`).
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent(signal.SIGUSR1)
+        end_with_parent(signal.SIGUSR1)
 
 
-def die_with_parent(number: signal.Signals) -> None:
-    """Let the system send this process a signal when the thread that started it ends."""
-    parent = os.getppid()
+def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
+    """Let the system send this process a signal when its parent ends. Linux only.
+
+    The system looks at the thread that started this process, so that must live as long as its process.
+
+    Args:
+        parent: its process id, as the parent itself handed it down. A child that asks for it may be too late: its
+            parent has ended, and the child has process 1 as its new one. None: torchrun hands nothing down.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid() if parent is None else parent
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it ended in between, of which the system says nothing
+    if os.getppid() != parent:  # it ended before, of which the system says nothing
         os.kill(os.getpid(), number)
 
 
+@contextlib.contextmanager
+def waiting_for_peers() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end the process while it waits for other ranks in C++, where no Python handler runs.
+
+    Else torchrun, one of whose ranks has failed, kills those that wait 30 seconds later.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def ranks() -> tuple[int, int]:
-    """This rank and how many there are. Without a launcher 0 of 1, with an address of its own.
+    """Return this rank and how many there are. Without a launcher 0 of 1, with an address of its own.
 
     Raises:
-        UsageError: what the environment has cannot be.
+        UsageError: the environment's variables cannot be, or a part of them is missing.
     """
-    found = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 1}
-    for name, default in found.items():
-        value = os.environ.get(name, str(default))
-        if not (value.isascii() and value.isdigit()):
-            raise UsageError(f"{name}={value} in the environment: must be a whole number, as torchrun sets it")
-        found[name] = int(value)
-    if not found["RANK"] < found["WORLD_SIZE"]:
-        raise UsageError(
-            f"RANK={found['RANK']} in the environment: must be below WORLD_SIZE={found['WORLD_SIZE']}, as torchrun sets it"
-        )
-    if found["WORLD_SIZE"] == 1 and "MASTER_ADDR" not in os.environ:
+    rank, world_size = read_environment(os.environ)
+    if world_size == 1 and not ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return found["RANK"], found["WORLD_SIZE"]
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of a torchrun around this one: it has no store there
+    return rank, world_size
+
+
+_NUMBERS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_PORT",
+    "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS",
+)  # fmt: skip
+_BELOW = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE", "GROUP_RANK": "GROUP_WORLD_SIZE"}
+_OF_SEVERAL = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def read_environment(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Return RANK and WORLD_SIZE of torchrun's variables, 0 of 1 without them.
+
+    Raises:
+        UsageError: one has a value that torchrun never gives it, or one of several ranks lacks what it needs.
+    """
+    found = {}
+    for name in _NUMBERS:
+        if (value := environment.get(name)) is None:
+            continue
+        if not (value.isascii() and value.isdigit() and len(value) < 10):
+            raise UsageError(f"{name}={value} in the environment: must be a whole number, as torchrun sets it")
+        found[name] = int(value)
+    if found.get("MASTER_PORT", 0) > 65535:
+        raise UsageError(f"MASTER_PORT={found['MASTER_PORT']} in the environment: must be 65535 or less")
+    rank, world_size = found.get("RANK", 0), found.get("WORLD_SIZE", 1)
+    for name, limit in _BELOW.items():
+        most = found.get(limit, 1 if limit == "WORLD_SIZE" else None)
+        if most is not None and found.get(name, 0) >= most:
+            raise UsageError(
+                f"{name}={found.get(name, 0)} in the environment: must be below {limit}={most}, as torchrun sets it"
+            )
+    if world_size > 1:
+        for name in _OF_SEVERAL:
+            if not environment.get(name):
+                raise UsageError(
+                    f"WORLD_SIZE={world_size} in the environment: {name} is missing; start the ranks with torchrun, or "
+                    "unset WORLD_SIZE for a run of one rank"
+                )
+        if found["LOCAL_RANK"] >= world_size:
+            raise UsageError(
+                f"LOCAL_RANK={found['LOCAL_RANK']} in the environment: must be below WORLD_SIZE={world_size}, as "
+                "torchrun sets it"
+            )
+    if found.get("GROUP_WORLD_SIZE", 1) > 1 and not environment.get("TORCHELASTIC_RUN_ID"):
+        raise UsageError(
+            f"GROUP_WORLD_SIZE={found['GROUP_WORLD_SIZE']} in the environment: TORCHELASTIC_RUN_ID is missing; start "
+            "the ranks of several nodes with torchrun"
+        )
+    return rank, world_size

@@ -21,6 +21,7 @@ from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.retention import whole_steps
 from megatron_cream.checks import flag
 from megatron_cream.errors import UsageError
+from megatron_cream.launcher import waiting_for_peers
 from megatron_cream.model.rope_choice import ModelRope
 
 # What a checkpoint's weights were trained as.
@@ -332,11 +333,12 @@ def agree(look: Callable[[], None], rank: int, ranks: int) -> None:
         fault = str(error)
     if ranks > 1:
         store, name = common_store(rank, ranks), f"megatron_cream/look/{next(_agreements)}"
-        store.set(f"{name}/{rank}", fault)
-        found = [store.get(f"{name}/{other}").decode() for other in range(ranks)]
-        store.set(f"{name}/{rank}/heard", "")
-        if rank == 0:  # the store may be in this process, which may be about to end
-            store.wait([f"{name}/{other}/heard" for other in range(ranks)])
+        with waiting_for_peers():
+            store.set(f"{name}/{rank}", fault)
+            found = [store.get(f"{name}/{other}").decode() for other in range(ranks)]
+            store.set(f"{name}/{rank}/heard", "")
+            if rank == 0:  # the store may be in this process, which may be about to end
+                store.wait([f"{name}/{other}/heard" for other in range(ranks)])
         fault = next(filter(None, found), "")
     if fault:
         raise UsageError(fault)
@@ -369,7 +371,8 @@ def from_rank_0(value: str, rank: int, ranks: int) -> str:
     store, name = common_store(rank, ranks), f"megatron_cream/value/{next(_agreements)}"
     if rank == 0:
         store.set(name, value)
-    return store.get(name).decode()
+    with waiting_for_peers():
+        return store.get(name).decode()
 
 
 def common_store(rank: int, ranks: int) -> torch.distributed.Store | None:
@@ -382,7 +385,8 @@ def common_store(rank: int, ranks: int) -> torch.distributed.Store | None:
     if ranks == 1:
         return None
     if _store is None:
-        _store, _, _ = next(torch.distributed.rendezvous("env://", rank, ranks))
+        with waiting_for_peers():
+            _store, _, _ = next(torch.distributed.rendezvous("env://", rank, ranks))
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if kept else 0
     return torch.distributed.PrefixStore(f"attempt/{attempt}", _store)

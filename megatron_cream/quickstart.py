@@ -59,9 +59,9 @@ def run_folder() -> Path:
     On several nodes, whose launchers start when they do, `runs/quickstart-<torchrun's --rdzv_id>`.
     """
     if nodes.several():
-        return Path("runs") / f"quickstart-{os.environ['TORCHELASTIC_RUN_ID']}"
-    launcher = os.getppid() if "RANK" in os.environ else os.getpid()
-    started = time.localtime(psutil.Process(launcher).create_time())
+        return Path("runs") / f"quickstart-{os.environ['TORCHELASTIC_RUN_ID']}".replace("/", "_")  # --rdzv_id
+    launcher = os.getppid() if "RANK" in os.environ else 0
+    started = time.localtime(psutil.Process(launcher or os.getpid()).create_time())  # 0: outside this container
     return Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S", started)
 
 

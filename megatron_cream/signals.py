@@ -6,6 +6,7 @@ seconds later; of SIGUSR1 it dies, unless it was told to pass that on too (--sig
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,13 +14,14 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron.training import initialize
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 from torch.utils.data import get_worker_info
 
 from megatron_cream.checkpoint import saving
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.compat import wrap_method
-from megatron_cream.launcher import die_with_parent
+from megatron_cream.launcher import end_with_parent, waiting_for_peers
 
 _received = 0
 
@@ -28,6 +30,12 @@ def install() -> None:
     """Call before the flags are parsed, when Megatron makes its handler; each worker that loads data gets one too."""
     wrap_method(DistributedSignalHandler, "__enter__", _both_signals)
     wrap_method(DistributedSignalHandler, "signals_received", _remember)
+    wrap_method(initialize, "_initialize_distributed", _end_while_waiting)
+
+
+def _end_while_waiting(original, *args, **kwargs):
+    with waiting_for_peers():
+        return original(*args, **kwargs)
 
 
 def _both_signals(original, self):
@@ -50,7 +58,7 @@ def _hear_the_rank_alone(signals: set[signal.Signals]) -> None:
     The rank's own signal ends it, which Python sends when that ends, and then waits; so does the rank's death.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(signal.SIGKILL)
+    end_with_parent(parent=multiprocessing.parent_process().pid)
 
     def listen():
         while signal.sigwaitinfo(signals).si_pid != os.getppid():

@@ -131,7 +131,8 @@ def test_a_run_outlives_its_output(tmp_path):
 
 @pytest.mark.parametrize("flags", [["--help"], ["--samples", "10", "--output", "x.png"]])
 def test_a_tools_words_into_a_full_disk(tmp_path, flags):
-    result = run([ROOT / "tools/plot_positions.py", *(str(tmp_path / f) if "png" in f else f for f in flags)], ">/dev/full")  # fmt: skip
+    flags = [str(tmp_path / flag) if flag == "x.png" else flag for flag in flags]
+    result = run(["tools/plot_positions.py", *flags], ">/dev/full")
     assert (result.returncode, result.stderr) == (2, FULL.replace("tool", "plot_positions"))
 
 

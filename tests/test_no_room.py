@@ -1,6 +1,10 @@
 """A disk without room under what the tools and TensorBoard write; tests/faults/outputs.py has every command."""
 
 import errno
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,6 +18,7 @@ from megatron_cream.errors import UsageError
 from megatron_cream.files import replacing, save_picture, writing
 from tests.bad_inputs import load, start
 from tests.evaluation_models import save_llama
+from tests.launch import ROOT
 
 
 def full(path: Path) -> None:
@@ -83,3 +88,34 @@ def test_events_that_cannot_be_written_are_left_out(tmp_path, monkeypatch, capsy
     assert [(event.step, event.value) for event in events] == [(1, 1), (4, 4), (5, 5)]
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1 and warnings[0].endswith("events are missing: No space left on device")
+
+
+# In a file system of its own on /dev/shm, which has no room left.
+NO_SHARED_MEMORY = """
+import multiprocessing, torch
+from megatron_cream.data.workers import map_in_order
+from megatron_cream.errors import is_full_shared_memory
+for act in (
+    multiprocessing.get_context("fork").Lock,
+    multiprocessing.get_context("spawn").JoinableQueue,
+    torch.zeros(10_000).share_memory_,
+    lambda: next(iter(torch.utils.data.DataLoader([torch.zeros(10_000)] * 9, num_workers=1))),
+    lambda: open("/dev/full", "w", buffering=1).write("x\\n"),  # another one
+    lambda: next(map_in_order(len, ["x"], workers=2)),
+):
+    try:
+        act()
+        print("went well")
+    except Exception as error:
+        print(is_full_shared_memory(error), str(error) if isinstance(error, ChildProcessError) else "")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounts a file system, as root")
+def test_no_room_in_shared_memory_is_known_as_that():
+    mount = "mount -t tmpfs -o size=8k none /dev/shm && head -c 8192 /dev/zero >/dev/shm/x && exec "
+    command = ["unshare", "--mount", "bash", "-c", mount + '"$@"', "bash", sys.executable, "-c", NO_SHARED_MEMORY]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    said = "False /dev/shm: No space left on device: worker processes need some; use --workers 1"
+    assert [line.strip() for line in result.stdout.splitlines()] == ["True"] * 4 + ["False", said], result.stderr

@@ -8,6 +8,8 @@ and in the table and the pictures made of it. Flags after -- go to every run of 
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
@@ -29,6 +31,7 @@ import worker
 from corpus import Corpus, prepare
 
 from megatron_cream.errors import one_line
+from megatron_cream.launcher import end_with_parent
 
 LEARNED = 0.95
 """In-window recall below which a base is not extended."""
@@ -78,7 +81,10 @@ class Study:
         # Processes that live as long as the study, as Megatron's imports take longer than an extension; new ones,
         # as CUDA does not outlive a fork.
         self.pools = {
-            gpu: ProcessPoolExecutor(flags.jobs, mp_context=get_context("spawn")) for gpu in range(flags.gpus)
+            gpu: ProcessPoolExecutor(
+                flags.jobs, get_context("spawn"), end_with_parent, (signal.SIGKILL, os.getpid())
+            )
+            for gpu in range(flags.gpus)
         }
 
     def do(self, wanted: list[methods.Run]) -> bool:

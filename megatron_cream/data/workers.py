@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from megatron_cream.launcher import end_with_parent
 
 _function: Callable[[Any], Any]
 """A worker process's function, set when it starts."""
@@ -21,14 +22,17 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: 
     sent. More than one worker needs a caller that has neither started threads nor used CUDA.
 
     Raises:
-        ChildProcessError: a worker was killed.
+        ChildProcessError: a worker was killed, or there is no room in /dev/shm for what joins them.
     """
     if workers == 1:
         yield from map(function, items)
         return
     # Read by Hugging Face tokenizers, whose own threads would not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (function,))
+    try:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (function, os.getpid()))
+    except OSError as error:  # of semaphores, of which the system names no file
+        raise ChildProcessError(f"/dev/shm: {error.strerror}: worker processes need some; use --workers 1") from error
     try:
         pool.submit(os.getpid).result()  # forks all of them, before a reader of `items` starts threads
         waiting = deque()
@@ -46,17 +50,11 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: 
         pool.shutdown(cancel_futures=True)
 
 
-def _start(function: Callable[[Any], Any]) -> None:
+def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def exit_with_parent() -> None:
-    # A parent that was killed closes no queue: its workers would wait for ever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent(parent=parent)  # a parent that was killed closes no queue: its workers would wait for ever
 
 
 def _call(item: Any) -> Any:
