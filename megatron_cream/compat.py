@@ -79,10 +79,8 @@ def _checkpoint_helpers_outlive_signals() -> None:
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
-    loop = functools.partial(_write_for_the_rank, os.getpid())
-
     def writer(original, rank: int, _mp_mode: str = "spawn", *args, **kwargs):
-        PersistentAsyncCaller.async_loop = loop
+        PersistentAsyncCaller.async_loop = functools.partial(_write_for_the_rank, os.getpid())
         with _born_deaf():
             process = original(rank, "spawn", *args, **kwargs)
         process._popen.terminate = process._popen.kill  # as a failing rank ends it, on its own way out
