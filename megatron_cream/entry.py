@@ -1,6 +1,6 @@
 """What every command does first and last: Ctrl-C in one line, output that takes no words, Python without assertions.
 
-`start` comes before the imports, which take seconds, so this module imports next to nothing.
+`start` comes before the imports, which take seconds, so this module imports next to nothing, not even `typing`.
 """
 
 import errno
@@ -8,8 +8,6 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as of a shell."""
@@ -36,8 +34,8 @@ def start() -> None:
         sys.unraisablehook = _exit_on_lost_interrupt
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with what `main` returns, or in one line where it was interrupted or its words could not be written."""
+def run(main) -> None:
+    """Exit with what `main()` returns, or in one line where it was interrupted or its words could not be written."""
     global _main_runs
     code: object = 0
     try:

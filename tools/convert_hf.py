@@ -5,11 +5,11 @@ python tools/convert_hf.py export --checkpoint ckpt/ --hf-path out/
 python tools/convert_hf.py verify --checkpoint ckpt/ --hf-path out/
 """
 
+import os
 import sys
-from pathlib import Path
 
 # So that the file runs from a checkout that is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream import entry
 
@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 import re
+from pathlib import Path
 
 from megatron_cream import console
 from megatron_cream.checkpoint import convert, hf_folder, output

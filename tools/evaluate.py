@@ -12,16 +12,18 @@ Each fills a folder (--output) with results.jsonl, a line an example as it comes
 picture.png, and prints a table. The same command again goes on where it was stopped.
 """
 
+import os
 import sys
-from pathlib import Path
 
 # So that the file runs from a checkout that is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream import entry
 
 if __name__ == "__main__":
     entry.start()  # before the imports, which take seconds
+
+from pathlib import Path
 
 from rich.console import Console
 

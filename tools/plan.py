@@ -10,11 +10,11 @@ sequence length and global batch, then training at the full --target-length. --t
 GPUs without Transformer Engine. --check shows predictions beside every run that was measured.
 """
 
+import os
 import sys
-from pathlib import Path
 
 # So that the file runs from a checkout that is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream import entry
 

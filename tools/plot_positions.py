@@ -9,11 +9,11 @@ window, how often a position is trained, how often by the middle segment, and ho
 so far apart. A distance that no sample has is one that the model never learns.
 """
 
+import os
 import sys
-from pathlib import Path
 
 # So that the file runs from a checkout that is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream import entry
 
@@ -21,6 +21,7 @@ if __name__ == "__main__":
     entry.start()  # before the imports, which take seconds
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console

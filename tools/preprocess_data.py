@@ -23,11 +23,11 @@ A run that was killed goes on where it was when it is started again with the sam
 ends with one line and exit code 2, and writes nothing.
 """
 
+import os
 import sys
-from pathlib import Path
 
 # So that the file runs from a checkout that is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream import entry
 
@@ -38,8 +38,8 @@ import argparse
 import contextlib
 import io
 import logging
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
