@@ -63,7 +63,7 @@ def parse(command: str) -> list[str]:
 def check_can_run() -> None:
     """Raise UsageError unless the command is there and can be run; on the rank that is to."""
     if shutil.which(_words[0]) is None:
-        hint = "; no shell runs it: env NAME=value PROGRAM sets a variable" if "=" in _words[0] else ""
+        hint = "; no shell runs it, so set the variable for the whole run" if "=" in _words[0] else ""
         raise UsageError(f"--save-hook {shown(_words)}: is not found, or not a program that can be run{hint}")
 
 
