@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 from megatron.training import initialize
@@ -21,6 +23,7 @@ from torch.utils.data import get_worker_info
 from megatron_cream.checkpoint import saving
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.compat import wrap_method
+from megatron_cream.errors import is_full_shared_memory
 from megatron_cream.launcher import end_with_parent, waiting_for_peers
 
 _received = 0
@@ -42,6 +45,7 @@ def _both_signals(original, self):
     entered = original(self)
     if get_worker_info() is not None:
         _hear_the_rank_alone({self.sig, signal.SIGUSR1})
+        Queue._on_queue_feeder_error = staticmethod(_end_with_a_lost_batch)
         return entered
 
     def handler(number, _frame):
@@ -67,6 +71,13 @@ def _hear_the_rank_alone(signals: set[signal.Signals]) -> None:
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=listen, daemon=True).start()
+
+
+def _end_with_a_lost_batch(error: Exception, _batch) -> None:
+    """In a worker whose batch cannot be sent: by itself it would drop the batch, for which the rank waits for ever."""
+    if not is_full_shared_memory(error):
+        traceback.print_exc()
+    os._exit(1)  # the rank says so
 
 
 def _remember(original, self):

@@ -111,11 +111,46 @@ for act in (
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounts a file system, as root")
-def test_no_room_in_shared_memory_is_known_as_that():
-    mount = "mount -t tmpfs -o size=8k none /dev/shm && head -c 8192 /dev/zero >/dev/shm/x && exec "
-    command = ["unshare", "--mount", "bash", "-c", mount + '"$@"', "bash", sys.executable, "-c", NO_SHARED_MEMORY]
+# A batch that finds no room when the worker sends it, which Python by itself drops: the rank would wait for ever.
+LOST_BATCH = """
+import os, signal
+from megatron_cream import platform
+platform.setup()
+import torch
+from megatron.training.dist_signal_handler import DistributedSignalHandler
+from megatron_cream import signals
+from megatron_cream.errors import of_a_worker
+signals.install()
+loader = torch.utils.data.DataLoader(
+    [torch.zeros(100_000)] * 9, num_workers=1, collate_fn=lambda batch: batch[0],
+    worker_init_fn=lambda _: DistributedSignalHandler(signal.SIGTERM).__enter__(),
+)
+try:
+    next(iter(loader))
+except RuntimeError as error:
+    print(of_a_worker(error), flush=True)
+os._exit(0)
+"""
+
+
+def run_without_shared_memory(code: str, kilobytes: int, filled: int) -> subprocess.CompletedProcess:
+    mount = f"mount -t tmpfs -o size={kilobytes}k none /dev/shm && head -c {filled} /dev/zero >/dev/shm/x && exec "
+    command = ["unshare", "--mount", "bash", "-c", mount + '"$@"', "bash", sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+mounts = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounts a file system, as root")
+
+
+@mounts
+def test_no_room_in_shared_memory_is_known_as_that():
+    result = run_without_shared_memory(NO_SHARED_MEMORY, 8, 8192)
     said = "False /dev/shm: No space left on device: worker processes need some; use --workers 1"
     assert [line.strip() for line in result.stdout.splitlines()] == ["True"] * 4 + ["False", said], result.stderr
+
+
+@mounts
+def test_a_batch_that_finds_no_shared_memory_ends_its_worker():
+    result = run_without_shared_memory(LOST_BATCH, 64, 0)
+    assert (result.stdout, "Traceback" in result.stderr) == ("True\n", False), result.stderr
