@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import psutil
 
-from tests.faults.kill import _OF, compare, launch, newest
+from tests.faults.kill import _OF, compare, launch, newest, wait_for
 from tests.launch import write_documents
 
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -62,7 +62,12 @@ def main() -> int:
             shutil.rmtree(told)
             before = 0
         process = start(told, log)
-        time.sleep(rng.uniform(0, whole))
+        if rng.random() < 0.7:  # else at any time, most of which is the start
+            step = rng.randrange(before, args.steps)
+            wait_for(lambda step=step: newest(told) >= step, process)
+            time.sleep(rng.uniform(0, 0.5))
+        else:
+            time.sleep(rng.uniform(0, whole))
         found = {}
         for one in processes(told):  # a kind first, as there are more workers than ranks
             found.setdefault(kind(one), []).append(one)
