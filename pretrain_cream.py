@@ -25,10 +25,10 @@ if __name__ == "__main__":
 
 from megatron_cream import launcher
 
-if __name__ == "__main__":
-    launcher.follow()
-elif __name__ == "__mp_main__":  # the writer of --async-save, which imports this first
+if __name__ == "__mp_main__":  # the writer of --async-save, which imports this first
     launcher.end_with_parent()
+else:
+    launcher.follow()
 
 from megatron_cream import platform
 
