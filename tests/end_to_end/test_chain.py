@@ -58,9 +58,11 @@ class Model:
 
 
 TINY = Model(window=256, seq_length=256, targets=(1024, 2048), steps=10, length=512)
+# The optimizer is saved as it lies: to gather it would take 7 GB of memory on each of the two ranks.
 REAL = Model(
-    window=8192, seq_length=256, targets=(16384, 32768), steps=6, length=1024, train="--most-recent-k 1"
-)
+    window=8192, seq_length=512, targets=(16384, 24576), steps=4, length=1024,
+    train="--no-dist-ckpt-optim-fully-reshardable --most-recent-k 1",
+)  # fmt: skip
 
 
 def test_tiny_model(tmp_path):
@@ -89,7 +91,7 @@ def run_chain(chain: Chain, model: Model) -> None:
     train += f"--pretrained-checkpoint imported --train-iters {model.steps}".split()
     train += "--save run --load run --save-interval 2".split()
     train += f"--long-eval-interval 4 --long-eval-tasks kv --long-eval-lengths {model.length}".split()
-    train += "--long-eval-samples 1 --long-eval-share 1 --use-distributed-optimizer".split()
+    train += "--long-eval-samples 1 --long-eval-share 1".split()
     killed = chain.kill_when(lambda: newest(folder / "run") >= 2, "pretrain_cream.py", *train, ranks=2)
     before = newest(folder / "run")
     assert 2 <= before < model.steps, killed[-3000:]
@@ -122,8 +124,8 @@ def write_texts(file: Path) -> None:
 
 def common_flags(model: Model, target: int) -> list[str]:
     flags = f"--data-path data --seq-length {model.seq_length} --target-length {target} --rope-scaling-type yarn"
-    flags += f" --micro-batch-size 1 --global-batch-size 2 --lr 1e-5 --split 90,10,0 --log-interval 1 {model.train}"
-    return f"{flags} --eval-iters 1 --eval-interval 1000".split()
+    flags += " --micro-batch-size 1 --global-batch-size 2 --lr 1e-5 --split 90,10,0 --log-interval 1"
+    return f"{flags} --eval-iters 1 --eval-interval 1000 --use-distributed-optimizer {model.train}".split()
 
 
 def steps_of(log: str) -> list[int]:
