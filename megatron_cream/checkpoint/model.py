@@ -14,20 +14,23 @@ from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModelConfig
 
 
-def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> LlamaModel:
+def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype, attention: str = "sdpa") -> LlamaModel:
     """The whole model, in evaluation mode, on this project's layers; its vocabulary is not padded.
 
     Starts a process group of one where there is none.
+
+    Args:
+        attention: of `ATTENTION_BACKENDS`.
     """
     _one_rank()
-    model = _build_model(checkpoint.shape, dtype)
+    model = _build_model(checkpoint.shape, dtype, attention)
     if platform.has_cuda():
         model.cuda()  # Megatron's own parts are there already, this project's norms are not
     fill(model, checkpoint.shape, checkpoint.read)
     return model.eval()
 
 
-def _build_model(shape: ModelShape, dtype: torch.dtype) -> LlamaModel:
+def _build_model(shape: ModelShape, dtype: torch.dtype, attention: str) -> LlamaModel:
     args = shape.megatron_args()
     names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels".split()
     names += ["layernorm_epsilon", "add_qkv_bias", "qk_layernorm"]
@@ -56,7 +59,7 @@ def _build_model(shape: ModelShape, dtype: torch.dtype) -> LlamaModel:
         rope_scaling_config=shape.rope_scaling,
         rope_max_positions=shape.max_position_embeddings,
         real_vocab_size=shape.vocab_size,
-        attention=choose_backend("sdpa", has_cuda=platform.has_cuda(), half=dtype != torch.float32),
+        attention=choose_backend(attention, has_cuda=platform.has_cuda(), half=dtype != torch.float32),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return LlamaModelBuilder(model).build_model(groups, pre_process=True, post_process=True)

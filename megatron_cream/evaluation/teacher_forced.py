@@ -87,14 +87,7 @@ def _forward_step(data_iterator: Iterator, model):
     text, batch = next(data_iterator)
     batch = {name: tensor.to(torch.cuda.current_device()) for name, tensor in batch.items()}
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        None,
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        output_processor=partial(_score, real_vocab_size=get_attr_wrapped_model(model, "real_vocab_size")),
-    )
+    output = score_batch(model, batch)
 
     def collect(scores):
         losses, likeliest = scores.double()
@@ -102,6 +95,22 @@ def _forward_step(data_iterator: Iterator, model):
         return losses.sum(), {"text": text, "sums": sums}
 
     return output, collect
+
+
+def score_batch(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Losses of a batch's scored tokens, and 1 where the token is the likeliest: float32 [2, k], on the last stage.
+
+    Args:
+        batch: as of `batch_of`, on the model's device; any labels may be marked, in one batch row as they stand.
+    """
+    return model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        output_processor=partial(_score, real_vocab_size=get_attr_wrapped_model(model, "real_vocab_size")),
+    )
 
 
 def _score(

@@ -1,0 +1,191 @@
+"""The cells of the study's grid, in the order in which they run, and the flags of pretrain_cream.py that each is."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+SCALINGS = ("yarn", "ntk", "theta", "linear")
+SAMPLERS = {
+    "cream": [],
+    "pose": ["--position-sampler", "pose"],
+    "pi": ["--position-sampler", "pi"],
+    "cream even": ["--cream-middle", "uniform"],
+    "mix": ["--position-mix", "cream=0.6,pose=0.2,pi=0.2"],
+    "randpos": ["--position-sampler", "randpos"],
+    "full": ["--position-sampler", "full"],
+}
+MAIN = ("cream", "pose", "pi")
+OTHERS = ("cream even", "mix", "randpos")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `prepare.py` writes down beside the data; see its flags.
+
+    window: tokens of a sample, the model's own window.  factors: of the window, the target lengths, longest first.
+    theta: the rope theta that `theta` trains with.  rates: learning rates to choose from.
+    """
+
+    window: int = 8192
+    factors: tuple[int, ...] = (8, 4)
+    steps: int = 115
+    batch: int = 32
+    micro_batch: int = 4
+    theta: float = 5e6
+    rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
+    extra: tuple[str, ...] = field(default=())
+
+    @staticmethod
+    def read(folder: Path) -> "Settings":
+        found = json.loads((folder / "settings.json").read_text())
+        return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+
+    def write(self, folder: Path) -> None:
+        (folder / "settings.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: training, then its evaluation. `base` is the model as it came, under a scaling, and not trained.
+
+    rate: the learning rate; None until it is chosen for the scaling, among the cells of `choosing`.
+    """
+
+    scaling: str
+    sampler: str
+    factor: int
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        rate = "" if self.rate is None else f" lr {self.rate:g}"
+        words = f"{self.scaling} {self.sampler} s{self.factor} seed {self.seed}{rate}"
+        return re.sub(r"[^a-z0-9.]+", "_", words.lower().replace("e-0", "e"))
+
+    @property
+    def trains(self) -> bool:
+        return self.sampler != "base"
+
+    def with_rate(self, rate: float | None) -> "Cell":
+        return self if self.rate is not None or not self.trains else replace(self, rate=rate)
+
+
+def choosing(settings: Settings, scaling: str) -> list[Cell]:
+    """The runs that choose a scaling's learning rate."""
+    return [Cell(scaling, "cream", settings.factors[0], settings.seeds[0], rate) for rate in settings.rates]
+
+
+def order(settings: Settings) -> list[Cell]:
+    """All cells, so that a grid that is cut off anywhere still says the most."""
+    longest, first, later = settings.factors[0], settings.seeds[0], settings.seeds[1:]
+    cells = [cell for scaling in SCALINGS for cell in choosing(settings, scaling)]
+    cells += [Cell(scaling, "base", longest, 0) for scaling in ("none", *SCALINGS)]
+    if len(settings.factors) > 1:
+        cells.append(Cell("yarn", "full", settings.factors[1], first))
+
+    def block(scalings, samplers, seeds, factor=longest) -> Iterator[Cell]:
+        return (Cell(scaling, sampler, factor, seed) for seed in seeds for scaling in scalings for sampler in samplers)
+
+    best, rest = SCALINGS[:2], SCALINGS[2:]
+    cells += block(SCALINGS, MAIN, [first])
+    cells += block(best, MAIN, later)
+    cells += block(best, OTHERS, [first])
+    cells += block(rest, MAIN, later)
+    cells += block(best, OTHERS, later)
+    cells += block(rest, OTHERS, settings.seeds)
+    for factor in settings.factors[1:]:
+        cells += block(SCALINGS, MAIN, [first], factor)
+        cells += block(best, MAIN, later, factor)
+        cells += block(best, ["full"], settings.seeds, factor)
+        cells += block(SCALINGS, OTHERS, [first], factor)
+        cells += block(rest, MAIN, later, factor)
+        cells += block(best, OTHERS, later, factor)
+        cells += block(rest, OTHERS, later, factor)
+    return list(dict.fromkeys(cells))
+
+
+def flags(cell: Cell, settings: Settings, data: Path, runs: Path) -> list[str]:
+    """Of pretrain_cream.py, for a run on the prepared `data` that saves into runs / cell.name."""
+    window, target = settings.window, settings.window * cell.factor
+    full = cell.sampler == "full"
+    longer = cell.factor if full else 1  # samples of the target length: fewer of them, so that the tokens are equal
+    given = {
+        "--config": HERE / "extend.yaml",
+        "--load-hf": data / "hf",
+        "--train-data-path": data / "tokens" / "train",
+        "--save": runs / cell.name,
+        "--data-cache-path": runs / f"{cell.name}.cache",
+        "--seq-length": window * longer,
+        "--target-length": target,
+        "--global-batch-size": max(settings.batch // longer, 1),
+        "--micro-batch-size": max(settings.micro_batch // longer, 1),
+        "--train-iters": settings.steps,
+        "--save-interval": settings.steps,
+        "--lr": cell.rate,
+        "--seed": 1000 + cell.seed,
+        "--rope-scaling-type": "none" if cell.scaling == "theta" else cell.scaling,
+    }
+    if cell.scaling == "theta":
+        given["--rotary-base"] = settings.theta
+    else:
+        given |= {"--rope-scaling-factor": cell.factor, "--original-max-position-embeddings": window}
+    texts = [text for pair in given.items() for text in map(str, pair)]
+    return [*texts, *SAMPLERS[cell.sampler], *settings.extra]
+
+
+def model_folder(scaling: str, data: Path, factor: int | None = None) -> Path:
+    """The Hugging Face folder that `write_models` made; `none` and `theta` are the same for every factor."""
+    return data / "models" / (scaling if factor is None or scaling in ("none", "theta") else f"{scaling}_{factor}")
+
+
+def write_models(settings: Settings, data: Path) -> None:
+    """Folders to evaluate without training: the model as it came (`none`), and with another config.json, scaled."""
+    from megatron_cream.model.rotary import rope_scaling_dict
+
+    source = data / "hf"
+    config = json.loads((source / "config.json").read_text())
+    rope = config.pop("rope_parameters", None) or {}
+    theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+    longest = settings.window * settings.factors[0]
+    variants = {"none": {"rope_theta": theta}, "theta": {"rope_theta": settings.theta}}
+    for factor in settings.factors:
+        for scaling in ("yarn", "ntk", "linear"):
+            parameters = rope_scaling_dict(scaling, float(factor), settings.window)
+            variants[f"{scaling}_{factor}"] = {"rope_theta": theta, "rope_scaling": parameters}
+    for name, change in variants.items():
+        folder = data / "models" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for file in source.iterdir():
+            if file.name != "config.json":
+                (folder / file.name).symlink_to(file.resolve())
+        positions = settings.window if name == "none" else longest
+        (folder / "config.json").write_text(
+            json.dumps(config | change | {"max_position_embeddings": positions}, indent=1)
+        )
+
+
+def chosen_rate(settings: Settings, scaling: str, evaluated: dict[str, dict]) -> float | None:
+    """The learning rate with the least loss among the scaling's `choosing` cells that are evaluated."""
+    scores = {cell.rate: score(evaluated[cell.name]) for cell in choosing(settings, scaling) if cell.name in evaluated}
+    finite = {rate: value for rate, value in scores.items() if math.isfinite(value)}
+    return min(finite, key=finite.get) if finite else None
+
+
+def score(result: dict) -> float:
+    """What learning rates are chosen by, in nats a token.
+
+    The answers' mean loss over tasks and lengths, plus the mean log perplexity of held-out text over lengths.
+    """
+    losses = [of_length["loss"] for task in result["tasks"].values() for of_length in task.values()]
+    texts = [math.log(value) for kind in result["perplexity"].values() for value in kind.values()]
+    return sum(losses) / len(losses) + sum(texts) / len(texts)

@@ -1,0 +1,88 @@
+"""Long documents that anyone can rebuild, from Debian's packages: debian_text.py FOLDER
+
+Writes FOLDER/train.jsonl, 98 MB, and FOLDER/held.jsonl, 21 MB. Before it, on a machine that reaches Debian's packages:
+
+    cd FOLDER && apt-get download linux-source-6.1 debian-handbook linux-doc-6.1 postgresql-doc-15 octave-doc
+    for d in debian-handbook* linux-doc* postgresql* octave*; do dpkg -x $d x; done
+    mkdir -p ls && dpkg -x linux-source-6.1_*.deb ls
+    (cd ls/usr/src && tar xf linux-source-6.1.tar.xz --wildcards '*.c' '*.rst' '*.txt')
+
+To train on: 1,043 documents of 36,000 characters or more (C sources of the kernel, its documentation, HTML books). Held
+out: parts of the kernel that training never sees, as `code`, and the PostgreSQL manual, as `manual`.
+"""
+
+import glob
+import html
+import json
+import os
+import random
+import re
+import sys
+from pathlib import Path
+
+ROOT = "ls/usr/src/linux-source-6.1/"
+HELD = ("fs/", "mm/", "kernel/", "net/core", "net/ipv4", "crypto/")
+WHOLE = ("fs/ext4", "fs/xfs/libxfs", "mm", "kernel/sched", "kernel/trace", "net/ipv4", "fs/btrfs", "net/core")
+SHORTEST, LONGEST, PIECE = 36_000, 1_200_000, 400_000
+MOST_CODE = 70_000_000
+
+
+def main() -> None:
+    os.chdir(sys.argv[1])
+    sources = [f for f in sorted(glob.glob(ROOT + "**/*.c", recursive=True)) if os.path.getsize(f) >= 45_000]
+    held = [f for f in sources if f.removeprefix(ROOT).startswith(HELD)]
+    _write("train.jsonl", _to_train([f for f in sources if f not in set(held)]))
+    _write("held.jsonl", _to_hold(held))
+
+
+def _to_train(sources: list[str]):
+    documents = [("code", _read(f)) for f in sources]
+    for pattern in ("rst", "txt"):
+        for f in sorted(glob.glob(f"{ROOT}Documentation/**/*.{pattern}", recursive=True)):
+            if "translations" not in f and len(text := _read(f)) >= SHORTEST:
+                documents.append(("doc", text))
+    for f in sorted(glob.glob("x/**/*.html", recursive=True)):
+        other = "postgresql" in f or "/translations/" in f or ("debian-handbook" in f and "/en-US/" not in f)
+        if os.path.isfile(f) and not other and len(text := _plain(_read(f))) >= SHORTEST:
+            documents.append(("html", text))
+    random.Random(7).shuffle(documents)
+    code = 0
+    for kind, text in documents:
+        if kind != "code" or code <= MOST_CODE:
+            code += len(text) if kind == "code" else 0
+            yield {"text": text}
+
+
+def _to_hold(sources: list[str]):
+    # The four largest are tables of character codes.
+    for f in sorted(sources, key=os.path.getsize, reverse=True)[4:12]:
+        yield {"text": _read(f)[:LONGEST], "kind": "code"}
+    for part in WHOLE:
+        text = "\n".join(_read(f) for f in sorted(glob.glob(f"{ROOT}{part}/*.c")))
+        yield {"text": text[:LONGEST], "kind": "code"}
+    pages = sorted(glob.glob("x/usr/share/doc/postgresql-doc-15/html/*.html"))
+    manual = "\n\n".join(_plain(_read(f)) for f in pages)
+    for start in range(0, len(manual) - PIECE, PIECE):
+        yield {"text": manual[start : start + PIECE], "kind": "manual"}
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(errors="replace")
+
+
+def _plain(text: str) -> str:
+    text = re.sub(r"(?is)<(script|style|head)\b.*?</\1>", " ", text)
+    text = re.sub(r"(?s)<!--.*?-->", " ", text)
+    text = re.sub(r"(?i)<(p|br|div|h\d|li|tr|pre)[^>]*>", "\n", text)
+    text = html.unescape(re.sub(r"(?s)<[^>]+>", "", text))
+    return re.sub(r"\n\s*\n+", "\n\n", re.sub(r"[ \t]+", " ", text)).strip()
+
+
+def _write(name: str, documents) -> None:
+    with open(name, "w", encoding="utf-8") as out:
+        for document in documents:
+            out.write(json.dumps(document) + "\n")
+
+
+if __name__ == "__main__":
+    main()

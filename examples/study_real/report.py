@@ -1,0 +1,250 @@
+"""The study's tables and pictures, from its results: report.py --results results.jsonl --output FOLDER
+
+Writes report.md, retrieval.png, depth.png and perplexity.png. Negative results are rows like any other.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+import cells
+import numpy as np
+
+from megatron_cream.files import save_picture
+
+SAMPLERS = ("base", *cells.SAMPLERS)
+SCALINGS = ("none", *cells.SCALINGS)
+TASKS = {"needle": "needle", "multikey": "16 facts in text", "lines": "16 of many lines"}
+_COLOURS = {
+    "cream": "#2a6f97", "pose": "#d08c2e", "pi": "#b04a3a", "cream even": "#57a0a8", "mix": "#4f8f4f",
+    "randpos": "#8a6fb0", "full": "0.35", "base": "0.65",
+}  # fmt: skip
+Value = Callable[[dict], float]
+
+
+class Results:
+    """Evaluations, grouped over seeds; of a scaling's learning rates the chosen one alone."""
+
+    def __init__(self, lines: list[dict]):
+        self.evaluations = list({line["run"]: line for line in lines if line["what"] == "evaluation"}.values())
+        self.training = {line["run"]: line for line in lines if line["what"] == "training"}
+        creams = [line for line in self.evaluations if line["sampler"] == "cream"]
+        first = min(((-line["factor"], line["seed"]) for line in creams), default=None)
+        self.rates: dict[str, list[dict]] = {}
+        for line in creams:
+            if (-line["factor"], line["seed"]) == first:
+                self.rates.setdefault(line["scaling"], []).append(line)
+        self.chosen = {
+            scaling: min(found, key=cells.score)["rate"]
+            for scaling, found in self.rates.items()
+            if any(math.isfinite(cells.score(line)) for line in found)
+        }
+        self.factors = sorted({line["factor"] for line in self.evaluations}, reverse=True)
+
+    def of(self, scaling: str, sampler: str, factor: int) -> list[dict]:
+        """One line for each seed."""
+        key = (scaling, sampler, factor)
+        found = [e for e in self.evaluations if (e["scaling"], e["sampler"], e["factor"]) == key]
+        return [e for e in found if sampler == "base" or e["rate"] == self.chosen.get(scaling)]
+
+    def groups(self, factor: int) -> Iterable[tuple[str, str, list[dict]]]:
+        for scaling, sampler in itertools.product(SCALINGS, SAMPLERS):
+            if found := self.of(scaling, sampler, factor):
+                yield scaling, sampler, found
+
+    def lengths(self, factor: int) -> list[str]:
+        found = [e for e in self.evaluations if e["factor"] == factor]
+        return list(next(iter(found[0]["tasks"].values())))
+
+
+def accuracy(task: str, length: str) -> Value:
+    return lambda e: 100 * e["tasks"][task][length]["accuracy"]
+
+
+def loss(task: str, length: str) -> Value:
+    return lambda e: e["tasks"][task][length]["loss"]
+
+
+def perplexity(kind: str, length: str) -> Value:
+    return lambda e: e["perplexity"][kind][length]
+
+
+def report(results: Results) -> str:
+    """Markdown."""
+    lines = ["Mean ± deviation over seeds; one seed has no deviation.", "", *_rates_table(results)]
+    for factor in results.factors:
+        lengths, window = results.lengths(factor), results.lengths(factor)[0]
+        kinds = list(results.evaluations[0]["perplexity"])
+        lines += ["", f"## {window} to {int(window) * factor} tokens"]
+        for task, title in TASKS.items():
+            error = _standard_error(results, factor, task, lengths[-1])
+            lines += ["", f"**{title}**: answers found, % (of one run at {lengths[-1]}: ± {error:.1f}), by length", ""]
+            lines += _table(results, factor, [(n, accuracy(task, n), 1) for n in lengths])
+            lines += ["", f"**{title}**: loss of an answer's token, by length", ""]
+            lines += _table(results, factor, [(n, loss(task, n), 3) for n in lengths])
+        lines += ["", "**Perplexity** of held-out text, by length of its context; GPU seconds of a run's steps", ""]
+        columns = [(f"{kind} {n}", perplexity(kind, n), 3) for kind in kinds for n in lengths]
+        lines += _table(results, factor, [*columns, ("GPU seconds", lambda e: _seconds(results, e), 0)])
+        lines += ["", *_pairs(results, factor)]
+    return "\n".join(lines) + "\n"
+
+
+def _rates_table(results: Results) -> list[str]:
+    lines = ["**Learning rates**: answers' loss plus log perplexity, of `cream`; the least is held", ""]
+    rates = sorted({line["rate"] for found in results.rates.values() for line in found})
+    lines += _row(["scaling", *(f"{rate:g}" for rate in rates)]) + _row(["---"] * (len(rates) + 1))
+    for scaling, found in results.rates.items():
+        scores = {line["rate"]: cells.score(line) for line in found}
+        best = results.chosen.get(scaling)
+        shown = (f"**{scores[r]:.3f}**" if r == best else f"{scores[r]:.3f}" if r in scores else "" for r in rates)
+        lines += _row([scaling, *shown])
+    return lines
+
+
+def _table(results: Results, factor: int, columns: list[tuple[str, Value, int]]) -> list[str]:
+    head = ["scaling", "positions", "seeds", *(title for title, _, _ in columns)]
+    lines = _row(head) + _row(["---"] * len(head))
+    for scaling, sampler, found in results.groups(factor):
+        shown = [_cell([value(e) for e in found], places) for _, value, places in columns]
+        lines += _row([scaling, "(not trained)" if sampler == "base" else sampler, str(len(found)), *shown])
+    return lines
+
+
+def _pairs(results: Results, factor: int) -> list[str]:
+    """Each pair of samplers with two seeds or more: the difference, and whether it is beyond the seeds' spread."""
+    lengths = results.lengths(factor)[1:]
+    lines = [
+        "**Pairs of samplers**, mean over tasks and the lengths beyond the window: the first less the second. "
+        "`yes`: more than twice the standard error that the seeds' deviations give.", "",
+    ]  # fmt: skip
+    lines += _row(["scaling", "pair", "found, points", "beyond", "loss", "beyond"]) + _row(["---"] * 6)
+    for scaling in SCALINGS:
+        there = {sampler: found for s, sampler, found in results.groups(factor) if s == scaling and len(found) > 1}
+        for one, other in itertools.combinations(there, 2):
+            row = [scaling, f"{one} - {other}"]
+            for measure, places in ((accuracy, 1), (loss, 3)):
+                value = lambda e: statistics.fmean(measure(t, n)(e) for t in e["tasks"] for n in lengths)
+                a, b = ([value(e) for e in there[name]] for name in (one, other))
+                error = math.sqrt(_deviation(a) ** 2 / len(a) + _deviation(b) ** 2 / len(b))
+                difference = statistics.fmean(a) - statistics.fmean(b)
+                row += [
+                    f"{difference:+.{places}f} ± {error:.{places}f}",
+                    "yes" if abs(difference) > 2 * error else "no",
+                ]
+            lines += _row(row)
+    return lines
+
+
+def _standard_error(results: Results, factor: int, task: str, length: str) -> float:
+    """Of one run's accuracy, in points: median over runs, from the spread over prompts."""
+    errors = []
+    for _, _, found in results.groups(factor):
+        for e in found:
+            values = [100 * prompt[0] for prompt in e["tasks"][task][length]["by_prompt"]]
+            errors.append(statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
+    return statistics.median(errors)
+
+
+def _seconds(results: Results, evaluation: dict) -> float:
+    return results.training.get(evaluation["run"], {}).get("seconds", 0.0)
+
+
+def _row(columns: Iterable[str]) -> list[str]:
+    return ["| " + " | ".join(columns) + " |"]
+
+
+def _cell(values: list[float], places: int) -> str:
+    mean = f"{statistics.fmean(values):.{places}f}"
+    return mean if len(values) == 1 else f"{mean} ± {_deviation(values):.{places}f}"
+
+
+def _deviation(values: list[float]) -> float:
+    """Over seeds; 0 of one. NaN where a value is, which `statistics` does not take."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def draw(results: Results, folder: Path) -> None:
+    """The pictures, of the longest target."""
+    factor = results.factors[0]
+    lengths = results.lengths(factor)
+    kinds = list(results.evaluations[0]["perplexity"])
+    by_length = lambda measure: [(int(n), measure(n)) for n in lengths]
+    rows = {f"{title}: found, %": by_length(lambda n, t=task: accuracy(t, n)) for task, title in TASKS.items()}
+    _picture(results, factor, rows, "tokens of the prompt", folder / "retrieval.png", log=True)
+    depth = lambda d: lambda e: 100 * e["tasks"]["multikey"][lengths[-1]]["by_depth"].get(str(d), [math.nan])[0]
+    rows = {f"16 facts in {lengths[-1]} tokens: found, %": [(10 * d + 5, depth(d)) for d in range(10)]}
+    _picture(results, factor, rows, "depth, %", folder / "depth.png")
+    rows = {f"perplexity, {kind}": by_length(lambda n, k=kind: perplexity(k, n)) for kind in kinds}
+    _picture(results, factor, rows, "tokens of context", folder / "perplexity.png", log=True)
+
+
+def _picture(results: Results, factor: int, rows: dict, x: str, path: Path, log: bool = False) -> None:
+    """A column for each scaling, a line for each sampler; the band is the seeds' deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scalings = [
+        s for s in cells.SCALINGS if any(group[0] == s and group[1] != "base" for group in results.groups(factor))
+    ]
+    figure, axes = plt.subplots(
+        len(rows), len(scalings), figsize=(3.6 * len(scalings) + 1.2, 2.8 * len(rows)), layout="constrained",
+        sharex=True, sharey="row", squeeze=False,
+    )  # fmt: skip
+    for line, (title, points) in zip(axes, rows.items()):
+        line[0].set_ylabel(title)
+        for panel, scaling in zip(line, scalings):
+            for _, sampler, found in (group for group in results.groups(factor) if group[0] == scaling):
+                if sampler == "base" and title.startswith("perplexity"):
+                    continue  # off the scale
+                values = [[value(e) for e in found] for _, value in points]
+                means = [statistics.fmean(v) for v in values]
+                spread = [_deviation(v) for v in values]
+                xs, name = [at for at, _ in points], "not trained" if sampler == "base" else sampler
+                panel.plot(xs, means, "o-", markersize=3, color=_COLOURS[sampler], label=name)
+                low, high = ([m + sign * d for m, d in zip(means, spread)] for sign in (-1, 1))
+                panel.fill_between(xs, low, high, color=_COLOURS[sampler], alpha=0.15, linewidth=0)
+            if log:
+                panel.set_xscale("log", base=2)
+                panel.set_xticks(xs, [f"{n // 1024}K" if n >= 1024 else str(n) for n in xs])
+                panel.minorticks_off()
+            panel.spines[["top", "right"]].set_visible(False)
+    for panel, scaling in zip(axes[0], scalings):
+        panel.set_title(scaling, fontsize=10)
+    for panel in axes[-1]:
+        panel.set_xlabel(x)
+    handles = {label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside right upper")
+    save_picture(figure, path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--results", type=Path, nargs="+", required=True, help="one or more; of a run in several, the last"
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    flags = parser.parse_args()
+    lines = [json.loads(line) for file in flags.results for line in file.read_text().splitlines()]
+    results = Results(lines)
+    if not results.evaluations:
+        print(f"report.py: error: --results {flags.results[0]}: no evaluation there yet", file=sys.stderr)
+        return 2
+    flags.output.mkdir(parents=True, exist_ok=True)
+    (flags.output / "report.md").write_text(report(results))
+    draw(results, flags.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

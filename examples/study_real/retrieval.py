@@ -1,0 +1,220 @@
+"""Retrieval by teacher forcing, with many answers in one forward pass, and held-out perplexity by length.
+
+A prompt states facts ("The number of the quiet falcon is 48213.") at known depths of a long text, and ends with
+several of them again, whose numbers are scored, each given all before it. One pass over 64K tokens so gives as many
+answers as it has questions. Three tasks:
+
+    needle    one fact in held-out text
+    multikey  16 facts in held-out text, all asked for
+    lines     nothing but facts, hundreds to thousands; 16 of them are asked for
+
+An answer counts as found when every token of it is the likeliest: greedy decoding gives it.
+"""
+
+import itertools
+import random
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TASKS = ("needle", "multikey", "lines")
+_ADJECTIVES = (
+    "quiet rapid golden silver hollow gentle bitter ancient frozen broken clever crimson dusty eager faint fierce "
+    "giant happy humble jolly keen lazy little lonely lucky mellow mighty misty modest narrow noble odd pale patient "
+    "plain polite proud purple quick rare rough round rusty sacred salty sandy scarlet sharp shiny short silent simple "
+    "sleepy slow small smooth solid sour spicy steep sticky stormy strange strong sunny sweet swift tall tame tidy"
+).split()
+_NOUNS = (
+    "falcon river castle garden hammer island jacket kettle ladder magnet needle ocean palace quarry rabbit saddle "
+    "tunnel umbrella valley wagon anchor basket candle desert engine feather glacier harbor insect jungle kitten "
+    "lantern meadow nettle orchard pepper quilt ribbon shadow temple violin walnut yogurt zebra arrow bridge camel "
+    "dragon eagle forest goblet helmet iceberg jewel kingdom lemon mirror noodle oyster pillow rocket spider turtle "
+    "unicorn village whistle acorn button cactus dolphin"
+).split()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """tokens: uint16 [prompts, length].
+
+    answers: int32 [prompts, questions, 3]: first token of the answer, the token after its last, depth in thousandths.
+    """
+
+    tokens: np.ndarray
+    answers: np.ndarray
+
+
+class PromptWriter:
+    """Prompts of exact lengths.
+
+    Args:
+        encode: text to token ids, without special tokens.
+        filler: int arrays of held-out tokens, each longer than the longest prompt.
+    """
+
+    def __init__(self, encode, filler: list[np.ndarray]):
+        self._encode, self._filler = encode, filler
+        self._newlines = {token for token in (encode("\n")[-1], encode("\n\n")[-1], encode(".\n")[-1])}
+
+    def prompts(self, task: str, length: int, count: int, questions: int) -> Prompts:
+        """`count` prompts, the same for the same arguments; of `needle` each has one question, at even depths."""
+        made = []
+        for i in range(count):
+            rng = random.Random(f"{task}/{length}/{i}")
+            if task == "needle":
+                depths = [(i % 5) / 4]
+            else:
+                depths = [(q + rng.random()) / questions for q in range(questions)]
+            made.append(self._lines(rng, length, depths) if task == "lines" else self._text(rng, length, depths, i))
+        tokens, answers = zip(*made)
+        return Prompts(np.array(tokens, dtype=np.uint16), np.array(answers, dtype=np.int32))
+
+    def _text(self, rng: random.Random, length: int, depths: list[float], number: int):
+        facts = [self._fact(*names, rng) for names in self._names(rng, len(depths))]
+        ending, places = self._questions(rng, facts, depths)
+        stated = [[*self._encode("\n"), *lead, *answer, *self._encode(".\n")] for lead, answer in facts]
+        room = length - len(ending) - sum(map(len, stated))
+        source = self._filler[number % len(self._filler)]
+        start = rng.randrange(len(source) - room)
+        text = source[start : start + room].tolist()
+        tokens, at = [], 0
+        for depth, fact in zip(depths, stated):
+            place = self._line_end(text, round(depth * room), at)
+            tokens += text[at:place] + fact
+            at = place
+        tokens += text[at:] + ending
+        return tokens, _shifted(places, length - len(ending))
+
+    def _lines(self, rng: random.Random, length: int, depths: list[float]):
+        every = [self._fact(*names, rng) for names in self._names(rng, len(_ADJECTIVES) * len(_NOUNS))]
+        end = self._encode(".\n")
+        most = max(len(lead) + len(answer) + len(end) for lead, answer in every)
+        asked_room = len(depths) * most + len(self._encode(_ASKED))
+        kept, used = [], 0
+        for lead, answer in every:
+            if used + len(lead) + len(answer) + len(end) > length - asked_room:
+                break
+            kept.append((lead, answer))
+            used += len(lead) + len(answer) + len(end)
+        chosen = sorted({min(int(depth * len(kept)), len(kept) - 1) for depth in depths})
+        spare = [i for i in range(len(kept)) if i not in chosen]
+        chosen = sorted(chosen + rng.sample(spare, len(depths) - len(chosen)))
+        ending, places = self._questions(rng, [kept[i] for i in chosen], [i / len(kept) for i in chosen])
+        body = [token for lead, answer in kept for token in (*lead, *answer, *end)]
+        # The few tokens that are left over come first, as text.
+        before = self._filler[0][: length - len(body) - len(ending)].tolist()
+        return before + body + ending, _shifted(places, length - len(ending))
+
+    def _questions(self, rng: random.Random, facts, depths):
+        """Tokens, and (first, end, depth) of each answer in them, in random order."""
+        tokens, places = self._encode(_ASKED), []
+        for i in rng.sample(range(len(facts)), len(facts)):
+            lead, answer = facts[i]
+            first = len(tokens) + len(lead)
+            places.append((first, first + len(answer), round(1000 * depths[i])))
+            tokens += [*lead, *answer, *self._encode(".\n")]
+        return tokens, places
+
+    def _fact(self, adjective: str, noun: str, rng: random.Random) -> tuple[list[int], list[int]]:
+        number = rng.randint(10_000, 99_999)
+        return self._encode(f"The number of the {adjective} {noun} is"), self._encode(f" {number}")
+
+    @staticmethod
+    def _names(rng: random.Random, count: int) -> list[tuple[str, str]]:
+        return rng.sample(list(itertools.product(_ADJECTIVES, _NOUNS)), count)
+
+    def _line_end(self, text: list[int], place: int, least: int) -> int:
+        """The first place from `place` on, within 200 tokens, that a line ends before."""
+        place = max(place, least)
+        for at in range(max(place, 1), min(place + 200, len(text))):
+            if text[at - 1] in self._newlines:
+                return at
+        return place
+
+
+_ASKED = "\n\nAll the numbers once more:\n"
+
+
+def _shifted(places, by: int) -> list[tuple[int, int, int]]:
+    return [(first + by, end + by, depth) for first, end, depth in places]
+
+
+def save(path: Path, prompts: dict[tuple[str, int], Prompts], texts: dict[str, np.ndarray]) -> None:
+    """texts: uint16 [documents, longest length], of each kind."""
+    arrays = {
+        f"{task}/{n}/{name}": getattr(p, name) for (task, n), p in prompts.items() for name in ("tokens", "answers")
+    }
+    np.savez_compressed(path, **arrays, **{f"text/{kind}": array for kind, array in texts.items()})
+
+
+def evaluate(model: torch.nn.Module, path: Path, longest: int, scored: int = 4096) -> dict:
+    """All that `save` put into `path`, up to `longest` tokens, as it goes into results.jsonl.
+
+    Args:
+        model: of `load_model`, which reads any position.
+        scored: tokens of each text whose perplexity is taken, its last; at most half of the shortest length.
+    """
+    file = np.load(path)
+    keys = [name.rpartition("/")[0] for name in file.files if name.endswith("/tokens")]
+    lengths = sorted({int(key.split("/")[1]) for key in keys if int(key.split("/")[1]) <= longest})
+    tasks = {
+        task: {
+            str(n): _of_prompts(model, Prompts(file[f"{task}/{n}/tokens"], file[f"{task}/{n}/answers"]))
+            for n in lengths
+            if f"{task}/{n}" in keys
+        }
+        for task in TASKS
+    }
+    scored = min(scored, lengths[0] // 2)
+    perplexity = {}
+    for kind in (name.partition("/")[2] for name in file.files if name.startswith("text/")):
+        texts = file[f"text/{kind}"][:, : lengths[-1]]
+        perplexity[kind] = {str(n): _perplexity(model, texts[:, texts.shape[1] - n :], scored) for n in lengths}
+    return {"tasks": {task: found for task, found in tasks.items() if found}, "perplexity": perplexity}
+
+
+def _of_prompts(model, prompts: Prompts) -> dict:
+    """accuracy, loss (of a token of an answer), both by tenths of depth, and of each prompt."""
+    rows = []  # (prompt, depth in tenths, found, loss)
+    for i, (tokens, answers) in enumerate(zip(prompts.tokens, prompts.answers)):
+        marks = np.zeros(len(tokens), dtype=np.float32)
+        for first, end, _ in answers:
+            marks[first - 1 : end - 1] = 1.0
+        losses, likeliest = _scores(model, tokens, marks)
+        at = 0
+        for first, end, depth in sorted(answers.tolist()):
+            part = slice(at, at + end - first)
+            rows.append((i, min(depth // 100, 9), float(likeliest[part].min()), float(losses[part].mean())))
+            at += end - first
+    by = lambda column, value, of: [row[of] for row in rows if row[column] == value]
+    tenths, numbers = sorted({row[1] for row in rows}), range(len(prompts.tokens))
+    mean = lambda values: round(statistics.fmean(values), 4)
+    return {
+        "accuracy": mean([row[2] for row in rows]), "loss": mean([row[3] for row in rows]), "answers": len(rows),
+        "by_depth": {str(d): [mean(by(1, d, 2)), mean(by(1, d, 3)), len(by(1, d, 2))] for d in tenths},
+        "by_prompt": [[mean(by(0, i, 2)), mean(by(0, i, 3))] for i in numbers],
+    }  # fmt: skip
+
+
+def _perplexity(model, texts: np.ndarray, scored: int) -> float:
+    total = 0.0
+    for tokens in texts:
+        marks = np.zeros(len(tokens), dtype=np.float32)
+        marks[-scored - 1 : -1] = 1.0
+        total += float(_scores(model, tokens, marks)[0].sum())
+    return round(float(np.exp(min(total / (scored * len(texts)), 50.0))), 4)
+
+
+@torch.inference_mode()
+def _scores(model, tokens: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """float [2, k]: losses of the k labels that are marked, and 1 where the label is the likeliest."""
+    from megatron_cream.evaluation.teacher_forced import score_batch
+
+    ids = tokens.astype(np.int64)
+    arrays = dict(tokens=ids, labels=np.append(ids[1:], 0), loss_mask=marks, position_ids=np.arange(len(ids)))
+    device = torch.cuda.current_device()
+    batch = {name: torch.from_numpy(array)[None].to(device) for name, array in arrays.items()}
+    return score_batch(model, batch).float().cpu().numpy()

@@ -1,0 +1,155 @@
+"""One run of the study in a process of its own, which imports and compiles ahead, while another run has the GPU.
+
+`study.py` starts it with CUDA_VISIBLE_DEVICES, and writes one line of JSON to its standard input when its turn comes:
+{"cell": {..}, "data": "..", "runs": "..", "evaluate_only": false}. What it found goes to runs/NAME.training.json and
+runs/NAME.evaluation.json, as lines of results.jsonl; what it prints goes to runs/NAME.log.
+"""
+
+import json
+import os
+import re
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+import cells
+import retrieval
+
+from megatron_cream.launcher import end_with_parent
+
+UNLIMITED = 1 << 40
+"""Positions: texts beyond what a model was trained for are read as transformers would."""
+
+
+def main() -> int:
+    end_with_parent()  # nobody would read what it finds, and its GPU is another's
+    _prepare()
+    line = sys.stdin.readline()
+    if not line.strip():
+        return 0
+    task = json.loads(line)
+    cell, data, runs = cells.Cell(**task["cell"]), Path(task["data"]), Path(task["runs"])
+    with open(runs / f"{cell.name}.log", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    settings = cells.Settings.read(data)
+    if cell.trains and not task["evaluate_only"]:
+        shutil.rmtree(runs / cell.name, ignore_errors=True)
+        began = time.monotonic()
+        _train(cells.flags(cell, settings, data, runs))
+        _write(runs, cell, "training", _training(runs / f"{cell.name}.log", began))
+    began = time.monotonic()
+    found = _evaluate(cell, settings, data, runs)
+    _write(runs, cell, "evaluation", found | {"wall": round(time.monotonic() - began, 1)})
+    shutil.rmtree(runs / cell.name, ignore_errors=True)
+    shutil.rmtree(runs / f"{cell.name}.cache", ignore_errors=True)
+    return 0
+
+
+def _prepare() -> None:
+    """Whatever takes long and needs to know no cell: imports, and flash-attn's kernels, compiled once a process."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    global pretrain_cream
+    import torch
+
+    import pretrain_cream
+    from megatron_cream import platform
+    from megatron_cream.checkpoint import convert, megatron_folder, model  # noqa: F401
+    from megatron_cream.evaluation import teacher_forced  # noqa: F401
+    from megatron_cream.model.attention import flash_attention_function
+
+    if not platform.has_cuda() or (attend := flash_attention_function()) is None:
+        return
+    try:
+        shape = json.loads((Path(sys.argv[1]) / "hf" / "config.json").read_text())
+        heads, groups = shape["num_attention_heads"], shape["num_key_value_heads"]
+        size = shape.get("head_dim") or shape["hidden_size"] // heads
+        make = lambda n: torch.randn(1, 8192, n, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        query, key, value = make(heads), make(groups), make(groups)
+        attend(query, key, value, causal=True, deterministic=False).sum().backward()
+        with torch.inference_mode():
+            attend(query, key, value, causal=True, deterministic=False)
+        torch.cuda.synchronize()
+        del query, key, value
+        torch.cuda.empty_cache()
+    except Exception as error:  # then the run itself says so, or takes another kernel
+        print(f"flash-attn ahead of the run: {error!r}", flush=True)
+
+
+def _train(flags: list[str]) -> None:
+    print("flags:", *flags, flush=True)
+    pretrain_cream.train(flags)
+    sys.stdout.flush()
+
+
+def _training(log: Path, began: float) -> dict:
+    """Of the log: losses by step, and the GPU's seconds in steps: the median time a step, times the steps."""
+    pattern = r"iteration +(\d+)/ +(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: ([\d.E+-]+)"
+    steps = re.findall(pattern, log.read_text())
+    if not steps or steps[-1][0] != steps[-1][1]:
+        raise RuntimeError(f"training did not come to its last step: see {log}")
+    milliseconds = statistics.median(float(ms) for *_, ms, _ in steps)
+    return {
+        "losses": {step: round(float(loss), 4) for step, _, _, loss in steps},
+        "seconds": round(milliseconds * int(steps[-1][1]) / 1000, 1),
+        "wall": round(time.monotonic() - began, 1),
+    }
+
+
+def _evaluate(cell: cells.Cell, settings: cells.Settings, data: Path, runs: Path) -> dict:
+    import gc
+
+    import torch
+
+    from megatron_cream import platform
+    from megatron_cream.checkpoint.convert import import_hf
+    from megatron_cream.checkpoint.hf_folder import HfFolder
+    from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+    from megatron_cream.checkpoint.model import load_model
+
+    gc.collect()
+    if platform.has_cuda():
+        torch.cuda.empty_cache()
+    saved = runs / cell.name
+    if not cell.trains:
+        shutil.rmtree(saved, ignore_errors=True)
+        import_hf(HfFolder(cells.model_folder(cell.scaling, data, cell.factor)), saved)
+    checkpoint = MegatronCheckpoint(saved)
+    cuda = platform.has_cuda()
+    for attention in ("auto", "sdpa") if cuda else ("sdpa",):
+        try:
+            model = load_model(checkpoint, torch.bfloat16 if cuda else torch.float32, attention=attention)
+            model.rotary = replace(checkpoint.shape, max_position_embeddings=UNLIMITED).rotary()
+            return retrieval.evaluate(model, data / "evaluation.npz", settings.window * cell.factor)
+        except Exception as error:  # a kernel that this GPU or this length does not take
+            if attention == "sdpa":
+                raise
+            print(f"evaluation with --attention-backend {attention}: {error!r}; once more with sdpa", flush=True)
+    raise AssertionError
+
+
+def _write(runs: Path, cell: cells.Cell, what: str, found: dict) -> None:
+    """Whole or not at all, as `study.py` reads it as soon as it is there."""
+    path = runs / f"{cell.name}.{what}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"run": cell.name, "what": what, **asdict(cell), **found}))
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    code = 1
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the process group's own end can wait for what is gone
