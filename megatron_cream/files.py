@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -17,6 +18,7 @@ import yaml
 from megatron_cream.errors import UsageError, one_line
 
 _MOST_BYTES, _MOST_YAML_BYTES = 1 << 28, 1 << 20
+_READ_BYTES = 16 << 20
 HOLD_SECONDS = 30.0
 _held: dict[Path, TextIO] = {}
 
@@ -179,6 +181,16 @@ def append_line(path: Path, text: str) -> None:
             file.write(text + "\n")
     except OSError as error:
         print(f"warning: {path}: a line is missing: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+def crc32_of(path: Path, size: int | None = None) -> int:
+    """CRC-32 of a file's bytes, or of its first `size`."""
+    crc, left = 0, path.stat().st_size if size is None else size
+    with open(path, "rb") as file:
+        while left and (block := file.read(min(left, _READ_BYTES))):
+            crc = zlib.crc32(block, crc)
+            left -= len(block)
+    return crc
 
 
 def read_text(path: Path, what: str, most_bytes: int = _MOST_BYTES) -> str:

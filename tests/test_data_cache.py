@@ -31,6 +31,13 @@ def small(monkeypatch):
     monkeypatch.setattr(long_documents, "_CHUNK", 7)
 
 
+def flip(file: Path, place: int) -> None:
+    """A bit of one byte."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
 def find(file: Path, said: list[str] | None = None, lengths=LENGTHS):
     return long_documents.long_documents(lengths, 100, 4900, 90, file, (said if said is not None else []).append)
 
@@ -61,8 +68,23 @@ def test_the_numbers_are_those_of_a_direct_look(tmp_path_factory, lengths, cut, 
         lambda file: np.save(file, WANTED[::-1].astype(np.int32)),
         lambda file: np.save(file, np.array([print], dtype=object), allow_pickle=True),
         lambda file: file.write_bytes(file.read_bytes()[:128] + bytes(file.stat().st_size - 128)),
+        lambda file: flip(file, 128 + 4 * (len(WANTED) // 2) + 1),
+        lambda file: flip(file, -1),
+        lambda file: np.save(file, WANTED.astype(np.int32)),
     ],
-    ids=["empty", "cut", "cut in its header", "dtype", "other documents", "disorder", "pickle", "zeros"],
+    ids=[
+        "empty",
+        "cut",
+        "cut in its header",
+        "dtype",
+        "other documents",
+        "disorder",
+        "pickle",
+        "zeros",
+        "one bit",
+        "its sum",
+        "no sum",
+    ],
 )
 def test_a_damaged_file_is_written_anew(tmp_path, damage):
     file = tmp_path / "x.npy"
@@ -163,14 +185,26 @@ def test_samples_are_the_same_with_and_without_a_cache(blended, tmp_path):
         assert items(dataset) == wanted
     assert isinstance(dataset.dataset_index, np.memmap)
     assert all(isinstance(part.documents, np.memmap) for part in dataset.datasets)
-    assert len(list(cache.iterdir())) == 5 and dataset.config.path_to_cache == str(cache)
+    assert len(list(cache.iterdir())) == 6 and dataset.config.path_to_cache == str(cache)
     # Without --data-cache-path the numbers are beside the data, as Megatron's own.
     assert len(list((tmp_path / "a" / "cache" / "LongDocumentDataset_indices").iterdir())) == 1
     # Another file of the same name has another place.
     time.sleep(0.01)
     write(tmp_path / "a", ([100] * 9 + [50]) * 10)
     assert items(blend(prefixes, str(cache))) != wanted
-    assert len(list(cache.iterdir())) == 6
+    assert len(list(cache.iterdir())) == 7
+
+
+@pytest.mark.parametrize("name", ["dataset_index.npy", "dataset_sample_index.npy", "description.txt", "crc32.json"])
+def test_a_damaged_blend_is_written_anew(blended, tmp_path, name):
+    prefixes, wanted = blended
+    cache = tmp_path / "cache"
+    assert items(blend(prefixes, str(cache))) == wanted
+    (file,) = cache.glob(f"*{name}")
+    whole = file.read_bytes()
+    flip(file, len(whole) // 2)
+    assert items(blend(prefixes, str(cache))) == wanted
+    assert file.read_bytes() == whole and len(list(cache.iterdir())) == 6
 
 
 def test_a_rank_that_does_not_see_the_first_ones_cache_goes_on(blended, tmp_path, monkeypatch):
@@ -208,4 +242,4 @@ def test_a_job_that_dies_while_it_writes_a_blend_leaves_nothing_that_is_read(ble
             blend(prefixes, str(cache))
     assert list(cache.glob(".*.partial"))
     assert items(blend(prefixes, str(cache))) == wanted
-    assert not list(cache.glob(".*")) and len(list(cache.iterdir())) == 5
+    assert not list(cache.glob(".*")) and len(list(cache.iterdir())) == 6

@@ -164,6 +164,36 @@ def test_a_damaged_leftover_is_begun_anew(tmp_path, damage):
     assert tokenizer.calls == 60 and written(prefix) == written(tmp_path / "whole")
 
 
+def zero_a_block(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + bytes(64) + data[164:])
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "lengths", "loss_mask.bin"])
+def test_a_zeroed_block_never_reaches_the_data(tmp_path, capsys, name):
+    """Found where a run is resumed, and before its files take their names."""
+    inputs, prefix = write_input(tmp_path / "in", True), tmp_path / "x"
+    run(inputs, tmp_path / "whole", chat_format="llama2")
+    dies_at(60, inputs, prefix, chat_format="llama2")
+    zero_a_block(tmp_path / "x.partial" / name)
+    run(inputs, prefix, chat_format="llama2")
+    assert (
+        capsys.readouterr().err
+        == f"preprocess: {prefix}.partial/{name} is damaged (its CRC-32 differs): starting anew\n"
+    )
+    assert everything(prefix) == everything(tmp_path / "whole")
+
+    class Faulty(ByteTokenizer):
+        def tokenize(self, text):
+            if text.endswith(TEXTS[-1] + ". "):
+                zero_a_block(tmp_path / "y.partial" / name)
+            return super().tokenize(text)
+
+    with pytest.raises(ValueError, match=f"y.partial/{name}: not what was written"):
+        run(inputs, tmp_path / "y", Faulty(), chat_format="llama2")
+    assert not list(tmp_path.glob("y*"))
+
+
 def test_without_a_name_for_the_tokenizer_nothing_is_gone_on_with(tmp_path):
     """Nor is what a killed run left in the way."""
     inputs, prefix = write_input(tmp_path / "in", False), tmp_path / "x"

@@ -1,13 +1,14 @@
 """Which documents are long enough: found once in a job, and mapped by every rank and worker from one file.
 
 Of 100 million documents the numbers alone take 400 MB, and each rank would hold its own. Where all are long enough,
-or few, no file is needed.
+or few, no file is needed. The file is a .npy array with a CRC-32 of its bytes after it, which each rank checks.
 """
 
 import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ IN_MEMORY = 1 << 20
 
 _CHUNK = 1 << 20
 """Documents looked at at a time."""
+
+_CRC_BYTES = 4
 
 _DTYPE = np.dtype("<i4")
 """Megatron numbers the documents of one data set in 32 bits."""
@@ -92,8 +95,11 @@ def _write(file: Path, count: int, parts: Iterator[np.ndarray]) -> None:
             os.fchmod(descriptor, 0o644)  # another user's job may share the cache
             header = {"descr": _DTYPE.str, "fortran_order": False, "shape": (count,)}
             np.lib.format.write_array_header_1_0(out, header)
+            crc = 0
             for part in parts:
                 out.write(part.data)  # not into a map of the file: a full disk would end the process
+                crc = zlib.crc32(part.data, crc)
+            out.write(crc.to_bytes(_CRC_BYTES, "little"))
             out.flush()
             os.fsync(descriptor)
         os.replace(beside, file)
@@ -108,14 +114,30 @@ def _write(file: Path, count: int, parts: Iterator[np.ndarray]) -> None:
 
 
 def _open(file: Path, lengths: np.ndarray, begin: int, end: int, minimum: int) -> np.ndarray | None:
-    """What is kept there, if it is whole and, in a few places, of these documents."""
+    """What is kept there, if it is whole by its checksum and, in a few places, of these documents."""
     try:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # none there; cut; of another kind
         return None
     if not isinstance(found, np.memmap) or found.ndim != 1 or found.dtype != _DTYPE or not len(found):
         return None
+    if not _is_whole(file, found):
+        return None
     looked = np.asarray(found[np.linspace(0, len(found) - 1, min(len(found), 64), dtype=np.int64)])
     if looked[0] < begin or looked[-1] >= end or (np.diff(looked) <= 0).any() or (lengths[looked] < minimum).any():
         return None
     return found
+
+
+def _is_whole(file: Path, found: np.memmap) -> bool:
+    end = found.offset + found.nbytes
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(end)
+            kept = stream.read(_CRC_BYTES + 1)
+    except OSError:
+        return False
+    crc = 0
+    for at in range(0, len(found), _CHUNK):
+        crc = zlib.crc32(found[at : at + _CHUNK].data, crc)
+    return kept == crc.to_bytes(_CRC_BYTES, "little")

@@ -2,7 +2,8 @@
 
 A run writes into PREFIX.partial/, and says every few seconds, in a file that is replaced
 whole, how far it came and how much of what it wrote that covers. A run that was killed goes on
-from there: what lies beyond is cut off. When all is written the files take their names, the
+from there: what lies beyond is cut off. The state has a CRC-32 of each file, as it was when it was written; a file that
+differs is never gone on with and never takes its name. When all is written the files take their names, the
 .idx last, so that no reader finds an .idx that belongs to another .bin.
 """
 
@@ -11,7 +12,9 @@ import fcntl
 import json
 import os
 import stat
+import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +25,7 @@ import numpy as np
 from megatron_cream.data.documents import Position
 from megatron_cream.data.encode import Encoded
 from megatron_cream.data.indexed import loss_mask_prefix, paths, read_index, write_index
+from megatron_cream.files import crc32_of
 
 CHECKPOINT_SECONDS = 5.0
 """How much work a killed run loses, at most, in seconds."""
@@ -49,6 +53,9 @@ class State:
 
     first_dropped: dict[str, str] = field(default_factory=dict)
     """Reason -> place of the first of them, in input order."""
+
+    sums: dict[str, int] = field(default_factory=dict)
+    """File -> CRC-32 of what was written so far."""
 
     complete: bool = False
     """All is written, and only the names are to be taken."""
@@ -108,7 +115,9 @@ class PartialOutput:
         lengths = np.array([len(ids) for ids in encoded.documents], dtype=np.int32)
         for name, arrays in ((_LENGTHS, [lengths]), (_TOKENS, encoded.documents), (_MASK, encoded.masks)):
             for array in arrays:
-                self._files[name].write(array.tobytes())
+                data = array.tobytes()
+                self._files[name].write(data)
+                state.sums[name] = zlib.crc32(data, state.sums.get(name, 0))
         if time.monotonic() - self._saved >= CHECKPOINT_SECONDS:
             self._save()
 
@@ -122,6 +131,11 @@ class PartialOutput:
             self._save()
             for file in self._files.values():
                 file.flush()
+            if damaged := self._damaged():
+                raise ValueError(
+                    f"{damaged}: not what was written (its CRC-32 differs); the disk or its memory is faulty. Start "
+                    "again, with another --output-prefix if it happens again"
+                )
             lengths = np.fromfile(self._folder / _LENGTHS, dtype=np.int32)
             for name, dtype in ((_TOKENS, self._dtype), (_MASK, np.uint8)):
                 if name in self._files:
@@ -202,11 +216,19 @@ class PartialOutput:
         if state.complete:
             whole = all(source.exists() or target.exists() for source, target in self._moves())
             return state if whole else None
-        for name in self._itemsizes:
-            path = self._folder / name
-            if not path.is_file() or path.stat().st_size < self._size(name, state):
-                return None
+        if damaged := self._damaged(state):
+            print(f"preprocess: {damaged} is damaged (its CRC-32 differs): starting anew", file=sys.stderr)
+            return None
         return state
+
+    def _damaged(self, state: State | None = None) -> Path | None:
+        """The first file that lacks something, or is not as it was written, up to where `state` came."""
+        state = state or self.state
+        for name in self._itemsizes:
+            path, size = self._folder / name, self._size(name, state)
+            if not path.is_file() or path.stat().st_size < size or crc32_of(path, size) != state.sums.get(name, 0):
+                return path
+        return None
 
 
 @contextlib.contextmanager
@@ -262,6 +284,8 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], State]:
     try:
         saved = json.loads((folder / _STATE).read_bytes())
         state = State(**saved["state"] | {"position": Position(**saved["state"]["position"])})
+        if not isinstance(state.sums, dict):
+            raise TypeError
         return dict(saved["settings"]), state
     except (OSError, ValueError, KeyError, TypeError):
         return {}, State()
