@@ -124,8 +124,8 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
     named = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "
     with refused_in_one_line(named), console.captured(words):
         tokenizer = rebuild_tokenizer(args)
-    # Saved with the checkpoint: what of its padded vocabulary is real.
-    args.vocab_size = args.vocab_size or tokenizer.vocab_size
+    data_checks.tokenizer(args, tokenizer)
+    args.vocab_size = args.vocab_size or tokenizer.vocab_size  # saved: what of the padded vocabulary is real
     with refused_in_one_line(""), console.captured(words):  # has checks of its own
         pretrain_cfg_container_from_args(args, model_config(args))
     data_checks.token_ids(args)

@@ -31,6 +31,7 @@ def apply(args: Namespace) -> None:
     _tracker_replaced_at_once()
     wrap_method(BlendedDataset, "_build_indices", blend_cache.whole_or_none)
     _checkpoint_helpers_outlive_signals()
+    _tokenizers_without_eos()
     _cuda_graphs_of_layers()
     if platform.has_cuda():
         _weight_gradients_without_apex()
@@ -52,6 +53,16 @@ def _tracker_replaced_at_once() -> None:
     files = checkpointing.maybe_msc
     if not isinstance(files, _TrackerAtOnce):
         checkpointing.maybe_msc = _TrackerAtOnce(files)
+
+
+def _tokenizers_without_eos() -> None:
+    """Make `eos_id` None where a Hugging Face tokenizer has no EOS, as `bos_id` and `eod` are.
+
+    megatron-core 0.19 asks for the id of the token None, a TypeError, whenever it builds a data set.
+    """
+    from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
+
+    HuggingFaceTokenizer.eos_id = property(lambda self: self.eod)
 
 
 def _checkpoint_helpers_outlive_signals() -> None:

@@ -19,6 +19,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_cream.data import indexed
+from megatron_cream.data.tokenizers import OtherIds, check_megatron_ids, has_eod
 from megatron_cream.errors import UsageError, one_line
 from megatron_cream.files import read_text
 
@@ -97,6 +98,21 @@ def held_out(args: Namespace, files: list[tuple[str, tuple[float, float]]]) -> N
         raise UsageError(
             f"--eval-lengths {longest}: no held-out document has as many tokens; give less, or longer text"
         )
+
+
+def tokenizer(args: Namespace, found: Any) -> None:
+    """Raise UsageError at a tokenizer that reads text otherwise than its tokenizer.json, or lacks what is asked of it.
+
+    Args:
+        found: Megatron's.
+    """
+    try:
+        check_megatron_ids(found, args.tokenizer_model)
+    except OtherIds as error:
+        raise UsageError(f"--tokenizer-model {error}") from error
+    if args.eod_mask_loss and not has_eod(found):
+        where = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}"
+        raise UsageError(f"{where}: has no end-of-document token; leave --eod-mask-loss out")
 
 
 def token_ids(args: Namespace) -> None:

@@ -173,6 +173,20 @@ CLEANED = [
     (share(("human", "q"), ("bing", "a")), "unknown role"),
     (share(("human", "q"), ("gpt", "\n")), "empty turn"),
     (share(("human", "q"), ("gpt", None)), "malformed turn"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": t} for t in "q"]},
+                {"role": "assistant", "content": [{"text": "a"}]},
+            ]
+        },
+        "uq aa",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "not text"),
+    (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+        "tool calls",
+    ),
     ({"conversations": ["q", "a"]}, "malformed turn"),
     ({"conversations": "q"}, "not a list of turns"),
     ({"text": "q"}, "no key 'conversations' or 'messages'"),

@@ -1,6 +1,7 @@
 """tools/evaluate.py: what is refused in one line before a model is loaded, and what --overwrite leaves alone."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import language_model
 from megatron_cream.evaluation.results import PICTURE, RESULTS, SUMMARY, open_results
 from megatron_cream.evaluation.runner import Generation, run_task
-from tests.evaluation_models import Knows, save_llama
+from tests.evaluation_models import Knows, save_llama, save_tokenizer
 from tests.test_evaluate import TOOL
 from tests.test_evaluate_runs import plan_of, some_examples
 
@@ -122,3 +123,22 @@ def test_a_batch_of_any_size(model, tmp_path):
     with open_results(tmp_path / "out", settings={}, model={}, model_path=model, overwrite=False) as results:
         assert len(run_task(lambda: knows, plan_of(examples), Generation(batch_size=10**30), results)) == 3
     assert len(knows.batches) == 1
+
+
+def test_prompts_beyond_the_positions_are_said_however_they_are_asked_for(monkeypatch, capsys, model, tmp_path):
+    monkeypatch.setattr(TOOL, "load", lambda *_: (_ for _ in ()).throw(UsageError("is loaded")))
+    for flags in (["kv", "--keys", 75], ["lines", "--lengths", 4096], ["lines", "--lines", 200]):
+        given = [*flags, "--samples", 1, "--model", model, "--output", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, given)])
+        assert TOOL.main() == 2
+        words = capsys.readouterr().err
+        assert re.search(r"\d\d\d\d tokens are more than the 2048 positions of", words) and "is loaded" in words, flags
+
+
+def test_a_tokenizer_of_another_vocabulary_is_named(monkeypatch, capsys, model, tmp_path):
+    save_tokenizer(tmp_path / "large", vocabulary=2600)
+    flags = ["lines", "--lengths", 700, "--samples", 1, "--model", model, "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--tokenizer", str(tmp_path / "large")])
+    assert TOOL.main() == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"--model {model}: the tokenizer gives token id 2\d\d\d, and the model has 2048 ids", line), line

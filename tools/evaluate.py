@@ -122,7 +122,9 @@ def run_examples(args, source: language_model.Source, plan: Plan, options: dict)
     if args.chat:
         source.tokenizer.chat("")  # has it a template?
     generation = Generation(args.batch_size, args.temperature, args.top_p, args.seed, args.chat)
-    warn_beyond(source, max(options.get("lengths") or [options.get("length", 0)]))
+    made = plan.examples if isinstance(plan.examples, list) else []  # by number of keys, say, or from files
+    lengths = [*(options.get("lengths") or []), options.get("length", 0), *(example.length for example in made)]
+    warn_beyond(source, max(lengths))
     settings = {"temperature": args.temperature, "top_p": args.top_p, "chat": args.chat, **options}
     with results_of(args, source, settings) as results:
         records = run_task(lambda: load(args, source), plan, generation, results)

@@ -88,6 +88,8 @@ def main() -> None:
             )
     except (UsageError, ValueError, OSError) as error:
         parser.error(one_line(error, 1000))
+    except MemoryError:
+        parser.error("out of memory; use fewer --workers, or split the largest documents")
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

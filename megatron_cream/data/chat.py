@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.data.documents import BadDocument
+from megatron_cream.data.time_limit import Endless, limited_rendering
 
 CHAT_FORMATS = ("llama2", "tokenizer")
 
@@ -71,12 +72,23 @@ def _message(turn: Any) -> Message:
     if not isinstance(turn, dict):
         raise BadDocument("chat with a malformed turn")
     role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise BadDocument("chat with tool calls")
+    if isinstance(content, list):
+        content = _joined(content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadDocument("chat with a malformed turn")
     if role not in ROLES:
         raise BadDocument("chat with an unknown role")
     content.encode()
     return {"role": ROLES[role], "content": content}
+
+
+def _joined(parts: list) -> str:
+    """The text of OpenAI's content in parts, {"type": "text", "text": ...} each."""
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise BadDocument("chat with parts that are not text")
+    return "".join(part["text"] for part in parts)
 
 
 class Llama2Chat:
@@ -144,6 +156,7 @@ class TemplateChat:
 
         Raises:
             BadDocument: the template refuses the chat, or writes an answer otherwise than it is.
+        ValueError: the template does not end.
         """
         text = self._render(messages)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -172,9 +185,12 @@ class TemplateChat:
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            with limited_rendering():
+                return self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+        except Endless as error:
+            raise ValueError(f"the chat template of {self._tokenizer.name_or_path} {error}") from None
         except Exception:  # the template's own, jinja's, or what its sandbox does not allow
             raise BadDocument("chat that the chat template refuses") from None
 

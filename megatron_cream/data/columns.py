@@ -189,12 +189,24 @@ def _texts(column: Any) -> list[bytes | None]:
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
-        column.validate(full=True)
-        column = column.dictionary_decode()
+        return _of_dictionary(column)
     kind = pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
     column = column.cast(kind)
     column.validate(full=True)  # Arrow trusts what it reads: offsets beyond the data would end the process
     return column.to_pylist()
+
+
+def _of_dictionary(column: Any) -> list[bytes | None]:
+    """The same of dictionary-encoded texts. All rows decoded at once may have more bytes than one Arrow array can."""
+    import pyarrow
+
+    column.indices.validate(full=True)
+    places = column.indices.to_pylist()
+    used = sorted({place for place in places if place is not None})
+    if used and not 0 <= used[0] <= used[-1] < len(column.dictionary):
+        raise pyarrow.ArrowInvalid(f"place {used[-1]} is beyond the dictionary's {len(column.dictionary)} texts")
+    texts = {place: _texts(column.dictionary[place : place + 1])[0] for place in used}
+    return [None if place is None else texts[place] for place in places]
 
 
 def _chats(column: Any, key: str) -> Iterator[bytes]:

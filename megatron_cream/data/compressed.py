@@ -7,13 +7,22 @@ import gzip
 import io
 import zlib
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
-_CHUNK = 1 << 14
-"""Compressed bytes taken at a time. Small, as the text that a chunk becomes is held in memory."""
+_CHUNK = 1 << 12
+"""Compressed bytes of .zst taken at a time. Few: the text that they become, of zeros 128 MiB, is held in memory."""
+
+
+LONGEST_LINE = 1 << 28
+"""Bytes of a line, or of a text file: more is no document. A few MB of .gz or .zst may hold lines of gigabytes."""
+
+
+class LongLine(ValueError):
+    """A line beyond LONGEST_LINE. The message is one line without the path."""
 
 
 class DamagedFile(ValueError):
@@ -38,6 +47,26 @@ def decompressed(path: Path, raw: BinaryIO) -> io.BufferedReader:
     if path.suffix == ".zst":
         return io.BufferedReader(_Zstandard(raw), 1 << 17)
     return raw
+
+
+def bounded_lines(stream: BinaryIO, first: int = 1) -> Iterator[bytes]:
+    """The lines of a stream.
+
+    Args:
+        first: number of the first one, for the message.
+
+    Raises:
+        LongLine: the first that is too long.
+    """
+    number = first
+    while line := stream.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise LongLine(
+                f"line {number} is longer than {LONGEST_LINE >> 20} MiB. Put one JSON object on each line, or split "
+                "the document"
+            )
+        yield line
+        number += 1
 
 
 class _Forward(io.RawIOBase):
@@ -103,9 +132,11 @@ class _Zstandard(_Forward):
         self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._frame = None
         self._compressed = self._text = b""
+        self._taken = 0
 
     def _some(self, most: int) -> bytes:
-        while not self._text:
+        while self._taken == len(self._text):
+            self._taken, self._text = 0, b""
             self._compressed = self._compressed or self._raw.read(_CHUNK)
             if not self._compressed:
                 if self._frame is not None:
@@ -121,5 +152,6 @@ class _Zstandard(_Forward):
             self._compressed = b""
             if self._frame.eof:
                 self._compressed, self._frame = self._frame.unused_data, None
-        data, self._text = self._text[:most], self._text[most:]
+        data = self._text[self._taken : self._taken + most]
+        self._taken += len(data)
         return data

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_cream.data.columns import COLUMN_SUFFIXES, check_column, dataset_files, read_rows
-from megatron_cream.data.compressed import COMPRESSED_SUFFIXES, DamagedFile, decompressed, suffix
+from megatron_cream.data.compressed import (
+    COMPRESSED_SUFFIXES,
+    LONGEST_LINE,
+    DamagedFile,
+    LongLine,
+    bounded_lines,
+    decompressed,
+    suffix,
+)
 from megatron_cream.data.indexed import loss_mask_prefix, paths
 from megatron_cream.data.json_array import DamagedArray, read_elements, starts_array
 from megatron_cream.errors import reason
@@ -270,10 +278,10 @@ def _read_json(path: Path, begin: Position) -> Iterator[_Record]:
                 return
             stream.seek(begin.offset)
             offset = begin.offset
-            for number, line in enumerate(stream, begin.record + 1):
+            for number, line in enumerate(bounded_lines(stream, begin.record + 1), begin.record + 1):
                 offset += len(line)
                 yield number, line, offset, raw.tell()
-        except (DamagedFile, DamagedArray) as error:
+        except (DamagedFile, DamagedArray, LongLine) as error:
             raise ValueError(f"{path}: {error}") from error
 
 
@@ -292,7 +300,10 @@ def _parse(line: bytes) -> dict:
 def _read_text(path: Path) -> bytes:
     with path.open("rb") as raw:
         try:
-            return decompressed(path, raw).read().removeprefix(codecs.BOM_UTF8)
+            text = decompressed(path, raw).read(LONGEST_LINE + 1)
+            if len(text) > LONGEST_LINE:
+                raise BadDocument(f"text file of more than {LONGEST_LINE >> 20} MiB")
+            return text.removeprefix(codecs.BOM_UTF8)
         except DamagedFile as error:
             raise BadDocument(str(error)) from None
 

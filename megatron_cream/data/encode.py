@@ -10,7 +10,8 @@ import numpy as np
 from megatron_cream.data.chat import CHAT_KEYS, Llama2Chat, TemplateChat, take_messages
 from megatron_cream.data.documents import BadDocument, Batch, Position, read_documents, take_text
 from megatron_cream.data.indexed import token_type
-from megatron_cream.data.tokenizers import bos_to_prepend, text_ids
+from megatron_cream.data.tokenizers import bos_to_prepend, has_eod, text_ids
+from megatron_cream.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Encoder:
             ids, mask = self._encode_chat(document) if self.chats else (text_ids(self._tokenizer, document), None)
         except BadDocument:
             raise
+        except ValueError as error:
+            raise ValueError(f"{where}: {one_line(error)}") from error
         except Exception as error:
             error.add_note(f"while tokenizing {where}")
             raise
@@ -107,6 +110,6 @@ class _TooShort(BadDocument):
 
 
 def _eod(tokenizer: Any) -> int:
-    if tokenizer.eod is None or tokenizer.eod < 0:
+    if not has_eod(tokenizer):
         raise ValueError("the tokenizer has no end-of-document token: do not append one (--no-append-eod)")
     return tokenizer.eod

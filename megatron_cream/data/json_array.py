@@ -94,4 +94,4 @@ class _Text:
                 found, self._at = self._text[self._at : end], end
                 return found
             if len(self._text) - self._at > _LONGEST or not self._more():
-                raise DamagedArray(f"not one JSON array: element {number} is cut or malformed")
+                raise DamagedArray(f"not one JSON array: element {number} is cut, malformed or longer than 256 MiB")

@@ -15,6 +15,10 @@ TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 """Values of --tokenizer-type that text is preprocessed with."""
 
 
+_PROBE = "A quick brown fox,\n\n  12345 é Ж 中文 🙂\tx = [1];  end"
+"""Spaces, line feeds, digits, letters beyond Latin: what tokenizers treat each in its own way."""
+
+
 def check_tokenizer_files(tokenizer_type: str, tokenizer_model: Path) -> None:
     """Cheap checks of what a tokenizer is loaded from, without importing Megatron.
 
@@ -47,11 +51,61 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: Path) -> Any:
 
     config = TokenizerConfig(tokenizer_type=tokenizer_type, tokenizer_model=str(tokenizer_model), pad_vocab_size=False)
     try:
-        return build_tokenizer(config)
+        tokenizer = build_tokenizer(config)
+        check_megatron_ids(tokenizer, tokenizer_model)
+    except OtherIds:
+        raise
     except Exception as error:  # each library raises its own kinds
         kind = "sentencepiece model" if tokenizer_type in SENTENCEPIECE_TYPES else "Hugging Face tokenizer folder"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{tokenizer_model}: not a {kind} ({reason})") from error
+    return tokenizer
+
+
+class OtherIds(ValueError):
+    """transformers gives other ids than the tokenizer.json that it was made from. One line, with the folder."""
+
+
+def check_megatron_ids(tokenizer: Any, folder: str | Path) -> None:
+    """As `check_same_ids`, of Megatron's tokenizer; nothing where it is not of transformers."""
+    if getattr(tokenizer, "library", "") == "huggingface":
+        check_same_ids(Path(folder), tokenizer._tokenizer.tokenizer)  # Megatron's wrapper does not show it
+
+
+def check_same_ids(folder: Path, tokenizer: Any) -> None:
+    """Compare transformers' tokenizer with the folder's tokenizer.json on a text.
+
+    transformers builds some classes of tokenizers anew, and not always alike: 5.3 drops all spaces with a byte-level
+    tokenizer whose class is LlamaTokenizerFast, such as DeepSeek-R1-Distill-Llama's.
+
+    Raises:
+        OtherIds: their ids differ beyond the first, which a space put before the text may change.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    import tokenizers
+    import transformers
+
+    raw = tokenizers.Tokenizer.from_file(str(file))
+    raw.no_truncation()
+    raw.no_padding()
+    theirs, own = tokenizer(_PROBE, add_special_tokens=False)["input_ids"], raw.encode(_PROBE, add_special_tokens=False)
+    if theirs[1:] == own.ids[1:]:
+        return
+    place = next((i for i, (a, b) in enumerate(zip(theirs, own.ids)) if i and a != b), 1)
+    shown = [" ".join(map(str, ids[place : place + 4])) for ids in (theirs, own.ids)]
+    raise OtherIds(
+        f"{folder}: transformers {transformers.__version__} does not read text as its tokenizer.json does: "
+        f"{_PROBE[:13]!r} becomes {tokenizer.decode(theirs)[:13]!r}, and ids from place {place} on are {shown[0]}, "
+        f'not {shown[1]}. Set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json, or install '
+        "another transformers"
+    )
+
+
+def has_eod(tokenizer: Any) -> bool:
+    """Whether a tokenizer of Megatron's has an end-of-document token."""
+    return tokenizer.eod is not None and tokenizer.eod >= 0
 
 
 def tokenizer_id(tokenizer_type: str, tokenizer_model: Path) -> str:

@@ -1,6 +1,7 @@
 """The flags of tools/evaluate.py."""
 
 import argparse
+import math
 
 from megatron_cream.checkpoint.convert import DTYPES
 from megatron_cream.command_line import OneLineParser, path, path_or_name, positive
@@ -37,8 +38,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--longppl", action=argparse.BooleanOptionalAction, help="by default if --lengths go beyond --short-context")
     add("--short-context", type=positive, default=4096, help="LongPPL: tokens of the short context")
     add("--short-block", type=positive, default=1024, help="LongPPL: tokens that share a short context")
-    add("--alpha", type=float, default=2.0, help="LongPPL: a key token's gain by the long context is above this")
-    add("--beta", type=float, default=-2.0, help="LongPPL: and its log-probability with it is above this")
+    add("--alpha", type=_finite, default=2.0, help="LongPPL: a key token's gain by the long context is above this")
+    add("--beta", type=_finite, default=-2.0, help="LongPPL: and its log-probability with it is above this")
     about = "LongPPL: another model that tells the key tokens"
     add("--key-token-model", type=path_or_name, metavar="MODEL", help=about)
     _add_prefill(added)
@@ -164,6 +165,10 @@ class _Ascending(argparse.Action):
 
 def _at_least_zero(text: str) -> float:
     return _number(text, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def _finite(text: str) -> float:
+    return _number(text, math.isfinite, "a finite number")
 
 
 def _share(text: str) -> float:

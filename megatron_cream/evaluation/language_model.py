@@ -91,6 +91,14 @@ class Source:
             raise UsageError(f"{file}: max_position_embeddings {positions!r}: must be a whole number above 0")
         return positions or 1 << 40
 
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids that the model takes, where its configuration says so."""
+        if self.checkpoint:
+            return self.checkpoint.shape.vocab_size
+        size = read_json(self.path / "config.json", "a model's configuration that can be read").get("vocab_size")
+        return size if type(size) is int else None
+
     def identity(self) -> dict[str, Any]:
         """What tells this model from another, and from itself after more training; no matter where it lies."""
         folders = [self.checkpoint.folder, self.checkpoint.hf_folder] if self.checkpoint else [self.path]
@@ -178,23 +186,34 @@ def not_finite(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageEr
 
 
 class _Checked:
-    """A LanguageModel whose logits are known to be finite."""
+    """A LanguageModel that is only asked for tokens that it has, and whose logits are known to be finite."""
 
     def __init__(self, model: LanguageModel, source: Source):
         self._model, self._source = model, source
         self.tokenizer, self.max_positions = model.tokenizer, model.max_positions
+        self._vocab_size = source.vocab_size
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
+        self._check_ids(max(map(max, filter(None, prompts)), default=0))
         try:
             return self._model.generate(prompts, max_new_tokens, **sampling)
         except NotFinite:
             raise not_finite(self._source, self._model.weights()) from None
 
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:
+        self._check_ids(int(tokens.max()))
         found = self._model.log_probs(tokens, start)
         if not found.isfinite().all():
             raise not_finite(self._source, self._model.weights())
         return found
+
+    def _check_ids(self, largest: int) -> None:
+        """On a GPU an id without an embedding would end the process with a trace of the device's."""
+        if self._vocab_size is not None and largest >= self._vocab_size:
+            raise UsageError(
+                f"{self._source.flag} {self._source.path}: the tokenizer gives token id {largest}, and the model has "
+                f"{self._vocab_size} ids. Give --tokenizer, the one that it was trained with"
+            )
 
 
 def _load(source: Source, prefill_chunk: int) -> LanguageModel:

@@ -5,7 +5,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.data.tokenizers import bos_to_prepend, text_ids
+from megatron_cream.data.time_limit import Endless, limited_rendering
+from megatron_cream.data.tokenizers import OtherIds, bos_to_prepend, check_same_ids, has_eod, text_ids
 from megatron_cream.errors import UsageError, one_line
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
@@ -79,6 +80,8 @@ def open_tokenizer(path: Path, *, flag: str) -> ModelTokenizer:
         )
     try:
         return kind(path)
+    except OtherIds as error:
+        raise UsageError(f"{flag} {error}") from error
     except Exception as error:  # each library raises its own kinds
         raise UsageError(
             f"{flag} {path}: not a tokenizer that can be read: {one_line(error, 200) or type(error).__name__}"
@@ -94,6 +97,7 @@ class _HfTokenizer(ModelTokenizer):
 
         logging.set_verbosity_error()  # that a text is longer than the tokenizer's model_max_length
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        check_same_ids(folder, self._tokenizer)
         bos = self._tokenizer.bos_token_id
         self.bos = bos if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else None
         eos = self._tokenizer.eos_token_id
@@ -116,7 +120,10 @@ class _HfTokenizer(ModelTokenizer):
             return super().chat(text)
         turns = [{"role": "user", "content": text}]
         try:
-            return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            with limited_rendering():
+                return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        except Endless as error:
+            raise UsageError(f"--chat: the model's chat template {error}") from None
         except Exception as error:  # jinja's, or what the template itself raises
             raise UsageError(f"--chat: the model's chat template cannot be used: {one_line(error)}") from error
 
@@ -134,7 +141,8 @@ class _SentencePieceTokenizer(ModelTokenizer):
         return self._model.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
+        size = self._model.get_piece_size()
+        return self._model.decode([i for i in ids if i < size])  # ids beyond pad the model's vocabulary
 
 
 class TrainingTokenizer(ModelTokenizer):
@@ -143,7 +151,7 @@ class TrainingTokenizer(ModelTokenizer):
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self.bos = bos_to_prepend(tokenizer, None)
-        self.stop_ids = frozenset([tokenizer.eod])
+        self.stop_ids = frozenset([tokenizer.eod] if has_eod(tokenizer) else [])
 
     def encode(self, text: str) -> list[int]:
         return text_ids(self._tokenizer, text)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.data.compressed import bounded_lines
 from megatron_cream.errors import UsageError, one_line
 from megatron_cream.evaluation.task import Example, Tokenizer
 from megatron_cream.evaluation.tasks import longbench_metrics as metrics
@@ -278,4 +279,4 @@ def _files(folder: Path) -> dict[str, Callable[[], Iterator[tuple[str, dict[str,
 
 def _zipped(file: Path, member: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with reported(file), zipfile.ZipFile(file) as archive, archive.open(member) as lines:
-        yield from parse_lines(lines, f"{file}:{member}", _FIELDS)
+        yield from parse_lines(bounded_lines(lines), f"{file}:{member}", _FIELDS)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_cream.data.compressed import bounded_lines
 from megatron_cream.errors import UsageError, one_line
 
 
@@ -54,7 +55,7 @@ def json_lines(path: Path, fields: Iterable[str]) -> Iterator[tuple[str, dict[st
         UsageError: no such file, none or not such lines; it names the first one.
     """
     with reported(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-        yield from parse_lines(lines, str(path), fields)
+        yield from parse_lines(bounded_lines(lines), str(path), fields)
 
 
 def parse_lines(lines: Iterable[bytes], where: str, fields: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
