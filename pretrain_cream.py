@@ -129,6 +129,8 @@ def forward_step(data_iterator, model):
 def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None):
     """Built on the first tensor-parallel rank of every pipeline stage."""
     args, (train, valid, test) = get_args(), train_val_test_num_samples
+    if args.start_eval_at_iter and valid is not None:
+        valid += args.eval_iters * args.eval_global_batch_size  # Megatron 0.19 forgets the evaluation at that very step
     # Beside what an earlier start has evaluated on, perhaps more often than these flags say.
     counts = [train, valid + args.consumed_valid_samples if valid else valid, test]
     datasets = BlendedMegatronDatasetBuilder(

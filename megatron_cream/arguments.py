@@ -188,7 +188,7 @@ def read(argv: list[str] | None = None) -> Namespace:
     checks.check(args, sampler_options(args), args.rope_scaling_config)
     save_flags.hide_hook(args)
     pretrained.check_ends(args)
-    loading.source(args)
+    checks.weights(args, from_checkpoint=loading.source(args) is not None)
     args.transformer_impl = "transformer_engine" if args.attention["transformer_engine"] else "local"
     return args
 

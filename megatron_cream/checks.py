@@ -21,27 +21,6 @@ from megatron_cream.model import user_buffers
 from megatron_cream.model.rotary import RotaryEmbedding
 from megatron_cream.positions import build_sampler
 
-# Megatron's switches for its own rotary embedding and model families: not ours.
-UNSUPPORTED = {
-    "use_rope_scaling": "--rope-scaling-type llama3",
-    "rotary_interleaved": "the half-rotated form, which Llama uses",
-    "rotary_seq_len_interpolation_factor": "--rope-scaling-type linear",
-    "reset_position_ids": "--position-sampler, which sets position ids",
-    "reset_attention_mask": "one document a sample, as this project's data always is",
-    "multi_latent_attention": "Llama's grouped-query attention",
-    "num_experts": "a dense Llama",
-    "hybrid_layer_pattern": "a Llama",
-    "spec": "--attention-backend, which chooses the layer spec",
-    "yaml_cfg": "--config",
-    "sft": "tools/preprocess_data.py and --data-path",
-    "mock_data": "--embedded-data",
-    "inprocess_restart": "torchrun --max-restarts",
-    "enable_ft_package": "--timeout-minutes and torchrun --max-restarts",
-    "non_persistent_save_interval": "--save-interval",
-    "enable_cuda_graph": "--cuda-graph-impl local",
-    "trust_remote_code": "a tokenizer that brings no code of its own",
-}
-
 _PATHS = (
     "save", "load", "pretrained_checkpoint", "load_hf", "save_hf", "tensorboard_dir", "data_cache_path",
     "tokenizer_model", "vocab_file", "merge_file", "data_path", "train_data_path", "valid_data_path",
@@ -70,16 +49,15 @@ def gpu_of_rank(local_rank: int) -> None:
 
 
 def unsupported(args: Namespace) -> None:
-    """Flags of Megatron's that this project replaces or does not carry."""
-    for name, instead in UNSUPPORTED.items():
-        if getattr(args, name, None):
-            raise UsageError(f"{flag(name)} {getattr(args, name)}: not supported here; use {instead}")
+    """Raise UsageError at values that this project does not carry; whole flags are refused by flag_support.py."""
     if args.async_save and args.async_strategy != "mcore":
         raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
-    if args.cuda_graph_impl not in ("none", "local") or args.external_cuda_graph:
+    if args.cuda_graph_impl not in ("none", "local"):
         # They record a layer with Megatron's own table of angles, or a data loader that hands out one buffer.
-        given = "--external-cuda-graph" if args.external_cuda_graph else f"--cuda-graph-impl {args.cuda_graph_impl}"
-        raise UsageError(f"{given}: cannot replay position ids that change with each sample; use local")
+        raise UsageError(
+            f"--cuda-graph-impl {args.cuda_graph_impl}: cannot replay position ids that change with each sample; "
+            "use local"
+        )
     if (
         args.log_straggler
         and not args.print_config
@@ -103,12 +81,21 @@ def unsupported(args: Namespace) -> None:
     _optimizer(args)
     if args.position_embedding_type not in ("none", "rope"):
         raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
-    if args.rotary_percent != 1.0:
-        raise UsageError(f"--rotary-percent {args.rotary_percent}: only 1.0 is supported here")
+    if not platform.has_cuda() and not args.print_config:
+        _on_a_gpu_alone(args)
+
+
+def _on_a_gpu_alone(args: Namespace) -> None:
+    """What Megatron would fail at with a traceback, as it finds no CUDA device."""
+    if args.profile and not args.use_pytorch_profiler:
+        raise UsageError("--profile: profiles GPUs, by nsys, and there is none; add --use-pytorch-profiler")
+    for name in ("record_memory_history", "gpu_sniff_test_interval"):
+        if value := getattr(args, name):
+            raise UsageError(f"{flag(name)} {value}: needs a GPU; leave it out")
 
 
 def _optimizer(args: Namespace) -> None:
-    if "muon" in args.optimizer and importlib.util.find_spec("emerging_optimizers") is None:
+    if args.optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
         raise UsageError(f"--optimizer {args.optimizer}: needs the package emerging-optimizers; use adam")
     if args.use_distributed_optimizer and args.optimizer == "sgd":
         raise UsageError("--use-distributed-optimizer: not with --optimizer sgd; use adam")
@@ -121,6 +108,15 @@ def paths(args: Namespace) -> None:
         for path in value if isinstance(value, list) else [value]:
             if path is not None:
                 check_path(path, flag(name))
+
+
+def weights(args: Namespace, from_checkpoint: bool) -> None:
+    """Raise UsageError where weights are neither made nor loaded: they would be what the memory held before."""
+    if not (args.perform_initialization or from_checkpoint or args.load_hf):
+        raise UsageError(
+            "--no-initialization: no weights are loaded in their place; give --load-hf, --pretrained-checkpoint or "
+            "--load"
+        )
 
 
 def require(args: Namespace) -> None:
@@ -244,7 +240,8 @@ def _parallel(args: Namespace) -> None:
             f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {tp * pp * cp}"
         )
     uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
-    if args.num_layers % pp and not uneven and not args.pipeline_model_parallel_layout:
+    counted = args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+    if counted % pp and not uneven and not args.pipeline_model_parallel_layout:
         raise UsageError(f"--pipeline-model-parallel-size {pp}: must divide --num-layers {args.num_layers}")
     lengths = [("--seq-length", args.seq_length)]
     for name in ("eval_lengths", "long_eval_lengths"):
@@ -276,8 +273,21 @@ def _parallel(args: Namespace) -> None:
         )
     if args.attention["name"] == "local" and cp > 1:
         raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
+    if not args.attention["transformer_engine"] and not args.print_config:
+        _transformer_engine_alone(args)
     if args.tp_comm_overlap:
         _user_buffers(args)
+
+
+def _transformer_engine_alone(args: Namespace) -> None:
+    """What other layers do not look at: the run would be in another precision, or place, than it was asked for."""
+    flags = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+    also = "cpu_offloading_num_layers hierarchical_context_parallel_sizes te_precision_config_file fp8_param_gather "
+    also += "fused_residual_rmsnorm use_transformer_engine_op_fuser use_grouped_gemm_for_dense_mlp delay_wgrad_compute "
+    also += "fine_grained_activation_offloading use_te_activation_func symmetric_ar_type log_max_attention_logit"
+    for name, given in (flags | {name: flag(name) for name in also.split()}).items():
+        if (value := getattr(args, name)) and not (name == "use_te_activation_func" and platform.has_cuda()):
+            raise UsageError(f"{given} {value}: needs Transformer Engine's layers, which this run does not have")
 
 
 def _user_buffers(args: Namespace) -> None:

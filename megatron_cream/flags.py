@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_args
 
-from megatron_cream import platform
+from megatron_cream import flag_support, platform
 from megatron_cream.checkpoint import save_flags
 from megatron_cream.errors import UsageError
 from megatron_cream.evaluation import long_flags
@@ -169,6 +169,8 @@ def parse_flags(argv: list[str] | None) -> Namespace:
     saved, sys.argv = sys.argv, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     try:
         args = parse_args(_add_arguments)
+    except RuntimeError as error:  # Megatron's own, at --enable-msc
+        raise UsageError(f"--enable-msc: {error}") from error
     finally:
         sys.argv = saved
     if args.recompute_granularity == "none":
@@ -210,6 +212,7 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
         _mend_help(action)
         if action.type not in (None, str, int, float):
             action.type = functools.partial(_converted, action.type)
+    flag_support.refuse_when_parsing(parser)  # by the defaults before a recipe's
     path = recipe_path(sys.argv[1:]) if recipe else None
     if path is not None:
         parser.set_defaults(**read_recipe(path, parser))

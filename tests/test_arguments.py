@@ -175,7 +175,7 @@ BAD = [
     ({"inprocess_restart": True}, 1, ["--inprocess-restart", "torchrun --max-restarts"]),
     ({"async_save": True, "async_strategy": "nvrx"}, 1, ["--async-strategy nvrx", "use mcore"]),
     ({"cuda_graph_impl": "transformer_engine"}, 1, ["--cuda-graph-impl transformer_engine", "use local"]),
-    ({"enable_cuda_graph": True}, 1, ["--enable-cuda-graph True", "use --cuda-graph-impl local"]),
+    ({"enable_cuda_graph": True}, 1, ["--enable-cuda-graph: ", "use --cuda-graph-impl local"]),
     ({"data_path": None}, 1, ["--data-path is missing"]),
     ({"data_path": "no/such/prefix"}, 1, ["--data-path no/such/prefix", "no/such/prefix.bin"]),
     ({"seq_length": 1024, "target_length": 1024}, 1, ["--data-path", "none of its 60 documents has 1024 tokens"]),

@@ -1,4 +1,4 @@
-"""The command with no flags: a newcomer's first run, on two ranks, and what it must show."""
+"""The command with no flags: a newcomer's first run (--embedded-data), on two ranks, and what it must show."""
 
 import json
 import os
