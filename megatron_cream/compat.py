@@ -37,6 +37,7 @@ def apply(args: Namespace) -> None:
         _weight_gradients_without_apex()
     _distributed_optimizer_resumes_with_torch_adam()
     _distributed_optimizer_saves_padded_buckets()
+    _distributed_optimizer_loads_float32_weights()
 
 
 def _one_command_line(args: Namespace) -> None:
@@ -248,11 +249,13 @@ def _distributed_optimizer_resumes_with_torch_adam() -> None:
     """Resuming with the distributed optimizer and torch's Adam (no Transformer Engine, no apex).
 
     Their Adam counts steps once for a parameter group; torch's keeps a `step` in the state of
-    each parameter, and three places of the loading path do not reckon with that:
+    each parameter, and four places of the loading path do not reckon with that:
     the count is asked for before there is one (an assertion fails); the tensors to set are
     looked up by every key of the state, `step` among them, which a checkpoint does not hold
     (KeyError); and all parameters are given one and the same tensor as their count, so
-    that each later step would count once for every parameter.
+    that each later step would count once for every parameter. Where the state was saved with
+    --no-dist-ckpt-optim-fully-reshardable, a count does stand among the tensors: the new state's
+    own, 1, which would silently take the saved one's place.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -266,7 +269,7 @@ def _distributed_optimizer_resumes_with_torch_adam() -> None:
         return original(self, model_sharded_state_dict, is_loading, *args, **kwargs)
 
     def step_apart(original, self, model_param, tensors):
-        return original(self, model_param, {"step": None, **tensors})
+        return original(self, model_param, {**tensors, "step": None})
 
     def a_step_each(original, self, state_dict):
         original(self, state_dict)
@@ -276,6 +279,21 @@ def _distributed_optimizer_resumes_with_torch_adam() -> None:
     wrap_method(cls, "sharded_state_dict", state_first)
     wrap_method(cls, "_set_main_param_and_optimizer_states", step_apart)
     wrap_method(cls, "load_state_dict", a_step_each)
+
+
+def _distributed_optimizer_loads_float32_weights() -> None:
+    """Resume from an optimizer that was saved with --no-dist-ckpt-optim-fully-reshardable in float32.
+
+    The weights that it holds are then views of the model's own parameters. Megatron's two other formats are loaded
+    without autograd; this one is not (0.19.2), and torch refuses to write into a parameter that has a gradient.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    def without_autograd(original, self, *args, **kwargs):
+        with torch.no_grad():
+            return original(self, *args, **kwargs)
+
+    wrap_method(DistributedOptimizer, "load_parameter_state_from_dp_reshardable", without_autograd)
 
 
 def _distributed_optimizer_saves_padded_buckets() -> None:

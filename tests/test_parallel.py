@@ -102,6 +102,14 @@ def test_resume(start):
         assert relative_error(resume(ranks, name, *extra.split()), rest) < 1e-5, name
 
 
+def test_resume_from_an_optimizer_that_was_not_gathered(start, tmp_path):
+    """The flag that a save advises where memory is too little to gather it."""
+    layout = ["--use-distributed-optimizer", "--no-dist-ckpt-optim-fully-reshardable", "--train-iters", 4]
+    whole = train(2, tmp_path / "whole", *start[1], *layout, "--save", tmp_path / "saved", "--save-interval", 2)
+    rest = train(2, tmp_path / "rest", *start[1], *layout, "--load", tmp_path / "saved", "--ckpt-step", 2)
+    assert rest == {step: whole[step] for step in (3, 4)}
+
+
 def test_the_step_line_has_the_memory_of_the_fullest_stage(start, tmp_path):
     """The first one's, which keeps most micro-batches; the line is the last one's."""
     job = tmp_path / "job.py"
