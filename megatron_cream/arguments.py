@@ -119,7 +119,9 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
     words = io.StringIO()
     with refused_in_one_line(""), console.captured(words):
         if args.use_checkpoint_args:
+            theta = args.rotary_base
             load_args_from_checkpoint(args)
+            args.rotary_base = theta  # chosen with the checkpoint's in view; Megatron puts that back
         validate_args(args, {})
     named = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "
     with refused_in_one_line(named), console.captured(words):

@@ -106,9 +106,9 @@ BAD_FOLDERS = {
     "another activation": (config(hidden_act="gelu"), 'hidden_act "gelu": not supported; only "silu" is'),
     "quantized": (config(quantization_config={"bits": 4}), "quantization_config: not supported"),
     "sliding window": (config(model_type="mistral", architectures=None, sliding_window=64), "sliding_window 64"),
-    "dynamic rope": (
-        config(rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}),
-        "'dynamic': choose",
+    "dynamic rope without a factor": (
+        config(rope_parameters=None, rope_scaling={"type": "dynamic"}),
+        "'dynamic': {'factor'}",
     ),
     "heads and groups": (config(num_key_value_heads=3), "num_key_value_heads 3: must divide num_attention_heads 4"),
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers 0: must be a whole number from 1"),

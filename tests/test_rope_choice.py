@@ -16,6 +16,11 @@ LLAMA31 = dict(theta=5e5, scaling=rope_scaling_dict("llama3", 8.0, 8192), positi
 VICUNA = dict(theta=1e4, scaling=rope_scaling_dict("linear", 4.0), positions=4096)  # the window before scaling
 TOGETHER = dict(theta=1e4, scaling=rope_scaling_dict("linear", 8.0), positions=32768)  # the window after it
 QWEN = dict(theta=1e6, scaling=rope_scaling_dict("yarn", 4.0, 32768), positions=32768)
+DYNAMIC = dict(theta=1e4, positions=4096)
+DYNAMIC |= {"scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4096}}
+LONGROPE = dict(theta=1e4, positions=131072, scaling={
+    "rope_type": "longrope", "factor": 32.0, "original_max_position_embeddings": 4096,
+    "short_factor": [1.0] * 64, "long_factor": [1.0, *[4.0] * 62, 64.0]})
 NTK = dict(theta=1e4, scaling=rope_scaling_dict("ntk", 8.0), positions=32768, original=4096)
 
 
@@ -62,6 +67,13 @@ TABLE = [
     (NTK, dict(target=65536), ("ntk", 16, None), ["ntk scaling goes from factor 8 (32768", "16 (65536"]),
     (QWEN, dict(target=262144, factor=6.0), ("yarn", 6, 32768), ["to factor 6 (196608", "warning: --rope-scaling-fac"]),
     (QWEN, dict(target=65536, original=16384), ("yarn", 4, 16384), ["window 16384"]),
+    (LONGROPE, dict(target=131072), ("longrope", 32, 4096), ["is kept: it serves 131072"]),
+    (LONGROPE, dict(target=262144), ("longrope", 64, 4096), ["factor 32 (131072", "64 (262144"]),
+    # Dynamic scaling has no frequencies of its own: it is trained as ntk's at the target.
+    (DYNAMIC, dict(target=4096), None, ["dynamic scaling by 2 from a window of 4096 has no effect at 4096"]),
+    (DYNAMIC, dict(target=32768), ("ntk", 15, None), ["becomes ntk scaling by 15, which it amounts to at 32768"]),
+    (DYNAMIC, dict(target=32768, factor=4.0), ("ntk", 4, None), ["becomes ntk scaling by 4", "serves 16384"]),
+    (DYNAMIC, dict(target=32768, type="yarn"), ("yarn", 8, 4096), ["replaced by yarn scaling by 8"]),
     # Another type replaces it, from the window that it was pre-trained with.
     (LLAMA31, dict(target=262144, type="yarn"), ("yarn", 32, 8192), ["llama3 scaling by 8", "replaced by yarn scaling"]),
     (QWEN, dict(target=131072, type="linear"), ("linear", 4, None), ["yarn scaling by 4", "replaced by linear"]),
@@ -106,6 +118,11 @@ def test_yarns_temperature_follows_the_factor_unless_it_is_the_models_own():
     assert choose(own, target=262144).scaling["attention_factor"] == 1.5
     plain = {key: value for key, value in QWEN["scaling"].items() if key != "attention_factor"}
     assert "attention_factor" not in choose(QWEN | {"scaling": plain}, target=262144).scaling
+
+
+def test_longrope_is_widened_most_where_it_divides_most():
+    long = choose(LONGROPE, target=262144).scaling["long_factor"]
+    assert long[0] == 1 and math.isclose(long[-1], 128) and math.isclose(long[1], 4 ** (1 + math.log(2) / math.log(64)))
 
 
 @pytest.mark.parametrize("model", [VICUNA, TOGETHER])

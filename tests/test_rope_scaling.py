@@ -85,6 +85,8 @@ def test_rope_scaling_dict():
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
 LLAMA3 = rope_scaling_dict("llama3", 8.0, 4096)
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+LONGROPE |= {"original_max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,9 @@ LLAMA3 = rope_scaling_dict("llama3", 8.0, 4096)
         ({"rope_theta": 1.0}, "rope_theta 1.0: must be a number above 1"),
         ({"rope_theta": math.nan}, "rope_theta nan: must be a number above 1"),
         ({"max_position_embeddings": 0}, "max_position_embeddings 0: must be at least 1"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "'dynamic': choose from none, linear, ntk, yarn"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 8.0}}, "'spiral': choose from none, linear, ntk, yarn"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0]}}, r"\['long_factor'\] has 1 numbers: must be 64, head_dim / 2"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [0.0] * 64}}, r"must be a list of numbers above 0"),
         ({"rope_scaling": {"factor": 8.0}}, "None: choose from none"),
         ({"rope_scaling": {"rope_type": "linear"}}, r"\['factor'\] is missing: 'linear' needs factor"),
         ({"rope_scaling": {"rope_type": "ntk", "factor": None}}, r"\['factor'\] is missing"),
@@ -130,7 +134,7 @@ def test_settings_that_cannot_be(settings_, message):
         (("linear", 0.5), "'factor'. 0.5: must be a number of at least 1"),
         (("yarn", -1.0, 4096), "'factor'. -1.0"),
         (("yarn", 8.0), "'original_max_position_embeddings'. is missing"),
-        (("longrope", 8.0, 4096), "'longrope': choose from"),
+        (("longrope", 8.0, 4096), "'short_factor'. is missing"),
     ],
 )
 def test_rope_scaling_dict_that_cannot_be(call, message):

@@ -84,8 +84,9 @@ class ModelShape:
     def family(self) -> Family:
         return FAMILIES[self.model_type]
 
-    def rotary(self) -> RotaryEmbedding:
+    def rotary(self, *, by_length: bool = False) -> RotaryEmbedding:
         return RotaryEmbedding(
+            by_length=by_length,
             head_dim=self.kv_channels,
             rope_theta=self.rope_theta,
             max_position_embeddings=self.max_position_embeddings,
@@ -187,9 +188,12 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
             raise UsageError(f"{path}: {key}: partial_rotary_factor {factor}: only 1.0 is supported")
     try:
         config = AutoConfig.for_model(**raw)
+        config.standardize_rope_params()  # as its rotary embedding does: a window beside the dict goes before its own
         scaling = {k: v for k, v in (config.rope_parameters or {}).items() if k != "partial_rotary_factor"}
         theta = scaling.pop("rope_theta")
         window = _original_window(raw, scaling)
+        if scaling.get("rope_type") == "dynamic":  # transformers looks nowhere else
+            scaling["original_max_position_embeddings"] = config.max_position_embeddings
         heads = config.num_attention_heads
         shape = ModelShape(
             model_type=model_type,
@@ -229,9 +233,10 @@ def _original_window(raw: dict[str, Any], scaling: dict[str, Any]) -> int | None
 
     FastChat's folders (Vicuna, LongChat) have the scaled window as max_sequence_length.
     """
-    inside = scaling.pop("original_max_position_embeddings", None) if scaling.get("rope_type") == "linear" else None
-    window = inside or raw.get("original_max_position_embeddings")
-    if window is None and scaling.get("rope_type") == "linear" and raw.get("max_sequence_length"):
+    if scaling.get("rope_type") != "linear":
+        return None
+    window = scaling.pop("original_max_position_embeddings", None) or raw.get("original_max_position_embeddings")
+    if window is None and type(raw.get("max_sequence_length")) is int and scaling.get("factor"):
         window = round(raw["max_sequence_length"] / scaling["factor"])
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"original_max_position_embeddings {window!r}: must be a whole number above 0")

@@ -27,6 +27,7 @@ def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype, attention: st
     if platform.has_cuda():
         model.cuda()  # Megatron's own parts are there already, this project's norms are not
     fill(model, checkpoint.shape, checkpoint.read)
+    model.rotary = checkpoint.shape.rotary(by_length=True)
     return model.eval()
 
 

@@ -22,6 +22,7 @@ from megatron_cream.evaluation.generation import NotFinite
 from megatron_cream.evaluation.tokenizer import ModelTokenizer, has_tokenizer, open_tokenizer
 from megatron_cream.evaluation.vllm_model import VllmModel, import_vllm
 from megatron_cream.files import read_json
+from megatron_cream.model.rotary import FOLLOW_LENGTH
 
 ENGINES = ("auto", "vllm")
 """auto: transformers for a Hugging Face folder, Megatron-Core for a Megatron checkpoint."""
@@ -219,6 +220,8 @@ class _Checked:
 def _load(source: Source, prefill_chunk: int) -> LanguageModel:
     stop_ids = source.tokenizer.stop_ids | _generation_stop_ids(source)
     common = dict(tokenizer=source.tokenizer, stop_ids=stop_ids, max_positions=source.max_positions)
+    if _rope_type(source) in FOLLOW_LENGTH:
+        prefill_chunk = 1 << 40  # the frequencies of all tokens depend on the longest position: one piece
     if source.engine == "vllm":
         with hf_folder_of(source) as folder:
             return VllmModel(folder, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
@@ -230,6 +233,14 @@ def _load(source: Source, prefill_chunk: int) -> LanguageModel:
     from megatron_cream.evaluation.hf_model import HfModel
 
     return HfModel(source.path, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
+
+
+def _rope_type(source: Source) -> str | None:
+    if source.checkpoint:
+        return (source.checkpoint.shape.rope_scaling or {}).get("rope_type")
+    config = read_json(source.path / "config.json", "a model's configuration that can be read")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class MegatronModel:
     ):
         self._model = load_model(checkpoint, dtype)
         shape = replace(checkpoint.shape, max_position_embeddings=_NO_LIMIT)
-        self._model.rotary = shape.rotary()
+        self._model.rotary = shape.rotary(by_length=True)
         self._device = "cuda" if platform.has_cuda() else "cpu"
         self._chunk, self._stop_ids = prefill_chunk, stop_ids
         self.tokenizer, self.max_positions = tokenizer, max_positions

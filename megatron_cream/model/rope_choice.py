@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.errors import UsageError
-from megatron_cream.model.rotary import rope_scaling_dict, yarn_attention_factor
+from megatron_cream.model.rotary import dynamic_as_ntk, rope_scaling_dict, yarn_attention_factor
 
 _SHORTEST_WINDOW = 2048
 """No Llama was pre-trained with less: a linear scaling that would mean so is read the other way."""
@@ -98,7 +98,8 @@ def choose_rope(flags: RopeFlags, model: ModelRope | None, *, head_dim: int, def
     if own is None:
         scaling, more = _new(flags, windows)
     elif flags.type in (None, own):
-        scaling, more = _widened(flags, model.scaling, windows)
+        widen = _fixed if own == "dynamic" else _widened
+        scaling, more = widen(flags, model.scaling, windows)
     else:
         scaling, more = _replaced(flags, model.scaling, windows)
     lines += more
@@ -123,9 +124,9 @@ def contradicts(flags: RopeFlags, saved: ModelRope) -> bool:
 
 
 def _reject_details_of_nothing(flags: RopeFlags) -> None:
-    for name, value in (("factor", flags.factor), ("original", flags.original)):
+    given = (("--rope-scaling-factor", flags.factor), ("--original-max-position-embeddings", flags.original))
+    for flag, value in given:
         if value is not None:
-            flag = "--rope-scaling-factor" if name == "factor" else "--original-max-position-embeddings"
             raise UsageError(f"{flag} {value}: only with --rope-scaling-type linear, ntk, yarn or llama3")
 
 
@@ -175,10 +176,10 @@ def _widened(flags: RopeFlags, own: dict[str, Any], windows: _Windows) -> tuple[
     if factor is None:
         # For linear, ntk and yarn this is target / original. Llama 3.1 serves twice its factor x original: its
         # ramp, which depends on the original window, stays, and all it divides is divided by as much again.
-        factor = max(before, before * flags.target / windows.reach)
+        factor = before if flags.target <= windows.reach else before * flags.target / windows.reach
     scaling = dict(own)
     if factor != before:
-        scaling |= {"factor": factor} | _attention(own, factor)
+        scaling |= {"factor": factor} | _attention(own, factor) | _divisors(own, factor / before)
     if flags.original is not None and "original_max_position_embeddings" in own:
         scaling["original_max_position_embeddings"] = flags.original
     if scaling == own:
@@ -191,14 +192,41 @@ def _widened(flags: RopeFlags, own: dict[str, Any], windows: _Windows) -> tuple[
     ]
 
 
+def _fixed(flags: RopeFlags, own: dict[str, Any], windows: _Windows) -> tuple[dict[str, Any] | None, list[str]]:
+    """Dynamic scaling, which has another base for each length: trained with that of the target."""
+    before = f"rope: the model's {_shown(own)} from a window of {windows.original}"
+    if flags.factor is not None:
+        scaling = rope_scaling_dict("ntk", flags.factor)
+        return scaling, [f"{before} becomes {_shown(scaling)}", *_too_short(flags, flags.factor * windows.original)]
+    if flags.target <= windows.original:
+        return None, [f"{before} has no effect at {flags.target} positions: trained and exported without it"]
+    factor = dynamic_as_ntk(own | {"original_max_position_embeddings": windows.original}, flags.target)
+    scaling = rope_scaling_dict("ntk", factor)
+    return scaling, [f"{before} becomes {_shown(scaling)}, which it amounts to at {flags.target} positions"]
+
+
 def _attention(own: dict[str, Any], factor: float) -> dict[str, Any]:
     """YaRN's temperature follows the factor, unless the model has one of its own making."""
-    if "attention_factor" not in own:
+    if "attention_factor" not in own or own["rope_type"] != "yarn":
         return {}
     rest = {key: value for key, value in own.items() if key != "attention_factor"}
     if abs(own["attention_factor"] - yarn_attention_factor(rest)) > 1e-3:
         return {}
     return {"attention_factor": yarn_attention_factor(rest | {"factor": factor})}
+
+
+def _divisors(own: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """LongRoPE's long factors for a window that is `ratio` times as long: the largest is multiplied by it, a 1 stays.
+
+    They come from a search, and no rule is published to widen them. This one takes the same power of each.
+    """
+    if own["rope_type"] != "longrope":
+        return {}
+    largest = max(own["long_factor"])
+    if largest <= 1:
+        return {"long_factor": [divisor * ratio for divisor in own["long_factor"]]}
+    power = 1 + math.log(ratio) / math.log(largest)
+    return {"long_factor": [max(divisor, 1.0) ** power for divisor in own["long_factor"]]}
 
 
 def _windows(model: ModelRope, original: int | None) -> _Windows:
@@ -211,8 +239,8 @@ def _windows(model: ModelRope, original: int | None) -> _Windows:
     if scaling["rope_type"] == "llama3":
         reach = positions if positions > own else int(own * scaling["factor"])
         return _Windows(own, reach)
-    guessed = own is None
-    if guessed:
+    guessed = own is None and scaling["factor"] > 1
+    if own is None:
         # Folders disagree on whether max_position_embeddings is the window before linear scaling or after it.
         before = positions / scaling["factor"] < _SHORTEST_WINDOW
         own = positions if before else round(positions / scaling["factor"])

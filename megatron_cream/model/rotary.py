@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 ROPE_SCALING_TYPES = ("none", "linear", "ntk", "yarn", "llama3")
+FOLLOW_LENGTH = ("dynamic", "longrope")
+"""Types of loaded models whose frequencies transformers chooses anew for each call, by its longest position."""
 
 DEFAULT_ROPE_THETA = 10000.0  # Llama 2's, whose config.json does not name it
 
@@ -23,6 +25,7 @@ DEFAULT_ROPE_THETA = 10000.0  # Llama 2's, whose config.json does not name it
 #     than the first within the pre-trained window keeps its frequency, less often than the second, it is
 #     divided by factor.  truncate (true): round yarn's two bounds to whole dimensions.
 #   attention_factor: multiplies cos and sin; else mscale with mscale_all_dim give it, else factor alone.
+#   short_factor, long_factor: divisors of each frequency, for positions within the pre-trained window and beyond.
 _KEYS = {
     "none": ((), ()),
     "linear": (("factor",), ()),
@@ -32,7 +35,10 @@ _KEYS = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "dynamic": (("factor", "original_max_position_embeddings"), ()),
+    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")),
 }
+_WITHOUT_EFFECT = ("finetuned",)  # in the folders of YaRN's authors
 _MOST_HEAD_DIM = 1 << 16  # a slip of the keyboard would be asked of the memory
 _AT_LEAST = {"factor": 1, "mscale": 0, "mscale_all_dim": 0}  # every other number must be above 0
 _USUAL = {"beta_fast": 32, "beta_slow": 1, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -50,7 +56,7 @@ class RotaryEmbedding:
         max_position_embeddings: position ids lie in [0, max_position_embeddings).
         rope_scaling: the checked dict without rope_theta, or None.
         inv_freq: float32 [head_dim / 2] on the CPU, radians per position.
-        attention_factor: multiplies cos and sin; 1.0 except for yarn.
+        attention_factor: multiplies cos and sin; 1.0 except for yarn and longrope.
 
     Raises:
         ValueError: one line naming the setting, its value and what would be right.
@@ -63,16 +69,19 @@ class RotaryEmbedding:
         rope_theta: float | None = None,
         max_position_embeddings: int,
         rope_scaling: dict[str, Any] | None = None,
+        by_length: bool = False,
     ):
         """
         Args:
+            by_length: of FOLLOW_LENGTH, choose the frequencies by the longest position of each call, as transformers
+                does; else once, for max_position_embeddings, as training needs, whose samples and ranks must agree.
             rope_theta: None takes rope_scaling's own, as in transformers 5's `rope_parameters`, else 10000.
             rope_scaling: `rope_type` (or the legacy `type`) and its keys; None for no scaling.
         """
         scaling = _checked(rope_scaling)
         rope_theta = _one_theta(rope_theta, scaling.pop("rope_theta", None))
         rope_type = scaling["rope_type"]
-        smallest = 4 if rope_type == "ntk" else 2  # ntk's exponent is d / (d - 2)
+        smallest = 4 if rope_type in ("ntk", "dynamic") else 2  # their exponent is d / (d - 2)
         if head_dim < smallest or head_dim % 2:
             raise ValueError(f"head_dim {head_dim}: must be even and at least {smallest}")
         if head_dim > _MOST_HEAD_DIM:
@@ -82,12 +91,17 @@ class RotaryEmbedding:
         self.head_dim = head_dim
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
+        if rope_type == "longrope":
+            ratio = max_position_embeddings / scaling["original_max_position_embeddings"]
+            scaling.setdefault("factor", max(ratio, 1.0))
+            _check_divisors(scaling, head_dim // 2)
         self.rope_scaling = None if rope_type == "none" else scaling
-        self.attention_factor = yarn_attention_factor(scaling) if rope_type == "yarn" else 1.0
+        self.attention_factor = _attention_factor(scaling)
         # ntk is another base: the one that stretches the slowest dimension by `factor`.
         stretch = scaling["factor"] ** (head_dim / (head_dim - 2)) if rope_type == "ntk" else 1.0
         self._served_theta = rope_theta * stretch
-        self.inv_freq = _inv_freq(head_dim, self._served_theta, scaling)
+        self._by_length = by_length and rope_type in FOLLOW_LENGTH
+        self.inv_freq = _inv_freq(head_dim, self._served_theta, scaling, max_position_embeddings)
         self._inv_freq_float64: dict[torch.device, Tensor] = {}
 
     def cos_sin(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,13 +122,21 @@ class RotaryEmbedding:
             as a RuntimeError at some later call.
         """
         self._check_positions(position_ids)
-        device = position_ids.device
-        if device not in self._inv_freq_float64:
-            self._inv_freq_float64[device] = self.inv_freq.to(device, torch.float64)
-        angles = position_ids[..., None] * self._inv_freq_float64[device]
+        angles = position_ids[..., None] * self._frequencies(position_ids)
         cos = (angles.cos() * self.attention_factor).to(torch.float32)
         sin = (angles.sin() * self.attention_factor).to(torch.float32)
         return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+    def _frequencies(self, position_ids: Tensor) -> Tensor:
+        """float64 [head_dim / 2] on the device of position_ids."""
+        device = position_ids.device
+        if self._by_length and position_ids.numel():
+            length = int(position_ids.max()) + 1
+            inv_freq = _inv_freq(self.head_dim, self._served_theta, self.rope_scaling, length)
+            return inv_freq.to(device, torch.float64)
+        if device not in self._inv_freq_float64:
+            self._inv_freq_float64[device] = self.inv_freq.to(device, torch.float64)
+        return self._inv_freq_float64[device]
 
     def hf_config(self) -> dict[str, Any]:
         """The keys of a Hugging Face config.json that make transformers compute the same inv_freq.
@@ -122,15 +144,13 @@ class RotaryEmbedding:
         transformers 5 folds them into `rope_parameters`; older releases and other loaders read
         them as they are. `ntk` becomes the rope_theta that it amounts to.
         """
-        scaling = self.rope_scaling
+        scaling, positions = self.rope_scaling, self.max_position_embeddings
         if scaling is not None:
             # A copy: transformers writes rope_theta into the dict it is given.
             scaling = None if scaling["rope_type"] == "ntk" else dict(scaling)
-        return {
-            "rope_theta": self._served_theta,
-            "rope_scaling": scaling,
-            "max_position_embeddings": self.max_position_embeddings,
-        }
+        if scaling and scaling["rope_type"] == "dynamic":
+            positions = scaling.pop("original_max_position_embeddings")  # its name there
+        return {"rope_theta": self._served_theta, "rope_scaling": scaling, "max_position_embeddings": positions}
 
     def _check_positions(self, position_ids: Tensor) -> None:
         if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
@@ -203,9 +223,13 @@ def _checked(rope_scaling: dict[str, Any] | None) -> dict[str, Any]:
     rope_type = given.pop("rope_type", legacy)
     rope_type = "none" if rope_type == "default" else rope_type  # transformers' name
     if rope_type not in _KEYS:
-        raise ValueError(f"rope_scaling['rope_type'] {rope_type!r}: choose from {', '.join(ROPE_SCALING_TYPES)}")
+        raise ValueError(f"rope_scaling['rope_type'] {rope_type!r}: choose from {', '.join(_KEYS)}")
     # null in JSON means absent; for truncate alone transformers takes it as false, so it is refused below.
-    values = {key: value for key, value in given.items() if value is not None or key == "truncate"}
+    values = {
+        key: value
+        for key, value in given.items()
+        if (value is not None or key == "truncate") and key not in _WITHOUT_EFFECT
+    }
 
     required, optional = _KEYS[rope_type]
     for key in required:
@@ -224,17 +248,29 @@ def _checked(rope_scaling: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _check_value(key: str, value: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = _is_number(value)
     if key == "truncate":
         ok, right = isinstance(value, bool), "true or false"
     elif key == "original_max_position_embeddings":
         ok, right = is_number and isinstance(value, int) and value > 0, "a whole number of tokens above 0"
+    elif key in ("short_factor", "long_factor"):
+        ok, right = isinstance(value, list) and all(_is_number(x) and x > 0 for x in value), "a list of numbers above 0"
     elif key in _AT_LEAST:
         ok, right = is_number and value >= _AT_LEAST[key], f"a number of at least {_AT_LEAST[key]}"
     else:
         ok, right = is_number and value > 0, "a number above 0"
     if not ok:
         raise ValueError(f"rope_scaling[{key!r}] {value!r}: must be {right}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_divisors(scaling: dict[str, Any], needed: int) -> None:
+    for key in ("short_factor", "long_factor"):
+        if len(scaling[key]) != needed:
+            raise ValueError(f"rope_scaling[{key!r}] has {len(scaling[key])} numbers: must be {needed}, head_dim / 2")
 
 
 def _one_theta(argument: float | None, in_scaling: float | None) -> float:
@@ -249,8 +285,8 @@ def _one_theta(argument: float | None, in_scaling: float | None) -> float:
 # The order of operations below decides the last bit; the tests hold it to transformers'.
 
 
-def _inv_freq(head_dim: int, theta: float, scaling: dict[str, Any]) -> Tensor:
-    """float32 [head_dim / 2], always on the CPU."""
+def _inv_freq(head_dim: int, theta: float, scaling: dict[str, Any], length: int) -> Tensor:
+    """float32 [head_dim / 2], always on the CPU; for `length` positions, where the type depends on that."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     base_freq = 1.0 / theta**exponents
     match scaling["rope_type"]:
@@ -260,6 +296,13 @@ def _inv_freq(head_dim: int, theta: float, scaling: dict[str, Any]) -> Tensor:
             return _yarn_inv_freq(theta**exponents, theta, scaling)
         case "llama3":
             return _llama3_inv_freq(base_freq, scaling)
+        case "dynamic":
+            stretch = dynamic_as_ntk(scaling, length) ** (head_dim / (head_dim - 2))
+            return 1.0 / (theta * stretch) ** exponents
+        case "longrope":
+            beyond = length > scaling["original_max_position_embeddings"]
+            divisors = torch.tensor(scaling["long_factor" if beyond else "short_factor"], dtype=torch.float32)
+            return 1.0 / (divisors * theta**exponents)
     return base_freq  # for ntk, theta is the scaled one
 
 
@@ -286,6 +329,23 @@ def _yarn_inv_freq(wavelengths: Tensor, theta: float, scaling: dict[str, Any]) -
     kept = 1 - ((dimensions - start) / (end - start)).clamp(0, 1)
     interpolated = 1.0 / (scaling["factor"] * wavelengths)
     return interpolated * (1 - kept) + (1.0 / wavelengths) * kept
+
+
+def dynamic_as_ntk(scaling: dict[str, Any], length: int) -> float:
+    """Return the factor by which dynamic scaling is ntk's at this many positions; 1 within the pre-trained window."""
+    factor, window = scaling["factor"], scaling["original_max_position_embeddings"]
+    return factor * max(length, window) / window - (factor - 1)
+
+
+def _attention_factor(scaling: dict[str, Any]) -> float:
+    match scaling["rope_type"]:
+        case "yarn":
+            return yarn_attention_factor(scaling)
+        case "longrope" if "attention_factor" in scaling:
+            return float(scaling["attention_factor"])
+        case "longrope" if scaling["factor"] > 1:
+            return math.sqrt(1 + math.log(scaling["factor"]) / math.log(scaling["original_max_position_embeddings"]))
+    return 1.0
 
 
 def yarn_attention_factor(scaling: dict[str, Any]) -> float:

@@ -1,0 +1,49 @@
+"""Models whose frequencies depend on the longest position: both engines read them as transformers does."""
+
+import json
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from transformers import AutoModelForCausalLM
+
+from megatron_cream.checkpoint.convert import import_hf
+from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.evaluation.language_model import find_model, load
+from tests.evaluation_models import save_llama
+
+SCALINGS = {
+    "longrope": {"max_position_embeddings": 256, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0, 1, 2, 2, 3, 3, 4, 4],
+        "original_max_position_embeddings": 64}},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    yield
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["longrope"])
+def test_log_probs_are_those_of_one_forward_pass(name, tmp_path):
+    """Within the window of 64 and beyond it, in chunks of 16 if that were asked for; and the scaling makes a difference."""
+    folder = save_llama(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": None} | SCALINGS[name]))
+    import_hf(HfFolder(folder), tmp_path / "ckpt")
+    engines = [load(find_model(str(path), dtype="fp32"), prefill_chunk=16) for path in (folder, tmp_path / "ckpt")]
+    for length in (40, 200):
+        tokens = torch.randint(2, 2000, (1, length), generator=torch.Generator().manual_seed(length))
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            expected = theirs(tokens[:, :-1]).logits.log_softmax(-1)[0].gather(-1, tokens[0, 1:, None])[:, 0]
+        for engine in engines:
+            torch.testing.assert_close(engine.log_probs(tokens, 1)[0], expected, rtol=0, atol=1e-3)
+    theirs.config.rope_parameters = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
+    with torch.inference_mode():
+        unscaled = theirs(tokens[:, :-1]).logits.log_softmax(-1)[0].gather(-1, tokens[0, 1:, None])[:, 0]
+    assert (unscaled - expected).abs().max() > 0.01
