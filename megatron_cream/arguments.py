@@ -119,9 +119,9 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
     words = io.StringIO()
     with refused_in_one_line(""), console.captured(words):
         if args.use_checkpoint_args:
-            theta = args.rotary_base
+            theta = args.rotary_base  # chosen with the checkpoint's in view, which Megatron puts back
             load_args_from_checkpoint(args)
-            args.rotary_base = theta  # chosen with the checkpoint's in view; Megatron puts that back
+            args.rotary_base = theta
         validate_args(args, {})
     named = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "
     with refused_in_one_line(named), console.captured(words):
@@ -210,11 +210,7 @@ def _use_embedded_data(args: Namespace) -> None:
 
 
 def _choose_rope(args: Namespace, shape: ModelShape | None, defaults: dict[str, Any]) -> None:
-    """Set the run's rotary embedding, from the model that it starts from and the flags.
-
-    Args:
-        shape: of the Hugging Face folder that the model comes from or came from.
-    """
+    """Set the run's rotary embedding, from the flags and the model that it starts from, or came from (`shape`)."""
     default_theta = float(defaults["rotary_base"])
     flags = RopeFlags(
         target=args.target_length,
