@@ -1,0 +1,38 @@
+"""The bounds of requirements*.txt, and the versions that constraints.txt names."""
+
+import re
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.launch import ROOT
+
+FILES = ("requirements.txt", "requirements-dev.txt", "requirements-eval.txt")
+
+
+def requirements(name: str) -> list[Requirement]:
+    lines = (ROOT / name).read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith(("#", "-r", "python @"))]
+
+
+@pytest.fixture(scope="module")
+def ran() -> dict[str, str]:
+    found = (Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] not in "#")
+    return {_plain(each.name): next(iter(each.specifier)).version for each in found}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_versions_that_ran_are_within_the_bounds(file, ran):
+    for each in requirements(file):
+        version = ran[_plain(each.name)]
+        assert each.specifier.contains(version), f"{each}: {version} ran"
+
+
+def test_what_private_names_are_used_of_has_an_upper_bound():
+    """A newer release may have moved them."""
+    bounds = {each.name: str(each.specifier) for each in requirements("requirements.txt")}
+    assert "<" in bounds["torch"] and "<" in bounds["megatron-core"]
