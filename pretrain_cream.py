@@ -50,7 +50,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank
 
 from megatron_cream import arguments, compat, console, loading, pretrained, progress, record, signals, watchdog
-from megatron_cream.checkpoint import after_save, checksums, saving
+from megatron_cream.checkpoint import after_save, checksums, optimizer_state, saving, schedule
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
@@ -131,7 +131,10 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
     args, (train, valid, test) = get_args(), train_val_test_num_samples
     if args.start_eval_at_iter and valid is not None:
         valid += args.eval_iters * args.eval_global_batch_size  # Megatron 0.19 forgets the evaluation at that very step
-    # Beside what an earlier start has evaluated on, perhaps more often than these flags say.
+    # An earlier start may have had larger batches, and has evaluated, perhaps more often than these flags say.
+    if train and args.train_iters:
+        left = max(args.train_iters - args.iteration, 0) * args.global_batch_size
+        train = max(train, args.consumed_train_samples + left)
     counts = [train, valid + args.consumed_valid_samples if valid else valid, test]
     datasets = BlendedMegatronDatasetBuilder(
         LongDocumentDataset,
@@ -165,6 +168,8 @@ def train(argv: list[str] | None = None) -> Namespace:
         return args
     args.curr_iteration = 0  # until Megatron's training sets it, which --skip-train has none of
     compat.apply(args)
+    schedule.install()
+    optimizer_state.install()
     if arguments.one_pass_optimizer(args):
         from megatron_cream.optimizer import one_pass
 
@@ -184,7 +189,7 @@ def train(argv: list[str] | None = None) -> Namespace:
         def say(line: str) -> None:
             print(line, file=terminal, flush=True)
 
-        saving.install(say)
+        saving.install(say, Path(args.save) if args.save else None)
         watch = _watch(args, step_line) if args.long_eval_interval else None
         if args.save:
             loading.agree(lambda: _open_folder(args, argv), args.rank, args.world_size)

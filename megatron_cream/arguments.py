@@ -95,19 +95,19 @@ def _look(argv: list[str] | None) -> tuple[Namespace, loading.Found | None, io.S
         raise SystemExit(0)
     checks.graphs_beside_growing_segments(args)
     _use_expandable_segments(args)
-    ranges.learning_rates(args)
     data_checks.splits(args)
     data_checks.held_out(args, held_out_files(args))
     compat.checkpoints_run_no_code()
     found = loading.open_checkpoint(args)
+    loading.adopt_schedule(args, found)
+    ranges.learning_rates(args)
     auto = args.attention_backend == "auto"
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]
     args.deterministic_mode = args.deterministic_mode or args.deterministic
     shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     args.overlap_grad_reduce, args.overlap_param_gather = overlaps(args, shared, platform.has_cuda())
     user_buffers.fill(args)
-    # Megatron turns --async-save off without it.
-    args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save
+    args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save  # else Megatron turns this off
     if args.distributed_timeout_minutes is None:
         # A collective that times out says nothing of where the others stand: the watchdog goes first.
         patient = math.ceil(watchdog.PATIENCE * args.timeout_minutes) + 1

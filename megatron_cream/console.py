@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_cream import entry
+from megatron_cream.errors import UsageError, reason
 
 
 @contextlib.contextmanager
@@ -31,12 +32,16 @@ def divert(mode: str, folder: str | None) -> Iterator[TextIO]:
     if mode == "full":
         yield sys.stdout
         return
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
     path = os.devnull if folder is None else Path(folder) / "megatron.log"
+    if folder is not None:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            path.touch()
+        except OSError as error:
+            raise UsageError(f"--save {folder}: {reason(error)}") from error
     sys.stdout.flush()
     terminal_fd, stdout = os.dup(1), sys.stdout
-    with _lossy(path) as log, open(terminal_fd, "w", buffering=1) as terminal:
+    with _lossy(path, "a") as log, _lossy(terminal_fd, "w") as terminal:
         os.dup2(log.fileno(), 1)
         sys.stdout = log
         try:
@@ -48,7 +53,7 @@ def divert(mode: str, folder: str | None) -> Iterator[TextIO]:
 
 
 class _Lossy(io.FileIO):
-    """A full disk costs a log's lines, not the run."""
+    """A full disk, or a reader that left, costs a log's lines, not the run."""
 
     def write(self, data) -> int:
         try:
@@ -57,8 +62,9 @@ class _Lossy(io.FileIO):
             return len(data)
 
 
-def _lossy(path: str | Path) -> TextIO:
-    return io.TextIOWrapper(io.BufferedWriter(_Lossy(path, "a")), encoding="utf-8", line_buffering=True)
+def _lossy(file: str | Path | int, mode: str) -> TextIO:
+    raw = io.BufferedWriter(_Lossy(file, mode))
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 @contextlib.contextmanager

@@ -153,6 +153,15 @@ def hold(folder: Path, flag: str) -> None:
         time.sleep(0.5)
 
 
+def is_still_held(folder: Path) -> bool:
+    """Tell whether `folder` is the one that `hold` was called on; it may be unmounted, moved or deleted since."""
+    path = folder / ".lock"
+    try:
+        return os.path.samestat(os.fstat(_held[path].fileno()), os.stat(path))
+    except (OSError, KeyError):
+        return False
+
+
 def check_regular(path: Path, what: str) -> None:
     """Raise UsageError if something else than a file has the place of one: to open a pipe would wait for ever."""
     if path.exists() and not path.is_file():

@@ -6,6 +6,7 @@ tracebacks of all ranks, after the run's folders were made.
 
 import itertools
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_cream.checkpoint import opening, output
+from megatron_cream.checkpoint import opening, output, schedule
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.retention import whole_steps
 from megatron_cream.checks import flag
@@ -31,6 +32,12 @@ _SHAPE = (
     "normalization", "layernorm_epsilon",
 )  # fmt: skip
 _SET_BY = {"rope_scaling_config": "rope_scaling_type", "layernorm_epsilon": "norm_epsilon"}
+
+# What the saved state of an optimizer goes with: its kind and its own settings, which come from the checkpoint.
+_OPTIMIZER = (
+    "optimizer", "fp16", "bf16", "use_distributed_optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum",
+    "apply_wd_to_qk_layernorm",
+)  # fmt: skip
 
 _SAID, _PATIENCE = "megatron_cream/said", timedelta(seconds=5)
 _agreements = itertools.count()
@@ -106,6 +113,8 @@ def source(args: Namespace) -> tuple[str, Path] | None:
             return given, opening.step_folder(path, step, given)
         if name != "load" or args.save is None or not _goes_on(args):
             why = f"holds no checkpoint: it has no {output.TRACKER}" if path.is_dir() else "no such folder"
+            if path.is_dir() and re.fullmatch(r"iter_\d{7}", path.absolute().name):
+                why += f". Give {given} {path.absolute().parent} --ckpt-step {int(path.absolute().name[5:])}"
             raise UsageError(f"{given} {path}: {why}")
         _refuse_lost_tracker(path)
     return None
@@ -199,54 +208,44 @@ def check_model(args: Namespace, found: Found | None) -> None:
             )
     if goes_on:
         _check_optimizer(args, found)
-        _check_schedule(args, found)
+        if found.step and not args.no_load_optim:
+            schedule.check(args, found.step.common, f"{found.flag} {found.folder.parent}", found.folder.name)
     if found.step and _is_ours(found.args):
         MegatronCheckpoint(found.folder.parent, _step_of(found.folder), flag=found.flag, checksums=False)  # done
 
 
 def _check_optimizer(args: Namespace, found: Found) -> None:
-    """Its state goes on as it is: another optimizer, precision or way to lie on the ranks has no place for it."""
+    """Raise UsageError where this run's optimizer has no place for the saved state."""
     if args.no_load_optim or found.step is None:
         return
-    for name in ("optimizer", "fp16", "bf16", "use_distributed_optimizer"):
-        saved, ours = getattr(found.args, name, None), getattr(args, name)
-        gathered = name == "use_distributed_optimizer" and saved and not ours
-        if saved is not None and saved != ours and not gathered:
-            raise UsageError(
-                f"{found.flag} {found.folder.parent}: {found.folder.name} was saved with {flag(name)} {saved}, and these "
-                f"flags make it {ours}; --no-load-optim goes on with the weights alone"
-            )
+    where, saved = f"{found.flag} {found.folder.parent}", found.args
+    if getattr(saved, "no_save_optim", False):
+        raise UsageError(
+            f"{where}: {found.folder.name} was saved with --no-save-optim: add --no-load-optim to resume with the "
+            "weights alone"
+        )
+    theirs, ours = getattr(saved, "decoupled_lr", None), args.decoupled_lr
+    if (theirs is None) != (ours is None):
+        raise UsageError(
+            f"{where}: {found.folder.name} was saved with --decoupled-lr {theirs}, and these flags make it {ours}: "
+            "add --no-load-optim to resume with the weights alone"
+        )
+    gathered = getattr(saved, "dist_ckpt_optim_fully_reshardable", False)
+    for name in _OPTIMIZER:
+        theirs, ours = getattr(saved, name, None), getattr(args, name)
+        if theirs is None or theirs == ours or (name == "use_distributed_optimizer" and theirs and gathered):
+            continue
+        raise UsageError(
+            f"{where}: {found.folder.name} was saved with {flag(name)} {theirs}, and these flags make it {ours}: "
+            "add --no-load-optim to resume with the weights alone"
+        )
 
 
-def _check_schedule(args: Namespace, found: Found) -> None:
-    """Megatron goes on with the saved schedule of learning rate and weight decay, and fails if told of another."""
-    free = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler or args.no_load_optim
-    saved = None if free or found.step is None else found.step.common.get("opt_param_scheduler")
-    if not isinstance(saved, dict):
-        return
-    ours = {
-        ("max_lr", "lr"): args.lr,
-        ("min_lr", "min_lr"): args.min_lr,
-        ("lr_decay_style", "lr_decay_style"): args.lr_decay_style,
-        ("start_wd", "weight_decay"): args.start_weight_decay,
-        ("end_wd", "weight_decay"): args.end_weight_decay,
-    }
-    if args.train_iters and args.global_batch_size:
-        steps = {"lr_decay_steps": ("lr_decay_iters", args.lr_decay_iters or args.train_iters)}
-        steps["wd_incr_steps"] = ("train_iters", args.train_iters)
-        if args.lr_warmup_fraction is None:
-            steps["lr_warmup_steps"] = ("lr_warmup_iters", args.lr_warmup_iters)
-        else:
-            warmup = args.lr_warmup_fraction * (args.lr_decay_iters or args.train_iters)
-            steps["lr_warmup_steps"] = ("lr_warmup_fraction", warmup)
-        ours |= {(key, name): value * args.global_batch_size for key, (name, value) in steps.items()}
-    for (key, name), value in ours.items():
-        if key in saved and saved[key] != value:
-            raise UsageError(
-                f"{found.flag} {found.folder.parent}: {flag(name)}: {found.folder.name} goes on with {key} "
-                f"{saved[key]}, and these flags make it {value}; give what it was trained with, or "
-                "--override-opt-param-scheduler for these flags' schedule, --use-checkpoint-opt-param-scheduler for its"
-            )
+def adopt_schedule(args: Namespace, found: Found | None) -> None:
+    """Take the saved schedule of learning rate and weight decay for this run's, if that is what its flags ask for."""
+    wanted = args.use_checkpoint_opt_param_scheduler and not args.no_load_optim
+    if wanted and resumes(args, found) and found.step:
+        schedule.adopt(args, found.args)
 
 
 def _is_ours(saved: Namespace) -> bool:
@@ -268,25 +267,29 @@ def _value(args: Namespace, name: str) -> Any:
 
 _DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
 _SAMPLES = (
-    "seed", "split", "seq_length", "position_sampler", "position_mix", "target_length", "cream_sigma", "cream_variant",
-    "cream_relativity", "cream_middle", "pose_chunks",
+    "seed", "split", "dataloader_type", "seq_length", "position_sampler", "position_mix", "target_length",
+    "cream_sigma", "cream_variant", "cream_relativity", "cream_middle", "pose_chunks",
 )  # fmt: skip
 
 
 def remark(args: Namespace, found: Found | None) -> str:
-    """A line, where a run that goes on draws other samples than it would have: allowed, and seldom meant.
+    """Return a line for each thing that a resumed run does differently, which is allowed and seldom meant.
 
     Data that only lie in another folder now are the same.
     """
     if not resumes(args, found):
         return ""
-    changed = []
+    notes, changed = [], []
+    if args.no_load_optim and not args.skip_train:
+        notes.append("note: --no-load-optim: the optimizer and the schedule of the learning rate start anew")
     for name in (*_SAMPLES, *(() if args.embedded_data else _DATA)):
         saved, ours = getattr(found.args, name, None), getattr(args, name)
         if hasattr(found.args, name) and _names(saved) != _names(ours):
             changed.append(f"{flag(name)} {_names(saved)}, now {_names(ours)}")
-    told = f"note: {found.flag} {found.folder.parent}: {found.folder.name} was saved with "
-    return f"{told}{'; '.join(changed)}: other samples come than would have" if changed else ""
+    if changed:
+        told = f"note: {found.flag} {found.folder.parent}: {found.folder.name} was saved with "
+        notes.append(f"{told}{'; '.join(changed)}: other samples come than would have")
+    return "\n".join(notes)
 
 
 def _names(value: Any) -> str:

@@ -261,6 +261,11 @@ CHECKPOINTS = {
     "another scaling": (also(), (*RESUME, "--rope-scaling-type", "ntk"), ["--rope-scaling-type", "linear", "ntk"]),
     "another factor": (also(), (*RESUME, "--target-length", "768"), ["--rope-scaling-type", "4.0", "8.0"]),
     "another learning rate": (also(), (*RESUME, "--lr", "1e-3"), ["--lr", "0.01", "0.001", "--override-opt-param"]),
+    "a learning rate of the embeddings' own": (
+        also(), (*RESUME, "--decoupled-lr", "1e-3"), ["--decoupled-lr None", "make it 0.001", "--no-load-optim"],
+    ),
+    "other betas": (also(), (*RESUME, "--adam-beta2", "0.9"), ["--adam-beta2 0.999", "make it 0.9", "--no-load-optim"]),
+    "the folder of a step": (also(), (*NEW, "--load", "{0}/" + STEP), ["Give --load", "run --ckpt-step 2"]),
     "another optimizer": (also(), SGD, ["--optimizer adam", "make it sgd", "--no-load-optim"]),
     "another precision": (also(), FP16, ["--fp16 False", "make it True", "--no-load-optim"]),
     "another norm": (also(), (*RESUME, "--norm-epsilon", "1e-3"), ["--norm-epsilon 1e-05", "make it 0.001"]),

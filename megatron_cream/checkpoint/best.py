@@ -71,7 +71,8 @@ class BestCheckpoint:
         if args.rank == 0:
             shutil.rmtree(self._of(step), ignore_errors=True)  # what a killed run left unfinished
             if (self._save / HF).is_dir():
-                shutil.copytree(self._save / HF, self.folder / HF, dirs_exist_ok=True)
+                with contextlib.suppress(OSError):  # no room: then the checkpoint fails too, and says so
+                    shutil.copytree(self._save / HF, self.folder / HF, dirs_exist_ok=True)
         # A copy, which an asynchronous save reads after this block too. Megatron would remove earlier steps from
         # the run's own folder by this one's tracker.
         own = Namespace(**vars(args) | {"save": str(self.folder), "save_retain_interval": None})

@@ -13,7 +13,6 @@ import psutil
 
 _SHARED = "/dev/shm"
 _BYTES = 12
-_INSTEAD = "--no-dist-ckpt-optim-fully-reshardable"
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ def too_little(gathered: Gathered, *, handed_over: bool) -> str:
         one = "" if gathered.on_one else "--distrib-optim-fully-reshardable-mem-efficient or "
         return (
             f"the optimizer is gathered in {need / 1e9:.1f} GB of this host's memory, of which {free / 1e9:.1f} GB are "
-            f"free: take {one}{_INSTEAD}"
+            f"free: take {one}--no-dist-ckpt-optim-fully-reshardable"
         )
     need, free = gathered.handed_over(), shutil.disk_usage(_SHARED).free
     if handed_over and need > free:
         return (
             f"--async-save hands {need / 1e9:.1f} GB of the optimizer over in {_SHARED}, which has {free / 1e9:.1f} GB "
-            f"free: make it larger, or take {_INSTEAD}"
+            "free: make it larger, or take --no-dist-ckpt-optim-fully-reshardable"
         )
     return ""

@@ -64,6 +64,8 @@ def check_free(path: Path, *, flag: str, overwrite: bool) -> None:
     if not entries:
         return
     if not overwrite:
+        if flag == "--save-hf":  # the trainer's, which has no --overwrite
+            raise UsageError(f"{flag} {path}: holds something already; give a new folder")
         raise UsageError(f"{flag} {path}: holds something already; give a new folder, or --overwrite")
     strangers = sorted(entries - _written_names(path))
     if strangers:

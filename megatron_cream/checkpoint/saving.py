@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_cream import watchdog
+from megatron_cream import files, watchdog
 from megatron_cream.checkpoint import after_save, host_memory
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.checkpoint.pickles import to_plain
@@ -40,6 +40,7 @@ class SaveFailed(Exception):
 @dataclass
 class _Saves:
     """say: prints a line where a person reads, on one rank.
+    home: --save, which the first rank holds.
     whole: folder of checkpoints -> the step that this run has saved there last.
     failed: folder of checkpoints -> why its newest save failed.
     left: half-written folders that could not be removed.
@@ -49,6 +50,7 @@ class _Saves:
     """
 
     say: Callable[[str], None] = print
+    home: Path | None = None
     whole: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     left: set[Path] = field(default_factory=set)
@@ -61,14 +63,15 @@ class _Saves:
 _saves = _Saves()
 
 
-def install(say: Callable[[str], None]) -> None:
+def install(say: Callable[[str], None], home: Path | None) -> None:
     """Call before `pretrain`; for each run anew.
 
     Args:
         say: prints a line where a person reads.
+        home: --save, for the first rank to look whether it is still there.
     """
     global _saves
-    _saves = _Saves(say=say)
+    _saves = _Saves(say=say, home=home)
     wrap_method(training, "save_checkpoint", _save)
     wrap_method(training, "maybe_finalize_async_save", _finalize)
     wrap_method(checkpointing, "schedule_async_save", _schedule)
@@ -142,7 +145,9 @@ def _whole(settings, step: int) -> bool:
 
 
 def _make_room(folder: Path) -> str:
-    """An empty folder. Returns why not."""
+    """Make an empty folder. Returns why not."""
+    if gone := _gone():
+        return gone
     try:
         _remove_what_was_left()
         if folder.exists() and not _is_named(folder):
@@ -151,6 +156,13 @@ def _make_room(folder: Path) -> str:
         return ""
     except OSError as error:
         return _here(error)
+
+
+def _gone() -> str:
+    """Why --save is not the folder that this run opened, if so. Another disk, or another run, may be there now."""
+    if _saves.home is None or files.is_still_held(_saves.home):
+        return ""
+    return f"{_saves.home} is not the folder that this run opened: it was unmounted, moved or deleted"
 
 
 def _remove_what_was_left() -> None:
@@ -251,6 +263,8 @@ def _settle(settings, step: int, why: str) -> None:
     _saves.failed[place] = f"step {step}, {folder}: {why}"
     if settings.rank != 0:
         return
+    if _gone():
+        return _saves.say(f"warning: no checkpoint of step {step}: {why}")
     if not _is_named(folder):
         shutil.rmtree(folder, ignore_errors=True)
         if folder.is_dir():

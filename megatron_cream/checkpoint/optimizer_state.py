@@ -1,0 +1,48 @@
+"""Resume without the distributed optimizer that a checkpoint was saved with.
+
+Saved fully reshardable, this project's default, the moments have the names and shapes that the plain optimizers give
+them. What lies elsewhere is brought to its place: the master weights, the parameter groups, and the count of steps.
+"""
+
+import torch
+from megatron.core.optimizer import optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_cream.compat import wrap_method
+
+
+def install() -> None:
+    """Call before `pretrain`."""
+    wrap_method(optimizer.Float16OptimizerWithFloat16Params, "sharded_state_dict", _with_names_of_the_distributed)
+    wrap_method(optimizer.Float16OptimizerWithFloat16Params, "load_state_dict", _load_half)
+    wrap_method(optimizer.FP32Optimizer, "load_state_dict", _load_float32)
+
+
+def _with_names_of_the_distributed(original, self, model_sharded_state_dict, is_loading=False, metadata=None):
+    state = original(self, model_sharded_state_dict, is_loading, metadata)
+    if is_loading and (metadata or {}).get("distrib_optim_sharding_type"):
+        for tensor in (tensor for group in state["fp32_from_fp16_params"] for tensor in group):
+            tensor.key = tensor.key.replace("optimizer.state.fp32_param.", "optimizer.state.param.", 1)
+    return state
+
+
+def _load_half(original, self, state_dict) -> None:
+    _count_steps_as_here(self, state_dict["optimizer"])
+    original(self, state_dict)
+
+
+def _load_float32(original, self, state_dict) -> None:
+    if "optimizer" in state_dict:  # the distributed optimizer's parameter groups are one level further in
+        saved = state_dict.pop("optimizer")["param_groups"]
+        ours = state_dict["param_groups"]
+        state_dict["param_groups"] = [{**theirs, **group} for theirs, group in zip(saved, ours, strict=True)]
+        _count_steps_as_here(self, state_dict)
+    original(self, state_dict)
+
+
+def _count_steps_as_here(self: MegatronOptimizer, state: dict) -> None:
+    """The distributed optimizer saves the count in each parameter group; torch's AdamW has it with each parameter."""
+    if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        for group in state["param_groups"]:
+            if "step" in group:
+                state["state"]["common_step"] = torch.tensor(float(group.pop("step")))

@@ -1,0 +1,123 @@
+"""Resume with the saved schedule of learning rate and weight decay, or with that of this run's flags.
+
+Megatron fails at a schedule that differs from the saved one, unless told which of the two to take. But it also finds
+the saved optimizer state of a parameter by its group's learning rates, and with others finds none: either those of
+the saved groups or those of this run have to be changed before.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.training import checkpointing
+
+from megatron_cream.compat import wrap_method
+from megatron_cream.errors import UsageError
+
+_ALWAYS = (
+    "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style", "lr_warmup_init", "lr_warmup_fraction",
+    "lr_wsd_decay_style", "weight_decay", "weight_decay_incr_style",
+)  # fmt: skip
+_LENGTHS = ("lr_decay", "lr_warmup", "lr_wsd_decay")
+"""Each is a flag in steps and one in samples: the run's own --train-iters or --train-samples decides which."""
+
+
+def check(args: Namespace, common: dict[str, Any], checkpoint: str, step: str) -> None:
+    """Compare the schedule of these flags with the saved one.
+
+    Args:
+        common: what Megatron saved beside the tensors.
+        checkpoint: flag and folder, for the message.
+        step: the name of the step's folder.
+
+    Raises:
+        UsageError: they differ, and no flag says which to take.
+    """
+    saved = common.get("opt_param_scheduler")
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler or not isinstance(saved, dict):
+        return
+    for (key, name), value in _of_flags(args).items():
+        if key in saved and saved[key] != value:
+            raise UsageError(
+                f"{checkpoint}: --{name.replace('_', '-')}: {step} was saved with {key} {saved[key]}, and these flags "
+                f"make it {value}. Give the saved value, or --override-opt-param-scheduler for the schedule of these "
+                "flags, or --use-checkpoint-opt-param-scheduler for the saved one"
+            )
+
+
+def _of_flags(args: Namespace) -> dict[tuple[str, str], Any]:
+    """(Megatron's name in a checkpoint, the flag) -> value."""
+    found = {
+        ("max_lr", "lr"): args.lr,
+        ("min_lr", "min_lr"): args.min_lr,
+        ("lr_decay_style", "lr_decay_style"): args.lr_decay_style,
+        ("start_wd", "weight_decay"): args.start_weight_decay,
+        ("end_wd", "weight_decay"): args.end_weight_decay,
+        ("wd_incr_style", "weight_decay_incr_style"): args.weight_decay_incr_style,
+    }
+    kind, samples = ("iters", args.global_batch_size) if args.train_iters else ("samples", 1)
+    whole = getattr(args, f"train_{kind}")
+    if not whole or not samples:
+        return found
+    decay = getattr(args, f"lr_decay_{kind}") or whole
+    found["lr_decay_steps", f"lr_decay_{kind}"] = decay * samples
+    found["wd_incr_steps", f"train_{kind}"] = whole * samples
+    if args.lr_warmup_fraction is None:
+        found["lr_warmup_steps", f"lr_warmup_{kind}"] = getattr(args, f"lr_warmup_{kind}") * samples
+    else:
+        found["lr_warmup_steps", "lr_warmup_fraction"] = args.lr_warmup_fraction * (decay * samples)
+    return found
+
+
+def adopt(args: Namespace, saved: Namespace) -> None:
+    """Set the flags of the schedule to those that the checkpoint was saved with."""
+    kind = "iters" if args.train_iters else "samples"
+    names = [*_ALWAYS, *(f"{name}_{kind}" for name in _LENGTHS if getattr(saved, f"train_{kind}", None))]
+    for name in names:
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+    # Megatron takes these two only where weight decay changes, and fills them in.
+    changes = args.weight_decay_incr_style != "constant"
+    for name in ("start_weight_decay", "end_weight_decay"):
+        setattr(args, name, getattr(saved, name) if changes else None)
+
+
+def install() -> None:
+    """Call before `pretrain`."""
+    wrap_method(checkpointing, "_load_base_checkpoint", _with_rates_of_this_run)
+    wrap_method(OptimizerParamScheduler, "load_state_dict", _and_apply)
+
+
+def _with_rates_of_this_run(original, load_dir, args, *others, **kwargs):
+    """Megatron 0.19 matches parameter groups by learning rates too: `max_lr` and `min_lr`."""
+    state, *rest = original(load_dir, args, *others, **kwargs)
+    if state and state.get("args"):
+        ours = dict(zip(_rates(state["args"]), _rates(args), strict=True))
+        for group in _groups(state.get("optimizer")):
+            pair = (group.get("max_lr"), group.get("min_lr"))
+            group["max_lr"], group["min_lr"] = ours.get(pair, pair)
+    return state, *rest
+
+
+def _rates(args: Namespace) -> Iterator[tuple[float, float]]:
+    """Of the embeddings, where they have their own, and of all other weights."""
+    least = args.min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
+    yield args.decoupled_lr, least
+    yield args.lr, args.min_lr
+
+
+def _groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups of one optimizer, or of several that are chained."""
+    if isinstance(state, dict):
+        for key, value in state.items():
+            if key == "param_groups":
+                yield from (group for group in value if "max_lr" in group)
+            else:
+                yield from _groups(value)
+
+
+def _and_apply(original, self, state_dict) -> None:
+    """Megatron sets learning rate and weight decay before it has read all of the schedule; the next step has them."""
+    original(self, state_dict)
+    self.step(0)
