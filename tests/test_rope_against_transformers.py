@@ -1,10 +1,13 @@
-"""Frequencies that depend on the longest position, against transformers' own rotary embedding."""
+"""Any rope settings a config.json can hold, in any of its layouts, against transformers' own rotary embedding."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -18,6 +21,74 @@ LONGROPE = {
     "type": "longrope", "short_factor": [1 + i / 100 for i in range(64)], "long_factor": [1 + i for i in range(64)],
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+
+
+def maybe(**values):
+    """Any subset of the keys."""
+    return st.fixed_dictionaries({}, optional=values)
+
+
+FACTOR = st.floats(1, 100) | st.integers(1, 64)
+WINDOW = st.integers(16, 1 << 17)
+DIVISORS = st.lists(st.floats(0.5, 70), min_size=HEAD_DIM // 2, max_size=HEAD_DIM // 2)
+YARN = maybe(
+    original_max_position_embeddings=WINDOW, attention_factor=st.floats(0.5, 2) | st.none(), finetuned=st.booleans(),
+    mscale=st.floats(0.1, 2), mscale_all_dim=st.floats(0.1, 2), truncate=st.booleans(),
+    beta_fast=st.floats(16, 64) | st.none(), beta_slow=st.floats(0.5, 4) | st.none(),
+)  # fmt: skip
+SCALINGS = st.one_of(
+    st.just({"rope_type": "default"}),
+    st.builds(lambda factor: {"rope_type": "linear", "factor": factor}, FACTOR),
+    st.builds(lambda factor: {"rope_type": "dynamic", "factor": factor}, FACTOR),
+    st.builds(lambda factor, more: {"rope_type": "yarn", "factor": factor} | more, FACTOR, YARN),
+    st.builds(
+        lambda factor, window: {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": window,
+        }, FACTOR, WINDOW,
+    ),
+    st.builds(
+        lambda short, long, more: {"rope_type": "longrope", "short_factor": short, "long_factor": long} | more,
+        DIVISORS, DIVISORS,
+        maybe(factor=FACTOR, attention_factor=st.floats(0.5, 2), original_max_position_embeddings=WINDOW),
+    ),
+)  # fmt: skip
+
+
+@st.composite
+def configs(draw):
+    """rope_scaling with rope_theta beside it, or rope_parameters with it inside; type, rope_type or both."""
+    scaling = dict(draw(SCALINGS))
+    name = scaling.pop("rope_type")
+    scaling |= {key: name for key in draw(st.sampled_from([("type",), ("rope_type",), ("type", "rope_type")]))}
+    config = SIZES | {"max_position_embeddings": draw(WINDOW)}
+    theta = draw(st.floats(100, 1e9))
+    if draw(st.booleans()):
+        config["rope_parameters"] = scaling | {"rope_theta": theta}
+    else:
+        config |= {"rope_scaling": scaling, "rope_theta": theta}
+    if draw(st.booleans()) and name in ("yarn", "llama3", "longrope"):
+        config["original_max_position_embeddings"] = draw(WINDOW)
+    return config
+
+
+def transformers_rope(config: dict, length: int) -> LlamaRotaryEmbedding:
+    rope = LlamaRotaryEmbedding(AutoConfig.for_model(**copy.deepcopy(config)))
+    rope(torch.zeros(1), torch.tensor([[length - 1]]))  # where the frequencies depend on the length
+    return rope
+
+
+@settings(max_examples=200, deadline=None)
+@given(configs())
+def test_any_config_and_its_export(config):
+    shape = shape_from_config(copy.deepcopy(config), Path("config.json"))
+    length = shape.max_position_embeddings
+    for raw in (config, shape.hf_config(config)):
+        theirs = transformers_rope(raw, length)
+        assert torch.equal(shape.rotary().inv_freq, theirs.inv_freq)
+        assert math.isclose(shape.rotary().attention_factor, theirs.attention_scaling)
+    again = shape_from_config(shape.hf_config(config), Path("config.json"))
+    assert again.rope() == shape.rope()
 
 
 @pytest.mark.parametrize("scaling", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])

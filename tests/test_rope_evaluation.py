@@ -13,6 +13,7 @@ from megatron_cream.evaluation.language_model import find_model, load
 from tests.evaluation_models import save_llama
 
 SCALINGS = {
+    "dynamic": {"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
     "longrope": {"max_position_embeddings": 256, "rope_scaling": {
         "type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0, 1, 2, 2, 3, 3, 4, 4],
         "original_max_position_embeddings": 64}},
@@ -27,7 +28,7 @@ def no_process_group_is_left():
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["longrope"])
+@pytest.mark.parametrize("name", SCALINGS)
 def test_log_probs_are_those_of_one_forward_pass(name, tmp_path):
     """Within the window of 64 and beyond it, in chunks of 16 if that were asked for; and the scaling makes a difference."""
     folder = save_llama(tmp_path / "hf")
