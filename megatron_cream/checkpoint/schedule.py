@@ -92,9 +92,10 @@ def install() -> None:
 def _with_rates_of_this_run(original, load_dir, args, *others, **kwargs):
     """Megatron 0.19 matches parameter groups by learning rates too: `max_lr` and `min_lr`."""
     state, *rest = original(load_dir, args, *others, **kwargs)
-    if state and state.get("args"):
+    groups = list(_groups(state.get("optimizer"))) if state else []
+    if groups and state.get("args"):  # an imported checkpoint has weights alone, and flags without learning rates
         ours = dict(zip(_rates(state["args"]), _rates(args), strict=True))
-        for group in _groups(state.get("optimizer")):
+        for group in groups:
             pair = (group.get("max_lr"), group.get("min_lr"))
             group["max_lr"], group["min_lr"] = ours.get(pair, pair)
     return state, *rest
