@@ -38,6 +38,7 @@ _OPTIMIZER = (
     "optimizer", "fp16", "bf16", "use_distributed_optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum",
     "apply_wd_to_qk_layernorm",
 )  # fmt: skip
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")  # and this, saved as it lies on the ranks
 
 _SAID, _PATIENCE = "megatron_cream/said", timedelta(seconds=5)
 _agreements = itertools.count()
@@ -231,7 +232,8 @@ def _check_optimizer(args: Namespace, found: Found) -> None:
             "add --no-load-optim to resume with the weights alone"
         )
     gathered = getattr(saved, "dist_ckpt_optim_fully_reshardable", False)
-    for name in _OPTIMIZER:
+    tied = getattr(saved, "use_distributed_optimizer", False) and not gathered
+    for name in (*_OPTIMIZER, *(_LAYOUT if tied else ())):
         theirs, ours = getattr(saved, name, None), getattr(args, name)
         if theirs is None or theirs == ours or (name == "use_distributed_optimizer" and theirs and gathered):
             continue

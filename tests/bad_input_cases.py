@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_cream.checkpoint.opening import open_step
 from tests.bad_inputs import (
     MODEL,
     RUN,
@@ -102,6 +103,13 @@ def without_common_state(w: Path, found) -> None:
 
 def own_code(w: Path) -> None:
     (w / "hf/code.py").write_text(f"open({str(w / 'pwned')!r}, 'w')\nclass C: pass\nclass M: pass\n")
+
+
+def as_it_lies(w: Path):
+    """A common state of a run with --no-dist-ckpt-optim-fully-reshardable and two tensor-parallel ranks."""
+    common = open_step(w / STEP, "--load").common
+    vars(common["args"]).update(dist_ckpt_optim_fully_reshardable=False, tensor_model_parallel_size=2)
+    return common
 
 
 # name: (damage, command line, what the line must say)
@@ -266,6 +274,10 @@ CHECKPOINTS = {
     ),
     "other betas": (also(), (*RESUME, "--adam-beta2", "0.9"), ["--adam-beta2 0.999", "make it 0.9", "--no-load-optim"]),
     "the folder of a step": (also(), (*NEW, "--load", "{0}/" + STEP), ["Give --load", "run --ckpt-step 2"]),
+    "another layout than the optimizer lies in": (
+        entry(STEP, "common_state", lambda w: [as_it_lies(w)]), RESUME,
+        ["--tensor-model-parallel-size 2", "make it 1", "--no-load-optim"],
+    ),
     "another optimizer": (also(), SGD, ["--optimizer adam", "make it sgd", "--no-load-optim"]),
     "another precision": (also(), FP16, ["--fp16 False", "make it True", "--no-load-optim"]),
     "another norm": (also(), (*RESUME, "--norm-epsilon", "1e-3"), ["--norm-epsilon 1e-05", "make it 0.001"]),
