@@ -256,6 +256,13 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    with replacing(path) as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
 def read_yaml(path: Path, what: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """A YAML file's value, by a loader that makes plain values only.
 

@@ -1,6 +1,7 @@
 """A folder written whole or not at all, with checksums of what it holds."""
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_cream.errors import UsageError
-from megatron_cream.files import check_can_be_made, check_new_path, check_regular, is_name, read_json
+from megatron_cream.files import check_can_be_made, check_new_path, check_regular, is_name, read_json, write_json
 
 # Megatron's own manifest, by its own name: its --verify-integrity reads it as well.
 MANIFEST = "integrity.json"
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's; training moves it on, so no manifest lists it
 _READ_BYTES = 16 << 20
 _HASH_THREADS = 4
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, linux/fs.h
 _EDITED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 
 
@@ -26,8 +28,8 @@ _EDITED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 def new_folder(path: Path, *, flag: str, overwrite: bool, needs_bytes: int) -> Iterator[Path]:
     """Yields an empty folder beside `path`, which becomes `path` when the block ends without an error.
 
-    Until then `path` is as it was; a killed process leaves only `.NAME.partial`, which the next one
-    with the same `path` removes.
+    Until then `path` is as it was. A killed process leaves `.NAME.partial`, which the next one with the same `path`
+    removes, and on a file system that cannot exchange two folders perhaps `.NAME.replaced`, which it puts back.
 
     Args:
         flag: what the user gave `path` with, for the message.
@@ -43,6 +45,8 @@ def new_folder(path: Path, *, flag: str, overwrite: bool, needs_bytes: int) -> I
     check_space(path, flag=flag, needs_bytes=needs_bytes)
     partial = path.with_name(f".{path.name}.partial")
     with _locked(path.with_name(f".{path.name}.lock"), f"{flag} {path}"):
+        _put_back(path)
+        check_free(path, flag=flag, overwrite=overwrite)
         if partial.exists():
             shutil.rmtree(partial)
         try:
@@ -91,16 +95,43 @@ def _written_names(path: Path) -> set[str]:
 
 
 def _replace(path: Path, new: Path) -> None:
+    """Give `new` the name `path`; what was there has the name of `new` then, or is gone."""
     _sync(new)
     if not path.exists():
         new.rename(path)
-    else:
-        old = path.with_name(f".{path.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        new.rename(path)
+    elif not _exchange(path, new):
+        old = _replaced(path)
+        try:
+            path.rename(old)
+            new.rename(path)
+        except BaseException:
+            _put_back(path)
+            raise
         shutil.rmtree(old)
     _sync(path.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change names, so that at no time one of the names is missing; False where that cannot be."""
+    with contextlib.suppress(OSError, AttributeError):  # no C library, or one without the function
+        renameat2 = ctypes.CDLL(None).renameat2
+        return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
+    return False
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _put_back(path: Path) -> None:
+    """Undo what a process left that was killed between two renames."""
+    old = _replaced(path)
+    if old.is_symlink() or not old.is_dir():
+        return
+    if not path.exists():
+        old.rename(path)
+    else:
+        shutil.rmtree(old)
 
 
 def _sync(folder: Path) -> None:
@@ -169,11 +200,7 @@ def write_manifest(folder: Path, hashes: dict[str, str]) -> None:
         name = file.relative_to(folder).as_posix()
         if file.is_file() and file.name not in (MANIFEST, TRACKER) and name not in hashes:
             hashes[name] = hash_file(file)
-    text = json.dumps({"algorithm": "sha256", "files": dict(sorted(hashes.items()))}, indent=2)
-    with open(folder / MANIFEST, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(folder / MANIFEST, {"algorithm": "sha256", "files": dict(sorted(hashes.items()))})
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
