@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream import checks
-from megatron_cream.checkpoint import hf_folder, output
+from megatron_cream.checkpoint import carried, hf_folder, hub, output
 from megatron_cream.checkpoint.convert import export_hf, joined
 from megatron_cream.checkpoint.families import ModelShape, read_config
 from megatron_cream.checkpoint.mapping import padded_vocabulary
@@ -64,7 +64,7 @@ def _model_folder(args: Namespace) -> Path | None:
     if args.load_hf is not None:
         if args.pretrained_checkpoint is not None:
             raise UsageError(f"--load-hf {args.load_hf} with --pretrained-checkpoint: give one of the two")
-        folder = hf_folder.locate(args.load_hf, flag="--load-hf")
+        folder = hub.locate(args.load_hf, flag="--load-hf")
         if not (folder / hf_folder.CONFIG).exists():
             raise UsageError(
                 f"--load-hf {args.load_hf}: has no {hf_folder.CONFIG}; give a Hugging Face model's folder, or its name"
@@ -84,6 +84,8 @@ def check_ends(args: Namespace) -> None:
     """
     if args.load_hf is not None:
         hf_folder.HfFolder(args.model_folder)
+    if args.model_folder is not None:
+        carried.check(args.model_folder, vocabulary=args.vocab_size, warn=args.rank == 0)
     if args.save_hf is not None:
         target = Path(args.save_hf).absolute()
         output.check_free(target, flag="--save-hf", overwrite=False)
@@ -150,12 +152,12 @@ def carry(args: Namespace) -> None:
         return
     target.mkdir(parents=True, exist_ok=True)
     if args.model_folder is not None:
-        shutil.copyfile(args.model_folder / hf_folder.CONFIG, target / hf_folder.CONFIG)
-        hf_folder.carry(args.model_folder, target)
+        carried.copy(args.model_folder, target, hf_folder.CONFIG)  # which makes it a model's folder
     elif tokenizer.suffix == ".model" and tokenizer.is_file():
         shutil.copyfile(tokenizer, target / "tokenizer.model")
     elif tokenizer.is_dir() and args.tokenizer_type == "HuggingFaceTokenizer":
-        hf_folder.carry(tokenizer, target)
+        carried.copy(tokenizer, target)
+    output.write_manifest(target, {})
 
 
 def save_hf(args: Namespace) -> None:

@@ -375,6 +375,17 @@ FOLDERS = {
         also(remove("hf/tokenizer.json"), remove("hf/tokenizer_config.json")), EVALUATE, ["no tokenizer"],
     ),
     "tokenizer is no JSON": (put("hf/tokenizer.json", "{"), EVALUATE, ["not a tokenizer that can be read"]),
+    "tokenizer cut, training": (cut("hf/tokenizer.json", 9000), FROM_HF, ["hf/tokenizer.json: not JSON"]),
+    "tokenizer cut, imported": (cut("hf/tokenizer.json", 9000), IMPORT, ["hf/tokenizer.json: not JSON"]),
+    "tokenizer cut, exported": (cut("ckpt/hf/tokenizer.json", 9000), EXPORT, ["ckpt/hf/tokenizer.json: not JSON"]),
+    "tokenizer lost, exported": (remove("ckpt/hf/tokenizer.json"), EXPORT, ["ckpt/hf/tokenizer.json: missing"]),
+    "tokenizer cut, verified": (
+        without_checksums(cut("exported/tokenizer.json", 9000)), VERIFY, ["exported/tokenizer.json: not JSON"],
+    ),
+    "chat template cut, trained from": (
+        put("ckpt/hf/chat_template.jinja", "{% for m in"), FROM_CKPT, ["chat_template.jinja: not a chat template"],
+    ),
+    "type of the weights": (config(torch_dtype="int4"), IMPORT, ["torch_dtype 'int4': must be one of auto"]),
     "tokenizer is no JSON, preprocessing": (put("hf/tokenizer.json", "{"), PREPARE, ["--tokenizer-model"]),
     "tokenizer with code": (
         also(

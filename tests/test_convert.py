@@ -23,6 +23,7 @@ from megatron_cream.checkpoint.mapping import pieces
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.model import load_model
 from megatron_cream.model.rotary import rope_scaling_dict
+from tests.evaluation_models import save_tokenizer
 from tests.hf_models import MODELS, logits_of, relative, save_model, some_tokens
 from tests.launch import ROOT, train, write_documents
 
@@ -137,16 +138,43 @@ def test_shards_in_and_out(tmp_path):
 
 
 def test_what_travels_along(tmp_path):
-    """Tokenizer and generation config go through a checkpoint; weights and code do not."""
-    save_model(tmp_path / "hf", "llama-mha")
-    for name in ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja", "LICENSE"):
-        (tmp_path / "hf" / name).write_text(name)
-    (tmp_path / "hf" / "modeling.py").write_text("raise SystemExit")
+    """Tokenizer, templates and generation config go through a checkpoint; code and adapters do not."""
+    save_model(tmp_path / "hf", "llama-mha", vocab_size=2048)
+    save_tokenizer(tmp_path / "hf")
+    (tmp_path / "hf" / "additional_chat_templates").mkdir()
+    (tmp_path / "hf" / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    (tmp_path / "hf" / "LICENSE").write_text("free")
+    kept = {file.relative_to(tmp_path / "hf") for file in (tmp_path / "hf").rglob("*")}
+    for name in ("modeling.py", "adapter_config.json"):
+        (tmp_path / "hf" / name).write_text("{}")
     import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
     export_hf(MegatronCheckpoint(tmp_path / "ckpt"), tmp_path / "out")
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {file.name for file in (tmp_path / "hf").iterdir()} - {"modeling.py"} | {"integrity.json"}
-    assert (tmp_path / "out" / "tokenizer.model").read_text() == "tokenizer.model"
+    found = {file.relative_to(tmp_path / "out") for file in (tmp_path / "out").rglob("*")}
+    assert found == kept | {Path("integrity.json")}
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+
+
+# As found in folders on the Hub: what to load weights as; a rope that says twice that it is none; Llama 1's names, and
+# keys that it did not have yet; code that a model came with.
+WORDS = [
+    {"torch_dtype": "auto"}, {"dtype": "auto", "torch_dtype": None}, {"dtype": "torch.half"},
+    {"rope_parameters": None, "rope_scaling": {"type": "default", "rope_type": "default"}}, {"rope_scaling": {}},
+    {"architectures": ["LLaMAForCausalLM"], "num_key_value_heads": None, "head_dim": None, "pad_token_id": -1},
+    {"auto_map": {"AutoModelForCausalLM": "modeling_flash_llama.LlamaForCausalLM"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_what_configs_say_that_does_not_matter(tmp_path, words):
+    save_model(tmp_path / "hf", "llama-mha")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config.pop("dtype", None)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | words))
+    import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
+    export_hf(MegatronCheckpoint(tmp_path / "ckpt"), tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in exported and exported["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_old_buffers_and_tied_heads(tmp_path):

@@ -251,6 +251,31 @@ def test_killed_conversion(tmp_path):
     assert run_tool("verify", "--checkpoint", tmp_path / "ckpt", "--hf-path", tmp_path / "hf").returncode == 0
 
 
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], None, "__main__")
+"""
+
+
+@pytest.mark.parametrize("what", ["torch_dist", "torch", "export"])
+def test_a_limit_on_file_sizes_is_one_line(hf, tmp_path, what):
+    if what == "export":
+        import_hf(HfFolder(hf), tmp_path / "ckpt")
+        flags = ["export", "--checkpoint", tmp_path / "ckpt", "--hf-path", tmp_path / "new"]
+    else:
+        flags = ["import", "--hf-path", hf, "--output", tmp_path / "new", "--format", what]
+    before = sorted(tmp_path.rglob("*"))
+    command = [sys.executable, "-c", LIMITED, ROOT / "tools" / "convert_hf.py", *flags]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    line = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode in (1, 2) and line.startswith("convert_hf.py: error: ") and "Traceback" not in ended.stderr
+    assert str(tmp_path / "new") in line.replace("/.new.partial", "/new") and "nothing was changed" in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_two_at_once(hf, tmp_path):
     with output.new_folder(tmp_path / "ckpt", flag="--output", overwrite=False, needs_bytes=0) as folder:
         (folder / "half").write_text("done")

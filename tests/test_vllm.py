@@ -76,3 +76,19 @@ def test_beyond_its_positions(folder, tmp_path):
     last = [line for line in ended.stderr.splitlines() if line.startswith("evaluate.py: error:")]
     assert ended.returncode == 2 and len(last) == 1
     assert "--engine vllm" in last[0] and "max_position_embeddings 2048" in last[0]
+
+
+WINDOW = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+print("window", EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_model_config().max_model_len)
+"""
+
+
+def test_the_window_is_the_trained_one(folder):
+    """By vLLM's own rule, which multiplies by the factor of a linear scaling."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WINDOW, str(folder / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "window 2048" in ended.stdout.splitlines()

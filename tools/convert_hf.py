@@ -21,11 +21,11 @@ import re
 from pathlib import Path
 
 from megatron_cream import console
-from megatron_cream.checkpoint import convert, hf_folder, output
+from megatron_cream.checkpoint import convert, hf_folder, hub, output
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.command_line import OneLineParser, path, path_or_name, positive
 from megatron_cream.errors import UsageError
-from megatron_cream.files import read_text
+from megatron_cream.files import read_text, writing
 
 TEXT = (
     "The window of a language model is the number of tokens it was trained to read at once. "
@@ -56,11 +56,11 @@ def run_import(args) -> int:
             f"--tensor-model-parallel-size {parallel[0]} --pipeline-model-parallel-size {parallel[1]}: only with "
             "--format torch; a torch_dist checkpoint opens at any layout"
         )
-    source = hf_folder.HfFolder(hf_folder.locate(args.hf_path, flag="--hf-path"))
+    source = hf_folder.HfFolder(hub.locate(args.hf_path, flag="--hf-path"))
     convert.check_apart(source.path, args.output, flag="--output")
     output.check_free(args.output.absolute(), flag="--output", overwrite=args.overwrite)
     output.check_unchanged(source.path)
-    with console.TransferBar("imported") as progress:
+    with console.TransferBar("imported") as progress, writing(args.output, "--output", "nothing was changed"):
         convert.import_hf(
             source,
             args.output,
@@ -82,7 +82,7 @@ def run_export(args) -> int:
     convert.check_apart(source.path, Path(args.hf_path), flag="--hf-path")
     output.check_free(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
     output.check_unchanged(source.folder)
-    with console.TransferBar("exported") as progress:
+    with console.TransferBar("exported") as progress, writing(args.hf_path, "--hf-path", "nothing was changed"):
         convert.export_hf(
             source,
             Path(args.hf_path),
@@ -100,7 +100,7 @@ def run_verify(args) -> int:
     if not text.strip():
         raise UsageError("--text, --text-file: must hold some text")
     checkpoint = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
-    folder = hf_folder.HfFolder(hf_folder.locate(args.hf_path, flag="--hf-path"))
+    folder = hf_folder.HfFolder(hub.locate(args.hf_path, flag="--hf-path"))
     from megatron_cream import platform
 
     platform.setup()  # the comparison runs Megatron's model; the conversions need nothing of Megatron's code

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.checkpoint.mapping import LINEARS, Row, megatron_shape, pieces, tensor_parallel_shard
 from megatron_cream.checkpoint.pickles import load_plain
-from megatron_cream.errors import UsageError
+from megatron_cream.errors import UsageError, one_line
 
 
 def write_classic(
@@ -75,8 +75,11 @@ def write_classic(
             name = f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if pipeline_parallel > 1 else "")
             path = folder / name / "model_optim_rng.pt"
             path.parent.mkdir()
-            with torch.serialization.skip_data(materialize_fake_tensors=True):
-                torch.save(common_state | {"model": model}, path)
+            try:
+                with torch.serialization.skip_data(materialize_fake_tensors=True):
+                    torch.save(common_state | {"model": model}, path)
+            except RuntimeError as error:  # torch's zip writer does not say what the system told it
+                raise OSError(f"{path}: torch cannot write it: {one_line(error, 100)}") from error
             with FakeTensorMode():
                 placed = load_plain(path)["model"]
             offsets[tp, pp] = {

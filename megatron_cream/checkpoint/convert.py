@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cream.checkpoint import output
+from megatron_cream.checkpoint import carried, output, window
 from megatron_cream.checkpoint.classic import write_classic
 from megatron_cream.checkpoint.families import ModelShape
-from megatron_cream.checkpoint.hf_folder import CONFIG, Group, HfFolder, carry, write_config, write_json, write_weights
+from megatron_cream.checkpoint.hf_folder import CONFIG, Group, HfFolder, write_config, write_weights
 from megatron_cream.checkpoint.mapping import (
     Row,
     hf_shapes,
@@ -27,6 +27,7 @@ from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint, wr
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.console import TransferBar
 from megatron_cream.errors import UsageError
+from megatron_cream.files import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Files written at once; each thread hashes what it wrote. Import makes as many files, of one size;
@@ -62,6 +63,7 @@ def import_hf(
         UsageError: one line that says why nothing was written.
     """
     shape = source.shape
+    carried.check(source.path, vocabulary=shape.vocab_size)
     padded = padded_vocabulary(shape.vocab_size, vocabulary_divisor)
 
     # One for all layers, which share a tensor in the checkpoint.
@@ -108,7 +110,8 @@ def import_hf(
         output.write_manifest(step, hashes)
         (folder / HF).mkdir()
         write_json(folder / HF / CONFIG, source.config)
-        carry(source.path, folder / HF)
+        carried.copy(source.path, folder / HF)
+        output.write_manifest(folder / HF, {})
         output.write_manifest(folder, {f"release/{name}": digest for name, digest in hashes.items()})
         (folder / TRACKER).write_text("release")
 
@@ -189,6 +192,8 @@ def export_hf(
     Raises:
         UsageError: one line that says why nothing was written.
     """
+    if source.hf_folder:
+        carried.check(source.hf_folder, vocabulary=source.shape.vocab_size)
     groups = export_groups(source, dtype)
     needs = sum(group.nbytes for group in groups)
     progress = progress or TransferBar(None)
@@ -200,7 +205,9 @@ def export_hf(
         kinds = {kind for group in groups for _, kind, _ in group.entries}
         write_config(folder, source.shape, source.config, max(kinds, key=lambda kind: kind.itemsize))
         if source.hf_folder:
-            carry(source.hf_folder, folder)
+            carried.copy(source.hf_folder, folder)
+            if source.stretched:
+                window.raise_limits(folder, source.shape.max_position_embeddings)
         output.write_manifest(folder, hashes)
 
 

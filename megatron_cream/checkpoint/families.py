@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.checkpoint import window
 from megatron_cream.errors import UsageError, one_line
 from megatron_cream.files import read_json
-from megatron_cream.model.rope_choice import ModelRope
+from megatron_cream.model.rope_choice import ModelRope, reach
 from megatron_cream.model.rotary import RotaryEmbedding
 
 
@@ -48,6 +49,11 @@ _SIZES = {
     "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 26, "max_position_embeddings": 1 << 40,
 }  # fmt: skip
 """Sizes in config.json, and what is beyond any model of these families."""
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # what to load weights as: each tensor's own type is what counts here
+_DTYPE_WORDS = (
+    "auto", "float64", "double", "float32", "float", "bfloat16", "float16", "half", "float8_e4m3fn", "float8_e5m2",
+)  # fmt: skip
 
 _KINDS = (
     ("model_type", str, "text"),
@@ -102,6 +108,11 @@ class ModelShape:
             original=self.original_window,
         )
 
+    @property
+    def window(self) -> int:
+        """The positions that it serves, where max_position_embeddings may be those before scaling."""
+        return max(self.max_position_embeddings, reach(self.rope()))
+
     def megatron_args(self) -> dict[str, Any]:
         """The shape as values of Megatron's flags."""
         return dict(
@@ -128,13 +139,18 @@ class ModelShape:
         """
         config = dict(base) if base else {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
         config.pop("rope_parameters", None)  # transformers 5's form; every release reads the older one
-        # transformers takes it for that of yarn and llama3 too, whose dicts have their own.
-        config.pop("original_max_position_embeddings", None)
-        if (self.rope_scaling or {}).get("rope_type") == "linear" and self.original_window:
-            # Loaders ignore it; without it nobody can tell whether max_position_embeddings is scaled already.
-            config["original_max_position_embeddings"] = self.original_window
-        if config.get("max_sequence_length"):  # FastChat's name for the same as max_position_embeddings below
-            config["max_sequence_length"] = self.max_position_embeddings
+        config.pop("auto_map", None)  # code, which does not travel: trust_remote_code=True would look for it
+        limits = {"max_position_embeddings", *window.OTHER_KEYS}
+        if base and self._has_positions_of(base):
+            limits = {key: config[key] for key in limits if key in config}
+            if self.original_window and not limits.keys() & {"seq_length", "max_sequence_length"}:
+                limits["original_max_position_embeddings"] = self.original_window  # it stood inside of rope_scaling
+        else:
+            config = {key: value for key, value in config.items() if key not in limits}
+            limits = window.keys(self.max_position_embeddings, self.rope_scaling, self.original_window)
+        rope = self.rotary().hf_config()
+        if "factor" in (rope["rope_scaling"] or {}):  # vLLM takes no whole number here
+            rope["rope_scaling"]["factor"] = float(rope["rope_scaling"]["factor"])
         return config | {
             "architectures": [self.family.architecture],
             "model_type": self.model_type,
@@ -147,9 +163,16 @@ class ModelShape:
             "vocab_size": self.vocab_size,
             "tie_word_embeddings": self.tied,
             "rms_norm_eps": self.norm_epsilon,
-            **self.rotary().hf_config(),
+            **rope,
+            **limits,
             **({"sliding_window": None} if self.model_type == "mistral" else {}),
         }
+
+    def _has_positions_of(self, config: dict[str, Any]) -> bool:
+        """Whether it has the rotary embedding of another config.json, and its window."""
+        other = shape_from_config(config, Path("config.json"))
+        same_rope = (self.rope_theta, self.rope_scaling) == (other.rope_theta, other.rope_scaling)
+        return same_rope and self.max_position_embeddings in (other.max_position_embeddings, other.window)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelShape]:
@@ -170,12 +193,13 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
     from transformers import AutoConfig
 
     check_types(raw, path)
+    raw = {key: value for key, value in raw.items() if key not in _DTYPE_KEYS}
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise UsageError(f"{path}: model_type {model_type!r}: only {', '.join(FAMILIES)} are supported")
     family = FAMILIES[model_type]
     for architecture in raw.get("architectures") or []:
-        if architecture != family.architecture:
+        if not isinstance(architecture, str) or architecture.lower() != family.architecture.lower():  # LLaMAForCausalLM
             raise UsageError(f"{path}: architectures {architecture!r}: only {family.architecture} is supported")
     for key, needed in _MUST_BE:
         value = raw.get(key)
@@ -191,7 +215,7 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
         config.standardize_rope_params()  # as its rotary embedding does: a window beside the dict goes before its own
         scaling = {k: v for k, v in (config.rope_parameters or {}).items() if k != "partial_rotary_factor"}
         theta = scaling.pop("rope_theta")
-        window = _original_window(raw, scaling)
+        original_window = _original_window(raw, scaling)
         if scaling.get("rope_type") == "dynamic":  # transformers looks nowhere else
             scaling["original_max_position_embeddings"] = config.max_position_embeddings
         heads = config.num_attention_heads
@@ -209,7 +233,7 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
             rope_theta=float(theta),
             rope_scaling=None if scaling.get("rope_type", "default") == "default" else scaling,
             max_position_embeddings=config.max_position_embeddings,
-            original_window=window,
+            original_window=original_window,
         )
         shape = replace(shape, rope_scaling=shape.rotary().rope_scaling)
         _check_sizes(shape)
@@ -218,11 +242,11 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
     except Exception as error:  # transformers validates in ways of its own
         raise UsageError(f"{path}: {one_line(error) or type(error).__name__}") from error
     if _slides(config):
-        window = getattr(config, "sliding_window", None)
-        if window is None:  # a family that knows of none, or layers that slide all the same
+        sliding = getattr(config, "sliding_window", None)
+        if sliding is None:  # a family that knows of none, or layers that slide all the same
             raise UsageError(f"{path}: layer_types: only full_attention is supported")
         raise UsageError(
-            f"{path}: sliding_window {window}: attention over a sliding window is not supported; "
+            f"{path}: sliding_window {sliding}: attention over a sliding window is not supported; "
             'only "sliding_window": null is'
         )
     return shape
@@ -236,6 +260,8 @@ def _original_window(raw: dict[str, Any], scaling: dict[str, Any]) -> int | None
     if scaling.get("rope_type") != "linear":
         return None
     window = scaling.pop("original_max_position_embeddings", None) or raw.get("original_max_position_embeddings")
+    if window is None:
+        window = raw.get("seq_length")  # SGLang and vLLM multiply it by the factor
     if window is None and type(raw.get("max_sequence_length")) is int and scaling.get("factor"):
         window = round(raw["max_sequence_length"] / scaling["factor"])
     if window is not None and (type(window) is not int or window < 1):
@@ -260,6 +286,9 @@ def check_types(raw: Any, path: Path) -> None:
     for name, most in _SIZES.items():
         if name in given and (type(raw[name]) is not int or not 1 <= raw[name] <= most):
             refuse(name, f"a whole number from 1 to {most}")
+    for name in _DTYPE_KEYS:
+        if name in given and not (isinstance(raw[name], str) and raw[name].removeprefix("torch.") in _DTYPE_WORDS):
+            refuse(name, f"one of {', '.join(_DTYPE_WORDS)}")
     for name, kind, right in _KINDS:
         if name in given and not isinstance(raw[name], kind):
             refuse(name, right)
@@ -317,7 +346,6 @@ def shape_from_args(args: Namespace, original: ModelShape | None) -> ModelShape:
         original_window=getattr(args, "rope_window", None),
     )
     same_rope = original and (shape.rope_theta, shape.rope_scaling) == (original.rope_theta, original.rope_scaling)
-    if same_rope and original.max_position_embeddings > shape.max_position_embeddings:
-        # Trained at less than it can: it still can.
-        return replace(shape, max_position_embeddings=original.max_position_embeddings)
+    if same_rope and original.window > shape.max_position_embeddings:  # trained at less than it can: it still can
+        return replace(shape, max_position_embeddings=original.window, original_window=original.original_window)
     return shape

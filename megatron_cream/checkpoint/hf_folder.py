@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,65 +16,22 @@ from megatron_cream.checkpoint.families import ModelShape, check_types, read_con
 from megatron_cream.checkpoint.mapping import hf_shapes, pieces
 from megatron_cream.checkpoint.output import HashingFile
 from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import is_name, read_json
+from megatron_cream.files import is_name, read_json, write_json
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG = "config.json"
 # In the order in which transformers looks for them: (file, is it an index of shards).
-_WEIGHTS = (
+WEIGHTS = (
     ("model.safetensors", False),
     ("model.safetensors.index.json", True),
     ("pytorch_model.bin", False),
     ("pytorch_model.bin.index.json", True),
 )
-# What goes along with the weights: text, tokenizer models, chat templates; never weights or code.
-_CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
-_CARRIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY.md", "merges.txt")
-_NOT_CARRIED = (CONFIG, "integrity.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Safetensors' names of the types that weights come in.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # Files are mapped anew after a thread has read this much: what was read through a mapping counts
 # as this process's memory for as long as the mapping lives.
 _REMAP_BYTES = 32 << 20
-
-
-def locate(path: str, *, flag: str) -> Path:
-    """The folder that `path` names: a folder, or a model on the Hugging Face Hub, downloaded or cached.
-
-    Raises:
-        UsageError: there is no such folder, and no such model can be had.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    if Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UsageError(f"{flag} {path}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.bin", *(f"*{suffix}" for suffix in _CARRIED), *_CARRIED_NAMES]
-    try:
-        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]))
-    except Exception as error:  # of many kinds: no network, no such model, no permission
-        reason = one_line(error, 200)
-        raise UsageError(
-            f"{flag} {path}: no such folder, and not to be had from the Hugging Face Hub: {reason}"
-        ) from None
-
-
-def carried_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation config, chat template, license: what is copied along with the weights."""
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file()
-        and file.name not in _NOT_CARRIED
-        and (file.suffix in _CARRIED or file.name in _CARRIED_NAMES)
-        and file.stat().st_size < 1 << 28
-    )
-
-
-def carry(source: Path, target: Path) -> None:
-    for file in carried_files(source):
-        shutil.copyfile(file, target / file.name)
 
 
 class HfFolder:
@@ -155,14 +111,22 @@ class HfFolder:
 
 
 def _find_weights(folder: Path) -> dict[str, Path]:
-    for name, is_index in _WEIGHTS:
+    for name, is_index in WEIGHTS:
         file = folder / name
         if file.is_file():
-            return _read_index(file) if is_index else {tensor: file for tensor in _TensorFile(file).shapes}
-    raise UsageError(f"{folder}: none of {', '.join(name for name, _ in _WEIGHTS)} is there")
+            return read_index(file) if is_index else {tensor: file for tensor in _TensorFile(file).shapes}
+    raise UsageError(f"{folder}: none of {', '.join(name for name, _ in WEIGHTS)} is there")
 
 
-def _read_index(index: Path) -> dict[str, Path]:
+def read_index(index: Path, *, complete: bool = True) -> dict[str, Path]:
+    """{tensor: file} by an index of shards.
+
+    Args:
+        complete: every shard must be there.
+
+    Raises:
+        UsageError: it is no index, or names what is not a file beside it.
+    """
     found = read_json(index, "an index of shards that can be read")
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -171,7 +135,7 @@ def _read_index(index: Path) -> dict[str, Path]:
         if not is_name(file):
             shown = repr(file)[:100]
             raise UsageError(f"{index}: tensor {name[:100]}: {shown}: must be the name of a file beside the index")
-        if not (index.parent / file).is_file():
+        if complete and not (index.parent / file).is_file():
             raise UsageError(f"{index}: tensor {name[:100]} is in {file[:100]}, which is not there")
     return {name: index.parent / file for name, file in weight_map.items()}
 
@@ -335,7 +299,3 @@ def write_config(folder: Path, shape: ModelShape, base: dict[str, Any] | None, d
     # Read by every release; transformers 5 writes it as `dtype`.
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / CONFIG, config)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")

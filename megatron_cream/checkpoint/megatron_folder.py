@@ -84,6 +84,11 @@ class MegatronCheckpoint:
     def hf_folder(self) -> Path | None:
         return self.path / HF if (self.path / HF).is_dir() else None
 
+    @property
+    def stretched(self) -> bool:
+        """Whether it is for more positions than the model that it came from, or came from none."""
+        return self._original is None or self.shape.max_position_embeddings > self._original.window
+
     def dtype(self, row: Row, layer: int | None) -> torch.dtype:
         return self._tensors[self._stored(row, layer)[0]].properties.dtype
 
@@ -145,6 +150,7 @@ class MegatronCheckpoint:
         config = original = None
         if (self.path / HF / "config.json").is_file():
             config, original = read_config(self.path / HF)
+        self._original = original
         try:
             shape = shape_from_args(self.args, original)
             shape.rotary()

@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_cream.checkpoint import output
+from megatron_cream.checkpoint import carried, output
 from megatron_cream.checkpoint.convert import export_groups
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import pieces
@@ -37,10 +37,13 @@ def _checksums(checkpoint: MegatronCheckpoint, folder: HfFolder) -> None:
     with TransferBar("checksums: read") as progress:
         # What import wrote is listed by the checkpoint's own manifest too, with what came along.
         of_checkpoint = checkpoint.path if checkpoint.step == "release" else checkpoint.folder
-        for place in (of_checkpoint, folder.path):
+        hf = [checkpoint.hf_folder] if checkpoint.hf_folder else []
+        for place in (of_checkpoint, *hf, folder.path):
             if not (place / output.MANIFEST).is_file():
                 print(f"checksums: {place} has no {output.MANIFEST}")
             output.check_unchanged(place, progress, texts=True)
+        for place in (*hf, folder.path):
+            carried.check(place, vocabulary=checkpoint.shape.vocab_size)
 
 
 def _tensors(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:

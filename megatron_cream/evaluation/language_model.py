@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megatron_cream import platform
 from megatron_cream.checkpoint import hf_folder, output
+from megatron_cream.checkpoint.carried import GENERATION_CONFIG
 from megatron_cream.checkpoint.convert import DTYPES, export_hf
-from megatron_cream.checkpoint.hf_folder import GENERATION_CONFIG, locate
+from megatron_cream.checkpoint.families import shape_from_config
+from megatron_cream.checkpoint.hub import locate
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.errors import UsageError
@@ -87,7 +89,10 @@ class Source:
         if self.checkpoint:
             return self.checkpoint.shape.max_position_embeddings
         file = self.path / "config.json"
-        positions = read_json(file, "a model's configuration that can be read").get("max_position_embeddings")
+        config = read_json(file, "a model's configuration that can be read")
+        with contextlib.suppress(UsageError):  # of another family: transformers' to judge
+            return shape_from_config(config, file).window
+        positions = config.get("max_position_embeddings")
         if positions is not None and (type(positions) is not int or positions < 1):
             raise UsageError(f"{file}: max_position_embeddings {positions!r}: must be a whole number above 0")
         return positions or 1 << 40

@@ -110,6 +110,11 @@ def choose_rope(flags: RopeFlags, model: ModelRope | None, *, head_dim: int, def
     return Rope(theta=theta, scaling=scaling, original=windows.original, lines=tuple(lines))
 
 
+def reach(model: ModelRope) -> int:
+    """Return how many positions a model's rotary embedding serves."""
+    return _windows(model, None).reach
+
+
 def contradicts(flags: RopeFlags, saved: ModelRope) -> bool:
     """Return whether a run that resumes asks for another rotary embedding than it was saved with."""
     scaling = saved.scaling or {"rope_type": "none", "factor": 1.0}

@@ -1,0 +1,53 @@
+"""How many positions a Hugging Face folder is for: one fact that its readers look up in several files.
+
+transformers and lm-evaluation-harness read `max_position_embeddings` as it stands. vLLM takes the smallest of several
+keys and SGLang the first of its own, and both multiply it by the factor of a linear scaling. So a folder that was
+stretched linearly gets `max_position_embeddings`, the whole window, and `seq_length`, the window before stretching.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.files import read_json, write_json
+
+# Keys of config.json that some reader takes for a window: vLLM 0.32 (transformers_utils/model_arch_config_convertor.py,
+# derive_max_model_len_and_key), SGLang (CONTEXT_LENGTH_KEYS), lm-evaluation-harness (n_positions, n_ctx), transformers
+# (the last one, for YaRN).
+OTHER_KEYS = (
+    "n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
+    "max_sequence_length", "max_seq_length", "seq_len", "original_max_position_embeddings",
+)  # fmt: skip
+# Where the other files of a folder hold a limit: (file, object in it, key).
+_LIMITS = (
+    ("generation_config.json", None, "max_length"),  # generate() refuses longer prompts
+    ("tokenizer_config.json", None, "model_max_length"),  # truncation=True cuts there
+    ("tokenizer_config.json", None, "max_len"),  # its older name
+    ("tokenizer.json", "truncation", "max_length"),
+)
+
+
+def keys(window: int, scaling: dict[str, Any] | None, before: int | None) -> dict[str, int]:
+    """Return the keys of a config.json by which every reader comes to `window`, or to less than a factor more.
+
+    Args:
+        before: the window before stretching, where it is known.
+    """
+    found = {"max_position_embeddings": window}
+    if scaling is not None and scaling["rope_type"] == "linear":
+        found["seq_length"] = math.ceil(window / scaling["factor"])
+        if before is not None:
+            found["original_max_position_embeddings"] = before
+    return found
+
+
+def raise_limits(folder: Path, window: int) -> None:
+    """Raise the limits of generation config and tokenizer to `window`, in the folder of a model that was stretched."""
+    for name, inner, key in _LIMITS:
+        file = folder / name
+        whole = read_json(file, "a JSON object") if file.is_file() else None
+        part = whole.get(inner) if inner and isinstance(whole, dict) else whole
+        limit = part.get(key) if isinstance(part, dict) else None
+        if type(limit) in (int, float) and limit < window:
+            part[key] = window
+            write_json(file, whole)
