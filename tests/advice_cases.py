@@ -234,11 +234,9 @@ ADVICE = [
     Advice("give another folder, or --overwrite", with_("--seed 5", EVALUATE),
            (with_("--seed 5 --overwrite", EVALUATE),), before=EVALUATE),
     Advice("has no tokenizer{}; give --tokenizer", EVALUATE_CKPT, (with_("--tokenizer {0}/hf", EVALUATE_CKPT),),
-           remove("ckpt/hf/tokenizer.json")),
+           also(remove("ckpt/hf/tokenizer.json"), remove("ckpt/hf/tokenizer_config.json"))),
     Advice("no tokenizer there; --tokenizer takes", with_("--tokenizer {0}/ckpt/release", EVALUATE),
            (with_("--tokenizer {0}/hf", EVALUATE),)),
-    Advice("--json-key names the one that is meant", with_("--input {0}/two.parquet --chat-format tokenizer", PREPARE),
-           (), two_columns),
     Advice("(--json-key names one)", with_("--input {0}/two.parquet", PREPARE),
            (with_("--input {0}/two.parquet --json-key body", PREPARE),), two_columns),
     Advice("name others with --glob", with_("--input {0}/books", PREPARE),
@@ -275,6 +273,7 @@ ADVICE = [
 ]  # fmt: skip
 
 NOT_FOLLOWED = {
+    "--json-key names the one that is meant": "test_chat_data.py",
     "--tp-comm-overlap": "needs Transformer Engine and GPUs",
     "--attention-backend flash: needs": "needs a GPU",
     "attention bias and packed sequences": "Megatron's own layers, which no flag of this project's asks for",
@@ -312,4 +311,4 @@ INSTEAD = {
     "non_persistent_save_interval": ("--non-persistent-save-interval 1", "--save-interval 1"),
     "enable_ft_package": ("--enable-ft-package", "--timeout-minutes 5"),
 }
-"""Megatron's name -> its flag, and this project's, of `checks.UNSUPPORTED`."""
+"""Megatron's name -> its flag, and this project's, of `flag_support.REFUSED`."""
