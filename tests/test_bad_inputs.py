@@ -278,8 +278,12 @@ def test_a_run_that_goes_on_with_other_samples_is_told_so(world, flags, words):
 
 
 def test_a_configuration_may_be_edited(world):
-    """Checksums are of the weights; only `verify` wants what came along to be as it was."""
+    """Only `verify` wants the files beside the weights to be as they were; a missing one is rejected."""
     config("exported", use_cache=False)(world)
-    (world / "exported" / "tokenizer_config.json").unlink()
+    edited = world / "exported" / "tokenizer_config.json"
+    edited.write_text(edited.read_text() + "\n")
     flags = [part.replace("{0}", str(world)) for part in FROM_EXPORT[1:]]
     assert start(lambda: arguments.parse(flags) and 7, TRAINER)().code == 7
+    edited.unlink()
+    missing = "tokenizer_config.json: missing, and integrity.json lists it"
+    assert missing in start(lambda: arguments.parse(flags) and 7, TRAINER)().error
