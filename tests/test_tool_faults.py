@@ -67,7 +67,7 @@ PICTURES = {
     "folder.png": "exists and is not a regular file",
     "no/a.png": "there is no folder",
     "a.txt": "must end in .png, .svg or .pdf",
-    "": "must end in .png, .svg or .pdf",
+    "": "must not be empty",
     f"{LONG}.png": "File name too long",
 }
 
@@ -81,7 +81,8 @@ def test_pictures_that_cannot_be_written(tools, tmp_path, tool, flag, name):
     more = ["--gpus", "2"] if tool == "plan" else ["--samples", "10000000"]  # which would take minutes
     begun = time.monotonic()
     ended = bad_inputs.start(tools[tool], f"tools/{tool}.py", flag, path, *more)()
-    assert ended.code == 2 and ended.error.startswith(f"{tool}.py: error: {flag} "), ended.error
+    start = f"argument {flag}: " if name == "" else f"{flag} "
+    assert ended.code == 2 and ended.error.startswith(f"{tool}.py: error: {start}"), ended.error
     assert PICTURES[name] in ended.error and len(ended.error.splitlines()) == 1
     assert time.monotonic() - begun < 30 and (tmp_path / "pipe.png").is_fifo()
 
