@@ -18,19 +18,20 @@ import sys
 if sys.version_info < (3, 12):
     sys.exit(f"megatron_cream needs Python 3.12 or newer; this is Python {sys.version.split()[0]}")
 
-from megatron_cream import entry
+from megatron_cream.common import entry
 
 if __name__ == "__main__":
     entry.start()  # before the imports, which take seconds
 
-from megatron_cream import launcher
+from megatron_cream.common import processes
+from megatron_cream.distributed import launcher
 
 if __name__ == "__mp_main__":  # the writer of --async-save, which imports this first
-    launcher.end_with_parent()
+    processes.end_with_parent()
 else:
     launcher.follow()
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()  # before anything of Megatron is imported
 
@@ -49,27 +50,31 @@ from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import is_last_rank
 
-from megatron_cream import arguments, compat, console, loading, pretrained, progress, record, signals, watchdog
-from megatron_cream.checkpoint import after_save, checksums, optimizer_state, saving, schedule
+from megatron_cream.checkpoint import after_save, checksums, optimizer_state, pretrained, saving, schedule, start
 from megatron_cream.checkpoint.best import BestCheckpoint
-from megatron_cream.data.dataset import LongDocumentDataset
-from megatron_cream.data.recent import RecentSamples
-from megatron_cream.errors import (
+from megatron_cream.common import console
+from megatron_cream.common.errors import (
     UsageError,
+    is_dead_data_worker,
     is_full_shared_memory,
-    of_a_worker,
-    of_another_rank,
+    is_lost_peer,
     one_line,
     reason,
 )
-from megatron_cream.evaluation import long_flags
+from megatron_cream.common.files import append_line, hold, to_json
+from megatron_cream.config import parse
+from megatron_cream.config.checks import evaluation as evaluation_checks
+from megatron_cream.data.dataset import LongDocumentDataset
+from megatron_cream.data.recent import RecentSamples
+from megatron_cream.distributed import rendezvous, watchdog
 from megatron_cream.evaluation.long_evaluation import LongEvaluation
+from megatron_cream.evaluation.models.tokenizer import TrainingTokenizer
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
-from megatron_cream.evaluation.tokenizer import TrainingTokenizer
-from megatron_cream.evaluation.watch import Watch, loaded_from, watching
-from megatron_cream.files import append_line, hold, to_json
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.optimizer import finite
+from megatron_cream.patches import compat
+from megatron_cream.training import progress, record, signals
+from megatron_cream.training.watch import Watch, loaded_from, watching
 
 recent_samples = RecentSamples()
 
@@ -140,7 +145,7 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
         LongDocumentDataset,
         counts,
         lambda: parallel_state.get_tensor_model_parallel_rank() == 0,
-        arguments.dataset_config(args, get_tokenizer()),
+        parse.dataset_config(args, get_tokenizer()),
     ).build()
     # Megatron's samplers take no empty data set, which --eval-iters 0 asks for.
     return [None if count == 0 else data for data, count in zip(datasets, counts, strict=True)]
@@ -161,8 +166,8 @@ def train(argv: list[str] | None = None) -> Namespace:
         UsageError: the flags cannot run.
     """
     signals.install()
-    args, words = arguments.parse(argv)
-    if said := loading.done(args):
+    args, words = parse.parse(argv)
+    if said := start.finished_message(args):
         if args.rank == 0:
             print(said, flush=True)
         return args
@@ -170,7 +175,7 @@ def train(argv: list[str] | None = None) -> Namespace:
     compat.apply(args)
     schedule.install()
     optimizer_state.install()
-    if arguments.one_pass_optimizer(args):
+    if parse.one_pass_optimizer(args):
         from megatron_cream.optimizer import one_pass
 
         one_pass.install()
@@ -182,7 +187,7 @@ def train(argv: list[str] | None = None) -> Namespace:
             total_steps=args.train_iters or (args.train_samples or 0) // args.global_batch_size,
             tokens_per_step=args.global_batch_size * args.seq_length,
             ranks=args.world_size,
-            flops_per_token=arguments.flops_per_token(args),
+            flops_per_token=parse.flops_per_token(args),
             stream=terminal,
         )
 
@@ -192,7 +197,7 @@ def train(argv: list[str] | None = None) -> Namespace:
         saving.install(say, Path(args.save) if args.save else None)
         watch = _watch(args, step_line) if args.long_eval_interval else None
         if args.save:
-            loading.agree(lambda: _open_folder(args, argv), args.rank, args.world_size)
+            rendezvous.agree(lambda: _open_folder(args, argv), args.rank, args.world_size)
         if args.ckpt_format == "torch_dist":
             args.save_retain_interval = None  # `after_save` does it, in Megatron's place
         finite.install(args.nan_policy, lambda norm: _say_not_finite(norm, terminal))
@@ -205,12 +210,12 @@ def train(argv: list[str] | None = None) -> Namespace:
             watchdog.watching(args.timeout_minutes),
         ):
             pretrain(
-                pretrain_cfg_container_from_args(args, arguments.model_config(args)),
+                pretrain_cfg_container_from_args(args, parse.model_config(args)),
                 train_valid_test_datasets_provider,
                 ModelType.encoder_or_decoder,
                 forward_step,
                 non_loss_data_func=_perplexity_at_evaluations(args, terminal) if args.eval_lengths else None,
-                store=loading.common_store(args.rank, args.world_size),
+                store=rendezvous.common_store(args.rank, args.world_size),
             )
     return args
 
@@ -223,10 +228,10 @@ def _open_folder(args: Namespace, argv: list[str] | None) -> None:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         hold(Path(args.save), "--save")
         if not pretrained.is_between(args):
-            loading.refuse_another_run(args)  # one that had the folder until now
+            start.refuse_another_run(args)  # one that had the folder until now
         pretrained.carry(args)
         record.write(args, sys.argv[1:] if argv is None else argv)
-        loaded = loading.source(args)
+        loaded = start.source(args)
         after_save.install(args, loaded and loaded[1])
     except OSError as error:
         raise UsageError(f"--save {args.save}: {reason(error)}") from error
@@ -245,13 +250,13 @@ def _say_not_finite(norm: float, terminal) -> None:
 
 def _watch(args, step_line: progress.StepLine) -> Watch:
     """The evaluation at the target lengths, --long-eval-interval."""
-    names, lengths, best = long_flags.tasks(args), args.long_eval_lengths, None
+    names, lengths, best = evaluation_checks.tasks(args), args.long_eval_lengths, None
     evaluation = LongEvaluation(
         TrainingTokenizer(get_tokenizer()) if names != ("perplexity",) else None,
         tasks=names,
         lengths=lengths,
         samples=args.long_eval_samples,
-        held_out=arguments.held_out_files(args) if "perplexity" in names else [],
+        held_out=parse.held_out_files(args) if "perplexity" in names else [],
     )
     score = None if args.long_eval_best == "none" else args.long_eval_best
     if score and not args.skip_train:
@@ -272,7 +277,7 @@ def _watch(args, step_line: progress.StepLine) -> Watch:
 def _perplexity_at_evaluations(args, terminal):
     """What Megatron calls at the end of every evaluation, with the model: perplexity by length."""
     longest = max(args.eval_lengths)
-    documents = held_out_documents(arguments.held_out_files(args), longest, args.eval_documents)
+    documents = held_out_documents(parse.held_out_files(args), longest, args.eval_documents)
 
     def evaluate(model) -> None:
         scored = min(args.eval_lengths) // 2
@@ -300,7 +305,7 @@ def main() -> int:
         return 2
     try:
         if len(sys.argv) == 1:
-            from megatron_cream.quickstart import quickstart
+            from megatron_cream.training.quickstart import quickstart
 
             quickstart(train)
             finished = None
@@ -313,7 +318,7 @@ def main() -> int:
         if finished:
             pretrained.save_hf(finished)
     except UsageError as error:
-        loading.say_once(f"pretrain_cream.py: error: {error}", rank, ranks)
+        rendezvous.say_once(f"pretrain_cream.py: error: {error}", rank, ranks)
         return 2
     except KeyboardInterrupt:
         if rank == 0:
@@ -323,7 +328,7 @@ def main() -> int:
         print(f"pretrain_cream.py: stopped: {error}", file=sys.stderr)
         return 1
     except saving.SaveFailed as error:
-        loading.say_once(f"pretrain_cream.py: error: {error}", rank, ranks)
+        rendezvous.say_once(f"pretrain_cream.py: error: {error}", rank, ranks)
         return 1
     except Exception as error:
         if isinstance(error, torch.distributed.DistNetworkError) and "EADDRINUSE" in str(error):
@@ -335,7 +340,7 @@ def main() -> int:
             return 2
         # Memory that ran out, say. Python's own end could wait for ever, for NCCL's collectives, which other ranks
         # never enter. torchrun ends those as soon as this one has ended.
-        if of_another_rank(error):
+        if is_lost_peer(error):
             print(f"pretrain_cream.py: rank {rank}: another rank is gone: {one_line(error)}", file=sys.stderr)
         elif is_full_shared_memory(error):
             print(
@@ -343,7 +348,7 @@ def main() -> int:
                 "--shm-size), or have fewer processes: --num-workers 0, no --async-save",
                 file=sys.stderr,
             )
-        elif of_a_worker(error):
+        elif is_dead_data_worker(error):
             print(
                 f"pretrain_cream.py: error: rank {rank}: what loads its data is gone: {one_line(error)} Is there "
                 "memory, room in /dev/shm (docker --shm-size), and was no file of --data-path changed? "

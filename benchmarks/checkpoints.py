@@ -27,7 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
 
-from megatron_cream import platform
+from megatron_cream.common import devices
+from megatron_cream.patches import platform
 
 platform.setup()  # here: the process that writes a checkpoint imports this file
 
@@ -123,7 +124,7 @@ def check_room(args, flags: list[str]) -> None:
     }
     layers, hidden, ffn = (int(known[name]) for name in ("num_layers", "hidden_size", "ffn_hidden_size"))
     parameters = layers * (4 * hidden**2 + 3 * hidden * ffn) + 2 * hidden * int(known["vocab_size"])
-    each = parameters * (14 if platform.has_cuda() else 16)
+    each = parameters * (14 if devices.has_cuda() else 16)
     args.folder.mkdir(parents=True, exist_ok=True)
     free, need = shutil.disk_usage(args.folder).free, each * min(args.saves, 2) * 1.05
     print(f"{parameters / 1e9:.2f}B parameters, about {each / 1e9:.1f} GB a checkpoint; {free / 1e9:.0f} GB free")
@@ -136,7 +137,7 @@ def run(args, name: str, flags: list[str]) -> dict | None:
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.nproc}", "--standalone"]
     command += [__file__, "child", str(result), *flags]
-    env = {"OMP_NUM_THREADS": "1" if not platform.has_cuda() else "8"} | os.environ
+    env = {"OMP_NUM_THREADS": "1" if not devices.has_cuda() else "8"} | os.environ
     log = args.folder / f"{name}.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, env=env)
@@ -171,15 +172,14 @@ def child(result: Path, flags: list[str]) -> int:
     from megatron.training import training
 
     import pretrain_cream as main_job
-    from megatron_cream import loading
-    from megatron_cream.checkpoint import after_save
+    from megatron_cream.checkpoint import after_save, start
 
     clock = Clock()
     training.save_checkpoint_and_time = clock.saving(training.save_checkpoint_and_time)
     training.maybe_finalize_async_save = clock.finalizing(training.maybe_finalize_async_save)
     training.train_step = clock.step(training.train_step)
     training.load_checkpoint = clock.timed("load", training.load_checkpoint)
-    loading.check_content = clock.timed("check", loading.check_content)
+    start.check_content = clock.timed("check", start.check_content)
     after_save.whole = clock.whole(after_save.whole)
     sys.argv = [str(ROOT / "pretrain_cream.py"), *flags]
     code = main_job.main()
@@ -256,7 +256,7 @@ class Clock:
 def _now() -> float:
     import torch
 
-    if platform.has_cuda() and torch.cuda.is_initialized():
+    if devices.has_cuda() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.monotonic()
 

@@ -104,7 +104,7 @@ def make(prefix: Path, documents: int, seed: int, median: int) -> int:
 
 
 def child(what: str, settings: dict) -> None:
-    from megatron_cream import platform
+    from megatron_cream.patches import platform
 
     platform.setup()
     import torch
@@ -127,8 +127,9 @@ def say(rank: int, lines: list[str]) -> None:
 
 
 def checks(settings: dict) -> list[str]:
-    """Those of `arguments.parse`, each timed."""
-    from megatron_cream import arguments, data_checks
+    """Those of `parse.parse`, each timed."""
+    from megatron_cream.config import parse
+    from megatron_cream.config.checks import data as data_checks
 
     seconds = {}
 
@@ -147,7 +148,7 @@ def checks(settings: dict) -> list[str]:
     flags += f" --seq-length {WINDOW} --tokenizer-type NullTokenizer --vocab-size 100 --global-batch-size 32"
     flags += f" --eval-lengths {WINDOW} --split 969,30,1"
     with Memory() as memory:
-        arguments.parse([*flags.split(), "--data-path", *settings["prefixes"]])
+        parse.parse([*flags.split(), "--data-path", *settings["prefixes"]])
     shown = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
     return [f"{sum(seconds.values()):.2f} s ({shown}); {memory}"]
 

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
 
-from megatron_cream import platform
+from megatron_cream.common import devices
+from megatron_cream.patches import platform
 
 platform.setup()  # before anything of Megatron is imported
 
@@ -29,10 +30,10 @@ from benchmarks.shapes import llama_config
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.evaluation.hf_model import HfModel
-from megatron_cream.evaluation.megatron_model import MegatronModel
+from megatron_cream.evaluation.models.hf_model import HfModel
+from megatron_cream.evaluation.models.megatron_model import MegatronModel
 
-CUDA = platform.has_cuda()
+CUDA = devices.has_cuda()
 NEW = 16
 SCORED = 256
 

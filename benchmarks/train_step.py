@@ -170,22 +170,23 @@ def megatron(flags: list[str]) -> None:
     from megatron.training.argument_utils import gpt_config_from_args
 
     import pretrain_cream as main_job
-    from megatron_cream import arguments, compat
+    from megatron_cream.config import parse
     from megatron_cream.optimizer import finite
+    from megatron_cream.patches import compat
 
-    arguments.pretrained.weights_hook = lambda args: None
+    parse.pretrained.weights_hook = lambda args: None
     flags = [*flags, "--attention-backend", "te", "--position-sampler", "pi"]
 
     def stock_config(args):
         args.position_embedding_type, args.apply_rope_fusion = "rope", True
         return gpt_config_from_args(args)
 
-    arguments.model_config = stock_config
+    parse.model_config = stock_config
     # None of this project's optimizer, checks and shortcuts, nor Megatron's own checks, which cost it time.
     compat._weight_gradients_without_apex = compat._alone_without_collectives = lambda: None
-    arguments.one_pass_optimizer = lambda args: False
+    parse.one_pass_optimizer = lambda args: False
     finite.install = lambda *_: None
-    real_parse = arguments.parse
+    real_parse = parse.parse
 
     def parse(argv):
         args, words = real_parse(argv)
@@ -193,7 +194,7 @@ def megatron(flags: list[str]) -> None:
         args.gradient_accumulation_fusion = False
         return args, words
 
-    arguments.parse = parse
+    parse.parse = parse
     main_job.train(flags)
 
 
@@ -203,7 +204,8 @@ def transformers(flags: list[str], kind: str) -> None:
     from transformers import LlamaForCausalLM
 
     from benchmarks.shapes import llama_config
-    from megatron_cream.progress import flops_per_token, peak_flops
+    from megatron_cream.common.devices import peak_flops
+    from megatron_cream.model.flops import flops_per_token
 
     if kind == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama

@@ -17,18 +17,19 @@ from threading import Lock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
 
-from megatron_cream import platform
+from megatron_cream.common import devices
+from megatron_cream.patches import platform
 
 platform.setup()  # before anything of Megatron is imported
 
 import torch
 
 from benchmarks.stopping import leave_no_ranks
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.model.attention import has_transformer_engine
 from megatron_cream.planning import measured
 from megatron_cream.planning.hardware import GPUS
-from megatron_cream.quickstart import last_perplexity
+from megatron_cream.training.quickstart import last_perplexity
 from tests.faults import kill
 from tests.launch import write_documents
 
@@ -134,7 +135,7 @@ PRECISIONS = {
 def parity(runs: Runs) -> None:
     """Losses of 20 steps from one checkpoint, in each layout and precision; several runs at a time."""
     start, precisions = runs.folder / "start", PRECISIONS
-    if not platform.has_cuda():
+    if not devices.has_cuda():
         precisions = {"fp32": PRECISIONS["fp32"]}
     elif not has_transformer_engine():
         precisions = {name: how for name, how in PRECISIONS.items() if not name.endswith("te")}
@@ -161,7 +162,7 @@ def parity(runs: Runs) -> None:
         if runs.launch(name, ranks, flags) is not None:
             runs.keep(name, losses=_losses(board))
 
-    with ThreadPoolExecutor(6 if platform.has_cuda() else 1) as pool:
+    with ThreadPoolExecutor(6 if devices.has_cuda() else 1) as pool:
         list(pool.map(run, *zip(*((p, layout) for p, (_, layouts) in precisions.items() for layout in layouts))))
 
 
@@ -287,7 +288,7 @@ def full(runs: Runs) -> None:
 
 def fits(runs: Runs, name: str, gpus: int, flags: list[str]) -> bool:
     """Whether the planner says so, with the flags after -- too."""
-    memory = torch.cuda.get_device_properties(0).total_memory if platform.has_cuda() else 2**40
+    memory = torch.cuda.get_device_properties(0).total_memory if devices.has_cuda() else 2**40
     try:
         needed = planned(name, gpus, [*flags, *runs.extra, "--use-distributed-optimizer"]).peak_gib
     except UsageError as error:  # flags after -- that this layout does not take
@@ -308,7 +309,7 @@ def planned(name: str, gpus: int, flags: list[str]) -> measured.Checked:
 
 def _kind() -> str:
     """Of the GPU, as the planner has it."""
-    return next((kind for kind in GPUS if platform.has_cuda() and kind in torch.cuda.get_device_name()), "H200")
+    return next((kind for kind in GPUS if devices.has_cuda() and kind in torch.cuda.get_device_name()), "H200")
 
 
 _PLANNING = Lock()

@@ -1,4 +1,4 @@
-"""Write docs/flags.md from megatron_cream/flag_support.py: python docs/make_flags.py"""
+"""Write docs/flags.md from megatron_cream/config/flag_support.py: python docs/make_flags.py"""
 
 import sys
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()
 
-from megatron_cream import flag_support
-from megatron_cream.flags import build_parser
+from megatron_cream.config import flag_support
+from megatron_cream.config.parser import build_parser
 
 HEAD = """# Flags
 
 What each flag of `--help` does with this project's Llama, by Megatron's groups of arguments. Made from
-`megatron_cream/flag_support.py` by `python docs/make_flags.py`; a test runs every refused flag.
+`megatron_cream/config/flag_support.py` by `python docs/make_flags.py`; a test runs every refused flag.
 
 - **Tested**: works; the named file in `tests/` runs it.
 - **Untested**: passed on to Megatron as it is; no test of this project runs it.

@@ -11,7 +11,8 @@ sys.path.insert(0, str(ROOT))
 # Where a virtual environment was not activated: commands under test start torchrun and python.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
-from megatron_cream import platform
+from megatron_cream.common import devices
+from megatron_cream.patches import platform
 
 platform.setup()
 
@@ -26,7 +27,7 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
-    if platform.has_cuda():
+    if devices.has_cuda():
         return
     for item in items:
         if "gpu" in item.keywords:

@@ -12,8 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from megatron_cream.data.embedded import source_files
+from megatron_cream.evaluation.models.tokenizer import ModelTokenizer, open_tokenizer
 from megatron_cream.evaluation.results import RESULTS
-from megatron_cream.evaluation.tokenizer import ModelTokenizer, open_tokenizer
 from tests.hf_models import save_model
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

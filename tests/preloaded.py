@@ -14,7 +14,7 @@ import traceback
 import uuid
 from pathlib import Path
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream import arguments
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config import parse
 from tests.advice_cases import ADVICE, INSTEAD, NOT_FOLLOWED, with_
 from tests.bad_inputs import TRAINER, Ended, free_port, start
 from tests.launch import ROOT
@@ -56,7 +56,7 @@ def test_every_line_that_advises_a_flag_is_here():
 
 def checks_alone(flags: list[str]) -> int:
     try:
-        return arguments.parse(flags) and 0
+        return parse.parse(flags) and 0
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2

@@ -13,20 +13,21 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
-from megatron_cream import data_checks, platform
+from megatron_cream.config.checks import data as data_checks
+from megatron_cream.patches import platform
 
 platform.setup()
 
-from megatron_cream import ranges
 from megatron_cream.checkpoint import hf_folder, opening, output
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.families import ModelShape, shape_from_config
 from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config.checks import numbers as number_checks
+from megatron_cream.config.parser import build_parser
+from megatron_cream.config.recipe import read_recipe
 from megatron_cream.data import indexed
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
-from megatron_cream.errors import UsageError
-from megatron_cream.flags import build_parser
-from megatron_cream.recipe import read_recipe
 from tests.hf_models import save_model
 
 # A hang, or gigabytes that are filled, take longer.
@@ -94,7 +95,7 @@ def test_any_recipe(tmp_path_factory, content):
 def test_any_numbers(values):
     args = Namespace(**DEFAULTS | values)
     before = dict(vars(args))
-    value_or_one_line(lambda: ranges.check(args, DEFAULTS))
+    value_or_one_line(lambda: number_checks.check(args, DEFAULTS))
     assert all(a is b for a, b in zip(vars(args).values(), before.values(), strict=True))
 
 

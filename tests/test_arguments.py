@@ -6,14 +6,15 @@ import sys
 import pytest
 import yaml
 
-from megatron_cream import arguments, checks
-from megatron_cream.arguments import sampler_options
-from megatron_cream.errors import UsageError
-from megatron_cream.flags import build_parser
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config import parse
+from megatron_cream.config.checks import flags as flag_checks
+from megatron_cream.config.parse import sampler_options
+from megatron_cream.config.parser import build_parser
+from megatron_cream.config.recipe import read_recipe
 from megatron_cream.model import user_buffers
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.positions import build_sampler
-from megatron_cream.recipe import read_recipe
 from tests.launch import ROOT, torchrun, write_documents
 
 RECIPES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -41,7 +42,7 @@ def read(monkeypatch, tmp_path, recipe: dict, *flags, world_size: int = 1):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    return arguments.read(["--config", str(path), *map(str, flags)])
+    return parse.read(["--config", str(path), *map(str, flags)])
 
 
 def test_command_line_wins_over_recipe_over_defaults(monkeypatch, tmp_path, data):
@@ -76,7 +77,7 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes(b"")
     own = ["--data-path", long_data, "--tokenizer-model", str(tokenizer)] if "quickstart" not in recipe.stem else []
-    args = arguments.read(["--config", str(recipe), *own])
+    args = parse.read(["--config", str(recipe), *own])
     sampler = build_sampler(**sampler_options(args), seed=args.seed)
     plan = sampler.plan(epoch=0, sample=0, document_length=args.target_length)
     assert len(plan.position_ids) == args.seq_length and plan.position_ids[-1] < args.target_length
@@ -100,23 +101,23 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
     ],
 )
 def test_overlap_is_on_where_shards_are_on_several_gpus(flags, ranks, cuda, expected):
-    assert arguments.overlaps(build_parser(recipe=False).parse_args(flags.split()), ranks, cuda) == expected
+    assert parse.overlaps(build_parser(recipe=False).parse_args(flags.split()), ranks, cuda) == expected
 
 
 def test_a_recipe_turns_overlap_off_and_the_command_line_on(monkeypatch, tmp_path, data):
     recipe = GOOD | {"data_path": data, "use_distributed_optimizer": True, "overlap_param_gather": False}
     args = read(monkeypatch, tmp_path, recipe)
-    assert arguments.overlaps(args, 2, True) == (True, False)
-    assert "overlap_param_gather: false" in arguments.describe(args)
-    assert "overlap_grad_reduce" not in arguments.describe(args)
+    assert parse.overlaps(args, 2, True) == (True, False)
+    assert "overlap_param_gather: false" in parse.describe(args)
+    assert "overlap_grad_reduce" not in parse.describe(args)
     args = read(monkeypatch, tmp_path, recipe, "--overlap-param-gather")
-    assert arguments.overlaps(args, 2, True) == (True, True)
+    assert parse.overlaps(args, 2, True) == (True, True)
 
 
 def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data):
     recipe = GOOD | {"data_path": data, "tensor_model_parallel_size": 2, "eval_lengths": [128, 512], "lr": 1e-4}
     first = read(monkeypatch, tmp_path, recipe, world_size=2)
-    text = arguments.describe(first)
+    text = parse.describe(first)
     assert "attention: sdpa" in text and "2 ranks, TP 2" in text
     # Nothing of this machine goes into it.
     assert not {"distributed_backend", "use_cpu_initialization", "gradient_accumulation_fusion"} & set(
@@ -194,12 +195,12 @@ BAD = [
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_cuda_graphs_beside_segments_that_grow(name, monkeypatch):
     args = build_parser(recipe=False).parse_args(["--cuda-graph-impl", "local"])
-    checks.graphs_beside_growing_segments(args)
+    flag_checks.graphs_beside_growing_segments(args)
     monkeypatch.setenv(name, "garbage_collection_threshold:0.8,expandable_segments:True")
     with pytest.raises(UsageError, match=f"--cuda-graph-impl local with {name}=.*unset one of them"):
-        checks.graphs_beside_growing_segments(args)
+        flag_checks.graphs_beside_growing_segments(args)
     monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
-    checks.graphs_beside_growing_segments(args)
+    flag_checks.graphs_beside_growing_segments(args)
 
 
 @pytest.mark.parametrize("changed, ranks, words", BAD, ids=lambda value: str(value)[:40])
@@ -223,7 +224,7 @@ def test_bad_input_is_one_clear_line(changed, ranks, words, monkeypatch, tmp_pat
 )
 def test_user_buffers_hold_samples_of_one_length(also, monkeypatch, tmp_path, data):
     layers = AttentionBackend(name="flash", te_kernel="flash", transformer_engine=True, reason="a test")
-    monkeypatch.setattr(arguments, "choose_backend", lambda *_, **__: layers)
+    monkeypatch.setattr(parse, "choose_backend", lambda *_, **__: layers)
     recipe = GOOD | {"tp_comm_overlap": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}
     recipe |= {"data_path": data, "save": str(tmp_path / "save"), "save_interval": 1}
     assert read(monkeypatch, tmp_path, recipe, world_size=2).tp_comm_overlap
@@ -285,7 +286,7 @@ def test_memory_grows_in_segments_unless_told_otherwise(flags, given, expected, 
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    arguments._use_expandable_segments(build_parser(recipe=False).parse_args(flags.split()))
+    parse._use_expandable_segments(build_parser(recipe=False).parse_args(flags.split()))
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
 
@@ -329,15 +330,15 @@ def test_help_lists_both():
 
 def test_unknown_flag_is_one_line(monkeypatch):
     with pytest.raises(UsageError, match="--no-such-flag"):
-        arguments.read(["--no-such-flag", "1"])
+        parse.read(["--no-such-flag", "1"])
 
 
 def test_print_config_of_a_two_gpu_recipe_needs_no_launcher(monkeypatch, tmp_path, long_data):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "tokenizer.model").write_bytes(b"")
     flags = ["--data-path", long_data, "--tokenizer-model", str(tmp_path / "tokenizer.model"), "--print-config"]
-    args = arguments.read(["--config", str(ROOT / "examples/llama2_7b_32k.yaml"), *flags])
-    assert args.world_size == 2 and "TP 2" in arguments.describe(args)
+    args = parse.read(["--config", str(ROOT / "examples/llama2_7b_32k.yaml"), *flags])
+    assert args.world_size == 2 and "TP 2" in parse.describe(args)
 
 
 def test_print_config_runs_nothing(data, tmp_path):

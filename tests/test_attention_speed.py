@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_cream import loading
+from megatron_cream.distributed import rendezvous
 from megatron_cream.model import attention, attention_speed
 from megatron_cream.model.attention import alternatives, choose_backend
 from megatron_cream.model.attention_speed import Shape
@@ -68,11 +68,11 @@ def test_little_work_is_not_measured_and_a_long_sequence_only_in_part(installed,
 
 def test_every_rank_takes_what_rank_0_measured(monkeypatch):
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(loading, "common_store", lambda rank, ranks: store)
+    monkeypatch.setattr(rendezvous, "common_store", lambda rank, ranks: store)
     heard = []
     for rank in range(3):
-        monkeypatch.setattr(loading, "_agreements", itertools.count())
-        heard.append([loading.from_rank_0(f"{rank} {time}", rank, 3) for time in ("first", "second")])
+        monkeypatch.setattr(rendezvous, "_agreements", itertools.count())
+        heard.append([rendezvous.from_rank_0(f"{rank} {time}", rank, 3) for time in ("first", "second")])
     assert heard == [["0 first", "0 second"]] * 3
 
 

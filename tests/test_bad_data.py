@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_cream import data_checks
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config.checks import data as data_checks
+from megatron_cream.config.parser import build_parser
 from megatron_cream.data import documents, indexed
 from megatron_cream.data.documents import BadDocument, Batch, Position, read_documents, take_text
 from megatron_cream.data.preprocess import preprocess
-from megatron_cream.errors import UsageError
-from megatron_cream.flags import build_parser
 from tests.launch import ROOT, write_documents
 from tests.test_arguments import GOOD, read
 from tests.test_chat_data import build

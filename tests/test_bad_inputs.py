@@ -19,12 +19,16 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()
 
-from megatron_cream import arguments, compat, files, loading
-from megatron_cream.errors import UsageError
+from megatron_cream.checkpoint import start as checkpoint_start
+from megatron_cream.common import files
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config import parse
+from megatron_cream.distributed import rendezvous
+from megatron_cream.patches import compat
 from tests.bad_input_cases import (
     CHECKPOINTS,
     FOLDERS,
@@ -122,19 +126,19 @@ def test_flags_that_cannot_run(mains, world, case):
 def test_checkpoints_that_another_run_saved_meanwhile_are_not_written_over(tmp_path):
     """Looked at again when --save is held: a run of 30 s fits between the first look and the lock."""
     args = Namespace(save=str(tmp_path), load=None, skip_train=False)
-    loading.refuse_another_run(args)
+    checkpoint_start.refuse_another_run(args)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
     with pytest.raises(UsageError, match=f"--save {tmp_path}: holds the checkpoints of an earlier run"):
-        loading.refuse_another_run(args)
+        checkpoint_start.refuse_another_run(args)
     args.load = f"{tmp_path}/."
-    loading.refuse_another_run(args)
+    checkpoint_start.refuse_another_run(args)
 
 
 def test_what_is_whole_passes_every_check(mains, world):
     """The tables above would be green of a project that refused everything."""
     for command in (RESUME, FROM_CKPT, FROM_EXPORT, FROM_CLASSIC, FROM_HF):
         flags = [part.replace("{0}", str(world)) for part in command]
-        ended = start(lambda: arguments.parse(flags[1:]) and 7, TRAINER)()
+        ended = start(lambda: parse.parse(flags[1:]) and 7, TRAINER)()
         assert ended.code == 7, ended.error[-2000:]
     for command in (IMPORT, VERIFY, PREPARE):
         flags = [part.replace("{0}", str(world)) for part in command]
@@ -146,13 +150,13 @@ def test_what_is_whole_passes_every_check(mains, world):
 def test_an_older_checkpoint_without_checksums_is_loaded(world):
     (world / STEP / "integrity.json").unlink()
     flags = [part.replace("{0}", str(world)) for part in RESUME[1:]]
-    assert start(lambda: arguments.parse(flags) and 7, TRAINER)().code == 7
+    assert start(lambda: parse.parse(flags) and 7, TRAINER)().code == 7
 
 
 def test_checksums_are_not_looked_at_when_they_are_switched_off(world):
     flip(SHARD)(world)
     flags = [part.replace("{0}", str(world)) for part in RESUME[1:]]
-    assert start(lambda: arguments.parse([*flags, "--no-checkpoint-checksums"]) and 7, TRAINER)().code == 7
+    assert start(lambda: parse.parse([*flags, "--no-checkpoint-checksums"]) and 7, TRAINER)().code == 7
 
 
 def test_one_rank_finds_it_and_both_end_with_one_line(mains, world):
@@ -189,12 +193,12 @@ def test_no_rank_ends_before_the_line_is_said(mains, world):
 
 
 def test_another_rank_says_what_only_it_has_found(monkeypatch, capsys):
-    monkeypatch.setattr(loading, "_PATIENCE", timedelta(seconds=0.3))
+    monkeypatch.setattr(rendezvous, "_PATIENCE", timedelta(seconds=0.3))
     store = torch.distributed.TCPStore("localhost", 0, is_master=True)
-    monkeypatch.setattr(loading, "_store", store)
-    loading.say_once("from rank 1", 1, 2)
-    loading.say_once("from rank 0", 0, 2)
-    loading.say_once("again", 1, 2)
+    monkeypatch.setattr(rendezvous, "_store", store)
+    rendezvous.say_once("from rank 1", 1, 2)
+    rendezvous.say_once("from rank 0", 0, 2)
+    rendezvous.say_once("again", 1, 2)
     assert capsys.readouterr().err.split("\n") == ["from rank 1", "from rank 0", ""]
 
 
@@ -263,7 +267,7 @@ def test_the_only_checkpoint_is_found_without_its_tracker(world, checksums):
         (world / STEP / "integrity.json").unlink()
     flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run", *LONGER)][1:]
     step = 2 if checksums else None
-    assert start(lambda: 7 if arguments.parse(flags)[0].ckpt_step == step else 8, TRAINER)().code == 7
+    assert start(lambda: 7 if parse.parse(flags)[0].ckpt_step == step else 8, TRAINER)().code == 7
 
 
 @pytest.mark.parametrize(
@@ -272,7 +276,7 @@ def test_the_only_checkpoint_is_found_without_its_tracker(world, checksums):
 )
 def test_a_run_that_goes_on_with_other_samples_is_told_so(world, flags, words):
     given = [part.replace("{0}", str(world)) for part in (*RESUME, *LONGER)][1:]
-    ended = start(lambda: arguments.parse([*given, *flags.split()]) and 7, TRAINER)()
+    ended = start(lambda: parse.parse([*given, *flags.split()]) and 7, TRAINER)()
     said = [line for line in ended.error.splitlines() if line.startswith("note:")]
     assert ended.code == 7 and len(said) == bool(words) and words in "".join(said), ended.error
 
@@ -283,7 +287,7 @@ def test_a_configuration_may_be_edited(world):
     edited = world / "exported" / "tokenizer_config.json"
     edited.write_text(edited.read_text() + "\n")
     flags = [part.replace("{0}", str(world)) for part in FROM_EXPORT[1:]]
-    assert start(lambda: arguments.parse(flags) and 7, TRAINER)().code == 7
+    assert start(lambda: parse.parse(flags) and 7, TRAINER)().code == 7
     edited.unlink()
     missing = "tokenizer_config.json: missing, and integrity.json lists it"
-    assert missing in start(lambda: arguments.parse(flags) and 7, TRAINER)().error
+    assert missing in start(lambda: parse.parse(flags) and 7, TRAINER)().error

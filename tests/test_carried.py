@@ -11,7 +11,7 @@ import sentencepiece
 from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_cream.checkpoint import carried, output
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from tests.evaluation_models import save_tokenizer
 from tests.launch import ROOT
 

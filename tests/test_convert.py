@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()
 

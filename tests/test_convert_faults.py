@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()
 
@@ -21,7 +21,7 @@ from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import pieces
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from tests import bad_inputs
 from tests.hf_models import save_model
 from tests.launch import ROOT

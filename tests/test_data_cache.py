@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
-from megatron_cream import compat
 from megatron_cream.data import blend_cache, indexed, long_documents
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
+from megatron_cream.patches import compat
 from tests.launch import ROOT
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, size=5000).astype(np.int32)

@@ -8,14 +8,14 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from megatron_cream.common.errors import UsageError
 from megatron_cream.data import compressed, documents, time_limit
 from megatron_cream.data.chat import TemplateChat
 from megatron_cream.data.columns import read_rows
 from megatron_cream.data.preprocess import preprocess
 from megatron_cream.data.tokenizers import load_tokenizer
-from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 from megatron_cream.evaluation.tasks.sources import json_lines
-from megatron_cream.evaluation.tokenizer import open_tokenizer
 from tests.evaluation_models import save_tokenizer
 from tests.test_preprocess import ByteTokenizer
 

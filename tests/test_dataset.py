@@ -9,9 +9,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
+from megatron_cream.common.errors import UsageError
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
 from megatron_cream.data.order import permute
-from megatron_cream.errors import UsageError
 from megatron_cream.positions import build_sampler
 
 N, L = 96, 384

@@ -127,7 +127,7 @@ def test_output_is_not_taken_for_a_file_of_the_commands_own(tmp_path):
 @pytest.mark.parametrize("redirect", [">/dev/full", "| true; exit ${PIPESTATUS[0]}", ">&-", ""])
 def test_a_run_outlives_its_output(tmp_path, redirect):
     body = """
-from megatron_cream import console
+from megatron_cream.common import console
 with console.divert("full", None) as terminal:
     for _ in range(10_000): print('a line', file=terminal, flush=True)
 return 3"""

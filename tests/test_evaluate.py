@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation import language_model
+from megatron_cream.common.errors import UsageError
+from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.result_lines import line_of
 from megatron_cream.evaluation.results import RESULTS, SUMMARY
 from tests import task_tokenizers
@@ -278,7 +278,7 @@ def test_the_tool_starts_as_a_process(models, tmp_path):
 
 
 def test_a_tokenizer_without_bos_has_none(tmp_path):
-    from megatron_cream.evaluation.tokenizer import open_tokenizer
+    from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 
     for bos in (True, False):
         save_tokenizer(tmp_path / str(bos), bos=bos)

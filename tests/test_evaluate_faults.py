@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation import language_model
+from megatron_cream.common.errors import UsageError
+from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.results import PICTURE, RESULTS, SUMMARY, open_results
 from megatron_cream.evaluation.runner import Generation, run_task
 from tests.evaluation_models import Knows, save_llama, save_tokenizer

@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation import pictures, plans, report
-from megatron_cream.evaluation.generation import seed_of
+from megatron_cream.evaluation.models.generation import seed_of
 from megatron_cream.evaluation.results import RESULTS, SUMMARY, open_results
 from megatron_cream.evaluation.runner import Generation, OutOfMemory, Plan, run_task
-from megatron_cream.evaluation.task import Example
+from megatron_cream.evaluation.tasks.task import Example
 from tests.evaluation_models import Knows, is_picture, records_of, small_tokenizer
 
 

@@ -12,9 +12,11 @@ import torch
 import yaml
 from megatron.training import checkpointing
 
-from megatron_cream import compat, loading, signals
+from megatron_cream.checkpoint import start
+from megatron_cream.common.errors import UsageError
 from megatron_cream.data.recent import RecentSamples
-from megatron_cream.errors import UsageError
+from megatron_cream.patches import compat
+from megatron_cream.training import signals
 from tests.faults.kill import compare, kill, kill_under_torchrun, launch, newest, ranks, wait_for, writing
 from tests.launch import ROOT, write_documents
 
@@ -153,15 +155,15 @@ def test_an_earlier_runs_folder_is_not_written_over(tmp_path, monkeypatch):
         none = dict(load=None, skip_train=False, no_save_optim=None, ckpt_step=None, finetune=False)
         return Namespace(**none | dict(save=str(tmp_path), no_load_optim=None, no_load_rng=None) | given)
 
-    loading.own_folder(flags())
+    start.check_save_folder(flags())
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
     for load in (None, "elsewhere"):
         with pytest.raises(UsageError, match=f"--save {tmp_path}: holds .* add --load {tmp_path}"):
-            loading.own_folder(flags(load=load))
-    loading.own_folder(flags(load=str(tmp_path)))
+            start.check_save_folder(flags(load=load))
+    start.check_save_folder(flags(load=str(tmp_path)))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     args = flags(load="elsewhere", finetune=True, no_load_optim=True)
-    loading.own_folder(args)
+    start.check_save_folder(args)
     assert (args.load, args.finetune, args.no_load_optim) == (str(tmp_path), False, None)
 
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from megatron_cream import arguments, flag_support
-from megatron_cream.errors import UsageError
-from megatron_cream.flags import build_parser
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config import flag_support, parse
+from megatron_cream.config.parser import build_parser
 from tests.launch import ROOT, train, write_documents
 
 PARSER = build_parser(recipe=False)
@@ -75,7 +75,7 @@ def test_a_recipe_cannot_set_a_refused_flag(tmp_path, monkeypatch):
     recipe.write_text("num_experts: 8\n")
     monkeypatch.setattr(sys, "argv", ["pretrain_cream.py"])
     with pytest.raises(UsageError, match="--num-experts 8: not supported here; this project's Llama is dense"):
-        arguments.read(["--config", str(recipe)])
+        parse.read(["--config", str(recipe)])
 
 
 def test_the_page_is_up_to_date():

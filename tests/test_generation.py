@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.evaluation import generation
-from megatron_cream.evaluation.hf_model import HfModel
-from megatron_cream.evaluation.megatron_model import MegatronModel
+from megatron_cream.evaluation.models import generation
+from megatron_cream.evaluation.models.hf_model import HfModel
+from megatron_cream.evaluation.models.megatron_model import MegatronModel
 from megatron_cream.model.rotary import rope_scaling_dict
 from tests.hf_models import save_model
 

@@ -12,12 +12,14 @@ import psutil
 import pytest
 import torch
 
-from megatron_cream import platform
+from megatron_cream.common import devices
+from megatron_cream.patches import platform
 
 platform.setup()
 
-from megatron_cream import checks, launcher
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config.checks import flags as flag_checks
+from megatron_cream.distributed import launcher
 from tests.launch import ROOT
 
 ALL = {
@@ -106,10 +108,10 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch):
 
 
 def test_more_ranks_than_gpus_is_a_line(monkeypatch):
-    monkeypatch.setattr(platform, "has_cuda", lambda: True)
+    monkeypatch.setattr(devices, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="^LOCAL_RANK=2 in the environment: this machine has 2 visible GPUs; use"):
-        checks.gpu_of_rank(2)
+        flag_checks.gpu_of_rank(2)
 
 
 def test_ranks_end_with_a_torchrun_that_was_killed_while_they_started(tmp_path):

@@ -15,19 +15,20 @@ from hypothesis import strategies as st
 from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
-from megatron_cream import arguments, progress
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config import parse
 from megatron_cream.data import embedded
 from megatron_cream.data.tokenizers import load_tokenizer
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation import watch as watch_module
 from megatron_cream.evaluation.long_evaluation import Result, Score
-from megatron_cream.evaluation.megatron_model import MegatronModel
+from megatron_cream.evaluation.models.megatron_model import MegatronModel
+from megatron_cream.evaluation.models.tokenizer import TrainingTokenizer
 from megatron_cream.evaluation.recall import PLACES, Recall, recall, recall_texts
 from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
-from megatron_cream.evaluation.tokenizer import TrainingTokenizer
+from megatron_cream.training import progress
+from megatron_cream.training import watch as watch_module
 from tests.evaluation_models import small_tokenizer
 from tests.hf_models import save_model
 from tests.launch import write_documents
@@ -236,7 +237,7 @@ def read(monkeypatch, tmp_path, changed: dict):
     recipe = {k: v for k, v in (GOOD | {"data_path": str(data)} | changed).items() if v is not None}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setenv("WORLD_SIZE", str(changed.get("context_parallel_size", 1)))
-    return arguments.read(["--config", str(tmp_path / "recipe.yaml")])
+    return parse.read(["--config", str(tmp_path / "recipe.yaml")])
 
 
 @pytest.mark.parametrize("changed, words", BAD, ids=lambda value: str(value)[:40])

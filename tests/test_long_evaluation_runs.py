@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.checkpoint.convert import export_hf
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.common.errors import UsageError
 from megatron_cream.data import embedded
 from megatron_cream.data.tokenizers import load_tokenizer
-from megatron_cream.errors import UsageError
+from megatron_cream.evaluation.models.tokenizer import TrainingTokenizer
 from megatron_cream.evaluation.tasks import kv
-from megatron_cream.evaluation.tokenizer import TrainingTokenizer
 from tests.faults.kill import compare, newest, ranks, ranks_of_folder, wait_for, writing
 from tests.launch import ROOT, TINY, torchrun, write_documents
 

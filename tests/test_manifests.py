@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_cream.flags import build_parser
+from megatron_cream.config.parser import build_parser
 from tests.faults.kill import newest, wait_for
 from tests.launch import ROOT, TINY, write_documents
 

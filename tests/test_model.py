@@ -11,10 +11,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_cream import compat
 from megatron_cream.evaluation.perplexity import perplexity_by_length
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
+from megatron_cream.patches import compat
 
 SHAPE = dict(hidden_size=64, ffn_hidden_size=176, num_layers=3, num_attention_heads=4)
 VOCABULARY, WINDOW, TARGET = 100, 48, 384

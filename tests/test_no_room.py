@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.tensorflow_stub.io import gfile
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_cream import compat
-from megatron_cream.errors import UsageError
-from megatron_cream.files import replacing, save_picture, writing
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import replacing, save_picture, writing
+from megatron_cream.patches import compat
 from tests.bad_inputs import load, start
 from tests.evaluation_models import save_llama
 from tests.launch import ROOT
@@ -94,7 +94,7 @@ def test_events_that_cannot_be_written_are_left_out(tmp_path, monkeypatch, capsy
 NO_SHARED_MEMORY = """
 import multiprocessing, torch
 from megatron_cream.data.workers import map_in_order
-from megatron_cream.errors import is_full_shared_memory
+from megatron_cream.common.errors import is_full_shared_memory
 for act in (
     multiprocessing.get_context("fork").Lock,
     multiprocessing.get_context("spawn").JoinableQueue,
@@ -118,8 +118,8 @@ from megatron_cream import platform
 platform.setup()
 import torch
 from megatron.training.dist_signal_handler import DistributedSignalHandler
-from megatron_cream import signals
-from megatron_cream.errors import of_a_worker
+from megatron_cream.training import signals
+from megatron_cream.common.errors import of_a_worker
 signals.install()
 loader = torch.utils.data.DataLoader(
     [torch.zeros(100_000)] * 9, num_workers=1, collate_fn=lambda batch: batch[0],

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_cream import loading, nodes
-from megatron_cream.errors import UsageError
+from megatron_cream.checkpoint import start
+from megatron_cream.common.errors import UsageError
+from megatron_cream.distributed import nodes
 from tests.faults.kill import compare, newest, wait_for
 from tests.launch import ROOT, TINY, torchrun, write_documents
 
@@ -91,11 +92,11 @@ def test_a_finished_run_that_starts_again_has_nothing_to_do(tmp_path):
     (tmp_path / "iter_0000008").mkdir()
     started = dict(load=str(tmp_path), save=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None, skip_train=False)
     args = Namespace(**started, finetune=False, train_iters=8)
-    assert loading.done(args) == f"step 8 of 8 is in {tmp_path}: nothing is left to train"
+    assert start.finished_message(args) == f"step 8 of 8 is in {tmp_path}: nothing is left to train"
     by_samples = dict(train_iters=None, train_samples=72, global_batch_size=9)
-    assert loading.done(Namespace(**vars(args) | by_samples)) == loading.done(args)
+    assert start.finished_message(Namespace(**vars(args) | by_samples)) == start.finished_message(args)
     for other in (dict(train_iters=9), dict(skip_train=True), dict(finetune=True), dict(load=None)):
-        assert loading.done(Namespace(**vars(args) | other)) is None
+        assert start.finished_message(Namespace(**vars(args) | other)) is None
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_restarts_on_several_nodes_need_a_store_that_is_new_each_time(monkeypatc
     for name, value in several.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them"):
-        nodes.alike(lambda: None)
+        nodes.run_on_all_ranks(lambda: None)
 
 
 def test_what_a_node_lacks_ends_the_job_on_all(documents, tmp_path, port):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.evaluation import generation
+from megatron_cream.evaluation.models import generation
 from tests.evaluation_models import save_llama
 from tests.test_evaluate import KV, LINES, alone, run  # noqa: F401
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from megatron_cream import compat
 from megatron_cream.checkpoint.opening import open_step
-from megatron_cream.checkpoint.pickles import load_metadata, load_plain, refuse_code, to_plain
+from megatron_cream.common.safe_pickle import load_metadata, load_plain, refuse_code, to_plain
+from megatron_cream.patches import compat
 from tests.bad_inputs import saved
 from tests.hf_models import save_model
 from tests.launch import TINY, train, write_documents

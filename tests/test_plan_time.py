@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
+from megatron_cream.model.flops import flops_per_token
 from megatron_cream.planning import (
     Engine,
     Layout,
@@ -25,7 +26,6 @@ from megatron_cream.planning import (
 from megatron_cream.planning.communication import Transfer
 from megatron_cream.planning.hardware import GPUS, Cluster
 from megatron_cream.planning.step_time import Time, predict
-from megatron_cream.progress import flops_per_token
 from tests.test_plan_tool import RECIPE, tool
 
 H200 = GPUS["H200"]

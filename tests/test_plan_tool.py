@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.planning import Layout, Model, layouts, run_from_flags
 from megatron_cream.planning.hardware import GIB
 from megatron_cream.planning.memory import predict

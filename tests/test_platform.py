@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_cream import platform
+from megatron_cream.common import devices
 from tests.launch import ROOT
 
 
@@ -19,9 +19,10 @@ def run(code: str) -> str:
 
 def test_cuda_means_cpu_and_torch_is_not_lied_to():
     out = run(
-        "from megatron_cream import platform; platform.setup(); platform.setup()\n"
+        "from megatron_cream.patches import platform; platform.setup(); platform.setup()\n"
         "import torch\n"
-        "assert not torch.cuda.is_available() and not platform.has_cuda()\n"
+        "from megatron_cream.common import devices\n"
+        "assert not torch.cuda.is_available() and not devices.has_cuda()\n"
         "ask = {'__name__': 'megatron.core.somewhere', 'torch': torch}\n"
         "assert eval('torch.cuda.is_available()', ask)\n"
         "x = torch.ones(3, device='cuda')\n"
@@ -72,12 +73,13 @@ def test_no_effect_where_there_is_cuda():
         "import torch\n"
         "torch.cuda.is_available = lambda: True\n"
         "before = dict(vars(torch.cuda)); engine = torch.autograd._engine_run_backward\n"
-        "from megatron_cream import platform\n"
+        "from megatron_cream.common import devices\n"
+        "from megatron_cream.patches import platform\n"
         "platform._use_prebuilt_dataset_helpers = lambda: None\n"
         "platform.setup()\n"
         "changed = [k for k, v in vars(torch.cuda).items() if before.get(k) is not v]\n"
         "assert not changed, changed\n"
-        "assert torch.autograd._engine_run_backward is engine and platform.has_cuda()\n"
+        "assert torch.autograd._engine_run_backward is engine and devices.has_cuda()\n"
         "from torch.overrides import _get_current_function_mode_stack as stack\n"
         "assert not stack()\n"
         "print('untouched')"
@@ -87,17 +89,17 @@ def test_no_effect_where_there_is_cuda():
 
 def test_has_cuda_is_the_truth():
     out = run("import torch; print(torch.cuda.is_available())")
-    assert platform.has_cuda() == (out.strip() == "True")
+    assert devices.has_cuda() == (out.strip() == "True")
 
 
-@pytest.mark.skipif(platform.has_cuda(), reason="gpu: there is one")
+@pytest.mark.skipif(devices.has_cuda(), reason="gpu: there is one")
 def test_packages_for_cuda_alone_are_as_if_they_were_not_installed(tmp_path):
     """Where a login node has what the GPUs' nodes have: Megatron would run their kernels on the CPU's tensors."""
     for name in ("transformer_engine", "transformer_engine_torch", "amp_C", "flash_attn"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('needs a driver')\n")
     code = (
-        "from megatron_cream import platform; platform.setup()\n"
+        "from megatron_cream.patches import platform; platform.setup()\n"
         "from megatron.core.optimizer import clip_grads\n"
         "from megatron_cream.model.attention import choose_backend, flash_attention_function, has_transformer_engine\n"
         "assert not has_transformer_engine() and flash_attention_function() is None\n"

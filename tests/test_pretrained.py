@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from megatron_cream import arguments, pretrained
-from megatron_cream.checkpoint import carried
+from megatron_cream.checkpoint import carried, pretrained
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config import parse
 from tests.hf_models import LLAMA3, save_model
 from tests.launch import torchrun, write_documents
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def read(folder, *flags):
-    return arguments.read([*FLAGS, "--data-path", str(folder / "documents"), *map(str, flags)])
+    return parse.read([*FLAGS, "--data-path", str(folder / "documents"), *map(str, flags)])
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,11 @@ def test_tokenizer_comes_from_the_model_unless_set(folder, tmp_path, monkeypatch
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"a sentencepiece model")
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     flags = [*FLAGS[:-2], "--data-path", str(folder / "documents"), "--load-hf", str(tmp_path / "hf")]
-    args = arguments.read(flags)
+    args = parse.read(flags)
     assert (args.tokenizer_type, args.tokenizer_model) == ("HuggingFaceTokenizer", str(tmp_path / "hf"))
-    args = arguments.read([*flags, "--tokenizer-type", "Llama2Tokenizer"])
+    args = parse.read([*flags, "--tokenizer-type", "Llama2Tokenizer"])
     assert (args.tokenizer_type, args.tokenizer_model) == ("Llama2Tokenizer", str(tmp_path / "hf" / "tokenizer.model"))
-    args = arguments.read([*flags, *FLAGS[-2:]])
+    args = parse.read([*flags, *FLAGS[-2:]])
     assert (args.tokenizer_type, args.tokenizer_model) == ("NullTokenizer", None)
 
 

@@ -14,7 +14,7 @@ from tests.launch import ROOT, write_documents
 # The child asks for its parent's end when that is long past, as a worker may whose rank dies as it starts.
 TOO_LATE = """
 import os, time
-from megatron_cream.launcher import end_with_parent
+from megatron_cream.distributed.launcher import end_with_parent
 parent = os.getpid()
 if os.fork() == 0:
     while os.getppid() == parent:
@@ -25,7 +25,7 @@ if os.fork() == 0:
 
 PEERS = """
 import os, signal
-from megatron_cream.launcher import waiting_for_peers
+from megatron_cream.distributed.launcher import waiting_for_peers
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: print("handled", flush=True))
 with waiting_for_peers():

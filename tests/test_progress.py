@@ -2,7 +2,7 @@
 
 import io
 
-from megatron_cream.progress import StepLine
+from megatron_cream.training.progress import StepLine
 
 
 def shown(losses):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cream.checkpoint import output
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from tests.launch import ROOT
 
 # Writes a folder over `name`, and kills itself in the place of the call that {kill} names.

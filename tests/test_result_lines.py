@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import to_json
 from megatron_cream.evaluation import results as results_module
 from megatron_cream.evaluation.results import PICTURE, RESULTS, SUMMARY, open_results
 from megatron_cream.evaluation.runner import Generation, run_task
-from megatron_cream.files import to_json
 from tests.test_evaluate_runs import plan_of, some_examples
 
 RECORDS = [

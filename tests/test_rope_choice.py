@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.model.rope_choice import ModelRope, RopeFlags, choose_rope, contradicts
 from megatron_cream.model.rotary import ROPE_SCALING_TYPES, rope_scaling_dict
 
@@ -18,9 +18,17 @@ TOGETHER = dict(theta=1e4, scaling=rope_scaling_dict("linear", 8.0), positions=3
 QWEN = dict(theta=1e6, scaling=rope_scaling_dict("yarn", 4.0, 32768), positions=32768)
 DYNAMIC = dict(theta=1e4, positions=4096)
 DYNAMIC |= {"scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4096}}
-LONGROPE = dict(theta=1e4, positions=131072, scaling={
-    "rope_type": "longrope", "factor": 32.0, "original_max_position_embeddings": 4096,
-    "short_factor": [1.0] * 64, "long_factor": [1.0, *[4.0] * 62, 64.0]})
+LONGROPE = dict(
+    theta=1e4,
+    positions=131072,
+    scaling={
+        "rope_type": "longrope",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "short_factor": [1.0] * 64,
+        "long_factor": [1.0, *[4.0] * 62, 64.0],
+    },
+)
 NTK = dict(theta=1e4, scaling=rope_scaling_dict("ntk", 8.0), positions=32768, original=4096)
 
 
@@ -167,7 +175,9 @@ def test_the_target_fits_in_what_any_model_is_given(own, asked, window, wider, s
     rope = choose_rope(RopeFlags(target=target, window=samples, type=asked), model, head_dim=128, default_theta=1e4)
     reach = original * (rope.scaling["factor"] if rope.scaling else 1)
     assert reach >= target * (1 - 1e-9) or [line for line in rope.lines if line.startswith("warning: the target")]
-    trained = ModelRope(theta=rope.theta, scaling=rope.scaling, positions=max(target, positions), original=rope.original)
+    trained = ModelRope(
+        theta=rope.theta, scaling=rope.scaling, positions=max(target, positions), original=rope.original
+    )
     again = choose_rope(RopeFlags(target=target, window=samples), trained, head_dim=128, default_theta=1e4)
     assert (again.theta, again.scaling) == (rope.theta, rope.scaling)
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.evaluation.language_model import find_model, load
+from megatron_cream.evaluation.models.language_model import find_model, load
 from tests.evaluation_models import save_llama
 
 SCALINGS = {

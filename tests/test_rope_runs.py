@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_cream import arguments
+from megatron_cream.config import parse
 from tests.hf_models import LLAMA3, save_model
 from tests.launch import torchrun, write_documents
 from tests.test_convert import run_tool
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
 
 
 def read(folder, *flags):
-    return arguments.read([*WIDER, "--data-path", str(folder / "documents"), *map(str, flags)])
+    return parse.read([*WIDER, "--data-path", str(folder / "documents"), *map(str, flags)])
 
 
 def test_each_change_is_one_line(run):

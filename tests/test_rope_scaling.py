@@ -99,7 +99,10 @@ LONGROPE |= {"original_max_position_embeddings": 4096}
         ({"rope_theta": math.nan}, "rope_theta nan: must be a number above 1"),
         ({"max_position_embeddings": 0}, "max_position_embeddings 0: must be at least 1"),
         ({"rope_scaling": {"rope_type": "spiral", "factor": 8.0}}, "'spiral': choose from none, linear, ntk, yarn"),
-        ({"rope_scaling": LONGROPE | {"long_factor": [1.0]}}, r"\['long_factor'\] has 1 numbers: must be 64, head_dim / 2"),
+        (
+            {"rope_scaling": LONGROPE | {"long_factor": [1.0]}},
+            r"\['long_factor'\] has 1 numbers: must be 64, head_dim / 2",
+        ),
         ({"rope_scaling": LONGROPE | {"short_factor": [0.0] * 64}}, r"must be a list of numbers above 0"),
         ({"rope_scaling": {"factor": 8.0}}, "None: choose from none"),
         ({"rope_scaling": {"rope_type": "linear"}}, r"\['factor'\] is missing: 'linear' needs factor"),

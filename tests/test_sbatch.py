@@ -13,7 +13,7 @@ STAND_INS = {
     "torchrun": 'printf "%s\\n" "$@" >>"$LOG"; [ -z "$SEND" ] || kill -"$SEND" $PPID; exit "$CODE"',
     "sleep": "exit 0",
 }
-FOLDERS = ["plain", "a b", "$(touch pwned)", "`touch pwned`", "a; touch pwned", "a\"b", "a'b", "$HOME", "*", "a\nb"]
+FOLDERS = ["plain", "a b", "$(touch pwned)", "`touch pwned`", "a; touch pwned", 'a"b', "a'b", "$HOME", "*", "a\nb"]
 
 
 def run(tmp_path, folder: str, *flags, send: str = "", code: int = 0, **environment):

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation import sliding_window
-from megatron_cream.evaluation.hf_model import HfModel
 from megatron_cream.evaluation.longppl import KeyTokenRule, key_spans, key_tokens, tokens_in
+from megatron_cream.evaluation.models.hf_model import HfModel
+from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 from megatron_cream.evaluation.runner import perplexities
 from megatron_cream.evaluation.sliding_window import Document, long_documents, read_texts, windows
-from megatron_cream.evaluation.tokenizer import open_tokenizer
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import save_model
 

@@ -91,7 +91,7 @@ def test_recall_is_the_share_that_is_found_at_each_depth(study):
 
 def test_every_run_is_one_that_the_trainer_takes(study, tmp_path):
     """All methods, factors and ablations, as pretrain_cream.py reads them."""
-    from megatron_cream import arguments
+    from megatron_cream.config import parse
 
     corpus = study.corpus.prepare(tmp_path / "corpus", length=4096, documents=2, source=ROOT / "megatron_cream")
     samplers = {}
@@ -99,8 +99,8 @@ def test_every_run_is_one_that_the_trainer_takes(study, tmp_path):
         flags = study.methods.flags(run, tmp_path, corpus)
         if run.method != "base":
             del flags[(place := flags.index("--pretrained-checkpoint")) : place + 2]  # there is none yet
-        args = arguments.read(flags)
-        samplers[run.name] = arguments.sampler_options(args)
+        args = parse.read(flags)
+        samplers[run.name] = parse.sampler_options(args)
         assert args.global_batch_size % args.micro_batch_size == 0
         assert samplers[run.name]["target"] == study.methods.WINDOW * run.factor
     assert len(samplers) == 1 + 3 * len(study.methods.METHODS) + len(study.methods.SIGMAS)

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation.task import Example
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks import TASKS, kv, lines, needle, ruler
 from megatron_cream.evaluation.tasks.filler import Drawn, Haystack, distinct, fit, sentences, split_sentences
 from megatron_cream.evaluation.tasks.ruler import niah
+from megatron_cream.evaluation.tasks.task import Example
 from tests.task_tokenizers import NAMES, tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks import kv, lines, longbench
 from megatron_cream.evaluation.tasks.ruler import qa
 from tests.test_tasks_files import TOKENS, hotpot, longeval, pairs_record, record, squad, text_file, write_lines

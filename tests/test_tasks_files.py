@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks import kv, lines, longbench, needle, ruler
 from megatron_cream.evaluation.tasks.ruler import qa
 from tests.task_tokenizers import NAMES, tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import zeta
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks import ruler
 from megatron_cream.evaluation.tasks.ruler import niah
 from tests.test_tasks import GENERATED, make

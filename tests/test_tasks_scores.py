@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks import longbench, needle
 from megatron_cream.evaluation.tasks import longbench_metrics as metrics
 from megatron_cream.evaluation.tasks.longbench import LongBenchExample

@@ -8,10 +8,10 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_cream.common.errors import UsageError
 from megatron_cream.data.tokenizers import OtherIds, load_tokenizer
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation.language_model import find_model
-from megatron_cream.evaluation.tokenizer import open_tokenizer
+from megatron_cream.evaluation.models.language_model import find_model
+from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 from tests.evaluation_models import save_tokenizer
 from tests.launch import torchrun
 from tests.test_preprocess import run_tool

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()
 
@@ -19,10 +19,10 @@ from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.verify import _largest_difference, _tensors
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import replacing
 from megatron_cream.data import chat, documents
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
-from megatron_cream.errors import UsageError
-from megatron_cream.files import replacing
 from tests import bad_inputs
 from tests.hf_models import save_model
 from tests.test_convert_faults import Q_PROJ, config

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.distributed import distributed_c10d as c10d
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 SMALLEST = 256  # bytes
 said: Counter[str] = Counter()

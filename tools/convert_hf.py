@@ -11,7 +11,7 @@ import sys
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from megatron_cream import entry
+from megatron_cream.common import entry
 
 if __name__ == "__main__":
     entry.start()  # before the imports, which take seconds
@@ -20,12 +20,12 @@ import argparse
 import re
 from pathlib import Path
 
-from megatron_cream import console
 from megatron_cream.checkpoint import convert, hf_folder, hub, output
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.command_line import OneLineParser, path, path_or_name, positive
-from megatron_cream.errors import UsageError
-from megatron_cream.files import read_text, writing
+from megatron_cream.common import console
+from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import read_text, writing
 
 TEXT = (
     "The window of a language model is the number of tokens it was trained to read at once. "
@@ -101,7 +101,7 @@ def run_verify(args) -> int:
         raise UsageError("--text, --text-file: must hold some text")
     checkpoint = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
     folder = hf_folder.HfFolder(hub.locate(args.hf_path, flag="--hf-path"))
-    from megatron_cream import platform
+    from megatron_cream.patches import platform
 
     platform.setup()  # the comparison runs Megatron's model; the conversions need nothing of Megatron's code
     from megatron_cream.checkpoint import verify

@@ -18,7 +18,7 @@ import sys
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from megatron_cream import entry
+from megatron_cream.common import entry
 
 if __name__ == "__main__":
     entry.start()  # before the imports, which take seconds
@@ -27,10 +27,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation import harness, language_model, pictures, plans, report, sliding_window
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import writing
+from megatron_cream.evaluation import harness, pictures, plans, report, sliding_window
 from megatron_cream.evaluation.flags import parser
 from megatron_cream.evaluation.longppl import KeyTokenRule
+from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.results import PICTURE, RESULTS, SUMMARY, Results, open_results
 from megatron_cream.evaluation.runner import (
     Generation,
@@ -43,7 +45,6 @@ from megatron_cream.evaluation.runner import (
 )
 from megatron_cream.evaluation.tasks import needle
 from megatron_cream.evaluation.tasks.filler import TooShort
-from megatron_cream.files import writing
 
 LONGEST_BY_DEFAULT = 131072
 """Without --lengths, a model of more positions is tested up to here."""

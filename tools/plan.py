@@ -16,7 +16,7 @@ import sys
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from megatron_cream import entry
+from megatron_cream.common import entry
 
 if __name__ == "__main__":
     entry.start()  # before the imports, which take seconds
@@ -25,15 +25,15 @@ import argparse
 import re
 from dataclasses import replace
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()  # before anything of Megatron is imported
 
 from rich.console import Console
 
-from megatron_cream.command_line import path
-from megatron_cream.errors import UsageError
-from megatron_cream.files import check_picture, to_json, writing
+from megatron_cream.common.cli import path
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import check_picture, to_json, writing
 from megatron_cream.planning import (
     Run,
     layouts,

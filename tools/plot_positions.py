@@ -15,7 +15,7 @@ import sys
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from megatron_cream import entry
+from megatron_cream.common import entry
 
 if __name__ == "__main__":
     entry.start()  # before the imports, which take seconds
@@ -27,9 +27,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cream.command_line import OneLineParser, path, positive
-from megatron_cream.errors import UsageError
-from megatron_cream.files import check_picture, save_picture, writing
+from megatron_cream.common.cli import OneLineParser, path, positive
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import check_picture, save_picture, writing
 from megatron_cream.positions import SAMPLERS, build_sampler
 from megatron_cream.positions.coverage import Coverage, coverage
 from megatron_cream.positions.cream import MIDDLES

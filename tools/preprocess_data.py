@@ -29,7 +29,7 @@ import sys
 # So that the file runs from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from megatron_cream import entry
+from megatron_cream.common import entry
 
 if __name__ == "__main__":
     entry.start()  # before the imports, which take seconds
@@ -45,14 +45,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_cream.command_line import OneLineParser, path
+from megatron_cream.common.cli import OneLineParser, path
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import check_can_be_made, writing
 from megatron_cream.data.chat import CHAT_FORMATS
 from megatron_cream.data.documents import find_files
 from megatron_cream.data.partial import check_output
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_files, load_tokenizer, tokenizer_id
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import check_can_be_made, writing
 
 LONG_DOCUMENTS = (4096, 8192, 16384, 32768)
 """Lengths in tokens that the report counts documents from."""
@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         check(args)
-        from megatron_cream import platform
+        from megatron_cream.patches import platform
 
         # Says that there is no GPU, where text is often prepared on a machine without.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import methods
 
-from megatron_cream.files import save_picture
+from megatron_cream.common.files import save_picture
 
 COMPARED = ("pi", "randpos", "pose", "cream", "full")
 ABLATED = ("cream", "cream, released", "cream, no Gaussian", "cream, no continuity", "cream, no relativity")

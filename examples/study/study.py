@@ -19,7 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from megatron_cream import platform
+from megatron_cream.common import devices
+from megatron_cream.patches import platform
 
 platform.setup()  # before anything of Megatron is imported
 
@@ -30,8 +31,8 @@ import torch
 import worker
 from corpus import Corpus, prepare
 
-from megatron_cream.errors import one_line
-from megatron_cream.launcher import end_with_parent
+from megatron_cream.common.errors import one_line
+from megatron_cream.common.processes import end_with_parent
 
 LEARNED = 0.95
 """In-window recall below which a base is not extended."""
@@ -81,9 +82,7 @@ class Study:
         # Processes that live as long as the study, as Megatron's imports take longer than an extension; new ones,
         # as CUDA does not outlive a fork.
         self.pools = {
-            gpu: ProcessPoolExecutor(
-                flags.jobs, get_context("spawn"), end_with_parent, (signal.SIGKILL, os.getpid())
-            )
+            gpu: ProcessPoolExecutor(flags.jobs, get_context("spawn"), end_with_parent, (signal.SIGKILL, os.getpid()))
             for gpu in range(flags.gpus)
         }
 
@@ -154,7 +153,7 @@ class Study:
 
 def _jobs() -> int:
     """Seven at a time fit into 80 GB, ten did not; more than ten gain nothing."""
-    if not platform.has_cuda():
+    if not devices.has_cuda():
         return 10
     return max(1, min(torch.cuda.get_device_properties(0).total_memory // (10 << 30), 10))
 
@@ -173,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=_jobs(),
         help="runs at a time on a GPU, but for those that are timed; `full` counts as three. Default: by the GPU's memory",
     )  # fmt: skip
-    gpus = torch.cuda.device_count() if platform.has_cuda() else 1
+    gpus = torch.cuda.device_count() if devices.has_cuda() else 1
     add("--gpus", type=int, default=gpus, help="GPUs of this machine to use; default: all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--factors", type=int, nargs="+", default=[4, 8, 16])

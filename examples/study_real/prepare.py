@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()  # before anything of Megatron is imported
 
@@ -26,9 +26,9 @@ import numpy as np
 import retrieval
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_cream import arguments
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation.tokenizer import open_tokenizer
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config import parse
+from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 
 
 def main() -> int:
@@ -104,8 +104,8 @@ def _check(settings: cells.Settings, data: Path) -> None:
     for cell in alike.values():
         given = cells.flags(cell.with_rate(settings.rates[0]), settings, data, data / "none")
         with contextlib.redirect_stdout(io.StringIO()):
-            args = arguments.read(given)
-        lines = arguments.describe(args).splitlines()
+            args = parse.read(given)
+        lines = parse.describe(args).splitlines()
         print(f"{cell.name:40}", *(line[2:] for line in lines if line.startswith(("# positions", "# rope"))))
 
 

@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 import cells
 import numpy as np
 
-from megatron_cream.files import save_picture
+from megatron_cream.common.files import save_picture
 
 SAMPLERS = ("base", *cells.SAMPLERS)
 SCALINGS = ("none", *cells.SCALINGS)

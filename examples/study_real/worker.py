@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 import cells
 import retrieval
 
-from megatron_cream.launcher import end_with_parent
+from megatron_cream.common.processes import end_with_parent
 
 UNLIMITED = 1 << 40
 """Positions: texts beyond what a model was trained for are read as transformers would."""
@@ -59,12 +59,10 @@ def _prepare() -> None:
     import torch
 
     import pretrain_cream
-    from megatron_cream import platform
-    from megatron_cream.checkpoint import convert, megatron_folder, model  # noqa: F401
-    from megatron_cream.evaluation import teacher_forced  # noqa: F401
+    from megatron_cream.common import devices
     from megatron_cream.model.attention import flash_attention_function
 
-    if not platform.has_cuda() or (attend := flash_attention_function()) is None:
+    if not devices.has_cuda() or (attend := flash_attention_function()) is None:
         return
     try:
         shape = json.loads((Path(sys.argv[1]) / "hf" / "config.json").read_text())
@@ -107,21 +105,21 @@ def _evaluate(cell: cells.Cell, settings: cells.Settings, data: Path, runs: Path
 
     import torch
 
-    from megatron_cream import platform
     from megatron_cream.checkpoint.convert import import_hf
     from megatron_cream.checkpoint.hf_folder import HfFolder
     from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
     from megatron_cream.checkpoint.model import load_model
+    from megatron_cream.common import devices
 
     gc.collect()
-    if platform.has_cuda():
+    if devices.has_cuda():
         torch.cuda.empty_cache()
     saved = runs / cell.name
     if not cell.trains:
         shutil.rmtree(saved, ignore_errors=True)
         import_hf(HfFolder(cells.model_folder(cell.scaling, data, cell.factor)), saved)
     checkpoint = MegatronCheckpoint(saved)
-    cuda = platform.has_cuda()
+    cuda = devices.has_cuda()
     for attention in ("auto", "sdpa") if cuda else ("sdpa",):
         try:
             model = load_model(checkpoint, torch.bfloat16 if cuda else torch.float32, attention=attention)

@@ -23,9 +23,7 @@ def install(args: Namespace, loaded: Path | None) -> None:
     close()
     _save = Path(args.save).resolve()
     if args.save_hook is not None:
-        _hook = SaveHook(
-            save_hook.words(), _save / save_hook.LOG, 60 * args.save_hook_minutes, after=_prune
-        )
+        _hook = SaveHook(save_hook.words(), _save / save_hook.LOG, 60 * args.save_hook_minutes, after=_prune)
     if args.most_recent_k or args.save_retain_interval:
         _retention = Retention(
             _save,

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_cream.checkpoint import saving
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
 from megatron_cream.checkpoint.output import TRACKER
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 
 FOLDER = "best"
 _KEPT_FOR = "long_eval_kept"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.checkpoint import output
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import read_json, read_text
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import read_json, read_text
 
 GENERATION_CONFIG = "generation_config.json"
 _TEMPLATES = "additional_chat_templates"

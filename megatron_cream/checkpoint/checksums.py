@@ -13,9 +13,9 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_cream.checkpoint.output import MANIFEST, hash_file
-from megatron_cream.compat import wrap_method
-from megatron_cream.errors import one_line
-from megatron_cream.files import replacing
+from megatron_cream.common.errors import one_line
+from megatron_cream.common.files import replacing
+from megatron_cream.patches.compat import wrap_method
 
 
 def install() -> None:

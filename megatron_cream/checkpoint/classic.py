@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.checkpoint.mapping import LINEARS, Row, megatron_shape, pieces, tensor_parallel_shard
-from megatron_cream.checkpoint.pickles import load_plain
-from megatron_cream.errors import UsageError, one_line
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.safe_pickle import load_plain
 
 
 def write_classic(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.checkpoint import window
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import read_json
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import read_json
 from megatron_cream.model.rope_choice import ModelRope, reach
 from megatron_cream.model.rotary import RotaryEmbedding
 

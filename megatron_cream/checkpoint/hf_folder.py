@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_cream.checkpoint.families import ModelShape, check_types, read_config
 from megatron_cream.checkpoint.mapping import hf_shapes, pieces
 from megatron_cream.checkpoint.output import HashingFile
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import is_name, read_json, write_json
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import is_name, read_json, write_json
 
 CONFIG = "config.json"
 # In the order in which transformers looks for them: (file, is it an index of shards).

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_cream.checkpoint import carried
 from megatron_cream.checkpoint.hf_folder import CONFIG, WEIGHTS, read_index
-from megatron_cream.errors import UsageError, one_line
+from megatron_cream.common.errors import UsageError, one_line
 
 
 def locate(path: str, *, flag: str) -> Path:

@@ -34,7 +34,7 @@ from megatron_cream.checkpoint.families import ModelShape, read_config, shape_fr
 from megatron_cream.checkpoint.mapping import LAYERS, LINEARS, Row, megatron_shape, rows
 from megatron_cream.checkpoint.opening import newest_step, open_step, step_folder
 from megatron_cream.checkpoint.output import HashingFile
-from megatron_cream.errors import UsageError, one_line
+from megatron_cream.common.errors import UsageError, one_line
 
 HF = "hf"  # config.json, tokenizer and generation config of the model that a checkpoint came from
 _COMMON_STATE = "common_state/shard_0_1"

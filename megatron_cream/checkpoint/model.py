@@ -6,10 +6,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
-from megatron_cream import platform
 from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.checkpoint.mapping import Row, megatron_shape, pieces, tensor_parallel_shard
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.common import devices
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModelConfig
 
@@ -24,7 +24,7 @@ def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype, attention: st
     """
     _one_rank()
     model = _build_model(checkpoint.shape, dtype, attention)
-    if platform.has_cuda():
+    if devices.has_cuda():
         model.cuda()  # Megatron's own parts are there already, this project's norms are not
     fill(model, checkpoint.shape, checkpoint.read)
     model.rotary = checkpoint.shape.rotary(by_length=True)
@@ -46,7 +46,7 @@ def _build_model(shape: ModelShape, dtype: torch.dtype, attention: str) -> Llama
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        use_cpu_initialization=not platform.has_cuda(),
+        use_cpu_initialization=not devices.has_cuda(),
         perform_initialization=False,
         masked_softmax_fusion=False,
     )
@@ -60,7 +60,7 @@ def _build_model(shape: ModelShape, dtype: torch.dtype, attention: str) -> Llama
         rope_scaling_config=shape.rope_scaling,
         rope_max_positions=shape.max_position_embeddings,
         real_vocab_size=shape.vocab_size,
-        attention=choose_backend(attention, has_cuda=platform.has_cuda(), half=dtype != torch.float32),
+        attention=choose_backend(attention, has_cuda=devices.has_cuda(), half=dtype != torch.float32),
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return LlamaModelBuilder(model).build_model(groups, pre_process=True, post_process=True)

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from megatron_cream.checkpoint.output import TRACKER, check_files
-from megatron_cream.checkpoint.pickles import check_extra_state, load_metadata, load_plain, refuse_code
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import is_name
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import is_name
+from megatron_cream.common.safe_pickle import check_extra_state, load_metadata, load_plain, refuse_code
 
 _FORMAT, _METADATA = "metadata.json", ".metadata"
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the latter before megatron-core 0.16

@@ -8,7 +8,7 @@ import torch
 from megatron.core.optimizer import optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_cream.compat import wrap_method
+from megatron_cream.patches.compat import wrap_method
 
 
 def install() -> None:

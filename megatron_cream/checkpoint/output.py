@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_cream.errors import UsageError
-from megatron_cream.files import check_can_be_made, check_new_path, check_regular, is_name, read_json, write_json
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import check_can_be_made, check_new_path, check_regular, is_name, read_json, write_json
 
 # Megatron's own manifest, by its own name: its --verify-integrity reads it as well.
 MANIFEST = "integrity.json"

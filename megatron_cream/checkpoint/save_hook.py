@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 
 LOG = "save_hook.log"
 

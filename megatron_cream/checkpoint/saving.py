@@ -24,13 +24,14 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_cream import files, watchdog
 from megatron_cream.checkpoint import after_save, host_memory
 from megatron_cream.checkpoint.output import TRACKER
-from megatron_cream.checkpoint.pickles import to_plain
-from megatron_cream.compat import wrap_method
-from megatron_cream.errors import one_line
-from megatron_cream.ranks import first_reason
+from megatron_cream.common import files
+from megatron_cream.common.errors import one_line
+from megatron_cream.common.safe_pickle import to_plain
+from megatron_cream.distributed import watchdog
+from megatron_cream.distributed.rendezvous import first_reason
+from megatron_cream.patches.compat import wrap_method
 
 
 class SaveFailed(Exception):

@@ -12,8 +12,8 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import checkpointing
 
-from megatron_cream.compat import wrap_method
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
+from megatron_cream.patches.compat import wrap_method
 
 _ALWAYS = (
     "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style", "lr_warmup_init", "lr_warmup_fraction",

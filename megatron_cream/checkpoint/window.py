@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.files import read_json, write_json
+from megatron_cream.common.files import read_json, write_json
 
 # Keys of config.json that some reader takes for a window: vLLM 0.32 (transformers_utils/model_arch_config_convertor.py,
 # derive_max_model_len_and_key), SGLang (CONTEXT_LENGTH_KEYS), lm-evaluation-harness (n_positions, n_ctx), transformers

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from megatron.core.utils import log_single_rank
 
-from megatron_cream.files import crc32_of
+from megatron_cream.common.files import crc32_of
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.errors import one_line
+from megatron_cream.common.errors import one_line
 
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 

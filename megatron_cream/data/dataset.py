@@ -17,10 +17,10 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.utils import log_single_rank
 
+from megatron_cream.common.errors import UsageError
 from megatron_cream.data.indexed import has_loss_mask, loss_mask_prefix
 from megatron_cream.data.long_documents import cache_file, long_documents
 from megatron_cream.data.order import permute
-from megatron_cream.errors import UsageError
 from megatron_cream.positions import build_sampler
 
 logger = logging.getLogger(__name__)

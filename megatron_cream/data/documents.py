@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_cream.common.errors import reason
 from megatron_cream.data.columns import COLUMN_SUFFIXES, check_column, dataset_files, read_rows
 from megatron_cream.data.compressed import (
     COMPRESSED_SUFFIXES,
@@ -26,7 +27,6 @@ from megatron_cream.data.compressed import (
 )
 from megatron_cream.data.indexed import loss_mask_prefix, paths
 from megatron_cream.data.json_array import DamagedArray, read_elements, starts_array
-from megatron_cream.errors import reason
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 """One JSON object a line. `.json` too, as Megatron's own recipes name such files; a `.json`

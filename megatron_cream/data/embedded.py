@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_cream.common.files import check_regular
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from megatron_cream.data.tokenizers import load_tokenizer
-from megatron_cream.files import check_regular
 
 FORMAT_VERSION = 1
 """Part of the cache key: raise it when the same sources would give other files."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.common.errors import one_line
 from megatron_cream.data.chat import CHAT_KEYS, Llama2Chat, TemplateChat, take_messages
 from megatron_cream.data.documents import BadDocument, Batch, Position, read_documents, take_text
 from megatron_cream.data.indexed import token_type
 from megatron_cream.data.tokenizers import bos_to_prepend, has_eod, text_ids
-from megatron_cream.errors import one_line
 
 
 @dataclass(frozen=True)

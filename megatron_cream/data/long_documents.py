@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cream.errors import one_line
+from megatron_cream.common.errors import one_line
 
 IN_MEMORY = 1 << 20
 """Numbers of documents that a rank may hold by itself: 4 MiB."""

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.common.files import crc32_of
 from megatron_cream.data.documents import Position
 from megatron_cream.data.encode import Encoded
 from megatron_cream.data.indexed import loss_mask_prefix, paths, read_index, write_index
-from megatron_cream.files import crc32_of
 
 CHECKPOINT_SECONDS = 5.0
 """How much work a killed run loses, at most, in seconds."""

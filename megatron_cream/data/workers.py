@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from megatron_cream.launcher import end_with_parent
+from megatron_cream.common.processes import end_with_parent
 
 _function: Callable[[Any], Any]
 """A worker process's function, set when it starts."""

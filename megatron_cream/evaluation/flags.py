@@ -4,8 +4,8 @@ import argparse
 import math
 
 from megatron_cream.checkpoint.convert import DTYPES
-from megatron_cream.command_line import OneLineParser, path, path_or_name, positive
-from megatron_cream.evaluation.language_model import ENGINES
+from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive
+from megatron_cream.evaluation.models.language_model import ENGINES
 from megatron_cream.evaluation.tasks import needle, ruler
 
 

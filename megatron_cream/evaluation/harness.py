@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from megatron_cream import platform
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.evaluation.language_model import Source, hf_folder_of, not_finite
+from megatron_cream.common import devices
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import replacing, to_json
+from megatron_cream.evaluation.models.language_model import Source, hf_folder_of, not_finite
 from megatron_cream.evaluation.results import Results
-from megatron_cream.files import replacing, to_json
 
 FULL = "harness.json"
 _CACHE = "requests"  # lm_eval adds _rank0.db
@@ -78,7 +78,7 @@ def run(
             tokenizer=None if tokenizer is None else str(tokenizer),
             dtype=source.dtype,
             batch_size=batch_size,
-            device="cuda" if platform.has_cuda() else "cpu",
+            device="cuda" if devices.has_cuda() else "cpu",
         )
     with torch.inference_mode():
         text = source.tokenizer.prompt("The capital of France is")

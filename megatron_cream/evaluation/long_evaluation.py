@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
+from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
 from megatron_cream.evaluation.recall import PLACES, Recall, recall, recall_texts
-from megatron_cream.evaluation.tokenizer import ModelTokenizer
 
 
 @dataclass(frozen=True)

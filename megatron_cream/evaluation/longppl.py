@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_cream.evaluation.language_model import LanguageModel
+from megatron_cream.evaluation.models.language_model import LanguageModel
+from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.sliding_window import Document
-from megatron_cream.evaluation.tokenizer import ModelTokenizer
 
 
 @dataclass(frozen=True)

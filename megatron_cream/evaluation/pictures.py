@@ -10,8 +10,8 @@ matplotlib.use("Agg")  # no display
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from megatron_cream.common.files import save_picture
 from megatron_cream.evaluation.tasks import ruler
-from megatron_cream.files import save_picture
 
 
 def draw(task: str, summary: dict[str, Any], file: Path) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation.task import Example
+from megatron_cream.common.errors import UsageError
+from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.tasks import kv, needle
+from megatron_cream.evaluation.tasks.task import Example
 from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
-from megatron_cream.evaluation.tokenizer import ModelTokenizer
 
 TASKS = ("needle", "kv")
 PLACES = 5

@@ -10,8 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.files import to_json
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import to_json
 
 _KEY = "crc32"
 _BEGIN = b'{"crc32": "'

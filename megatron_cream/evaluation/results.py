@@ -10,11 +10,11 @@ from typing import IO, Any, TextIO
 
 import torch
 
-from megatron_cream import platform
-from megatron_cream.errors import UsageError, one_line
+from megatron_cream.common import devices
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import check_can_be_made, missing_folders, read_json, remove_empty, replacing, to_json
+from megatron_cream.common.versions import versions
 from megatron_cream.evaluation.result_lines import is_record, line_of, read_records
-from megatron_cream.files import check_can_be_made, missing_folders, read_json, remove_empty, replacing, to_json
-from megatron_cream.record import versions
 
 RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
 _PACKAGES = ("torch", "transformers", "megatron-core", "tokenizers", "vllm", "lm_eval")
@@ -195,7 +195,7 @@ def _new_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> TextIO:
 
 def _versions() -> dict[str, str]:
     """Of what computes results, and the GPU's name."""
-    return versions(_PACKAGES) | {"gpu": torch.cuda.get_device_name() if platform.has_cuda() else "none"}
+    return versions(_PACKAGES) | {"gpu": torch.cuda.get_device_name() if devices.has_cuda() else "none"}
 
 
 def _check_ours(folder: Path) -> None:

@@ -11,16 +11,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation import sliding_window
-from megatron_cream.evaluation.generation import seed_of
-from megatron_cream.evaluation.language_model import LanguageModel
 from megatron_cream.evaluation.longppl import KeyTokenRule, key_spans, key_tokens, tokens_in
+from megatron_cream.evaluation.models.generation import seed_of
+from megatron_cream.evaluation.models.language_model import LanguageModel
+from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.progress import WorkBar
 from megatron_cream.evaluation.results import RESULTS, Results
 from megatron_cream.evaluation.sliding_window import Document
-from megatron_cream.evaluation.task import Example
-from megatron_cream.evaluation.tokenizer import ModelTokenizer
+from megatron_cream.evaluation.tasks.task import Example
 
 _BATCHES_AT_ONCE = 8  # examples are taken so many batches at a time, and sorted by length among themselves
 

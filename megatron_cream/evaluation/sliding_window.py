@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_cream.common.errors import UsageError
 from megatron_cream.data.documents import BadDocument, check_files, find_files, read_batches, read_documents, take_text
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation.language_model import LanguageModel
+from megatron_cream.evaluation.models.language_model import LanguageModel
+from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.tasks.sources import check_names
-from megatron_cream.evaluation.tokenizer import ModelTokenizer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
 from megatron_cream.model.rotary import dynamic_as_ntk, rope_scaling_dict, yarn_attention_factor
 
 _SHORTEST_WINDOW = 2048
@@ -162,7 +162,9 @@ def _replaced(flags: RopeFlags, own: dict[str, Any], windows: _Windows) -> tuple
     scaling = _scaling(flags, windows.original)
     if scaling is None:
         return None, [f"{before} is removed: the target of {flags.target} positions fits the window"]
-    line = f"{before} is replaced by {_shown(scaling)} for a target of {flags.target} (--rope-scaling-type {flags.type})"
+    line = (
+        f"{before} is replaced by {_shown(scaling)} for a target of {flags.target} (--rope-scaling-type {flags.type})"
+    )
     return scaling, [line, *_too_short(flags, scaling["factor"] * windows.original)]
 
 

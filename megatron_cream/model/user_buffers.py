@@ -3,8 +3,8 @@
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_cream.errors import UsageError
-from megatron_cream.files import read_yaml
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import read_yaml
 
 PRODUCTS = {f"{layer}_{way}" for layer in ("qkv", "proj", "fc1", "fc2") for way in ("fprop", "dgrad", "wgrad")}
 RINGS = Path(__file__).with_suffix(".yaml")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from megatron_cream.compat import wrap_method
-from megatron_cream.errors import UsageError
-from megatron_cream.ranks import first_reason
+from megatron_cream.common.errors import UsageError
+from megatron_cream.distributed.rendezvous import first_reason
+from megatron_cream.patches.compat import wrap_method
 
 
 class NotFinite(RuntimeError):

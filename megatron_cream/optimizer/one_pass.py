@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from megatron_cream.compat import wrap_method
 from megatron_cream.optimizer.adamw import FusedAdamW
+from megatron_cream.patches.compat import wrap_method
 
 
 class _Factor:

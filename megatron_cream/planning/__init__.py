@@ -7,11 +7,15 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_cream import arguments, checks, pretrained, ranges
+from megatron_cream.checkpoint import pretrained
 from megatron_cream.checkpoint.mapping import padded_vocabulary
+from megatron_cream.common import cli
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config import parse
+from megatron_cream.config.checks import flags as flag_checks
+from megatron_cream.config.checks import numbers as number_checks
+from megatron_cream.config.parser import build_parser
 from megatron_cream.data.tokenizers import load_tokenizer
-from megatron_cream.errors import UsageError
-from megatron_cream.flags import build_parser
 from megatron_cream.model import user_buffers
 
 # Flags that change what is stored in ways that `memory` does not know.
@@ -167,18 +171,18 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
         UsageError: one line about what is missing or cannot run.
     """
     args = _parsed(argv)
-    checks.paths(args)
-    checks.unsupported(args)
+    flag_checks.paths(args)
+    flag_checks.unsupported(args)
     defaults = vars(build_parser(recipe=False).parse_args([]))
-    ranges.check(args, defaults)
+    number_checks.check(args, defaults)
     pretrained.adopt(args, defaults)
     steps = args.train_iters
     args.train_iters = args.train_iters or 1
     args.micro_batch_size = args.micro_batch_size or 1
-    checks.require(args)
+    flag_checks.require(args)
     for name in _NOT_PLANNED:
         if getattr(args, name):
-            raise UsageError(f"{checks.flag(name)} {getattr(args, name)}: its memory is not modelled; leave it out")
+            raise UsageError(f"{cli.to_flag(name)} {getattr(args, name)}: its memory is not modelled; leave it out")
     if args.optimizer != "adam":
         raise UsageError(f"--optimizer {args.optimizer}: only adam's memory is modelled")
     target = args.target_length or args.seq_length
@@ -257,7 +261,7 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         )
     if recompute == "full" and not (args.recompute_method and args.recompute_num_layers):
         raise UsageError("--recompute-granularity full: give --recompute-method and --recompute-num-layers with it")
-    reduce, gather = arguments.overlaps(args, data * cp, cuda=True)
+    reduce, gather = parse.overlaps(args, data * cp, cuda=True)
     return Layout(
         tensor=tp,
         pipeline=pp,
@@ -327,7 +331,7 @@ def _optimizer_bytes(args: Namespace, element: int, local: bool) -> int:
         for name in names:
             if getattr(args, name) != "fp32":
                 value = getattr(args, name)
-                raise UsageError(f"{checks.flag(name)} {value}: only with --use-precision-aware-optimizer")
+                raise UsageError(f"{cli.to_flag(name)} {value}: only with --use-precision-aware-optimizer")
     elif not args.use_distributed_optimizer or local:
         raise UsageError(
             "--use-precision-aware-optimizer: needs --use-distributed-optimizer and Transformer Engine's layers"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_cream.progress import PEAK_TFLOPS
+from megatron_cream.common.devices import PEAK_TFLOPS
 
 GIB = 2**30
 

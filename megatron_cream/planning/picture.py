@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_cream.files import save_picture
+from megatron_cream.common.files import save_picture
 from megatron_cream.planning.layouts import Plan
 
 # Label, parts of `Time`, colour.

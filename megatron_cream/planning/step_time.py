@@ -6,7 +6,8 @@
 
 from dataclasses import dataclass, fields
 
-from megatron_cream.errors import UsageError
+from megatron_cream.common.errors import UsageError
+from megatron_cream.model.flops import flops_per_token
 from megatron_cream.planning import Engine, Layout, Model, communication, work
 from megatron_cream.planning.communication import Transfer
 from megatron_cream.planning.hardware import (
@@ -24,7 +25,6 @@ from megatron_cream.planning.hardware import (
     Gpu,
 )
 from megatron_cream.planning.memory import parameters, stage_layers
-from megatron_cream.progress import flops_per_token
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from numbers import Real
 from megatron_cream.positions.cream import CreamSampler
 from megatron_cream.positions.plain import PiSampler
 from megatron_cream.positions.pose import PoseSampler
-from megatron_cream.positions.randpos import RandposSampler
 from megatron_cream.positions.random import unit, words
+from megatron_cream.positions.randpos import RandposSampler
 from megatron_cream.positions.sampler import Sampler
 
 _PARTS = {cls.name: cls for cls in (CreamSampler, PoseSampler, RandposSampler, PiSampler)}

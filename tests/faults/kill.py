@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_cream import platform
+from megatron_cream.patches import platform
 
 platform.setup()
 

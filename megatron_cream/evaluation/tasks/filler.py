@@ -9,9 +9,9 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+from megatron_cream.common.errors import UsageError
 from megatron_cream.data.embedded import source_files
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation.task import Tokenizer
+from megatron_cream.evaluation.tasks.task import Tokenizer
 
 
 class TooShort(UsageError):

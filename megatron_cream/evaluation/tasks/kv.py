@@ -12,10 +12,10 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
 from megatron_cream.evaluation.tasks.sources import check_names, json_lines
+from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 50
 PUBLISHED = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}

@@ -14,10 +14,10 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
 from megatron_cream.evaluation.tasks.sources import check_names, json_lines, words
+from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 35
 _LARGEST = 50_000

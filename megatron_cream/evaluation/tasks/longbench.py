@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.data.compressed import bounded_lines
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.evaluation.task import Example, Tokenizer
 from megatron_cream.evaluation.tasks import longbench_metrics as metrics
 from megatron_cream.evaluation.tasks.filler import TooShort
 from megatron_cream.evaluation.tasks.sources import check_names, json_lines, package, parse_lines, reported
+from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 _FIELDS = ("input", "context", "answers", "all_classes", "_id")
 _SHORT = "Answer as briefly as you can, with a single phrase where possible, and explain nothing."

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks import longbench_metrics
 from megatron_cream.evaluation.tasks.filler import Haystack, fit, sentences
+from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 50
 KINDS = ("number", "sandwich")

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.data.compressed import bounded_lines
-from megatron_cream.errors import UsageError, one_line
 
 
 def package(module: str) -> ModuleType:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_cream.errors import UsageError
-from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks.filler import Haystack, sentences
 from megatron_cream.evaluation.tasks.ruler import aggregation, niah, qa, tracing
+from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 TASKS = (*niah.SETTINGS, "vt", "cwe", "fwe", "qa_1", "qa_2")
 """The thirteen. qa_1 takes SQuAD's file and qa_2 HotpotQA's, of the user."""

@@ -14,9 +14,9 @@ import string
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
 
-from megatron_cream.evaluation.task import Example, Tokenizer
 from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
 from megatron_cream.evaluation.tasks.sources import words
+from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = {"cwe": 120, "fwe": 50}
 COMMON = 10

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, repeat
 
-from megatron_cream.evaluation.task import Example, Tokenizer
 from megatron_cream.evaluation.tasks.filler import Drawn, Haystack, distinct, fit
 from megatron_cream.evaluation.tasks.sources import words
+from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 128
 NOISE = "The river is wide. The hill is green. The road is long. On we go. Day comes after night."

@@ -12,10 +12,10 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.errors import UsageError, one_line
-from megatron_cream.evaluation.task import Example, Tokenizer
+from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.evaluation.tasks.filler import fit
 from megatron_cream.evaluation.tasks.sources import json_file
+from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 32
 

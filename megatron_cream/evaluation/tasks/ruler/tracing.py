@@ -10,9 +10,9 @@ import string
 from collections.abc import Sequence
 from itertools import islice
 
-from megatron_cream.evaluation.task import Example, Tokenizer
 from megatron_cream.evaluation.tasks.filler import distinct, fit
 from megatron_cream.evaluation.tasks.ruler.niah import NOISE
+from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 30
 HOPS = 4

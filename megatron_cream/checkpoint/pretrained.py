@@ -1,0 +1,172 @@
+"""Where a run's model comes from and goes to: Hugging Face folders at both ends of a training run.
+
+A model's shape, tokenizer and generation config travel with it: in a Hugging Face folder, and in the
+`hf/` of a checkpoint that was converted from one, or trained from such a checkpoint.
+"""
+
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_cream.checkpoint import carried, hf_folder, hub, output
+from megatron_cream.checkpoint.convert import export_hf, joined
+from megatron_cream.checkpoint.families import ModelShape, read_config
+from megatron_cream.checkpoint.mapping import padded_vocabulary
+from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
+from megatron_cream.checkpoint.model import fill
+from megatron_cream.common import cli
+from megatron_cream.common.console import TransferBar
+from megatron_cream.common.errors import UsageError
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def adopt(args: Namespace, defaults: dict[str, Any]) -> ModelShape | None:
+    """Take from the model that a run starts from what the user did not set: its shape, its tokenizer.
+
+    Sets `args.model_folder` (the Hugging Face folder, or a checkpoint's `hf/`, or None).
+
+    Returns: the model in that folder, whose rotary embedding is not taken here (`model.rope_choice`), or None.
+
+    Raises:
+        UsageError: a flag contradicts the model, or the model cannot be carried.
+    """
+    folder = _model_folder(args)
+    args.model_folder = folder
+    if folder is None:
+        return None
+    _, shape = read_config(folder)
+    for name, value in shape.megatron_args().items():
+        if name == "rotary_base":
+            continue
+        given = getattr(args, name)
+        if given not in (defaults[name], value) and not (name == "num_query_groups" and not args.group_query_attention):
+            raise UsageError(f"{cli.to_flag(name)} {given}: the model in {folder} has {value}")
+        setattr(args, name, value)
+    divisor, tp = args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+    args.padded_vocab_size = padded_vocabulary(shape.vocab_size, divisor if divisor % tp == 0 else divisor * tp)
+    if args.tokenizer_model is None and not args.embedded_data:
+        _use_tokenizer(args, folder, defaults["tokenizer_type"])
+    return shape
+
+
+def _use_tokenizer(args: Namespace, folder: Path, default_type: str) -> None:
+    if args.tokenizer_type == "Llama2Tokenizer":
+        if (folder / "tokenizer.model").is_file():
+            args.tokenizer_model = str(folder / "tokenizer.model")
+    elif args.tokenizer_type == default_type and any((folder / name).is_file() for name in _TOKENIZERS):
+        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(folder)
+
+
+def _model_folder(args: Namespace) -> Path | None:
+    if args.load_hf is not None:
+        if args.pretrained_checkpoint is not None:
+            raise UsageError(f"--load-hf {args.load_hf} with --pretrained-checkpoint: give one of the two")
+        folder = hub.locate(args.load_hf, flag="--load-hf")
+        if not (folder / hf_folder.CONFIG).exists():
+            raise UsageError(
+                f"--load-hf {args.load_hf}: has no {hf_folder.CONFIG}; give a Hugging Face model's folder, or its name"
+            )
+        return folder
+    for name in (args.load, args.pretrained_checkpoint):
+        if name is not None and (Path(name) / HF / hf_folder.CONFIG).is_file():
+            return Path(name) / HF
+    return None
+
+
+def check_ends(args: Namespace) -> None:
+    """Checks --load-hf and --save-hf, and gives a run that has only the latter a folder to save into.
+
+    Raises:
+        UsageError: one of them cannot be read or must not be written.
+    """
+    if args.load_hf is not None:
+        hf_folder.HfFolder(args.model_folder)
+    if args.model_folder is not None:
+        carried.check(args.model_folder, vocabulary=args.vocab_size, warn=args.rank == 0)
+    if args.save_hf is not None:
+        target = Path(args.save_hf).absolute()
+        output.check_free(target, flag="--save-hf", overwrite=False)
+        if args.save is None:
+            args.save, args.no_save_optim = str(_between(target)), True
+            _refuse_finished(args, target)
+        _check_apart(args, target)
+    if args.save is not None and args.save_interval is None:
+        args.save_interval = args.train_iters or 1000
+
+
+def _check_apart(args: Namespace, target: Path) -> None:
+    """Where the run keeps its own files --save-hf would find something at the end."""
+    save, target = Path(args.save).resolve(), target.resolve()
+    below = target.relative_to(save).parts[0] if save in target.parents else ""
+    if target == save or target in save.parents or below in (HF, "runs", "best") or below.startswith("iter_"):
+        raise UsageError(f"--save-hf {args.save_hf}: --save {args.save} keeps its files there; give a folder beside it")
+
+
+def _refuse_finished(args: Namespace, target: Path) -> None:
+    """A run that came to its end, and whose export failed, left its last checkpoint there."""
+    tracker = _between(target) / output.TRACKER
+    step = tracker.read_text().strip() if tracker.is_file() else ""
+    if step.isdigit() and args.train_iters and int(step) >= args.train_iters:
+        raise UsageError(
+            f"--save-hf {args.save_hf}: step {step} of an earlier run is in {tracker.parent}: python tools/convert_hf.py "
+            f"export --checkpoint {tracker.parent} --hf-path {args.save_hf}, or delete it"
+        )
+
+
+def _between(target: Path) -> Path:
+    """Where the last checkpoint lies until it is exported, if the user keeps none."""
+    return target.with_name(f".{target.name}.checkpoint")
+
+
+def is_between(args: Namespace) -> bool:
+    """Whether --save is a folder of --save-hf's own, written anew by each start."""
+    return args.save_hf is not None and Path(args.save) == _between(Path(args.save_hf).absolute())
+
+
+def weights_hook(args: Namespace) -> Callable[[list], list] | None:
+    """For Megatron's `pre_wrap_hooks`: fills the model from --load-hf, unless --load has a checkpoint."""
+    if args.load_hf is None or (args.load is not None and (Path(args.load) / output.TRACKER).is_file()):
+        return None
+
+    def load(chunks: list) -> list:
+        source = hf_folder.HfFolder(args.model_folder)
+        for chunk in chunks:
+            fill(chunk, source.shape, joined(source))
+        return chunks
+
+    return load
+
+
+def carry(args: Namespace) -> None:
+    """Put config.json, tokenizer and generation config of the model beside what this run will save.
+
+    Of a model that came from nowhere, the tokenizer.
+    """
+    if args.save is None or args.rank != 0:
+        return
+    target, tokenizer = Path(args.save) / HF, Path(args.tokenizer_model or "")
+    if args.model_folder is not None and target.exists() and target.samefile(args.model_folder):
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    if args.model_folder is not None:
+        carried.copy(args.model_folder, target, hf_folder.CONFIG)  # which makes it a model's folder
+    elif tokenizer.suffix == ".model" and tokenizer.is_file():
+        shutil.copyfile(tokenizer, target / "tokenizer.model")
+    elif tokenizer.is_dir() and args.tokenizer_type == "HuggingFaceTokenizer":
+        carried.copy(tokenizer, target)
+    output.write_manifest(target, {})
+
+
+def save_hf(args: Namespace) -> None:
+    """Export the newest checkpoint of a finished run to --save-hf; on one rank."""
+    if args.save_hf is None or args.rank != 0:
+        return
+    target = Path(args.save_hf).absolute()
+    with TransferBar("exported") as progress:
+        export_hf(MegatronCheckpoint(Path(args.save)), target, flag="--save-hf", progress=progress)
+    print(f"{args.save_hf}: for {args.target_length} positions", flush=True)
+    if is_between(args):
+        shutil.rmtree(args.save)

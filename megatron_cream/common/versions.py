@@ -1,0 +1,15 @@
+"""Versions of what is installed."""
+
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of Python, and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

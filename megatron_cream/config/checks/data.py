@@ -1,0 +1,228 @@
+"""Is the data that a run names there, whole, long enough, and of the run's vocabulary?
+
+Before a process group or a GPU is touched, and before Megatron, which trusts what it reads, opens a file.
+"""
+
+import json
+import math
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.utils import get_blend_from_list
+
+from megatron_cream.common.cli import to_flag
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import read_text
+from megatron_cream.data import indexed
+from megatron_cream.data.tokenizers import OtherIds, check_megatron_ids, has_eod
+
+SAMPLED_BYTES = 64 << 20
+"""Of all data, how much is looked at for token ids before a run."""
+
+_SPLITS = ("train", "valid", "test")
+_CACHED = {"-dataset_index.npy": np.int16, "-dataset_sample_index.npy": np.int64}
+"""What Megatron keeps of a blend: which data set each sample is of, and which sample of it."""
+
+
+def check(args: Namespace) -> None:
+    """Every pair of files of its size, with documents that are long enough. `whole` has what takes reading.
+
+    Raises:
+        UsageError: the first thing that is not so.
+    """
+    prefixes = _prefixes(args)
+    if not prefixes:
+        raise UsageError(
+            "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes one), "
+            "or --embedded-data"
+        )
+    need = args.target_length if args.position_sampler == "full" else args.seq_length
+    for name, prefix in prefixes:
+        lengths = _index(name, prefix, indexed.open_index).lengths
+        if not indexed.any_as_long(lengths, need):
+            raise UsageError(
+                f"{name} {prefix}: none of its {len(lengths)} documents has {need} tokens, which a sample takes; "
+                f"the longest has {lengths.max()}"
+            )
+    _shares(args)
+    _check_cache(args.data_cache_path)
+
+
+def whole(args: Namespace, share: tuple[int, int] = (0, 1)) -> None:
+    """Every entry of every index, 20 bytes a document.
+
+    Args:
+        share: (i, n): of n readers, this is the one at place i, and reads an n-th.
+
+    Raises:
+        UsageError: the first file that is damaged.
+    """
+    for name, prefix in _prefixes(args):
+        _index(name, prefix, indexed.check_index, share)
+        _index(name, prefix, indexed.check_loss_mask, share)
+
+
+def splits(args: Namespace) -> None:
+    """Raise UsageError at data, found whole by `check`, of which a split that samples are taken of has too little."""
+    if args.split is None:
+        return
+    need = args.target_length if args.position_sampler == "full" else args.seq_length
+    instead = {"train": "longer documents", "valid": "another share, or --eval-iters 0", "test": "a share of 0"}
+    for name, prefix in _prefixes(args):
+        lengths = indexed.open_index(prefix).lengths
+        for split, share in zip(_SPLITS, _shares(args), strict=True):
+            wanted = not args.skip_train if split == "train" else args.eval_iters
+            if share is None or not wanted:
+                continue
+            part = lengths[round(share[0] * len(lengths)) : round(share[1] * len(lengths))]  # as Megatron cuts it
+            if not indexed.any_as_long(part, need):
+                raise UsageError(
+                    f"{name} {prefix}: none of the {len(part)} documents that --split {args.split} leaves for {split} "
+                    f"has {need} tokens; give {instead[split]}"
+                )
+
+
+def held_out(args: Namespace, files: list[tuple[str, tuple[float, float]]]) -> None:
+    """Raise UsageError at --eval-lengths of which no document is as long, among those held out (prefix, share)."""
+    longest = max(args.eval_lengths or [0])
+    lengths = [(indexed.open_index(prefix).lengths, share) for prefix, share in files] if longest else []
+    parts = [found[round(first * len(found)) : round(last * len(found))] for found, (first, last) in lengths]
+    if longest and not any(indexed.any_as_long(part, longest) for part in parts):
+        raise UsageError(
+            f"--eval-lengths {longest}: no held-out document has as many tokens; give less, or longer text"
+        )
+
+
+def tokenizer(args: Namespace, found: Any) -> None:
+    """Raise UsageError at a tokenizer that reads text otherwise than its tokenizer.json, or lacks what is asked of it.
+
+    Args:
+        found: Megatron's.
+    """
+    try:
+        check_megatron_ids(found, args.tokenizer_model)
+    except OtherIds as error:
+        raise UsageError(f"--tokenizer-model {error}") from error
+    if args.eod_mask_loss and not has_eod(found):
+        where = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}"
+        raise UsageError(f"{where}: has no end-of-document token; leave --eod-mask-loss out")
+
+
+def token_ids(args: Namespace) -> None:
+    """Raise UsageError at data, found whole by `check`, whose token ids are beyond the vocabulary, `args.vocab_size`.
+
+    Reads SAMPLED_BYTES at most, spread over the files; each sample of training is looked at too.
+    """
+    prefixes = _prefixes(args)
+    for name, prefix in prefixes:
+        least, greatest = indexed.token_range(prefix, indexed.open_index(prefix), SAMPLED_BYTES // len(prefixes))
+        if not 0 <= least <= greatest < args.vocab_size:
+            raise UsageError(
+                f"{name} {prefix}: holds token id {least if least < 0 else greatest}, and the vocabulary of "
+                f"--tokenizer-type {args.tokenizer_type} has {args.vocab_size}; give the tokenizer that the data was "
+                "made with"
+            )
+        if indexed.has_loss_mask(prefix):
+            mask = indexed.loss_mask_prefix(prefix)
+            if indexed.token_range(mask, indexed.open_index(mask), SAMPLED_BYTES // len(prefixes))[1] > 1:
+                raise UsageError(f"{name} {prefix}: {mask}.bin holds other values than 0 and 1, so it is no loss mask")
+
+
+def _shares(args: Namespace) -> list[tuple[float, float] | None]:
+    """The part of the documents that each split has; checks that there is something to validate on."""
+    if args.split is None:
+        if args.train_data_path and not args.valid_data_path and args.eval_iters:
+            raise UsageError("--valid-data-path is missing beside --train-data-path: give it, or --eval-iters 0")
+        return []
+    try:
+        if not re.fullmatch(r"[.0-9]+([,/ ]+[.0-9]+){0,2}", args.split.strip()):  # Megatron takes -2 for 2
+            raise ValueError
+        with np.errstate(invalid="raise"):  # no number at all is 0 / 0
+            shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    except (AssertionError, ValueError, ArithmeticError) as error:
+        raise UsageError(f"--split {args.split}: expected three numbers, such as 969,30,1") from error
+    if shares[0] is None and not args.skip_train:
+        raise UsageError(f"--split {args.split}: leaves nothing to train on; give its first part a share")
+    if shares[1] is None and args.eval_iters:
+        raise UsageError(
+            f"--split {args.split}: leaves nothing to validate on; give its second part a share, or --eval-iters 0"
+        )
+    return shares
+
+
+def _prefixes(args: Namespace) -> list[tuple[str, str]]:
+    """(flag, prefix) of all data, weights of a blend left out."""
+    return [(name, prefix) for name, blend in _blends(args) for prefix in _blend_prefixes(name, blend)]
+
+
+def _blends(args: Namespace) -> Iterator[tuple[str, list[str]]]:
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        if getattr(args, name):
+            yield to_flag(name), getattr(args, name)
+    if args.data_args_path:
+        flag = to_flag("data_args_path")
+        yield flag, _read_list(flag, args.data_args_path).split()
+    if args.per_split_data_args_path:
+        flag = to_flag("per_split_data_args_path")
+        try:
+            found = json.loads(_read_list(flag, args.per_split_data_args_path))
+            blends = [found[split] for split in _SPLITS]
+            lists = [blend.split() if isinstance(blend, str) else list(blend or []) for blend in blends]
+            if not all(isinstance(item, str) for items in lists for item in items):
+                raise ValueError("must map train, valid and test to lists of text")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            where = f"{flag} {args.per_split_data_args_path}"
+            raise UsageError(f"{where}: not a list of data that can be read: {one_line(error)}") from error
+        for items in filter(None, lists):
+            yield flag, items
+
+
+def _read_list(flag: str, path: str) -> str:
+    try:
+        return read_text(Path(path), "a list of data that can be read")
+    except UsageError as error:
+        raise UsageError(f"{flag} {error}") from error
+
+
+def _blend_prefixes(flag: str, blend: list[str]) -> list[str]:
+    try:
+        prefixes, weights = get_blend_from_list(blend)
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f"{flag} {' '.join(blend)}: give a weight before each prefix, or before none") from error
+    for weight in weights or []:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UsageError(f"{flag} {' '.join(blend)}: weight {weight}: must be a number of at least 0")
+    if weights and not sum(weights):
+        raise UsageError(f"{flag} {' '.join(blend)}: all weights are 0")
+    return prefixes
+
+
+def _index(name: str, prefix: str, look: Callable, *settings) -> Any:
+    """What `look` says of the data at `prefix`, which `name` gave."""
+    try:
+        return look(prefix, *settings)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{name} {prefix}: {error}") from error
+
+
+def _check_cache(folder: str | None) -> None:
+    """Megatron maps what it finds in its cache, and takes its word."""
+    for suffix, dtype in _CACHED.items():
+        for file in sorted(Path(folder).glob(f"*{suffix}")) if folder else []:
+            try:
+                found = np.load(file, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError) as error:
+                reason = one_line(error, 100)
+                raise UsageError(
+                    f"--data-cache-path {folder}: {file.name} is damaged ({reason}); remove it, and it is made anew"
+                ) from error
+            if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != dtype:
+                raise UsageError(f"--data-cache-path {folder}: {file.name} is not Megatron's; remove it")

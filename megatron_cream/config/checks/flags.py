@@ -1,0 +1,322 @@
+"""Every check of a command line, before a process group or a GPU is touched.
+
+Each says, in one line, which flag, what value, and what would be right.
+"""
+
+import importlib.util
+import os
+import signal
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cream.common import devices
+from megatron_cream.common.cli import to_flag
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import check_can_be_made, check_path
+from megatron_cream.config import samplers
+from megatron_cream.config.checks import data as data_checks
+from megatron_cream.config.checks import evaluation as evaluation_checks
+from megatron_cream.config.checks import saving as save_checks
+from megatron_cream.model import user_buffers
+from megatron_cream.model.rotary import RotaryEmbedding
+from megatron_cream.positions import build_sampler
+
+_PATHS = (
+    "save", "load", "pretrained_checkpoint", "load_hf", "save_hf", "tensorboard_dir", "data_cache_path",
+    "tokenizer_model", "vocab_file", "merge_file", "data_path", "train_data_path", "valid_data_path",
+    "test_data_path", "data_args_path", "per_split_data_args_path", "tp_comm_overlap_cfg", "wandb_save_dir",
+)  # fmt: skip
+
+
+def graphs_beside_growing_segments(args: Namespace) -> None:
+    """NCCL registers what a graph sends, and memory in segments that grow cannot be: illegal accesses."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        grows = "expandable_segments:true" in os.environ.get(name, "").lower()
+        if args.cuda_graph_impl != "none" and grows and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+            raise UsageError(
+                f"--cuda-graph-impl {args.cuda_graph_impl} with {name}={os.environ[name]} in the environment: NCCL "
+                "cannot register such memory; unset one of them, or set NCCL_GRAPH_REGISTER=0"
+            )
+
+
+def gpu_of_rank(local_rank: int) -> None:
+    """Raise UsageError if torchrun was given more ranks than this machine shows GPUs."""
+    if devices.has_cuda() and local_rank >= (gpus := torch.cuda.device_count()):
+        raise UsageError(
+            f"LOCAL_RANK={local_rank} in the environment: this machine has {gpus} visible GPUs; use torchrun "
+            f"--nproc_per_node={gpus} or less"
+        )
+
+
+def unsupported(args: Namespace) -> None:
+    """Raise UsageError at values that this project does not carry; whole flags are refused by flag_support.py."""
+    if args.async_save and args.async_strategy != "mcore":
+        raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
+    if args.cuda_graph_impl not in ("none", "local"):
+        # They record a layer with Megatron's own table of angles, or a data loader that hands out one buffer.
+        raise UsageError(
+            f"--cuda-graph-impl {args.cuda_graph_impl}: cannot replay position ids that change with each sample; "
+            "use local"
+        )
+    if args.log_straggler and not args.print_config and not (devices.has_cuda() and importlib.util.find_spec("pynvml")):
+        raise UsageError(
+            "--log-straggler: reads the temperature and power of GPUs through nvidia-ml-py; pip install nvidia-ml-py"
+        )
+    if args.fp16 and args.fp32:
+        raise UsageError("--fp16 with --fp32: give one of the two")
+    if args.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
+        raise UsageError(f"--exit-signal {args.exit_signal.name}: no process hears it; use SIGTERM")
+    if args.dataloader_type == "external":
+        raise UsageError("--dataloader-type external: not supported here; use single or cyclic")
+    if args.train_iters and args.train_samples:
+        raise UsageError(f"--train-samples {args.train_samples} with --train-iters: give one of the two")
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        raise UsageError(
+            "--override-opt-param-scheduler with --use-checkpoint-opt-param-scheduler: give one of the two"
+        )
+    _optimizer(args)
+    if args.position_embedding_type not in ("none", "rope"):
+        raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
+    if not devices.has_cuda() and not args.print_config:
+        _on_a_gpu_alone(args)
+
+
+def _on_a_gpu_alone(args: Namespace) -> None:
+    """What Megatron would fail at with a traceback, as it finds no CUDA device."""
+    if args.profile and not args.use_pytorch_profiler:
+        raise UsageError("--profile: profiles GPUs, by nsys, and there is none; add --use-pytorch-profiler")
+    for name in ("record_memory_history", "gpu_sniff_test_interval"):
+        if value := getattr(args, name):
+            raise UsageError(f"{to_flag(name)} {value}: needs a GPU; leave it out")
+
+
+def _optimizer(args: Namespace) -> None:
+    if args.optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
+        raise UsageError(f"--optimizer {args.optimizer}: needs the package emerging-optimizers; use adam")
+    if args.use_distributed_optimizer and args.optimizer == "sgd":
+        raise UsageError("--use-distributed-optimizer: not with --optimizer sgd; use adam")
+
+
+def paths(args: Namespace) -> None:
+    """Raise UsageError at a path that no file can have; later it would be an error of whatever reads it first."""
+    for name in _PATHS:
+        value = getattr(args, name)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None:
+                check_path(path, to_flag(name))
+
+
+def weights(args: Namespace, from_checkpoint: bool) -> None:
+    """Raise UsageError where weights are neither made nor loaded: they would be what the memory held before."""
+    if not (args.perform_initialization or from_checkpoint or args.load_hf):
+        raise UsageError(
+            "--no-initialization: no weights are loaded in their place; give --load-hf, --pretrained-checkpoint or "
+            "--load"
+        )
+
+
+def require(args: Namespace) -> None:
+    """What has no default, and whole numbers that must be positive."""
+    needed = {
+        "num_layers": "the number of transformer layers, 32 for Llama-2-7B",
+        "hidden_size": "the width of the model, 4096 for Llama-2-7B",
+        "num_attention_heads": "the number of query heads, 32 for Llama-2-7B",
+        "seq_length": "N, the window the model was pre-trained with, 4096 for Llama 2",
+        "micro_batch_size": "samples a GPU takes at once, e.g. 1",
+    }
+    for name, meaning in needed.items():
+        if getattr(args, name) is None:
+            raise UsageError(f"{to_flag(name)} is missing: give {meaning}; or no flags at all for the embedded default")
+    if args.train_iters is None and args.train_samples is None and not args.skip_train:
+        raise UsageError("--train-iters is missing: give the number of steps, 1000 in the paper")
+    positive = [*needed, "target_length", "num_query_groups", "tensor_model_parallel_size"]
+    positive += ["pipeline_model_parallel_size", "context_parallel_size", "global_batch_size", "eval_documents"]
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{to_flag(name)} {value}: must be 1 or more")
+    for length in args.eval_lengths or []:
+        if length < 2:
+            raise UsageError(f"--eval-lengths {length}: must be 2 or more")
+
+
+def check(args: Namespace, sampler: dict[str, Any], rope_scaling: dict[str, Any] | None) -> None:
+    """Raise UsageError at the first thing that cannot run.
+
+    Args:
+        args: the namespace, filled in.
+        sampler: keyword arguments of `build_sampler`, but for the seed.
+        rope_scaling: the dict of a Hugging Face config.json, or None.
+    """
+    _positions(args, sampler)
+    _rope(args, rope_scaling)
+    evaluation_checks.check(args)
+    save_checks.check(args)
+    _shapes(args)
+    _parallel(args)
+    _files(args)
+    if args.save and args.ckpt_format != "torch_dist":
+        raise UsageError(
+            f"--ckpt-format {args.ckpt_format}: --save writes torch_dist, which has checksums and outlives faults; "
+            "mp_rank_XX files are loaded without this flag"
+        )
+
+
+def _positions(args: Namespace, options: dict[str, Any]) -> None:
+    window, target, sampler = args.seq_length, args.target_length, args.position_sampler
+    samplers.check_own_flags(args)
+    if target % window:
+        raise UsageError(
+            f"--target-length {target}: must be a multiple of --seq-length {window}, "
+            f"e.g. {(target // window + 1) * window}"
+        )
+    if sampler == "full" and target != window:
+        raise UsageError(
+            f"--position-sampler full trains at the target length: --seq-length {window} must be "
+            f"--target-length {target}"
+        )
+    few_blocks = ("cream", "pose", "pi") if sampler == "mix" else ("cream", "pose")
+    for name in samplers.drawing(args):
+        if args.mask_segment_starts and name not in few_blocks:
+            raise UsageError(f"--mask-segment-starts: only with --position-sampler cream or pose, not {name}")
+    try:
+        build_sampler(**options, seed=args.seed)
+    except ValueError as error:
+        lengths = f"--seq-length {args.seq_length}, --target-length {args.target_length}"
+        named = f"--position-mix {args.position_mix}" if sampler == "mix" else f"--position-sampler {sampler}"
+        raise UsageError(f"{named} ({lengths}): {error}") from error
+
+
+def _rope(args: Namespace, rope_scaling: dict[str, Any] | None) -> None:
+    try:
+        RotaryEmbedding(
+            head_dim=args.kv_channels,
+            rope_theta=float(args.rotary_base),
+            max_position_embeddings=args.max_position_embeddings,
+            rope_scaling=rope_scaling,
+        )
+    except ValueError as error:
+        raise UsageError(f"--rope-scaling-type {args.rope_scaling_type}: {error}") from error
+
+
+def _shapes(args: Namespace) -> None:
+    hidden, heads, groups = args.hidden_size, args.num_attention_heads, args.num_query_groups
+    if hidden % heads:
+        raise UsageError(f"--num-attention-heads {heads}: must divide --hidden-size {hidden}")
+    if args.group_query_attention:
+        if not groups or heads % groups:
+            raise UsageError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
+    elif groups not in (None, 1, heads):
+        raise UsageError(f"--num-query-groups {groups}: add --group-query-attention")
+    tp = args.tensor_model_parallel_size
+    if heads % tp:
+        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --num-attention-heads {heads}")
+    if args.group_query_attention and groups % tp and tp % groups:
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp}: must divide --num-query-groups {groups}, or be a multiple"
+        )
+    if args.ffn_hidden_size and args.ffn_hidden_size % tp:
+        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --ffn-hidden-size {args.ffn_hidden_size}")
+
+
+def _parallel(args: Namespace) -> None:
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    if args.world_size % (tp * pp * cp):
+        raise UsageError(
+            f"{args.world_size} ranks: must be a multiple of --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {tp * pp * cp}"
+        )
+    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
+    counted = args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+    if counted % pp and not uneven and not args.pipeline_model_parallel_layout:
+        raise UsageError(f"--pipeline-model-parallel-size {pp}: must divide --num-layers {args.num_layers}")
+    lengths = [("--seq-length", args.seq_length)]
+    for name in ("eval_lengths", "long_eval_lengths"):
+        lengths += [(to_flag(name), length) for length in getattr(args, name) or []]
+    for name, length in lengths:
+        if cp > 1 and length % (2 * cp):
+            raise UsageError(f"{name} {length}: must be a multiple of 2 x --context-parallel-size {cp}")
+        if args.sequence_parallel and length % (tp * cp):
+            raise UsageError(
+                f"{name} {length}: must be a multiple of --tensor-model-parallel-size {tp} under --sequence-parallel"
+            )
+    data_parallel = args.world_size // (tp * pp * cp)
+    samples = args.micro_batch_size * data_parallel
+    if args.global_batch_size is not None and args.global_batch_size % samples:
+        raise UsageError(
+            f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
+            f"{args.micro_batch_size} x {data_parallel} data-parallel ranks = {samples}"
+        )
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UsageError("--full-validation: works in megatron-core 0.19 only with --multiple-validation-sets")
+    selective = args.recompute_granularity == "selective"
+    if selective and "layernorm" in (args.recompute_modules or []) and not args.attention["transformer_engine"]:
+        raise UsageError(
+            "--recompute-modules layernorm: works in megatron-core 0.19 only with Transformer Engine's layers"
+        )
+    if args.attention_dropout and args.attention["name"] in ("sdpa", "flash"):
+        raise UsageError(
+            f"--attention-dropout {args.attention_dropout}: not with --attention-backend {args.attention['name']}; use 0"
+        )
+    if args.attention["name"] == "local" and cp > 1:
+        raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
+    if not args.attention["transformer_engine"] and not args.print_config:
+        _transformer_engine_alone(args)
+    if args.tp_comm_overlap:
+        _user_buffers(args)
+
+
+def _transformer_engine_alone(args: Namespace) -> None:
+    """What other layers do not look at: the run would be in another precision, or place, than it was asked for."""
+    flags = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+    also = "cpu_offloading_num_layers hierarchical_context_parallel_sizes te_precision_config_file fp8_param_gather "
+    also += "fused_residual_rmsnorm use_transformer_engine_op_fuser use_grouped_gemm_for_dense_mlp delay_wgrad_compute "
+    also += "fine_grained_activation_offloading use_te_activation_func symmetric_ar_type log_max_attention_logit"
+    for name, given in (flags | {name: to_flag(name) for name in also.split()}).items():
+        if (value := getattr(args, name)) and not (name == "use_te_activation_func" and devices.has_cuda()):
+            raise UsageError(f"{given} {value}: needs Transformer Engine's layers, which this run does not have")
+
+
+def _user_buffers(args: Namespace) -> None:
+    """Transformer Engine's, which send beside its products; of the size of a micro-batch."""
+    if not args.sequence_parallel or args.tensor_model_parallel_size == 1:
+        raise UsageError("--tp-comm-overlap: needs --tensor-model-parallel-size 2 or more and --sequence-parallel")
+    if not args.attention["transformer_engine"]:
+        raise UsageError(
+            "--tp-comm-overlap: needs Transformer Engine's layers, which this run does not have; leave it out"
+        )
+    for name in ("eval_lengths", "long_eval_interval"):
+        if value := getattr(args, name):
+            raise UsageError(
+                f"{to_flag(name)} {value}: not with --tp-comm-overlap, whose buffers hold samples of --seq-length "
+                f"{args.seq_length} tokens; leave one of them out (tools/evaluate.py reads a checkpoint at any length)"
+            )
+    if args.tp_comm_overlap_cfg is not None:
+        user_buffers.check(args.tp_comm_overlap_cfg)
+
+
+def _files(args: Namespace) -> None:
+    data_checks.check(args)
+    model = args.tokenizer_model
+    if args.tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
+        if model is None:
+            raise UsageError(
+                f"--tokenizer-model is missing: give the .model file of --tokenizer-type {args.tokenizer_type}"
+            )
+        if not Path(model).is_file():
+            raise UsageError(f"--tokenizer-model {model}: no such file")
+    if args.wandb_project and not args.wandb_exp_name:
+        raise UsageError(f"--wandb-project {args.wandb_project}: give --wandb-exp-name too")
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UsageError(f"--wandb-project {args.wandb_project}: wandb is not installed; pip install wandb")
+    for name in ("save", "tensorboard_dir", "data_cache_path"):
+        path = getattr(args, name)
+        if path:
+            check_can_be_made(Path(path), to_flag(name))

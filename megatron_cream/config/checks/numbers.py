@@ -1,0 +1,89 @@
+"""Numbers that no run can use: found in the flags themselves, before anything follows from them.
+
+Megatron looks at few of its flags' values; a learning rate of NaN trains, and a negative interval divides.
+"""
+
+import math
+from argparse import Namespace
+from typing import Any
+
+from megatron_cream.common.errors import UsageError
+
+_POSITIVE = {
+    "train_iters", "train_samples", "log_interval", "eval_interval", "save_interval", "save_retain_interval",
+    "exit_interval", "exit_duration_in_mins", "distributed_timeout_minutes", "ffn_hidden_size", "kv_channels",
+    "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings", "lr", "lr_decay_iters",
+    "lr_decay_samples", "norm_epsilon", "adam_eps", "init_method_std", "seed", "num_dataset_builder_threads",
+    "dist_ckpt_workers", "tensorboard_log_interval", "recompute_num_layers", "ckpt_step", "most_recent_k",
+    "save_hook_minutes",
+}  # fmt: skip
+"""Of the others, those that are not here may be 0."""
+
+_BELOW_ONE = {"attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction"}
+
+_MOST = {
+    "num_layers": 10_000, "hidden_size": 1 << 20, "ffn_hidden_size": 1 << 24, "num_attention_heads": 1 << 16,
+    "num_query_groups": 1 << 16, "kv_channels": 1 << 16, "vocab_size": 1 << 26, "seq_length": 1 << 30,
+    "target_length": 1 << 40, "original_max_position_embeddings": 1 << 40, "max_position_embeddings": 1 << 40,
+    "eval_lengths": 1 << 30, "micro_batch_size": 1 << 20, "global_batch_size": 1 << 24, "train_iters": 1 << 40,
+    "train_samples": 1 << 48, "seed": (1 << 31) - 1, "num_workers": 1 << 10, "eval_iters": 1 << 40,
+    "make_vocab_size_divisible_by": 1 << 20, "distributed_timeout_minutes": 1 << 20,
+    "timeout_minutes": 1 << 20,
+    "signal_exit_code": 255,
+}  # fmt: skip
+"""Far beyond any model; larger is a slip of the keyboard, and would be asked of the memory."""
+
+_MAY_BE_NEGATIVE = {
+    "null_tokenizer_pad_id", "inference_batch_times_seqlen_threshold", "inference_dynamic_batching_num_cuda_graphs",
+    "moe_router_force_biased", "moe_paged_stash_buffer_size_factor_cuda", "moe_paged_stash_buffer_size_factor_cpu",
+    "rl_default_top_k", "glu_linear_offset", "window_size", "rank", "local_rank", "async_ckpt_cpu_priority",
+}  # fmt: skip
+
+
+def check(args: Namespace, defaults: dict[str, Any]) -> None:
+    """Look at every number that is not a default.
+
+    Raises:
+        UsageError: one is not finite, negative, 0 where that means nothing, or beyond reason.
+    """
+    for name, value in vars(args).items():
+        if value == defaults.get(name):
+            continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_number(name, number)
+
+
+def _check_number(name: str, value: int | float) -> None:
+    shown = f"--{name.replace('_', '-')} {value}"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{shown}: must be a finite number")
+    if name in _POSITIVE and value <= 0:
+        raise UsageError(f"{shown}: must be above 0")
+    if value < 0 and name not in _MAY_BE_NEGATIVE:
+        raise UsageError(f"{shown}: must not be negative")
+    if name in _BELOW_ONE and value >= 1:
+        raise UsageError(f"{shown}: must be below 1")
+    if value > _MOST.get(name, value):
+        raise UsageError(f"{shown}: must be at most {_MOST[name]}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise UsageError(f"{shown}: must fit into 64 bits")
+
+
+def learning_rates(args: Namespace) -> None:
+    """Raise UsageError at learning rates that contradict one another."""
+    if args.skip_train:
+        return
+    if args.lr is None:
+        raise UsageError("--lr is missing: give the learning rate, 2e-5 in the paper")
+    for name in ("min_lr", "lr_warmup_init"):
+        value = getattr(args, name) or 0.0
+        if value > args.lr:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at most --lr {args.lr}")
+    steps = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_iters and steps and args.lr_warmup_iters >= steps:
+        of = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
+        raise UsageError(f"--lr-warmup-iters {args.lr_warmup_iters}: must be below {of} {steps}")
+    samples = args.lr_decay_samples or args.train_samples
+    if args.lr_warmup_samples and samples and args.lr_warmup_samples >= samples:
+        raise UsageError(f"--lr-warmup-samples {args.lr_warmup_samples}: must be below {samples}, where the decay ends")

@@ -1,0 +1,138 @@
+"""YAML recipes: any flag by its name, parsed as the command line would parse it."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.files import check_path, read_yaml
+
+
+def recipe_path(argv: list[str]) -> Path | None:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config")
+    try:
+        path = finder.parse_known_args(argv)[0].config
+    except argparse.ArgumentError as error:
+        raise UsageError("--config: give the path of a YAML recipe") from error
+    if path is None:
+        return None
+    check_path(path, "--config")
+    return Path(path)
+
+
+def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """A flat YAML mapping of flag names to values, as defaults for `parser`.
+
+    Raises:
+        UsageError: no such file, not a mapping, an unknown key, a value of the wrong type.
+    """
+    recipe = _load(path)
+    values = {}
+    for key, value in recipe.items():
+        name = key.replace("-", "_") if isinstance(key, str) else ""
+        action = find_action(parser, name)
+        if action is None or name in ("config", "help"):
+            raise UsageError(f"--config {path}: unknown key {_short(key)}; --help lists every flag")
+        if action.dest in values:
+            raise UsageError(f"--config {path}: {key}: is set twice")
+        values[action.dest] = _value(action, name, value, f"--config {path}: {key}: {_short(value)}")
+    return values
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    try:
+        recipe = read_yaml(path, "a YAML recipe", _PlainLoader)
+    except UsageError as error:
+        raise UsageError(f"--config {error}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--config {path}: must map flag names to values")
+    return recipe
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only: no tags that make objects, no aliases (a few lines of them are gigabytes), no key twice."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "aliases are not for recipes", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
+            seen.add(getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _plain_number(loader: _PlainLoader, node: yaml.ScalarNode) -> int | float:
+    """Not what YAML 1.1 has besides: 1:30 for 90, 010 for 8."""
+    if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{node.value} would be read to the base of {60 if ':' in node.value else 8}", node.start_mark
+        )
+    whole = node.tag.endswith(":int")
+    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+
+
+for _kind_of_number in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind_of_number}", _plain_number)
+
+
+def _short(value: Any) -> str:
+    try:
+        text = one_line(repr(value), 100)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) < 100 else text[:97] + "..."
+
+
+def find_action(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
+    """The action of the flag `name`, or the one that sets the variable `name`."""
+    flag = "--" + name.replace("_", "-")
+    by_flag = parser._option_string_actions.get(flag) or parser._option_string_actions.get("--" + name)
+    return by_flag or next((a for a in parser._actions if a.dest == name), None)
+
+
+def _value(action: argparse.Action, name: str, value: Any, where: str) -> Any:
+    """`value` as the command line would have parsed it."""
+    if value is None:
+        if action.default is not None and (action.nargs == 0 or action.type in (int, float)):
+            raise UsageError(f"{where}: must be {'true or false' if action.nargs == 0 else _kind(action)}")
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UsageError(f"{where}: must be true or false")
+        is_flag = any(o.lstrip("-").replace("-", "_") == name for o in action.option_strings)
+        if isinstance(action, argparse.BooleanOptionalAction) or not is_flag:
+            return value
+        return action.const if value else not action.const
+
+    def one(item: Any) -> Any:
+        if isinstance(item, (dict, list)) or (isinstance(item, bool) and action.type is not bool):
+            raise UsageError(f"{where}: must be {_kind(action)}")
+        try:
+            item = (action.type or str)(str(item))
+        except (ValueError, LookupError, TypeError, ArithmeticError, argparse.ArgumentTypeError) as error:
+            raise UsageError(f"{where}: must be {_kind(action)}") from error
+        if action.choices is not None and item not in action.choices:
+            choices = ", ".join(str(getattr(c, "name", c)) for c in action.choices)
+            raise UsageError(f"{where}: choose from {choices}")
+        return item
+
+    if action.nargs in ("+", "*"):
+        return [one(item) for item in (value if isinstance(value, list) else str(value).split())]
+    return one(value)
+
+
+def _kind(action: argparse.Action) -> str:
+    one, many = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}.get(
+        action.type, ("one value", "values")
+    )
+    return f"a list of {many}" if action.nargs in ("+", "*") else one

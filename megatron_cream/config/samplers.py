@@ -1,0 +1,82 @@
+"""Flags of the position samplers: what follows from them, and the arguments of `build_sampler` that they are."""
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_cream.common.cli import to_flag
+from megatron_cream.common.errors import UsageError
+from megatron_cream.positions.mix import read_shares
+
+OWN = {
+    "cream": ("cream_sigma", "cream_variant", "cream_relativity", "cream_middle"),
+    "pose": ("pose_chunks",),
+}
+"""{sampler: flags that only it has}."""
+
+
+def fill(args: Namespace) -> None:
+    """Fill in the defaults of the samplers that draw.
+
+    Raises:
+        UsageError: --position-mix cannot be read, or contradicts --position-sampler.
+    """
+    if args.position_mix is not None:
+        if args.position_sampler not in ("cream", "mix"):  # cream is the default
+            raise UsageError(f"--position-mix with --position-sampler {args.position_sampler}: give one of the two")
+        args.position_sampler = "mix"
+    elif args.position_sampler == "mix":
+        raise UsageError("--position-sampler mix: needs --position-mix, such as cream=0.6,pose=0.4")
+    names = drawing(args)
+    if "cream" in names:
+        args.cream_middle = args.cream_middle or "gaussian"
+        if args.cream_middle == "gaussian" and args.cream_sigma is None:
+            args.cream_sigma = 3.0
+        args.cream_variant = args.cream_variant or "paper"
+        args.cream_relativity = 0.5 if args.cream_relativity is None else args.cream_relativity
+    if "pose" in names:
+        args.pose_chunks = 2 if args.pose_chunks is None else args.pose_chunks
+
+
+def drawing(args: Namespace) -> tuple[str, ...]:
+    """Names of the samplers that draw: one, or those of the mixture."""
+    return tuple(_shares(args)) if args.position_sampler == "mix" else (args.position_sampler,)
+
+
+def sampler_options(args: Namespace) -> dict[str, Any]:
+    """Keyword arguments of `build_sampler`, but for the seed."""
+    options = dict(name=args.position_sampler, window=args.seq_length, target=args.target_length)
+    if args.position_sampler == "mix":
+        own = {name: _own_options(args, name) for name in drawing(args)}
+        return options | dict(shares=_shares(args), options={name: own for name, own in own.items() if own})
+    return options | _own_options(args, args.position_sampler)
+
+
+def check_own_flags(args: Namespace) -> None:
+    """Raises UsageError at a flag of a sampler that does not draw. After `fill`."""
+    drawn = drawing(args)
+    for sampler, names in OWN.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and sampler not in drawn:
+                raise UsageError(
+                    f"{to_flag(name)} {value}: only with --position-sampler {sampler}, not {', '.join(drawn)}"
+                )
+    if args.cream_sigma is not None and args.cream_middle != "gaussian":
+        raise UsageError(
+            f"--cream-sigma {args.cream_sigma}: only with --cream-middle gaussian, not {args.cream_middle}"
+        )
+
+
+def _own_options(args: Namespace, sampler: str) -> dict[str, Any]:
+    given = {name.partition("_")[2]: getattr(args, name) for name in OWN.get(sampler, ())}
+    # Only a middle other than the Gaussian is named: an option more would rename the data's cached index.
+    if given.get("middle") == "gaussian":
+        del given["middle"]
+    return {name: value for name, value in given.items() if value is not None and (name, value) != ("chunks", 2)}
+
+
+def _shares(args: Namespace) -> dict[str, float]:
+    try:
+        return read_shares(args.position_mix)
+    except ValueError as error:
+        raise UsageError(f"--position-mix {args.position_mix}: {error}") from error

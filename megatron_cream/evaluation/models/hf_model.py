@@ -1,0 +1,136 @@
+"""A Hugging Face folder, run by transformers."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_cream.common import devices
+from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.evaluation.models import generation
+from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
+
+_ROWS = 1024  # of logits that are float32 at a time
+
+
+class HfModel:
+    """A LanguageModel; see language_model.py for the arguments.
+
+    Raises:
+        UsageError: the weights cannot be read, or some are missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        prefill_chunk: int,
+        tokenizer: ModelTokenizer,
+        stop_ids: frozenset[int],
+        max_positions: int,
+    ):
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # what is missing is said below
+        device = "cuda" if devices.has_cuda() else "cpu"
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
+            )
+        except Exception as error:  # a damaged file, an unknown architecture, one that has no sdpa
+            reason = one_line(error)
+            raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
+        # transformers would fill them with random numbers.
+        wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+        if wrong:
+            raise UsageError(f"--model {folder}: weight {wrong[0]} is missing or of another shape")
+        self._model = model.to(device).eval()
+        self._chunk, self._stop_ids = prefill_chunk, stop_ids
+        self.tokenizer, self.max_positions = tokenizer, max_positions
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        return self._model.named_parameters()
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
+        batch = _LeftPadded(self._model, self._chunk)
+        return generation.generate(batch, prompts, max_new_tokens, stop_ids=self._stop_ids, **sampling)
+
+    @torch.inference_mode()
+    def log_probs(self, tokens: Tensor, start: int) -> Tensor:
+        tokens = tokens.to(self._model.device)
+        inputs = tokens[:, :-1]  # the last one predicts nothing that is asked for
+        total = inputs.shape[1]
+        cache = _new_cache(self._model) if total > self._chunk else None
+        parts = []
+        for begin in range(0, total, self._chunk):
+            end = min(begin + self._chunk, total)
+            scored = max(begin, start - 1)  # the first input here whose prediction is asked for
+            positions = torch.arange(begin, end, device=tokens.device).expand(len(tokens), -1)
+            logits = self._model(
+                inputs[:, begin:end],
+                attention_mask=torch.ones(len(tokens), end, dtype=torch.long, device=tokens.device),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=max(1, end - scored),
+            ).logits
+            if scored < end:
+                parts.append(_log_probs_of(logits, tokens[:, scored + 1 : end + 1]))
+        return torch.cat(parts, 1).cpu()
+
+
+def _log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """float32 [b, n] of logits [b, n, vocabulary]."""
+    parts = []
+    for begin in range(0, labels.shape[1], _ROWS):
+        some = logits[:, begin : begin + _ROWS].float()
+        chosen = some.gather(-1, labels[:, begin : begin + _ROWS, None]).squeeze(-1)
+        parts.append(chosen - some.logsumexp(-1))
+    return torch.cat(parts, 1)
+
+
+def _new_cache(model):
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+class _LeftPadded:
+    """A CachedBatch: padding before the shorter prompts, masked, and positions that start after it."""
+
+    def __init__(self, model, chunk: int):
+        self._model, self._chunk = model, chunk
+        self._cache = _new_cache(model)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        width = max(map(len, prompts))
+        device = self._model.device
+        tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        self._mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        self._lengths = self._mask.sum(-1)
+        for begin in range(0, width, self._chunk):
+            end = min(begin + self._chunk, width)
+            logits = self._forward(tokens[:, begin:end], positions[:, begin:end], self._mask[:, :end])
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
+        positions, self._lengths = self._lengths, self._lengths + 1
+        return self._forward(tokens[:, None], positions[:, None], self._mask)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        result = self._model(
+            tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return result.logits[:, -1]

@@ -1,0 +1,141 @@
+"""A Megatron checkpoint, run by Megatron-Core on one rank: no export, the layers and positions of training.
+
+Keys and values are kept by Megatron's own StaticInferenceContext. Its batches have one length,
+so prompts of several are laid in it aligned at their ends: each is read alone, into a view of the
+memory that begins after its padding, and so without a mask; then all go on together, one token at
+a time, and the padding is masked.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.utils import InferenceMode
+from torch import Tensor
+
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checkpoint.model import load_model
+from megatron_cream.common import devices
+from megatron_cream.evaluation.models import generation
+from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
+from megatron_cream.model.llama import LlamaModel
+
+_NO_LIMIT = 1 << 40  # of positions: beyond those trained for it runs as transformers would
+
+
+class MegatronModel:
+    """A LanguageModel; see language_model.py for the arguments."""
+
+    def __init__(
+        self,
+        checkpoint: MegatronCheckpoint,
+        *,
+        dtype: torch.dtype,
+        prefill_chunk: int,
+        tokenizer: ModelTokenizer,
+        stop_ids: frozenset[int],
+        max_positions: int,
+    ):
+        self._model = load_model(checkpoint, dtype)
+        shape = replace(checkpoint.shape, max_position_embeddings=_NO_LIMIT)
+        self._model.rotary = shape.rotary(by_length=True)
+        self._device = "cuda" if devices.has_cuda() else "cpu"
+        self._chunk, self._stop_ids = prefill_chunk, stop_ids
+        self.tokenizer, self.max_positions = tokenizer, max_positions
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        return self._model.named_parameters()
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
+        batch = _EndAligned(self._model, self._device, self._chunk, room=max_new_tokens)
+        return generation.generate(batch, prompts, max_new_tokens, stop_ids=self._stop_ids, **sampling)
+
+    @torch.inference_mode()
+    def log_probs(self, tokens: Tensor, start: int) -> Tensor:
+        tokens = tokens.to(self._device)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        total = inputs.shape[1]
+        context = _new_context(self._model, len(tokens), total) if total > self._chunk else None
+        parts = []
+        for begin in range(0, total, self._chunk):
+            end = min(begin + self._chunk, total)
+            positions = torch.arange(begin, end, device=self._device).expand(len(tokens), -1)
+            # With labels Megatron gives each token's loss, and never more logits than the chunk's.
+            losses = self._model(
+                inputs[:, begin:end], positions, None, labels=labels[:, begin:end], inference_context=context
+            )
+            if context is not None:
+                context.sequence_len_offset = end
+            parts.append(-losses[:, max(0, start - 1 - begin) :].float())
+        return torch.cat(parts, 1).cpu()
+
+
+def _new_context(model: LlamaModel, batch: int, length: int) -> StaticInferenceContext:
+    """Memory for the keys and values of `length` tokens of each sample, zeros.
+
+    Zeros and not whatever is there: a masked value still counts as 0 times itself.
+    """
+    config = model.config
+    context = StaticInferenceContext(batch, length)
+    size = (length, batch, config.num_query_groups, config.kv_channels)
+    for layer in model.decoder.layers:
+        weight = layer.self_attention.linear_qkv.weight
+        context.key_value_memory_dict[layer.layer_number] = tuple(
+            torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in range(2)
+        )
+    return context
+
+
+class _EndAligned:
+    """A CachedBatch: padding before the shorter prompts, positions that start after it.
+
+    Args:
+        room: tokens that may be appended.
+    """
+
+    def __init__(self, model: LlamaModel, device: str, chunk: int, room: int):
+        self._model, self._device, self._chunk, self._room = model, device, chunk, room
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width = int(lengths.max())
+        self._context = _new_context(self._model, len(prompts), width + self._room)
+        logits = [self._read(prompt, i, width - len(prompt)) for i, prompt in enumerate(prompts)]
+        self._context.sequence_len_offset = width
+        # bool [b, keys], False on padding; None where there is none.
+        keys = torch.arange(width + self._room) >= width - lengths[:, None]
+        self._mask = None if bool(keys.all()) else keys.to(self._device)
+        self._positions = lengths[:, None].to(self._device)
+        return torch.cat(logits)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        end = self._context.sequence_len_offset + 1
+        mask = None if self._mask is None else self._mask[:, :end]
+        logits = self._forward(tokens[:, None], self._positions, mask)
+        self._context.sequence_len_offset = end
+        self._positions = self._positions + 1
+        return logits
+
+    def _read(self, prompt: Sequence[int], row: int, padding: int) -> Tensor:
+        """Logits [1, vocabulary] after one prompt, whose keys and values go into `row`, from `padding` on."""
+        context = self._context
+        whole = context.key_value_memory_dict
+        context.key_value_memory_dict = {
+            layer: tuple(memory[padding:, row : row + 1] for memory in pair) for layer, pair in whole.items()
+        }
+        tokens = torch.tensor([prompt], device=self._device)
+        context.sequence_len_offset = 0
+        for begin in range(0, len(prompt), self._chunk):
+            end = min(begin + self._chunk, len(prompt))
+            positions = torch.arange(begin, end, device=self._device)[None]
+            logits = self._forward(tokens[:, begin:end], positions, None)
+            context.sequence_len_offset = end
+        context.key_value_memory_dict = whole
+        return logits
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        with InferenceMode.active():  # logits of the last token alone
+            logits = self._model(tokens, positions, mask, inference_context=self._context, runtime_gather_output=True)
+        return logits[:, -1]

@@ -1,0 +1,238 @@
+"""The one place that lets Megatron run without CUDA.
+
+`setup()` is called once, before anything of Megatron is imported. Where a CUDA
+device is present it only sets what Megatron wants of the environment. Where there
+is none, Megatron's own code (TP, PP, DP over gloo, distributed optimizer,
+recompute, checkpoints) runs on the CPU with the help of three things:
+
+- stand-ins for the functions of `torch.cuda` that Megatron calls,
+- a `TorchFunctionMode` that sends every `device='cuda'` to the CPU, and
+- packages that have kernels for CUDA alone look as if they were not installed.
+
+Nothing lies to torch itself: `torch.cuda.is_available()` says True only to callers
+inside the `megatron` package, so pinned memory, `torch.accelerator`, fused
+optimizers and torch.compile see a machine without CUDA, which it is.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import types
+import warnings
+
+# Read when torch is loaded: its C++ libraries announce every connection otherwise.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_installed: TorchFunctionMode | None = None
+
+
+def setup() -> None:
+    """Prepare torch for Megatron. Idempotent; call before importing `megatron`."""
+    # Megatron's tensor and sequence parallel overlap relies on one hardware queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _quiet_import_noise()
+    if not torch.cuda.is_available() and _installed is None:
+        _install_cpu()
+    _use_prebuilt_dataset_helpers()
+
+
+def _quiet_import_noise() -> None:
+    """Drop the warnings that Megatron's imports and its deprecation notes raise.
+
+    They name accelerators that are optional here (`--print-config` shows what is in
+    use) and APIs that only Megatron itself can move off.
+    """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for module in ("megatron", "torch", "transformer_engine"):
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category, module=module)
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # from compiling Megatron's files the first time
+    texts = ["Apex is not installed", "Transformer Engine", ".*ModelConfig.*instead"]
+    texts += ["Detected a Jax installation", "Argument aux_data"]  # Transformer Engine's, flash-attn-4's
+    for text in texts:
+        warnings.filterwarnings("ignore", message=rf"\s*{text}")
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
+        lambda record: "DEPRECATED" not in record.getMessage()
+    )
+    # torch 2.9+ announces the end of the local-store key layout at every save.
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+
+
+def _use_prebuilt_dataset_helpers() -> None:
+    """Skip the trainer's `make` of the dataset helpers: the wheel ships them built."""
+    try:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+    except ImportError:
+        return
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
+
+
+# ---------------------------------------------------------------- without CUDA
+
+
+# Megatron runs their kernels wherever they can be imported: on a login node, say, with what the GPUs' nodes have.
+_FOR_CUDA_ALONE = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "flash_attn")
+
+
+def _install_cpu() -> None:
+    global _installed
+    # Megatron compiles small functions at first use; on a CPU that costs more than it saves.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    for package in _FOR_CUDA_ALONE:
+        sys.modules.setdefault(package, None)
+    import torch._dynamo  # noqa: F401  (tabulates torch.cuda's functions: must see the real ones)
+
+    _replace_torch_cuda()
+    _installed = _CudaMeansCpu()
+    _installed.__enter__()
+    _keep_mode_in_backward(_installed)
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+_CPU = torch.device("cpu")
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+def _to_cpu(device):
+    """`device` if it already means the CPU or meta, else the CPU."""
+    if isinstance(device, bool):
+        return device
+    if isinstance(device, int):
+        return _CPU
+    if isinstance(device, str) and device.startswith("cuda"):
+        return _CPU
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return _CPU
+    return device
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": _to_cpu(kwargs["device"])}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1:
+            args = (args[0], _to_cpu(args[1]), *args[2:])
+        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizers sort parameters by this string.
+            return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
+        elif func is torch.Tensor.record_stream:
+            return None
+        return func(*args, **kwargs)
+
+
+def _keep_mode_in_backward(mode: _CudaMeansCpu) -> None:
+    """torch runs `backward` with the mode off; recompute and collectives inside it need it on."""
+    engine = torch.autograd._engine_run_backward
+
+    def run_backward(*args, **kwargs):
+        with mode:
+            return engine(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward
+
+
+class _Stream:
+    """A stream of a device that runs everything at once, in order."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+    def _nothing(self, *_, **__):
+        return None
+
+    wait_stream = wait_event = synchronize = record_event = record = wait = _nothing
+
+    def query(self):
+        return True
+
+
+class _Event(_Stream):
+    def elapsed_time(self, _other) -> float:
+        return 0.0
+
+
+def _replace_torch_cuda() -> None:
+    """Stand-ins for what Megatron's training path calls in `torch.cuda`."""
+    cuda = torch.cuda
+    stream = _Stream()
+    properties = types.SimpleNamespace(
+        name="cpu", major=0, minor=0, multi_processor_count=1, warp_size=32,
+        total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )  # fmt: skip
+
+    def nothing(*_, **__):
+        return None
+
+    def zero(*_, **__):
+        return 0
+
+    def is_available() -> bool:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return caller.partition(".")[0] == "megatron"
+
+    stand_ins = dict(
+        is_available=is_available,
+        is_initialized=lambda: False,
+        current_device=zero,
+        device_count=lambda: 1,
+        set_device=nothing,
+        synchronize=nothing,
+        empty_cache=nothing,
+        ipc_collect=nothing,
+        Stream=_Stream,
+        Event=_Event,
+        current_stream=lambda *_: stream,
+        default_stream=lambda *_: stream,
+        stream=lambda s: s if s is not None else contextlib.nullcontext(),
+        set_stream=nothing,
+        is_current_stream_capturing=lambda: False,
+        manual_seed=torch.manual_seed,
+        get_rng_state=lambda *_: torch.get_rng_state(),
+        set_rng_state=lambda state, *_: torch.set_rng_state(state),
+        memory_allocated=zero,
+        memory_reserved=zero,
+        max_memory_allocated=zero,
+        max_memory_reserved=zero,
+        reset_peak_memory_stats=nothing,
+        memory_stats=lambda *_: _ZeroStats(),
+        mem_get_info=lambda *_: (properties.total_memory, properties.total_memory),
+        get_device_properties=lambda *_: properties,
+        get_device_capability=lambda *_: (0, 0),
+        get_device_name=lambda *_: "cpu",
+    )
+    for name, stand_in in stand_ins.items():
+        setattr(cuda, name, stand_in)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
+    cuda.nvtx.range = lambda *_, **__: contextlib.nullcontext()
+
+
+class _ZeroStats(dict):
+    def __missing__(self, key):
+        return 0
