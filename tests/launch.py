@@ -15,6 +15,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.processes import ending_with_test
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 VOCABULARY = 100  # padded to 128: the padding must not show in the loss
@@ -74,8 +76,8 @@ def torchrun(
 
 @functools.cache
 def _preloaded() -> subprocess.Popen:
-    """Ends with this process, whose end closes its input."""
-    command = [sys.executable, "-m", "tests.preloaded"]
+    """Ends with this process."""
+    command = ending_with_test([sys.executable, "-m", "tests.preloaded"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT, env=environment

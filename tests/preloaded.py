@@ -14,6 +14,7 @@ import traceback
 import uuid
 from pathlib import Path
 
+from megatron_cream.common.processes import end_with_parent
 from megatron_cream.patches import platform
 
 platform.setup()
@@ -31,8 +32,9 @@ def main() -> None:
     torch.set_num_threads(1)  # a fork does not inherit the threads of a pool
     for line in sys.stdin:
         job = json.loads(line)
-        process = os.fork()
+        server, process = os.getpid(), os.fork()
         if process == 0:
+            end_with_parent(parent=server)
             _launch(job)
         print(process, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
@@ -70,6 +72,7 @@ def _rank(script: str, flags: list[str]) -> None:
 
     import pretrain_cream
 
+    end_with_parent()
     # A fork makes torch's pool anew when it is first asked for: not by several threads of autograd at once.
     torch.set_num_threads(1)
     sys.argv = [script, *flags]

@@ -21,6 +21,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.config.checks import flags as flag_checks
 from megatron_cream.distributed import launcher
 from tests.launch import ROOT
+from tests.processes import ending_with_test
 
 ALL = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500",
@@ -118,7 +119,8 @@ def test_ranks_end_with_a_torchrun_that_was_killed_while_they_started(tmp_path):
     """Before training, of which test_faults.py has this."""
     flags = ["--config", ROOT / "examples" / "quickstart.yaml", "--save", tmp_path / "new", "--train-iters", "100000"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    torchrun = subprocess.Popen([*command, ROOT / "pretrain_cream.py", *map(str, flags)], cwd=tmp_path)
+    command = ending_with_test([*command, ROOT / "pretrain_cream.py", *flags])
+    torchrun = subprocess.Popen(command, cwd=tmp_path)
     ranks = []
     while len(ranks) < 2 or not all(_ends_with_its_parent(rank) for rank in ranks):
         assert torchrun.poll() is None

@@ -27,6 +27,7 @@ from megatron_cream.evaluation.models.tokenizer import TrainingTokenizer
 from megatron_cream.evaluation.tasks import kv
 from tests.faults.kill import compare, newest, ranks, ranks_of_folder, wait_for, writing
 from tests.launch import ROOT, TINY, torchrun, write_documents
+from tests.processes import ending_with_test
 
 # Half of the second tensor-parallel rank's vocabulary is padding.
 MODEL = (
@@ -139,7 +140,7 @@ def test_a_kill_while_the_best_is_written_leaves_the_one_before(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command += [str(ROOT / "pretrain_cream.py"), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    process = subprocess.Popen(ending_with_test(command), cwd=ROOT, env=environment, start_new_session=True)
     wait_for(lambda: newest(best) >= 2 and writing(best, newest(best)), process)
     for victim in [psutil.Process(process.pid), *ranks(process)]:
         victim.send_signal(signal.SIGKILL)

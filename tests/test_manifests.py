@@ -19,6 +19,7 @@ import yaml
 from megatron_cream.config.parser import build_parser
 from tests.faults.kill import newest, wait_for
 from tests.launch import ROOT, TINY, write_documents
+from tests.processes import ending_with_test
 
 FOLDER = ROOT / "examples" / "kubernetes"
 
@@ -116,10 +117,10 @@ def test_a_pod_that_is_told_to_go_saves_and_does_not_count_as_done(tmp_path, man
     ]
     given += ["--split", "90,10,0", "--train-iters", 100_000, "--save", save, "--load", save, "--save-interval", 2]
     given += ["--signal-exit-code=75"]
-    command = ["unshare", "--pid", "--fork", "--mount-proc", *container["command"], *given]
+    command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *container["command"], *given]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "JOB_COMPLETION_INDEX": "0"}
     with open(log, "w") as out:
-        process = subprocess.Popen(list(map(str, command)), env=env, cwd=ROOT, stdout=out, stderr=out)
+        process = subprocess.Popen(ending_with_test(command), env=env, cwd=ROOT, stdout=out, stderr=out)
     wait_for(lambda: newest(save) >= 2, process)
     (first,) = psutil.Process(process.pid).children()
     hook = container["lifecycle"]["preStop"]["exec"]["command"]

@@ -17,6 +17,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.distributed import nodes
 from tests.faults.kill import compare, newest, wait_for
 from tests.launch import ROOT, TINY, torchrun, write_documents
+from tests.processes import ending_with_test
 
 STEPS = 8
 
@@ -59,7 +60,7 @@ def launch(log: Path, flags: list, options: list, prefix: tuple = (), cwd: Path 
     command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, ROOT / "pretrain_cream.py", *flags]
     with open(log, "w") as out:
         return subprocess.Popen(
-            list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True,
+            ending_with_test(command), stdout=out, stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         )  # fmt: skip
 

@@ -1,10 +1,12 @@
 """Processes end with the one that started them, and hear what ends them; tests/faults/one_process.py has more."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from tests.faults.kill import launch, newest, ranks, wait_for
@@ -14,7 +16,7 @@ from tests.launch import ROOT, write_documents
 # The child asks for its parent's end when that is long past, as a worker may whose rank dies as it starts.
 TOO_LATE = """
 import os, time
-from megatron_cream.distributed.launcher import end_with_parent
+from megatron_cream.common.processes import end_with_parent
 parent = os.getpid()
 if os.fork() == 0:
     while os.getppid() == parent:
@@ -31,6 +33,30 @@ for number in (signal.SIGTERM, signal.SIGINT):
 with waiting_for_peers():
     {inside}
 os.kill(os.getpid(), {number})
+"""
+
+# A request of half the size of a pipe's buffer would hide what waits for its reader.
+WRITER = """
+import os, signal
+from functools import partial
+from megatron_cream.patches import platform
+platform.setup()
+import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller
+from megatron_cream.patches import compat
+
+if __name__ == "__main__":
+    compat._checkpoint_helpers_outlive_signals()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    killed_while_it_takes_the_tensors, killed_as_it_starts = PersistentAsyncCaller(), PersistentAsyncCaller()
+    die = partial(signal.raise_signal, signal.SIGKILL)
+    killed_while_it_takes_the_tensors.schedule_async_call(AsyncRequest(print, ("written",), [], preload_fn=die))
+    killed_while_it_takes_the_tensors.close()
+    print("closed", flush=True)
+    killed_as_it_starts.schedule_async_call(AsyncRequest(print, (bytes(1_000_000),), []))
+    killed_as_it_starts.process.kill()
+    killed_as_it_starts.close()
+    print("closed", flush=True)
 """
 
 
@@ -52,6 +78,31 @@ def test_a_signal_ends_a_rank_that_waits_for_others(number):
     assert (inside.returncode, inside.stdout) == (-number, "")
     after = run(PEERS.format(inside="pass", number=int(number)))
     assert (after.returncode, after.stdout) == (0, "handled\n")
+
+
+def test_a_rank_does_not_wait_for_a_checkpoint_writer_that_was_killed(tmp_path):
+    """Megatron waits without end: for the tensors to be taken, at the end of the run, for a queue that none reads."""
+    script = tmp_path / "script.py"
+    script.write_text(WRITER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment, timeout=300)
+    assert (ended.returncode, ended.stdout) == (0, "closed\n" * 2)
+
+
+STARTS = """
+import os, signal, subprocess
+from tests.processes import ending_with_test
+started = subprocess.Popen(ending_with_test(["sleep", 600]), stdout=subprocess.DEVNULL, start_new_session=True)
+print(started.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_process_of_a_test_ends_with_it():
+    """In a session of its own it hears neither Ctrl-C nor what ends the test's."""
+    started = int(run(STARTS).stdout)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(started).wait(timeout=60)
 
 
 def test_a_killed_rank_leaves_no_process_behind(tmp_path):

@@ -96,7 +96,7 @@ def to_plain(value: Any) -> Any:
 
 def declare_names_of_other_versions() -> None:
     """Let torch read what Megatron declares safe under the names that other versions of Python and numpy give it."""
-    from numpy.core.multiarray import _reconstruct
+    from numpy._core.multiarray import _reconstruct
 
     others = [(cls, name) for name, cls in _PATHS.items()]
     others += [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import signal
@@ -12,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
+from multiprocessing.queues import JoinableQueue
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,10 +98,28 @@ def _checkpoint_helpers_outlive_signals() -> None:
         with _born_deaf():
             process = original(rank, "spawn", *args, **kwargs)
         process._popen.terminate = process._popen.kill  # as a failing rank ends it, on its own way out
+        _join_while_alive(process, PersistentAsyncCaller._persistent_queue, PersistentAsyncCaller._persistent_preload_q)
         return process
 
     filesystem_async.get_write_results_queue = results_queue
     wrap_method(PersistentAsyncCaller, "_get_process", writer)
+
+
+def _join_while_alive(process: multiprocessing.Process, *queues: JoinableQueue) -> None:
+    """Let the `join` of queues that `process` reads end with that process too.
+
+    megatron-core 0.19 waits for the writer of --async-save in them: until it has taken the tensors, and at the end of
+    a run. A writer that was killed never answers, and Python's own exit would wait until it has read what it was sent.
+    """
+
+    def join(tasks: JoinableQueue) -> None:
+        # Without the queue's lock, which the killed process may have held.
+        while process.is_alive() and not tasks._unfinished_tasks._semlock._is_zero():
+            multiprocessing.connection.wait([process.sentinel], timeout=0.001)
+
+    for tasks in queues:
+        tasks.join = functools.partial(join, tasks)
+        tasks.cancel_join_thread()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from tests.faults.kill import wait_for
+from tests.processes import ending_with_test
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = "CHAIN_PYTHON"
@@ -44,7 +45,7 @@ class Chain:
         with self.started(script, *flags, ranks=ranks) as (process, log):
             code = process.wait(timeout)
         said = log.read_text(errors="replace")
-        assert code == 0, f"{' '.join(process.args)}\n{said[-6000:]}"
+        assert code == 0, f"{script} {' '.join(map(str, flags))}\n{said[-6000:]}"
         return said
 
     def run_code(self, code: str, *arguments) -> str:
@@ -66,7 +67,7 @@ class Chain:
         log = self.folder / f"log.{next(self._commands)}"
         with open(log, "w") as out:
             process = psutil.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, cwd=self.folder, env=self._environment
+                ending_with_test(command), stdout=out, stderr=subprocess.STDOUT, cwd=self.folder, env=self._environment
             )
         try:
             yield process, log

@@ -31,6 +31,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.launch import TINY, write_documents
+from tests.processes import ending_with_test
 
 _OF = "TEST_RUN_OF"  # in the environment of each launch's processes: its --save
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -145,7 +146,7 @@ def launch(
     command += ["--save", save, "--load", save, "--save-interval", 2] if flags is None else flags
     with open(log, "w") as out:
         return subprocess.Popen(
-            list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+            ending_with_test(command), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", _OF: str(save)},
         )  # fmt: skip
 
