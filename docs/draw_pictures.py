@@ -1,9 +1,12 @@
 """Draw the pictures of the README and the docs: python docs/draw_pictures.py [FOLDER]
 
-They are drawn by the project's own sampler, without color, with positions in tokens on the axes.
+They come from the project's own sampler and from measured results, are readable in black and white, and have tokens on
+the axes.
 """
 
+import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -29,7 +32,8 @@ matplotlib.rcParams |= {"font.size": 10, "hatch.linewidth": 0.7, "axes.spines.to
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in {"positions": draw_positions, "blocks": draw_blocks, "data": draw_data}.items():
+    drawings = {"positions": draw_positions, "blocks": draw_blocks, "data": draw_data, "scalings": draw_scalings}
+    for name, draw in drawings.items():
         figure = draw()
         figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
         plt.close(figure)
@@ -119,7 +123,8 @@ def draw_data() -> plt.Figure:
     width, step = 1.5, 2.15
     for number, (title, details, tool) in enumerate(stages):
         left = number * step
-        axes.add_patch(FancyBboxPatch((left, 0), width, 1, boxstyle="round,pad=0.06", facecolor="0.95", edgecolor="0.15"))
+        style = dict(boxstyle="round,pad=0.06", facecolor="0.95", edgecolor="0.15")
+        axes.add_patch(FancyBboxPatch((left, 0), width, 1, **style))
         axes.text(left + width / 2, 0.78, title, ha="center", va="center", fontweight="bold")
         axes.text(left + width / 2, 0.32, details, ha="center", va="center", fontsize=8.5)
         if tool:
@@ -130,6 +135,48 @@ def draw_data() -> plt.Figure:
     axes.set_ylim(-0.2, 1.6)
     axes.axis("off")
     return figure
+
+
+def draw_scalings() -> plt.Figure:
+    """Show what each RoPE scaling did to a real model: examples/study_real."""
+    figure, (found, perplexity) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    styles = {"none": "x:", "linear": "D:", "ntk": "^-.", "yarn": "o-", "theta": "s--"}
+    for scaling, (needles, manual) in read_study().items():
+        style = dict(color="0.55" if scaling == "none" else "0.1", markersize=5, markerfacecolor="white")
+        label = {"none": "before", "theta": "larger theta"}.get(scaling, scaling)
+        lengths = sorted(needles)
+        found.plot(lengths, [100 * needles[n] for n in lengths], styles[scaling], label=label, **style)
+        perplexity.plot(lengths, [manual[n] for n in lengths], styles[scaling], label=label, **style)
+    for axes, title in ((found, "needles found, %"), (perplexity, "perplexity of a manual")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+        axes.set_xlabel("context, in tokens")
+        axes.set_title(title, loc="left", fontsize=10)
+    perplexity.set_ylim(8, 16)
+    perplexity.text(lengths[1], 15.6, "before: 459 and more", color="0.4", fontsize=9, va="top", ha="center")
+    perplexity.legend(frameon=False, fontsize=9, ncols=2, loc="upper left", bbox_to_anchor=(0.08, 0.57))
+    return figure
+
+
+def read_study() -> dict[str, tuple[dict[int, float], dict[int, float]]]:
+    """Return {scaling: (needles found, perplexity), each by length}: means over seeds of CREAM at the best rate."""
+    runs = defaultdict(list)
+    for line in (ROOT / "examples" / "study_real" / "seen" / "results.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        is_before = run["scaling"] == "none" and run["sampler"] == "base"
+        is_cream = run["sampler"] == "cream" and run["rate"] == 8e-4 and run["factor"] == 8
+        if run["what"] == "evaluation" and (is_before or is_cream):
+            runs[run["scaling"]].append(run)
+    means = {}
+    for scaling, same in runs.items():
+        needles = [{n: cell["accuracy"] for n, cell in run["tasks"]["needle"].items()} for run in same]
+        manuals = [run["perplexity"]["manual"] for run in same]
+        means[scaling] = _mean(needles), _mean(manuals)
+    return means
+
+
+def _mean(seeds: list[dict[str, float]]) -> dict[int, float]:
+    return {int(length): sum(seed[length] for seed in seeds) / len(seeds) for length in seeds[0]}
 
 
 if __name__ == "__main__":
