@@ -1,7 +1,7 @@
 """Checkpoints through pretrain_cream.py: how long training stands still, until one is whole, its size, its load.
 
     python benchmarks/checkpoints.py FOLDER      # a small model on two ranks, CPU or GPU
-    python benchmarks/checkpoints.py FOLDER --nproc 2 --config benchmarks/llama_7b_width.yaml --num-layers 32 \\
+    python benchmarks/checkpoints.py FOLDER --nproc 2 --config llama_7b_width --num-layers 32 \\
         --tensor-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 --saves 1 --interval 4 \\
         --rows sync-dp async-dp sync-gloo async-gloo      # the full 7B, 95 GB a checkpoint
 
@@ -35,6 +35,7 @@ platform.setup()  # here: the process that writes a checkpoint imports this file
 import yaml
 
 from benchmarks.stopping import end_ranks, leave_no_ranks
+from megatron_cream.config.recipe import locate
 
 ROWS = {
     "sync": ("synchronous", []),
@@ -118,7 +119,7 @@ def steps_words(found: dict) -> str:
 
 def check_room(args, flags: list[str]) -> None:
     """An estimate, so that a disk that fills does not cost an hour: weights, and 12 bytes of optimizer each."""
-    known = yaml.safe_load(Path(args.config).read_text()) if args.config else {}
+    known = yaml.safe_load(locate(args.config).read_text()) if args.config else {}
     known |= {
         name[2:].replace("-", "_"): value for name, value in zip(flags, flags[1:], strict=False) if name[:1] == "-"
     }

@@ -27,7 +27,7 @@ import numpy as np
 
 WINDOW = 4096
 _CHUNK = 1 << 22
-_CHECKS = ("check", "whole", "splits", "held_out", "token_ids")
+_CHECKS = ("check", "check_whole", "check_splits", "check_held_out", "check_token_ids")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Prompts of 32K to 256K tokens: seconds until they are read, time of each token after, GPU memory.
 
-    python benchmarks/long_prompts.py FOLDER [--config benchmarks/llama_1b.yaml] [--lengths 32768 65536 131072 262144]
+    python benchmarks/long_prompts.py FOLDER [--config llama_1b] [--lengths 32768 65536 131072 262144]
 
 A model of the recipe's shape with random weights and linear scaling of its rotary embedding is written to FOLDER as
 a Hugging Face folder, and imported from it as a Megatron checkpoint; what evaluation has for each of the two reads
@@ -30,6 +30,7 @@ from benchmarks.shapes import llama_config
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.config.recipe import locate
 from megatron_cream.evaluation.models.hf_model import HfModel
 from megatron_cream.evaluation.models.megatron_model import MegatronModel
 
@@ -41,13 +42,13 @@ SCORED = 256
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--config", default=str(ROOT / "benchmarks" / "llama_1b.yaml"))
+    parser.add_argument("--config", default="llama_1b")
     parser.add_argument("--layers", type=int, help="in place of the recipe's")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072, 262144])
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--prefill-chunk", type=int, default=4096)
     args = parser.parse_args()
-    recipe = yaml.safe_load(Path(args.config).read_text())
+    recipe = yaml.safe_load(locate(args.config).read_text())
     recipe["num_layers"] = args.layers or recipe["num_layers"]
     hf, checkpoint = make(args.folder, recipe, max(args.lengths))
     common = dict(

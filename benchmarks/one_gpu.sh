@@ -38,7 +38,7 @@ for stage in "$@"; do
   llama_1b)
     for backend in flash te sdpa; do
       echo "== 1B Llama, --attention-backend $backend"
-      launch --config benchmarks/llama_1b.yaml --attention-backend $backend 2>&1 |
+      launch --config llama_1b --attention-backend $backend 2>&1 |
         tee "$out/llama_1b_$backend.log" | tail -n 12
     done
     ;;

@@ -1,6 +1,6 @@
 """Where a training step's time goes: a torch profiler trace as a table, each row beside its own floor.
 
-    python benchmarks/profile.py OUTPUT_FOLDER [--config benchmarks/llama_7b_width.yaml] [any flag of the job]
+    python benchmarks/profile.py OUTPUT_FOLDER [--config llama_7b_width] [any flag of the job]
     python benchmarks/profile.py --trace rank-0.json.gz [--config ...]        # of a trace that is there already
 
 Runs pretrain_cream.py for twelve steps on one GPU, or `--gpus 2`, traces the last but one and two of the first GPU,
@@ -25,6 +25,7 @@ from collections import Counter
 import yaml
 
 from benchmarks.stopping import leave_no_ranks
+from megatron_cream.config.recipe import locate
 
 FIRST_STEP, STEPS = 8, 2
 # The first pattern that a kernel's name holds gives its kind.
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, nargs="?", help="for the trace and the log")
     parser.add_argument("--trace", type=Path, help="a trace that is there already")
-    parser.add_argument("--config", default=str(ROOT / "benchmarks" / "llama_7b_width.yaml"))
+    parser.add_argument("--config", default="llama_7b_width")
     parser.add_argument(
         "--gpus", type=int, default=1, help="of this host; the layout that the flags say shares the work"
     )
@@ -61,7 +62,7 @@ def main() -> None:
         parser.error("give OUTPUT_FOLDER, or --trace FILE")
     leave_no_ranks()
     trace = args.trace or record(args.output, ["--config", args.config, *flags], args.gpus)
-    recipe = yaml.safe_load(Path(args.config).read_text())
+    recipe = yaml.safe_load(locate(args.config).read_text())
     recipe |= {flag[2:].replace("-", "_"): int(value) for flag, value in zip(flags, flags[1:]) if value.isdigit()}
     show(kernels(trace), floors(recipe, args.gpus, *ceilings()))
 

@@ -1,6 +1,6 @@
 """Training steps of this project beside what people use today: tokens/s, MFU, peak memory, ratios.
 
-    python benchmarks/train_step.py OUTPUT_FOLDER [--config benchmarks/llama_7b_width.yaml] [--rows flash liger ...]
+    python benchmarks/train_step.py OUTPUT_FOLDER [--config llama_7b_width] [--rows flash liger ...]
 
 Each row is a process of its own, one after the other, on one GPU; `--rounds` repeats the whole list. This project
 and Megatron run through Megatron's trainer, data loader and distributed optimizer, with float32 master weights
@@ -10,7 +10,7 @@ hold everything in bf16, on random tokens. A row's figure is the median over its
 GPU's dense bf16 peak. A table of ratios follows, each the median over the rounds, with the smallest and largest, of
 a row's tokens/s beside another's of the same round. A row that fails leaves its last lines and the others go on.
 
-Other sizes by flag or recipe (`--config benchmarks/llama_3b.yaml --micro-batch-size 4 --global-batch-size 16`), more
+Other sizes by flag or recipe (`--config llama_3b --micro-batch-size 4 --global-batch-size 16`), more
 GPUs by `--gpus 2` (this project's rows and Megatron's), with whatever layout the flags say.
 """
 
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
 
 from benchmarks.stopping import leave_no_ranks
+from megatron_cream.config.recipe import locate
 
 # name: (what it is, the first word of `child`, its flags)
 ROWS = {
@@ -80,7 +81,7 @@ def main() -> None:
         return child(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--config", default=str(ROOT / "benchmarks" / "llama_7b_width.yaml"))
+    parser.add_argument("--config", default="llama_7b_width")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=8)
@@ -170,31 +171,31 @@ def megatron(flags: list[str]) -> None:
     from megatron.training.argument_utils import gpt_config_from_args
 
     import pretrain_cream as main_job
-    from megatron_cream.config import parse
+    from megatron_cream.config import parse, values
     from megatron_cream.optimizer import finite
     from megatron_cream.patches import compat
 
-    parse.pretrained.weights_hook = lambda args: None
+    values.weights_hook = lambda args: None
     flags = [*flags, "--attention-backend", "te", "--position-sampler", "pi"]
 
     def stock_config(args):
         args.position_embedding_type, args.apply_rope_fusion = "rope", True
         return gpt_config_from_args(args)
 
-    parse.model_config = stock_config
+    values.model_config = stock_config
     # None of this project's optimizer, checks and shortcuts, nor Megatron's own checks, which cost it time.
     compat._weight_gradients_without_apex = compat._alone_without_collectives = lambda: None
-    parse.one_pass_optimizer = lambda args: False
+    values.one_pass_optimizer = lambda args: False
     finite.install = lambda *_: None
     real_parse = parse.parse
 
-    def parse(argv):
+    def parse_without_fusion(argv):
         args, words = real_parse(argv)
         # Megatron's output layer needs apex for it; Transformer Engine's layers do not.
         args.gradient_accumulation_fusion = False
         return args, words
 
-    parse.parse = parse
+    parse.parse = parse_without_fusion
     main_job.train(flags)
 
 
@@ -211,7 +212,7 @@ def transformers(flags: list[str], kind: str) -> None:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    c = yaml.safe_load(Path(flags[flags.index("--config") + 1]).read_text())
+    c = yaml.safe_load(locate(flags[flags.index("--config") + 1]).read_text())
     for flag, value in itertools.pairwise(flags):
         name = flag.removeprefix("--").replace("-", "_")
         if isinstance(c.get(name), int):

@@ -215,7 +215,7 @@ def faults(runs: Runs) -> None:
 
 # ---------------------------------------------------------------- 7B
 
-CONFIG = "benchmarks/llama_7b_width.yaml"
+CONFIG = "llama_7b_width"
 SEVEN_B = "--num-layers 32 --micro-batch-size 1 --attention-backend flash --train-iters 5 --eval-iters 0".split()
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max".split()
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()

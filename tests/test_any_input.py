@@ -260,4 +260,6 @@ def test_short_documents_are_refused_as_the_data_set_would(tmp_path_factory, len
         right = built[0] is not None and (not evaluated or built[1] is not None)
     except UsageError:
         right = False
-    assert (value_or_one_line(lambda: data_checks.check(args) or data_checks.splits(args) or True) is not None) == right
+    assert (
+        value_or_one_line(lambda: data_checks.check(args) or data_checks.check_splits(args) or True) is not None
+    ) == right

@@ -2,22 +2,24 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.config import parse
+from megatron_cream.config import describe, fill, parse
 from megatron_cream.config.checks import flags as flag_checks
-from megatron_cream.config.parse import sampler_options
 from megatron_cream.config.parser import build_parser
-from megatron_cream.config.recipe import read_recipe
+from megatron_cream.config.recipe import RECIPES as FOLDER
+from megatron_cream.config.recipe import locate, read_recipe
+from megatron_cream.config.samplers import sampler_options
 from megatron_cream.model import user_buffers
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.positions import build_sampler
 from tests.launch import ROOT, torchrun, write_documents
 
-RECIPES = sorted((ROOT / "examples").glob("*.yaml"))
+RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 GOOD = {
     "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 128, "target_length": 512,
@@ -71,6 +73,15 @@ def test_recipe_values_are_parsed_as_the_command_line_would(tmp_path):
     }  # fmt: skip
 
 
+def test_recipes_by_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert locate("llama2_7b_32k") == FOLDER / "llama2_7b_32k.yaml" and locate("a/b.yaml") == Path("a/b.yaml")
+    (tmp_path / "llama2_7b_32k").write_text("")
+    assert locate("llama2_7b_32k") == Path("llama2_7b_32k")  # the user's own file goes first
+    with pytest.raises(UsageError, match="--config llama3: no such file, nor a recipe of this project: llama2_7b_256k"):
+        locate("llama3")
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data):
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -101,23 +112,23 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
     ],
 )
 def test_overlap_is_on_where_shards_are_on_several_gpus(flags, ranks, cuda, expected):
-    assert parse.overlaps(build_parser(recipe=False).parse_args(flags.split()), ranks, cuda) == expected
+    assert fill.overlaps(build_parser(recipe=False).parse_args(flags.split()), ranks, cuda) == expected
 
 
 def test_a_recipe_turns_overlap_off_and_the_command_line_on(monkeypatch, tmp_path, data):
     recipe = GOOD | {"data_path": data, "use_distributed_optimizer": True, "overlap_param_gather": False}
     args = read(monkeypatch, tmp_path, recipe)
-    assert parse.overlaps(args, 2, True) == (True, False)
-    assert "overlap_param_gather: false" in parse.describe(args)
-    assert "overlap_grad_reduce" not in parse.describe(args)
+    assert fill.overlaps(args, 2, True) == (True, False)
+    assert "overlap_param_gather: false" in describe.describe(args)
+    assert "overlap_grad_reduce" not in describe.describe(args)
     args = read(monkeypatch, tmp_path, recipe, "--overlap-param-gather")
-    assert parse.overlaps(args, 2, True) == (True, True)
+    assert fill.overlaps(args, 2, True) == (True, True)
 
 
 def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data):
     recipe = GOOD | {"data_path": data, "tensor_model_parallel_size": 2, "eval_lengths": [128, 512], "lr": 1e-4}
     first = read(monkeypatch, tmp_path, recipe, world_size=2)
-    text = parse.describe(first)
+    text = describe.describe(first)
     assert "attention: sdpa" in text and "2 ranks, TP 2" in text
     # Nothing of this machine goes into it.
     assert not {"distributed_backend", "use_cpu_initialization", "gradient_accumulation_fusion"} & set(
@@ -195,12 +206,12 @@ BAD = [
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_cuda_graphs_beside_segments_that_grow(name, monkeypatch):
     args = build_parser(recipe=False).parse_args(["--cuda-graph-impl", "local"])
-    flag_checks.graphs_beside_growing_segments(args)
+    flag_checks.check_graphs_with_segments(args)
     monkeypatch.setenv(name, "garbage_collection_threshold:0.8,expandable_segments:True")
     with pytest.raises(UsageError, match=f"--cuda-graph-impl local with {name}=.*unset one of them"):
-        flag_checks.graphs_beside_growing_segments(args)
+        flag_checks.check_graphs_with_segments(args)
     monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
-    flag_checks.graphs_beside_growing_segments(args)
+    flag_checks.check_graphs_with_segments(args)
 
 
 @pytest.mark.parametrize("changed, ranks, words", BAD, ids=lambda value: str(value)[:40])
@@ -224,7 +235,7 @@ def test_bad_input_is_one_clear_line(changed, ranks, words, monkeypatch, tmp_pat
 )
 def test_user_buffers_hold_samples_of_one_length(also, monkeypatch, tmp_path, data):
     layers = AttentionBackend(name="flash", te_kernel="flash", transformer_engine=True, reason="a test")
-    monkeypatch.setattr(parse, "choose_backend", lambda *_, **__: layers)
+    monkeypatch.setattr(fill, "choose_backend", lambda *_, **__: layers)
     recipe = GOOD | {"tp_comm_overlap": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}
     recipe |= {"data_path": data, "save": str(tmp_path / "save"), "save_interval": 1}
     assert read(monkeypatch, tmp_path, recipe, world_size=2).tp_comm_overlap
@@ -286,7 +297,7 @@ def test_memory_grows_in_segments_unless_told_otherwise(flags, given, expected, 
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    parse._use_expandable_segments(build_parser(recipe=False).parse_args(flags.split()))
+    fill.use_expandable_segments(build_parser(recipe=False).parse_args(flags.split()))
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
 
@@ -337,8 +348,8 @@ def test_print_config_of_a_two_gpu_recipe_needs_no_launcher(monkeypatch, tmp_pat
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "tokenizer.model").write_bytes(b"")
     flags = ["--data-path", long_data, "--tokenizer-model", str(tmp_path / "tokenizer.model"), "--print-config"]
-    args = parse.read(["--config", str(ROOT / "examples/llama2_7b_32k.yaml"), *flags])
-    assert args.world_size == 2 and "TP 2" in parse.describe(args)
+    args = parse.read(["--config", "llama2_7b_32k", *flags])
+    assert args.world_size == 2 and "TP 2" in describe.describe(args)
 
 
 def test_print_config_runs_nothing(data, tmp_path):

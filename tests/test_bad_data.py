@@ -130,7 +130,7 @@ def test_damaged_data_is_one_line_however_it_is_named(monkeypatch, tmp_path, kin
         (tmp_path / "lists").write_text(lists)
         data = {flag: str(tmp_path / "lists")}
     with pytest.raises(UsageError) as caught:
-        data_checks.whole(read(monkeypatch, tmp_path, GOOD | data))
+        data_checks.check_whole(read(monkeypatch, tmp_path, GOOD | data))
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"--{flag.replace('_', '-')} {prefix}: ")
     assert not [word for word in words if word not in message], message
@@ -168,15 +168,15 @@ def arguments_of(prefix: str, vocabulary: int):
 
 def test_token_ids_beyond_the_vocabulary(tmp_path):
     prefix = write(tmp_path / "x", LISTS)  # 0 to 199
-    data_checks.token_ids(arguments_of(prefix, 200))
+    data_checks.check_token_ids(arguments_of(prefix, 200))
     with pytest.raises(UsageError, match=r"--data-path .*x: holds token id 199, and the vocabulary .* has 199;"):
-        data_checks.token_ids(arguments_of(prefix, 199))
+        data_checks.check_token_ids(arguments_of(prefix, 199))
     negative = write(tmp_path / "negative", [[1, -1, 2]])
     with pytest.raises(UsageError, match="holds token id -1"):
-        data_checks.token_ids(arguments_of(negative, 200))
+        data_checks.check_token_ids(arguments_of(negative, 200))
     write(indexed.loss_mask_prefix(prefix), [[2] * len(tokens) for tokens in LISTS], np.uint8)
     with pytest.raises(UsageError, match="_loss_mask.bin holds other values than 0 and 1"):
-        data_checks.token_ids(arguments_of(prefix, 200))
+        data_checks.check_token_ids(arguments_of(prefix, 200))
 
 
 def test_of_large_data_a_bounded_part_is_read(tmp_path, monkeypatch):

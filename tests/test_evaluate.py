@@ -1,6 +1,5 @@
 """tools/evaluate.py: whole runs on a small model in both formats, resuming, and refusals in one line."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -16,6 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.commands import evaluate as command
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.result_lines import line_of
@@ -24,16 +24,6 @@ from tests import task_tokenizers
 from tests.evaluation_models import POSITIONS, is_picture, records_of, save_llama, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = load_tool()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,7 +60,7 @@ def run(monkeypatch, *flags) -> int:
     """The tool's main in this process."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     try:
-        return TOOL.main()
+        return command.main()
     except SystemExit as stop:  # argparse's
         return stop.code
 

@@ -131,8 +131,8 @@ PLAIN_STEP = """
 if __name__ == "__main__":
     import sys
     import pretrain_cream as job
-    from megatron_cream.config import parse
-    parse.one_pass_optimizer = lambda args: False
+    from megatron_cream.config import values
+    values.one_pass_optimizer = lambda args: False
     sys.exit(job.main())
 """
 

@@ -85,7 +85,7 @@ def test_a_port_that_is_taken_is_a_line(tmp_path):
         taken.listen()
         port = str(taken.getsockname()[1])
         given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        command = [sys.executable, str(ROOT / "pretrain_cream.py"), "--config", str(ROOT / "examples/quickstart.yaml")]
+        command = [sys.executable, str(ROOT / "pretrain_cream.py"), "--config", "quickstart"]
         result = subprocess.run(command, cwd=tmp_path, env=os.environ | given, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.splitlines()[-1].endswith("is taken; give another"), result.stderr
     assert f"MASTER_PORT={port}" in result.stderr and "Traceback" not in result.stderr
@@ -112,12 +112,12 @@ def test_more_ranks_than_gpus_is_a_line(monkeypatch):
     monkeypatch.setattr(devices, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="^LOCAL_RANK=2 in the environment: this machine has 2 visible GPUs; use"):
-        flag_checks.gpu_of_rank(2)
+        flag_checks.check_gpu_of_rank(2)
 
 
 def test_ranks_end_with_a_torchrun_that_was_killed_while_they_started(tmp_path):
     """Before training, of which test_faults.py has this."""
-    flags = ["--config", ROOT / "examples" / "quickstart.yaml", "--save", tmp_path / "new", "--train-iters", "100000"]
+    flags = ["--config", "quickstart", "--save", tmp_path / "new", "--train-iters", "100000"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ending_with_test([*command, ROOT / "pretrain_cream.py", *flags])
     torchrun = subprocess.Popen(command, cwd=tmp_path)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from megatron_cream.config.parser import build_parser
+from megatron_cream.config.recipe import locate
 from tests.faults.kill import newest, wait_for
 from tests.launch import ROOT, TINY, write_documents
 from tests.processes import ending_with_test
@@ -98,7 +99,7 @@ def test_the_flags_in_a_manifest_are_ours(manifest):
         parser = build_parser(recipe=False)
         parsed, unknown = parser.parse_known_args(flags)
         assert not unknown and parsed.signal_exit_code == 75
-        assert (ROOT / parsed.config).is_file()
+        assert locate(parsed.config).is_file()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("nsenter") is None, reason="process namespaces are made by root")

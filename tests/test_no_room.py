@@ -49,7 +49,7 @@ def test_pictures(name, tmp_path):
 @pytest.mark.parametrize(
     "tool, flags, written",
     [
-        ("plan", "--config examples/llama2_7b_32k.yaml --gpus 2 --picture {out}", "out.png"),
+        ("plan", "--config llama2_7b_32k --gpus 2 --picture {out}", "out.png"),
         ("plot_positions", "--samples 5 --output {out}", "out.png"),
         (
             "evaluate", "kv --model {model} --keys 3 --samples 1 --output {out}", "out/summary.json"

@@ -13,7 +13,7 @@ if __name__ == "__main__":
     import sys
     import pretrain_cream as job
     import torch
-    from megatron_cream.config import parse
+    from megatron_cream.config import values
     from megatron_cream.optimizer import adamw
 
     class Kernel:
@@ -34,7 +34,7 @@ if __name__ == "__main__":
             Kernel.scales += flags["HAS_SCALE"]
 
     adamw._adamw_kernel = Kernel()
-    parse.one_pass_optimizer = lambda args: True
+    values.one_pass_optimizer = lambda args: True
     code = job.main()
     assert Kernel.launches and Kernel.scales == Kernel.launches
     assert Kernel.copies == (Kernel.launches if "--bf16" in sys.argv else 0)

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from megatron_cream.model import context_parallel
-from megatron_cream.planning import Engine, Layout, Model, layouts
+from megatron_cream.planning import layouts
 from megatron_cream.planning import memory as planned
 from megatron_cream.planning.hardware import GIB, GPUS, Cluster
 from megatron_cream.planning.memory import in_flight, parameters, predict
+from megatron_cream.planning.run import Engine, Layout, Model
 
 LLAMA2_7B = Model(
     num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, num_query_groups=32,

@@ -11,20 +11,10 @@ from hypothesis import strategies as st
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.model.flops import flops_per_token
-from megatron_cream.planning import (
-    Engine,
-    Layout,
-    Model,
-    communication,
-    hardware,
-    layouts,
-    memory,
-    picture,
-    step_time,
-    work,
-)
+from megatron_cream.planning import communication, hardware, layouts, memory, picture, step_time, work
 from megatron_cream.planning.communication import Transfer
 from megatron_cream.planning.hardware import GPUS, Cluster
+from megatron_cream.planning.run import Engine, Layout, Model
 from megatron_cream.planning.step_time import Time, predict
 from tests.test_plan_tool import RECIPE, tool
 

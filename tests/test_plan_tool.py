@@ -1,7 +1,6 @@
 """tools/plan.py: its table, the layouts that it suggests, and what of its flags cannot be."""
 
 import contextlib
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,13 +10,17 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from megatron_cream.commands import plan as command
 from megatron_cream.common.errors import UsageError
-from megatron_cream.planning import Layout, Model, layouts, run_from_flags
+from megatron_cream.config.recipe import RECIPES as FOLDER
+from megatron_cream.planning import layouts
+from megatron_cream.planning.flags import run_from_flags
 from megatron_cream.planning.hardware import GIB
 from megatron_cream.planning.memory import predict
+from megatron_cream.planning.run import Layout, Model
 from tests.launch import ROOT
 
-RECIPE = str(ROOT / "examples" / "llama2_7b_32k.yaml")
+RECIPE = str(FOLDER / "llama2_7b_32k.yaml")
 
 
 def test_the_papers_setting_fits_two_gpus_without_offload():
@@ -81,16 +84,13 @@ def test_nothing_fits(monkeypatch, capsys):
 
 def tool(monkeypatch, *arguments: str) -> int:
     """Exit code of tools/plan.py, in this process."""
-    spec = importlib.util.spec_from_file_location("plan", ROOT / "tools" / "plan.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
-    return module.main()
+    return command.main()
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    words = [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from megatron_cream.planning import communication, run_from_flags
+from megatron_cream.planning import communication
+from megatron_cream.planning.flags import run_from_flags
 from tests.launch import ROOT, TINY, write_documents
 
 FLAGS = [*TINY, *"--num-layers 4 --train-iters 2 --split 80,10,10 --console progress --fp32".split()]

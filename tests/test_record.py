@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from megatron_cream.checkpoint import save_hook
-from megatron_cream.config import parse
+from megatron_cream.config import describe, parse
 from megatron_cream.training import record
 from tests.launch import ROOT, TINY, train, write_documents
 
@@ -56,5 +56,5 @@ def test_a_configuration_is_printed_without_the_words_of_the_hook(tmp_path):
     write_documents(tmp_path / "documents", documents=20)
     flags = [*TINY, "--train-iters", "1", "--data-path", str(tmp_path / "documents"), "--save", str(tmp_path / "x")]
     args = parse.read([*flags, "--save-interval", "1", "--save-hook", HOOK])
-    words = parse.describe(args)
+    words = describe.describe(args)
     assert "s3cr3t" not in words and "upload" not in words and "# save_hook: left out" in words

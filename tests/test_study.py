@@ -92,6 +92,7 @@ def test_recall_is_the_share_that_is_found_at_each_depth(study):
 def test_every_run_is_one_that_the_trainer_takes(study, tmp_path):
     """All methods, factors and ablations, as pretrain_cream.py reads them."""
     from megatron_cream.config import parse
+    from megatron_cream.config.samplers import sampler_options
 
     corpus = study.corpus.prepare(tmp_path / "corpus", length=4096, documents=2, source=ROOT / "megatron_cream")
     samplers = {}
@@ -100,7 +101,7 @@ def test_every_run_is_one_that_the_trainer_takes(study, tmp_path):
         if run.method != "base":
             del flags[(place := flags.index("--pretrained-checkpoint")) : place + 2]  # there is none yet
         args = parse.read(flags)
-        samplers[run.name] = parse.sampler_options(args)
+        samplers[run.name] = sampler_options(args)
         assert args.global_batch_size % args.micro_batch_size == 0
         assert samplers[run.name]["target"] == study.methods.WINDOW * run.factor
     assert len(samplers) == 1 + 3 * len(study.methods.METHODS) + len(study.methods.SIGMAS)

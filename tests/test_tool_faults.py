@@ -19,6 +19,7 @@ from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.verify import _largest_difference, _tensors
+from megatron_cream.commands import preprocess as command
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import replacing
 from megatron_cream.data import chat, documents
@@ -255,32 +256,27 @@ def test_the_output_is_no_input(tmp_path):
     assert first == ["a.md", "out.bin.md"] and len(read_back(tmp_path / "out")) == 2
 
 
-@pytest.fixture(scope="module")
-def preprocess_tool():
-    return bad_inputs.load("tools/preprocess_data.py")
-
-
 @pytest.mark.parametrize("there", ["x.bin", "x.idx", "x_loss_mask.idx", "x.partial", LONG])
-def test_an_output_that_cannot_have_its_names(tmp_path, monkeypatch, preprocess_tool, there):
+def test_an_output_that_cannot_have_its_names(tmp_path, monkeypatch, there):
     if there == "x.partial":
         (tmp_path / there).write_text("")
     elif there != LONG:
         (tmp_path / there).mkdir()
     path = write_lines(tmp_path / "a.jsonl", ["text"])
     prefix = tmp_path / (LONG if there == LONG else "x")
-    monkeypatch.setattr(preprocess_tool, "check_tokenizer_files", lambda *_: None)
+    monkeypatch.setattr(command, "check_tokenizer_files", lambda *_: None)
     flags = ["--input", path, "--output-prefix", prefix, "--overwrite"]
     flags += ["--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", path]
-    ended = bad_inputs.start(preprocess_tool.main, "tools/preprocess_data.py", *flags)()
+    ended = bad_inputs.start(command.main, "tools/preprocess_data.py", *flags)()
     assert ended.code == 2 and f"error: --output-prefix {prefix}: " in ended.error, ended.error
     assert len(ended.error.splitlines()) == 1
     assert ("File name too long" if there == LONG else f"{there} exists and is not a f") in ended.error
 
 
-def test_the_report_says_names_as_they_are(tmp_path, preprocess_tool):
+def test_the_report_says_names_as_they_are(tmp_path):
     prefix = tmp_path / os.fsdecode(b"x[/b]\xff")
     report = PreprocessReport(np.array([3]), {"no key 't[/b][red]'": 1}, {"no key 't[/b][red]'": f"{prefix}:1"})
-    shown = bad_inputs.start(lambda: preprocess_tool.print_report(report, prefix), "tools/preprocess_data.py")()
+    shown = bad_inputs.start(lambda: command.print_report(report, prefix), "tools/preprocess_data.py")()
     assert not shown.error, shown.error
     assert "dropped: no key 't[/b][red]'" in shown.out and "x[/b]?" in "".join(shown.out.split())
 

@@ -27,7 +27,7 @@ import retrieval
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.config import parse
+from megatron_cream.config import describe, parse
 from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 
 
@@ -105,7 +105,7 @@ def _check(settings: cells.Settings, data: Path) -> None:
         given = cells.flags(cell.with_rate(settings.rates[0]), settings, data, data / "none")
         with contextlib.redirect_stdout(io.StringIO()):
             args = parse.read(given)
-        lines = parse.describe(args).splitlines()
+        lines = describe.describe(args).splitlines()
         print(f"{cell.name:40}", *(line[2:] for line in lines if line.startswith(("# positions", "# rope"))))
 
 

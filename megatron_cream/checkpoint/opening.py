@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_cream.checkpoint.output import TRACKER, check_files
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import is_name
-from megatron_cream.common.safe_pickle import check_extra_state, load_metadata, load_plain, refuse_code
+from megatron_cream.common.safe_pickle import NamesOnly, load_metadata, load_plain, refuse_code
 
 _FORMAT, _METADATA = "metadata.json", ".metadata"
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the latter before megatron-core 0.16
@@ -138,7 +138,7 @@ def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
             entry.seek(0)
             state = torch.load(entry, weights_only=True)
             if "_extra_state" in key:
-                check_extra_state(state)
+                _check_extra_state(state)
 
 
 def open_classic(folder: Path, flag: str, layout: tuple[int, int], *, checksums: bool = True) -> Namespace:
@@ -259,3 +259,24 @@ def _read(file: Path) -> bytes:
     if file.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{file.name} has {file.stat().st_size} bytes, too many to be what its name says")
     return file.read_bytes()
+
+
+def _check_extra_state(state: Any) -> None:
+    """Check the pickle that Transformer Engine keeps inside a tensor, and opens without looking.
+
+    Args:
+        state: a layer's `_extra_state`, as `torch.load` gave it.
+
+    Raises:
+        pickle.UnpicklingError: it is more than the scales and recipes that Megatron lets in there.
+    """
+    from megatron.core.safe_globals import SafeUnpickler
+
+    allowed: dict[str, set[str]] = {}
+    for module, name in SafeUnpickler._SAFE_CLASSES:
+        allowed.setdefault(module, set()).add(name)
+    for item in state if isinstance(state, list | tuple) else [state]:
+        if isinstance(item, torch.Tensor) and item.dtype is torch.uint8 and item.numel():
+            NamesOnly(item.numpy().tobytes(), allowed).load()
+        elif isinstance(item, io.BytesIO):
+            load_plain(io.BytesIO(item.getvalue()))

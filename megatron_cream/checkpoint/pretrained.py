@@ -8,76 +8,19 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from megatron_cream.checkpoint import carried, hf_folder, hub, output
+from megatron_cream.checkpoint import carried, hf_folder, output
 from megatron_cream.checkpoint.convert import export_hf, joined
-from megatron_cream.checkpoint.families import ModelShape, read_config
-from megatron_cream.checkpoint.mapping import padded_vocabulary
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
 from megatron_cream.checkpoint.model import fill
-from megatron_cream.common import cli
 from megatron_cream.common.console import TransferBar
 from megatron_cream.common.errors import UsageError
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-def adopt(args: Namespace, defaults: dict[str, Any]) -> ModelShape | None:
-    """Take from the model that a run starts from what the user did not set: its shape, its tokenizer.
-
-    Sets `args.model_folder` (the Hugging Face folder, or a checkpoint's `hf/`, or None).
-
-    Returns: the model in that folder, whose rotary embedding is not taken here (`model.rope_choice`), or None.
-
-    Raises:
-        UsageError: a flag contradicts the model, or the model cannot be carried.
-    """
-    folder = _model_folder(args)
-    args.model_folder = folder
-    if folder is None:
-        return None
-    _, shape = read_config(folder)
-    for name, value in shape.megatron_args().items():
-        if name == "rotary_base":
-            continue
-        given = getattr(args, name)
-        if given not in (defaults[name], value) and not (name == "num_query_groups" and not args.group_query_attention):
-            raise UsageError(f"{cli.to_flag(name)} {given}: the model in {folder} has {value}")
-        setattr(args, name, value)
-    divisor, tp = args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
-    args.padded_vocab_size = padded_vocabulary(shape.vocab_size, divisor if divisor % tp == 0 else divisor * tp)
-    if args.tokenizer_model is None and not args.embedded_data:
-        _use_tokenizer(args, folder, defaults["tokenizer_type"])
-    return shape
-
-
-def _use_tokenizer(args: Namespace, folder: Path, default_type: str) -> None:
-    if args.tokenizer_type == "Llama2Tokenizer":
-        if (folder / "tokenizer.model").is_file():
-            args.tokenizer_model = str(folder / "tokenizer.model")
-    elif args.tokenizer_type == default_type and any((folder / name).is_file() for name in _TOKENIZERS):
-        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(folder)
-
-
-def _model_folder(args: Namespace) -> Path | None:
-    if args.load_hf is not None:
-        if args.pretrained_checkpoint is not None:
-            raise UsageError(f"--load-hf {args.load_hf} with --pretrained-checkpoint: give one of the two")
-        folder = hub.locate(args.load_hf, flag="--load-hf")
-        if not (folder / hf_folder.CONFIG).exists():
-            raise UsageError(
-                f"--load-hf {args.load_hf}: has no {hf_folder.CONFIG}; give a Hugging Face model's folder, or its name"
-            )
-        return folder
-    for name in (args.load, args.pretrained_checkpoint):
-        if name is not None and (Path(name) / HF / hf_folder.CONFIG).is_file():
-            return Path(name) / HF
-    return None
-
-
 def check_ends(args: Namespace) -> None:
-    """Checks --load-hf and --save-hf, and gives a run that has only the latter a folder to save into.
+    """Check the folders of --load-hf and --save-hf.
 
     Raises:
         UsageError: one of them cannot be read or must not be written.
@@ -89,12 +32,9 @@ def check_ends(args: Namespace) -> None:
     if args.save_hf is not None:
         target = Path(args.save_hf).absolute()
         output.check_free(target, flag="--save-hf", overwrite=False)
-        if args.save is None:
-            args.save, args.no_save_optim = str(_between(target)), True
+        if is_between(args):
             _refuse_finished(args, target)
         _check_apart(args, target)
-    if args.save is not None and args.save_interval is None:
-        args.save_interval = args.train_iters or 1000
 
 
 def _check_apart(args: Namespace, target: Path) -> None:
@@ -107,7 +47,7 @@ def _check_apart(args: Namespace, target: Path) -> None:
 
 def _refuse_finished(args: Namespace, target: Path) -> None:
     """A run that came to its end, and whose export failed, left its last checkpoint there."""
-    tracker = _between(target) / output.TRACKER
+    tracker = between(target) / output.TRACKER
     step = tracker.read_text().strip() if tracker.is_file() else ""
     if step.isdigit() and args.train_iters and int(step) >= args.train_iters:
         raise UsageError(
@@ -116,14 +56,14 @@ def _refuse_finished(args: Namespace, target: Path) -> None:
         )
 
 
-def _between(target: Path) -> Path:
+def between(target: Path) -> Path:
     """Where the last checkpoint lies until it is exported, if the user keeps none."""
     return target.with_name(f".{target.name}.checkpoint")
 
 
 def is_between(args: Namespace) -> bool:
     """Whether --save is a folder of --save-hf's own, written anew by each start."""
-    return args.save_hf is not None and Path(args.save) == _between(Path(args.save_hf).absolute())
+    return args.save_hf is not None and Path(args.save) == between(Path(args.save_hf).absolute())
 
 
 def weights_hook(args: Namespace) -> Callable[[list], list] | None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint import opening, output, schedule
-from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checkpoint import hf_folder, hub, opening, output, schedule
+from megatron_cream.checkpoint.families import ModelShape, read_config
+from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
 from megatron_cream.checkpoint.retention import whole_steps
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
@@ -49,6 +50,54 @@ class Found:
     folder: Path
     args: Namespace
     step: opening.Step | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's weights come from.
+
+    model_folder: the Hugging Face folder, or the `hf/` of a checkpoint; None for a model from nowhere.
+    shape: of the model in it.
+    source: (flag, folder of the step) that Megatron will load.
+    checkpoint: that one opened, if its format is one that this project writes.
+    """
+
+    model_folder: Path | None
+    shape: ModelShape | None
+    source: tuple[str, Path] | None
+    checkpoint: Found | None
+
+
+def find(args: Namespace) -> Origin:
+    """Find the model and the checkpoint that the flags name. No tensor is read.
+
+    Raises:
+        UsageError: one of them cannot be read or carried.
+    """
+    folder, shape = find_model(args)
+    return Origin(folder, shape, source(args), open_checkpoint(args))
+
+
+def find_model(args: Namespace) -> tuple[Path | None, ModelShape | None]:
+    """Return the Hugging Face folder of the model that the run starts from, and the model's shape."""
+    folder = _model_folder(args)
+    return folder, None if folder is None else read_config(folder)[1]
+
+
+def _model_folder(args: Namespace) -> Path | None:
+    if args.load_hf is not None:
+        if args.pretrained_checkpoint is not None:
+            raise UsageError(f"--load-hf {args.load_hf} with --pretrained-checkpoint: give one of the two")
+        folder = hub.locate(args.load_hf, flag="--load-hf")
+        if not (folder / hf_folder.CONFIG).exists():
+            raise UsageError(
+                f"--load-hf {args.load_hf}: has no {hf_folder.CONFIG}; give a Hugging Face model's folder, or its name"
+            )
+        return folder
+    for name in (args.load, args.pretrained_checkpoint):
+        if name is not None and (Path(name) / HF / hf_folder.CONFIG).is_file():
+            return Path(name) / HF
+    return None
 
 
 def check_save_folder(args: Namespace) -> None:
@@ -289,7 +338,7 @@ def _names(value: Any) -> str:
     return " ".join(Path(item).name if isinstance(item, str) else str(item) for item in items)
 
 
-def check_content(args: Namespace, found: Found | None) -> None:
+def check_content(args: Namespace, origin: Origin) -> None:
     """What takes reading: checksums, where there are some, and the pickles of every rank. Each rank reads a share.
 
     All ranks must call it, and all raise the same.
@@ -297,7 +346,7 @@ def check_content(args: Namespace, found: Found | None) -> None:
     Raises:
         UsageError: one line that names the file.
     """
-    share = (args.rank, args.world_size)
+    share, found = (args.rank, args.world_size), origin.checkpoint
 
     def check_sums() -> None:
         folder = found.folder if found else args.model_folder if args.load_hf else None

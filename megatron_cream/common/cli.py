@@ -1,6 +1,7 @@
 """What the tools' command lines have in common."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,3 +41,8 @@ def path_or_name(text: str) -> str:
 def to_flag(name: str) -> str:
     """Return the flag that sets the variable `name`."""
     return "--" + name.replace("_", "-")
+
+
+def program() -> str:
+    """Return the name under which this command was started, with which each of its errors begins."""
+    return Path(sys.argv[0]).name

@@ -154,3 +154,36 @@ def _say_interrupted() -> int:
 
 def _name() -> str:
     return os.path.basename(sys.argv[0])
+
+
+def _run_command(name: str) -> None:
+    """Run a module of `commands` as an installed program, whose file pip makes."""
+    start()  # before the imports, which take seconds
+    from importlib import import_module
+
+    run(import_module(f"megatron_cream.commands.{name}").main)
+
+
+def convert() -> None:
+    """Run megatron-cream-convert."""
+    _run_command("convert")
+
+
+def evaluate() -> None:
+    """Run megatron-cream-evaluate."""
+    _run_command("evaluate")
+
+
+def plan() -> None:
+    """Run megatron-cream-plan."""
+    _run_command("plan")
+
+
+def preprocess() -> None:
+    """Run megatron-cream-preprocess."""
+    _run_command("preprocess")
+
+
+def plot_positions() -> None:
+    """Run megatron-cream-plot-positions."""
+    _run_command("plot_positions")

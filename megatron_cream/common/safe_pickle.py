@@ -64,7 +64,7 @@ class _Unpickler(pickle._Unpickler):  # in C it would take 64 GB for a damaged m
         raise pickle.UnpicklingError(_REFUSED.format("a persistent object"))
 
 
-class _NamesOnly(_Unpickler):
+class NamesOnly(_Unpickler):
     def found(self, module: str, name: str) -> Any:
         return NotNeeded
 
@@ -143,24 +143,3 @@ def load_plain(file: Path | io.BytesIO) -> Any:
         file.seek(0)
     with torch.serialization.safe_globals(missing):  # forgets them all at its end, so none that others declared
         return torch.load(file, weights_only=True)
-
-
-def check_extra_state(state: Any) -> None:
-    """Transformer Engine keeps a pickle of its own inside a tensor, and opens it without looking.
-
-    Args:
-        state: a layer's `_extra_state`, as `torch.load` gave it.
-
-    Raises:
-        pickle.UnpicklingError: it is more than the scales and recipes that Megatron lets in there.
-    """
-    from megatron.core.safe_globals import SafeUnpickler
-
-    allowed: dict[str, set[str]] = {}
-    for module, name in SafeUnpickler._SAFE_CLASSES:
-        allowed.setdefault(module, set()).add(name)
-    for item in state if isinstance(state, list | tuple) else [state]:
-        if isinstance(item, torch.Tensor) and item.dtype is torch.uint8 and item.numel():
-            _NamesOnly(item.numpy().tobytes(), allowed).load()
-        elif isinstance(item, io.BytesIO):
-            load_plain(io.BytesIO(item.getvalue()))

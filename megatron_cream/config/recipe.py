@@ -10,18 +10,41 @@ import yaml
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_path, read_yaml
 
+RECIPES = Path(__file__).with_name("recipes")
+"""This project's own; `--config llama2_7b_32k` finds them from anywhere."""
+
 
 def recipe_path(argv: list[str]) -> Path | None:
+    """Return the file that --config names on a command line; None without --config.
+
+    Raises:
+        UsageError: no path that a file can have.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config")
     try:
-        path = finder.parse_known_args(argv)[0].config
+        given = finder.parse_known_args(argv)[0].config
     except argparse.ArgumentError as error:
-        raise UsageError("--config: give the path of a YAML recipe") from error
-    if path is None:
+        raise UsageError("--config: give a YAML recipe") from error
+    if given is None:
         return None
-    check_path(path, "--config")
-    return Path(path)
+    check_path(given, "--config")
+    return locate(given)
+
+
+def locate(given: str) -> Path:
+    """Return the file of a recipe: a path, or the name of one of this project's.
+
+    Raises:
+        UsageError: a plain name that is neither.
+    """
+    own = RECIPES / f"{given}.yaml"
+    if Path(given).exists() or Path(given).suffix or len(Path(given).parts) != 1:
+        return Path(given)
+    if not own.is_file():
+        names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise UsageError(f"--config {given}: no such file, nor a recipe of this project: {names}")
+    return own
 
 
 def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:

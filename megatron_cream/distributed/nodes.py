@@ -8,12 +8,10 @@ import os
 import socket
 import time
 import traceback
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.distributed.rendezvous import agree
 
@@ -50,46 +48,48 @@ def run_on_all_ranks(look: Callable[[], Found]) -> Found:
     return found[0]
 
 
-def check_shared(args: Namespace) -> None:
-    """Does every node see what the first rank writes into --save and --data-cache-path? All ranks must call it.
+def check_shared(folders: dict[str, str | None], rank: int, ranks: int) -> None:
+    """Check that every node sees what the first rank writes into each folder. All ranks must call it.
+
+    Args:
+        folders: {flag: folder}; None is passed over.
 
     Raises:
-        UsageError: one does not.
+        UsageError: a node does not.
     """
-    for name in ("save", "data_cache_path"):
-        path = getattr(args, name)
-        if path and is_multi_node():
-            _check_folder(args, name, Path(path))
+    for flag, folder in folders.items():
+        if folder and is_multi_node():
+            _check_folder(flag, Path(folder), rank, ranks)
 
 
-def _check_folder(args: Namespace, name: str, folder: Path) -> None:
+def _check_folder(flag: str, folder: Path, rank: int, ranks: int) -> None:
     # Of a name that was never looked up: network file systems remember what was not there.
     run = f"{os.environ['TORCHELASTIC_RUN_ID']}-{os.environ['MASTER_PORT']}".replace("/", "_")
     sign = folder / f".seen-by-all-nodes-{run}"
 
     def write() -> None:
-        if args.rank == 0:
+        if rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 sign.write_text("")
             except OSError as error:
-                raise UsageError(f"{to_flag(name)} {folder}: {error.strerror or error}") from error
+                raise UsageError(f"{flag} {folder}: {error.strerror or error}") from error
 
     def see() -> None:
         deadline = time.monotonic() + _PATIENCE
         while not sign.exists():
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"{to_flag(name)} {folder}: {socket.gethostname()} does not see what the first node writes there; "
+                    f"{flag} {folder}: {socket.gethostname()} does not see what the first node writes there; "
                     "give a folder on a file system that all nodes share"
                 )
             time.sleep(0.2)
 
-    agree(write, args.rank, args.world_size)
+    agree(write, rank, ranks)
     try:
-        agree(see, args.rank, args.world_size)
+        agree(see, rank, ranks)
     finally:
-        if args.rank == 0:
+        if rank == 0:
             sign.unlink(missing_ok=True)
 
 

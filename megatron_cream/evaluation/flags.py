@@ -4,7 +4,7 @@ import argparse
 import math
 
 from megatron_cream.checkpoint.convert import DTYPES
-from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive
+from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program
 from megatron_cream.evaluation.models.language_model import ENGINES
 from megatron_cream.evaluation.tasks import needle, ruler
 
@@ -12,7 +12,7 @@ from megatron_cream.evaluation.tasks import needle, ruler
 def parser(description: str) -> argparse.ArgumentParser:
     """Of all tasks; `command` is the task's name. A fault is one line and exit code 2."""
     main_parser = OneLineParser(
-        prog="evaluate.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
     commands = main_parser.add_subparsers(required=True, metavar="TASK", dest="command")

@@ -7,9 +7,9 @@ context-, data- and pipeline-parallel ones. tests/test_plan_traffic.py counts th
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_cream.planning import Engine, Layout, Model
 from megatron_cream.planning.hardware import HOP_BETWEEN, HOP_INSIDE, LINKS, Cluster
 from megatron_cream.planning.memory import layer_weights, parameters, stage_layers, tokens_of_rank
+from megatron_cream.planning.run import Engine, Layout, Model
 from megatron_cream.planning.work import repeated_layers
 
 BUCKET = 40e6

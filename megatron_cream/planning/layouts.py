@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_cream.model.user_buffers import rings_are_faster
-from megatron_cream.planning import Engine, Layout, Model, memory, step_time
+from megatron_cream.planning import memory, step_time
 from megatron_cream.planning.hardware import Cluster
 from megatron_cream.planning.memory import Memory
+from megatron_cream.planning.run import Engine, Layout, Model
 from megatron_cream.planning.step_time import Speed
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)

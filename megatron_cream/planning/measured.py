@@ -1,4 +1,4 @@
-"""Predictions beside what was measured: the runs of benchmarks/measured_runs.json."""
+"""Predictions beside what was measured: the runs of megatron_cream/planning/measured_runs.json."""
 
 import json
 from dataclasses import dataclass, replace
@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cream.planning import Run, memory, run_from_flags, step_time
+from megatron_cream.planning import memory, step_time
+from megatron_cream.planning.flags import run_from_flags
 from megatron_cream.planning.hardware import GIB, GPUS, Cluster
+from megatron_cream.planning.run import Run
 from megatron_cream.planning.step_time import Speed
 
-ROOT = Path(__file__).resolve().parents[2]
-RUNS = ROOT / "benchmarks" / "measured_runs.json"
+RUNS = Path(__file__).with_name("measured_runs.json")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load() -> list[dict]:
 
 def run(row: dict) -> Run:
     """What ran, from its flags."""
-    flagged = run_from_flags(["--config", str(ROOT / row["config"]), *row["flags"]], row.get("gpus", 1))
+    flagged = run_from_flags(["--config", row["config"], *row["flags"]], row.get("gpus", 1))
     return replace(flagged, engine=replace(flagged.engine, **row.get("engine", {})))
 
 

@@ -6,10 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cream.planning import Layout, Run, layouts
+from megatron_cream.planning import layouts
 from megatron_cream.planning.hardware import GIB, Cluster
 from megatron_cream.planning.layouts import Plan, flags, settings, undone
 from megatron_cream.planning.memory import COMMUNICATORS, CONTEXT, FRAGMENTATION, Memory, parameters
+from megatron_cream.planning.run import Layout, Run
 
 SHOWN = 8
 

@@ -5,10 +5,11 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cream.planning import Run, communication, layouts
+from megatron_cream.planning import communication, layouts
 from megatron_cream.planning.hardware import BESIDE, FP8_PARAMETERS, GIB, LINKS, PASSES, RING, Cluster
 from megatron_cream.planning.layouts import Plan, preference
 from megatron_cream.planning.report import words
+from megatron_cream.planning.run import Run
 from megatron_cream.planning.step_time import Speed, Time, attention_share, launch_seconds, product_share
 
 REMARKS = {

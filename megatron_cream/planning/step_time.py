@@ -1,14 +1,14 @@
 """How long a training step takes: arithmetic over what the GPUs compute, move and send, at rates that were measured.
 
 `predict` adds up the parts of the slowest pipeline stage. Rates, and what they were fitted on, stand in
-`hardware`; benchmarks/measured_runs.json has the runs that it is compared with.
+`hardware`; megatron_cream/planning/measured_runs.json has the runs that it is compared with.
 """
 
 from dataclasses import dataclass, fields
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.model.flops import flops_per_token
-from megatron_cream.planning import Engine, Layout, Model, communication, work
+from megatron_cream.planning import communication, work
 from megatron_cream.planning.communication import Transfer
 from megatron_cream.planning.hardware import (
     ATTENTION,
@@ -25,6 +25,7 @@ from megatron_cream.planning.hardware import (
     Gpu,
 )
 from megatron_cream.planning.memory import parameters, stage_layers
+from megatron_cream.planning.run import Engine, Layout, Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What the GPUs compute in a step: shapes of matrix products, FLOPs of attention, bytes that other kernels move."""
 
-from megatron_cream.planning import Engine, Layout, Model
 from megatron_cream.planning.memory import layer_weights, parameters, stage_layers, tokens_of_rank
+from megatron_cream.planning.run import Engine, Layout, Model
 
 # Bytes that a logit costs in Megatron's unfused cross-entropy: the cast, maximum, difference, exponential, sum and
 # quotient in float32, and the gradient, scaled and rounded; each read or written apart.

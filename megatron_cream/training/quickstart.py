@@ -2,7 +2,7 @@
 
 Trains a tiny Llama at its window N on text that is already on the machine, extends it to
 L = sN with CREAM, and shows what that did to held-out perplexity at N, 2N .. sN.
-Both trainings are ordinary runs of two recipes under `examples/`.
+Both trainings are ordinary runs of two recipes.
 """
 
 import json
@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cream.common.files import save_picture
+from megatron_cream.config.recipe import locate
 from megatron_cream.distributed import nodes
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-BASE, EXTEND = EXAMPLES / "quickstart_base.yaml", EXAMPLES / "quickstart.yaml"
+BASE, EXTEND = "quickstart_base", "quickstart"
 
 
 def quickstart(train: Callable[[list[str]], None]) -> None:
@@ -35,7 +35,7 @@ def quickstart(train: Callable[[list[str]], None]) -> None:
     started = time.monotonic()
     first = int(os.environ.get("RANK", 0)) == 0
     folder = run_folder()
-    recipe = yaml.safe_load(EXTEND.read_text())
+    recipe = yaml.safe_load(locate(EXTEND).read_text())
     window, target = recipe["seq_length"], recipe["target_length"]
 
     def say(text: str) -> None:
@@ -43,10 +43,10 @@ def quickstart(train: Callable[[list[str]], None]) -> None:
             print(text, flush=True)
 
     say(f"1/2  A tiny Llama learns text at its window of {window} tokens.")
-    train(["--config", str(BASE), "--save", str(folder / "base")])
+    train(["--config", BASE, "--save", str(folder / "base")])
     destroy_global_state()
     say(f"\n2/2  CREAM extends it from {window} to {target} tokens, training at {window} only.")
-    train(["--config", str(EXTEND), "--save", str(folder / "cream"), "--pretrained-checkpoint", str(folder / "base")])
+    train(["--config", EXTEND, "--save", str(folder / "cream"), "--pretrained-checkpoint", str(folder / "base")])
     if first:
         before, after = (last_perplexity(folder / name) for name in ("base", "cream"))
         picture = plot(before, after, window, folder / "perplexity.png")
@@ -87,7 +87,7 @@ def show(before: dict, after: dict, window: int, folder: Path, picture: Path, se
         "Try next, on your own long documents:\n"
         "  python tools/preprocess_data.py --input docs.jsonl --output-prefix data/docs "
         "--tokenizer-type HuggingFaceTokenizer --tokenizer-model meta-llama/Llama-2-7b-hf\n"
-        "  python pretrain_cream.py --config examples/llama2_7b_32k.yaml --data-path data/docs --print-config",
+        "  python pretrain_cream.py --config llama2_7b_32k --data-path data/docs --print-config",
         soft_wrap=True,
         highlight=False,
     )

@@ -17,6 +17,7 @@ import yaml
 from megatron_cream.common import devices
 from megatron_cream.common.files import replacing
 from megatron_cream.common.versions import versions
+from megatron_cream.config.recipe import locate
 
 _PACKAGES = (
     "megatron-core", "torch", "triton", "transformer-engine", "flash-attn-4", "flash-attn", "transformers",
@@ -52,7 +53,7 @@ def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": ["pretrain_cream.py", *_command(argv, args.save_hook)],
-        "recipe": _recipe(Path(args.config)) if args.config else None,
+        "recipe": _recipe(locate(args.config)) if args.config else None,
         "seed": args.seed,
         "versions": versions(_PACKAGES),
         "commit": _commit(),

@@ -76,9 +76,7 @@ COMMANDS = {
         f"needle {EVALUATE} --min-length 256 --max-length 512 --length-steps 2 --depth-steps 2", exact=False
     ),
     "kv": evaluate(f"kv {EVALUATE} --keys 5 --samples 2", exact=False),
-    "plan": Command(
-        "tools/plan.py", "--config examples/llama2_7b_32k.yaml --gpus 2 --picture {disk}/plan.png", "", exact=False
-    ),
+    "plan": Command("tools/plan.py", "--config llama2_7b_32k --gpus 2 --picture {disk}/plan.png", "", exact=False),
     "plot_positions": Command("tools/plot_positions.py", "--samples 50 --output {disk}/positions.png", "", exact=False),
     "train --save": train(TRAIN + DATA + " --save {disk}/out", exact=False),
     "train --save-hf": train(TRAIN + DATA + " --save-hf {disk}/out", exact=False),

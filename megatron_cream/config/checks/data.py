@@ -56,7 +56,7 @@ def check(args: Namespace) -> None:
     _check_cache(args.data_cache_path)
 
 
-def whole(args: Namespace, share: tuple[int, int] = (0, 1)) -> None:
+def check_whole(args: Namespace, share: tuple[int, int] = (0, 1)) -> None:
     """Every entry of every index, 20 bytes a document.
 
     Args:
@@ -70,7 +70,7 @@ def whole(args: Namespace, share: tuple[int, int] = (0, 1)) -> None:
         _index(name, prefix, indexed.check_loss_mask, share)
 
 
-def splits(args: Namespace) -> None:
+def check_splits(args: Namespace) -> None:
     """Raise UsageError at data, found whole by `check`, of which a split that samples are taken of has too little."""
     if args.split is None:
         return
@@ -90,7 +90,7 @@ def splits(args: Namespace) -> None:
                 )
 
 
-def held_out(args: Namespace, files: list[tuple[str, tuple[float, float]]]) -> None:
+def check_held_out(args: Namespace, files: list[tuple[str, tuple[float, float]]]) -> None:
     """Raise UsageError at --eval-lengths of which no document is as long, among those held out (prefix, share)."""
     longest = max(args.eval_lengths or [0])
     lengths = [(indexed.open_index(prefix).lengths, share) for prefix, share in files] if longest else []
@@ -101,7 +101,7 @@ def held_out(args: Namespace, files: list[tuple[str, tuple[float, float]]]) -> N
         )
 
 
-def tokenizer(args: Namespace, found: Any) -> None:
+def check_tokenizer(args: Namespace, found: Any) -> None:
     """Raise UsageError at a tokenizer that reads text otherwise than its tokenizer.json, or lacks what is asked of it.
 
     Args:
@@ -116,7 +116,7 @@ def tokenizer(args: Namespace, found: Any) -> None:
         raise UsageError(f"{where}: has no end-of-document token; leave --eod-mask-loss out")
 
 
-def token_ids(args: Namespace) -> None:
+def check_token_ids(args: Namespace) -> None:
     """Raise UsageError at data, found whole by `check`, whose token ids are beyond the vocabulary, `args.vocab_size`.
 
     Reads SAMPLED_BYTES at most, spread over the files; each sample of training is looked at too.

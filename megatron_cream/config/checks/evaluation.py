@@ -1,50 +1,11 @@
-"""Flags of the evaluation at long lengths inside a training job: --long-eval-*."""
+"""Checks of the evaluation at long lengths inside a training job: --long-eval-*."""
 
 from argparse import Namespace
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from dataclasses import fields
 
 from megatron_cream.common.errors import UsageError
-
-TASKS = ("needle", "kv", "perplexity")
-
-
-@dataclass
-class LongEvalConfig:
-    """Watching a run at its target lengths."""
-
-    long_eval_interval: int | None = None
-    """Evaluate at the target lengths every so many steps, and at the last. Default: not at all."""
-
-    long_eval_tasks: str = "needle,kv"
-    """Of needle, kv (retrieval by teacher forcing) and perplexity (of held-out documents), with commas between."""
-
-    long_eval_lengths: list[int] | None = field(default=None)
-    """Context lengths, in tokens. Default: --target-length."""
-
-    long_eval_samples: int = 2
-    """Prompts of a task at each length, for each of five depths; of perplexity five times as many documents."""
-
-    long_eval_share: float = 0.1
-    """Of the run's time, what this may take, 0 to 1, best checkpoints included: an evaluation beyond is left out."""
-
-    long_eval_best: Literal["accuracy", "perplexity", "none"] | None = None
-    """Keep the best checkpoint in best/ of --save by the mean accuracy of needle and kv, or the mean perplexity.
-    Default: accuracy where one of them is run, else perplexity."""
-
-
-def fill(args: Namespace) -> None:
-    """What follows from other flags: lengths, and what picks the best."""
-    if args.long_eval_interval is None:
-        return
-    args.long_eval_lengths = sorted(set(args.long_eval_lengths or [args.target_length]))
-    if args.long_eval_best is None:
-        args.long_eval_best = "perplexity" if tasks(args) == ("perplexity",) else "accuracy"
-
-
-def tasks(args: Namespace) -> tuple[str, ...]:
-    """The names in --long-eval-tasks, once each."""
-    return tuple(dict.fromkeys(name.strip() for name in args.long_eval_tasks.split(",")))
+from megatron_cream.config.options import LONG_EVAL_TASKS, LongEvalConfig
+from megatron_cream.config.values import long_eval_tasks
 
 
 def check(args: Namespace) -> None:
@@ -73,9 +34,11 @@ def check(args: Namespace) -> None:
 
 
 def _check_tasks(args: Namespace) -> None:
-    for name in tasks(args):
-        if name not in TASKS:
-            raise UsageError(f"--long-eval-tasks {args.long_eval_tasks}: {name!r} is none of {', '.join(TASKS)}")
+    for name in long_eval_tasks(args):
+        if name not in LONG_EVAL_TASKS:
+            raise UsageError(
+                f"--long-eval-tasks {args.long_eval_tasks}: {name!r} is none of {', '.join(LONG_EVAL_TASKS)}"
+            )
         if name != "perplexity" and args.tokenizer_type.startswith("Null"):
             raise UsageError(
                 f"--long-eval-tasks {name}: --tokenizer-type {args.tokenizer_type} reads no text; take perplexity alone"
@@ -83,7 +46,7 @@ def _check_tasks(args: Namespace) -> None:
 
 
 def _check_best(args: Namespace) -> None:
-    best, names = args.long_eval_best, tasks(args)
+    best, names = args.long_eval_best, long_eval_tasks(args)
     if best == "none":
         return
     if best == "perplexity" and "perplexity" not in names or best == "accuracy" and names == ("perplexity",):

@@ -1,4 +1,4 @@
-"""Every check of a command line, before a process group or a GPU is touched.
+"""Checks of flags, each by itself and together, before a process group or a GPU is touched.
 
 Each says, in one line, which flag, what value, and what would be right.
 """
@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
+from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.common import devices
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import check_can_be_made, check_path
 from megatron_cream.config import samplers
 from megatron_cream.config.checks import data as data_checks
-from megatron_cream.config.checks import evaluation as evaluation_checks
-from megatron_cream.config.checks import saving as save_checks
-from megatron_cream.model import user_buffers
 from megatron_cream.model.rotary import RotaryEmbedding
 from megatron_cream.positions import build_sampler
 
@@ -31,7 +29,20 @@ _PATHS = (
 )  # fmt: skip
 
 
-def graphs_beside_growing_segments(args: Namespace) -> None:
+def check_each(args: Namespace) -> None:
+    """Raise UsageError at a flag that is wrong whatever the others say."""
+    _check_paths(args)
+    _check_supported(args)
+    _check_embedded_data(args)
+
+
+def check_together(args: Namespace) -> None:
+    """Raise UsageError at flags that contradict each other. After filling in."""
+    _check_positions(args, samplers.sampler_options(args))
+    _check_rope(args)
+
+
+def check_graphs_with_segments(args: Namespace) -> None:
     """NCCL registers what a graph sends, and memory in segments that grow cannot be: illegal accesses."""
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         grows = "expandable_segments:true" in os.environ.get(name, "").lower()
@@ -42,7 +53,7 @@ def graphs_beside_growing_segments(args: Namespace) -> None:
             )
 
 
-def gpu_of_rank(local_rank: int) -> None:
+def check_gpu_of_rank(local_rank: int) -> None:
     """Raise UsageError if torchrun was given more ranks than this machine shows GPUs."""
     if devices.has_cuda() and local_rank >= (gpus := torch.cuda.device_count()):
         raise UsageError(
@@ -51,7 +62,7 @@ def gpu_of_rank(local_rank: int) -> None:
         )
 
 
-def unsupported(args: Namespace) -> None:
+def _check_supported(args: Namespace) -> None:
     """Raise UsageError at values that this project does not carry; whole flags are refused by flag_support.py."""
     if args.async_save and args.async_strategy != "mcore":
         raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
@@ -100,7 +111,7 @@ def _optimizer(args: Namespace) -> None:
         raise UsageError("--use-distributed-optimizer: not with --optimizer sgd; use adam")
 
 
-def paths(args: Namespace) -> None:
+def _check_paths(args: Namespace) -> None:
     """Raise UsageError at a path that no file can have; later it would be an error of whatever reads it first."""
     for name in _PATHS:
         value = getattr(args, name)
@@ -109,7 +120,26 @@ def paths(args: Namespace) -> None:
                 check_path(path, to_flag(name))
 
 
-def weights(args: Namespace, from_checkpoint: bool) -> None:
+def _check_embedded_data(args: Namespace) -> None:
+    """Raise UsageError at data or a tokenizer beside --embedded-data."""
+    for name in ("data_path", "train_data_path", "valid_data_path", "tokenizer_model"):
+        if args.embedded_data and getattr(args, name):
+            raise UsageError(f"{to_flag(name)} with --embedded-data: give one of the two")
+
+
+def check_model_agrees(args: Namespace, shape: ModelShape, folder: Path, defaults: dict[str, Any]) -> None:
+    """Raise UsageError at a flag that contradicts the model that the run starts from.
+
+    Args:
+        defaults: of all flags, which stand for flags that were not given.
+    """
+    for name, value in shape.megatron_args().items():
+        given, free = getattr(args, name), name == "num_query_groups" and not args.group_query_attention
+        if name != "rotary_base" and not free and given not in (defaults[name], value):
+            raise UsageError(f"{to_flag(name)} {given}: the model in {folder} has {value}")
+
+
+def check_weights(args: Namespace, from_checkpoint: bool) -> None:
     """Raise UsageError where weights are neither made nor loaded: they would be what the memory held before."""
     if not (args.perform_initialization or from_checkpoint or args.load_hf):
         raise UsageError(
@@ -118,7 +148,7 @@ def weights(args: Namespace, from_checkpoint: bool) -> None:
         )
 
 
-def require(args: Namespace) -> None:
+def check_required(args: Namespace) -> None:
     """What has no default, and whole numbers that must be positive."""
     needed = {
         "num_layers": "the number of transformer layers, 32 for Llama-2-7B",
@@ -143,29 +173,7 @@ def require(args: Namespace) -> None:
             raise UsageError(f"--eval-lengths {length}: must be 2 or more")
 
 
-def check(args: Namespace, sampler: dict[str, Any], rope_scaling: dict[str, Any] | None) -> None:
-    """Raise UsageError at the first thing that cannot run.
-
-    Args:
-        args: the namespace, filled in.
-        sampler: keyword arguments of `build_sampler`, but for the seed.
-        rope_scaling: the dict of a Hugging Face config.json, or None.
-    """
-    _positions(args, sampler)
-    _rope(args, rope_scaling)
-    evaluation_checks.check(args)
-    save_checks.check(args)
-    _shapes(args)
-    _parallel(args)
-    _files(args)
-    if args.save and args.ckpt_format != "torch_dist":
-        raise UsageError(
-            f"--ckpt-format {args.ckpt_format}: --save writes torch_dist, which has checksums and outlives faults; "
-            "mp_rank_XX files are loaded without this flag"
-        )
-
-
-def _positions(args: Namespace, options: dict[str, Any]) -> None:
+def _check_positions(args: Namespace, options: dict[str, Any]) -> None:
     window, target, sampler = args.seq_length, args.target_length, args.position_sampler
     samplers.check_own_flags(args)
     if target % window:
@@ -190,119 +198,19 @@ def _positions(args: Namespace, options: dict[str, Any]) -> None:
         raise UsageError(f"{named} ({lengths}): {error}") from error
 
 
-def _rope(args: Namespace, rope_scaling: dict[str, Any] | None) -> None:
+def _check_rope(args: Namespace) -> None:
     try:
         RotaryEmbedding(
             head_dim=args.kv_channels,
             rope_theta=float(args.rotary_base),
             max_position_embeddings=args.max_position_embeddings,
-            rope_scaling=rope_scaling,
+            rope_scaling=args.rope_scaling_config,
         )
     except ValueError as error:
         raise UsageError(f"--rope-scaling-type {args.rope_scaling_type}: {error}") from error
 
 
-def _shapes(args: Namespace) -> None:
-    hidden, heads, groups = args.hidden_size, args.num_attention_heads, args.num_query_groups
-    if hidden % heads:
-        raise UsageError(f"--num-attention-heads {heads}: must divide --hidden-size {hidden}")
-    if args.group_query_attention:
-        if not groups or heads % groups:
-            raise UsageError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
-    elif groups not in (None, 1, heads):
-        raise UsageError(f"--num-query-groups {groups}: add --group-query-attention")
-    tp = args.tensor_model_parallel_size
-    if heads % tp:
-        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --num-attention-heads {heads}")
-    if args.group_query_attention and groups % tp and tp % groups:
-        raise UsageError(
-            f"--tensor-model-parallel-size {tp}: must divide --num-query-groups {groups}, or be a multiple"
-        )
-    if args.ffn_hidden_size and args.ffn_hidden_size % tp:
-        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --ffn-hidden-size {args.ffn_hidden_size}")
-
-
-def _parallel(args: Namespace) -> None:
-    tp, pp, cp = (
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.context_parallel_size,
-    )
-    if args.world_size % (tp * pp * cp):
-        raise UsageError(
-            f"{args.world_size} ranks: must be a multiple of --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {tp * pp * cp}"
-        )
-    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
-    counted = args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
-    if counted % pp and not uneven and not args.pipeline_model_parallel_layout:
-        raise UsageError(f"--pipeline-model-parallel-size {pp}: must divide --num-layers {args.num_layers}")
-    lengths = [("--seq-length", args.seq_length)]
-    for name in ("eval_lengths", "long_eval_lengths"):
-        lengths += [(to_flag(name), length) for length in getattr(args, name) or []]
-    for name, length in lengths:
-        if cp > 1 and length % (2 * cp):
-            raise UsageError(f"{name} {length}: must be a multiple of 2 x --context-parallel-size {cp}")
-        if args.sequence_parallel and length % (tp * cp):
-            raise UsageError(
-                f"{name} {length}: must be a multiple of --tensor-model-parallel-size {tp} under --sequence-parallel"
-            )
-    data_parallel = args.world_size // (tp * pp * cp)
-    samples = args.micro_batch_size * data_parallel
-    if args.global_batch_size is not None and args.global_batch_size % samples:
-        raise UsageError(
-            f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
-            f"{args.micro_batch_size} x {data_parallel} data-parallel ranks = {samples}"
-        )
-    if args.full_validation and not args.multiple_validation_sets:
-        raise UsageError("--full-validation: works in megatron-core 0.19 only with --multiple-validation-sets")
-    selective = args.recompute_granularity == "selective"
-    if selective and "layernorm" in (args.recompute_modules or []) and not args.attention["transformer_engine"]:
-        raise UsageError(
-            "--recompute-modules layernorm: works in megatron-core 0.19 only with Transformer Engine's layers"
-        )
-    if args.attention_dropout and args.attention["name"] in ("sdpa", "flash"):
-        raise UsageError(
-            f"--attention-dropout {args.attention_dropout}: not with --attention-backend {args.attention['name']}; use 0"
-        )
-    if args.attention["name"] == "local" and cp > 1:
-        raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
-    if not args.attention["transformer_engine"] and not args.print_config:
-        _transformer_engine_alone(args)
-    if args.tp_comm_overlap:
-        _user_buffers(args)
-
-
-def _transformer_engine_alone(args: Namespace) -> None:
-    """What other layers do not look at: the run would be in another precision, or place, than it was asked for."""
-    flags = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
-    also = "cpu_offloading_num_layers hierarchical_context_parallel_sizes te_precision_config_file fp8_param_gather "
-    also += "fused_residual_rmsnorm use_transformer_engine_op_fuser use_grouped_gemm_for_dense_mlp delay_wgrad_compute "
-    also += "fine_grained_activation_offloading use_te_activation_func symmetric_ar_type log_max_attention_logit"
-    for name, given in (flags | {name: to_flag(name) for name in also.split()}).items():
-        if (value := getattr(args, name)) and not (name == "use_te_activation_func" and devices.has_cuda()):
-            raise UsageError(f"{given} {value}: needs Transformer Engine's layers, which this run does not have")
-
-
-def _user_buffers(args: Namespace) -> None:
-    """Transformer Engine's, which send beside its products; of the size of a micro-batch."""
-    if not args.sequence_parallel or args.tensor_model_parallel_size == 1:
-        raise UsageError("--tp-comm-overlap: needs --tensor-model-parallel-size 2 or more and --sequence-parallel")
-    if not args.attention["transformer_engine"]:
-        raise UsageError(
-            "--tp-comm-overlap: needs Transformer Engine's layers, which this run does not have; leave it out"
-        )
-    for name in ("eval_lengths", "long_eval_interval"):
-        if value := getattr(args, name):
-            raise UsageError(
-                f"{to_flag(name)} {value}: not with --tp-comm-overlap, whose buffers hold samples of --seq-length "
-                f"{args.seq_length} tokens; leave one of them out (tools/evaluate.py reads a checkpoint at any length)"
-            )
-    if args.tp_comm_overlap_cfg is not None:
-        user_buffers.check(args.tp_comm_overlap_cfg)
-
-
-def _files(args: Namespace) -> None:
+def check_files(args: Namespace) -> None:
     data_checks.check(args)
     model = args.tokenizer_model
     if args.tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
@@ -320,3 +228,8 @@ def _files(args: Namespace) -> None:
         path = getattr(args, name)
         if path:
             check_can_be_made(Path(path), to_flag(name))
+    if args.save and args.ckpt_format != "torch_dist":
+        raise UsageError(
+            f"--ckpt-format {args.ckpt_format}: --save writes torch_dist, which has checksums and outlives faults; "
+            "mp_rank_XX files are loaded without this flag"
+        )

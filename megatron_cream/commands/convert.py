@@ -1,0 +1,171 @@
+"""Hugging Face weights in and out: one process, no GPU, no torchrun.
+
+python tools/convert_hf.py import --hf-path meta-llama/Llama-2-7b-hf --output ckpt/
+python tools/convert_hf.py export --checkpoint ckpt/ --hf-path out/
+python tools/convert_hf.py verify --checkpoint ckpt/ --hf-path out/
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from megatron_cream.checkpoint import convert, hf_folder, hub, output
+from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.common import console
+from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import read_text, writing
+
+TEXT = (
+    "The window of a language model is the number of tokens it was trained to read at once. "
+    "Positions beyond it are new to the model, unless they are made to look like old ones."
+)
+MOST_DIVISOR = 1 << 26  # as many tokens as a vocabulary has at most
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        return args.run(args)
+    except UsageError as error:
+        print(f"{program()}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a disk that filled up, a file that went away
+        print(f"{program()}: error: {error}; nothing was changed", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program()}: interrupted; nothing was changed", file=sys.stderr)
+        return 130
+
+
+def run_import(args) -> int:
+    parallel = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    if args.format == "torch_dist" and parallel != (1, 1):
+        raise UsageError(
+            f"--tensor-model-parallel-size {parallel[0]} --pipeline-model-parallel-size {parallel[1]}: only with "
+            "--format torch; a torch_dist checkpoint opens at any layout"
+        )
+    source = hf_folder.HfFolder(hub.locate(args.hf_path, flag="--hf-path"))
+    convert.check_apart(source.path, args.output, flag="--output")
+    output.check_free(args.output.absolute(), flag="--output", overwrite=args.overwrite)
+    output.check_unchanged(source.path)
+    with console.TransferBar("imported") as progress, writing(args.output, "--output", "nothing was changed"):
+        convert.import_hf(
+            source,
+            args.output,
+            dtype=convert.DTYPES.get(args.dtype),
+            vocabulary_divisor=args.make_vocab_size_divisible_by,
+            checkpoint_format=args.format,
+            tensor_parallel=parallel[0],
+            pipeline_parallel=parallel[1],
+            transformer_engine=args.transformer_impl == "transformer_engine",
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    print(f"{args.output}: train from it with pretrain_cream.py --pretrained-checkpoint {args.output}")
+    return 0
+
+
+def run_export(args) -> int:
+    source = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
+    convert.check_apart(source.path, Path(args.hf_path), flag="--hf-path")
+    output.check_free(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
+    output.check_unchanged(source.folder)
+    with console.TransferBar("exported") as progress, writing(args.hf_path, "--hf-path", "nothing was changed"):
+        convert.export_hf(
+            source,
+            Path(args.hf_path),
+            dtype=convert.DTYPES.get(args.dtype),
+            max_shard_bytes=args.max_shard_size,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    print(f"{args.hf_path}: {source.folder.name}, for {source.shape.max_position_embeddings} positions")
+    return 0
+
+
+def run_verify(args) -> int:
+    text = read_text(args.text_file, "a text") if args.text_file else args.text
+    if not text.strip():
+        raise UsageError("--text, --text-file: must hold some text")
+    checkpoint = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
+    folder = hf_folder.HfFolder(hub.locate(args.hf_path, flag="--hf-path"))
+    from megatron_cream.patches import platform
+
+    platform.setup()  # the comparison runs Megatron's model; the conversions need nothing of Megatron's code
+    from megatron_cream.checkpoint import verify
+
+    return 0 if verify.verify(checkpoint, folder, text=text) else 1
+
+
+def size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a size such as 5GB or 800MB")
+    found = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
+    if not 1 <= found <= 1e18:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be from 1 byte to 1000000TB")
+    return int(found)
+
+
+def divisor(text: str) -> int:
+    if positive(text) > MOST_DIVISOR:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {MOST_DIVISOR} or less")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    main_parser = OneLineParser(
+        prog=program(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    commands = main_parser.add_subparsers(required=True, metavar="import|export|verify")
+    dtypes = dict(choices=list(convert.DTYPES), help="cast the weights; default: as they are")
+    overwrite = dict(action="store_true", help="replace what an earlier conversion wrote there")
+    step = dict(type=int, metavar="ITERATION", help="default: the newest")
+
+    command = commands.add_parser("import", help="Hugging Face folder -> Megatron checkpoint", allow_abbrev=False)
+    command.set_defaults(run=run_import)
+    command.add_argument(
+        "--hf-path", type=path_or_name, required=True, help="a folder, or a model's name on the Hugging Face Hub"
+    )
+    command.add_argument("--output", type=path, required=True, help="the checkpoint's folder, new")
+    command.add_argument("--dtype", **dtypes)
+    command.add_argument(
+        "--format", choices=["torch_dist", "torch"], default="torch_dist",
+        help="torch_dist opens at any layout; torch writes mp_rank_XX files for another Megatron",
+    )  # fmt: skip
+    command.add_argument(
+        "--make-vocab-size-divisible-by", type=divisor, default=128, metavar="N",
+        help="pad the vocabulary with zeros to a multiple of N (default 128)",
+    )  # fmt: skip
+    command.add_argument(
+        "--tensor-model-parallel-size", type=positive, default=1, metavar="TP", help="of --format torch"
+    )
+    command.add_argument(
+        "--pipeline-model-parallel-size", type=positive, default=1, metavar="PP", help="of --format torch"
+    )
+    command.add_argument(
+        "--transformer-impl", choices=["transformer_engine", "local"], default="transformer_engine",
+        help="whose names the parameters have in --format torch",
+    )  # fmt: skip
+    command.add_argument("--overwrite", **overwrite)
+
+    command = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face folder", allow_abbrev=False)
+    command.set_defaults(run=run_export)
+    command.add_argument("--checkpoint", type=path, required=True, help="the folder given to --save or --output")
+    command.add_argument("--hf-path", type=path_or_name, required=True, help="the folder to write, new")
+    command.add_argument("--ckpt-step", **step)
+    command.add_argument("--dtype", **dtypes)
+    command.add_argument("--max-shard-size", type=size, default="5GB", help="of a safetensors file (default 5GB)")
+    command.add_argument("--overwrite", **overwrite)
+
+    command = commands.add_parser("verify", help="compare the two, by tensors and by logits", allow_abbrev=False)
+    command.set_defaults(run=run_verify)
+    command.add_argument("--checkpoint", type=path, required=True)
+    command.add_argument("--hf-path", type=path_or_name, required=True)
+    command.add_argument("--ckpt-step", **step)
+    command.add_argument("--text", default=TEXT, help="what the logits are compared on")
+    command.add_argument("--text-file", type=path, help="the same, from a file")
+    return main_parser

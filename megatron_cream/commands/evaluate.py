@@ -1,0 +1,250 @@
+"""Does a long window hold what it promises? Long-context tests of a Hugging Face folder or a Megatron checkpoint.
+
+python tools/evaluate.py perplexity --model out/ --dataset books.jsonl --lengths 4096 8192 16384 32768
+python tools/evaluate.py needle     --model out/ --min-length 1024 --max-length 32768
+python tools/evaluate.py lines      --model out/ --lengths 4096 16384 32768
+python tools/evaluate.py kv         --model out/ --keys 75 140
+python tools/evaluate.py ruler      --model out/ --lengths 4096 8192 16384 32768
+python tools/evaluate.py longbench  --model out/ --data LongBench/data/
+python tools/evaluate.py harness    --model out/ --tasks arc_challenge,hellaswag
+
+Each fills a folder (--output) with results.jsonl, a line an example as it comes, summary.json and
+picture.png, and prints a table. The same command again goes on where it was stopped.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_cream.common.cli import program
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import writing
+from megatron_cream.evaluation import harness, pictures, plans, report, sliding_window
+from megatron_cream.evaluation.flags import parser
+from megatron_cream.evaluation.longppl import KeyTokenRule
+from megatron_cream.evaluation.models import language_model
+from megatron_cream.evaluation.results import PICTURE, RESULTS, SUMMARY, Results, open_results
+from megatron_cream.evaluation.runner import (
+    Generation,
+    OutOfMemory,
+    Plan,
+    key_tokens_by,
+    perplexities,
+    run_perplexity,
+    run_task,
+)
+from megatron_cream.evaluation.tasks import needle
+from megatron_cream.evaluation.tasks.filler import TooShort
+
+LONGEST_BY_DEFAULT = 131072
+"""Without --lengths, a model of more positions is tested up to here."""
+
+LENGTH_FLAGS = {"needle": "--min-length", "longbench": "--length"}
+"""Which flag sets the shortest context, where it is not --lengths."""
+
+
+def main() -> int:
+    args = parser(__doc__).parse_args()
+    args.output = args.output or Path("runs", "evaluation") / Path(args.model).resolve().name / args.command
+    try:
+        with writing(args.output, "--output", "what is done is kept, and the same command goes on from there"):
+            RUNS[args.command](args)
+        return 0
+    except TooShort as error:
+        print(f"{program()}: error: {LENGTH_FLAGS.get(args.command, '--lengths')}: {error}", file=sys.stderr)
+        return 2
+    except UsageError as error:
+        print(f"{program()}: error: {error}", file=sys.stderr)
+        return 2
+    except (OutOfMemory, OSError) as error:
+        print(f"{program()}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"{program()}: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr
+        )
+        return 130
+
+
+def run_needle(args) -> None:
+    source = find_model(args)
+    longest = args.max_length or default_lengths(source)[-1]
+    if args.min_length > longest:
+        raise UsageError(f"--min-length {args.min_length}: must be at most --max-length, which is {longest}")
+    lengths, depths = needle.grid(args.min_length, longest, args.length_steps, args.depth_steps)
+    options = dict(kind=args.needle, samples=args.samples, seed=args.seed, haystack=args.haystack)
+    plan = plans.needle_plan(source.tokenizer, lengths=lengths, depths=depths, **options)
+    run_examples(args, source, plan, {"lengths": lengths, "depths": depths, **options})
+
+
+def run_lines(args) -> None:
+    source = find_model(args)
+    lengths = args.lengths or ([] if args.lines or args.data else default_lengths(source))
+    options = dict(lengths=lengths, lines_counts=args.lines, files=args.data, samples=args.samples, seed=args.seed)
+    run_examples(args, source, plans.lines_plan(source.tokenizer, **options), options)
+
+
+def run_kv(args) -> None:
+    source = find_model(args)
+    keys = args.keys or ([] if args.lengths or args.data else [75, 140])
+    options = dict(
+        keys=keys, lengths=args.lengths, gold=args.gold, files=args.data, samples=args.samples, seed=args.seed
+    )
+    run_examples(args, source, plans.kv_plan(source.tokenizer, **options), options)
+
+
+def run_ruler(args) -> None:
+    source = find_model(args)
+    options = dict(
+        lengths=args.lengths or default_lengths(source), tasks=args.tasks, samples=args.samples, seed=args.seed,
+        haystack=args.haystack, squad=args.squad, hotpotqa=args.hotpotqa,
+    )  # fmt: skip
+    run_examples(args, source, plans.ruler_plan(source.tokenizer, **options), options)
+
+
+def run_longbench(args) -> None:
+    source = find_model(args)
+    length = args.length or default_lengths(source)[-1]
+    options = dict(folder=args.data, length=length, datasets=args.datasets, samples=args.samples)
+    run_examples(args, source, plans.longbench_plan(source.tokenizer, **options), options)
+
+
+def run_examples(args, source: language_model.Source, plan: Plan, options: dict) -> None:
+    if args.chat:
+        source.tokenizer.chat("")  # has it a template?
+    generation = Generation(args.batch_size, args.temperature, args.top_p, args.seed, args.chat)
+    made = plan.examples if isinstance(plan.examples, list) else []  # by number of keys, say, or from files
+    lengths = [*(options.get("lengths") or []), options.get("length", 0), *(example.length for example in made)]
+    warn_beyond(source, max(lengths))
+    settings = {"temperature": args.temperature, "top_p": args.top_p, "chat": args.chat, **options}
+    with results_of(args, source, settings) as results:
+        records = run_task(lambda: load(args, source), plan, generation, results)
+        finish(args, results, report.summarise(args.command, records))
+
+
+def run_perplexity_command(args) -> None:
+    source = find_model(args)
+    lengths = args.lengths or default_lengths(source)
+    if lengths[-1] < 2 or args.min_tokens == 1:
+        flag = f"--lengths {lengths[-1]}" if lengths[-1] < 2 else f"--min-tokens {args.min_tokens}"
+        raise UsageError(f"{flag}: must be 2 or more: a document's first token is not scored")
+    rule = KeyTokenRule(args.alpha, args.beta, args.short_context, args.short_block)
+    with_longppl = lengths[-1] > rule.short_context if args.longppl is None else args.longppl
+    if with_longppl and lengths[-1] <= rule.short_context:
+        raise UsageError(f"--longppl: the longest of --lengths, {lengths[-1]}, must be above --short-context")
+    if args.key_token_model and not with_longppl:
+        raise UsageError(f"--key-token-model {args.key_token_model}: only with --longppl")
+    if args.stride > lengths[0]:
+        raise UsageError(f"--stride {args.stride}: must be at most the shortest of --lengths, {lengths[0]}")
+    key_source = find_model(args, args.key_token_model) if args.key_token_model else None
+    for tokenizer in (source.tokenizer, key_source.tokenizer) if key_source else ():
+        tokenizer.spans("")  # does it tell them?
+    documents = sliding_window.long_documents(
+        source.tokenizer,
+        sliding_window.read_texts(args.dataset, args.json_key),
+        minimum=args.min_tokens or lengths[-1],
+        longest=lengths[-1],
+        most=args.documents,
+    )
+    warn_beyond(source, lengths[-1])
+    settings = {
+        "dataset": args.dataset, "json_key": args.json_key, "lengths": lengths, "stride": args.stride,
+        "documents": args.documents, "min_tokens": args.min_tokens, "longppl": with_longppl and vars(rule),
+        "key_token_model": key_source and key_source.identity(),
+    }  # fmt: skip
+    with results_of(args, source, settings) as results:
+        key = {}
+        if key_source:
+            missing = [document for document in documents if document.name not in results.records]
+            key = key_tokens_by(lambda: load(args, key_source), missing, source.tokenizer, rule)
+        records = run_perplexity(
+            lambda: load(args, source), documents,
+            lengths=lengths, stride=args.stride, rule=rule if with_longppl else None, key=key, results=results,
+        )  # fmt: skip
+        finish(args, results, perplexities(records))
+
+
+def run_harness(args) -> None:
+    source = find_model(args)
+    names = [name for name in args.tasks.split(",") if name]
+    manager = harness.find_tasks(names, args.include_path)
+    options = dict(num_fewshot=args.num_fewshot, limit=args.limit, chat=args.chat)
+    settings = {"tasks": names, "include_path": args.include_path and str(args.include_path), **options}
+    with results_of(args, source, settings) as results:
+        found = harness.run(
+            source, names, manager, **options,
+            batch_size=args.batch_size, tokenizer=args.tokenizer, results=results, overwrite=args.overwrite,
+        )  # fmt: skip
+        results.finish(found)
+        print(f"{results.folder}: {SUMMARY}, {harness.FULL}")
+
+
+def find_model(args, path: str | None = None) -> language_model.Source:
+    """The model of --model, or of --key-token-model."""
+    if path:
+        return language_model.find_model(path, dtype=args.dtype, flag="--key-token-model")
+    return language_model.find_model(
+        args.model,
+        step=args.ckpt_step,
+        tokenizer=args.tokenizer,
+        engine=getattr(args, "engine", "auto"),
+        dtype=args.dtype,
+    )
+
+
+def load(args, source: language_model.Source) -> language_model.LanguageModel:
+    return language_model.load(source, prefill_chunk=args.prefill_chunk)
+
+
+def results_of(args, source: language_model.Source, settings: dict):
+    described = {"command": args.command, "tokenizer": args.tokenizer, **settings}
+    return open_results(
+        args.output,
+        settings={key: _plain(value) for key, value in described.items()},
+        model=source.identity(),
+        model_path=source.path,
+        overwrite=args.overwrite,
+    )
+
+
+def finish(args, results: Results, summary: dict) -> None:
+    results.finish(summary)
+    pictures.draw(args.command, summary, results.folder / PICTURE)
+    Console().print(report.table(args.command, summary))
+    print(f"{results.folder}: {RESULTS}, {SUMMARY}, {PICTURE}")
+
+
+def default_lengths(source: language_model.Source) -> list[int]:
+    """Powers of two from 4096 up to the model's positions, or these alone if they are fewer."""
+    longest = min(source.max_positions, LONGEST_BY_DEFAULT)
+    return [length for length in (1 << power for power in range(12, 18)) if length <= longest] or [longest]
+
+
+def warn_beyond(source: language_model.Source, length: int) -> None:
+    if length > source.max_positions:
+        print(
+            f"{program()}: {length} tokens are more than the {source.max_positions} positions of {source.path}",
+            file=sys.stderr,
+        )
+
+
+def _plain(value):
+    """As JSON; of files and folders, also how much they hold, by which a change shows."""
+    if isinstance(value, Path):
+        files = sorted(value.rglob("*")) if value.is_dir() else [value]
+        return {str(value): sum(file.stat().st_size for file in files if file.is_file())}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+RUNS = {
+    "perplexity": run_perplexity_command,
+    "needle": run_needle,
+    "lines": run_lines,
+    "kv": run_kv,
+    "ruler": run_ruler,
+    "longbench": run_longbench,
+    "harness": run_harness,
+}

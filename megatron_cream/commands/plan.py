@@ -1,0 +1,169 @@
+"""What a run will take before anything is started: GPU memory, time, cost, and the layouts that fit. No GPU is needed.
+
+python tools/plan.py --config llama2_7b_32k --gpus 2 --gpu A100
+python tools/plan.py --load-hf Llama-2-13b-hf --seq-length 4096 --global-batch-size 32 --gpus 8 --gpu H200 --json
+python tools/plan.py --config llama2_7b_256k --gpus 64 --gpu H100 --network 200 --price 2.5
+python tools/plan.py --check
+
+Every other flag is pretrain_cream.py's: the recipe's own layout is predicted first, then others with the same
+sequence length and global batch, then training at the full --target-length. --transformer-impl local plans for
+GPUs without Transformer Engine. --check shows predictions beside every run that was measured.
+"""
+
+import argparse
+import re
+import sys
+from dataclasses import replace
+
+from megatron_cream.patches import platform
+
+platform.setup()  # before anything of Megatron is imported
+
+from rich.console import Console
+
+from megatron_cream.common.cli import path, program
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.files import check_picture, to_json, writing
+from megatron_cream.planning import layouts, measured, memory, picture, report, report_time, step_time
+from megatron_cream.planning.flags import run_from_flags
+from megatron_cream.planning.hardware import GIB, GPUS, Cluster
+from megatron_cream.planning.layouts import Plan
+from megatron_cream.planning.run import Run
+
+MOST_GPUS = 1024
+
+
+def main() -> int:
+    try:
+        options, flags = parser().parse_known_args()
+        if options.check:
+            measured.print_check(console())
+            return 0
+        if options.gpus is None:
+            raise UsageError("the following arguments are required: --gpus")
+        if options.picture:
+            check_picture(options.picture, "--picture")
+        return plan(options, flags)
+    except UsageError as error:
+        print(f"{program()}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def plan(options: argparse.Namespace, flags: list[str]) -> int:
+    run = run_from_flags(flags, options.gpus)
+    misfit = run.misfit()
+    reason = None if misfit else layouts.refused(run.model, run.layout)
+    if reason is not None:
+        raise UsageError(reason)
+    gpu_memory = options.gpu_memory or GPUS[options.gpu].memory
+    usable = layouts.usable(gpu_memory)
+    around = cluster(options)
+    own = None
+    if not misfit:
+        needed = memory.predict(run.model, run.layout, run.engine)
+        own = Plan(run.layout, needed, step_time.predict(run.model, run.layout, run.engine, around))
+    plans = layouts.fitting(run.model, run.layout, run.engine, options.gpus, usable, around)
+    long = replace(run, layout=replace(run.layout, seq_length=run.target_length))
+    full = []
+    if plans and run.target_length > run.layout.seq_length:
+        full = layouts.fitting(long.model, long.layout, long.engine, options.gpus, usable, around)
+    if options.json:
+        print(to_json(report.as_dict(run, around, own, plans, full, gpu_memory, usable), indent=2))
+    else:
+        terminal = console()
+        if own:
+            report.print_own(terminal, run, own.memory, usable)
+            report_time.print_own(terminal, run, own.speed, options.price)
+        else:
+            terminal.print(f"the layout of these flags cannot run: {misfit}", soft_wrap=True, highlight=False)
+        if plans:
+            report.print_layouts(terminal, plans, run.layout, usable)
+            report_time.print_user_buffers(terminal, run, plans[: report.SHOWN], around)
+            say_full_length(terminal, options, long, plans[0], full, usable, around)
+            report_time.print_assumptions(terminal, run, around)
+    if options.picture and plans:
+        shown = (
+            f"{options.gpus} x {around.gpu.name}, {run.layout.global_batch} samples of {run.layout.seq_length:,} tokens"
+        )
+        with writing(options.picture, "--picture"):
+            picture.draw(plans[: report.SHOWN], shown, options.picture)
+    if not plans:
+        print(f"{program()}: {report.nothing_fits(run, usable, MOST_GPUS, around)}", file=sys.stderr)
+    return 0 if plans else 1
+
+
+def say_full_length(
+    terminal: Console, options: argparse.Namespace, long: Run, best: Plan, full: list[Plan], usable: float,
+    around: Cluster,
+) -> None:  # fmt: skip
+    """What training at the target length would take, where the run trains at less."""
+    if full:
+        report_time.print_full(terminal, long, best, full, options.price)
+    elif long.target_length > best.layout.seq_length:
+        why = report.nothing_fits(long, usable, MOST_GPUS, around)
+        terminal.print(f"at full length ({long.target_length:,} tokens) {why}", soft_wrap=True, highlight=False)
+
+
+def console() -> Console:
+    result = Console()
+    if not result.is_terminal:
+        result.width = 120
+    return result
+
+
+def cluster(options: argparse.Namespace) -> Cluster:
+    gpu = GPUS[options.gpu]
+    inside = {"nvlink": gpu.nvlink, "pcie": gpu.pcie}.get(options.host_link, options.host_link)
+    between = options.network * 1e9 / 8 if options.network else gpu.network
+    return Cluster(gpu=gpu, host=options.gpus_per_host, inside=inside, between=between)
+
+
+def size(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of GiB such as 80, or 80GiB, or 86GB")
+    return float(match[1]) * (1e9 if (match[2] or "").upper() == "GB" else GIB)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_GPUS:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 to {MOST_GPUS}")
+    return int(text)
+
+
+def link(text: str) -> str | float:
+    return text if text in ("nvlink", "pcie") else 1e9 * above_zero(text)
+
+
+def above_zero(text: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number above 0")
+    return float(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    class OneLine(argparse.ArgumentParser):
+        def error(self, message: str):
+            raise UsageError(message)
+
+    result = OneLine(
+        description=__doc__, epilog=layouts.RULES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    result.add_argument("--gpus", type=positive, metavar="N", help="in all")
+    result.add_argument("--gpu", choices=GPUS, default="H100", help="kind (default: %(default)s); sets all below")
+    result.add_argument("--gpu-memory", type=size, metavar="GIB", help="of each GPU; 140 of an H200, else 80")
+    result.add_argument("--gpus-per-host", type=positive, default=8, metavar="N", help="default: %(default)s")
+    result.add_argument(
+        "--host-link", type=link, default="nvlink", metavar="LINK",
+        help="between the GPUs of a host: nvlink (default), pcie, or GB/s each way",
+    )  # fmt: skip
+    result.add_argument(
+        "--network", type=above_zero, metavar="GBIT",
+        help="Gbit/s between hosts for each GPU; 400 (InfiniBand NDR) of H100 and H200, 200 (HDR) of A100",
+    )  # fmt: skip
+    result.add_argument("--price", type=above_zero, help="of one GPU for an hour, for the cost of the run")
+    result.add_argument("--picture", type=path, metavar="FILE", help="where a step's time goes, of each layout listed")
+    result.add_argument("--check", action="store_true", help="predictions beside measured runs, and no plan")
+    result.add_argument("--json", action="store_true", help="all of it, in bytes, for a program")
+    return result

@@ -1,0 +1,114 @@
+"""Does the model divide over the ranks, and do the chosen layers carry what the flags ask of them?"""
+
+from argparse import Namespace
+
+from megatron_cream.common import devices
+from megatron_cream.common.cli import to_flag
+from megatron_cream.common.errors import UsageError
+from megatron_cream.model import user_buffers
+
+
+def check(args: Namespace) -> None:
+    """Raise UsageError where the model's shape or the parallel layout cannot run. After filling in."""
+    _check_shapes(args)
+    _check_parallel(args)
+
+
+def _check_shapes(args: Namespace) -> None:
+    hidden, heads, groups = args.hidden_size, args.num_attention_heads, args.num_query_groups
+    if hidden % heads:
+        raise UsageError(f"--num-attention-heads {heads}: must divide --hidden-size {hidden}")
+    if args.group_query_attention:
+        if not groups or heads % groups:
+            raise UsageError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
+    elif groups not in (None, 1, heads):
+        raise UsageError(f"--num-query-groups {groups}: add --group-query-attention")
+    tp = args.tensor_model_parallel_size
+    if heads % tp:
+        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --num-attention-heads {heads}")
+    if args.group_query_attention and groups % tp and tp % groups:
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp}: must divide --num-query-groups {groups}, or be a multiple"
+        )
+    if args.ffn_hidden_size and args.ffn_hidden_size % tp:
+        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --ffn-hidden-size {args.ffn_hidden_size}")
+
+
+def _check_parallel(args: Namespace) -> None:
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    if args.world_size % (tp * pp * cp):
+        raise UsageError(
+            f"{args.world_size} ranks: must be a multiple of --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = {tp * pp * cp}"
+        )
+    uneven = args.decoder_first_pipeline_num_layers or args.decoder_last_pipeline_num_layers
+    counted = args.num_layers + args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+    if counted % pp and not uneven and not args.pipeline_model_parallel_layout:
+        raise UsageError(f"--pipeline-model-parallel-size {pp}: must divide --num-layers {args.num_layers}")
+    lengths = [("--seq-length", args.seq_length)]
+    for name in ("eval_lengths", "long_eval_lengths"):
+        lengths += [(to_flag(name), length) for length in getattr(args, name) or []]
+    for name, length in lengths:
+        if cp > 1 and length % (2 * cp):
+            raise UsageError(f"{name} {length}: must be a multiple of 2 x --context-parallel-size {cp}")
+        if args.sequence_parallel and length % (tp * cp):
+            raise UsageError(
+                f"{name} {length}: must be a multiple of --tensor-model-parallel-size {tp} under --sequence-parallel"
+            )
+    data_parallel = args.world_size // (tp * pp * cp)
+    samples = args.micro_batch_size * data_parallel
+    if args.global_batch_size is not None and args.global_batch_size % samples:
+        raise UsageError(
+            f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
+            f"{args.micro_batch_size} x {data_parallel} data-parallel ranks = {samples}"
+        )
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UsageError("--full-validation: works in megatron-core 0.19 only with --multiple-validation-sets")
+    selective = args.recompute_granularity == "selective"
+    if selective and "layernorm" in (args.recompute_modules or []) and not args.attention["transformer_engine"]:
+        raise UsageError(
+            "--recompute-modules layernorm: works in megatron-core 0.19 only with Transformer Engine's layers"
+        )
+    if args.attention_dropout and args.attention["name"] in ("sdpa", "flash"):
+        raise UsageError(
+            f"--attention-dropout {args.attention_dropout}: not with --attention-backend {args.attention['name']}; use 0"
+        )
+    if args.attention["name"] == "local" and cp > 1:
+        raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
+    if not args.attention["transformer_engine"] and not args.print_config:
+        _transformer_engine_alone(args)
+    if args.tp_comm_overlap:
+        _user_buffers(args)
+
+
+def _transformer_engine_alone(args: Namespace) -> None:
+    """What other layers do not look at: the run would be in another precision, or place, than it was asked for."""
+    flags = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+    also = "cpu_offloading_num_layers hierarchical_context_parallel_sizes te_precision_config_file fp8_param_gather "
+    also += "fused_residual_rmsnorm use_transformer_engine_op_fuser use_grouped_gemm_for_dense_mlp delay_wgrad_compute "
+    also += "fine_grained_activation_offloading use_te_activation_func symmetric_ar_type log_max_attention_logit"
+    for name, given in (flags | {name: to_flag(name) for name in also.split()}).items():
+        if (value := getattr(args, name)) and not (name == "use_te_activation_func" and devices.has_cuda()):
+            raise UsageError(f"{given} {value}: needs Transformer Engine's layers, which this run does not have")
+
+
+def _user_buffers(args: Namespace) -> None:
+    """Transformer Engine's, which send beside its products; of the size of a micro-batch."""
+    if not args.sequence_parallel or args.tensor_model_parallel_size == 1:
+        raise UsageError("--tp-comm-overlap: needs --tensor-model-parallel-size 2 or more and --sequence-parallel")
+    if not args.attention["transformer_engine"]:
+        raise UsageError(
+            "--tp-comm-overlap: needs Transformer Engine's layers, which this run does not have; leave it out"
+        )
+    for name in ("eval_lengths", "long_eval_interval"):
+        if value := getattr(args, name):
+            raise UsageError(
+                f"{to_flag(name)} {value}: not with --tp-comm-overlap, whose buffers hold samples of --seq-length "
+                f"{args.seq_length} tokens; leave one of them out (tools/evaluate.py reads a checkpoint at any length)"
+            )
+    if args.tp_comm_overlap_cfg is not None:
+        user_buffers.check(args.tp_comm_overlap_cfg)

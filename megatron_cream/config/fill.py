@@ -1,0 +1,194 @@
+"""Fill in what the flags leave open: from the model that the run starts from, from other flags, from the machine.
+
+Nothing is checked here, but that a value can be chosen at all.
+"""
+
+import math
+import os
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_cream.checkpoint import pretrained, save_hook, start
+from megatron_cream.checkpoint.mapping import padded_vocabulary
+from megatron_cream.checkpoint.start import Origin
+from megatron_cream.common import devices
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config import samplers
+from megatron_cream.config.values import long_eval_tasks
+from megatron_cream.data import embedded
+from megatron_cream.distributed import watchdog
+from megatron_cream.model import kernels, user_buffers
+from megatron_cream.model.attention import choose_backend
+from megatron_cream.model.rope_choice import Rope, RopeFlags, choose_rope, contradicts
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def embedded_data(args: Namespace) -> None:
+    """Set data and tokenizer of --embedded-data."""
+    if not args.embedded_data:
+        return
+    corpus = embedded.prepare()
+    args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", str(corpus.tokenizer_model)
+    args.train_data_path, args.valid_data_path = [str(corpus.train_prefix)], [str(corpus.valid_prefix)]
+
+
+def from_model(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
+    """Take the shape and the tokenizer of the model that the run starts from, where the user did not set them.
+
+    Sets `args.model_folder`, which training, saving and export read.
+    """
+    args.model_folder = origin.model_folder
+    if origin.shape is None:
+        return
+    for name, value in origin.shape.megatron_args().items():
+        if name != "rotary_base":  # `rope` chooses it
+            setattr(args, name, value)
+    divisor, tp = args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+    args.padded_vocab_size = padded_vocabulary(origin.shape.vocab_size, divisor if divisor % tp == 0 else divisor * tp)
+    if args.tokenizer_model is None and not args.embedded_data:
+        _tokenizer(args, origin.model_folder, defaults["tokenizer_type"])
+
+
+def _tokenizer(args: Namespace, folder: Path, default_type: str) -> None:
+    if args.tokenizer_type == "Llama2Tokenizer":
+        if (folder / "tokenizer.model").is_file():
+            args.tokenizer_model = str(folder / "tokenizer.model")
+    elif args.tokenizer_type == default_type and any((folder / name).is_file() for name in _TOKENIZERS):
+        args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(folder)
+
+
+def derived(args: Namespace) -> None:
+    """Fill in what follows from other values and from what is installed."""
+    cuda = devices.has_cuda()
+    if args.print_config and "WORLD_SIZE" not in os.environ:
+        # Planned without a launcher: the fewest ranks that the layout needs.
+        sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+        args.world_size = math.prod(sizes)
+    if args.fp16 or args.fp32:
+        args.bf16 = False
+    if args.skip_train and args.train_iters is None and args.train_samples is None:
+        args.train_iters = 1  # Megatron sizes its data sets by it; no step is made
+    if (args.train_data_path or args.per_split_data_args_path) and not args.data_args_path:
+        args.split = None
+    args.target_length = args.target_length or args.seq_length
+    samplers.fill(args)
+    args.max_position_embeddings = max(
+        args.max_position_embeddings or 0, args.target_length, *(args.eval_lengths or [0])
+    )
+    _long_evaluation(args)
+    args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
+    try:
+        backend = choose_backend(
+            args.attention_backend,
+            has_cuda=cuda,
+            half=args.bf16 or args.fp16,
+            deterministic=args.deterministic or args.deterministic_mode,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    args.attention = asdict(backend)  # plain, as it is saved with every checkpoint
+    args.check_for_nan_in_loss_and_grad = args.nan_policy == "rerun"
+    if args.nan_policy == "rerun" and args.rerun_mode == "disabled":
+        args.rerun_mode = "validate_results"
+    if not args.hidden_dropout:
+        # What Megatron compiles there is then the sum with the residual: one kernel also without a compiler, whose
+        # code takes the host much longer to enter.
+        args.bias_dropout_fusion = False
+    if not cuda:
+        args.gradient_accumulation_fusion = False
+    elif kernels.INSTALLED:
+        # Megatron's name for "the MLP's activation is a module of the layer spec's".
+        args.use_te_activation_func, args.bias_swiglu_fusion = True, False
+    args.transformer_impl = "transformer_engine" if args.attention["transformer_engine"] else "local"
+
+
+def _long_evaluation(args: Namespace) -> None:
+    """What follows from other flags: lengths, and what picks the best."""
+    if args.long_eval_interval is None:
+        return
+    args.long_eval_lengths = sorted(set(args.long_eval_lengths or [args.target_length]))
+    if args.long_eval_best is None:
+        args.long_eval_best = "perplexity" if long_eval_tasks(args) == ("perplexity",) else "accuracy"
+
+
+def rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
+    """Set the run's rotary embedding, from the flags and the model that it starts from, or came from."""
+    default_theta = float(defaults["rotary_base"])
+    flags = RopeFlags(
+        target=args.target_length,
+        window=args.seq_length,
+        type=args.rope_scaling_type,
+        factor=args.rope_scaling_factor,
+        original=args.original_max_position_embeddings,
+        theta=None if args.rotary_base == default_theta else float(args.rotary_base),
+    )
+    found, shape = origin.checkpoint, origin.shape
+    saved = start.saved_rope(found)
+    if saved and start.resumes(args, found) and not contradicts(flags, saved):
+        chosen = Rope(theta=saved.theta, scaling=saved.scaling, original=saved.original)
+    else:
+        model = saved if saved and not start.resumes(args, found) else shape and shape.rope()
+        try:
+            chosen = choose_rope(flags, model, head_dim=args.kv_channels, default_theta=default_theta)
+        except ValueError as error:
+            raise UsageError(f"--rope-scaling-type {args.rope_scaling_type}: {error}") from error
+    args.rotary_base, args.rope_scaling_config, args.rope_window = chosen.theta, chosen.scaling, chosen.original
+    args.rope_lines = list(chosen.lines)
+
+
+def saving(args: Namespace) -> None:
+    """Fill in where and how often to save, and hide the words of --save-hook in what is saved and logged."""
+    if args.save_hook is not None:
+        args.save_hook = save_hook.take(args.save_hook)
+    if args.save_hf is not None and args.save is None:
+        args.save, args.no_save_optim = str(pretrained.between(Path(args.save_hf).absolute())), True
+    if args.save is not None and args.save_interval is None:
+        args.save_interval = args.train_iters or 1000
+
+
+def for_megatron(args: Namespace) -> None:
+    """Give Megatron's own flags the values that follow from ours, from the layout and from the machine."""
+    args.attention_backend = AttnBackend[args.attention["te_kernel"]]
+    args.deterministic_mode = args.deterministic_mode or args.deterministic
+    shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    args.overlap_grad_reduce, args.overlap_param_gather = overlaps(args, shared, devices.has_cuda())
+    user_buffers.fill(args)
+    args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save  # else Megatron turns this off
+    if args.distributed_timeout_minutes is None:
+        # A collective that times out says nothing of where the others stand: the watchdog goes first.
+        patient = math.ceil(watchdog.PATIENCE * args.timeout_minutes) + 1
+        args.distributed_timeout_minutes = patient if args.timeout_minutes else 10
+    # Megatron multiplies this by TP; divided first, a checkpoint's vocabulary is the same at any TP.
+    tp = args.tensor_model_parallel_size
+    if args.make_vocab_size_divisible_by % tp == 0:
+        args.make_vocab_size_divisible_by //= tp
+
+
+def overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:
+    """Whether gradients are reduced beside the backward pass, and weights gathered beside the forward pass.
+
+    What a flag or recipe says; else both, where a distributed optimizer's shards are on several GPUs.
+
+    Args:
+        ranks: that share the weights: data-parallel times context-parallel.
+    """
+    sharded = args.use_distributed_optimizer and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
+    default = cuda and ranks > 1 and sharded and not args.skip_train
+    reduce, gather = args.overlap_grad_reduce, args.overlap_param_gather
+    reduce = default if reduce is None else reduce
+    return reduce, default and reduce if gather is None else gather
+
+
+def use_expandable_segments(args: Namespace) -> None:
+    """Let torch's memory grow in segments, as in all of this project's figures, so that what was measured to fit does.
+
+    torch reads it at the first allocation. Megatron rejects it beside CUDA graphs and NCCL's own buffers.
+    """
+    alone = args.cuda_graph_impl == "none" and not args.nccl_ub
+    if alone and "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -1,0 +1,96 @@
+"""What leaves the flags as plain values: Megatron's namespace for Megatron, small dataclasses and numbers for the rest."""
+
+from argparse import Namespace
+
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_cream.checkpoint.pretrained import weights_hook
+from megatron_cream.common import devices
+from megatron_cream.config.samplers import sampler_options
+from megatron_cream.data.dataset import LongDocumentDatasetConfig
+from megatron_cream.distributed import watchdog
+from megatron_cream.model import flops, kernels
+from megatron_cream.model.attention import AttentionBackend
+from megatron_cream.model.llama import LlamaModelConfig
+from megatron_cream.optimizer import finite
+
+
+def one_pass_optimizer(args: Namespace) -> bool:
+    """Whether the optimizer's step can be that of `optimizer.one_pass`: AdamW in float32 on a GPU."""
+    other = (
+        "use_precision_aware_optimizer",
+        "optimizer_cpu_offload",
+        "optimizer_cuda_graph",
+        "use_megatron_fsdp",
+        "use_torch_fsdp2",
+    )
+    plain = args.optimizer == "adam" and not any(getattr(args, name, False) for name in other)
+    return devices.has_cuda() and kernels.INSTALLED and plain
+
+
+def model_config(args: Namespace) -> LlamaModelConfig:
+    """What the model builder needs."""
+    load = weights_hook(args)
+    hooks = [*([load] if load else []), watchdog.listen, finite.of_model]
+    options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": hooks}
+    return LlamaModelConfig(
+        **options,
+        rope_scaling_config=args.rope_scaling_config,
+        rope_max_positions=args.max_position_embeddings,
+        attention=AttentionBackend(**args.attention),
+        real_vocab_size=args.vocab_size,
+    )
+
+
+def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
+    """What Megatron's dataset builder and our transform need."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return LongDocumentDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        sampler=sampler_options(args),
+        mask_segment_starts=args.mask_segment_starts,
+        eod_token=tokenizer.eod if args.eod_mask_loss else None,
+        vocab_size=args.vocab_size,
+    )
+
+
+def flops_per_token(args: Namespace) -> float:
+    return flops.flops_per_token(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        num_attention_heads=args.num_attention_heads,
+        vocab_size=args.padded_vocab_size,
+        seq_length=args.seq_length,
+    )
+
+
+def held_out_files(args: Namespace) -> list[tuple[str, tuple[float, float]]]:
+    """Prefixes of the validation data, each with the share of its documents that validation has."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend_per_split is not None:
+        return [(prefix, (0.0, 1.0)) for prefix in (blend_per_split[1] or ([],))[0]]
+    share = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[1]
+    return [(prefix, share) for prefix in blend[0]] if share else []
+
+
+def long_eval_tasks(args: Namespace) -> tuple[str, ...]:
+    """Return the names in --long-eval-tasks, once each."""
+    return tuple(dict.fromkeys(name.strip() for name in args.long_eval_tasks.split(",")))

@@ -1,0 +1,68 @@
+"""The evaluations that a training run makes: at its target lengths, and perplexity at each length of --eval-lengths."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from megatron.training import get_tokenizer
+from megatron.training.utils import is_last_rank
+
+from megatron_cream.checkpoint.best import BestCheckpoint
+from megatron_cream.common.files import append_line, to_json
+from megatron_cream.config import values
+from megatron_cream.evaluation import perplexity
+from megatron_cream.evaluation.long_evaluation import LongEvaluation
+from megatron_cream.evaluation.models.tokenizer import TrainingTokenizer
+from megatron_cream.optimizer import finite
+from megatron_cream.training import progress
+from megatron_cream.training.watch import Watch, loaded_from
+
+
+def watch_from_flags(args: Namespace, step_line: progress.StepLine) -> Watch:
+    """Build the evaluation at the target lengths, --long-eval-interval."""
+    names, lengths, best = values.long_eval_tasks(args), args.long_eval_lengths, None
+    evaluation = LongEvaluation(
+        TrainingTokenizer(get_tokenizer()) if names != ("perplexity",) else None,
+        tasks=names,
+        lengths=lengths,
+        samples=args.long_eval_samples,
+        held_out=values.held_out_files(args) if "perplexity" in names else [],
+    )
+    score = None if args.long_eval_best == "none" else args.long_eval_best
+    if score and not args.skip_train:
+        settings = dict(tasks=",".join(names), lengths=lengths, samples=args.long_eval_samples, best=score)
+        best = BestCheckpoint(Path(args.save), settings, clean=args.rank == 0)
+    return Watch(
+        evaluation,
+        interval=args.long_eval_interval,
+        last_step=step_line.total_steps,
+        share=args.long_eval_share,
+        score=score,
+        best=best,
+        folder=Path(args.save) if args.save else None,
+        step_line=step_line,
+    )
+
+
+def perplexity_by_length(args: Namespace, terminal: TextIO) -> Callable:
+    """Return what Megatron calls at the end of every evaluation, with the model."""
+    longest = max(args.eval_lengths)
+    documents = perplexity.held_out_documents(values.held_out_files(args), longest, args.eval_documents)
+
+    def evaluate(model) -> None:
+        scored = min(args.eval_lengths) // 2
+        result = perplexity.perplexity_by_length(model, documents, args.eval_lengths, scored)
+        if args.skip_train:
+            finite.check_values(result.values(), loaded_from(args))
+        if not is_last_rank():
+            return
+        iteration = args.iteration if args.skip_train else args.curr_iteration + 1
+        text = ", ".join(f"{n}: {value:.2f}" for n, value in result.items())
+        print(f"perplexity by context length | {text}", file=terminal, flush=True)
+        progress.log_values({f"perplexity/{n}": value for n, value in result.items()}, iteration)
+        if args.save:
+            record = dict(iteration=iteration, documents=len(documents), perplexity=result)
+            append_line(Path(args.save) / "perplexity_by_length.jsonl", to_json(record))
+
+    return evaluate
