@@ -63,6 +63,7 @@ def test_answers_are_transformers(folder, tmp_path):
     assert found == answers(tmp_path / "transformers") and len(found) >= 4 and len(set(found.values())) > 1
 
 
+@pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)  # an engine takes a minute to start
 def test_a_checkpoint_is_exported_for_it(folder, tmp_path):
     for name, model in {"checkpoint": "ckpt", "folder": "out"}.items():
         ended = evaluate("--model", folder / model, *GRID, 600, "--engine", "vllm", "--output", tmp_path / name)
@@ -70,11 +71,12 @@ def test_a_checkpoint_is_exported_for_it(folder, tmp_path):
     assert answers(tmp_path / "checkpoint") == answers(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)
 def test_beyond_its_positions(folder, tmp_path):
     """vLLM takes no such prompt, where transformers runs it as well as it can."""
     ended = evaluate("--model", folder / "out", *GRID, 3000, "--engine", "vllm", "--output", tmp_path / "out")
     last = [line for line in ended.stderr.splitlines() if line.startswith("evaluate.py: error:")]
-    assert ended.returncode == 2 and len(last) == 1
+    assert ended.returncode == 2 and len(last) == 1, ended.stderr[-3000:]
     assert "--engine vllm" in last[0] and "max_position_embeddings 2048" in last[0]
 
 
