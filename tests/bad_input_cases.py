@@ -1,6 +1,6 @@
 """Bad checkpoints and model folders: what is done to good ones, the command line that meets it, what its line says.
 
-More of Hugging Face folders, for the converter, is in test_convert_faults.py.
+More of Hugging Face folders, for the converter, is in checkpoint/test_convert_faults.py.
 """
 
 import pickle

@@ -1,6 +1,6 @@
 """Bad recipes, flags, data and inputs of the tools: what is done, the command line that meets it, what its line says.
 
-More of .bin/.idx files is in test_bad_data.py, of flags in test_arguments.py.
+More of .bin/.idx files is in config/test_bad_data.py, of flags in config/test_parse.py.
 """
 
 import json

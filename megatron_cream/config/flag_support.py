@@ -21,16 +21,16 @@ class Support(NamedTuple):
 
 # The test file that runs each flag.
 TESTED = {
-    "test_arguments.py": """
+    "config/test_parse.py": """
         config print-config num-layers hidden-size num-attention-heads num-query-groups group-query-attention
         seq-length micro-batch-size global-batch-size target-length position-sampler cream-sigma cream-variant
         no-overlap-grad-reduce no-overlap-param-gather rope-scaling-factor""",
-    "test_parallel.py": """
+    "training/test_parallel.py": """
         tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size sequence-parallel
         use-distributed-optimizer overlap-grad-reduce overlap-param-gather ddp-num-buckets recompute-granularity
         recompute-method recompute-num-layers recompute-modules attention-backend eval-micro-batch-size ckpt-step save
         load save-interval pretrained-checkpoint fp32 train-iters eval-iters data-path split""",
-    "test_flag_support.py": """
+    "config/test_flag_support.py": """
         no-initialization cross-entropy-loss-fusion deterministic-mode no-masked-softmax-fusion no-bias-gelu-fusion
         no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-persist-layer-norm
         no-gradient-accumulation-fusion mlp-chunks-for-training recompute-activations norm-epsilon add-qkv-bias
@@ -53,26 +53,26 @@ TESTED = {
         enable-experimental exit-signal-handler-for-dataloader disable-msc no-check-for-nan-in-loss-and-grad
         exit-duration-in-mins decrease-batch-size-if-needed check-for-large-grads check-for-spiky-loss
         check-weight-hash-across-dp-replicas-interval ddp-pad-buckets-for-high-nccl-busbw""",
-    "test_model.py": "disable-bias-linear use-cpu-initialization make-vocab-size-divisible-by",
-    "test_one_pass.py": "bf16 tensorboard-dir",
-    "test_gpu.py": "cuda-graph-impl te-rng-tracker cp-comm-type",
-    "test_pretrained.py": "load-hf save-hf ffn-hidden-size rope-scaling-type",
-    "test_rope_scaling.py": "original-max-position-embeddings",
-    "test_convert.py": "max-position-embeddings",
-    "test_after_save.py": "async-save save-retain-interval most-recent-k save-hook save-hook-minutes",
-    "test_faults.py": "timeout-minutes signal-exit-code no-save-optim no-load-optim no-load-rng",
-    "test_bad_inputs.py": "seed no-checkpoint-checksums",
-    "test_bad_data.py": "train-data-path valid-data-path data-args-path per-split-data-args-path",
-    "test_data_cache.py": "data-cache-path",
-    "test_dataset.py": "mask-segment-starts num-workers",
-    "test_chat_data.py": "tokenizer-type tokenizer-model",
-    "test_determinism.py": "deterministic",
-    "test_finite.py": "nan-policy",
-    "test_perplexity.py": "eval-lengths eval-documents num-layers-per-virtual-pipeline-stage",
-    "test_default_run.py": "embedded-data",
-    "test_long_evaluation_runs.py": """
+    "model/test_llama.py": "disable-bias-linear use-cpu-initialization make-vocab-size-divisible-by",
+    "optimizer/test_one_pass.py": "bf16 tensorboard-dir",
+    "training/test_gpu.py": "cuda-graph-impl te-rng-tracker cp-comm-type",
+    "checkpoint/test_pretrained.py": "load-hf save-hf ffn-hidden-size rope-scaling-type",
+    "model/test_rope_scaling.py": "original-max-position-embeddings",
+    "checkpoint/test_convert.py": "max-position-embeddings",
+    "checkpoint/test_after_save.py": "async-save save-retain-interval most-recent-k save-hook save-hook-minutes",
+    "training/test_faults.py": "timeout-minutes signal-exit-code no-save-optim no-load-optim no-load-rng",
+    "config/test_bad_inputs.py": "seed no-checkpoint-checksums",
+    "config/test_bad_data.py": "train-data-path valid-data-path data-args-path per-split-data-args-path",
+    "data/test_data_cache.py": "data-cache-path",
+    "data/test_dataset.py": "mask-segment-starts num-workers",
+    "data/test_chat_data.py": "tokenizer-type tokenizer-model",
+    "training/test_determinism.py": "deterministic",
+    "optimizer/test_finite.py": "nan-policy",
+    "evaluation/test_perplexity.py": "eval-lengths eval-documents num-layers-per-virtual-pipeline-stage",
+    "training/test_default_run.py": "embedded-data",
+    "evaluation/test_long_evaluation_runs.py": """
         long-eval-interval long-eval-tasks long-eval-lengths long-eval-samples long-eval-share console skip-train""",
-    "test_long_evaluation.py": "long-eval-best",
+    "evaluation/test_long_evaluation.py": "long-eval-best",
 }
 
 # Why no test runs a flag that is passed on, or what the flag needs.

@@ -1,7 +1,7 @@
 """What the GPUs of a run say to each other, in bytes, and how long that takes over given links.
 
 Ranks are numbered as Megatron does it (tp-cp-ep-dp-pp): tensor-parallel ranks are neighbours, then come
-context-, data- and pipeline-parallel ones. tests/test_plan_traffic.py counts the same bytes in real runs.
+context-, data- and pipeline-parallel ones. tests/planning/test_traffic.py counts the same bytes in real runs.
 """
 
 from collections import Counter

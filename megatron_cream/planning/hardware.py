@@ -70,7 +70,7 @@ class Cluster:
 
 # What one H200 reached, as shares of its data sheet's peaks. All were fitted on the profile of one run in bf16
 # (eight layers of 7B width) but where another is named; megatron_cream/planning/measured_runs.json has the runs, and
-# tests/test_plan_measured.py fits them again. Other GPUs are given the same shares, but for `Gpu.products`.
+# tests/planning/test_measured.py fits them again. Other GPUs are given the same shares, but for `Gpu.products`.
 
 PRODUCTS = {"bf16": 0.791, "fp8": 0.772, "fp8 blockwise": 0.582}
 """Of the peak in matrix products, beside the time that their operands' bytes take. fp8: so that the same run in FP8

@@ -1,6 +1,6 @@
 """A Hugging Face folder, run by vLLM where that is installed.
 
-Run with vLLM 0.32 on a CPU: greedy answers are transformers' (tests/test_vllm.py).
+Run with vLLM 0.32 on a CPU: greedy answers are transformers' (tests/evaluation/test_vllm.py).
 """
 
 import math

@@ -1,0 +1,79 @@
+"""A model whose rotary embedding is widened: trained, exported, loaded by transformers, resumed and extended again."""
+
+import json
+
+import pytest
+
+from megatron_cream.config import parse
+from tests.checkpoint.test_convert import run_tool
+from tests.hf_models import LLAMA3, save_model
+from tests.launch import torchrun, write_documents
+
+FLAGS = "--seq-length 128 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-4 --fp32 --num-workers 0"
+FLAGS += " --split 90,10,0 --eval-iters 0 --tokenizer-type NullTokenizer --log-interval 1"
+WIDER = [*FLAGS.split(), "--target-length", "1024"]
+SCALING = {key: value for key, value in LLAMA3.items() if key != "rope_theta"} | {"factor": 16.0}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """hf: Llama 3's scaling by 8 of a window of 64, for 512 positions; run, out: trained to 1024 with a larger theta."""
+    folder = tmp_path_factory.mktemp("rope")
+    documents = write_documents(folder / "documents")
+    save_model(folder / "hf", "llama-3")
+    ends = ["--load-hf", folder / "hf", "--save", folder / "run", "--save-hf", folder / "out"]
+    result = torchrun(1, *WIDER, "--data-path", documents, *ends, "--rotary-base", "1e6")
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder, result.stderr
+
+
+def read(folder, *flags):
+    return parse.read([*WIDER, "--data-path", str(folder / "documents"), *map(str, flags)])
+
+
+def test_each_change_is_one_line(run):
+    _, said = run
+    lines = [line for line in said.splitlines() if line.startswith("rope:")]
+    assert lines == [
+        "rope: theta changes from the model's 500000 to 1e+06 (--rotary-base)",
+        "rope: the model's llama3 scaling goes from factor 8 (512 positions) to factor 16 (1024 positions), window 64",
+    ]
+
+
+def test_transformers_computes_what_the_checkpoint_does(run, tmp_path):
+    """Over all 1024 positions: the old scaling, or theta, would show."""
+    folder, _ = run
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["rope_theta"]) == (1024, 1e6)
+    assert config["rope_scaling"] == SCALING
+    (tmp_path / "text").write_text("The window of a language model. " * 31)
+    text = ["--text-file", tmp_path / "text"]
+    result = run_tool("verify", "--checkpoint", folder / "run", "--hf-path", folder / "out", *text)
+    assert result.returncode == 0 and "logits: 992 tokens" in result.stdout, result.stdout + result.stderr
+    for key, value in {"rope_theta": 5e5, "rope_scaling": SCALING | {"factor": 8.0}}.items():
+        (folder / "out" / "config.json").write_text(json.dumps(config | {key: value}))
+        result = run_tool("verify", "--checkpoint", folder / "run", "--hf-path", folder / "out", *text)
+        assert result.returncode != 0, result.stdout
+    (folder / "out" / "config.json").write_text(json.dumps(config))
+
+
+def test_a_resumed_run_and_the_next_extension_start_from_what_was_trained(run):
+    folder, _ = run
+    resumed = read(folder, "--load", folder / "run")
+    assert (resumed.rotary_base, resumed.rope_scaling_config, resumed.rope_lines) == (1e6, SCALING, [])
+    for source in (["--pretrained-checkpoint", folder / "run"], ["--load-hf", folder / "out"]):
+        again = read(folder, *source, "--target-length", 2048, "--position-sampler", "pose")
+        assert (again.rotary_base, again.rope_scaling_config) == (1e6, SCALING | {"factor": 32.0})
+        assert "from factor 16 (1024 positions) to factor 32 (2048 positions)" in again.rope_lines[0]
+
+
+def test_an_import_is_read_as_the_folder_it_came_from(run):
+    folder, _ = run
+    result = run_tool("import", "--hf-path", folder / "hf", "--output", folder / "ckpt")
+    assert result.returncode == 0, result.stderr
+    for flags in ([], ["--rope-scaling-type", "yarn"], ["--rotary-base", "2e6"]):
+        found = [read(folder, *source, *flags) for source in (
+            ["--load-hf", folder / "hf"], ["--pretrained-checkpoint", folder / "ckpt"], ["--load", folder / "ckpt"],
+        )]  # fmt: skip
+        ropes = [(args.rotary_base, args.rope_scaling_config, args.rope_lines) for args in found]
+        assert ropes[0][2] and ropes == [ropes[0]] * 3

@@ -1,0 +1,389 @@
+"""Chats: what is written, which tokens the loss counts on, and that training finds the mask."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from megatron_cream.data.chat import Llama2Chat, TemplateChat, take_messages
+from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
+from megatron_cream.data.documents import BadDocument
+from megatron_cream.data.indexed import loss_mask_prefix, read_index
+from megatron_cream.data.preprocess import preprocess
+from megatron_cream.data.tokenizers import load_tokenizer
+from tests.data.test_preprocess import ByteTokenizer, run_tool, written
+from tests.launch import train, write_documents
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'].strip() }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Llama-2-chat's own: no prompt for an answer, BOS in the text, turns that must alternate.
+LLAMA2 = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# As reasoning models': the last answer alone has its thoughts.
+REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """folder(template): a byte-level BPE tokenizer, as of Llama 3 or Qwen, with that chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    inner.train_from_iterator(["what is the answer to this question", "the answer is that there is none"], trainer)
+
+    def folder(template):
+        path = tmp_path_factory.mktemp("chat")
+        PreTrainedTokenizerFast(
+            tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template
+        ).save_pretrained(path)
+        return path
+
+    return folder
+
+
+def talk(*turns: str) -> list[dict]:
+    """Messages, questions and answers by turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def spans(ids, mask, decode) -> list[str]:
+    """The texts of the runs of tokens that the mask marks."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]))).reshape(-1, 2)
+    return [decode(list(ids[a:b])) for a, b in edges]
+
+
+def test_llama2_turns_stand_as_its_authors_encode_them():
+    system = {"role": "system", "content": "Be brief."}
+    ids, mask = Llama2Chat(ByteTokenizer())([system, *talk(" q1\n", "a1 ", "q2", "a2")])
+    first, second = b"[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n q1 [/INST]", b"[INST] q2 [/INST]"
+    assert ids == [256, *first, *b" a1 ", 257, 256, *second, *b" a2 ", 257]
+    parts = [(1 + len(first), 0), (5, 1), (1 + len(second), 0), (5, 1)]
+    assert mask.tolist() == [value for count, value in parts for _ in range(count)]
+
+
+def test_a_token_over_the_edge_of_an_answer_is_the_answers():
+    class Merging(ByteTokenizer):
+        def tokenize(self, text):  # "] " in one token
+            return list(text.replace("] ", "\x01").encode())
+
+    ids, mask = Llama2Chat(Merging())(talk("q", "a"))
+    assert bytes(ids[1:-1]) == b"[INST\x01q [/INST\x01a "
+    assert bytes(np.array(ids)[mask == 1][:-1].tolist()) == b"\x01a "
+
+
+def test_llama2_needs_bos_and_eos():
+    tokenizer = ByteTokenizer()
+    tokenizer.bos = None
+    with pytest.raises(ValueError, match="no BOS or no EOS"):
+        Llama2Chat(tokenizer)
+
+
+def test_template_masks_are_those_of_transformers(chat_folder):
+    """Where a template marks its answers, transformers gives the mask too."""
+    from transformers import AutoTokenizer
+
+    folder = chat_folder(CHATML)
+    encode, reference = (
+        TemplateChat(load_tokenizer("HuggingFaceTokenizer", folder)),
+        AutoTokenizer.from_pretrained(folder),
+    )
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=7), st.booleans())
+    @example(["0", "|"], False)  # in the end token too
+    def check(turns, with_system):
+        system = [{"role": "system", "content": "the answer"}] if with_system else []
+        messages = system + talk(*turns[: len(turns) // 2 * 2])
+        expected = reference.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = encode(messages)
+        assert ids == expected["input_ids"]
+        assert mask.tolist() == expected["assistant_masks"]
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "template, answers",
+    [
+        (LLAMA2, [" the answer </s>", " none </s>"]),
+        (REASONING, ["the answer<|im_end|>", "<think>\n\n</think>\n\nnone<|im_end|>"]),
+    ],
+)
+def test_templates_that_mark_nothing(chat_folder, template, answers):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", chat_folder(template))
+    messages = talk("what is it", "the answer", "the answer", "none")
+    ids, mask = TemplateChat(tokenizer)(messages)
+    inner = tokenizer._tokenizer.tokenizer
+    assert inner.decode(ids) == inner.apply_chat_template(messages, tokenize=False)
+    assert spans(ids, mask, inner.decode) == answers
+
+
+def test_templates_that_cannot_carry_a_chat(chat_folder):
+    refuses = TemplateChat(load_tokenizer("HuggingFaceTokenizer", chat_folder(LLAMA2)))
+    with pytest.raises(BadDocument, match="refuses"):
+        refuses([{"role": "system", "content": "s"}, *talk("q", "a")])
+    rewrites = TemplateChat(load_tokenizer("HuggingFaceTokenizer", chat_folder(CHATML.replace(".strip()", " | upper"))))
+    with pytest.raises(BadDocument, match="rewrites"):
+        rewrites(talk("q", "a"))
+    with pytest.raises(ValueError, match="no chat template"):
+        TemplateChat(load_tokenizer("HuggingFaceTokenizer", chat_folder(None)))
+    with pytest.raises(ValueError, match="HuggingFaceTokenizer"):
+        TemplateChat(ByteTokenizer())
+
+
+def share(*turns) -> dict:
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+CLEANED = [
+    (share(("human", "q"), ("gpt", "a")), "uq aa"),
+    (share(("gpt", "x"), ("gpt", "y"), ("human", "q"), ("gpt", "a"), ("human", "z")), "uq aa"),
+    (share(("system", "s"), ("human", "q"), ("gpt", "a")), "ss uq aa"),
+    (share(("system", " "), ("gpt", "x"), ("user", "q"), ("chatgpt", "a")), "uq aa"),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "uq aa"),
+    ({"id": 1, "conversations": []}, "without an answer"),
+    (share(("gpt", "a")), "without an answer"),
+    (share(("human", "q")), "without an answer"),
+    (share(("human", "q"), ("human", "r"), ("gpt", "a")), "do not alternate"),
+    (share(("human", "q"), ("gpt", "a"), ("system", "s"), ("human", "q"), ("gpt", "a")), "do not alternate"),
+    (share(("human", "q"), ("bing", "a")), "unknown role"),
+    (share(("human", "q"), ("gpt", "\n")), "empty turn"),
+    (share(("human", "q"), ("gpt", None)), "malformed turn"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": t} for t in "q"]},
+                {"role": "assistant", "content": [{"text": "a"}]},
+            ]
+        },
+        "uq aa",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "not text"),
+    (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+        "tool calls",
+    ),
+    ({"conversations": ["q", "a"]}, "malformed turn"),
+    ({"conversations": "q"}, "not a list of turns"),
+    ({"text": "q"}, "no key 'conversations' or 'messages'"),
+]
+
+
+@pytest.mark.parametrize("record, expected", CLEANED)
+def test_chats_are_cleaned_or_dropped(record, expected):
+    if expected.endswith("uq aa"):
+        assert " ".join(m["role"][0] + m["content"] for m in take_messages(record)) == expected
+    else:
+        with pytest.raises(BadDocument, match=expected):
+            take_messages(record)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+)
+TURN = st.fixed_dictionaries(
+    {},
+    optional={
+        k: st.sampled_from(["human", "gpt", "system", "user", "assistant"]) | st.text() | JSON
+        for k in ("from", "value", "role", "content")
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.fixed_dictionaries({"conversations": st.lists(TURN | JSON) | JSON}))
+def test_whatever_a_record_holds_a_chat_comes_out_or_a_reason(record):
+    try:
+        messages = take_messages(record)
+    except (BadDocument, UnicodeError):
+        return
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    assert roles and roles == ["user", "assistant"] * (len(roles) // 2)
+    ids, mask = Llama2Chat(ByteTokenizer())(messages)
+    assert len(ids) == len(mask) and mask[-1] == 1 and mask[0] == 0
+
+
+CHATS = [share(("human", f"question {i} ☃"), ("gpt", "answer " * (i % 7 + 1))) for i in range(40)]
+
+
+def write_chats(folder, form):
+    import datasets
+    import pyarrow.parquet
+
+    path = folder / f"chats.{form}"
+    turns = [chat["conversations"] for chat in CHATS]
+    if form == "json":
+        path.write_text(json.dumps(CHATS, indent=1, ensure_ascii=False))
+    elif form == "jsonl":
+        path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    elif form == "openai.jsonl":
+        as_openai = [{"messages": [m | {"n": 1} for m in take_messages(chat)]} for chat in CHATS]
+        path.write_text("".join(json.dumps(chat) + "\n" for chat in as_openai))
+    elif form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"id": range(40), "conversations": turns}), path, row_group_size=7)
+    else:
+        datasets.Dataset.from_dict({"conversations": turns}).save_to_disk(path, num_shards=3)
+    return path
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "openai.jsonl", "parquet", "folder"])
+def test_every_form_of_input_gives_the_same_data_and_mask(tmp_path, form):
+    expected = [Llama2Chat(ByteTokenizer())(take_messages(chat)) for chat in CHATS]
+    path = write_chats(tmp_path, form)
+    report = preprocess(
+        [path], tmp_path / "x", ByteTokenizer(), chat_format="llama2", workers=2, min_document_tokens=2, progress=False
+    )
+    data, mask = IndexedDataset(str(tmp_path / "x")), IndexedDataset(loss_mask_prefix(tmp_path / "x"))
+    assert len(data) == len(mask) == len(expected) and mask.index.dtype is np.uint8
+    for i, (ids, answer) in enumerate(expected):
+        assert data[i].tolist() == ids and mask[i].tolist() == answer.tolist()
+    assert report.loss_tokens == sum(int(answer.sum()) for _, answer in expected)
+
+
+def test_a_file_with_both_columns_is_asked_which_is_meant(tmp_path):
+    import pyarrow.parquet
+
+    turns, others = (CHATS[0]["conversations"], take_messages(CHATS[1]))
+    path = tmp_path / "both.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"conversations": [turns, None], "messages": [None, others]}), path)
+    given = dict(chat_format="llama2", min_document_tokens=2, progress=False)
+    with pytest.raises(ValueError, match="columns 'conversations' and 'messages': --json-key names"):
+        preprocess([path], tmp_path / "x", ByteTokenizer(), **given)
+    report = preprocess([path], tmp_path / "x", ByteTokenizer(), json_key="messages", **given)
+    ids, _ = Llama2Chat(ByteTokenizer())(others)
+    data = IndexedDataset(str(tmp_path / "x"))
+    assert report.documents == len(data) == 1 and data[0].tolist() == ids
+
+
+def test_a_mask_does_not_outlive_its_data(tmp_path):
+    path = write_chats(tmp_path, "jsonl")
+    preprocess([path], tmp_path / "x", ByteTokenizer(), chat_format="llama2", progress=False)
+    text = tmp_path / "a.txt"
+    text.write_text("no chat")
+    with pytest.raises(FileExistsError):
+        preprocess([text], tmp_path / "x", ByteTokenizer(), progress=False)
+    preprocess([text], tmp_path / "x", ByteTokenizer(), overwrite=True, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "chats.jsonl", "x.bin", "x.idx"]
+
+
+def test_dropped_chats_are_counted_and_the_tool_says_so(tmp_path, chat_folder):
+    path = tmp_path / "a.jsonl"
+    bad = [record for record, expected in CLEANED if not expected.endswith("uq aa")]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in [*CHATS, *bad, share(("human", "q"))]))
+    flags = ["--input", path, "--output-prefix", tmp_path / "x", "--chat-format", "tokenizer"]
+    flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", chat_folder(CHATML)]
+    done = run_tool(*flags)
+    assert done.returncode == 0, done.stderr
+    rows = {cells[1].strip(): cells[2].strip() for row in done.stdout.splitlines() if len(cells := row.split("│")) > 2}
+    mask = IndexedDataset(loss_mask_prefix(tmp_path / "x"))
+    assert rows["documents"] == "40"
+    assert int(rows["tokens of the assistant"].replace(",", "")) == sum(int(mask[i].sum()) for i in range(40))
+    assert rows["dropped: chat whose turns do not alternate"] == "2"
+    assert rows["dropped: chat with a malformed turn"] == "2"
+    dropped = sum(int(count) for reason, count in rows.items() if reason.startswith("dropped"))
+    assert dropped == len(bad) + 1
+    before = written(tmp_path / "x")
+
+    done = run_tool(*flags, "--overwrite", "--no-append-eod")
+    assert done.returncode == 2 and "--append-eod: not with --chat-format" in done.stderr
+    (tmp_path / "b.txt").write_text("text")
+    done = run_tool(*flags, "--overwrite", "--input", tmp_path / "b.txt")
+    assert done.returncode == 2 and "b.txt: a chat is a JSON object or a row" in done.stderr
+    assert written(tmp_path / "x") == before
+
+
+N = 96
+
+
+def write_masked(prefix, documents: int = 30, marks=lambda d, length: np.arange(length) // 7 % 2):
+    """Documents whose token i of document d is 1000 d + i, marked by `marks`."""
+    rng = np.random.default_rng(0)
+    builders = [
+        IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32),
+        IndexedDatasetBuilder(f"{loss_mask_prefix(prefix)}.bin", dtype=np.uint8),
+    ]
+    for d, length in enumerate(rng.integers(N, 900, size=documents)):
+        for builder, values in zip(builders, (1000 * d + np.arange(length), marks(d, length))):
+            builder.add_document(torch.from_numpy(values), [int(length)])
+    builders[0].finalize(f"{prefix}.idx")
+    builders[1].finalize(f"{loss_mask_prefix(prefix)}.idx")
+    return str(prefix)
+
+
+def build(prefixes, samples=60, **options):
+    sampler = dict(name="cream", window=N, target=4 * N, sigma=3.0, variant="paper")
+    config = LongDocumentDatasetConfig(
+        random_seed=5, sequence_length=N, blend=(prefixes, None), split="100,0,0", sampler=sampler, **options
+    )
+    return BlendedMegatronDatasetBuilder(LongDocumentDataset, [samples, 0, 0], lambda: True, config).build()[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loss_counts_on_labels_that_are_the_assistants(tmp_path, workers, caplog):
+    prefix = write_masked(tmp_path / "x")
+    with caplog.at_level("INFO"):
+        dataset = build([prefix])
+    assert f"loss on the tokens marked in {prefix}_loss_mask.bin" in caplog.text
+    seen = 0
+    for item in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers):
+        labels, mask = item["labels"].numpy(), item["loss_mask"].numpy()
+        np.testing.assert_array_equal(mask[:-1], labels[:-1] % 1000 // 7 % 2)  # what the label itself says
+        assert mask[-1] == 0 and mask.dtype == np.float32
+        seen += mask.sum()
+    assert 0.4 < seen / (len(dataset) * N) < 0.6
+
+
+def test_masks_in_a_blend_and_under_the_other_masks(tmp_path):
+    chats, text = write_masked(tmp_path / "chats"), tmp_path / "text"
+    builder = IndexedDatasetBuilder(f"{text}.bin", dtype=np.int32)
+    for d in range(20):
+        builder.add_document(torch.arange(10**6, 10**6 + 300), [300])
+    builder.finalize(f"{text}.idx")
+    dataset = build([chats, str(text)], samples=40, mask_segment_starts=True)
+    kinds = set()
+    for i in range(40):
+        item = dataset[i]
+        is_text = bool(item["tokens"][0] >= 10**6)
+        kinds.add(is_text)
+        marked = np.ones(N - 1) if is_text else item["labels"][:-1] % 1000 // 7 % 2
+        assert (item["loss_mask"][:-1] <= marked).all()
+        assert (item["loss_mask"][:-1] != marked).sum() <= 2  # the two segment starts
+    assert kinds == {True, False}
+
+
+def test_training_goes_on_where_samples_have_no_token_to_learn(tmp_path):
+    """Each sample of odd documents has none. Such samples change nothing: not the loss, not the weights."""
+    prefix = write_documents(tmp_path / "x", documents=20, shortest=100)
+    builder = IndexedDatasetBuilder(f"{loss_mask_prefix(prefix)}.bin", dtype=np.uint8)
+    for d, length in enumerate(read_index(prefix).lengths):
+        builder.add_document(torch.full((int(length),), d % 2 == 0), [int(length)])
+    builder.finalize(f"{loss_mask_prefix(prefix)}.idx")
+    flags = ["--data-path", prefix, "--split", "100,0,0", "--eval-iters", 0, "--train-iters", 6]
+    losses = train(1, tmp_path / "tb", *flags)
+    assert len(losses) == 6 and all(np.isfinite(loss) and loss > 0.5 for loss in losses.values())
+    # A mean over the batch with its unmarked samples would be about half.
+    assert losses[1] == pytest.approx(np.log(100), rel=0.1)

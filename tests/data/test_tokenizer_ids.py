@@ -1,0 +1,102 @@
+"""transformers' tokenizer beside the tokenizer.json it is made from, and tokenizers that lack an EOS."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sentencepiece import SentencePieceTrainer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_cream.common.errors import UsageError
+from megatron_cream.data.tokenizers import OtherIds, load_tokenizer
+from megatron_cream.evaluation.models.language_model import find_model
+from megatron_cream.evaluation.models.tokenizer import open_tokenizer
+from tests.data.test_preprocess import run_tool
+from tests.evaluation_models import save_tokenizer
+from tests.launch import torchrun
+
+
+def set_class(folder: Path, name: str) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2TokenizerFast"])
+def test_byte_level_tokenizers_keep_spaces_whatever_their_class(tmp_path, name):
+    """As DeepSeek-R1-Distill-Llama's, whose class is LlamaTokenizerFast: all spaces are kept, or it is rejected."""
+    save_tokenizer(tmp_path)
+    set_class(tmp_path, name)
+    try:
+        tokenizer = open_tokenizer(tmp_path, flag="--tokenizer")
+    except UsageError as error:
+        assert "does not read text as its tokenizer.json does" in str(error)
+    else:
+        assert tokenizer.decode(tokenizer.encode("a b  c\n d")).strip() == "a b  c\n d"
+
+
+def test_other_ids_are_named_and_the_advice_works(tmp_path):
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    raw.train_from_iterator([Path(__file__).read_text()], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(tmp_path)
+    set_class(tmp_path, "LlamaTokenizerFast")
+    with pytest.raises(
+        OtherIds, match=f"^{tmp_path}: transformers 5.* does not read text as its tokenizer.json"
+    ) as caught:
+        load_tokenizer("HuggingFaceTokenizer", tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=f"^--model {tmp_path}: transformers 5"):
+        open_tokenizer(tmp_path, flag="--model")
+    assert 'Set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json' in str(caught.value)
+    set_class(tmp_path, "PreTrainedTokenizerFast")
+    assert load_tokenizer("HuggingFaceTokenizer", tmp_path).vocab_size == 200
+
+
+def without_eos(folder: Path) -> Path:
+    save_tokenizer(folder)
+    file = folder / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "eos_token"}
+    file.write_text(json.dumps(kept))
+    return folder
+
+
+def sentencepiece_without_eos(file: Path) -> Path:
+    with file.open("wb") as writer:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(Path(__file__).read_text().splitlines()), model_writer=writer, vocab_size=400,
+            bos_id=1, eos_id=-1, byte_fallback=True, minloglevel=2,
+        )  # fmt: skip
+    return file
+
+
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
+def test_a_tokenizer_without_eos_goes_all_the_way(tmp_path, kind):
+    """What preprocessing advises is followed, and what it wrote is trained on, exported and evaluated."""
+    if kind == "HuggingFaceTokenizer":
+        model = without_eos(tmp_path / "tokenizer")
+    else:
+        model = sentencepiece_without_eos(tmp_path / "tokenizer.model")
+    flags = ["--tokenizer-type", kind, "--tokenizer-model", model]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "some words of a text " * 100}) + "\n")
+    prepare = ["--input", tmp_path / "x.jsonl", "--output-prefix", tmp_path / "x", *flags]
+    refused = run_tool(*prepare)
+    assert "do not append one (--no-append-eod)" in refused.stderr and refused.returncode == 2
+    written = run_tool(*prepare, "--no-append-eod")
+    assert written.returncode == 0, written.stderr
+    shape = "--num-layers 2 --hidden-size 32 --ffn-hidden-size 88 --num-attention-heads 4 --seq-length 64"
+    shape += " --target-length 256 --rope-scaling-type linear --micro-batch-size 2 --global-batch-size 2 --fp32"
+    shape += " --num-workers 0 --lr 1e-3 --train-iters 1 --eval-iters 0 --split 100,0,0"
+    options = [*shape.split(), *flags, "--data-path", tmp_path / "x"]
+    refused = torchrun(1, *options, "--eod-mask-loss")
+    assert "has no end-of-document token; leave --eod-mask-loss out" in refused.stderr and refused.returncode
+    trained = torchrun(1, *options, "--save", tmp_path / "save")
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    tokenizer = find_model(str(tmp_path / "save")).tokenizer
+    assert (
+        tokenizer.stop_ids == frozenset() and tokenizer.decode(tokenizer.encode("some words")).strip() == "some words"
+    )
+    # A model whose vocabulary is padded may give ids that its tokenizer has none of.
+    assert tokenizer.decode([*tokenizer.encode("some words"), 5000]).strip() == "some words"

@@ -1,0 +1,321 @@
+"""tools/evaluate.py: whole runs on a small model in both formats, resuming, and refusals in one line."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_cream.checkpoint.convert import import_hf
+from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.commands import evaluate as command
+from megatron_cream.common.errors import UsageError
+from megatron_cream.evaluation.models import language_model
+from megatron_cream.evaluation.result_lines import line_of
+from megatron_cream.evaluation.results import RESULTS, SUMMARY
+from tests import task_tokenizers
+from tests.evaluation_models import POSITIONS, is_picture, records_of, save_llama, save_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """Models this small lose by several threads; no process group is left behind."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """{"hf": folder, "ckpt": the same model as a Megatron checkpoint}."""
+    folder = tmp_path_factory.mktemp("models")
+    save_llama(folder / "hf", "llama-gqa-odd-vocabulary")
+    import_hf(HfFolder(folder / "hf"), folder / "ckpt")
+    return {"hf": folder / "hf", "ckpt": folder / "ckpt"}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Three documents, of which the second is too short."""
+    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    parts = [(ROOT / "tools" / "evaluate.py").read_text(), "short", (ROOT / "LICENSE").read_text()]
+    file.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return file
+
+
+def run(monkeypatch, *flags) -> int:
+    """The tool's main in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    try:
+        return command.main()
+    except SystemExit as stop:  # argparse's
+        return stop.code
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / SUMMARY).read_text())
+
+
+NEEDLE = "needle --min-length 400 --max-length 900 --length-steps 2 --depth-steps 3 --samples 2 --batch-size 3".split()
+KV = "kv --keys 4 7 --samples 2 --gold 0 3".split()
+RULER = "ruler --lengths 700 1000 --samples 1 --tasks niah_single_1 vt".split()
+LINES = "lines --lengths 500 --samples 3 --temperature 0.8 --top-p 0.9 --seed 5".split()
+
+
+@pytest.mark.parametrize("flags", [NEEDLE, KV, RULER, LINES], ids=lambda flags: flags[0])
+def test_both_formats_of_a_model_give_the_same_results(monkeypatch, models, tmp_path, flags):
+    """Every record of a Megatron checkpoint equals that of the Hugging Face folder, in other chunks and batches."""
+    assert run(monkeypatch, *flags, "--model", models["hf"], "--output", tmp_path / "hf") == 0
+    other = ["--prefill-chunk", 100, "--batch-size", 2, "--output", tmp_path / "ckpt"]
+    assert run(monkeypatch, *flags, "--model", models["ckpt"], *other) == 0
+    hf, ckpt = ({record["name"]: record for record in records_of(tmp_path / name)} for name in ("hf", "ckpt"))
+    assert hf == ckpt
+    summary = summary_of(tmp_path / "hf")
+    assert summary["finished"] and summary["results"] == summary_of(tmp_path / "ckpt")["results"]
+    assert summary["results"]["examples"] == len(hf) == {"needle": 12, "kv": 8, "ruler": 4, "lines": 3}[flags[0]]
+    assert summary["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert all(record["prompt_tokens"] <= record["length"] for record in hf.values())
+    assert len({record["output"] for record in hf.values()}) > 1
+    assert is_picture(tmp_path / "hf" / "picture.png")
+
+
+def test_perplexity_of_both_formats(monkeypatch, models, texts, tmp_path, capsys):
+    """Equal within rounding, over documents of the longest length; LongPPL over tokens that are in both."""
+    flags = ["perplexity", "--dataset", texts, "--lengths", 300, 150, 600, "--stride", 70]
+    flags += ["--short-context", 128, "--short-block", 50, "--alpha", 0.05, "--beta", -9]
+    found = {}
+    for name, chunk in (("hf", 4096), ("ckpt", 64)):
+        options = ["--model", models[name], "--output", tmp_path / name, "--prefill-chunk", chunk]
+        assert run(monkeypatch, *flags, *options) == 0
+        found[name] = summary_of(tmp_path / name)["results"]
+        assert [record["tokens"] for record in records_of(tmp_path / name)] == [600, 600]
+        assert is_picture(tmp_path / name / "picture.png")
+    assert list(found["hf"]) == ["150", "300", "600"]
+    for length, row in found["hf"].items():
+        other = found["ckpt"][length]
+        assert row["tokens"] == other["tokens"] == 2 * 599
+        assert row["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
+        assert abs(row["key_tokens"] - other["key_tokens"]) <= 2 and row["key_tokens"] > 20
+    assert len({row["key_tokens"] for row in found["hf"].values()}) == 1
+    assert "perplexity by context length" in capsys.readouterr().out
+    # The same model as the one that tells key tokens: its own, but for what spans cannot tell apart.
+    options = ["--key-token-model", models["hf"], "--model", models["hf"], "--output", tmp_path / "other"]
+    assert run(monkeypatch, *flags, *options) == 0
+    told = summary_of(tmp_path / "other")["results"]["600"]
+    assert told["perplexity"] == found["hf"]["600"]["perplexity"]
+    assert 0.9 < told["key_tokens"] / found["hf"]["600"]["key_tokens"] < 1.5
+
+
+def test_a_stopped_run_goes_on(monkeypatch, models, texts, tmp_path):
+    """Lines lost, one cut in the middle: what is left is not done again, and the end is the same."""
+    flags = [*NEEDLE, "--model", models["hf"], "--output", tmp_path]
+    assert run(monkeypatch, *flags) == 0
+    summary, lines = summary_of(tmp_path), (tmp_path / RESULTS).read_bytes().splitlines(keepends=True)
+    first = json.loads(lines[0])
+    del first["crc32"]
+    marked = line_of(first | {"output": "KEPT " + first["output"]}).encode()
+    (tmp_path / RESULTS).write_bytes(marked + b"".join(lines[1:7]) + lines[7][:40])
+    # Another batch size and chunk are no other settings.
+    assert run(monkeypatch, *flags, "--batch-size", 1, "--prefill-chunk", 64) == 0
+    assert summary_of(tmp_path) == summary
+    again = (tmp_path / RESULTS).read_bytes().splitlines(keepends=True)
+    assert again[:7] == [marked, *lines[1:7]] and sorted(again[7:]) == sorted(lines[7:])
+    # Nothing is left to do: no model is loaded.
+    monkeypatch.setattr(language_model, "load", None)
+    assert run(monkeypatch, *flags) == 0 and summary_of(tmp_path) == summary
+
+    monkeypatch.undo()
+    flags = ["perplexity", "--dataset", texts, "--lengths", 200, "--model", models["hf"], "--output", tmp_path / "ppl"]
+    flags += ["--stride", 100]
+    assert run(monkeypatch, *flags) == 0
+    summary, lines = summary_of(tmp_path / "ppl"), (tmp_path / "ppl" / RESULTS).read_text().splitlines()
+    (tmp_path / "ppl" / RESULTS).write_text(lines[0] + "\n")
+    assert run(monkeypatch, *flags) == 0
+    assert summary_of(tmp_path / "ppl") == summary
+    assert (tmp_path / "ppl" / RESULTS).read_text().splitlines() == lines
+
+
+def test_results_of_other_settings_are_refused(monkeypatch, models, tmp_path, capsys):
+    """One line that names the difference; --overwrite begins anew; nothing is lost otherwise."""
+    flags = [*KV, "--output", tmp_path / "out", "--model"]
+    assert run(monkeypatch, *flags, models["hf"]) == 0
+    save_llama(tmp_path / "trained", "llama-gqa-odd-vocabulary", seed_change=1)
+    shutil.copytree(models["hf"], tmp_path / "moved")
+    before = (tmp_path / "out" / RESULTS).read_bytes()
+    capsys.readouterr()
+    for extra, reason in {
+        (models["hf"], "--seed", 1): "seed 0, not 1",
+        (models["hf"], "--samples", 3): "samples 2, not 3",
+        (models["hf"], "--chat"): "chat false, not true",
+        (models["hf"], "--dtype", "bf16"): "another model, or another --engine or --dtype",
+        (tmp_path / "trained",): "another model, or another --engine or --dtype",
+        (models["ckpt"],): "another model, or another --engine or --dtype",
+    }.items():
+        assert run(monkeypatch, *flags, *extra) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and reason in message and "--output" in message, message
+    assert (tmp_path / "out" / RESULTS).read_bytes() == before
+    assert run(monkeypatch, *flags, tmp_path / "moved") == 0  # the same model elsewhere
+    assert (tmp_path / "out" / RESULTS).read_bytes() == before
+    assert run(monkeypatch, *flags, models["hf"], "--seed", 1, "--overwrite") == 0
+    assert summary_of(tmp_path / "out")["settings"]["seed"] == 1
+    assert (tmp_path / "out" / RESULTS).read_bytes() != before
+
+
+def bad_inputs(models: dict[str, Path], texts: Path, folder: Path):
+    """(flags, what the one line says)."""
+    hf, output = ["--model", models["hf"]], ["--output", folder / "out"]
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("")
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"texts": "a"}\n')
+    cut = shutil.copytree(models["hf"], folder / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    mute = shutil.copytree(models["hf"], folder / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    plain = save_llama(folder / "plain", bos=False)
+    (plain / "chat_template.jinja").unlink()
+    damaged = shutil.copytree(models["ckpt"], folder / "damaged")
+    (damaged / "release" / ".metadata").write_text("")
+    tokenless = shutil.copytree(models["ckpt"], folder / "tokenless", ignore=shutil.ignore_patterns("tokenizer*"))
+    perplexity = ["perplexity", *hf, *output, "--dataset"]
+    return [
+        (["needle"], "the following arguments are required: --model"),
+        (["needles", *hf], "invalid choice: 'needles'"),
+        ([*NEEDLE, *output, "--model", folder / "nowhere"], f"--model {folder / 'nowhere'}: no such folder"),
+        ([*NEEDLE, *output, "--model", folder / "empty"], "neither a Hugging Face folder (it has no config.json)"),
+        ([*NEEDLE, *output, "--model", cut], f"{cut / 'model.safetensors'}: not a file of tensors that can be read"),
+        ([*NEEDLE, *output, "--model", mute], f"--model {mute}: no tokenizer there"),
+        ([*NEEDLE, *output, "--model", damaged], f"--model {damaged}/release/.metadata: its bytes are not those"),
+        ([*NEEDLE, *output, "--model", tokenless], f"--model {tokenless}: has no tokenizer; give --tokenizer"),
+        ([*NEEDLE, *output, "--model", models["ckpt"], "--ckpt-step", 7], "there is no iter_0000007 in it"),
+        ([*NEEDLE, *output, *hf, "--ckpt-step", 7], "--ckpt-step 7: only with a Megatron checkpoint"),
+        ([*NEEDLE, *output, *hf, "--tokenizer", folder / "file"], f"--tokenizer {folder / 'file'}: no tokenizer there"),
+        ([*NEEDLE, *output, *hf, "--engine", "vllm"], "--engine vllm: vLLM is not installed here"),
+        ([*NEEDLE, *output, "--chat", "--model", plain], "--chat: the model's tokenizer has no chat template"),
+        ([*NEEDLE, *hf, "--output", folder / "file"], f"--output {folder / 'file'}: exists and is not a folder"),
+        ([*NEEDLE, *output, *hf, "--min-length", 30], "--min-length: context length 30: too short for needle"),
+        ([*NEEDLE, *output, *hf, "--min-length", 1000], "--min-length 1000: must be at most --max-length"),
+        ([*NEEDLE, *output, *hf, "--haystack", folder / "empty"], "there is no text in .txt files"),
+        ([*NEEDLE, *output, *hf, "--temperature", "-1"], "--temperature: '-1': must be a number of at least 0"),
+        ([*NEEDLE, *output, *hf, "--top-p", "0"], "--top-p: '0': must be above 0 and at most 1"),
+        ([*NEEDLE, *output, *hf, "--batch-size", "0"], "--batch-size: '0': must be a whole number above 0"),
+        ([*RULER, *output, *hf, "--tasks", "qa_1"], "--squad is missing: --tasks qa_1 needs SQuAD's dev-v2.0.json"),
+        (["kv", *hf, *output, "--keys", 5, "--gold", 5], "--gold 5: must be from 0 to 4"),
+        (["lines", *hf, *output, "--data", folder / "no.jsonl"], "no.jsonl: cannot be read"),
+        (["longbench", *hf, *output, "--data", folder / "empty"], "there is no NAME.jsonl of its data sets"),
+        ([*perplexity, folder / "no.jsonl"], "no.jsonl: no such file"),
+        ([*perplexity, folder / "bad.jsonl"], "bad.jsonl:2: no key 'text'"),
+        ([*perplexity, texts, "--lengths", 2**20], "--min-tokens 1048576: none of the 3 documents"),
+        ([*perplexity, texts, "--lengths", 100, 200, "--stride", 101], "--stride 101: must be at most the shortest"),
+        ([*perplexity, texts, "--lengths", 200, "--stride", 9, "--longppl"], "must be above --short-context"),
+        ([*perplexity, texts, "--lengths", 200, "--stride", 9, "--key-token-model", cut], "only with --longppl"),
+    ]  # fmt: skip
+
+
+def test_bad_inputs_are_one_line(monkeypatch, models, texts, tmp_path, capsys):
+    for flags, words in bad_inputs(models, texts, tmp_path):
+        capsys.readouterr()
+        assert run(monkeypatch, *flags) == 2, flags
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1 and message.startswith("evaluate.py: error: "), message
+
+
+def test_lengths_beyond_the_model_are_told(monkeypatch, models, tmp_path, capsys):
+    flags = ["lines", "--lengths", 2200, "--samples", 1, "--output", tmp_path, "--model", models["ckpt"]]
+    assert run(monkeypatch, *flags) == 0
+    assert f"2200 tokens are more than the {POSITIONS} positions" in capsys.readouterr().err
+
+
+def test_chat_prompts_go_through_the_template(monkeypatch, models, tmp_path):
+    asked = []
+    original = language_model.load
+
+    def load(source, **options):
+        model = original(source, **options)
+        generate = model.generate
+        model.generate = lambda prompts, *args, **kw: asked.extend(prompts) or generate(prompts, *args, **kw)
+        return model
+
+    monkeypatch.setattr(language_model, "load", load)
+    assert run(monkeypatch, *KV, "--chat", "--model", models["hf"], "--output", tmp_path) == 0
+    tokenizer = language_model.find_model(str(models["hf"])).tokenizer
+    for ids in asked:
+        assert ids.count(tokenizer.bos) == 1 and ids[0] == tokenizer.bos
+        assert re.fullmatch(r"\s*<user>.*<assistant>", tokenizer.decode(ids), re.DOTALL)
+    assert len(asked) == 8
+
+
+def test_the_tool_starts_as_a_process(models, tmp_path):
+    """From another folder, without the tests' own setting up of Megatron."""
+    flags = ["lines", "--lengths", 500, 600, "--samples", 1, "--model", models["ckpt"]]
+    command = [sys.executable, ROOT / "tools" / "evaluate.py", *flags]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "lines: 0.0 % over 2 examples" in result.stdout and result.stderr == ""
+    assert summary_of(tmp_path / "runs" / "evaluation" / "ckpt" / "lines")["results"]["examples"] == 2
+
+
+def test_a_tokenizer_without_bos_has_none(tmp_path):
+    from megatron_cream.evaluation.models.tokenizer import open_tokenizer
+
+    for bos in (True, False):
+        save_tokenizer(tmp_path / str(bos), bos=bos)
+        tokenizer = open_tokenizer(tmp_path / str(bos), flag="")
+        assert tokenizer.bos == (0 if bos else None) and tokenizer.stop_ids == {1}
+        assert tokenizer.prompt("a b")[bos:] == tokenizer.encode("a b")
+
+
+def test_a_trained_checkpoint_brings_its_tokenizer(tmp_path):
+    """A sentencepiece model, in the checkpoint or where it was trained with: ids and BOS as training has them."""
+    model = task_tokenizers.tokenizer("sentencepiece")._model
+    (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())
+    for files in ({"hf_folder": tmp_path}, {"hf_folder": None}):
+        trained = SimpleNamespace(path=tmp_path, args=Namespace(tokenizer_model=tmp_path / "tokenizer.model"), **files)
+        tokenizer = language_model._own_tokenizer(trained, "--model")
+        text = "def f(x):\n    return x  # naïve"
+        assert tokenizer.prompt(text) == [model.bos_id(), *model.encode(text)]
+        assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.stop_ids == {model.eos_id()}
+        with pytest.raises(UsageError, match="no chat template"):
+            tokenizer.chat(text)
+        with pytest.raises(UsageError, match="needs a tokenizer.json"):
+            tokenizer.spans(text)
+
+
+def test_harness_says_that_it_is_not_installed(monkeypatch, models, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert run(monkeypatch, "harness", "--tasks", "arc_easy", "--model", models["hf"], "--output", tmp_path) == 2
+    words = capsys.readouterr().err
+    assert words.startswith("evaluate.py: error: harness: ") and words.count("\n") == 1
+    assert words.endswith(": pip install lm_eval accelerate\n")
+
+
+def test_harness_on_a_task_of_ones_own(monkeypatch, models, tmp_path, capsys):
+    """Both formats of a model score alike; an unknown task is one line."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"q": f"{i}", "gold": i % 2}) + "\n" for i in range(10)))
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs:\n  data_files: {tmp_path / 'data.jsonl'}\n"
+        "test_split: train\noutput_type: multiple_choice\ndoc_to_text: '{{q}} is'\ndoc_to_target: gold\n"
+        "doc_to_choice: ['even', 'odd']\nmetric_list:\n  - metric: acc\n"
+    )
+    flags = ["harness", "--tasks", "own", "--include-path", tmp_path, "--output"]
+    for name in ("hf", "ckpt"):
+        assert run(monkeypatch, *flags, tmp_path / name, "--model", models[name]) == 0
+    hf, ckpt = (summary_of(tmp_path / name)["results"]["own"]["acc,none"] for name in ("hf", "ckpt"))
+    assert hf == ckpt and 0 <= hf <= 1
+    capsys.readouterr()
+    assert (
+        run(monkeypatch, "harness", "--tasks", "nothing_such", "--output", tmp_path / "x", "--model", models["hf"]) == 2
+    )
+    assert "--tasks nothing_such: lm_eval has no such task" in capsys.readouterr().err

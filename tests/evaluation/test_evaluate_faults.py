@@ -1,0 +1,144 @@
+"""tools/evaluate.py: what is refused in one line before a model is loaded, and what --overwrite leaves alone."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from megatron_cream.commands import evaluate as command
+from megatron_cream.common.errors import UsageError
+from megatron_cream.evaluation.models import language_model
+from megatron_cream.evaluation.results import PICTURE, RESULTS, SUMMARY, open_results
+from megatron_cream.evaluation.runner import Generation, run_task
+from tests.evaluation.test_evaluate_runs import plan_of, some_examples
+from tests.evaluation_models import Knows, save_llama, save_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("model") / "hf")
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, model, tmp_path):
+    """Runs the tool, which must not come to load the model; the one line that it says."""
+    monkeypatch.setattr(language_model, "load", None)
+
+    def run(*flags) -> str:
+        given = map(str, [*flags, "--model", model, "--output", tmp_path / "out"])
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *given])
+        assert command.main() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("evaluate.py: error: ")
+
+    return run
+
+
+def test_flags_are_named(refused, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "some words of a text"}\n')
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "texts.jsonl")
+    perplexity = ["perplexity", "--dataset", tmp_path / "texts.jsonl"]
+    short = ["--lengths", 2, "--stride", 1]
+    for flags, words in [
+        ([*perplexity, "--lengths", 1, "--stride", 1], "--lengths 1: must be 2 or more"),
+        ([*perplexity, *short, "--min-tokens", 1], "--min-tokens 1: must be 2 or more"),
+        ([*perplexity, tmp_path / "texts.jsonl", *short], f"--dataset {tmp_path / 'texts.jsonl'} {tmp_path}"),
+        ([*perplexity, tmp_path / "link.jsonl", *short], f"--dataset {tmp_path / 'texts.jsonl'} {tmp_path}"),
+        (["kv", "--keys", 1], "--keys 1: must be"),
+        (["kv", "--keys", 5, "--gold", "-1"], "--gold -1: must be from 0 to 4"),
+        (["lines", "--lines", 1], "--lines 1: must be"),
+        (["needle", "--min-length", 1], "--min-length: context length 1: too short"),
+        (["lines", "--lengths", 9], "--lengths: context length 9: too short"),
+        (["needle", "--haystack", tmp_path / "none"], f"--haystack {tmp_path / 'none'}: no such folder"),
+        (["longbench", "--data", tmp_path / "none"], f"--data {tmp_path / 'none'}: no such folder"),
+    ]:
+        assert refused(*flags).startswith(words), (flags, refused(*flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_given_twice_count_once(monkeypatch):
+    args = command.parser("").parse_args("kv --model m --keys 7 4 7 --gold 3 0 3".split())
+    assert args.keys == [4, 7] and args.gold == [0, 3]
+    assert command.parser("").parse_args("lines --model m --lines 9 9".split()).lines == [9]
+
+
+def test_a_picture_of_somebody_else_stays(refused, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    (out / PICTURE).write_bytes(b"mine")
+    assert f"--output {out}: no evaluation wrote its {PICTURE}" in refused("kv", "--keys", 4)
+    assert (out / PICTURE).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", [RESULTS, SUMMARY, PICTURE])
+def test_overwrite_leaves_what_no_evaluation_wrote(refused, tmp_path, name):
+    """And a folder in the place of a file is refused at once, with and without it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for text in ("precious", '{"name": "mine"}\n', "[" * 100_000):
+        (out / name).write_text(text)
+        assert f"--output {out}: no evaluation wrote its {name}" in refused("kv", "--keys", 4, "--overwrite")
+        assert [file.name for file in out.iterdir()] == [name] and (out / name).read_text() == text
+    (out / name).unlink()
+    (out / name).mkdir()
+    for more in ([], ["--overwrite"]):
+        assert refused("kv", "--keys", 4, *more).startswith(f"--output {out}: its {name} is not a file")
+
+
+def test_overwrite_begins_damaged_results_anew(tmp_path):
+    """Either of the two files tells that they are an evaluation's."""
+    options = dict(settings={}, model={}, model_path=tmp_path)
+    good = {"name": "a", "score": 1.0, "part": "", "length": 9, "depth": None}
+    for damaged in (RESULTS, SUMMARY):
+        with open_results(tmp_path / damaged, **options, overwrite=True) as results:
+            results.add(good)
+        (tmp_path / damaged / damaged).write_text("{\n")
+        with open_results(tmp_path / damaged, **options, overwrite=True) as results:
+            assert results.records == {}
+
+
+@pytest.mark.parametrize(("positions", "right"), [(None, True), (77, True), ("many", False), (True, False), (0, False)])
+def test_positions_of_another_family(tmp_path, positions, right):
+    """null is as none; what is no number is one line that names the file."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "other", "max_position_embeddings": positions}))
+    source = language_model.Source(tmp_path, None, None, "transformers", None)
+    if right:
+        assert source.max_positions == (positions or 1 << 40) and command.default_lengths(source)[0] in (77, 4096)
+        return
+    with pytest.raises(UsageError, match=r"config\.json: max_position_embeddings .*: must be a whole number"):
+        command.default_lengths(source)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"eos_token_id": [Infinity]}'])
+def test_a_damaged_generation_config_is_one_line(tmp_path, text):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UsageError, match=r"generation_config\.json: (not a configuration|cannot be read)"):
+        language_model._generation_stop_ids(language_model.Source(tmp_path, None, None, "transformers", None))
+
+
+def test_a_batch_of_any_size(model, tmp_path):
+    tokenizer, examples = language_model.open_tokenizer(model, flag=""), some_examples(3)
+    knows = Knows(tokenizer, {example.prompt: " yes" for example in examples})
+    with open_results(tmp_path / "out", settings={}, model={}, model_path=model, overwrite=False) as results:
+        assert len(run_task(lambda: knows, plan_of(examples), Generation(batch_size=10**30), results)) == 3
+    assert len(knows.batches) == 1
+
+
+def test_prompts_beyond_the_positions_are_said_however_they_are_asked_for(monkeypatch, capsys, model, tmp_path):
+    monkeypatch.setattr(command, "load", lambda *_: (_ for _ in ()).throw(UsageError("is loaded")))
+    for flags in (["kv", "--keys", 75], ["lines", "--lengths", 4096], ["lines", "--lines", 200]):
+        given = [*flags, "--samples", 1, "--model", model, "--output", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, given)])
+        assert command.main() == 2
+        words = capsys.readouterr().err
+        assert re.search(r"\d\d\d\d tokens are more than the 2048 positions of", words) and "is loaded" in words, flags
+
+
+def test_a_tokenizer_of_another_vocabulary_is_named(monkeypatch, capsys, model, tmp_path):
+    save_tokenizer(tmp_path / "large", vocabulary=2600)
+    flags = ["lines", "--lengths", 700, "--samples", 1, "--model", model, "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--tokenizer", str(tmp_path / "large")])
+    assert command.main() == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"--model {model}: the tokenizer gives token id 2\d\d\d, and the model has 2048 ids", line), line

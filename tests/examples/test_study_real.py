@@ -1,0 +1,195 @@
+"""The study of examples/study_real: its grid, its prompts, its scores, and its commands on a tiny Llama."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.evaluation_models import save_llama
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = ROOT / "examples" / "study_real"
+NAMES = ("cells", "retrieval", "report", "study")
+
+
+@pytest.fixture(scope="module")
+def study():
+    """Its modules, whose names another study of examples/ has too."""
+    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    sys.path.insert(0, str(STUDY))
+    try:
+        yield SimpleNamespace(**{name: __import__(name) for name in NAMES})
+    finally:
+        sys.path.remove(str(STUDY))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+        sys.modules.update(others)
+
+
+def test_the_grid_begins_with_what_the_rest_needs(study):
+    settings = study.cells.Settings()
+    order = study.cells.order(settings)
+    assert len({cell.name for cell in order}) == len(order)
+    choosing = [cell for scaling in study.cells.SCALINGS for cell in study.cells.choosing(settings, scaling)]
+    assert order[: len(choosing)] == choosing and all(cell.rate is None for cell in order[len(choosing) :])
+    trained = {(c.scaling, c.sampler, c.factor, c.seed) for c in order if c.trains and c.sampler != "full"}
+    assert len(trained) == 4 * 6 * 2 * 3  # every scaling, sampler, target and seed
+    assert study.study.wanted(settings, []) == order
+    some = study.study.wanted(settings, ["ntk,pose,s8", "none,base"])
+    assert {cell.name for cell in some} == {
+        *(f"ntk_pose_s8_seed_{seed}" for seed in (1, 2, 3)), "none_base_s8_seed_0",
+        *(f"ntk_cream_s8_seed_1_lr_{rate}" for rate in ("5e5", "0.0002", "0.0008")),
+    }  # fmt: skip
+
+
+def test_every_run_has_the_same_tokens(study, tmp_path):
+    settings = study.cells.Settings()
+    for cell in study.cells.order(settings):
+        if cell.trains:
+            flags = study.cells.flags(cell.with_rate(1e-4), settings, tmp_path, tmp_path)
+            value = lambda name: float(flags[flags.index(name) + 1])
+            assert value("--global-batch-size") * value("--seq-length") * value("--train-iters") == 115 * 32 * 8192
+            assert value("--target-length") == 8192 * cell.factor and value("--lr") == (cell.rate or 1e-4)
+            assert value("--micro-batch-size") * value("--seq-length") == 4 * 8192
+
+
+def result(study, scaling, sampler, seed, rate, loss, accuracy=0.5):
+    cell = study.cells.Cell(scaling, sampler, 4, seed, rate)
+    of_length = dict(
+        accuracy=accuracy, loss=loss, by_depth={"5": [accuracy, loss, 2]}, by_prompt=[[accuracy, loss]] * 2
+    )
+    tasks = {task: {n: of_length for n in ("256", "1024")} for task in study.retrieval.TASKS}
+    return dict(
+        run=cell.name, what="evaluation", scaling=scaling, sampler=sampler, factor=4, seed=seed, rate=rate,
+        tasks=tasks, perplexity={"text": {"256": math.e, "1024": math.e}},
+    )  # fmt: skip
+
+
+def test_the_rate_with_the_least_loss_is_held(study):
+    settings = study.cells.Settings(factors=(4,), rates=(1.0, 2.0, 3.0))
+    losses = {1.0: 2.0, 2.0: 1.5, 3.0: float("nan")}
+    lines = [result(study, "yarn", "cream", 1, rate, loss) for rate, loss in losses.items()]
+    assert study.cells.score(lines[1]) == pytest.approx(2.5)  # and a nat of text
+    found = {line["run"]: line for line in lines}
+    assert study.cells.chosen_rate(settings, "yarn", found) == 2.0
+    assert study.cells.chosen_rate(settings, "ntk", found) is None
+    report = study.report.Results([*lines, result(study, "yarn", "cream", 2, 1.0, 9.0)])
+    assert report.chosen == {"yarn": 2.0} and [e["rate"] for e in report.of("yarn", "cream", 4)] == [2.0]
+
+
+def test_the_report_tells_a_difference_from_the_spread(study, tmp_path):
+    lines = [result(study, "ntk", "base", 0, None, 5.0)]
+    for seed, (cream, pose, pi) in enumerate([(0.80, 0.50, 0.6), (0.82, 0.52, 0.9), (0.81, 0.51, 0.3)], 1):
+        lines += [
+            result(study, "ntk", "cream", seed, 1.0, 1.0, cream),
+            result(study, "ntk", "pose", seed, 1.0, 1.0, pose),
+        ]
+        lines.append(result(study, "ntk", "pi", seed, 1.0, 1.0, pi))
+    results = study.report.Results(lines)
+    text = study.report.report(results)
+    assert "| ntk | cream | 3 | 81.0 ± 1.0 | 81.0 ± 1.0 |" in text and "| ntk | (not trained) | 1 | 50.0 |" in text
+    assert "| ntk | cream - pose | +30.0 ± 0.8 | yes | +0.000 ± 0.000 | no |" in text
+    assert "| ntk | cream - pi | +21.0 ± 17.3 | no |" in text
+    study.report.draw(results, tmp_path)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("retrieval", "depth", "perplexity"))
+
+
+ENCODE = lambda text: list(text.encode())
+FILLER = [np.frombuffer(b"some text of a book\n" * 800, dtype=np.uint8).astype(np.int64)]
+
+
+@pytest.mark.parametrize("task, questions", [("needle", 1), ("multikey", 4), ("lines", 4)])
+def test_prompts_state_what_they_ask_for(study, task, questions):
+    prompts = study.retrieval.PromptWriter(ENCODE, FILLER).prompts(task, 3000, 6, questions)
+    assert prompts.tokens.shape == (6, 3000) and prompts.answers.shape == (6, questions, 3)
+    for tokens, answers in zip(prompts.tokens, prompts.answers):
+        text = bytes(tokens.tolist()).decode()
+        for first, end, depth in answers:
+            fact = text[text.rindex("The number of", 0, first) : end] + "."
+            stated = text.index(fact)
+            assert fact.endswith(f" is{text[first:end]}.") and len(text[first:end]) == 6
+            assert stated < 3000 - len(fact) and text.count(fact) == 2
+            assert stated / first == pytest.approx(depth / 1000, abs=0.2)
+    again = study.retrieval.PromptWriter(ENCODE, FILLER).prompts(task, 3000, 6, questions)
+    np.testing.assert_array_equal(prompts.tokens, again.tokens)
+
+
+def test_an_answer_counts_when_all_its_tokens_are_the_likeliest(study, monkeypatch):
+    """Of two answers of three tokens: the first whole, of the second all but one."""
+    tokens = np.arange(2 * 20, dtype=np.uint16).reshape(2, 20)
+    answers = np.array([[[14, 17, 100], [8, 11, 950]]] * 2)
+    marked = []
+
+    def scores(model, tokens, marks):
+        marked.append(np.flatnonzero(marks).tolist())
+        return np.array([[1.0, 1.0, 4.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]])
+
+    monkeypatch.setattr(study.retrieval, "_scores", scores)
+    found = study.retrieval._of_prompts(None, study.retrieval.Prompts(tokens, answers))
+    assert marked == [[7, 8, 9, 13, 14, 15]] * 2  # the labels of these places are the answers
+    assert (found["accuracy"], found["loss"], found["answers"]) == (0.5, 1.0, 4)
+    assert found["by_depth"] == {"1": [1.0, 0.0, 2], "9": [0.0, 2.0, 2]} and found["by_prompt"] == [[0.5, 1.0]] * 2
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study_real")
+    save_llama(folder / "hf", "llama-mqa-tied")
+    text = "\n".join(
+        (ROOT / "megatron_cream" / f"{name}.py").read_text() for name in ("arguments", "checks", "loading")
+    )
+    line = lambda start, kind: json.dumps({"text": text[start : start + 9000], "kind": kind}) + "\n"
+    (folder / "train.jsonl").write_text("".join(line(900 * i, "") for i in range(8)))
+    (folder / "held.jsonl").write_text("".join(line(9000 * i, kind) for i, kind in enumerate(("code", "manual"))))
+    files = ["--hf", folder / "hf", "--train", folder / "train.jsonl", "--held", folder / "held.jsonl"]
+    size = "--window 256 --factors 4 --steps 2 --batch 2 --micro-batch 1 --rates 1e-3 --seeds 1 --prompts 1 1 1".split()
+    extra = "--questions 2 --texts 1 --workers 1 -- --lr-warmup-iters 1 --num-workers 0 --log-interval 1".split()
+    made = run(STUDY / "prepare.py", *files, "--output", folder / "data", *size, *extra)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("positions:") == 4 * 6  # every cell was checked
+    return folder
+
+
+def test_the_command_resumes_at_what_is_missing(prepared):
+    """A run whose evaluation fails is tried again, then left; started again it is evaluated and not trained."""
+    data, out = prepared / "data", prepared / "out"
+    command = [STUDY / "study.py", "--data", data, "--output", out, "--no-ahead", "--cells"]
+    (data / "evaluation.npz").rename(prepared / "away.npz")
+    first = run(*command, "yarn,cream")
+    assert first.returncode == 0 and first.stdout.count("failed after") == 2, first.stdout + first.stderr
+    assert (out / "failed.log").read_text().count("evaluation.npz") >= 2
+    (prepared / "away.npz").rename(data / "evaluation.npz")
+    second = run(*command, "yarn,cream", "none,base")
+    assert "over: 2 cells have results, 0 are left" in second.stdout, second.stdout + second.stderr
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(line["what"], line["sampler"]) for line in lines] == [
+        ("training", "cream"), ("evaluation", "cream"), ("evaluation", "base"),
+    ]  # fmt: skip
+    assert set(lines[0]["losses"]) == {"1", "2"} and lines[0]["seconds"] > 0
+    for line in lines[1:]:
+        assert set(line["tasks"]) == {"needle", "multikey", "lines"} and set(line["perplexity"]) == {"code", "manual"}
+        assert list(line["tasks"]["lines"]) == ["256", "512", "1024"]
+    third = run(*command, "yarn,cream", "none,base")
+    assert "GPU 0" not in third.stdout and "over: 2 cells have results" in third.stdout, third.stdout + third.stderr
+    report = run(STUDY / "report.py", "--results", out / "results.jsonl", "--output", out)
+    assert report.returncode == 0 and "| yarn | cream | 1 |" in (out / "report.md").read_text(), report.stderr
+
+
+@pytest.mark.parametrize(
+    "command, word",
+    [("study.py --data DATA --output OUT", "settings.json"), ("report.py --results FILE --output OUT", "FILE")],
+)
+def test_without_data_it_ends_in_one_line(tmp_path, command, word):
+    (tmp_path / "FILE").touch()
+    name, *flags = command.split()
+    ended = run(STUDY / name, *(str(tmp_path / flag) if flag.isupper() else flag for flag in flags))
+    assert ended.returncode == 2 and word in ended.stderr and ended.stderr.count("\n") == 1

@@ -1,0 +1,401 @@
+"""The planner's memory against the real model's tensors, Megatron's optimizer and schedules, and transformers' models.
+
+Against measured runs: planning/test_measured.py."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from megatron_cream.model import context_parallel
+from megatron_cream.planning import layouts
+from megatron_cream.planning import memory as planned
+from megatron_cream.planning.hardware import GIB, GPUS, Cluster
+from megatron_cream.planning.memory import in_flight, parameters, predict
+from megatron_cream.planning.run import Engine, Layout, Model
+
+LLAMA2_7B = Model(
+    num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, num_query_groups=32,
+    kv_channels=128, padded_vocab_size=32000,
+)  # fmt: skip
+
+
+# Against the real model.
+
+SMALL = Model(
+    num_layers=6, hidden_size=128, ffn_hidden_size=352, num_attention_heads=8, num_query_groups=4, kv_channels=16,
+    padded_vocab_size=384,
+)  # fmt: skip
+BASE = Layout(seq_length=32, micro_batch=2, global_batch=8)
+REAL = {
+    "plain": (BASE, 0),
+    "TP": (replace(BASE, tensor=2), 0),
+    "TP and SP": (replace(BASE, tensor=2, sequence_parallel=True), 0),
+    "TP beyond the groups": (replace(BASE, tensor=8, sequence_parallel=True), 0),
+    "query and key norms": (replace(BASE, tensor=2), 0),
+    "CP": (replace(BASE, context=2), 0),
+    "CP 8": (replace(BASE, context=8), 0),
+    "CP and full": (replace(BASE, context=8, recompute="full"), 0),
+    "CP and core_attn": (replace(BASE, context=8, recompute="selective", recompute_modules=("core_attn",)), 0),
+    "first of PP": (replace(BASE, pipeline=3), 0),
+    "middle of PP": (replace(BASE, pipeline=3), 1),
+    "last of PP": (replace(BASE, pipeline=3), 2),
+    "full": (replace(BASE, recompute="full"), 0),
+    "full, by twos": (replace(BASE, recompute="full", recompute_layers=2), 0),
+    "full, block": (replace(BASE, recompute="full", recompute_method="block", recompute_layers=2), 0),
+    "full, scattered": (replace(BASE, recompute="full", tensor=2, scatter_saved=True), 0),
+    "mlp": (replace(BASE, recompute="selective", recompute_modules=("mlp",)), 0),
+    "core_attn": (replace(BASE, recompute="selective", recompute_modules=("core_attn",)), 0),
+}
+
+
+@pytest.mark.parametrize(
+    "length, own_kernels",
+    [(32, True), (512, True), (32, False)],  # the weights' gradients weigh most, activations do
+    ids=["short", "long", "torch alone"],
+)
+@pytest.mark.parametrize("name", REAL)
+def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, length, own_kernels):
+    """Every floating-point tensor kept for the backward pass, to the byte; with this project's kernels (which
+    compute nothing here) the peak of a micro-batch's forward and backward pass as well."""
+    layout, stage = replace(REAL[name][0], seq_length=length), REAL[name][1]
+    engine = Engine(transformer_engine=False, own_kernels=own_kernels)
+    changes = {"TP beyond the groups": dict(num_query_groups=2), "query and key norms": dict(qk_norm=True)}
+    changes |= dict.fromkeys(("CP 8", "CP and full", "CP and core_attn"), dict(num_query_groups=8))
+    model = replace(SMALL, **changes.get(name, {}))
+    net = build(monkeypatch, model, layout, stage, own_kernels)
+    assert sum(p.numel() for p in net.parameters()) == parameters(model, layout, stage)
+    saved, peak = run(monkeypatch, net, model, layout, stage)
+    layers = planned.stage_layers(model, layout)[stage]
+    expected = planned.saved_by_layers(model, layout, engine, layers) + planned.angles(model, layout)
+    if stage == layout.pipeline - 1:
+        expected += sum(planned.saved_at_loss(model, layout, engine).values())
+    assert saved == expected
+    if own_kernels:
+        one = replace(layout, global_batch=layout.micro_batch)  # in flight
+        predicted = planned._stage(model, one, engine, stage)
+        gathered = predicted.buffers - planned.WORKSPACE
+        total = predicted.activations + predicted.loss + predicted.working + gathered
+        assert peak == pytest.approx(total, rel=0.01)
+
+
+@pytest.fixture
+def no_process_group_is_left():
+    yield
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bool):
+    """One rank's part of the real model in bf16, with collectives that do nothing."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_cream.model import kernels
+    from megatron_cream.model.attention import SdpaCoreAttention, choose_backend
+    from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
+
+    start(layout)
+    parallel_state.initialize_model_parallel(
+        layout.tensor, layout.pipeline, context_parallel_size=layout.context, create_gloo_process_groups=False
+    )
+    model_parallel_cuda_manual_seed(1)
+    monkeypatch.setattr(kernels, "usable", lambda x: own_kernels)
+    if own_kernels:
+        triton = pytest.importorskip("triton")
+        from megatron_cream.model.kernels import cross_entropy, rotary, swiglu
+
+        for module in (cross_entropy, rotary, swiglu):
+            for kernel in (name for name, value in vars(module).items() if isinstance(value, triton.JITFunction)):
+                monkeypatch.setattr(module, kernel, Launched())
+    # As the kernels on a GPU: torch's fallbacks for the CPU keep other tensors.
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: Norm.apply(x, weight))
+    if layout.context > 1:
+        monkeypatch.setattr(SdpaCoreAttention, "attend", lambda self, q, k, v: Attention.apply(q, k, v))
+    recompute = {}
+    if layout.recompute != "none":
+        full = layout.recompute == "full"
+        recompute = dict(
+            recompute_granularity=layout.recompute,
+            recompute_modules=list(layout.recompute_modules),
+            recompute_method=layout.recompute_method if full else None,
+            recompute_num_layers=layout.recompute_layers if full else None,
+            distribute_saved_activations=layout.scatter_saved,
+        )
+    config = TransformerConfig(
+        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads, num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels, qk_layernorm=model.qk_norm, gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, normalization="RMSNorm", add_bias_linear=False,
+        attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True, masked_softmax_fusion=False,
+        bias_activation_fusion=not own_kernels, use_te_activation_func=own_kernels,
+        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context, sequence_parallel=layout.sequence_parallel,
+        params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, bf16=True, **recompute,
+    )  # fmt: skip
+    llama = LlamaModelConfig(
+        transformer=config, vocab_size=model.padded_vocab_size, should_pad_vocab=False,
+        share_embeddings_and_output_weights=model.tied, position_embedding_type="none", rotary_base=10000,
+        rope_scaling_config=None, rope_max_positions=512, real_vocab_size=model.padded_vocab_size,
+        attention=choose_backend("sdpa", has_cuda=False, half=True),
+    )  # fmt: skip
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    ends = dict(pre_process=stage == 0, post_process=stage == layout.pipeline - 1)
+    return LlamaModelBuilder(llama).build_model(groups, **ends).bfloat16()
+
+
+def start(layout: Layout) -> None:
+    """Rank 0 of a process group whose other ranks do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.gpus)
+
+
+class Launched:
+    """For a Triton kernel: what is around it allocates, it does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
+class Norm(torch.autograd.Function):
+    """Keeps what torch's fused RMSNorm keeps on a GPU: input, weight, 1 / rms in float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rstd)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class Attention(torch.autograd.Function):
+    """Keeps what flash-attention keeps: query, key, value, output, and a float32 a head and query."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors that live at a time, from now on."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def run(monkeypatch, net, model: Model, layout: Layout, stage: int) -> tuple[int, int]:
+    """(bytes of the floating-point tensors kept for the backward pass, peak of forward and backward)."""
+    samples, length = layout.micro_batch, layout.seq_length // layout.context
+    tokens = torch.randint(0, model.padded_vocab_size, (samples, length))
+    positions = torch.arange(length).expand(samples, -1).contiguous()
+    between = length // layout.tensor if layout.sequence_parallel else length
+    shape = (between, samples, model.hidden_size)
+    for parameter in net.parameters():  # as Megatron's hook, which adds it to its buffer
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    kept: list[torch.Tensor] = []
+    pack = context_parallel._Again.pack
+
+    def keep(again, tensor):  # hooks of its own, which see what the ones below do not
+        packed = pack(again, tensor)
+        kept.extend([packed] if packed is tensor else [])
+        return packed
+
+    monkeypatch.setattr(context_parallel._Again, "pack", keep)
+    allocations = Allocations()
+    for parameter in net.parameters():
+        allocations.known.add(parameter.untyped_storage())
+    with allocations:
+        if stage > 0:
+            net.set_input_tensor(torch.empty(shape, dtype=torch.bfloat16).requires_grad_())
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):
+            out = net(tokens, positions, None, labels=tokens)
+        own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if t.is_floating_point()}
+        kept.clear()
+        out.backward(torch.ones_like(out))
+    return sum(nbytes for pointer, nbytes in storages.items() if pointer not in own), allocations.peak
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_gradients_and_optimizer(monkeypatch, no_process_group_is_left, distributed):
+    """Megatron's gradient buffers and optimizer state over four data-parallel ranks, after a step."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    layout = replace(BASE, data=4, distributed_optimizer=distributed)
+    net = build(monkeypatch, SMALL, layout, 0, own_kernels=False)
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+    chunk = DistributedDataParallel(net.config, options, net)
+    config = OptimizerConfig(
+        optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16, clip_grad=1.0,
+        use_distributed_optimizer=distributed,
+    )  # fmt: skip
+    optimizer = get_megatron_optimizer(config, [chunk], use_gloo_process_groups=False)
+    for parameter in net.parameters():
+        parameter.main_grad.fill_(0.01)
+    optimizer.step()
+    inner = optimizer.chained_optimizers[0].optimizer
+    masters = [p for group in inner.param_groups for p in group["params"]]
+    states = [x for state in inner.state.values() for x in state.values() if torch.is_tensor(x) and x.dim()]
+    held = sum(
+        x.untyped_storage().nbytes() for x in {x.untyped_storage().data_ptr(): x for x in masters + states}.values()
+    )
+    predicted = predict(SMALL, layout, Engine(transformer_engine=False))
+    assert held == pytest.approx(predicted.optimizer, rel=0.01)  # buckets are padded
+    gradients = {
+        p.main_grad.untyped_storage().data_ptr(): p.main_grad.untyped_storage().nbytes() for p in net.parameters()
+    }
+    assert sum(gradients.values()) == pytest.approx(predicted.gradients, rel=0.01)
+    assert sum(p.numel() * p.element_size() for p in net.parameters()) == predicted.parameters
+
+
+@pytest.mark.parametrize("pipeline, virtual, micro_batches", [(2, 1, 8), (4, 1, 8), (8, 1, 4), (4, 2, 8), (2, 4, 4)])
+def test_micro_batches_in_flight_as_in_megatrons_schedules(pipeline, virtual, micro_batches):
+    from types import SimpleNamespace
+
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    layout = replace(BASE, pipeline=pipeline, virtual_pipeline=virtual, global_batch=2 * micro_batches)
+    for stage in range(pipeline):
+        group = SimpleNamespace(size=lambda: pipeline, rank=lambda stage=stage: stage)
+        steps = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None)
+        total, _, warmup, remaining = get_pp_rank_microbatches(micro_batches, virtual, pipeline, p2p_communicator=steps)
+        assert in_flight(layout, stage) * virtual == min(warmup + 1, total)
+
+
+# Sizes of real models.
+
+
+def test_llama2_7b():
+    """As Touvron et al. 2023 and the model's files have it."""
+    assert parameters(LLAMA2_7B, BASE, 0) == 6_738_415_616
+    assert predict(LLAMA2_7B, BASE, Engine(transformer_engine=True)).optimizer == 12 * 6_738_415_616
+
+
+@pytest.mark.parametrize(
+    "config, changes",
+    [
+        (LlamaConfig(tie_word_embeddings=True, num_key_value_heads=2), dict(tied=True)),
+        (Qwen2Config(tie_word_embeddings=False, num_key_value_heads=2), dict(qkv_bias=True)),
+        (Qwen3Config(tie_word_embeddings=False, num_key_value_heads=2, head_dim=24), dict(qk_norm=True)),
+    ],
+    ids=["tied", "biases", "query and key norms"],
+)
+def test_parameters_of_transformers_models(config, changes):
+    config.update(
+        dict(num_hidden_layers=4, hidden_size=64, intermediate_size=96, num_attention_heads=4, vocab_size=256)
+    )
+    head_dim = getattr(config, "head_dim", None) or 16
+    if not isinstance(config, Qwen3Config):
+        head_dim = config.head_dim = 16
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config)
+    model = Model(
+        num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2,
+        kv_channels=head_dim, padded_vocab_size=256, **changes,
+    )  # fmt: skip
+    count = sum(p.numel() for p in theirs.parameters())
+    assert parameters(model, BASE, 0) == count
+    stages = replace(BASE, pipeline=2)
+    copy = 256 * 64 if model.tied else 0  # of the embedding, on the last stage
+    assert sum(parameters(model, stages, stage) for stage in (0, 1)) == count + copy
+
+
+# Layouts.
+
+MODELS = st.builds(
+    lambda layers, heads, per_group, dim, ffn, tied: Model(
+        num_layers=layers, hidden_size=heads * dim, ffn_hidden_size=ffn * 64, num_attention_heads=heads,
+        num_query_groups=heads // per_group, kv_channels=dim, padded_vocab_size=1024, tied=tied,
+    ),
+    st.sampled_from([2, 6, 8]), st.sampled_from([4, 8, 16]), st.sampled_from([1, 2, 4]), st.sampled_from([16, 32]),
+    st.integers(1, 9), st.booleans(),
+)  # fmt: skip
+ENGINES = st.builds(
+    Engine, transformer_engine=st.booleans(), own_kernels=st.booleans(), fused_weight_gradients=st.booleans(),
+    fp8=st.sampled_from([None, "delayed", "blockwise"]),
+)  # fmt: skip
+
+
+H100 = Cluster(gpu=GPUS["H100"], host=8, inside=GPUS["H100"].nvlink, between=GPUS["H100"].network)
+
+
+@settings(max_examples=40, deadline=None)
+@given(MODELS, ENGINES, st.sampled_from([1, 2, 4, 6, 8, 16]), st.sampled_from([8, 32, 48]), st.floats(0.0, 1.0))
+def test_layouts_that_fit(model, engine, gpus, global_batch, share):
+    base = Layout(seq_length=256, micro_batch=1, global_batch=global_batch)
+    everything = layouts.fitting(model, base, engine, gpus, float("inf"), H100)
+    limit = GIB * 1.4 + share * max((plan.memory.device for plan in everything), default=0) / 8
+    found = layouts.fitting(model, base, engine, gpus, limit, H100)
+    order = [layouts.preference(plan) for plan in found]
+    assert order == sorted(order)
+    for plan in found:
+        layout = plan.layout
+        assert layout.gpus == gpus and layouts.refused(model, layout) is None
+        assert plan.memory == predict(model, layout, engine) and plan.memory.device <= limit
+        assert layout.micro_batches * layout.micro_batch * layout.data == global_batch
+    least = layouts.least(model, base, engine, gpus, H100.host)
+    assert bool(found) == (least is not None and least[1].device <= limit)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MODELS, ENGINES, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
+def test_more_to_keep_is_never_less_memory(model, engine, tensor, pipeline, data):
+    layout = Layout(
+        seq_length=512, micro_batch=2, global_batch=64, tensor=tensor, pipeline=pipeline, data=data,
+        sequence_parallel=tensor > 1,
+    )  # fmt: skip
+
+    def kept(layout: Layout) -> int:
+        # Of one stage: the one with the highest peak is not the same in all layouts.
+        layers = planned.stage_layers(model, layout)[0]
+        return in_flight(layout, 0) * planned.saved_by_layers(model, layout, engine, layers)
+
+    def optimizer(layout: Layout) -> int:
+        return predict(model, layout, engine).optimizer
+
+    mlp = replace(layout, recompute="selective", recompute_modules=("mlp",))
+    blocks = [replace(layout, recompute="full", recompute_method="block", recompute_layers=n) for n in (1, 2)]
+    full = replace(layout, recompute="full")
+    assert kept(layout) > kept(mlp) > kept(full)
+    assert kept(layout) > kept(blocks[0]) >= kept(blocks[1]) >= kept(full)
+    assert kept(replace(layout, micro_batch=4)) == 2 * kept(layout)
+    replicated = optimizer(replace(layout, distributed_optimizer=False))
+    assert optimizer(layout) <= replicated <= data * optimizer(layout)
