@@ -36,6 +36,7 @@ import yaml
 
 from benchmarks.stopping import end_ranks, leave_no_ranks
 from megatron_cream.config.recipe import locate
+import itertools
 
 ROWS = {
     "sync": ("synchronous", []),
@@ -120,9 +121,7 @@ def steps_words(found: dict) -> str:
 def check_room(args, flags: list[str]) -> None:
     """An estimate, so that a disk that fills does not cost an hour: weights, and 12 bytes of optimizer each."""
     known = yaml.safe_load(locate(args.config).read_text()) if args.config else {}
-    known |= {
-        name[2:].replace("-", "_"): value for name, value in zip(flags, flags[1:], strict=False) if name[:1] == "-"
-    }
+    known |= {name[2:].replace("-", "_"): value for name, value in itertools.pairwise(flags) if name[:1] == "-"}
     layers, hidden, ffn = (int(known[name]) for name in ("num_layers", "hidden_size", "ffn_hidden_size"))
     parameters = layers * (4 * hidden**2 + 3 * hidden * ffn) + 2 * hidden * int(known["vocab_size"])
     each = parameters * (14 if devices.has_cuda() else 16)

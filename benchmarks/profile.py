@@ -26,6 +26,7 @@ import yaml
 
 from benchmarks.stopping import leave_no_ranks
 from megatron_cream.config.recipe import locate
+import itertools
 
 FIRST_STEP, STEPS = 8, 2
 # The first pattern that a kernel's name holds gives its kind.
@@ -63,7 +64,7 @@ def main() -> None:
     leave_no_ranks()
     trace = args.trace or record(args.output, ["--config", args.config, *flags], args.gpus)
     recipe = yaml.safe_load(locate(args.config).read_text())
-    recipe |= {flag[2:].replace("-", "_"): int(value) for flag, value in zip(flags, flags[1:]) if value.isdigit()}
+    recipe |= {flag[2:].replace("-", "_"): int(value) for flag, value in itertools.pairwise(flags) if value.isdigit()}
     show(kernels(trace), floors(recipe, args.gpus, *ceilings()))
 
 

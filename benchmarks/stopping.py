@@ -4,6 +4,7 @@ import os
 import signal
 
 import psutil
+import contextlib
 
 
 def leave_no_ranks() -> None:
@@ -14,10 +15,8 @@ def leave_no_ranks() -> None:
 def end_ranks() -> None:
     """What this process started, and what that did: torchrun's ranks have sessions of their own."""
     for process in psutil.Process().children(recursive=True):
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            pass
 
 
 def _end_all(*_) -> None:

@@ -32,7 +32,7 @@ def divert(mode: str, folder: str | None) -> Iterator[TextIO]:
     if mode == "full":
         yield sys.stdout
         return
-    path = os.devnull if folder is None else Path(folder) / "megatron.log"
+    path = Path(os.devnull) if folder is None else Path(folder) / "megatron.log"
     if folder is not None:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,8 @@ def start() -> None:
     global _pid
     _pid = os.getpid()
     _open_closed_streams()
-    sys.stdout = sys.__stdout__ = _stream(1, sys.stdout, lossy=False)
-    sys.stderr = sys.__stderr__ = _stream(2, sys.stderr, lossy=True)
+    sys.stdout = sys.__stdout__ = _stream(1, sys.stdout, lossy=False)  # pyright: ignore[reportArgumentType]
+    sys.stderr = sys.__stderr__ = _stream(2, sys.stderr, lossy=True)  # pyright: ignore[reportArgumentType]
     if sys.flags.optimize:
         problem = "switches off the checks that Megatron makes with assert; run Python without it"
         print(f"{_name()}: error: python -O or PYTHONOPTIMIZE: {problem}", file=sys.stderr)
@@ -37,7 +37,7 @@ def start() -> None:
 def run(main) -> None:
     """Exit with what `main()` returns, or in one line where it was interrupted or its words could not be written."""
     global _main_runs
-    code: object = 0
+    code: int | str | None = 0
     try:
         try:
             _main_runs = True

@@ -43,7 +43,7 @@ def from_model(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> Non
     Sets `args.model_folder`, which training, saving and export read.
     """
     args.model_folder = origin.model_folder
-    if origin.shape is None:
+    if origin.shape is None or origin.model_folder is None:
         return
     for name, value in origin.shape.megatron_args().items():
         if name != "rotary_base":  # `rope` chooses it

@@ -81,7 +81,7 @@ def _read(argv: list[str] | None) -> tuple[Namespace, Origin]:
     start.check_save_folder(args)
 
     origin = start.find(args)
-    if origin.shape is not None:
+    if origin.shape is not None and origin.model_folder is not None:
         flag_checks.check_model_agrees(args, origin.shape, origin.model_folder, defaults)
 
     fill.embedded_data(args)

@@ -20,6 +20,9 @@ from megatron_cream.config.options import CreamConfig, LongEvalConfig, SaveConfi
 from megatron_cream.config.recipe import find_action, read_recipe, recipe_path
 from megatron_cream.model.attention import ATTENTION_BACKENDS
 
+GROUPS = {"cream": CreamConfig, "long evaluation": LongEvalConfig, "after a checkpoint": SaveConfig}
+"""Titles of this project's groups of flags in --help, and their flags."""
+
 
 def parse_flags(argv: list[str] | None) -> Namespace:
     """The flags as they were given, recipe and command line; None takes the process's own.
@@ -49,11 +52,11 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
         raise UsageError(message)
 
     parser.error = one_line  # not Megatron's 800 flags first
-    ArgumentGroupFactory(CreamConfig).build_group(parser, "cream")
-    ArgumentGroupFactory(LongEvalConfig).build_group(parser, "long evaluation")
-    ArgumentGroupFactory(SaveConfig).build_group(parser, "after a checkpoint")
+    for title, options in GROUPS.items():
+        ArgumentGroupFactory(options).build_group(parser, title)
+    _show_first(parser, tuple(GROUPS))
     # One flag for attention: Megatron's names (all of them Transformer Engine's) and ours.
-    attention = find_action(parser, "attention_backend")
+    attention = _action(parser, "attention_backend")
     attention.type, attention.choices = str, ATTENTION_BACKENDS
     # So that the command line can undo a recipe's, and this project's default.
     parser.add_argument(
@@ -61,23 +64,36 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
         help="Save the distributed optimizer as it lies on the ranks: faster, in no host memory, and it resumes at "
         "the same tensor and pipeline parallelism alone.",
     )  # fmt: skip
-    find_action(parser, "recompute_granularity").choices = ("full", "selective", "none")
+    _action(parser, "recompute_granularity").choices = ("full", "selective", "none")
     for name in ("overlap-grad-reduce", "overlap-param-gather"):
         parser.add_argument(
             f"--no-{name}", action="store_false", dest=name.replace("-", "_"), help=f"Turn off --{name}, which is on "
             "by default on GPUs with --use-distributed-optimizer and data or context parallelism.",
         )  # fmt: skip
-    find_action(parser, "rotary_base").type = float  # an exported ntk scaling is no whole number
+    _action(parser, "rotary_base").type = float  # an exported ntk scaling is no whole number
     parser.set_defaults(**project_defaults())
     for action in parser._actions:
         _mend_help(action)
-        if action.type not in (None, str, int, float):
+        if callable(action.type) and action.type not in (str, int, float):
             action.type = functools.partial(_converted, action.type)
     flag_support.refuse_when_parsing(parser)  # by the defaults before a recipe's
     path = recipe_path(sys.argv[1:]) if recipe else None
     if path is not None:
         parser.set_defaults(**read_recipe(path, parser))
     return parser
+
+
+def _action(parser: argparse.ArgumentParser, name: str) -> argparse.Action:
+    """Return the action of a flag that Megatron has; without it this is another Megatron."""
+    if (action := find_action(parser, name)) is None:
+        raise LookupError(name)
+    return action
+
+
+def _show_first(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
+    """Let --help show these groups before Megatron's 800 flags."""
+    groups = parser._action_groups
+    groups.sort(key=lambda group: (group.title not in ("positional arguments", "options"), group.title not in names))
 
 
 def _converted(convert: Callable[[str], Any], text: str) -> Any:
@@ -91,6 +107,6 @@ def _converted(convert: Callable[[str], Any], text: str) -> Any:
 def _mend_help(action: argparse.Action) -> None:
     """Some of Megatron's help texts hold a bare %, on which argparse stops."""
     try:
-        (action.help or "") % vars(action)
+        str((action.help or "") % vars(action))
     except (ValueError, TypeError, KeyError):
-        action.help = action.help.replace("%", "%%")
+        action.help = (action.help or "").replace("%", "%%")

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_path, read_yaml
@@ -82,14 +84,14 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "aliases are not for recipes", event.start_mark)
+            raise ComposerError(None, None, "aliases are not for recipes", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
+                raise ConstructorError(None, None, f"{key.value} is set twice", key.start_mark)
             seen.add(getattr(key, "value", None) if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
@@ -97,7 +99,7 @@ class _PlainLoader(yaml.SafeLoader):
 def _plain_number(loader: _PlainLoader, node: yaml.ScalarNode) -> int | float:
     """Not what YAML 1.1 has besides: 1:30 for 90, 010 for 8."""
     if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):
-        raise yaml.constructor.ConstructorError(
+        raise ConstructorError(
             None, None, f"{node.value} would be read to the base of {60 if ':' in node.value else 8}", node.start_mark
         )
     whole = node.tag.endswith(":int")
@@ -141,7 +143,7 @@ def _value(action: argparse.Action, name: str, value: Any, where: str) -> Any:
         if isinstance(item, (dict, list)) or (isinstance(item, bool) and action.type is not bool):
             raise UsageError(f"{where}: must be {_kind(action)}")
         try:
-            item = (action.type or str)(str(item))
+            item = (action.type if callable(action.type) else str)(str(item))
         except (ValueError, LookupError, TypeError, ArithmeticError, argparse.ArgumentTypeError) as error:
             raise UsageError(f"{where}: must be {_kind(action)}") from error
         if action.choices is not None and item not in action.choices:

@@ -88,7 +88,7 @@ def held_out_files(args: Namespace) -> list[tuple[str, tuple[float, float]]]:
     if blend_per_split is not None:
         return [(prefix, (0.0, 1.0)) for prefix in (blend_per_split[1] or ([],))[0]]
     share = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[1]
-    return [(prefix, share) for prefix in blend[0]] if share else []
+    return [(prefix, share) for prefix in blend[0]] if blend and share else []
 
 
 def long_eval_tasks(args: Namespace) -> tuple[str, ...]:

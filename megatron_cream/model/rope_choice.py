@@ -58,7 +58,7 @@ class Rope:
 
     theta: float
     scaling: dict[str, Any] | None
-    original: int
+    original: int | None
     lines: tuple[str, ...] = ()
 
 

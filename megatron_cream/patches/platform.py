@@ -65,7 +65,7 @@ def _quiet_import_noise() -> None:
 def _use_prebuilt_dataset_helpers() -> None:
     """Skip the trainer's `make` of the dataset helpers: the wheel ships them built."""
     try:
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
+        from megatron.core.datasets import helpers_cpp
     except ImportError:
         return
     from megatron.core.datasets import utils
@@ -86,7 +86,7 @@ def _install_cpu() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     for package in _FOR_CUDA_ALONE:
         sys.modules.setdefault(package, None)
-    import torch._dynamo  # noqa: F401  (tabulates torch.cuda's functions: must see the real ones)
+    import torch._dynamo
 
     _replace_torch_cuda()
     _installed = _CudaMeansCpu()

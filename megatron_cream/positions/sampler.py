@@ -112,7 +112,8 @@ class BlockSampler(Sampler):
 
     @abstractmethod
     def _blocks(self, math, epoch, sample, document_length):
-        """(token starts, position starts, lengths) of the blocks, and alpha or None; in `math`'s numbers."""
+        """Return token starts, position starts and lengths of the blocks, and alpha or None; in `math`'s numbers."""
+        raise NotImplementedError
 
     def plan(self, epoch: int, sample: int, document_length: int) -> Plan:
         epoch, sample, document_length = self._checked(epoch, sample, document_length)
@@ -144,4 +145,5 @@ class BlockSampler(Sampler):
             np.stack([np.broadcast_to(np.asarray(v, dtype=np.int64), samples.shape) for v in row], axis=1)
             for row in rows
         ]
-        return Plans(*columns, alpha)
+        tokens, positions, lengths = columns
+        return Plans(tokens, positions, lengths, alpha)

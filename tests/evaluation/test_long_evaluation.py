@@ -188,7 +188,7 @@ def test_it_never_takes_more_than_its_share(share, interval, cost, seed):
             clock.now += rng.uniform(0.1, 2.0)
             room = (spent + cost) / (clock.now + cost) <= share
             due = watch.due(step)
-            assert due == (step == 200 or step % interval == 0 and (first or room))
+            assert due == (step == 200 or (step % interval == 0 and (first or room)))
             if due:
                 watch.evaluate([torch.nn.Linear(1, 1)], step)
                 spent, done, first = spent + cost, done + 1, False

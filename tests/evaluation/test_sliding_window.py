@@ -16,6 +16,7 @@ from megatron_cream.evaluation.runner import perplexities
 from megatron_cream.evaluation.sliding_window import Document, long_documents, read_texts, windows
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import save_model
+import itertools
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,7 +147,7 @@ def test_key_tokens_of_a_model_with_another_tokenizer(tokenizers):
             own = key_tokens(model, read, long, rule).tolist()
             characters = {i for (a, b), key in zip(other.spans(TEXT), own, strict=False) if key for i in range(a, b)}
             assert {i for a, b in spans for i in range(a, b)} == characters and characters
-            assert all(before[1] < after[0] for before, after in zip(spans, spans[1:], strict=False))
+            assert all(before[1] < after[0] for before, after in itertools.pairwise(spans))
             ours = tokens_in(document, mine, spans).tolist()
             assert ours == [a < b and characters.issuperset(range(a, b)) for a, b in where]
             assert any(ours) and not all(ours)

@@ -194,7 +194,7 @@ def _read_list(flag: str, path: str) -> str:
 
 def _blend_prefixes(flag: str, blend: list[str]) -> list[str]:
     try:
-        prefixes, weights = get_blend_from_list(blend)
+        prefixes, weights = get_blend_from_list(blend) or ([], None)
     except (AssertionError, ValueError) as error:
         raise UsageError(f"{flag} {' '.join(blend)}: give a weight before each prefix, or before none") from error
     for weight in weights or []:

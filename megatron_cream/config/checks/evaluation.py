@@ -49,7 +49,7 @@ def _check_best(args: Namespace) -> None:
     best, names = args.long_eval_best, long_eval_tasks(args)
     if best == "none":
         return
-    if best == "perplexity" and "perplexity" not in names or best == "accuracy" and names == ("perplexity",):
+    if (best == "perplexity" and "perplexity" not in names) or (best == "accuracy" and names == ("perplexity",)):
         raise UsageError(f"--long-eval-best {best}: --long-eval-tasks {args.long_eval_tasks} does not measure it")
     if args.skip_train:
         return

@@ -6,7 +6,7 @@ import sysconfig
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError
@@ -73,7 +73,7 @@ class Haystack:
             tokens.append(tokens[-1] + share * (self._tokens[last + 1] - tokens[-1]))
             starts.append(words)
         cuts = [0, *(starts[_nearest(tokens, depth * tokens[-1])] for depth in depths), words]
-        return [" ".join(self._words[first:end]) for first, end in zip(cuts, cuts[1:], strict=False)]
+        return [" ".join(self._words[first:end]) for first, end in pairwise(cuts)]
 
     def _take_sentence(self) -> None:
         sentence = self._sentences[(len(self._starts) - 1) % len(self._sentences)]

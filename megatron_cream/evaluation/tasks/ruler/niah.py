@@ -10,7 +10,7 @@ import random
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import islice, repeat, pairwise
 
 from megatron_cream.evaluation.tasks.filler import Drawn, Haystack, distinct, fit
 from megatron_cream.evaluation.tasks.sources import words
@@ -74,7 +74,7 @@ def example(task: str, essay: Haystack | None, tokenizer: Tokenizer, *, length: 
         else:
             lines, joint = filler.first(n), "\n"
             cuts = [0, *(round(depth * n) for depth in depths), n]
-            pieces = [joint.join(lines[first:end]) for first, end in zip(cuts, cuts[1:], strict=False)]
+            pieces = [joint.join(lines[first:end]) for first, end in pairwise(cuts)]
         parts = [pieces[0]] + [part for pair in zip(texts, pieces[1:], strict=True) for part in pair]
         return _prompt(setting, joint.join(filter(None, parts)), queries)
 

@@ -8,7 +8,7 @@ first. Ours: the solved example has five lines of noise, where the published one
 import random
 import string
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, pairwise
 
 from megatron_cream.evaluation.tasks.filler import distinct, fit
 from megatron_cream.evaluation.tasks.ruler.niah import NOISE
@@ -39,7 +39,7 @@ def _chain(rng: random.Random, letters: int) -> tuple[list[str], list[str]]:
     """(assignments in order, the variables' names)."""
     names = list(islice(distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters))), HOPS + 1))
     first = f"VAR {names[0]} = {rng.randint(10_000, 99_999)}"
-    return [first] + [f"VAR {name} = VAR {before}" for before, name in zip(names, names[1:], strict=False)], names
+    return [first] + [f"VAR {name} = VAR {before}" for before, name in pairwise(names)], names
 
 
 def _problem(chain: Sequence[str], places: Sequence[float], noise: int) -> str:
