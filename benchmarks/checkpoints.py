@@ -32,11 +32,12 @@ from megatron_cream.patches import platform
 
 platform.setup()  # here: the process that writes a checkpoint imports this file
 
+import itertools
+
 import yaml
 
 from benchmarks.stopping import end_ranks, leave_no_ranks
 from megatron_cream.config.recipe import locate
-import itertools
 
 ROWS = {
     "sync": ("synchronous", []),

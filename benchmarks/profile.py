@@ -17,6 +17,7 @@ sys.path[0] = str(ROOT)  # in this folder a module hides the standard library's 
 
 import argparse
 import gzip
+import itertools
 import json
 import re
 import subprocess
@@ -26,7 +27,6 @@ import yaml
 
 from benchmarks.stopping import leave_no_ranks
 from megatron_cream.config.recipe import locate
-import itertools
 
 FIRST_STEP, STEPS = 8, 2
 # The first pattern that a kernel's name holds gives its kind.

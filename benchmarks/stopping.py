@@ -1,10 +1,10 @@
 """A benchmark that is stopped leaves no rank on a GPU, beside what is started next."""
 
+import contextlib
 import os
 import signal
 
 import psutil
-import contextlib
 
 
 def leave_no_ranks() -> None:

@@ -25,9 +25,9 @@ JOB = Path(__file__).resolve().parents[1] / "pretrain_cream.py"
 def main() -> None:
     import torch
     import torch.utils.tensorboard
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401  (what runs import only when they need it)
 
-    import pretrain_cream
+    import pretrain_cream  # noqa: F401
 
     torch.set_num_threads(1)  # a fork does not inherit the threads of a pool
     for line in sys.stdin:

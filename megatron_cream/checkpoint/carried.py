@@ -132,7 +132,7 @@ def _check_template(template: Any, where: str) -> None:
     class Generation(Extension):
         """transformers' tag {% generation %}."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser):
             line = next(parser.stream).lineno

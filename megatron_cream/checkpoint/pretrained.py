@@ -51,8 +51,8 @@ def _refuse_finished(args: Namespace, target: Path) -> None:
     step = tracker.read_text().strip() if tracker.is_file() else ""
     if step.isdigit() and args.train_iters and int(step) >= args.train_iters:
         raise UsageError(
-            f"--save-hf {args.save_hf}: step {step} of an earlier run is in {tracker.parent}: python tools/convert_hf.py "
-            f"export --checkpoint {tracker.parent} --hf-path {args.save_hf}, or delete it"
+            f"--save-hf {args.save_hf}: step {step} of an earlier run is in {tracker.parent}: python "
+            f"tools/convert_hf.py export --checkpoint {tracker.parent} --hf-path {args.save_hf}, or delete it"
         )
 
 

@@ -352,9 +352,9 @@ def check_content(args: Namespace, origin: Origin) -> None:
         folder = found.folder if found else args.model_folder if args.load_hf else None
         if found and args.verify_integrity and not (folder / output.MANIFEST).is_file():
             raise UsageError(f"--verify-integrity: {found.flag} {folder} was saved without {output.MANIFEST}")
-        if folder is not None and (args.checkpoint_checksums or args.verify_integrity):
-            if faults := output.check_manifest(folder, share=share):
-                raise UsageError(f"{found.flag if found else '--load-hf'} {faults[0]}")
+        wanted = folder is not None and (args.checkpoint_checksums or args.verify_integrity)
+        if wanted and (faults := output.check_manifest(folder, share=share)):
+            raise UsageError(f"{found.flag if found else '--load-hf'} {faults[0]}")
 
     def check_pickles() -> None:
         if found and found.step:

@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import io
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,7 +136,7 @@ def check(args: argparse.Namespace) -> None:
     with blame("--input"):
         find_files(args.input, args.glob, args.output_prefix)
     prefix = args.output_prefix
-    if os.path.isdir(prefix) or prefix.suffix in (".bin", ".idx"):
+    if prefix.is_dir() or prefix.suffix in (".bin", ".idx"):
         raise ValueError(f"--output-prefix {prefix}: expected a path up to .bin and .idx, such as data/pile")
     try:
         check_can_be_made(prefix.absolute().parent, f"--output-prefix {prefix}:")

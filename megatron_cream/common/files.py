@@ -140,7 +140,7 @@ def hold(folder: Path, flag: str) -> None:
     path, deadline = folder / ".lock", time.monotonic() + HOLD_SECONDS
     if path not in _held:
         check_regular(path, f"{flag} {folder}")
-        _held[path] = open(path, "w")
+        _held[path] = open(path, "w")  # noqa: SIM115  (closed by the process's end)
     while True:
         try:
             # The kind of lock that forked processes do not share, and that NFS knows.

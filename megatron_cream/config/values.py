@@ -1,4 +1,4 @@
-"""What leaves the flags as plain values: Megatron's namespace for Megatron, small dataclasses and numbers for the rest."""
+"""Plain values out of the flags: configs for Megatron, dataclasses and numbers for the rest."""
 
 from argparse import Namespace
 

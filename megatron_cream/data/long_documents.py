@@ -84,7 +84,7 @@ def cache_file(prefix: str, begin: int, end: int, minimum: int, folder: str | No
     index = os.stat(f"{prefix}.idx")
     key = json.dumps([os.path.realpath(prefix), index.st_size, index.st_mtime_ns, begin, end, minimum])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return Path(folder or os.path.join(prefix, "cache", "LongDocumentDataset_indices")) / f"{name}-long_documents.npy"
+    return Path(folder or Path(prefix, "cache", "LongDocumentDataset_indices")) / f"{name}-long_documents.npy"
 
 
 def _write(file: Path, count: int, parts: Iterator[np.ndarray]) -> None:

@@ -40,7 +40,7 @@ _FILES = (_TOKENS, _MASK, _LENGTHS, *_INDICES, _STATE + _NEW, _STATE)
 class State:
     """How far a run came."""
 
-    position: Position = Position()
+    position: Position = Position()  # noqa: RUF009  (frozen)
     """Where reading goes on."""
 
     documents: int = 0
@@ -97,7 +97,7 @@ class PartialOutput:
             self.state = State()
         self._files = {}
         if not self.state.complete:
-            self._files = {name: open(self._folder / name, "ab") for name in names}
+            self._files = {name: open(self._folder / name, "ab") for name in names}  # noqa: SIM115
             for name, file in self._files.items():
                 file.truncate(self._size(name, self.state))
             self._save()

@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.distributed.rendezvous import agree
@@ -18,10 +17,8 @@ from megatron_cream.distributed.rendezvous import agree
 _PATIENCE = 30.0
 """Seconds that a network file system may take to show a new file."""
 
-Found = TypeVar("Found")
 
-
-def run_on_all_ranks(look: Callable[[], Found]) -> Found:
+def run_on_all_ranks[Found](look: Callable[[], Found]) -> Found:
     """`look()` on every rank. If it fails on one, all raise its error, with the node's name if there are several.
 
     Raises:

@@ -27,7 +27,7 @@ def find_tasks(names: Sequence[str], include: Path | None) -> Any:
         UsageError: lm_eval is not installed, there is no such task, or its data cannot be had.
     """
     try:
-        import lm_eval.models.huggingface
+        import lm_eval.models.huggingface  # noqa: F401  (needs accelerate)
         from lm_eval.tasks import TaskManager, get_task_dict
     except ImportError as error:
         raise UsageError(f"harness: {error}: pip install lm_eval accelerate") from error

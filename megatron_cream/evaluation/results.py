@@ -151,7 +151,7 @@ def _opened_alone(folder: Path) -> TextIO:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = open(path, "a+", encoding="utf-8")
+            lines = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         except FileNotFoundError:  # a run that failed has just removed its empty folders
             tries -= 1
             if tries:
@@ -177,7 +177,7 @@ def _new_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> TextIO:
     """
     path = Path(os.path.realpath(folder / RESULTS))
     beside = path.with_name(f".{path.name}.partial")
-    lines = open(beside, "w", encoding="utf-8")
+    lines = open(beside, "w", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lines.write(text)

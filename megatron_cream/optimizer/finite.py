@@ -25,7 +25,7 @@ class _Skipped(Exception):
 
 class _Guard:
     policy = "stop"
-    model: list[torch.nn.Module] = []
+    model: tuple[torch.nn.Module, ...] = ()
     report: Callable[[float], None]
 
 
@@ -49,7 +49,7 @@ def install(policy: str, report: Callable[[float], None]) -> None:
 
 def of_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """For Megatron's `pre_wrap_hooks`: whose weights are looked at when a gradient is no number."""
-    _guard.model = chunks
+    _guard.model = tuple(chunks)
     return chunks
 
 

@@ -86,8 +86,9 @@ HALF_RATE = 1702
 with TP 2 on two H100s."""
 
 RING = 0.728
-"""Of that rate, what remains in Transformer Engine's ring over context-parallel ranks, whose attention comes in parts that
-are put together. Fitted on the only such run, 32K on two H100s; as it is not profiled, whatever else it waits for is in it."""
+"""Of that rate, what remains in Transformer Engine's ring over context-parallel ranks, whose attention comes in parts
+that are put together. Fitted on the only such run, 32K on two H100s; as it is not profiled, whatever else it waits for
+is in it."""
 
 PASSES = 0.753
 """Of the memory's bandwidth, where a kernel only moves bytes, for the bytes that `work` counts."""
@@ -106,8 +107,8 @@ it. Each fitted on a run that was seen waiting, at micro-batch 1: TP 2 on two H2
 the rows that are off."""
 
 LINKS = {"inside": 0.43, "between": 0.8}
-"""Of a link's stated speed, in a ring. inside: in the trace of a run with TP 2 on two H200s 16.8 MB took 86 us to gather
-and 90 to reduce (NCCL's LL protocol, without multicast). between: assumed."""
+"""Of a link's stated speed, in a ring. inside: in the trace of a run with TP 2 on two H200s 16.8 MB took 86 us to
+gather and 90 to reduce (NCCL's LL protocol, without multicast). between: assumed."""
 
 BESIDE = 0.896
 """Of the time of a transfer beside computation, what it costs all the same: it takes multiprocessors, memory and power.

@@ -3,7 +3,7 @@
 What is predicted is the peak of torch's allocator (`torch.cuda.max_memory_allocated`, the GiB of the progress
 line) on one rank of each pipeline stage, and from it what the device must hold. Every tensor kept for the
 backward pass is named in `saved_by_layer` and `saved_at_loss`; tests/planning/test_memory.py counts the same tensors in
-the real model; tests/planning/test_measured.py compares whole predictions with the peaks of megatron_cream/planning/measured_runs.json.
+the real model; tests/planning/test_measured.py compares whole predictions with the peaks of measured_runs.json.
 
 The optimizer's step is never the peak: it works in place, and activations are gone by then. Not in here:
 saving and loading checkpoints, evaluation at lengths beyond --seq-length, attention that stores its scores.
@@ -205,7 +205,7 @@ def saved_by_layers(model: Model, layout: Layout, engine: Engine, layers: int) -
     """Bytes that `layers` layers of a stage keep of one micro-batch."""
     saved = saved_by_layer(model, layout, engine)
     if layout.recompute == "full":
-        tokens, between = tokens_of_rank(layout)
+        _, between = tokens_of_rank(layout)
         checkpoint = engine.element * between * model.hidden_size
         if layout.scatter_saved:
             checkpoint //= layout.tensor

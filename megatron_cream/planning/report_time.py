@@ -109,7 +109,8 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
     lines = [
         f"{gpu.name}: {peaks}, {gpu.bandwidth / 1e12:g} TB/s ({gpu.source})",
         f"of these peaks, fitted on runs of {'one H100' if gpu.products != 1 else 'one H200'}: products "
-        f"{product_share(gpu, None):.0%} (FP8 {product_share(gpu, run.engine.fp8 or 'delayed'):.0%}); fitted on one H200 "
+        f"{product_share(gpu, None):.0%} (FP8 {product_share(gpu, run.engine.fp8 or 'delayed'):.0%}); fitted on one "
+        "H200 "
         f"and taken for every GPU: attention {attention:.0%} at {length:,} tokens, bytes {PASSES:.0%}",
     ]
     seen = "as in runs with TP 2 on two hosts" if run.layout.tensor > 1 else "as in one run on an H100"
@@ -126,7 +127,8 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         )
     if run.gpus > 1:
         lines += [
-            f"{links}; in a ring {LINKS['inside']:.0%} of it inside a host (one run on two H200s), {LINKS['between']:.0%} "
+            f"{links}; in a ring {LINKS['inside']:.0%} of it inside a host (one run on two H200s), "
+            f"{LINKS['between']:.0%} "
             "between hosts (not measured)",
             f"what travels beside computation costs it {BESIDE:.0%} of that time, as in one run with TP 2; no GPU is "
             "slower than another",

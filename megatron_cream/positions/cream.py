@@ -44,7 +44,8 @@ class CreamSampler(BlockSampler):
     """See the module's docstring, and `Sampler` for window, target and seed.
 
     Args:
-        sigma: deviation of the Gaussian, in half steps of the middle's scale (3.0 in the paper); no other middle has one.
+        sigma: deviation of the Gaussian, in half steps of the middle's scale (3.0 in the paper); no other middle has
+            one.
         variant: `paper` or `released`.
         relativity: share of the samples with head and tail of N/3; the others have a long middle (1/2 in the paper).
         middle: what the middle's scale follows: `gaussian`, as in the paper, or `uniform`, an even draw, which is the

@@ -13,7 +13,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse
 from tests.advice_cases import ADVICE, INSTEAD, NOT_FOLLOWED, with_
 from tests.bad_inputs import TRAINER, Ended, free_port, start
-from tests.config.test_bad_inputs import good, mains, world
+from tests.config.test_bad_inputs import good, mains, world  # noqa: F401  (fixtures)
 from tests.launch import ROOT
 
 WORDS = re.compile(
@@ -62,7 +62,7 @@ def checks_alone(flags: list[str]) -> int:
         return 2
 
 
-def run(mains, world: Path, command, ranks: int = 1, trains: bool = False):
+def run(mains, world: Path, command, ranks: int = 1, trains: bool = False):  # noqa: F811
     """The end of the command, of the first rank where it has several. Training starts where it resumes or `trains`;
     else all of its checks run, which say more in less time.
     """
@@ -77,7 +77,7 @@ def run(mains, world: Path, command, ranks: int = 1, trains: bool = False):
 
 
 @pytest.mark.parametrize("case", ADVICE, ids=lambda case: case.line)
-def test_advice_is_followed(mains, world, tmp_path, case):
+def test_advice_is_followed(mains, world, tmp_path, case):  # noqa: F811
     if case.before:
         assert run(mains, world, case.before, trains=True).code == 0
     case.damage(world)
@@ -93,7 +93,7 @@ def test_advice_is_followed(mains, world, tmp_path, case):
 
 
 @pytest.mark.parametrize("name", INSTEAD)
-def test_what_stands_in_for_megatrons_flags(mains, world, name):
+def test_what_stands_in_for_megatrons_flags(mains, world, name):  # noqa: F811
     theirs, ours = INSTEAD[name]
     said = run(mains, world, with_(theirs)).error
     assert theirs.split()[0] in said and f"use {ours.split()[0]}" in said

@@ -1,5 +1,6 @@
 """Perplexity: which tokens are scored with what context, against a forward of each context; LongPPL's key tokens."""
 
+import itertools
 import math
 
 import pytest
@@ -16,7 +17,6 @@ from megatron_cream.evaluation.runner import perplexities
 from megatron_cream.evaluation.sliding_window import Document, long_documents, read_texts, windows
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import save_model
-import itertools
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.evaluation.models import generation
-from tests.evaluation.test_evaluate import KV, LINES, alone, run
+from tests.evaluation.test_evaluate import KV, LINES, alone, run  # noqa: F401
 from tests.evaluation_models import save_llama
 
 PERPLEXITY = "perplexity --lengths 300 --stride 70 --documents 1".split()

@@ -75,7 +75,8 @@ def _check_parallel(args: Namespace) -> None:
         )
     if args.attention_dropout and args.attention["name"] in ("sdpa", "flash"):
         raise UsageError(
-            f"--attention-dropout {args.attention_dropout}: not with --attention-backend {args.attention['name']}; use 0"
+            f"--attention-dropout {args.attention_dropout}: not with --attention-backend "
+            f"{args.attention['name']}; use 0"
         )
     if args.attention["name"] == "local" and cp > 1:
         raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")

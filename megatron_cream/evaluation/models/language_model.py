@@ -159,10 +159,8 @@ def find_model(
         )
     hf_folder.check_model(folder)
     output.check_unchanged(folder)
-    if tokenizer:
-        words = open_tokenizer(tokenizer, flag="--tokenizer")
-    else:
-        words = open_tokenizer(folder, flag=flag)
+    given = (tokenizer, "--tokenizer") if tokenizer else (folder, flag)
+    words = open_tokenizer(given[0], flag=given[1])
     return Source(folder, None, words, "vllm" if engine == "vllm" else "transformers", kind, flag)
 
 

@@ -10,7 +10,7 @@ import random
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice, repeat, pairwise
+from itertools import islice, pairwise, repeat
 
 from megatron_cream.evaluation.tasks.filler import Drawn, Haystack, distinct, fit
 from megatron_cream.evaluation.tasks.sources import words
