@@ -60,10 +60,13 @@ class BestCheckpoint:
 
     @contextlib.contextmanager
     def saving(self, args: Namespace, step: int, score: dict[str, Any]) -> Iterator[None]:
-        """What Megatron saves in this block goes to the folder; the earlier checkpoint stays until it is whole.
+        """Send the checkpoint that Megatron saves in this block to `best/`.
+
+        The earlier checkpoint stays until the new one is whole.
 
         Args:
             args: Megatron's.
+            step: the training step that is saved.
             score: plain values.
         """
         from megatron.training import checkpointing

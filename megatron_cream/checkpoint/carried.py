@@ -59,11 +59,12 @@ def copy(source: Path, target: Path, *last: str) -> None:
 
 
 def check(folder: Path, *, vocabulary: int | None = None, warn: bool = True) -> None:
-    """Read each file of `folder` as its readers will, and compare it with its checksum if there is one.
+    """Read each file of `folder` as its readers will, and compare checksums where known.
 
     A file that was edited gets a warning on stderr. Nothing that a file holds is executed.
 
     Args:
+        folder: of a Hugging Face model's tokenizer, configuration and chat template.
         vocabulary: the model's; token ids beyond it get a warning.
         warn: False where another rank warns.
 

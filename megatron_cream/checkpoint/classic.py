@@ -29,15 +29,22 @@ def write_classic(
     transformer_engine: bool,
     progress: Callable[[int], None],
 ) -> dict[str, str]:
-    """Files that Megatron loads with `--ckpt-format torch`, at this layout only.
+    """Write files that Megatron loads with `--ckpt-format torch`, at this layout only.
 
     Each is first written with room for its tensors, which are then put in one by one, so that
-    one parameter is in memory at a time. Arguments as `write_torch_dist`'s, and:
+    one parameter is in memory at a time.
 
     Args:
-        tensor_parallel, pipeline_parallel: must divide the heads, the feed-forward and the padded
-            vocabulary; the layers.
+        folder: of the step, empty; each model-parallel rank gets a folder in it.
+        shape: of the model.
+        padded_vocab_size: rows of the embedding, with padding.
+        dtypes: of each parameter, by its key.
+        produce: returns a whole parameter of a layer, given its row and the layer's number.
+        common_state: what Megatron keeps beside the tensors (args, iteration ...).
+        tensor_parallel: ranks; must divide the heads, the feed-forward and the padded vocabulary.
+        pipeline_parallel: ranks; must divide the layers.
         transformer_engine: name the norms as Transformer Engine's layers do, not as this project's.
+        progress: is called with the number of bytes written.
 
     Returns: no checksums, since the files are not written in order.
 

@@ -41,14 +41,20 @@ def import_hf(
     overwrite: bool = False,
     progress: TransferBar | None = None,
 ) -> None:
-    """Write a Megatron checkpoint of a Hugging Face model, as a `release` that training starts from.
+    """Write a Megatron checkpoint of a Hugging Face model, as a `release` to train from.
 
     Args:
+        source: the Hugging Face model.
+        target: folder of the checkpoint to write.
         dtype: of what is written; None keeps each tensor's own.
         vocabulary_divisor: the vocabulary is padded with zeros to a multiple of it.
         checkpoint_format: torch_dist opens at any layout; torch is one file for each rank of
             `tensor_parallel` x `pipeline_parallel`, with the parameter names of Transformer
             Engine's layers or of this project's.
+        tensor_parallel: ranks, for the format torch.
+        pipeline_parallel: ranks, for the format torch.
+        transformer_engine: take Transformer Engine's parameter names, for the format torch.
+        overwrite: replace an earlier conversion in `target`.
         progress: is told of what was written.
 
     Raises:
@@ -116,9 +122,10 @@ def check_apart(source: Path, target: Path, *, flag: str) -> None:
 
 
 def _check_range(out: Tensor, before: Iterable[torch.dtype], again: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
-    """Raise UsageError if the cast to what is in `out` made a finite value infinite.
+    """Raise UsageError if the cast to the dtype of `out` made a finite value infinite.
 
     Args:
+        out: the values after the cast.
         before: the types that were cast.
         again: (name, tensor) of what was cast.
     """
@@ -176,8 +183,11 @@ def export_hf(
     """Write a folder that transformers and vLLM load, from a checkpoint at any layout.
 
     Args:
+        source: the checkpoint to export.
+        target: the folder to write.
         dtype: of what is written; None keeps each parameter's own.
         max_shard_bytes: a shard is closed before it grows larger.
+        overwrite: replace an earlier conversion in `target`.
         flag: what the user gave `target` with, for messages.
         progress: is told of what was written.
 

@@ -313,9 +313,10 @@ def _check_sizes(shape: ModelShape) -> None:
 
 
 def shape_from_args(args: Namespace, original: ModelShape | None) -> ModelShape:
-    """The model that a checkpoint of this project holds, by the flags saved in it.
+    """Return the model's shape from the flags saved in a checkpoint of this project.
 
     Args:
+        args: the saved flags.
         original: the model it came from, if it came from Hugging Face weights.
 
     Raises:

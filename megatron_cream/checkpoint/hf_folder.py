@@ -119,9 +119,10 @@ def _find_weights(folder: Path) -> dict[str, Path]:
 
 
 def read_index(index: Path, *, complete: bool = True) -> dict[str, Path]:
-    """{tensor: file} by an index of shards.
+    """Return {tensor: file} by an index of shards.
 
     Args:
+        index: the file, such as model.safetensors.index.json.
         complete: every shard must be there.
 
     Raises:

@@ -44,9 +44,10 @@ def local_ranks() -> int:
 
 
 def too_little(gathered: Gathered, *, handed_over: bool) -> str:
-    """Why there is no room for it; nothing where there is.
+    """Return why the host has too little memory for a save; "" where it has enough.
 
     Args:
+        gathered: what the save gathers on this host.
         handed_over: to another process, as --async-save does.
     """
     need, free = gathered.in_memory(), psutil.virtual_memory().available

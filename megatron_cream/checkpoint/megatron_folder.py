@@ -213,14 +213,18 @@ def write_torch_dist(
     threads: int,
     progress: Callable[[int], None],
 ) -> dict[str, str]:
-    """A `torch_dist` checkpoint step that Megatron loads at any layout.
+    """Write a `torch_dist` checkpoint step that Megatron loads at any layout.
 
     Args:
         folder: empty.
+        shape: of the model.
+        padded_vocab_size: rows of the embedding, with padding.
         dtypes: of each parameter, by its key.
         produce: a whole parameter of a layer. Runs in `threads` threads at once; its tensor may be
             reused once the thread asks for the next.
         common_state: what Megatron keeps beside the tensors (args, iteration ...).
+        threads: that write, each a file of its own.
+        progress: is called with the number of bytes written.
 
     Returns: SHA-256 of each file, by name.
     """

@@ -15,11 +15,13 @@ from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModel
 
 
 def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype, attention: str = "sdpa") -> LlamaModel:
-    """The whole model, in evaluation mode, on this project's layers; its vocabulary is not padded.
+    """Load the whole model in evaluation mode, on this project's layers.
 
-    Starts a process group of one where there is none.
+    Its vocabulary is not padded. Starts a process group of one where there is none.
 
     Args:
+        checkpoint: whose weights are read.
+        dtype: of the parameters.
         attention: of `ATTENTION_BACKENDS`.
     """
     _one_rank()
@@ -71,6 +73,8 @@ def fill(model: LlamaModel, shape: ModelShape, produce) -> None:
     """Put weights into this rank's part of a model.
 
     Args:
+        model: this rank's part; its parameters are written over.
+        shape: of the whole model.
         produce: (row, layer, out) fills out with a whole parameter: `MegatronCheckpoint.read`, or a
             Hugging Face folder's `join`ed tensors.
     """

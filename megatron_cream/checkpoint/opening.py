@@ -90,9 +90,11 @@ def is_classic(folder: Path) -> bool:
 
 
 def open_step(folder: Path, flag: str, *, checksums: bool = True) -> Step:
-    """The step in `folder`; `flag` is what the user gave its parent with.
+    """Open the step in `folder`.
 
     Args:
+        folder: of the step's files.
+        flag: what the user gave the folder's parent with, for messages.
         checksums: compare each file with its sum in the manifest, if there is one, before a pickle in it is read.
 
     Raises:
@@ -142,9 +144,11 @@ def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
 
 
 def open_classic(folder: Path, flag: str, layout: tuple[int, int], *, checksums: bool = True) -> Namespace:
-    """Looks into the `mp_rank_XX` files of a step, at all but the bytes of their tensors.
+    """Read the `mp_rank_XX` files of a step, all but the bytes of their tensors.
 
     Args:
+        folder: of the step's files.
+        flag: what the user gave the folder's parent with, for messages.
         layout: tensor- and pipeline-parallel ranks, each of which loads one file.
         checksums: as `open_step`'s.
 

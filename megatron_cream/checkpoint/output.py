@@ -26,12 +26,13 @@ _EDITED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, flag: str, overwrite: bool, needs_bytes: int) -> Iterator[Path]:
-    """Yields an empty folder beside `path`, which becomes `path` when the block ends without an error.
+    """Yield an empty folder beside `path`, which becomes `path` if the block succeeds.
 
     Until then `path` is as it was. A killed process leaves `.NAME.partial`, which the next one with the same `path`
     removes, and on a file system that cannot exchange two folders perhaps `.NAME.replaced`, which it puts back.
 
     Args:
+        path: the folder to write.
         flag: what the user gave `path` with, for the message.
         overwrite: allow `path` to be what an earlier conversion wrote.
         needs_bytes: refuse to start with less free space.
@@ -190,9 +191,10 @@ def hash_file(path: Path, progress=None) -> str:
 
 
 def write_manifest(folder: Path, hashes: dict[str, str]) -> None:
-    """`integrity.json`: the SHA-256 of every file under `folder`.
+    """Write `integrity.json`: the SHA-256 of every file under `folder`.
 
     Args:
+        folder: of a step or an exported model; the manifest is written into it.
         hashes: of the files that were hashed as they were written, by their path in `folder`; the
             others are read again.
     """
@@ -223,11 +225,13 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def check_manifest(folder: Path, progress=None, *, share: tuple[int, int] = (0, 1), texts: bool = False) -> list[str]:
-    """Reads every file of data that the manifest in `folder` lists.
+    """Compare every data file that the manifest in `folder` lists with its checksum.
 
     Args:
-        texts: and the files that people edit: configuration, tokenizer, chat template.
+        folder: with the manifest.
+        progress: is called with the number of bytes read; None for no report.
         share: (i, n): of n readers, this is the one at place i, and reads every n-th file.
+        texts: and the files that people edit: configuration, tokenizer, chat template.
 
     Returns: a line for each that is missing or differs; none if all is well, or there is no manifest.
 
@@ -244,9 +248,11 @@ def check_manifest(folder: Path, progress=None, *, share: tuple[int, int] = (0, 
 
 
 def check_files(folder: Path, names: Iterable[str], flag: str) -> None:
-    """Raise UsageError if one of these files of `folder` differs from its sum in the manifest; look at no other.
+    """Raise UsageError if one of these files differs from its sum in the manifest.
 
     Args:
+        folder: with the manifest.
+        names: of the files, as paths in `folder`; no other file is read.
         flag: what the user gave the folder with, for the message.
     """
     sums = read_manifest(folder)

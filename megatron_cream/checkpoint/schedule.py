@@ -27,6 +27,7 @@ def check(args: Namespace, common: dict[str, Any], checkpoint: str, step: str) -
     """Compare the schedule of these flags with the saved one.
 
     Args:
+        args: Megatron's, of this run.
         common: what Megatron saved beside the tensors.
         checkpoint: flag and folder, for the message.
         step: the name of the step's folder.

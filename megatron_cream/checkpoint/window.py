@@ -28,9 +28,13 @@ _LIMITS = (
 
 
 def keys(window: int, scaling: dict[str, Any] | None, before: int | None) -> dict[str, int]:
-    """Return the keys of a config.json by which every reader comes to `window`, or to less than a factor more.
+    """Return the config.json keys from which every reader derives `window`.
+
+    A reader that multiplies by the factor may derive more, by less than the factor: `seq_length` is rounded up.
 
     Args:
+        window: positions that the model is for, after stretching.
+        scaling: `rope_scaling` of the config; None for no scaling.
         before: the window before stretching, where it is known.
     """
     found = {"max_position_embeddings": window}
