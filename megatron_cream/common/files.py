@@ -112,9 +112,11 @@ def remove_empty(folders: list[Path]) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, flag: str, kept: str = "") -> Iterator[None]:
-    """For a block that writes to `path`, which the user gave with `flag`.
+    """Raise UsageError if the block finds `path` full or read-only.
 
     Args:
+        path: what the block writes.
+        flag: what the user gave `path` with, for the message.
         kept: what is there all the same, for the message.
 
     Raises:
@@ -203,10 +205,12 @@ def crc32_of(path: Path, size: int | None = None) -> int:
 
 
 def read_text(path: Path, what: str, most_bytes: int = _MOST_BYTES) -> str:
-    """The text of a file, UTF-8.
+    """Return the text of a file, UTF-8.
 
     Args:
+        path: of the file.
         what: it should have been, for the message: "a YAML file that can be read".
+        most_bytes: a file of this size or more is rejected.
 
     Raises:
         UsageError: no file, one of `most_bytes` or more, or not UTF-8.
@@ -238,9 +242,10 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """Dump a value as JSON that every reader takes: null where a number is NaN or infinite.
+    """Dump a value as JSON that every reader takes: null for NaN and infinite numbers.
 
     Args:
+        value: of dicts, lists, strings, numbers, booleans and None.
         options: of `json.dumps`.
     """
     return json.dumps(_without_nan(value), allow_nan=False, **options)

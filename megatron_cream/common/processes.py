@@ -14,6 +14,7 @@ def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None 
     The system looks at the thread that started this process, so that must live as long as its process.
 
     Args:
+        number: the signal to send.
         parent: its process id, as the parent itself handed it down. A child that asks for it may be too late: its
             parent has ended, and the child has process 1 as its new one. None: torchrun hands nothing down.
     """
