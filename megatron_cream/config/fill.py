@@ -170,12 +170,15 @@ def for_megatron(args: Namespace) -> None:
 
 
 def overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:
-    """Whether gradients are reduced beside the backward pass, and weights gathered beside the forward pass.
+    """Return whether gradient reduction and weight gathering overlap with computation.
 
-    What a flag or recipe says; else both, where a distributed optimizer's shards are on several GPUs.
+    Gradients are reduced beside the backward pass, and weights gathered beside the forward pass. A flag or recipe
+    decides; else both overlap where a distributed optimizer's shards are on several GPUs.
 
     Args:
+        args: Megatron's; None stands for an overlap flag that was not given.
         ranks: that share the weights: data-parallel times context-parallel.
+        cuda: the run is on GPUs.
     """
     sharded = args.use_distributed_optimizer and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
     default = cuda and ranks > 1 and sharded and not args.skip_train

@@ -57,9 +57,10 @@ def check(args: Namespace) -> None:
 
 
 def check_whole(args: Namespace, share: tuple[int, int] = (0, 1)) -> None:
-    """Every entry of every index, 20 bytes a document.
+    """Check every entry of every index, 20 bytes a document.
 
     Args:
+        args: Megatron's.
         share: (i, n): of n readers, this is the one at place i, and reads an n-th.
 
     Raises:
@@ -102,10 +103,13 @@ def check_held_out(args: Namespace, files: list[tuple[str, tuple[float, float]]]
 
 
 def check_tokenizer(args: Namespace, found: Any) -> None:
-    """Raise UsageError at a tokenizer that reads text otherwise than its tokenizer.json, or lacks what is asked of it.
+    """Raise UsageError at a tokenizer that contradicts its tokenizer.json or the flags.
+
+    It must read text as its tokenizer.json does, and have the tokens that the flags ask for.
 
     Args:
-        found: Megatron's.
+        args: Megatron's.
+        found: Megatron's tokenizer.
     """
     try:
         check_megatron_ids(found, args.tokenizer_model)

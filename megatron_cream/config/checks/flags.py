@@ -131,6 +131,9 @@ def check_model_agrees(args: Namespace, shape: ModelShape, folder: Path, default
     """Raise UsageError at a flag that contradicts the model that the run starts from.
 
     Args:
+        args: Megatron's.
+        shape: of that model.
+        folder: of that model, for the message.
         defaults: of all flags, which stand for flags that were not given.
     """
     for name, value in shape.megatron_args().items():
