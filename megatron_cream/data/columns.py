@@ -41,9 +41,10 @@ def dataset_files(folder: Path) -> list[Path] | None:
 
 
 def check_column(path: Path, keys: tuple[str, ...], chats: bool) -> None:
-    """Whether `path` has what is to be read, by its schema alone.
+    """Raise ValueError unless `path` has the column to read, by its schema alone.
 
     Args:
+        path: a file that pyarrow reads.
         keys: names of the column; the one that is there is meant.
         chats: the column holds lists of turns, not text.
 

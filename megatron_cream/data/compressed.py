@@ -50,9 +50,10 @@ def decompressed(path: Path, raw: BinaryIO) -> io.BufferedReader:
 
 
 def bounded_lines(stream: BinaryIO, first: int = 1) -> Iterator[bytes]:
-    """The lines of a stream.
+    """Yield the lines of a stream.
 
     Args:
+        stream: of decompressed bytes.
         first: number of the first one, for the message.
 
     Raises:

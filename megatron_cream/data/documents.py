@@ -78,9 +78,10 @@ class Batch:
 
 
 def find_files(inputs: Iterable[Path], glob: str | None = None, output: Path | None = None) -> list[Path]:
-    """The files behind `inputs`, in reading order: files as named, folders recursively.
+    """Return the files of `inputs` in reading order: files as named, folders recursively.
 
     Args:
+        inputs: files and folders.
         glob: which files of a folder are read. None: those of a known suffix but for `.json`,
             the usual name of what lies beside data; of a folder that `datasets` saved, its data.
         output: prefix of what is written, which is no input where it lies in a folder of them.
@@ -99,9 +100,10 @@ def find_files(inputs: Iterable[Path], glob: str | None = None, output: Path | N
 
 
 def check_files(files: list[Path], keys: tuple[str, ...], chats: bool) -> None:
-    """What can be told before anything is read: columns that are there, packages that are installed.
+    """Check, before reading, that columns exist and needed packages are installed.
 
     Args:
+        files: to be read, as `find_files` returns them.
         keys: names under which a record may hold its text or its turns.
         chats: the documents are chats.
 
@@ -151,12 +153,13 @@ def read_batches(
 
 
 def read_documents(batch: Batch, take: Callable[[dict], Any]) -> Iterator[tuple[str, Any]]:
-    """(place, document) of each; place is `file` or `file:number`.
-
-    Args:
-        take: the document that a JSON object holds; raises BadDocument where it holds none.
+    """Yield (place, document) of each; place is `file` or `file:number`.
 
     Where a document cannot be read, a BadDocument stands in its place.
+
+    Args:
+        batch: of `read_batches`.
+        take: the document that a JSON object holds; raises BadDocument where it holds none.
     """
     for item in batch.items:
         where = str(item) if isinstance(item, Path) else f"{batch.path}:{item[0]}"

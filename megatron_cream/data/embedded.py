@@ -88,7 +88,7 @@ def prepare(
     source_root: Path | None = None,
     progress: bool = True,
 ) -> EmbeddedCorpus:
-    """The embedded corpus, built in seconds where `cache_dir` does not have it yet.
+    """Return the embedded corpus; build it, in seconds, where `cache_dir` lacks it.
 
     Any number of processes may call this at once: one builds, the others wait for it. A
     corpus takes its name in the cache when it is complete, so a killed build leaves none.
@@ -98,6 +98,7 @@ def prepare(
         vocab_size: of the tokenizer, its 3 control and 256 byte tokens included.
         seed: which long files are held out.
         source_root: folder of Python files; None is the standard library.
+        progress: tell on stderr what is built.
 
     Raises:
         ValueError: `source_root` has too little text, or for this vocabulary.

@@ -60,9 +60,12 @@ def has_loss_mask(prefix: str | Path) -> bool:
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: type) -> None:
-    """The .idx of documents of one sequence each that follow one another in a .bin; on the disk at return.
+    """Write the .idx of one-sequence documents that follow one another in a .bin.
+
+    It is on the disk at return.
 
     Args:
+        path: of the .idx.
         lengths: int32 [n], in tokens.
         dtype: of a token.
     """
@@ -119,9 +122,10 @@ def open_index(prefix: str | Path) -> Index:
 
 
 def check_index(prefix: str | Path, share: tuple[int, int] = (0, 1)) -> None:
-    """Whether each sequence begins where the one before it ends, and the documents likewise.
+    """Check that each sequence begins where the previous one ends; documents likewise.
 
     Args:
+        prefix: of the data: PREFIX.bin and PREFIX.idx.
         share: (i, n): of n readers, this is the one at place i, and reads an n-th.
 
     Raises:
@@ -144,9 +148,10 @@ def check_index(prefix: str | Path, share: tuple[int, int] = (0, 1)) -> None:
 
 
 def check_loss_mask(prefix: str | Path, share: tuple[int, int] = (0, 1)) -> None:
-    """Whether the loss mask beside PREFIX.bin is its own; nothing where there is none.
+    """Check that a loss mask beside PREFIX.bin, if any, is of the same documents.
 
     Args:
+        prefix: of the data: PREFIX.bin and PREFIX.idx.
         share: as in `check_index`.
 
     Raises:

@@ -31,13 +31,16 @@ _DTYPE = np.dtype("<i4")
 def long_documents(
     lengths: np.ndarray, begin: int, end: int, minimum: int, file: Path, say: Callable[[str], None]
 ) -> Sequence[int]:
-    """The numbers of those of documents begin .. end - 1 that have `minimum` tokens, in order.
+    """Return, in order, the numbers of the documents that have `minimum` tokens or more.
 
     Whatever process comes to it first writes `file`, beside its name and then under it, so that several may at once,
     and one that is killed leaves nothing that is read. A file that is none of ours is written anew.
 
     Args:
         lengths: int32 [n], in tokens; may be mapped from a file.
+        begin: number of the first document to look at.
+        end: number after the last document to look at.
+        minimum: tokens of a long document.
         file: see `cache_file`.
         say: is told why, where `file` cannot be written and each process holds the numbers itself.
 
@@ -73,9 +76,15 @@ def long_in_parts(lengths: np.ndarray, begin: int, end: int, minimum: int) -> It
 
 
 def cache_file(prefix: str, begin: int, end: int, minimum: int, folder: str | None) -> Path:
-    """Where the numbers of these long documents of PREFIX.idx are kept; another .idx of that name has another.
+    """Return the file that keeps the numbers of these long documents of PREFIX.idx.
+
+    Another .idx of that name has another file.
 
     Args:
+        prefix: of the data: PREFIX.bin and PREFIX.idx.
+        begin: as in `long_documents`.
+        end: as in `long_documents`.
+        minimum: as in `long_documents`.
         folder: --data-cache-path; without one, beside the data, as Megatron has it.
 
     Raises:

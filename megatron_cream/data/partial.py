@@ -235,9 +235,10 @@ class PartialOutput:
 def open_partial(
     prefix: Path, settings: dict[str, Any], dtype: type, masked: bool, overwrite: bool, keep: bool
 ) -> Iterator[PartialOutput]:
-    """The partial output at `prefix`: what a killed run of equal settings left, or a new one.
+    """Open the partial output at `prefix`: a killed run's of equal settings, or new.
 
     Args:
+        prefix: of the output: PREFIX.bin and PREFIX.idx.
         settings: plain values that all of the output follows from.
         dtype: of a token.
         masked: a loss mask is written too.

@@ -80,7 +80,11 @@ def preprocess(
 ) -> PreprocessReport:
     """Tokenize `inputs` (see `documents.find_files`) into OUTPUT_PREFIX.bin and .idx.
 
+    The output appears when it is complete, or not at all.
+
     Args:
+        inputs: files and folders.
+        output_prefix: path of the output without its suffix.
         tokenizer: has `tokenize(text) -> list[int]`, `vocab_size`, `eod` and `bos`, as
             `tokenizers.load_tokenizer` gives.
         json_key: where the text of a record stands, or the turns of a chat; None: `text`, or
@@ -88,16 +92,17 @@ def preprocess(
         glob: which files of a folder are documents; None: those of a known suffix.
         chat_format: one of `chat.CHAT_FORMATS`: documents are chats, and OUTPUT_PREFIX_loss_mask
             is written too. BOS and EOS are the format's own.
+        append_eod: end each document with the tokenizer's EOD.
         prepend_bos: None follows the tokenizer, see `tokenizers.bos_to_prepend`.
         min_document_tokens: shorter documents are dropped; BOS and EOD do not count.
         workers: processes that tokenize. More than one needs `fork`: call it before the
             process starts threads or uses CUDA.
+        overwrite: replace an output that is there, and an unfinished run of other settings.
         strict: raise at the first document that cannot be read, instead of counting it.
-        tokenizer_id: what tells the tokenizer from others, see `tokenizers.tokenizer_id`. With it
-            a run that was killed or interrupted is gone on with by the next one of equal inputs
-            and settings; without it, nothing is kept.
-
-    The output appears when it is complete, or not at all.
+        progress: show a progress bar.
+        tokenizer_id: what tells the tokenizer from others, see `tokenizers.tokenizer_id`. With it,
+            the next run of equal inputs and settings resumes one that was killed or interrupted;
+            without it, nothing is kept.
 
     Raises:
         FileExistsError: output is there and `overwrite` is not set.
