@@ -46,10 +46,14 @@ def run_on_all_ranks[Found](look: Callable[[], Found]) -> Found:
 
 
 def check_shared(folders: dict[str, str | None], rank: int, ranks: int) -> None:
-    """Check that every node sees what the first rank writes into each folder. All ranks must call it.
+    """Check that every node sees what the first rank writes into each folder.
+
+    All ranks must call it.
 
     Args:
         folders: {flag: folder}; None is passed over.
+        rank: of this process, from 0.
+        ranks: of the job.
 
     Raises:
         UsageError: a node does not.
