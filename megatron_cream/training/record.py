@@ -34,9 +34,10 @@ _USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def write(args: Namespace, argv: list[str]) -> Path:
-    """`--save`/runs/TIME.yaml, one for each start of the run.
+    """Write `--save`/runs/TIME.yaml, one for each start of the run.
 
     Args:
+        args: Megatron's.
         argv: the command line, without the program.
     """
     folder = Path(args.save) / "runs"

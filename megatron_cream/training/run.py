@@ -56,6 +56,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
     """Run one training, from flags to checkpoint.
 
     Args:
+        job: what is trained, and on what.
         argv: the flags; None takes the command line's.
 
     Returns: what the flags came to.

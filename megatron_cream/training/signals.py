@@ -90,9 +90,10 @@ def _remember(original, self):
 
 @contextlib.contextmanager
 def leaving(args: Namespace, say: Callable[[str], None]) -> Iterator[None]:
-    """Around training: what follows from its end, whether it came by itself or by a signal.
+    """Check the last checkpoint at the end; after a signal, report and set the exit code.
 
     Args:
+        args: Megatron's.
         say: prints a line where a person reads, on rank 0.
 
     Raises:

@@ -75,6 +75,8 @@ class Watch:
         """Measure, keep, say and record; on every rank.
 
         Args:
+            model: Megatron's model chunks.
+            step: training steps that the model has done.
             pause: what training needs around the measurement.
             keep: saves the model as the best checkpoint; None where none is kept.
             must_be_finite: where given, a NaN raises UsageError, which begins so: the flag that named the model.
@@ -142,12 +144,13 @@ def loaded_from(args: Namespace) -> str:
 
 @contextlib.contextmanager
 def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
-    """Evaluate while the block trains; of a run with --skip-train, what it has loaded.
+    """Evaluate while the block trains; with --skip-train, evaluate the loaded model.
 
     Megatron's evaluation has its own interval, and its call-back does not get what a checkpoint holds; the
     function that saves checkpoints at the end of each step does, and so that is wrapped while the run lasts.
 
     Args:
+        watch: evaluates when it is due; None evaluates nothing.
         args: Megatron's.
     """
     if watch is None:
