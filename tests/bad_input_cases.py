@@ -374,7 +374,7 @@ FOLDERS = {
     "no tokenizer": (
         also(remove("hf/tokenizer.json"), remove("hf/tokenizer_config.json")), EVALUATE, ["no tokenizer"],
     ),
-    "tokenizer is no JSON": (put("hf/tokenizer.json", "{"), EVALUATE, ["not a tokenizer that can be read"]),
+    "tokenizer is no JSON": (put("hf/tokenizer.json", "{"), EVALUATE, ["the tokenizer cannot be loaded"]),
     "tokenizer cut, training": (cut("hf/tokenizer.json", 9000), FROM_HF, ["hf/tokenizer.json: not JSON"]),
     "tokenizer cut, imported": (cut("hf/tokenizer.json", 9000), IMPORT, ["hf/tokenizer.json: not JSON"]),
     "tokenizer cut, exported": (cut("ckpt/hf/tokenizer.json", 9000), EXPORT, ["ckpt/hf/tokenizer.json: not JSON"]),

@@ -5,6 +5,7 @@ the same two flags, so the ids agree by construction.
 """
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: Path) -> Any:
     config = TokenizerConfig(tokenizer_type=tokenizer_type, tokenizer_model=str(tokenizer_model), pad_vocab_size=False)
     try:
         tokenizer = build_tokenizer(config)
+        if tokenizer_type == "HuggingFaceTokenizer":
+            # transformers warns of "indexing errors" at a document longer than the model's window.
+            tokenizer._tokenizer.tokenizer.model_max_length = sys.maxsize
         check_megatron_ids(tokenizer, tokenizer_model)
     except OtherIds:
         raise

@@ -81,13 +81,15 @@ def _checkpoint_helpers_outlive_signals() -> None:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from torch.distributed.checkpoint.api import _wrap_exception
 
     def results_queue(mp_mode: str | None = None):
         """With `mp_mode` when the process that writes is made, without by every save."""
-        if filesystem_async._results_queue is None:
-            if mp_mode is None:
-                return queue.Queue()
-            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        found = filesystem_async._results_queue
+        if found is None and mp_mode is None:
+            return queue.Queue()
+        if found is None or not found._manager._process.is_alive():  # the next save gets another
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode or "fork"))
             with _born_deaf():
                 manager.start(end_with_parent, (signal.SIGKILL, os.getpid()))
             filesystem_async._results_queue = manager.Queue()
@@ -101,7 +103,15 @@ def _checkpoint_helpers_outlive_signals() -> None:
         _join_while_alive(process, PersistentAsyncCaller._persistent_queue, PersistentAsyncCaller._persistent_preload_q)
         return process
 
+    def results(original, self):
+        """Raise nothing, as the other ranks are in a collective already; an error is an answer."""
+        try:
+            return original(self)
+        except (OSError, EOFError):
+            return _wrap_exception(RuntimeError("the process that keeps the results of --async-save was killed"))
+
     filesystem_async.get_write_results_queue = results_queue
+    wrap_method(filesystem_async.FileSystemWriterAsync, "retrieve_write_results", results)
     wrap_method(PersistentAsyncCaller, "_get_process", writer)
 
 
@@ -139,7 +149,10 @@ def _write_for_the_rank(rank_pid: int, *args) -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     end_with_parent(parent=rank_pid)
-    PersistentAsyncCaller.async_loop(*args)
+    try:
+        PersistentAsyncCaller.async_loop(*args)
+    except (OSError, EOFError):  # the process that keeps its results was killed; what a disk says is one of those
+        os._exit(1)
 
 
 def checkpoints_run_no_code() -> None:

@@ -142,6 +142,10 @@ def each_step(line: StepLine, interval: int) -> Iterator[None]:
     @functools.wraps(megatron_log)
     def log(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory, skipped, grad_norm,
             *rest, **kwargs):  # fmt: skip
+        if iteration % interval == 0:
+            # Megatron would add a launch's first step to the next interval: the log of a resumed run would show
+            # another loss there than the log of a run that never stopped.
+            kwargs["is_first_iteration"] = False
         result = megatron_log(
             loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory, skipped, grad_norm,
             *rest, **kwargs,

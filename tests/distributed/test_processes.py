@@ -114,3 +114,16 @@ def test_a_killed_rank_leaves_no_process_behind(tmp_path):
     ranks(process)[1].kill()
     assert process.wait(timeout=120) == 1
     check_nothing_is_left(save, patience=30)
+
+
+def test_a_killed_keeper_of_results_costs_one_checkpoint_at_most(tmp_path):
+    """The process that the writer of --async-save answers through, of one rank; the other waited in a collective."""
+    documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
+    flags = ["--save", save, "--load", save, "--save-interval", 2, "--async-save"]
+    process = launch(documents, save, 20, tmp_path / "log", flags=flags)
+    wait_for(lambda: newest(save) >= 2, process)
+    (keeper,) = (p for p in ranks(process)[0].children() if "pretrain_cream.py" in " ".join(p.cmdline()))
+    keeper.kill()
+    assert process.wait(timeout=300) == 0 and newest(save) == 20
+    words = (tmp_path / "log").read_text()
+    assert words.count("warning: no checkpoint of step") <= 1 and "Traceback" not in words, words[-3000:]

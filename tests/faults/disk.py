@@ -42,10 +42,12 @@ def no_room_for_metadata(save: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(save: Path) -> Iterator[None]:
-    while subprocess.run(["mount", "-o", "remount,ro", save.parent], stderr=subprocess.DEVNULL).returncode:
-        time.sleep(0.01)  # a shard is being written
+    """As after an error of the disk. The kernel refuses that by hand while a run holds its lock open for writing."""
+    disk = save.parent
+    subprocess.run(["mount", "--bind", disk, disk], check=True)  # above the mount that has the open file
+    subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
     yield
-    subprocess.run(["mount", "-o", "remount,rw", save.parent], check=True)
+    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,11 @@
 
 import io
 
-from megatron_cream.training.progress import StepLine
+import pytest
+from megatron.training import training, utils
+
+from megatron_cream.training import progress
+from megatron_cream.training.progress import StepLine, each_step
 
 
 def shown(losses):
@@ -28,3 +32,16 @@ def test_no_warning_at_the_start_nor_of_noise():
 def test_a_loss_that_is_no_number_does_not_hide_the_next_spike():
     text = shown([3.0] * 30 + [float("nan"), 6.0])
     assert text.count("warning:") == 1 and "step 32" in text
+
+
+@pytest.mark.parametrize("step, interval, apart", [(11, 1, False), (11, 10, True), (20, 10, False)])
+def test_a_launchs_first_step_stays_out_of_the_next_interval(step, interval, apart, monkeypatch):
+    """Megatron keeps its loss for the next line, so that a resumed run logs another loss than one never stopped."""
+    told = []
+    monkeypatch.setattr(training, "training_log", lambda *_, is_first_iteration: told.append(is_first_iteration))
+    monkeypatch.setattr(utils, "is_last_rank", lambda: False)
+    monkeypatch.setattr(progress, "peak_memory", lambda: 0)
+    line = StepLine(total_steps=1000, tokens_per_step=1, ranks=1, flops_per_token=1.0, stream=io.StringIO())
+    with each_step(line, interval):
+        training.training_log({}, {}, 1e-4, step, 1.0, False, 0, 1.0, is_first_iteration=True)
+    assert told == [apart]

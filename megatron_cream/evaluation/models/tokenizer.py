@@ -84,7 +84,7 @@ def open_tokenizer(path: Path, *, flag: str) -> ModelTokenizer:
         raise UsageError(f"{flag} {error}") from error
     except Exception as error:  # each library raises its own kinds
         raise UsageError(
-            f"{flag} {path}: not a tokenizer that can be read: {one_line(error, 200) or type(error).__name__}"
+            f"{flag} {path}: the tokenizer cannot be loaded: {one_line(error, 200) or type(error).__name__}"
         ) from error
 
 
