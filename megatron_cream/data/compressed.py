@@ -54,7 +54,7 @@ def bounded_lines(stream: BinaryIO, first: int = 1) -> Iterator[bytes]:
 
     Args:
         stream: of decompressed bytes.
-        first: number of the first one, for the message.
+        first: number of the first line, for the message.
 
     Raises:
         LongLine: the first that is too long.
