@@ -18,9 +18,10 @@ _CACHE = "requests"  # lm_eval adds _rank0.db
 
 
 def find_tasks(names: Sequence[str], include: Path | None) -> Any:
-    """lm_eval's task manager, which knows all of `names`; their data is at hand.
+    """Return lm_eval's task manager; check that it knows `names` and has their data.
 
     Args:
+        names: of tasks and groups of tasks.
         include: a folder with further tasks, YAML files.
 
     Raises:
@@ -58,13 +59,23 @@ def run(
     results: Results,
     overwrite: bool,
 ) -> dict[str, dict[str, Any]]:
-    """lm_eval.simple_evaluate with its transformers backend; a Megatron checkpoint is exported for the while.
+    """Run lm_eval.simple_evaluate with its transformers backend.
 
-    Everything that lm_eval returns but the samples is written to harness.json; answers to requests
-    are cached in the results' folder, and a run that was stopped goes on with them.
+    A Megatron checkpoint is exported to a temporary folder. Everything that lm_eval returns but the samples is
+    written to harness.json; answers to requests are cached in the results' folder, and a run that was stopped
+    resumes with them.
 
     Args:
+        source: the model.
+        names: of the tasks.
+        manager: of `find_tasks`.
+        num_fewshot: examples with answers in each prompt; None takes each task's own.
+        limit: examples of each task; None takes all.
+        batch_size: requests at once.
+        chat: put prompts into the chat template.
         tokenizer: a Hugging Face folder in place of the model's own.
+        results: of this evaluation; its folder holds harness.json and the cache.
+        overwrite: remove the answers that an earlier run cached.
 
     Returns: {task: {metric: value}}.
     """

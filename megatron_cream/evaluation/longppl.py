@@ -30,10 +30,13 @@ class KeyTokenRule:
 
 
 def key_tokens(model: LanguageModel, tokens: Sequence[int], long: Tensor, rule: KeyTokenRule) -> Tensor:
-    """Which tokens are key tokens, but for the first: bool [n - 1].
+    """Return which tokens but the first are key tokens: bool [n - 1].
 
     Args:
+        model: computes the log-probabilities with the short context.
+        tokens: ids of a document's n tokens.
         long: float32 [n - 1], log-probabilities of tokens[1:] with the long context.
+        rule: decides what is a key token.
     """
     ids = torch.tensor([tokens])
     result = torch.zeros(len(tokens) - 1, dtype=torch.bool)
@@ -47,10 +50,15 @@ def key_tokens(model: LanguageModel, tokens: Sequence[int], long: Tensor, rule: 
 
 
 def key_spans(model: LanguageModel, document: Document, tokenizer: ModelTokenizer, rule: KeyTokenRule) -> list[tuple]:
-    """The characters (start, end) of a document's key tokens by another model, joined where they touch.
+    """Return the characters (start, end) of a document's key tokens by another model.
+
+    Spans that touch are joined.
 
     Args:
-        tokenizer: what the document's tokens come from; the other model reads the same text in its own.
+        model: the other model.
+        document: whose text is read.
+        tokenizer: of the document's tokens; the other model reads the same text with its own.
+        rule: decides what is a key token.
     """
     mine = model.tokenizer
     text = document.text[: _spans(tokenizer, document.text, len(document.tokens))[-1][1]]
@@ -67,10 +75,12 @@ def key_spans(model: LanguageModel, document: Document, tokenizer: ModelTokenize
 
 
 def tokens_in(document: Document, tokenizer: ModelTokenizer, key: Sequence[tuple[int, int]]) -> Tensor:
-    """Which of a document's tokens lie whole within a span of characters, but for the first: bool [n - 1].
+    """Return which tokens but the first lie whole within a span: bool [n - 1].
 
     Args:
-        key: spans in order, without overlap.
+        document: of n tokens.
+        tokenizer: of the document's tokens.
+        key: spans of characters in order, without overlap.
     """
 
     def inside(start: int, end: int) -> bool:

@@ -35,11 +35,13 @@ class Recall:
 
 
 def recall_texts(tokenizer: ModelTokenizer, task: str, length: int, samples: int) -> list[ScoredText]:
-    """PLACES x `samples` prompts with their answers, the same for the same arguments.
+    """Return PLACES x `samples` prompts with answers, the same for equal arguments.
 
     Args:
+        tokenizer: of the model.
         task: of TASKS.
         length: tokens of each text at most, but for the last one of an answer, which is not read.
+        samples: prompts at each place.
 
     Raises:
         UsageError: the length is too short for the task.

@@ -28,6 +28,7 @@ def read_records(path: Path, *, summed: bool) -> dict[str, dict[str, Any]]:
     """Read the records by name. Cut off a last line that a killed run left unfinished.
 
     Args:
+        path: of results.jsonl.
         summed: every line must have a checksum; files of older versions have none.
 
     Raises:

@@ -86,11 +86,12 @@ class Results:
 def open_results(
     folder: Path, *, settings: dict[str, Any], model: dict[str, Any], model_path: Path, overwrite: bool
 ) -> Iterator[Results]:
-    """The folder's results, and what was done before, if it was with the same settings and model.
+    """Open the folder's results, and resume those of equal settings and model.
 
     A run that ends by a UsageError before its first result removes the files and the empty folders that it made.
 
     Args:
+        folder: of the results; made where it is missing.
         settings: whatever changes the results, as JSON values, by flag.
         model: `Source.identity()`.
         model_path: where it lies now, for the reader of summary.json.
@@ -170,9 +171,13 @@ def _opened_alone(folder: Path) -> TextIO:
 
 
 def _new_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> TextIO:
-    """Replace results.jsonl by a new one, locked, that begins with `text`. Without room all stays as it was.
+    """Replace results.jsonl by a new one, locked, that begins with `text`.
+
+    Without room all stays as it was.
 
     Args:
+        folder: of the results.
+        text: whole lines.
         remove: files of the folder that go just before.
     """
     path = Path(os.path.realpath(folder / RESULTS))

@@ -61,10 +61,13 @@ class Generation:
 def run_task(
     open_model: Callable[[], LanguageModel], plan: Plan, generation: Generation, results: Results
 ) -> list[dict[str, Any]]:
-    """Answers and scores every example that `results` lacks.
+    """Answer and score every example that `results` lacks.
 
     Args:
         open_model: called once there is something to answer.
+        plan: the examples, and how to score them.
+        generation: how answers are made.
+        results: keeps each record as soon as it is made.
 
     Returns: the records of all the plan's examples, in its order.
 
@@ -103,13 +106,19 @@ def run_perplexity(
     key: dict[str, Tensor],
     results: Results,
 ) -> list[dict[str, Any]]:
-    """The negative log-likelihood of each document at each context length, for those that `results` lacks.
+    """Measure the negative log-likelihood of each document at each context length.
+
+    Skips the documents that `results` has already.
 
     Args:
         open_model: called once there is something to score.
+        documents: tokenized texts.
+        lengths: of the context, in tokens.
+        stride: tokens that a window moves; a shorter context moves by its length.
         rule: what makes a key token of LongPPL; None leaves LongPPL out.
         key: bool [n - 1] by document's name, the key tokens by another model; those of documents
             that are not there are the model's own, with the longest context.
+        results: keeps each record as soon as it is made.
 
     Returns: the records of all documents: {"lengths": {n: {"nll", "tokens", "key_nll", "key_tokens"}}}.
 
@@ -140,10 +149,15 @@ def run_perplexity(
 def key_tokens_by(
     open_model: Callable[[], LanguageModel], documents: list[Document], tokenizer: ModelTokenizer, rule: KeyTokenRule
 ) -> dict[str, Tensor]:
-    """Key tokens of LongPPL by another model: bool [n - 1] by document's name; the model is let go after.
+    """Find key tokens of LongPPL by another model: bool [n - 1] by document's name.
+
+    The model is freed afterwards.
 
     Args:
-        tokenizer: what the documents' tokens come from.
+        open_model: called once there is a document.
+        documents: tokenized texts.
+        tokenizer: of the documents' tokens.
+        rule: decides what is a key token.
 
     Raises:
         OutOfMemory: the other model takes too much.

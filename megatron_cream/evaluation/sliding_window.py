@@ -30,12 +30,13 @@ class Document:
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, first, end) of each window over `length` tokens: tokens[first:end] are scored given tokens[begin:].
+    """Yield (begin, first, end) of each window over `length` tokens.
 
-    Each of the tokens 1 .. length - 1 is scored once, after at least window - stride + 1 tokens of
-    context (or all there are) and at most `window`.
+    tokens[first:end] are scored given tokens[begin:]. Each of the tokens 1 .. length - 1 is scored once, after at least
+    window - stride + 1 tokens of context (or all there are) and at most `window`.
 
     Args:
+        length: tokens of the document.
         window: the longest context of a token.
         stride: 1 to window.
     """

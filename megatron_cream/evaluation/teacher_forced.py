@@ -28,12 +28,13 @@ class ScoredText:
 
 
 def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: int) -> Tensor:
-    """Sums over the scored tokens of each text, at positions from 0.
+    """Sum losses and counts over the scored tokens of each text, at positions from 0.
 
     Runs on every rank; texts are shared out over the data-parallel ranks, and padded at their ends.
 
     Args:
         model: Megatron's model chunks, in evaluation mode, without gradients.
+        texts: token ids, and which of them to score; the same list on every rank.
         length: tokens that the model reads of each text; a text has length + 1 at most, as its last is not read.
 
     Returns: float64 [texts, 3] on the CPU, the same on every rank: negative log-likelihood, number of scored
@@ -98,9 +99,12 @@ def _forward_step(data_iterator: Iterator, model):
 
 
 def score_batch(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Losses of a batch's scored tokens, and 1 where the token is the likeliest: float32 [2, k], on the last stage.
+    """Return losses of the scored tokens, and 1 where the token is the likeliest.
+
+    On the last pipeline stage: float32 [2, k] for the k scored tokens of the batch.
 
     Args:
+        model: one of Megatron's model chunks.
         batch: as of `batch_of`, on the model's device; any labels may be marked, in one batch row as they stand.
     """
     return model(
@@ -116,13 +120,18 @@ def score_batch(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def _score(
     *, hidden_states, output_layer, output_weight, labels, loss_mask, compute_language_model_loss, real_vocab_size, **_
 ) -> Tensor:
-    """What GPTModel calls on the last stage in place of its own output: float32 [2, k] of k scored tokens.
+    """Return losses of the scored tokens, and 1 where the token is the likeliest.
 
-    Their losses, and 1 where the token is the likeliest.
+    GPTModel calls it on the last stage in place of its own output: float32 [2, k] for k scored tokens.
 
     Args:
         hidden_states: [s, b, h]; under sequence parallelism this rank's part of s.
-        labels, loss_mask: [b, s]; under context parallelism of this rank's part of the text.
+        output_layer: the model's; its weight [v / TP, h] is this tensor-parallel rank's part.
+        output_weight: to use in place of the output layer's own, where it is shared with the embedding; else None.
+        labels: int64 [b, s]; under context parallelism of this rank's part of the text.
+        loss_mask: [b, s], not 0 where a token is scored; under context parallelism of this rank's part of the text.
+        compute_language_model_loss: the model's, of labels [1, k] and logits [k, 1, v / TP].
+        real_vocab_size: tokens of the vocabulary without padding.
     """
     sequence_parallel = output_layer.sequence_parallel
     if sequence_parallel:

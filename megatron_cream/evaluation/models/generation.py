@@ -32,9 +32,15 @@ def generate(
     top_p: float,
     seeds: Sequence[int],
 ) -> list[list[int]]:
-    """What the model goes on with, for each prompt: up to `max_new_tokens`, or up to a stop token, which is left out.
+    """Return the continuation of each prompt, up to `max_new_tokens` or a stop token.
+
+    The stop token is left out.
 
     Args:
+        batch: runs the model on all prompts at once.
+        prompts: token ids.
+        max_new_tokens: of each prompt's continuation.
+        stop_ids: token ids that end a continuation.
         temperature: 0 takes the likeliest token.
         top_p: a token is drawn from the likeliest ones that together have this probability.
         seeds: one for each prompt; what is drawn for it does not depend on the rest of the batch.

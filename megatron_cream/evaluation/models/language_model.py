@@ -165,9 +165,12 @@ def find_model(
 
 
 def load(source: Source, *, prefill_chunk: int) -> LanguageModel:
-    """Load the model, on the GPU if there is one. It raises UsageError where its logits are not finite.
+    """Load the model, on the GPU if there is one.
+
+    It raises UsageError where its logits are not finite.
 
     Args:
+        source: where the weights and the tokenizer are.
         prefill_chunk: tokens of a prompt that are read at once; memory grows with it, results do not change.
 
     Raises:

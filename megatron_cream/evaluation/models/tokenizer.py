@@ -59,9 +59,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def open_tokenizer(path: Path, *, flag: str) -> ModelTokenizer:
-    """From a Hugging Face folder, or a sentencepiece `.model` file.
+    """Open the tokenizer of a Hugging Face folder, or a sentencepiece `.model` file.
 
     Args:
+        path: of the folder or file.
         flag: what the user gave `path` with, for messages.
 
     Raises:

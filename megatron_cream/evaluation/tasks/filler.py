@@ -58,9 +58,12 @@ class Haystack:
         return self._starts[bisect_left(self._tokens, tokens)]
 
     def split(self, words: int, depths: Sequence[float]) -> list[str]:
-        """The first `words` words, cut between two sentences at each depth: len(depths) + 1 texts.
+        """Cut the first `words` words between two sentences at each depth.
+
+        Returns len(depths) + 1 texts.
 
         Args:
+            words: of all texts together.
             depths: ascending, share of the tokens that lie before the cut. A cut is at the start of
                 the sentence that is nearest, or after the last word.
         """
@@ -112,11 +115,14 @@ def fit(
     least: int,
     guess: int | None = None,
 ) -> int:
-    """The number of units of filler with which a prompt and its answer come nearest to `length`.
+    """Return the most units of filler with which a prompt and its answer fit in `length`.
 
     Args:
+        tokenizer: of the model.
         prompt: the prompt with n units of filler, which grows with n.
+        task: its name, for the message.
         length: tokens of the prompt and of the longest answer together, at most.
+        max_new_tokens: of the longest answer.
         least: units without which there is no prompt.
         guess: about the answer, where it is known; it saves time only.
 

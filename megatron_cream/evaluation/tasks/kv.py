@@ -33,15 +33,18 @@ def examples(
     seed: int = 0,
     per_cell: int = 1,
 ) -> Iterator[Example]:
-    """`per_cell` examples for each number of pairs, or each length, and each place.
+    """Yield `per_cell` examples for each number of pairs, or each length, and each place.
 
     The i-th example asks for the same pair at every place, among the same others, as published.
 
     Args:
+        tokenizer: of the model.
         keys: numbers of pairs, 2 or more; such examples are as long as that makes them.
         lengths: tokens of prompt and answer together; as many pairs as they hold, at five places.
         gold: places of the pair that is asked for, from 0, with `keys` alone; None is PUBLISHED,
             and for other numbers five places from the first to the last.
+        seed: of the random pairs.
+        per_cell: examples of each number or length, and place.
 
     Raises:
         UsageError: too few pairs, a place that is not among them, a length that is too short.
@@ -65,9 +68,11 @@ def examples(
 def load(
     tokenizer: Tokenizer, files: Sequence[Path], *, gold: Sequence[int] | None = None, most: int | None = None
 ) -> Iterator[Example]:
-    """The published pairs: kv-retrieval-N_keys.jsonl.gz (or .jsonl), each asked for at each place.
+    """Yield each published example, once for each place of its pair.
 
     Args:
+        tokenizer: of the model.
+        files: the published kv-retrieval-N_keys.jsonl.gz, or .jsonl.
         gold: as in `examples`.
         most: so many of a file's examples at most.
 

@@ -36,11 +36,16 @@ def examples(
     seed: int = 0,
     per_cell: int = 1,
 ) -> Iterator[Example]:
-    """`per_cell` examples for each length, of as many lines as it holds, and for each number of lines.
+    """Yield `per_cell` examples for each length and each number of lines.
+
+    Those of a length have as many lines as it holds.
 
     Args:
+        tokenizer: of the model.
         lengths: tokens of prompt and answer together.
         lines: numbers of lines, 2 or more; such examples are as long as that makes them.
+        seed: of the random lines.
+        per_cell: examples of each length or number of lines.
 
     Raises:
         UsageError: a length that is too short, too few lines, or `wonderwords` is not installed.
@@ -63,9 +68,11 @@ def examples(
 
 
 def load(tokenizer: Tokenizer, files: Sequence[Path], *, most: int | None = None) -> Iterator[Example]:
-    """The published tests: LongEval's JSONL files, N_lines.jsonl, prompts as they are.
+    """Yield the published tests, with their prompts unchanged.
 
     Args:
+        tokenizer: of the model.
+        files: LongEval's JSONL files, N_lines.jsonl.
         most: so many of a file's examples at most.
 
     Raises:

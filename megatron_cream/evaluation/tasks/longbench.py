@@ -176,9 +176,10 @@ def examples(
     datasets: Sequence[str] | None = None,
     most: int | None = None,
 ) -> Iterator[LongBenchExample]:
-    """The examples of the user's data; an example's part is its data set (the file's name).
+    """Yield the examples of the user's data; an example's part is its data set's name.
 
     Args:
+        tokenizer: of the model.
         folder: with NAME.jsonl files, or the published data.zip.
         length: tokens of prompt and answer together; longer prompts lose their middle.
         datasets: of DATASETS, or with _e; None is all that are there.

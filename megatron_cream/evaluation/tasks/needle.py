@@ -59,11 +59,14 @@ def examples(
     needle: str = "number",
     haystack: Path | None = None,
 ) -> Iterator[Example]:
-    """`per_cell` examples for each length and depth.
+    """Yield `per_cell` examples for each length and depth.
 
     Args:
+        tokenizer: of the model.
         lengths: tokens of prompt and answer together.
         depths: share of the filler's tokens before the needle, 0 to 1.
+        seed: of the random facts.
+        per_cell: examples of each length and depth.
         needle: of KINDS.
         haystack: folder of .txt files; None is the standard library's prose.
 

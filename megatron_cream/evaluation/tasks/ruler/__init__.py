@@ -33,11 +33,16 @@ def examples(
     squad: Path | None = None,
     hotpotqa: Path | None = None,
 ) -> Iterator[Example]:
-    """`per_cell` examples of each task at each length; an example's part is its task.
+    """Yield `per_cell` examples of each task at each length.
+
+    An example's part is its task.
 
     Args:
+        tokenizer: of the model.
         lengths: tokens of prompt and answer together.
         tasks: of TASKS; None is all whose data is there.
+        seed: of the random needles, words and questions.
+        per_cell: examples of each task and length.
         haystack: folder of .txt files, for the tasks with essays; None is the standard library's prose.
         squad: SQuAD's dev-v2.0.json (or v1.1).
         hotpotqa: HotpotQA's hotpot_dev_distractor_v1.json.
@@ -66,13 +71,14 @@ def score(example: Example, output: str) -> float:
 
 
 def effective_length(scores_by_length: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:
-    """The longest length at which the score is at least `threshold`, and at all shorter ones too.
+    """Return the longest length whose score, like all shorter ones', reaches `threshold`.
 
     The paper's is the largest length that passes, whatever the shorter ones do: the same wherever
     scores fall with length. Here a length at which a model fails is not passed over.
 
     Args:
         scores_by_length: context length -> mean score over the tasks, in percent.
+        threshold: the lowest score that passes, in percent.
 
     Returns: None where the shortest length fails, or there is none.
     """

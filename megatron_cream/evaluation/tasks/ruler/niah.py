@@ -49,10 +49,14 @@ SETTINGS = {
 
 
 def example(task: str, essay: Haystack | None, tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
-    """The example of `task` that is number `index` at `length`.
+    """Make example number `index` of `task` at `length`.
 
     Args:
+        task: of SETTINGS.
         essay: the haystack of the tasks with essays.
+        tokenizer: of the model.
+        length: tokens of prompt and answer together.
+        index: from 0, for the example's name.
         seed: all that the example depends on besides.
     """
     setting, rng = SETTINGS[task], random.Random(seed)
