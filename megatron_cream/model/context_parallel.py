@@ -22,11 +22,15 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def context_parallel_attention(
     attend: Attend, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, group: ProcessGroup
 ) -> Tensor:
-    """Attention of this rank's queries to all keys before them. Returns [s, b, n, d].
+    """Compute attention of this rank's queries to all keys before them.
+
+    Returns [s, b, n, d].
 
     Args:
         attend: causal attention of queries to keys, aligned at the end where there are more keys.
-        query_SBND, key_SBGD, value_SBGD: this rank's two chunks.
+        query_SBND: this rank's two chunks, [s, b, n, d].
+        key_SBGD: this rank's two chunks, [s, b, g, d].
+        value_SBGD: this rank's two chunks, [s, b, g, d].
         group: of the context-parallel ranks; all must call this.
     """
     first, last = query_SBND.chunk(2)

@@ -76,7 +76,9 @@ def choose_rope(flags: RopeFlags, model: ModelRope | None, *, head_dim: int, def
     """Return the rotary embedding that the flags make of the model's own.
 
     Args:
+        flags: what the user asks for.
         model: None where nothing is loaded.
+        head_dim: of the attention, for the warning of a target beyond the window.
         default_theta: of a model that starts from nothing.
 
     Raises:

@@ -71,12 +71,15 @@ class RotaryEmbedding:
         rope_scaling: dict[str, Any] | None = None,
         by_length: bool = False,
     ):
-        """
+        """Compute the frequencies of each dimension, with their scaling.
+
         Args:
+            head_dim: dimensions of a head; even.
+            rope_theta: None takes rope_scaling's own, as in transformers 5's `rope_parameters`, else 10000.
+            max_position_embeddings: positions that the model is for.
+            rope_scaling: `rope_type` (or the legacy `type`) and its keys; None for no scaling.
             by_length: of FOLLOW_LENGTH, choose the frequencies by the longest position of each call, as transformers
                 does; else once, for max_position_embeddings, as training needs, whose samples and ranks must agree.
-            rope_theta: None takes rope_scaling's own, as in transformers 5's `rope_parameters`, else 10000.
-            rope_scaling: `rope_type` (or the legacy `type`) and its keys; None for no scaling.
         """
         scaling = _checked(rope_scaling)
         rope_theta = _one_theta(rope_theta, scaling.pop("rope_theta", None))
@@ -175,8 +178,8 @@ def apply_rotary(x_SBHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x_SBHD: queries or keys [s, b, n, head_dim].
-        cos, sin: float32 [b, s, head_dim] as `RotaryEmbedding.cos_sin` returns them; the
-            first half is read.
+        cos: float32 [b, s, head_dim] as `RotaryEmbedding.cos_sin` returns it; the first half is read.
+        sin: as `cos`.
 
     Returns:
         [s, b, n, head_dim], of x's dtype.

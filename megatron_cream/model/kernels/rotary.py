@@ -9,12 +9,16 @@ from torch import Tensor
 def split_and_rotate(
     mixed_SBGX: Tensor, cos: Tensor, sin: Tensor, queries_per_group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Megatron's fused query-key-value tensor, split, with `model.rotary.apply_rotary` of queries and keys.
+    """Split Megatron's fused query-key-value tensor; apply rotary to queries and keys.
+
+    The rotation is that of `model.rotary.apply_rotary`.
 
     Args:
         mixed_SBGX: [s, b, g, (queries_per_group + 2) * d], contiguous, on a CUDA device: for each group
             its query heads, its key head, its value head.
-        cos, sin: float32 [b, s, d], contiguous; the first half of d is read.
+        cos: float32 [b, s, d], contiguous; the first half of d is read.
+        sin: as `cos`.
+        queries_per_group: query heads that share a key head.
 
     Returns:
         [s, b, g * queries_per_group, d] and twice [s, b, g, d], contiguous, of the same dtype. The
