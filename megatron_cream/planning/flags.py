@@ -28,7 +28,7 @@ _RECOMPUTED = {"core_attn", "layernorm", "mlp"}
 
 
 def run_from_flags(argv: list[str], gpus: int) -> Run:
-    """The run that pretrain_cream.py would start with these flags on `gpus` GPUs.
+    """Return the run that pretrain_cream.py would start with these flags on `gpus` GPUs.
 
     Data, tokenizer and optimization flags may be missing. Nothing is started, written, or asked of a GPU: the
     machine that plans need not be the one that trains, so Transformer Engine's layers are assumed unless
@@ -36,6 +36,7 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
 
     Args:
         argv: the flags.
+        gpus: of the whole job.
 
     Raises:
         UsageError: one line about what is missing or cannot run.

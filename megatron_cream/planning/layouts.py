@@ -76,10 +76,15 @@ def refused(model: Model, layout: Layout) -> str | None:
 def fitting(
     model: Model, base: Layout, engine: Engine, gpus: int, usable_memory: float, cluster: Cluster
 ) -> list[Plan]:
-    """Layouts on `gpus` GPUs of `usable_memory` bytes each, fastest first: the best of each TP x PP x CP.
+    """Return layouts that fit, fastest first: the best of each TP x PP x CP.
 
     Args:
+        model: sizes of the model.
         base: gives sequence length and global batch.
+        engine: the layers, kernels and number formats that the run uses.
+        gpus: of the whole job.
+        usable_memory: bytes of each GPU.
+        cluster: speeds of GPUs and links, and GPUs of a host.
     """
     best: dict[tuple[int, int, int], Plan] = {}
     for split in _splits(model, base, gpus, cluster.host):

@@ -20,9 +20,11 @@ PIECES = [
 
 
 def draw(plans: list[Plan], title: str, path: Path) -> None:
-    """Bars of seconds a step, in the order given.
+    """Draw bars of seconds a step, in the order given.
 
     Args:
+        plans: a bar each.
+        title: above the bars.
         path: a .png, .svg or .pdf.
     """
     import matplotlib

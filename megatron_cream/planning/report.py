@@ -87,11 +87,16 @@ def nothing_fits(run: Run, usable: float, most_gpus: int, cluster: Cluster) -> s
 def as_dict(
     run: Run, cluster: Cluster, own: Plan | None, plans: list[Plan], full: list[Plan], gpu_memory: float, usable: float
 ) -> dict[str, Any]:
-    """All of it, bytes as bytes, times in seconds.
+    """Return the whole plan as plain values, memory in bytes and times in seconds.
 
     Args:
+        run: what the flags ask for.
+        cluster: that was assumed.
         own: the run's own layout; None if that needs another number of GPUs.
+        plans: layouts that fit, fastest first.
         full: layouts for training at the target length.
+        gpu_memory: bytes of a GPU.
+        usable: bytes of it that a layout may take.
     """
     return {
         "gpus": run.gpus,

@@ -59,9 +59,12 @@ def rates(speed: Speed) -> str:
 
 
 def cost(run: Run, speed: Speed, gpus: int, price: float | None) -> str:
-    """One line: how long the run's steps take, and what that costs.
+    """Return one line: how long the run's steps take, and what that costs.
 
     Args:
+        run: gives the number of steps; 1000 where it has none.
+        speed: of a step.
+        gpus: that are paid for.
         price: of one GPU for an hour, in any currency; None to leave it out.
     """
     steps = run.steps or 1000

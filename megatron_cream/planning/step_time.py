@@ -266,11 +266,15 @@ def _layer(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> _M
 def _waited(
     transfers: list[Transfer], group: str, computed: dict[str, float], layout: Layout, cluster: Cluster
 ) -> float:
-    """Seconds that the transfers of a group cost.
+    """Return the seconds that the transfers of a group cost.
 
     Args:
+        transfers: of all groups.
+        group: "tp" or "cp".
         computed: how long each module computes. Of a linear's backward pass one product hides one transfer: the
             input's gradient the gathering of the input, the weight's gradient the reduction of the input's.
+        layout: of the run.
+        cluster: speeds of its links.
     """
     total = 0.0
     for transfer in transfers:
