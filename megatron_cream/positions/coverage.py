@@ -27,7 +27,9 @@ def coverage(sampler: Sampler, *, target: int, samples: int, document_length: in
     """Draw `samples` plans and count.
 
     Args:
+        sampler: under test.
         target: L; position ids lie in [0, L).
+        samples: plans to draw, numbers 0 to samples - 1 of epoch 0.
         document_length: of every document, in tokens.
     """
     position, middle, distance, pairs = np.zeros((4, target))

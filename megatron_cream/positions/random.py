@@ -16,11 +16,13 @@ _32 = np.uint64(32)
 
 
 def words(seed: int, epoch: int, sample, stream: int = 0) -> tuple:
-    """Four independent 64-bit words.
+    """Return four independent 64-bit words.
 
     Args:
-        seed, epoch, stream: integers in [0, 2**64).
-        sample: one such integer, or a uint64 array.
+        seed: integer in [0, 2**64).
+        epoch: integer in [0, 2**64).
+        sample: integer in [0, 2**64), or a uint64 array of them.
+        stream: integer in [0, 2**64); each has words of its own.
 
     Returns: four Python integers, or four uint64 arrays shaped like `sample`.
     """

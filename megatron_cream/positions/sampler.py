@@ -84,10 +84,11 @@ class Sampler(ABC):
 
     @abstractmethod
     def plan(self, epoch: int, sample: int, document_length: int) -> Plan:
-        """Tokens and positions of one visit of a document.
+        """Return tokens and positions of one visit of a document.
 
         Args:
-            epoch, sample: integers in [0, 2**64), Python's or numpy's.
+            epoch: integer in [0, 2**64), Python's or numpy's.
+            sample: as `epoch`.
             document_length: T, in tokens.
 
         Raises:
@@ -126,9 +127,12 @@ class BlockSampler(Sampler):
         return Plan(tuple(token_starts), tuple(position_starts), tuple(lengths), alpha)
 
     def plan_many(self, epoch: int, samples: np.ndarray, document_lengths: np.ndarray) -> Plans:
-        """The block boundaries of many samples at once; entry i equals `plan(epoch, samples[i], ..)`.
+        """Return the block boundaries of many samples.
+
+        Entry i equals `plan(epoch, samples[i], ..)`.
 
         Args:
+            epoch: integer in [0, 2**64).
             samples: integers [n].
             document_lengths: integers [n], or one for all.
 
