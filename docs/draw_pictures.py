@@ -112,27 +112,36 @@ def draw_blocks() -> plt.Figure:
 def draw_data() -> plt.Figure:
     """Show the way from documents to a served model."""
     stages = [
-        ("documents", ".jsonl .parquet .txt\nchats", "preprocess_data.py"),
+        ("documents", ".jsonl .txt .parquet,\nchats", "preprocess_data.py"),
         ("tokens", "PREFIX.bin, .idx\n(PREFIX_loss_mask)", "data set"),
-        ("samples", "documents of at least\nN tokens, shuffled", "position sampler"),
+        ("samples", "long documents,\nshuffled", "position sampler"),
         ("batches", "N tokens and N\nposition ids each", "pretrain_cream.py"),
         ("checkpoint", "torch_dist, any\nTP x PP x DP", "convert_hf.py"),
         ("model folder", "safetensors,\nconfig.json", ""),
     ]
-    figure, axes = plt.subplots(figsize=(11, 2.4), layout="constrained")
-    width, step = 1.5, 2.15
+    width, step, drop = 1.5, 2.3, 1.75
+    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
     for number, (title, details, tool) in enumerate(stages):
-        left = number * step
+        row, column = divmod(number, 3)
+        left, bottom = (2 - column if row else column) * step, -row * drop  # the second row runs back
         style = dict(boxstyle="round,pad=0.06", facecolor="0.95", edgecolor="0.15")
-        axes.add_patch(FancyBboxPatch((left, 0), width, 1, **style))
-        axes.text(left + width / 2, 0.78, title, ha="center", va="center", fontweight="bold")
-        axes.text(left + width / 2, 0.32, details, ha="center", va="center", fontsize=8.5)
+        axes.add_patch(FancyBboxPatch((left, bottom), width, 1, **style))
+        axes.text(left + width / 2, bottom + 0.76, title, ha="center", va="center", fontweight="bold")
+        axes.text(left + width / 2, bottom + 0.3, details, ha="center", va="center", fontsize=9)
+        if column == 2 and row == 0:
+            ends = (left + width / 2, bottom - 0.1), (left + width / 2, bottom - drop + 1.1)
+            place = dict(xy=(left + width / 2 - 0.1, bottom - (drop - 1) / 2), ha="right", va="center")
+        elif row == 0:
+            ends = (left + width + 0.1, bottom + 0.5), (left + step - 0.1, bottom + 0.5)
+            place = dict(xy=(left + (width + step) / 2, bottom + 1.15), ha="center")
+        else:
+            ends = (left - 0.1, bottom + 0.5), (left - step + width + 0.1, bottom + 0.5)
+            place = dict(xy=(left - (step - width) / 2, bottom + 1.15), ha="center")
         if tool:
-            arrow = dict(arrowstyle="->", color="0.15")
-            axes.annotate("", (left + step - 0.1, 0.5), (left + width + 0.1, 0.5), arrowprops=arrow)
-            axes.text(left + (width + step) / 2, 1.28, tool, ha="center", fontsize=9, style="italic")
-    axes.set_xlim(-0.15, len(stages) * step - step + width + 0.15)
-    axes.set_ylim(-0.2, 1.6)
+            axes.annotate("", ends[1], ends[0], arrowprops=dict(arrowstyle="->", color="0.15"))
+            axes.annotate(tool, fontsize=9, style="italic", **place)
+    axes.set_xlim(-0.15, 2 * step + width + 0.15)
+    axes.set_ylim(-drop - 0.15, 1.45)
     axes.axis("off")
     return figure
 

@@ -19,7 +19,7 @@ platform.setup()
 
 # Files are handed out in this order: a long one that comes last would run alone.
 LONGEST = (
-    "chain faults nodes slurm long_evaluation_runs bad_inputs parallel resume_preprocess traffic convert_faults "
+    "docs chain faults nodes slurm long_evaluation_runs bad_inputs parallel resume_preprocess traffic convert_faults "
     "study perplexity one_pass after_save"
 ).split()
 
