@@ -190,12 +190,13 @@ class _Mapping:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         if self._tensors is not None:
             return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file}
+        # A safe_open has keys() and cannot be iterated.
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
 
     def dtypes(self) -> dict[str, torch.dtype | str]:
         if self._tensors is not None:
             return {name: tensor.dtype for name, tensor in self._tensors.items()}
-        names = {name: self._file.get_slice(name).get_dtype() for name in self._file}
+        names = {name: self._file.get_slice(name).get_dtype() for name in self._file.keys()}  # noqa: SIM118
         return {name: _DTYPES.get(dtype, dtype) for name, dtype in names.items()}
 
     def get(self, name: str) -> Tensor:
