@@ -77,8 +77,12 @@ def run_block(folder: Path, command: list[str]) -> str:
     return said
 
 
+def untitled(page: Path) -> list[str]:
+    return [text for title, text in blocks(page) if not title]
+
+
 def run_page(folder: Path, page: Path) -> list[str]:
-    return [run_block(folder, ["bash", "-euo", "pipefail", "-c", text]) for title, text in blocks(page) if not title]
+    return [run_block(folder, ["bash", "-euo", "pipefail", "-c", text]) for text in untitled(page)]
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +100,16 @@ def test_tutorial(tutorial):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [page.name for page in PAGES if page.name != "tutorial.md"])
+@pytest.mark.parametrize("name", [page.name for page in PAGES if page.name != "tutorial.md" and untitled(page)])
 def test_commands_of_page(tutorial, name):
     folder, _ = tutorial
     run_page(folder, ROOT / "docs" / name)
-    for _, code in blocks(ROOT / "docs" / name, "python"):
-        run_block(folder, [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"])
+
+
+@pytest.mark.slow
+def test_code_of_api():
+    for _, code in blocks(ROOT / "docs" / "api.md", "python"):
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=300)
 
 
 @pytest.mark.slow
