@@ -21,8 +21,9 @@ from megatron_cream.config import samplers
 from megatron_cream.config.values import long_eval_tasks
 from megatron_cream.data import embedded
 from megatron_cream.distributed import watchdog
-from megatron_cream.model import kernels, user_buffers
+from megatron_cream.model import user_buffers
 from megatron_cream.model.attention import choose_backend
+from megatron_cream.model.kernels import support
 from megatron_cream.model.rope_choice import Rope, RopeFlags, choose_rope, contradicts
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -101,7 +102,7 @@ def derived(args: Namespace) -> None:
         args.bias_dropout_fusion = False
     if not cuda:
         args.gradient_accumulation_fusion = False
-    elif kernels.INSTALLED:
+    elif support.INSTALLED:
         # Megatron's name for "the MLP's activation is a module of the layer spec's".
         args.use_te_activation_func, args.bias_swiglu_fusion = True, False
     args.transformer_impl = "transformer_engine" if args.attention["transformer_engine"] else "local"

@@ -14,8 +14,9 @@ from megatron_cream.common import devices
 from megatron_cream.config.samplers import sampler_options
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
 from megatron_cream.distributed import watchdog
-from megatron_cream.model import flops, kernels
+from megatron_cream.model import flops
 from megatron_cream.model.attention import AttentionBackend
+from megatron_cream.model.kernels import support
 from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.optimizer import finite
 
@@ -30,7 +31,7 @@ def one_pass_optimizer(args: Namespace) -> bool:
         "use_torch_fsdp2",
     )
     plain = args.optimizer == "adam" and not any(getattr(args, name, False) for name in other)
-    return devices.has_cuda() and kernels.INSTALLED and plain
+    return devices.has_cuda() and support.INSTALLED and plain
 
 
 def model_config(args: Namespace) -> LlamaModelConfig:

@@ -6,7 +6,8 @@ import math
 from megatron_cream.checkpoint.convert import DTYPES
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program
 from megatron_cream.evaluation.models.language_model import ENGINES
-from megatron_cream.evaluation.tasks import needle, ruler
+from megatron_cream.evaluation.tasks import needle
+from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from megatron_cream.common.files import save_picture
-from megatron_cream.evaluation.tasks import ruler
+from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
 
 def draw(task: str, summary: dict[str, Any], file: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from megatron_cream.evaluation.runner import Plan
-from megatron_cream.evaluation.tasks import kv, lines, longbench, needle, ruler
+from megatron_cream.evaluation.tasks import kv, lines, longbench, needle
+from megatron_cream.evaluation.tasks.ruler import suite as ruler
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 

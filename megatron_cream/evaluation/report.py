@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_cream.evaluation.tasks import ruler
+from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
 Records = list[dict[str, Any]]
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_cream.model import kernels
 from megatron_cream.model.context_parallel import context_parallel_attention
+from megatron_cream.model.kernels import support
 from megatron_cream.model.rotary import apply_rotary
 
 # What `--attention-backend` takes. `fused` and `unfused` are Transformer Engine's own.
@@ -159,7 +159,7 @@ class RotarySelfAttention(SelfAttention):
         if self._cos_sin is None:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         cos, sin = self._cos_sin
-        if kernels.usable(hidden_states) and self._splits_plainly():
+        if support.usable(hidden_states) and self._splits_plainly():
             from megatron_cream.model.kernels.rotary import split_and_rotate
 
             mixed_SBGX, (queries, *_) = super().get_query_key_value_tensors(hidden_states, split_qkv=False)

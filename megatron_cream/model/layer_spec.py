@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_cream.model import kernels
 from megatron_cream.model.attention import CORE_ATTENTIONS, AttentionBackend, RotarySelfAttention
+from megatron_cream.model.kernels import support
 from megatron_cream.model.norm import RMSNorm
 
 
@@ -43,7 +43,7 @@ def llama_block_spec(
 
 def _activation():
     """What an MLP takes where `use_te_activation_func` is set, which it is where there is a GPU."""
-    if not kernels.INSTALLED:
+    if not support.INSTALLED:
         return None
     from megatron_cream.model.kernels.swiglu import SwiGlu
 

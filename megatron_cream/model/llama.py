@@ -21,8 +21,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_cream.model import kernels
 from megatron_cream.model.attention import AttentionBackend
+from megatron_cream.model.kernels import support
 from megatron_cream.model.layer_spec import llama_block_spec
 from megatron_cream.model.rotary import RotaryEmbedding
 
@@ -65,7 +65,7 @@ class LlamaModel(GPTModel):
 
         So the loss is that of the model as transformers computes it, at any tensor-parallel size.
         """
-        if kernels.usable(logits) and not self.config.cross_entropy_loss_fusion:
+        if support.usable(logits) and not self.config.cross_entropy_loss_fusion:
             from megatron_cream.model.kernels.cross_entropy import cross_entropy
 
             labels_SB = labels.transpose(0, 1).contiguous()

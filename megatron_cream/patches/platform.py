@@ -65,7 +65,7 @@ def _quiet_import_noise() -> None:
 def _use_prebuilt_dataset_helpers() -> None:
     """Skip the trainer's `make` of the dataset helpers: the wheel ships them built."""
     try:
-        from megatron.core.datasets import helpers_cpp
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
     except ImportError:
         return
     from megatron.core.datasets import utils

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.evaluation.tasks import kv, lines, longbench, needle, ruler
+from megatron_cream.evaluation.tasks import kv, lines, longbench, needle
 from megatron_cream.evaluation.tasks.ruler import qa
+from megatron_cream.evaluation.tasks.ruler import suite as ruler
 from tests.task_tokenizers import NAMES, tokenizer
 
 TOKENS = tokenizer("sentencepiece")

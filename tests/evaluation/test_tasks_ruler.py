@@ -9,8 +9,8 @@ import pytest
 from scipy.special import zeta
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.evaluation.tasks import ruler
 from megatron_cream.evaluation.tasks.ruler import niah
+from megatron_cream.evaluation.tasks.ruler import suite as ruler
 from tests.evaluation.test_tasks import GENERATED, make
 
 

@@ -101,8 +101,8 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_cream.model import kernels
     from megatron_cream.model.attention import SdpaCoreAttention, choose_backend
+    from megatron_cream.model.kernels import support
     from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
 
     start(layout)
@@ -110,7 +110,7 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
         layout.tensor, layout.pipeline, context_parallel_size=layout.context, create_gloo_process_groups=False
     )
     model_parallel_cuda_manual_seed(1)
-    monkeypatch.setattr(kernels, "usable", lambda x: own_kernels)
+    monkeypatch.setattr(support, "usable", lambda x: own_kernels)
     if own_kernels:
         triton = pytest.importorskip("triton")
         from megatron_cream.model.kernels import cross_entropy, rotary, swiglu

@@ -5,7 +5,3 @@ same whatever other lengths or numbers of examples are asked for. `score(example
 0 to 1. No tokenizer adds special tokens here; prompt and answer together are of `length` tokens at
 most, and a BOS before them still fits, as the last token of an answer is never read.
 """
-
-from megatron_cream.evaluation.tasks import kv, lines, longbench, needle, ruler
-
-TASKS = {"needle": needle, "lines": lines, "kv": kv, "ruler": ruler, "longbench": longbench}
