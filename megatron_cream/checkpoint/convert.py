@@ -17,9 +17,9 @@ from megatron_cream.checkpoint.hf_folder import CONFIG, Group, HfFolder, write_c
 from megatron_cream.checkpoint.mapping import Row, hf_shapes, join, megatron_shape, padded_vocabulary, pieces, split
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint, write_torch_dist
 from megatron_cream.checkpoint.output import TRACKER
-from megatron_cream.common.console import TransferBar
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import write_json
+from megatron_cream.common.progress_bar import TransferBar
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Files written at once; each thread hashes what it wrote. Import makes as many files, of one size;

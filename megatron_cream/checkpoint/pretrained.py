@@ -13,8 +13,8 @@ from megatron_cream.checkpoint import carried, hf_folder, output
 from megatron_cream.checkpoint.convert import export_hf, joined
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
 from megatron_cream.checkpoint.model import fill
-from megatron_cream.common.console import TransferBar
 from megatron_cream.common.errors import UsageError
+from megatron_cream.common.progress_bar import TransferBar
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 

@@ -14,8 +14,8 @@ from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import pieces
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.model import load_model
-from megatron_cream.common.console import TransferBar
 from megatron_cream.common.errors import UsageError
+from megatron_cream.common.progress_bar import TransferBar
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of logits, relative; bf16's is rounding alone
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from megatron_cream.checkpoint import convert, hf_folder, hub, output
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.common import console
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import read_text, writing
+from megatron_cream.common.progress_bar import TransferBar
 
 TEXT = (
     "The window of a language model is the number of tokens it was trained to read at once. "
@@ -50,7 +50,7 @@ def run_import(args) -> int:
     convert.check_apart(source.path, args.output, flag="--output")
     output.check_free(args.output.absolute(), flag="--output", overwrite=args.overwrite)
     output.check_unchanged(source.path)
-    with console.TransferBar("imported") as progress, writing(args.output, "--output", "nothing was changed"):
+    with TransferBar("imported") as progress, writing(args.output, "--output", "nothing was changed"):
         convert.import_hf(
             source,
             args.output,
@@ -72,7 +72,7 @@ def run_export(args) -> int:
     convert.check_apart(source.path, Path(args.hf_path), flag="--hf-path")
     output.check_free(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
     output.check_unchanged(source.folder)
-    with console.TransferBar("exported") as progress, writing(args.hf_path, "--hf-path", "nothing was changed"):
+    with TransferBar("exported") as progress, writing(args.hf_path, "--hf-path", "nothing was changed"):
         convert.export_hf(
             source,
             Path(args.hf_path),

@@ -1,18 +1,13 @@
-"""Where a run's words go: all to the terminal, or Megatron's to a file and ours to the terminal; progress bars."""
+"""Where a run's words go: all to the terminal, or Megatron's to a file and ours to the terminal."""
 
 import contextlib
 import io
 import logging
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_cream.common import entry
 from megatron_cream.common.errors import UsageError, reason
@@ -90,42 +85,3 @@ def _to_terminal() -> logging.Handler:
     handler.setLevel(logging.WARNING)
     handler.addFilter(lambda r: r.levelno >= logging.ERROR or not r.name.startswith("megatron."))
     return handler
-
-
-class TransferBar:
-    """A progress bar over bytes, with GB/s, and one line at the end that stays.
-
-    Use as a context manager; call it with each number of bytes, from any thread.
-
-    Args:
-        verb: what is done, "imported"; None shows nothing.
-    """
-
-    def __init__(self, verb: str | None):
-        self._verb, self._moved, self._lock = verb, 0, threading.Lock()
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        terminal = Console(stderr=True)
-        hidden = verb is None or not terminal.is_terminal
-        self._bar = Progress(*columns, console=terminal, transient=True, disable=hidden)
-        self._task = self._bar.add_task("", total=None)
-
-    def expect(self, nbytes: int) -> None:
-        """How much there will be in all."""
-        self._bar.update(self._task, total=nbytes)
-
-    def __call__(self, nbytes: int) -> None:
-        with self._lock:
-            self._moved += nbytes
-        self._bar.update(self._task, advance=nbytes)
-
-    def __enter__(self) -> "TransferBar":
-        self._started = time.monotonic()
-        self._bar.start()
-        return self
-
-    def __exit__(self, error, *_) -> None:
-        self._bar.stop()
-        if self._verb and not error:
-            seconds = time.monotonic() - self._started
-            rate = self._moved / 1e9 / max(seconds, 1e-3)
-            print(f"{self._verb} {self._moved / 1e9:,.2f} GB in {seconds:.1f} s, {rate:.2f} GB/s", flush=True)

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+from megatron_cream.common.progress_bar import ProgressBar
 from megatron_cream.data.documents import check_files, find_files, read_batches
 from megatron_cream.data.encode import Encoder
 from megatron_cream.data.partial import State, check_output, open_partial
@@ -175,16 +174,9 @@ def _shown_progress(files: list[Path], prefix: Path, state: State, enabled: bool
     total = sum(file.stat().st_size for file in files)
     started = time.perf_counter()
     first_byte, first_token = state.position.disk_bytes, state.tokens
-    # No refresh thread: worker processes are forked while this is shown.
-    bar = Progress(
-        TextColumn("{task.fields[speed]}"),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        auto_refresh=False,
-        disable=not (enabled and sys.stderr.isatty()),
-    )
-    task = bar.add_task("", total=total, completed=first_byte, speed="")
+    # No thread refreshes it: worker processes are forked while it is shown.
+    bar = ProgressBar(total, shown=enabled, refresh=False)
+    bar.move("", to=first_byte)
 
     def speed() -> str:
         seconds = max(time.perf_counter() - started, 1e-9)
@@ -194,10 +186,10 @@ def _shown_progress(files: list[Path], prefix: Path, state: State, enabled: bool
     def advance() -> None:
         nonlocal said
         # Not of inputs that are refused at their first document.
-        if enabled and bar.disable and state.documents and not said:
+        if enabled and not bar.live and state.documents and not said:
             print(f"preprocess: {len(files)} files, {total / 1e6:.1f} MB, to {prefix}.bin/.idx", file=sys.stderr)
             said = True
-        bar.update(task, completed=state.position.disk_bytes, speed=speed(), refresh=True)
+        bar.move(speed(), to=state.position.disk_bytes)
 
     if enabled and state.documents:
         print(f"preprocess: going on after {state.documents:,} documents of an unfinished run", file=sys.stderr)

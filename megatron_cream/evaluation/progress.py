@@ -1,12 +1,6 @@
-"""How far a run is: a bar on a terminal, a line a minute where the output goes to a file."""
+"""How far an evaluation is: a bar on a terminal, a line a minute where the output goes to a file."""
 
-import sys
-import time
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-_SECONDS_BETWEEN_LINES = 60
+from megatron_cream.common.progress_bar import ProgressBar
 
 
 class WorkBar:
@@ -22,45 +16,34 @@ class WorkBar:
     def __init__(self, examples: int, tokens: int | None):
         self._examples, self._weighed = examples, tokens is not None
         self._done = self._read = 0
-        terminal = Console(stderr=True)
-        self._lines = not terminal.is_terminal
-        columns = (
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        self._bar = Progress(*columns, console=terminal, disable=self._lines)
-        self._task = self._bar.add_task("", total=tokens or examples, text=f"0/{examples}")
+        self._bar = ProgressBar(tokens or examples, f"0/{examples}", seconds_between_lines=60)
 
     def skip(self, weight: int) -> None:
-        """An example that an earlier run did; `weight` as it counts in the total of tokens."""
+        """Count an example that an earlier run did.
+
+        Args:
+            weight: as it counts in the total of tokens.
+        """
         self._done += 1
-        task = self._bar.tasks[0]
-        # Out of the total, so that it does not count as speed.
-        self._bar.update(self._task, total=task.total - (weight if self._weighed else 1), text=self._text())
+        self._bar.leave_out(weight if self._weighed else 1, self._text())
 
     def add(self, weight: int, tokens: int) -> None:
-        """An example that was done, with the tokens that were read for it."""
+        """Count an example that was done.
+
+        Args:
+            weight: as it counts in the total of tokens.
+            tokens: that were read for it.
+        """
         self._done += 1
         self._read += tokens
-        self._bar.update(self._task, advance=weight if self._weighed else 1, text=self._text())
-        if self._lines and time.monotonic() - self._told > _SECONDS_BETWEEN_LINES:
-            self._tell()
+        self._bar.move(self._text(), by=weight if self._weighed else 1)
 
     def _text(self) -> str:
-        rate = self._read / max(time.monotonic() - self._started, 1e-3)
-        return f"{self._done}/{self._examples} examples, {rate:,.0f} tokens/s"
-
-    def _tell(self) -> None:
-        self._told = time.monotonic()
-        task = self._bar.tasks[0]
-        seconds = (task.total - task.completed) * (self._told - self._started) / max(task.completed, 1)
-        print(f"{self._text()}, {seconds / 60:.0f} min left", file=sys.stderr, flush=True)
+        return f"{self._done}/{self._examples} examples, {self._read / self._bar.seconds:,.0f} tokens/s"
 
     def __enter__(self) -> "WorkBar":
-        self._started = self._told = time.monotonic()
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_) -> None:
-        self._bar.stop()
+        self._bar.__exit__()
