@@ -15,6 +15,7 @@ once it is written, naming it.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -214,6 +215,7 @@ class Clock:
         return save
 
     def finalizing(self, original):
+        @functools.wraps(original)
         def finalize(*args, **kwargs):
             # Training's end waits for the last one, and stands in nobody's way.
             save = None if self._inside or kwargs.get("terminate") else self._pending

@@ -173,7 +173,7 @@ def megatron(flags: list[str]) -> None:
     import pretrain_cream as main_job
     from megatron_cream.config import parse, values
     from megatron_cream.optimizer import finite
-    from megatron_cream.patches import compat
+    from megatron_cream.patches import single_rank_collectives, weight_gradients
 
     values.weights_hook = lambda args: None
     flags = [*flags, "--attention-backend", "te", "--position-sampler", "pi"]
@@ -184,7 +184,7 @@ def megatron(flags: list[str]) -> None:
 
     values.model_config = stock_config
     # None of this project's optimizer, checks and shortcuts, nor Megatron's own checks, which cost it time.
-    compat._weight_gradients_without_apex = compat._alone_without_collectives = lambda: None
+    weight_gradients.install = single_rank_collectives.install = lambda: None
     values.one_pass_optimizer = lambda args: False
     finite.install = lambda *_: None
     real_parse = parse.parse

@@ -15,6 +15,7 @@ from megatron_cream.checkpoint import saving
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.common.errors import UsageError
+from megatron_cream.patches import hooks, registry
 
 FOLDER = "best"
 _KEPT_FOR = "long_eval_kept"
@@ -69,8 +70,6 @@ class BestCheckpoint:
             step: the training step that is saved.
             score: plain values.
         """
-        from megatron.training import checkpointing
-
         if args.rank == 0:
             shutil.rmtree(self._of(step), ignore_errors=True)  # what a killed run left unfinished
             if (self._save / HF).is_dir():
@@ -80,11 +79,8 @@ class BestCheckpoint:
         # the run's own folder by this one's tracker.
         own = Namespace(**vars(args) | {"save": str(self.folder), "save_retain_interval": None})
         setattr(own, _KEPT_FOR, {"score": score, "settings": self._settings})
-        get_args, checkpointing.get_args = checkpointing.get_args, lambda: own
-        try:
+        with registry.replaced(hooks.SAVE_ARGS, lambda original: own):
             yield
-        finally:
-            checkpointing.get_args = get_args
         self._before = (self.step, self.score)
         self.step, self.score, self._writing = step, score, step
         self.undo_failed()

@@ -10,18 +10,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
 from megatron_cream.checkpoint.output import MANIFEST, hash_file
 from megatron_cream.common.errors import one_line
 from megatron_cream.common.files import replacing
-from megatron_cream.patches.compat import wrap_method
+from megatron_cream.patches import hooks, registry
 
 
 def install() -> None:
     """Each `torch_dist` checkpoint that this process saves gets an `integrity.json`."""
-    wrap_method(FileSystemWriterAsync, "get_save_function_and_args", _then_hash)
-    wrap_method(FileSystemWriterAsync, "finish", _then_collect)
+    registry.install(hooks.HASH_SHARDS, _then_hash)
+    registry.install(hooks.COLLECT_CHECKSUMS, _then_collect)
 
 
 def _then_hash(original, self):

@@ -5,17 +5,16 @@ them. What lies elsewhere is brought to its place: the master weights, the param
 """
 
 import torch
-from megatron.core.optimizer import optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_cream.patches.compat import wrap_method
+from megatron_cream.patches import hooks, registry
 
 
 def install() -> None:
     """Call before `pretrain`."""
-    wrap_method(optimizer.Float16OptimizerWithFloat16Params, "sharded_state_dict", _with_names_of_the_distributed)
-    wrap_method(optimizer.Float16OptimizerWithFloat16Params, "load_state_dict", _load_half)
-    wrap_method(optimizer.FP32Optimizer, "load_state_dict", _load_float32)
+    registry.install(hooks.HALF_OPTIMIZER_SHARDS, _with_names_of_the_distributed)
+    registry.install(hooks.HALF_OPTIMIZER_STATE, _load_half)
+    registry.install(hooks.FLOAT32_OPTIMIZER_STATE, _load_float32)
 
 
 def _with_names_of_the_distributed(original, self, model_sharded_state_dict, is_loading=False, metadata=None):

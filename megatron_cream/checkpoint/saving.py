@@ -8,18 +8,16 @@ its error until all have come to where they can agree, and only then does the tr
 import contextlib
 import functools
 import io
+import logging
 import os
 import queue
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import CheckpointException
@@ -31,7 +29,7 @@ from megatron_cream.common.errors import one_line
 from megatron_cream.common.safe_pickle import to_plain
 from megatron_cream.distributed import watchdog
 from megatron_cream.distributed.rendezvous import first_reason
-from megatron_cream.patches.compat import wrap_method
+from megatron_cream.patches import async_writer, hooks, registry
 
 
 class SaveFailed(Exception):
@@ -73,16 +71,16 @@ def install(say: Callable[[str], None], home: Path | None) -> None:
     """
     global _saves
     _saves = _Saves(say=say, home=home)
-    wrap_method(training, "save_checkpoint", _save)
-    wrap_method(training, "maybe_finalize_async_save", _finalize)
-    wrap_method(checkpointing, "schedule_async_save", _schedule)
-    wrap_method(checkpointing, "generate_state_dict", _with_plain_args)
-    wrap_method(dist_checkpointing, "save", _agree_before_the_tracker)
-    wrap_method(serialization, "save_config", _hold)
-    wrap_method(FileSystemWriterAsync, "finish", _hold)
-    wrap_method(FileSystemWriterAsync, "get_save_function_and_args", _with_reasons)
-    wrap_method(PersistentAsyncCaller, "is_current_async_call_done", _or_its_writer_died)
-    wrap_method(PersistentAsyncCaller, "schedule_async_call", _to_a_writer_that_lives)
+    registry.install(hooks.SAVE_CHECKPOINT, _save)
+    registry.install(hooks.FINALIZE_SAVE, _finalize)
+    registry.install(hooks.SCHEDULE_SAVE, _schedule)
+    registry.install(hooks.SAVED_ARGS, _with_plain_args)
+    registry.install(hooks.SAVE_SHARDS, _agree_before_the_tracker)
+    registry.install(hooks.SAVE_CONFIG, _hold)
+    registry.install(hooks.WRITE_METADATA, _hold)
+    registry.install(hooks.WRITE_SHARDS, _with_reasons)
+    registry.install(hooks.WRITER_IS_DONE, _or_its_writer_died)
+    registry.install(hooks.CALL_WRITER, _to_a_writer_that_lives)
 
 
 def check_last() -> None:
@@ -333,23 +331,27 @@ def _remembering(errors: list[Exception]) -> Iterator[None]:
     It would raise while it holds the buffer of a BytesIO, in a cycle of references on whose collection CPython
     3.12.1 has crashed.
     """
-    module, original = sys.modules[FileSystemWriterAsync.__module__], FileSystemWriterAsync.write_preloaded_data
 
-    def write(*args, **kwargs):
+    def write(original, *args, **kwargs):
         written = original(*args, **kwargs)
         if isinstance(written[1], Exception):  # of the flush that ends a file
             errors.append(written[1])
         return written
 
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
-    module.open = lambda path, mode: io.BufferedWriter(_Shard(path, mode, errors))
-    module.logger.disabled = True  # it would say in four lines what is said in one
+    def open_shard(original, path, mode):
+        return io.BufferedWriter(_Shard(path, mode, errors))
+
+    logger = logging.getLogger(FileSystemWriterAsync.__module__)
+    logger.addFilter(_drop)  # it would say in four lines what is said in one
     try:
-        yield
+        with registry.replaced(hooks.WRITE_BUCKET, write), registry.replaced(hooks.OPEN_SHARD, open_shard):
+            yield
     finally:
-        FileSystemWriterAsync.write_preloaded_data = staticmethod(original)
-        del module.open
-        module.logger.disabled = False
+        logger.removeFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False
 
 
 class _Shard(io.FileIO):
@@ -376,7 +378,7 @@ def _or_its_writer_died(original, self, blocking: bool = False, no_dist: bool = 
             self.cur_item = self._persistent_comp_q.get(timeout=0.1 if blocking else 0.001)
         if self.cur_item is None and not alive:
             self.cur_item = -1
-            _forget_writer(self)
+            async_writer.forget_writer(self)
         if not blocking:
             break
     return original(self, blocking, no_dist)
@@ -384,12 +386,5 @@ def _or_its_writer_died(original, self, blocking: bool = False, no_dist: bool = 
 
 def _to_a_writer_that_lives(original, self, request) -> None:
     if self.process is not None and not self.process.is_alive():
-        _forget_writer(self)
+        async_writer.forget_writer(self)
     original(self, request)
-
-
-def _forget_writer(caller: PersistentAsyncCaller) -> None:
-    """The next save gets another."""
-    caller.process = None
-    for name in ("process", "queue", "preload_q", "comp_q"):
-        setattr(PersistentAsyncCaller, f"_persistent_{name}", None)

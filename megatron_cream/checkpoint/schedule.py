@@ -9,11 +9,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.training import checkpointing
-
 from megatron_cream.common.errors import UsageError
-from megatron_cream.patches.compat import wrap_method
+from megatron_cream.patches import hooks, registry
 
 _ALWAYS = (
     "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style", "lr_warmup_init", "lr_warmup_fraction",
@@ -86,8 +83,8 @@ def adopt(args: Namespace, saved: Namespace) -> None:
 
 def install() -> None:
     """Call before `pretrain`."""
-    wrap_method(checkpointing, "_load_base_checkpoint", _with_rates_of_this_run)
-    wrap_method(OptimizerParamScheduler, "load_state_dict", _and_apply)
+    registry.install(hooks.LOAD_CHECKPOINT, _with_rates_of_this_run)
+    registry.install(hooks.LOAD_SCHEDULE, _and_apply)
 
 
 def _with_rates_of_this_run(original, load_dir, args, *others, **kwargs):

@@ -26,7 +26,7 @@ from megatron_cream.config.checks import saving as save_checks
 from megatron_cream.config.describe import describe
 from megatron_cream.config.parser import build_parser, parse_flags
 from megatron_cream.distributed import nodes, rendezvous
-from megatron_cream.patches import compat
+from megatron_cream.patches import safe_loading, tensorboard
 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
@@ -52,7 +52,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
             print(line, file=sys.stderr, flush=True)
     if auto and devices.has_cuda() and not (args.deterministic_mode or args.skip_train):
         attention_choice.take_fastest(args)
-    compat.tensorboard_outlives_a_full_disk()
+    tensorboard.install()
     try:
         with console.captured(words):
             set_global_variables(args, build_tokenizer=False)  # last, as it opens log files
@@ -113,7 +113,7 @@ def _look(argv: list[str] | None) -> tuple[Namespace, Origin, io.StringIO, bool]
     fill.use_expandable_segments(args)
     data_checks.check_splits(args)
     data_checks.check_held_out(args, values.held_out_files(args))
-    compat.checkpoints_run_no_code()
+    safe_loading.install()
     start.adopt_schedule(args, origin.checkpoint)
     number_checks.learning_rates(args)
     auto = args.attention_backend == "auto"

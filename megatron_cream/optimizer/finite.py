@@ -12,7 +12,7 @@ import torch
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.distributed.rendezvous import first_reason
-from megatron_cream.patches.compat import wrap_method
+from megatron_cream.patches import hooks, registry
 
 
 class NotFinite(RuntimeError):
@@ -40,11 +40,9 @@ def install(policy: str, report: Callable[[float], None]) -> None:
             iterations` are; rerun leaves the matter to Megatron's rerun state machine.
         report: is called on every rank with the norm before that.
     """
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
     _guard.policy, _guard.report = policy, report
-    wrap_method(ChainedOptimizer, "get_grad_norm", _look)
-    wrap_method(ChainedOptimizer, "step", _step)
+    registry.install(hooks.CHECK_NORM, _look)
+    registry.install(hooks.SKIP_STEP, _step)
 
 
 def of_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from megatron_cream.optimizer.adamw import FusedAdamW
-from megatron_cream.patches.compat import wrap_method
+from megatron_cream.patches import hooks, registry
 
 
 class _Factor:
@@ -34,20 +34,19 @@ _factor = _Factor()
 def install() -> None:
     """Let Megatron's trainer and optimizers work this way; for AdamW (`--optimizer adam`) on CUDA devices."""
     from megatron.core import optimizer as builder
-    from megatron.core.optimizer import distrib_optimizer, optimizer
-    from megatron.training import training
 
     if builder.Adam is FusedAdamW:
         return
-    builder.Adam, builder.USING_PYTORCH_OPTIMIZER = FusedAdamW, False
-    # Its steps are counted as Transformer Engine's are, in the parameter group.
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
-    wrap_method(training, "finalize_model_grads", _finalize_model_grads)
-    optimizer.get_grad_norm_fp32 = _grad_norm
-    optimizer.clip_grad_by_total_norm_fp32 = _clip
-    wrap_method(optimizer.ChainedOptimizer, "step_with_ready_grads", _step)
-    wrap_method(distrib_optimizer.DistributedOptimizer, "__init__", _write_copies)
-    wrap_method(distrib_optimizer.DistributedOptimizer, "_copy_main_params_to_model_params", _copy_unless_written)
+    registry.assign(hooks.ADAM, FusedAdamW)
+    registry.assign(hooks.PYTORCH_ADAM, False)
+    registry.assign(hooks.APEX_OR_TE_ADAM, True)
+    registry.assign(hooks.TE_ADAM, True)
+    registry.install(hooks.FINALIZE_GRADIENTS, _finalize_model_grads)
+    registry.install(hooks.GRADIENT_NORM, _grad_norm)
+    registry.install(hooks.CLIP_GRADIENTS, _clip)
+    registry.install(hooks.OPTIMIZER_UPDATE, _step)
+    registry.install(hooks.OPTIMIZER_SHARDS, _write_copies)
+    registry.install(hooks.COPY_WEIGHTS, _copy_unless_written)
 
 
 def _finalize_model_grads(original, model, num_tokens=None, pg_collection=None, **kwargs) -> None:
@@ -75,7 +74,7 @@ def _reduce_tokens(num_tokens: Tensor, pg_collection) -> None:
         torch.distributed.all_reduce(num_tokens, group=data)
 
 
-def _grad_norm(grads: list[Tensor] | Tensor, norm_type: float = 2.0, grad_stats_parallel_group=None) -> float:
+def _grad_norm(original, grads: list[Tensor] | Tensor, norm_type: float = 2.0, grad_stats_parallel_group=None) -> float:
     """The 2-norm of the whole gradient, scaled as the update will see it (clipping aside)."""
     assert norm_type == 2.0
     grads = [grads] if isinstance(grads, Tensor) else grads
@@ -88,7 +87,7 @@ def _grad_norm(grads: list[Tensor] | Tensor, norm_type: float = 2.0, grad_stats_
     return (norm if _factor.tokens is None else norm * _factor.tokens).item()
 
 
-def _clip(parameters, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:
+def _clip(original, parameters, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:
     assert not use_decoupled_grad
     _factor.clip = min(max_norm / (total_norm + 1e-6), 1.0)
 

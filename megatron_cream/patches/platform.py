@@ -12,6 +12,10 @@ recompute, checkpoints) runs on the CPU with the help of three things:
 Nothing lies to torch itself: `torch.cuda.is_available()` says True only to callers
 inside the `megatron` package, so pinned memory, `torch.accelerator`, fused
 optimizers and torch.compile see a machine without CUDA, which it is.
+
+What is replaced here is not in the registry, since it comes before Megatron's imports: names of `torch.cuda`, whose
+stand-ins take any arguments, `torch.autograd._engine_run_backward`, and `_get_cuda_rng_state` and
+`_set_cuda_rng_state` of `megatron.core.tensor_parallel.random`.
 """
 
 import contextlib
@@ -37,7 +41,6 @@ def setup() -> None:
     _quiet_import_noise()
     if not torch.cuda.is_available() and _installed is None:
         _install_cpu()
-    _use_prebuilt_dataset_helpers()
 
 
 def _quiet_import_noise() -> None:
@@ -60,17 +63,6 @@ def _quiet_import_noise() -> None:
     )
     # torch 2.9+ announces the end of the local-store key layout at every save.
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-
-
-def _use_prebuilt_dataset_helpers() -> None:
-    """Skip the trainer's `make` of the dataset helpers: the wheel ships them built."""
-    try:
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
-    except ImportError:
-        return
-    from megatron.core.datasets import utils
-
-    utils.compile_helpers = lambda: None
 
 
 # ---------------------------------------------------------------- without CUDA

@@ -1,7 +1,6 @@
 """What a person watching a run reads: one line a step, and how fast the hardware is used."""
 
 import contextlib
-import functools
 import math
 import statistics
 import sys
@@ -16,6 +15,7 @@ import torch
 from megatron_cream.common import devices
 from megatron_cream.common.devices import peak_flops
 from megatron_cream.distributed import watchdog
+from megatron_cream.patches import hooks, registry
 
 
 @dataclass
@@ -131,25 +131,17 @@ def log_values(values: dict[str, float], step: int) -> None:
 def each_step(line: StepLine, interval: int) -> Iterator[None]:
     """Show `line` after Megatron's own log, every `interval` steps, on the rank that has the loss.
 
-    Megatron offers no call-back that is given the loss, so its log function is wrapped
-    while the run lasts.
+    Megatron has no call-back that is given the loss: its log function is wrapped while the run lasts.
     """
-    from megatron.training import training
     from megatron.training.utils import is_last_rank
 
-    megatron_log = training.training_log
-
-    @functools.wraps(megatron_log)
-    def log(loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory, skipped, grad_norm,
-            *rest, **kwargs):  # fmt: skip
+    def log(original, *args, **kwargs):
+        loss_dict, _, learning_rate, iteration, _, _, _, grad_norm, *_ = args
         if iteration % interval == 0:
             # Megatron would add a launch's first step to the next interval: the log of a resumed run would show
             # another loss there than the log of a run that never stopped.
             kwargs["is_first_iteration"] = False
-        result = megatron_log(
-            loss_dict, total_loss_dict, learning_rate, iteration, loss_scale, report_memory, skipped, grad_norm,
-            *rest, **kwargs,
-        )  # fmt: skip
+        result = original(*args, **kwargs)
         watchdog.stepped()
         due = iteration % interval == 0
         memory = peak_memory() if due else 0
@@ -160,8 +152,5 @@ def each_step(line: StepLine, interval: int) -> Iterator[None]:
             line.start(iteration)
         return result
 
-    training.training_log = log
-    try:
+    with registry.replaced(hooks.TRAINING_LOG, log):
         yield
-    finally:
-        training.training_log = megatron_log

@@ -31,7 +31,7 @@ from megatron_cream.data.recent import RecentSamples
 from megatron_cream.distributed import launcher, rendezvous, watchdog
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.optimizer import finite
-from megatron_cream.patches import compat
+from megatron_cream.patches import corrections, cuda_graphs, table
 from megatron_cream.training import evaluations, progress, record, signals
 from megatron_cream.training.watch import watching
 
@@ -64,6 +64,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
     Raises:
         UsageError: the flags cannot run.
     """
+    table.check_all()
     signals.install()
     args, words = parse.parse(argv)
     if message := start.finished_message(args):
@@ -112,7 +113,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
 
 
 def _install_patches(args: Namespace) -> None:
-    compat.apply(args)
+    corrections.apply(args)
     schedule.install()
     optimizer_state.install()
     if values.one_pass_optimizer(args):
@@ -241,7 +242,7 @@ def _run(train: Callable[[list[str] | None], Namespace]) -> None:
         finished = train(None)
     # Rank 0 may write for long: no other waits for it in a collective.
     if torch.distributed.is_initialized():
-        compat.end_cuda_graphs()
+        cuda_graphs.reset_graphs()
         torch.distributed.destroy_process_group()
     if finished:
         pretrained.save_hf(finished)

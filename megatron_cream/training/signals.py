@@ -13,11 +13,8 @@ import threading
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from multiprocessing.queues import Queue
 from pathlib import Path
 
-from megatron.training import initialize
-from megatron.training.dist_signal_handler import DistributedSignalHandler
 from torch.utils.data import get_worker_info
 
 from megatron_cream.checkpoint import saving
@@ -25,16 +22,16 @@ from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.common.errors import is_full_shared_memory
 from megatron_cream.common.processes import end_with_parent
 from megatron_cream.distributed.launcher import waiting_for_peers
-from megatron_cream.patches.compat import wrap_method
+from megatron_cream.patches import hooks, registry
 
 _received = 0
 
 
 def install() -> None:
     """Call before the flags are parsed, when Megatron makes its handler; each worker that loads data gets one too."""
-    wrap_method(DistributedSignalHandler, "__enter__", _both_signals)
-    wrap_method(DistributedSignalHandler, "signals_received", _remember)
-    wrap_method(initialize, "_initialize_distributed", _end_while_waiting)
+    registry.install(hooks.SIGNAL_HANDLER, _both_signals)
+    registry.install(hooks.SIGNALS_RECEIVED, _remember)
+    registry.install(hooks.RENDEZVOUS, _end_while_waiting)
 
 
 def _end_while_waiting(original, *args, **kwargs):
@@ -46,7 +43,7 @@ def _both_signals(original, self):
     entered = original(self)
     if get_worker_info() is not None:
         _hear_the_rank_alone({self.sig, signal.SIGUSR1})
-        Queue._on_queue_feeder_error = staticmethod(_end_with_a_lost_batch)
+        registry.install(hooks.LOST_BATCH, _end_with_a_lost_batch)
         return entered
 
     def handler(number, _frame):
@@ -74,7 +71,7 @@ def _hear_the_rank_alone(signals: set[signal.Signals]) -> None:
     threading.Thread(target=listen, daemon=True).start()
 
 
-def _end_with_a_lost_batch(error: Exception, _batch) -> None:
+def _end_with_a_lost_batch(original, error: Exception, _batch) -> None:
     """In a worker whose batch cannot be sent: by itself it would drop the batch, for which the rank waits for ever."""
     if not is_full_shared_memory(error):
         traceback.print_exc()

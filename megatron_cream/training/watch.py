@@ -15,6 +15,7 @@ from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.common.files import append_line, to_json
 from megatron_cream.evaluation.long_evaluation import LongEvaluation, Result, Score
 from megatron_cream.optimizer import finite
+from megatron_cream.patches import hooks, registry
 from megatron_cream.training.progress import StepLine, log_values
 
 RECORD = "long_evaluation.jsonl"
@@ -158,12 +159,10 @@ def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
         return
     from megatron.training import training
 
-    end_of_step, setup = training.checkpoint_and_decide_exit, training.setup_model_and_optimizer
-
-    def evaluate_after(model, optimizer, scheduler, step, flops, context, data_iterator):
+    def evaluate_after(original, model, optimizer, scheduler, step, flops, context, data_iterator):
         state = (model, optimizer, scheduler, flops, context)
         # First the run's own checkpoint: a signal to end leaves little time.
-        leaves = end_of_step(model, optimizer, scheduler, step, flops, context, data_iterator)
+        leaves = original(model, optimizer, scheduler, step, flops, context, data_iterator)
         if watch.best and args.rank == 0:
             watch.best.settle()
         if not leaves and watch.due(step):
@@ -178,17 +177,19 @@ def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
             watch.evaluate(model, step, pause=pause, keep=keep if watch.best else None)
         return leaves
 
-    def evaluate_loaded(*positional, **named):
-        built = setup(*positional, **named)
+    def evaluate_loaded(original, *positional, **named):
+        built = original(*positional, **named)
         if args.skip_train:
             watch.evaluate(built[0], args.iteration, must_be_finite=loaded_from(args))
         return built
 
-    training.checkpoint_and_decide_exit, training.setup_model_and_optimizer = evaluate_after, evaluate_loaded
     try:
-        yield
+        with (
+            registry.replaced(hooks.END_OF_STEP, evaluate_after),
+            registry.replaced(hooks.MODEL_SETUP, evaluate_loaded),
+        ):
+            yield
     finally:
-        training.checkpoint_and_decide_exit, training.setup_model_and_optimizer = end_of_step, setup
         if watch.best and args.rank == 0:
             watch.best.settle()
 

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import replacing, save_picture, writing
-from megatron_cream.patches import compat
+from megatron_cream.patches import tensorboard
 from tests.bad_inputs import load, start
 from tests.evaluation_models import save_llama
 from tests.launch import ROOT
@@ -69,7 +69,7 @@ def test_tools_end_in_a_line(tool, flags, written, tmp_path):
 
 
 def test_events_that_cannot_be_written_are_left_out(tmp_path, monkeypatch, capsys):
-    compat.tensorboard_outlives_a_full_disk()
+    tensorboard.install()
     writer = SummaryWriter(str(tmp_path))
     real = gfile.LocalFileSystem._write
 
@@ -114,12 +114,12 @@ for act in (
 # A batch that finds no room when the worker sends it, which Python by itself drops: the rank would wait for ever.
 LOST_BATCH = """
 import os, signal
-from megatron_cream import platform
+from megatron_cream.patches import platform
 platform.setup()
 import torch
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron_cream.training import signals
-from megatron_cream.common.errors import of_a_worker
+from megatron_cream.common.errors import is_dead_data_worker
 signals.install()
 loader = torch.utils.data.DataLoader(
     [torch.zeros(100_000)] * 9, num_workers=1, collate_fn=lambda batch: batch[0],
@@ -128,7 +128,7 @@ loader = torch.utils.data.DataLoader(
 try:
     next(iter(loader))
 except RuntimeError as error:
-    print(of_a_worker(error), flush=True)
+    print(is_dead_data_worker(error), flush=True)
 os._exit(0)
 """
 

@@ -24,7 +24,7 @@ sys.addaudithook(hook)
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
-from megatron_cream import entry
+from megatron_cream.common import entry
 if __name__ == "__main__":
     entry.start()
 def main():

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from megatron_cream.checkpoint.opening import open_step
 from megatron_cream.common.safe_pickle import load_metadata, load_plain, refuse_code, to_plain
-from megatron_cream.patches import compat
+from megatron_cream.patches import safe_loading
 from tests.bad_inputs import saved
 from tests.checkpoint.test_convert import run_tool
 from tests.hf_models import save_model
@@ -67,7 +67,7 @@ def written_by_python(module: str, make, monkeypatch) -> bytes:
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # to Python 3.12, of 3.13
 def test_paths_in_a_checkpoint_of_any_python(module, monkeypatch):
-    compat.checkpoints_run_no_code()
+    safe_loading.install()
     common = written_by_python(module, lambda path: saved([{"args": Namespace(folder=path("a/b"))}]), monkeypatch)
     assert load_plain(io.BytesIO(common))[0]["args"].folder == pathlib.Path("a/b")
     refuse_code(io.BytesIO(common))
@@ -82,7 +82,7 @@ def test_paths_in_a_checkpoint_of_any_python(module, monkeypatch):
 @pytest.mark.parametrize("core", ["core", "_core"])  # numpy 1, numpy 2
 def test_random_states_of_any_numpy(core):
     with warnings.catch_warnings(action="error"):  # numpy 2 deprecates numpy.core
-        compat.checkpoints_run_no_code()
+        safe_loading.install()
     names = torch.serialization._weights_only_unpickler._get_user_allowed_globals()
     assert f"numpy.{core}.multiarray._reconstruct" in names
 

@@ -28,7 +28,7 @@ from megatron_cream.common import files
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse
 from megatron_cream.distributed import rendezvous
-from megatron_cream.patches import compat
+from megatron_cream.patches import safe_loading
 from tests.bad_input_cases import (
     CHECKPOINTS,
     FOLDERS,
@@ -221,7 +221,7 @@ def test_as_users_run_it(world):
 
 def test_readers_hold_when_nobody_looked_before(world):
     """torch's own reader, as Megatron calls it, runs nothing either."""
-    compat.checkpoints_run_no_code()
+    safe_loading.install()
     reader = dcp.FileSystemReader(world / STEP)
     assert reader.read_metadata().state_dict_metadata
     entry(STEP, "rng_state", lambda w: [evil(w)])(world)

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from megatron_cream.data import blend_cache, indexed, long_documents
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
-from megatron_cream.patches import compat
+from megatron_cream.patches import blend_cache as blend_cache_patch
 from tests.launch import ROOT
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, size=5000).astype(np.int32)
@@ -172,7 +171,7 @@ def items(dataset) -> list[tuple[int, int]]:
 
 @pytest.fixture
 def blended(tmp_path):
-    compat.wrap_method(BlendedDataset, "_build_indices", blend_cache.whole_or_none)
+    blend_cache_patch.install()
     prefixes = [write(tmp_path / name, ([50] + [100] * 9) * 10) for name in "ab"]
     return prefixes, items(blend(prefixes, None))
 

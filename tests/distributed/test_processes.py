@@ -43,10 +43,10 @@ from megatron_cream.patches import platform
 platform.setup()
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller
-from megatron_cream.patches import compat
+from megatron_cream.patches import async_writer
 
 if __name__ == "__main__":
-    compat._checkpoint_helpers_outlive_signals()
+    async_writer.install()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     killed_while_it_takes_the_tensors, killed_as_it_starts = PersistentAsyncCaller(), PersistentAsyncCaller()
     die = partial(signal.raise_signal, signal.SIGKILL)

@@ -3,7 +3,7 @@
 from tests.launch import torchrun
 
 SCRIPT = """
-from megatron_cream import platform
+from megatron_cream.patches import platform
 platform.setup()
 from types import SimpleNamespace
 import torch

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_cream.evaluation.perplexity import perplexity_by_length
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
-from megatron_cream.patches import compat
+from megatron_cream.patches import cuda_graphs
 
 SHAPE = dict(hidden_size=64, ffn_hidden_size=176, num_layers=3, num_attention_heads=4)
 VOCABULARY, WINDOW, TARGET = 100, 48, 384
@@ -150,13 +150,17 @@ def test_cuda_graphs_are_of_training_and_end_before_nccl(one_rank, monkeypatch):
 
     layer = megatron_llama(one_rank, kv_heads=4, tied=False, backend="sdpa", scaling=None).decoder.layers[0]
     monkeypatch.setattr(type(layer), "_should_call_local_cudagraph", type(layer)._should_call_local_cudagraph)
-    monkeypatch.setattr(_CudaGraphRunner, "__init__", torch.nn.Module.__init__)
-    compat._cuda_graphs_of_layers()
+
+    def make(self, base_module, mempool, fwd_graph_input_args, fwd_graph_input_kwargs, func, need_backward):
+        torch.nn.Module.__init__(self)
+
+    monkeypatch.setattr(_CudaGraphRunner, "__init__", make)
+    cuda_graphs.install()
     layer.cudagraph_manager = torch.nn.Identity()
     assert layer.train()._should_call_local_cudagraph() and not layer.eval()._should_call_local_cudagraph()
-    runner, ended = _CudaGraphRunner(), []
+    runner, ended = _CudaGraphRunner(*6 * [None]), []
     runner.fwd_graph, runner.bwd_graph = SimpleNamespace(reset=lambda: ended.append("forward")), None
-    compat.end_cuda_graphs()
+    cuda_graphs.reset_graphs()
     assert ended == ["forward"]
 
 

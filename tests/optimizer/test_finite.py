@@ -11,7 +11,7 @@ from tests.launch import TINY, torchrun, write_documents
 
 # In the micro-batch of one rank, at step 3, the loss is no number.
 SCRIPT = """
-import json, os, sys
+import functools, json, os, sys
 import pretrain_cream as job
 import torch
 from megatron.training import get_args, training
@@ -22,6 +22,7 @@ def loss_func(mask, losses):
     return original(mask, losses * float(os.environ["WRONG"]) if wrong else losses)
 job.loss_func = loss_func
 seen = []
+@functools.wraps(log)
 def training_log(loss_dict, total, lr, iteration, scale, report, skipped, grad_norm, *rest, **kw):
     seen.append([iteration, skipped, grad_norm])
     return log(loss_dict, total, lr, iteration, scale, report, skipped, grad_norm, *rest, **kw)

@@ -75,7 +75,6 @@ def test_no_effect_where_there_is_cuda():
         "before = dict(vars(torch.cuda)); engine = torch.autograd._engine_run_backward\n"
         "from megatron_cream.common import devices\n"
         "from megatron_cream.patches import platform\n"
-        "platform._use_prebuilt_dataset_helpers = lambda: None\n"
         "platform.setup()\n"
         "changed = [k for k, v in vars(torch.cuda).items() if before.get(k) is not v]\n"
         "assert not changed, changed\n"

@@ -15,7 +15,7 @@ from megatron.training import checkpointing
 from megatron_cream.checkpoint import start
 from megatron_cream.common.errors import UsageError
 from megatron_cream.data.recent import RecentSamples
-from megatron_cream.patches import compat
+from megatron_cream.patches import tracker as tracker_patch
 from megatron_cream.training import signals
 from tests.faults.kill import compare, kill, kill_under_torchrun, launch, newest, ranks, wait_for, writing
 from tests.launch import ROOT, write_documents
@@ -168,7 +168,7 @@ def test_an_earlier_runs_folder_is_not_written_over(tmp_path, monkeypatch):
 
 
 def test_the_tracker_is_never_half_written(tmp_path):
-    compat._tracker_replaced_at_once()
+    tracker_patch.install()
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("100")
     with pytest.raises(KeyboardInterrupt):

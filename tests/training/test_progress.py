@@ -1,5 +1,6 @@
 """What a person watching a run reads."""
 
+import functools
 import io
 
 import pytest
@@ -38,7 +39,12 @@ def test_a_loss_that_is_no_number_does_not_hide_the_next_spike():
 def test_a_launchs_first_step_stays_out_of_the_next_interval(step, interval, apart, monkeypatch):
     """Megatron keeps its loss for the next line, so that a resumed run logs another loss than one never stopped."""
     told = []
-    monkeypatch.setattr(training, "training_log", lambda *_, is_first_iteration: told.append(is_first_iteration))
+
+    @functools.wraps(training.training_log)
+    def log(*_, is_first_iteration):
+        told.append(is_first_iteration)
+
+    monkeypatch.setattr(training, "training_log", log)
     monkeypatch.setattr(utils, "is_last_rank", lambda: False)
     monkeypatch.setattr(progress, "peak_memory", lambda: 0)
     line = StepLine(total_steps=1000, tokens_per_step=1, ranks=1, flops_per_token=1.0, stream=io.StringIO())

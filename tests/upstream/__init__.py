@@ -188,6 +188,7 @@ HOOKS = {
     "collect-checksums": "checksums",
     "write-bucket": "with `write-shards`: it remembers the errors of the writes",
     "open-shard": "with `write-shards`: it remembers the errors of the writes",
+    "writer-results": "with `results-queue`: an answer of a rank whose process for results was killed",
     "forget-process": "with `call-writer`: the class forgets a writer that died",
     "forget-queue": "with `call-writer`: the class forgets a writer that died",
     "forget-preload-queue": "with `call-writer`: the class forgets a writer that died",

@@ -1,0 +1,17 @@
+"""Let several jobs share the cached index of a blend of data sets."""
+
+from megatron_cream.data.blend_cache import whole_or_none
+from megatron_cream.patches import registry
+from megatron_cream.patches.registry import Patch
+
+BLEND_CACHE = Patch(
+    "blend-cache",
+    "megatron.core.datasets.blended_dataset:BlendedDataset._build_indices",
+    "Megatron writes an index under its final name: another job that starts meanwhile reads half a file.",
+    parameters="self",
+)
+
+
+def install() -> None:
+    """Call before data sets are built."""
+    registry.install(BLEND_CACHE, whole_or_none)

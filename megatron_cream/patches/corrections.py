@@ -1,0 +1,35 @@
+"""What megatron-core 0.19.2 gets wrong, and what corrects it, read from top to bottom.
+
+`safe_loading` and `tensorboard` are installed earlier, while the command line is read.
+"""
+
+from argparse import Namespace
+
+from megatron_cream.common import devices
+from megatron_cream.patches import (
+    async_writer,
+    blend_cache,
+    command_line,
+    cuda_graphs,
+    dataset_helpers,
+    distributed_optimizer,
+    single_rank_collectives,
+    tokenizers,
+    tracker,
+    weight_gradients,
+)
+
+
+def apply(args: Namespace) -> None:
+    """Install the corrections. Call before `pretrain`; again for another run in the same process."""
+    command_line.install(args)
+    single_rank_collectives.install()
+    tracker.install()
+    dataset_helpers.install()
+    blend_cache.install()
+    async_writer.install()
+    tokenizers.install()
+    cuda_graphs.install()
+    if devices.has_cuda():
+        weight_gradients.install()
+    distributed_optimizer.install()

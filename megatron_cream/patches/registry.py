@@ -1,0 +1,167 @@
+"""Replace names of other libraries, and only names that look as they did when the patch was written.
+
+Each replacement is declared as a `Patch`: next to the correction that it is part of, or in `hooks` where another
+package of this project has the behaviour. `table` lists them all. Nothing else in this project assigns to another
+library's names, apart from `platform`.
+"""
+
+import builtins
+import contextlib
+import functools
+import importlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_cream.common.errors import UsageError
+from megatron_cream.common.versions import versions
+
+MEGATRON = "megatron-core 0.19.2"
+"""The release that most patches were written for."""
+
+_DISTRIBUTIONS = {"megatron": "megatron-core", "multiprocessing": "python"}
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One name of another library that this project replaces.
+
+    Args:
+        name: unique among all patches.
+        target: "module:name" or "module:Class.name".
+        reason: why, in one sentence.
+        parameters: the function's parameters, without defaults and annotations, and without a class method's `cls`:
+            "self, rank, *, blocking". None: the target is a plain value.
+        value_type: the type of a plain value. Several are separated by " | "; "missing" is a name that does not exist.
+        written_for: the releases whose target has these parameters.
+        fixed_in: the first release that does not need the patch, if there is one.
+        after: patches of the same target whose wrappers are called by this one's, where they are installed.
+    """
+
+    name: str
+    target: str
+    reason: str
+    parameters: str | None = None
+    value_type: str = ""
+    written_for: str = MEGATRON
+    fixed_in: str | None = None
+    after: tuple[str, ...] = ()
+
+
+_chains: weakref.WeakKeyDictionary[Callable, tuple[Any, list[tuple[Patch, Callable]]]] = weakref.WeakKeyDictionary()
+"""Function that was put in a target's place -> the target before, and what wraps it, innermost first."""
+_assigned: dict[str, Any] = {}
+"""Name of a patch -> the target before `assign`."""
+
+
+def install(patch: Patch, wrapper: Callable) -> None:
+    """Replace a function or method by `wrapper`, which is given the original as its first argument.
+
+    A second call for the same patch changes nothing.
+
+    Raises:
+        UsageError: the target does not look as recorded.
+    """
+    check(patch)
+    owner, name = _find(patch)
+    found = _look_up(owner, name)
+    original, steps = _chains.get(getattr(found, "__func__", found), (found, []))
+    if any(other.name == patch.name for other, _ in steps):
+        return
+    place = next((i for i, (other, _) in enumerate(steps) if patch.name in other.after), len(steps))
+    setattr(owner, name, _join(owner, name, original, [*steps[:place], (patch, wrapper), *steps[place:]]))
+
+
+def assign(patch: Patch, value: Any) -> None:
+    """Replace a value, or a function by an object that needs no original.
+
+    Raises:
+        UsageError: the target does not look as recorded.
+    """
+    check(patch)
+    owner, name = _find(patch)
+    before = _assigned.setdefault(patch.name, _look_up(owner, name))
+    setattr(owner, name, staticmethod(value) if isinstance(before, staticmethod) else value)
+
+
+@contextlib.contextmanager
+def replaced(patch: Patch, wrapper: Callable) -> Iterator[None]:
+    """Do as `install`, until the block ends."""
+    check(patch)
+    owner, name = _find(patch)
+    before = vars(owner).get(name, _MISSING)
+    setattr(owner, name, _join(owner, name, _look_up(owner, name), [(patch, wrapper)]))
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+def check(patch: Patch) -> None:
+    """Compare the target with what was recorded of it.
+
+    Raises:
+        UsageError: it is missing, or has other parameters or another type.
+    """
+    expected = patch.value_type if patch.parameters is None else f"({patch.parameters})"
+    found = describe(patch)
+    if found == expected or (patch.parameters is None and found in expected.split(" | ")):
+        return
+    distribution = _DISTRIBUTIONS.get(package := patch.target.partition(".")[0], package)
+    installed = f"{distribution} {versions([distribution]).get(distribution, 'of an unknown version')}"
+    raise UsageError(
+        f"{installed} is installed, but patch {patch.name} was written for {patch.written_for}: "
+        f"{patch.target.replace(':', '.')} is {found} here and {expected} there. Install {patch.written_for}"
+    )
+
+
+def describe(patch: Patch) -> str:
+    """Return the target's parameters in parentheses, or a value's type, or "missing"."""
+    try:
+        owner, name = _find(patch)
+    except (ImportError, AttributeError):
+        return "missing"
+    found = _assigned.get(patch.name, _look_up(owner, name))
+    if found is _MISSING:
+        return "missing"
+    function = found.__get__(None, owner) if isinstance(found, staticmethod | classmethod) else found
+    if patch.parameters is None or not callable(function):
+        return type(found).__name__
+    signature = inspect.signature(function)
+    plain = [each.replace(annotation=each.empty, default=each.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
+
+
+def _find(patch: Patch) -> tuple[Any, str]:
+    """The module or class that holds the target, and the target's name there."""
+    module, _, path = patch.target.partition(":")
+    *outer, name = path.split(".")
+    return functools.reduce(getattr, outer, importlib.import_module(module)), name
+
+
+def _look_up(owner: Any, name: str) -> Any:
+    """Look a name up without binding it; a module's functions find built-in names too."""
+    own = inspect.getattr_static(owner, name, _MISSING)
+    return getattr(builtins, name, _MISSING) if own is _MISSING and inspect.ismodule(owner) else own
+
+
+def _join(owner: Any, name: str, original: Any, steps: list[tuple[Patch, Callable]]) -> Any:
+    """A function that calls the last wrapper, which calls the one before it, down to the original."""
+    bound = isinstance(original, staticmethod | classmethod)
+    innermost = original.__get__(None, owner) if bound else original
+    call = innermost
+    for _, wrapper in steps:
+        call = functools.partial(wrapper, call)
+
+    @functools.wraps(innermost)
+    def function(*args, **kwargs):
+        return call(*args, **kwargs)
+
+    _chains[function] = original, steps
+    return staticmethod(function) if bound else function

@@ -1,0 +1,55 @@
+"""Read distributed checkpoints without running code that they name.
+
+A checkpoint is also looked at when a run starts; this holds whenever one is read.
+"""
+
+from megatron_cream.common.safe_pickle import declare_names_of_other_versions, load_metadata, refuse_code
+from megatron_cream.patches import registry
+from megatron_cream.patches.registry import Patch
+
+_TORCH = "torch 2.11 to 2.14"
+
+READ_METADATA = Patch(
+    "read-metadata",
+    "torch.distributed.checkpoint:FileSystemReader.read_metadata",
+    "torch unpickles a checkpoint's metadata, and runs what it names.",
+    parameters="self, *args, **kwargs",
+    written_for=_TORCH,
+)
+LOAD_BYTES = Patch(
+    "load-bytes",
+    "torch.distributed.checkpoint:DefaultLoadPlanner.load_bytes",
+    "torch unpickles each entry of bytes, and runs what it names.",
+    parameters="self, read_item, value",
+    written_for=_TORCH,
+)
+
+
+def install() -> None:
+    """Call before a checkpoint is read."""
+    declare_names_of_other_versions()
+    registry.install(READ_METADATA, _read_metadata)
+    registry.install(LOAD_BYTES, _load_bytes)
+
+
+def _read_metadata(original, self, *args, **kwargs):
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+        metadata = load_metadata(file.read())
+    metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+    metadata.storage_meta.load_id = self.load_id
+    return metadata
+
+
+def _load_bytes(original, self, read_item, value) -> None:
+    import torch
+    from torch.distributed.checkpoint._nested_dict import set_element
+
+    refuse_code(value)
+    value.seek(0)
+    plain, key = torch.load(value, weights_only=True), read_item.dest_index.fqn
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[key], plain)
+    else:
+        self.state_dict[key] = plain

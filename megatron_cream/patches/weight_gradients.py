@@ -1,0 +1,24 @@
+"""Add weight gradients to float32 inside the GEMM without apex."""
+
+from megatron_cream.model.kernels import weight_gradient
+from megatron_cream.patches import registry
+from megatron_cream.patches.registry import Patch
+
+_LAYERS = "megatron.core.tensor_parallel.layers:"
+_REASON = "Megatron's linear layers add weight gradients to float32 in the GEMM only with an extension of apex."
+
+WEIGHT_GRADIENT_KERNELS = Patch(
+    "weight-gradient-kernels", _LAYERS + "fused_weight_gradient_mlp_cuda", _REASON, value_type="missing | module"
+)
+WEIGHT_GRADIENTS_AVAILABLE = Patch(
+    "weight-gradients-available", _LAYERS + "_grad_accum_fusion_available", _REASON, value_type="bool"
+)
+
+
+def install() -> None:
+    """Call before the model is built, on CUDA devices."""
+    from megatron.core.tensor_parallel import layers
+
+    if not layers._grad_accum_fusion_available:
+        registry.assign(WEIGHT_GRADIENT_KERNELS, weight_gradient)
+        registry.assign(WEIGHT_GRADIENTS_AVAILABLE, True)
