@@ -29,7 +29,7 @@ def good(tmp_path_factory):
     (folder / TOOL_USE).parent.mkdir()
     (folder / TOOL_USE).write_text("{% for m in messages %}{% generation %}{{ m }}{% endgeneration %}{% endfor %}")
     text = folder / "text"
-    text.write_text("\n".join((ROOT / "megatron_cream" / "files.py").read_text().splitlines()))
+    text.write_text("\n".join((ROOT / "megatron_cream" / "common" / "files.py").read_text().splitlines()))
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=300, minloglevel=2, hard_vocab_limit=False
     )
