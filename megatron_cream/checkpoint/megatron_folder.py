@@ -328,8 +328,12 @@ class _HashingFileSystem(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path, mode: str) -> Iterator[HashingFile]:
-        with super().create_stream(path, mode) as stream:
-            yield (file := _KeepingErrors(stream, self._progress, self._failure))
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield (file := _KeepingErrors(stream, self._progress, self._failure))
+        except OSError as error:  # at the end, of what the buffer still held
+            self._failure.keep(error)
+            return
         self.hashes[Path(path).name.removesuffix(".tmp")] = file.hexdigest()
 
 
@@ -345,3 +349,10 @@ class _KeepingErrors(HashingFile):
             except BaseException as error:
                 self._failure.keep(error)
         return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        if self._failure.error is None:
+            try:
+                self._file.flush()
+            except BaseException as error:
+                self._failure.keep(error)

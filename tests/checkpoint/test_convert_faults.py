@@ -271,7 +271,9 @@ def test_a_limit_on_file_sizes_is_one_line(hf, tmp_path, what):
     command = [sys.executable, "-c", LIMITED, ROOT / "tools" / "convert_hf.py", *flags]
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     line = ended.stderr.strip().splitlines()[-1]
-    assert ended.returncode in (1, 2) and line.startswith("convert_hf.py: error: ") and "Traceback" not in ended.stderr
+    assert (
+        ended.returncode in (1, 2) and line.startswith("convert_hf.py: error: ") and "Traceback" not in ended.stderr
+    ), ended.stderr
     assert str(tmp_path / "new") in line.replace("/.new.partial", "/new") and "nothing was changed" in line
     assert sorted(tmp_path.rglob("*")) == before
 

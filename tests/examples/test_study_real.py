@@ -144,9 +144,8 @@ def run(*command) -> subprocess.CompletedProcess:
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study_real")
     save_llama(folder / "hf", "llama-mqa-tied")
-    text = "\n".join(
-        (ROOT / "megatron_cream" / f"{name}.py").read_text() for name in ("arguments", "checks", "loading")
-    )
+    sources = sorted((ROOT / "megatron_cream" / "checkpoint").glob("*.py"))
+    text = "\n".join(file.read_text() for file in sources)[:60000]
     line = lambda start, kind: json.dumps({"text": text[start : start + 9000], "kind": kind}) + "\n"
     (folder / "train.jsonl").write_text("".join(line(900 * i, "") for i in range(8)))
     (folder / "held.jsonl").write_text("".join(line(9000 * i, kind) for i, kind in enumerate(("code", "manual"))))
