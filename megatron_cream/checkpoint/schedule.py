@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.patches import hooks, registry
 
@@ -38,7 +39,7 @@ def check(args: Namespace, common: dict[str, Any], checkpoint: str, step: str) -
     for (key, name), value in _of_flags(args).items():
         if key in saved and saved[key] != value:
             raise UsageError(
-                f"{checkpoint}: --{name.replace('_', '-')}: {step} was saved with {key} {saved[key]}, and these flags "
+                f"{checkpoint}: {to_flag(name)}: {step} was saved with {key} {saved[key]}, and these flags "
                 f"make it {value}. Give the saved value, or --override-opt-param-scheduler for the schedule of these "
                 "flags, or --use-checkpoint-opt-param-scheduler for the saved one"
             )

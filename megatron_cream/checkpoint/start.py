@@ -75,7 +75,8 @@ def find(args: Namespace) -> Origin:
         UsageError: one of them cannot be read or carried.
     """
     folder, shape = find_model(args)
-    return Origin(folder, shape, source(args), open_checkpoint(args))
+    found = source(args)
+    return Origin(folder, shape, found, _open_checkpoint(args, found))
 
 
 def find_model(args: Namespace) -> tuple[Path | None, ModelShape | None]:
@@ -190,7 +191,7 @@ def finished_message(args: Namespace) -> str | None:
     return f"step {step} of {steps} is in {args.load}: nothing is left to train" if step >= steps else None
 
 
-def open_checkpoint(args: Namespace) -> Found | None:
+def _open_checkpoint(args: Namespace, found: tuple[str, Path] | None) -> Found | None:
     """What will be loaded, if it is whole and its metadata and flags are plain data. No tensor is read.
 
     Of a format that this project does not write nothing is known here; None.
@@ -198,7 +199,6 @@ def open_checkpoint(args: Namespace) -> Found | None:
     Raises:
         UsageError: one line that begins with the flag.
     """
-    found = source(args)
     if found is None or args.ckpt_format not in ("torch", "torch_dist"):
         return None
     given, folder = found

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_cream.common.cli import OneLineParser, path
+from megatron_cream.common.cli import OneLineParser, path, to_flag
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_can_be_made, writing
 from megatron_cream.data.chat import CHAT_FORMATS
@@ -127,10 +127,10 @@ def check(args: argparse.Namespace) -> None:
     """
     for flag in ("workers", "min_document_tokens"):
         if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a whole number from 1")
+            raise ValueError(f"{to_flag(flag)} {getattr(args, flag)}: expected a whole number from 1")
     for flag in ("append_eod", "prepend_bos"):
         if args.chat_format and getattr(args, flag) is not None:
-            raise ValueError(f"--{flag.replace('_', '-')}: not with --chat-format, whose tokens these are")
+            raise ValueError(f"{to_flag(flag)}: not with --chat-format, whose tokens these are")
     with blame("--tokenizer-model"):
         check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
     with blame("--input"):

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import yaml
 
-from megatron_cream.config.parser import build_parser
+from megatron_cream.config.parser import default_values
 from megatron_cream.config.samplers import sampler_options
 from megatron_cream.model.attention import AttentionBackend
 
@@ -15,7 +15,7 @@ def describe(args: Namespace) -> str:
     What follows from the machine (backend, fusions) is left out, so that a recipe printed on a
     laptop is right on a cluster.
     """
-    defaults = vars(build_parser(recipe=False).parse_args([]))
+    defaults = default_values()
     derived = {"config", "print_config", "transformer_impl", "kv_channels", "save_hook"}
     derived |= {"gradient_accumulation_fusion", "bias_dropout_fusion"}
     if args.embedded_data:

@@ -24,7 +24,7 @@ from megatron_cream.config.checks import layout as layout_checks
 from megatron_cream.config.checks import numbers as number_checks
 from megatron_cream.config.checks import saving as save_checks
 from megatron_cream.config.describe import describe
-from megatron_cream.config.parser import build_parser, parse_flags
+from megatron_cream.config.parser import default_values, parse_flags
 from megatron_cream.distributed import nodes, rendezvous
 from megatron_cream.patches import safe_loading, tensorboard
 
@@ -74,7 +74,7 @@ def read(argv: list[str] | None = None) -> Namespace:
 
 def _read(argv: list[str] | None) -> tuple[Namespace, Origin]:
     args = parse_flags(argv)
-    defaults = vars(build_parser(recipe=False).parse_args([]))
+    defaults = default_values()
 
     flag_checks.check_each(args)
     number_checks.check(args, defaults)

@@ -47,6 +47,16 @@ def build_parser(recipe: bool = True) -> argparse.ArgumentParser:
     return _add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), recipe)
 
 
+@functools.cache
+def _default_values() -> Namespace:
+    return build_parser(recipe=False).parse_args([])
+
+
+def default_values() -> dict[str, Any]:
+    """Return {variable: value} of a command line without flags. Megatron's 800 flags are parsed once for a process."""
+    return dict(vars(_default_values()))
+
+
 def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argparse.ArgumentParser:
     def one_line(message: str):
         raise UsageError(message)

@@ -9,6 +9,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_path, read_yaml
 
@@ -120,7 +121,7 @@ def _short(value: Any) -> str:
 
 def find_action(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
     """The action of the flag `name`, or the one that sets the variable `name`."""
-    flag = "--" + name.replace("_", "-")
+    flag = to_flag(name)
     by_flag = parser._option_string_actions.get(flag) or parser._option_string_actions.get("--" + name)
     return by_flag or next((a for a in parser._actions if a.dest == name), None)
 

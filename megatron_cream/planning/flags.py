@@ -10,7 +10,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.config import fill
 from megatron_cream.config.checks import flags as flag_checks
 from megatron_cream.config.checks import numbers as number_checks
-from megatron_cream.config.parser import build_parser
+from megatron_cream.config.parser import build_parser, default_values
 from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.model import user_buffers
 from megatron_cream.planning.run import Engine, Layout, Model, Run
@@ -42,7 +42,7 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
         UsageError: one line about what is missing or cannot run.
     """
     args = _parsed(argv)
-    defaults = vars(build_parser(recipe=False).parse_args([]))
+    defaults = default_values()
     flag_checks.check_each(args)
     number_checks.check(args, defaults)
     model_folder, shape = start.find_model(args)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_cream.common.cli import to_flag
 from megatron_cream.model.user_buffers import rings_are_faster
 from megatron_cream.planning import memory, step_time
 from megatron_cream.planning.hardware import Cluster
@@ -193,7 +194,7 @@ def flags(layout: Layout, base: Layout | None = None) -> list[str]:
     for name, value in settings(layout).items():
         if not value or given.get(name) == value:
             continue
-        words.append("--" + name.replace("_", "-"))
+        words.append(to_flag(name))
         if value is not True:
             words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
     return words

@@ -3,6 +3,7 @@
 import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from typing import Any
 
 import numpy as np
 
@@ -112,9 +113,8 @@ class BlockSampler(Sampler):
     """A sampler of a few contiguous blocks, from one formula for one sample and for many."""
 
     @abstractmethod
-    def _blocks(self, math, epoch, sample, document_length):
+    def _blocks(self, math, epoch, sample, document_length) -> tuple[Any, Any, Any, Any]:
         """Return token starts, position starts and lengths of the blocks, and alpha or None; in `math`'s numbers."""
-        raise NotImplementedError
 
     def plan(self, epoch: int, sample: int, document_length: int) -> Plan:
         epoch, sample, document_length = self._checked(epoch, sample, document_length)

@@ -12,6 +12,7 @@ import torch
 
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.common.cli import to_flag
 from megatron_cream.common.files import append_line, to_json
 from megatron_cream.evaluation.long_evaluation import LongEvaluation, Result, Score
 from megatron_cream.optimizer import finite
@@ -139,7 +140,7 @@ def loaded_from(args: Namespace) -> str:
     resumed = args.load and (Path(args.load) / TRACKER).is_file()
     for name in (["load"] if resumed else []) + ["load_hf", "pretrained_checkpoint"]:
         if value := getattr(args, name, None):
-            return f"--{name.replace('_', '-')} {value}"
+            return f"{to_flag(name)} {value}"
     return "--skip-train"
 
 

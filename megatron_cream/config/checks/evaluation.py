@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import fields
 
+from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.options import LONG_EVAL_TASKS, LongEvalConfig
 from megatron_cream.config.values import long_eval_tasks
@@ -13,12 +14,11 @@ def check(args: Namespace) -> None:
     if args.long_eval_interval is None:
         for given in fields(LongEvalConfig):
             if getattr(args, given.name) != given.default:
-                flag = "--" + given.name.replace("_", "-")
-                raise UsageError(f"{flag} {getattr(args, given.name)}: only with --long-eval-interval")
+                raise UsageError(f"{to_flag(given.name)} {getattr(args, given.name)}: only with --long-eval-interval")
         return
     for name in ("long_eval_interval", "long_eval_samples"):
         if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+            raise UsageError(f"{to_flag(name)} {getattr(args, name)}: must be 1 or more")
     if not 0 < args.long_eval_share <= 1:
         raise UsageError(f"--long-eval-share {args.long_eval_share}: must be above 0 and at most 1")
     _check_tasks(args)

@@ -7,6 +7,7 @@ import math
 from argparse import Namespace
 from typing import Any
 
+from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 
 _POSITIVE = {
@@ -55,7 +56,7 @@ def check(args: Namespace, defaults: dict[str, Any]) -> None:
 
 
 def _check_number(name: str, value: int | float) -> None:
-    shown = f"--{name.replace('_', '-')} {value}"
+    shown = f"{to_flag(name)} {value}"
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{shown}: must be a finite number")
     if name in _POSITIVE and value <= 0:
@@ -79,7 +80,7 @@ def learning_rates(args: Namespace) -> None:
     for name in ("min_lr", "lr_warmup_init"):
         value = getattr(args, name) or 0.0
         if value > args.lr:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at most --lr {args.lr}")
+            raise UsageError(f"{to_flag(name)} {value}: must be at most --lr {args.lr}")
     steps = args.lr_decay_iters or args.train_iters
     if args.lr_warmup_iters and steps and args.lr_warmup_iters >= steps:
         of = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"

@@ -4,6 +4,7 @@ from argparse import Namespace
 from dataclasses import fields
 
 from megatron_cream.checkpoint import save_hook
+from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.options import SaveConfig
 
@@ -16,7 +17,7 @@ def check(args: Namespace) -> None:
             continue
         if given.name == "save_hook":
             value = save_hook.shown(save_hook.parse(value))
-        shown = f"--{given.name.replace('_', '-')} {value}"
+        shown = f"{to_flag(given.name)} {value}"
         if args.save is None:
             raise UsageError(f"{shown}: only with --save")
         if args.ckpt_format != "torch_dist":
