@@ -1,7 +1,8 @@
-"""From text and a Hugging Face folder to an extended one and on, by the commands of the README in fresh processes.
+"""From text and a Hugging Face folder to an extended one, and to one extended further, each command a fresh process.
 
-A tiny model by default. With `-m real_model`, a pretrained one: REAL_MODEL is the folder that fetch_model.sh made.
-CHAIN_PYTHON names the interpreters, with colons between them, whose commands take turns.
+By default a tiny model is extended once. `-m slow` extends it twice. `-m real_model` does so with a pretrained model:
+REAL_MODEL is the folder that fetch_model.sh made. CHAIN_PYTHON lists interpreters, separated by colons, that run the
+commands in turn.
 """
 
 import json
@@ -65,10 +66,13 @@ REAL = Model(
 )  # fmt: skip
 
 
-def test_tiny_model(tmp_path):
+@pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "twice"])
+def test_tiny_model(tmp_path, twice):
     chain = Chain(tmp_path)
     chain.run_code(TINY_MODEL, ROOT)
-    run_chain(chain, TINY)
+    extend(chain, TINY)
+    if twice:
+        compare_formats_and_extend_again(chain, TINY)
 
 
 @pytest.mark.real_model
@@ -76,16 +80,18 @@ def test_real_model(tmp_path):
     folder = os.environ.get("REAL_MODEL")
     assert folder, "REAL_MODEL: give the folder that tests/end_to_end/fetch_model.sh made"
     (tmp_path / "model").symlink_to(Path(folder).absolute())
-    run_chain(Chain(tmp_path), REAL)
+    chain = Chain(tmp_path)
+    extend(chain, REAL)
+    compare_formats_and_extend_again(chain, REAL)
 
 
-def run_chain(chain: Chain, model: Model) -> None:
+def extend(chain: Chain, model: Model) -> None:
+    """Preprocess, import, train until killed, resume, export `run` as `extended`, and evaluate."""
     folder = chain.folder
     write_texts(folder / "docs.jsonl")
     tokenizer = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model model".split()
     chain.run("tools/preprocess_data.py", "--input", "docs.jsonl", "--output-prefix", "data", *tokenizer)
     chain.run("tools/convert_hf.py", "import", "--hf-path", "model", "--output", "imported")
-    assert_same(chain, "imported", "model")
 
     train = common_flags(model, model.targets[0])
     train += f"--pretrained-checkpoint imported --train-iters {model.steps}".split()
@@ -99,12 +105,17 @@ def run_chain(chain: Chain, model: Model) -> None:
     assert steps_of(resumed) == list(range(before + 1, model.steps + 1)), resumed[-3000:]
 
     export(chain, "run", "extended", model, model.targets[0])
-    export(chain, "run/best", "best", model, model.targets[0])
-    scores = [perplexity(chain, name, model.length) for name in ("run", "extended")]
-    assert scores[0] == pytest.approx(scores[1], rel=1e-3), "Megatron-Core and transformers give the same model"
     needle = f"needle --min-length {model.length} --max-length {model.length} --length-steps 1 --depth-steps 1".split()
     chain.run("tools/evaluate.py", *needle, "--samples", 1, "--model", "run/best", "--output", "needle")
     assert results(chain, "needle")["examples"] == 1
+
+
+def compare_formats_and_extend_again(chain: Chain, model: Model) -> None:
+    """Export the best checkpoint, evaluate both formats, and train the exported folder to a second target."""
+    assert_same(chain, "imported", "model")
+    export(chain, "run/best", "best", model, model.targets[0])
+    scores = [perplexity(chain, name, model.length) for name in ("run", "extended")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3), "Megatron-Core and transformers give the same model"
 
     classic = "--format torch --transformer-impl local".split()
     chain.run("tools/convert_hf.py", "import", "--hf-path", "extended", "--output", "classic", *classic)
