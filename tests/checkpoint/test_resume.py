@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_cream.checkpoint.opening import open_step
 from tests.launch import train, write_documents
+from tests.selection import slow_but
 
 STEPS, SAVED = 6, 3
 SHARDED = ["--use-distributed-optimizer"]
@@ -55,7 +56,7 @@ def saved_groups(folder: Path, step: int) -> list[dict]:
     return state.get("optimizer", state)["param_groups"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(LAYOUTS, "1 rank", "TP 2, sharded"))
 def test_both_flags_that_take_a_schedule(runs, alone, tmp_path, layout):
     """--use-checkpoint-opt-param-scheduler goes on as if nothing else was given, the other as the flags say."""
     ranks, flags = LAYOUTS[layout]
@@ -72,7 +73,7 @@ def test_both_flags_that_take_a_schedule(runs, alone, tmp_path, layout):
         assert group["weight_decay"] == 0.05 * group["wd_mult"]
 
 
-@pytest.mark.parametrize("layout", ["1 rank", "DP 2", "CP 2", "TP 2"])
+@pytest.mark.parametrize("layout", slow_but(["1 rank", "DP 2", "CP 2", "TP 2"], "DP 2"))
 def test_the_distributed_optimizer_may_be_left_out(runs, alone, layout):
     ranks, flags = LAYOUTS[layout]
     resumed = run(ranks, runs, f"{layout} without", *flags, "--load", runs / "sharded")

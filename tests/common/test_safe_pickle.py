@@ -87,6 +87,7 @@ def test_random_states_of_any_numpy(core):
     assert f"numpy.{core}.multiarray._reconstruct" in names
 
 
+@pytest.mark.slow
 def test_a_run_from_a_model_saves_flags_that_any_process_reads(tmp_path):
     save_model(tmp_path / "hf", "llama-mha", vocab_size=100)
     flags = ["--load-hf", tmp_path / "hf", "--data-path", write_documents(tmp_path / "documents", documents=20)]

@@ -40,6 +40,7 @@ def test_each_change_is_one_line(run):
     ]
 
 
+@pytest.mark.slow
 def test_transformers_computes_what_the_checkpoint_does(run, tmp_path):
     """Over all 1024 positions: the old scaling, or theta, would show."""
     folder, _ = run

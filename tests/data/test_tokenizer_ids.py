@@ -15,6 +15,7 @@ from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 from tests.data.test_preprocess import run_tool
 from tests.evaluation_models import save_tokenizer
 from tests.launch import torchrun
+from tests.selection import slow_but
 
 
 def set_class(folder: Path, name: str) -> None:
@@ -72,7 +73,7 @@ def sentencepiece_without_eos(file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
+@pytest.mark.parametrize("kind", slow_but(["HuggingFaceTokenizer", "SentencePieceTokenizer"], "HuggingFaceTokenizer"))
 def test_a_tokenizer_without_eos_goes_all_the_way(tmp_path, kind):
     """What preprocessing advises is followed, and what it wrote is trained on, exported and evaluated."""
     if kind == "HuggingFaceTokenizer":

@@ -51,7 +51,11 @@ def models(tmp_path_factory):
 def texts(tmp_path_factory):
     """Three documents, of which the second is too short."""
     file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    parts = [(ROOT / "megatron_cream" / "commands" / "evaluate.py").read_text(), "short", (ROOT / "LICENSE").read_text()]
+    parts = [
+        (ROOT / "megatron_cream" / "commands" / "evaluate.py").read_text(),
+        "short",
+        (ROOT / "LICENSE").read_text(),
+    ]
     file.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
     return file
 

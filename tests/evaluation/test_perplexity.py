@@ -41,6 +41,7 @@ def test_the_scored_tokens_are_the_last_that_have_a_label():
     assert batch["position_ids"][0].tolist() == list(range(10))
 
 
+@pytest.mark.slow
 def test_every_layout_measures_alike(data, tmp_path):
     """One rank, TP 2, PP 2, CP 2 and DP 2 (with 5 documents: uneven) report the same perplexities."""
     folder, prefix = data

@@ -102,6 +102,7 @@ def test_the_flags_in_a_manifest_are_ours(manifest):
         assert locate(parsed.config).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("nsenter") is None, reason="process namespaces are made by root")
 def test_a_pod_that_is_told_to_go_saves_and_does_not_count_as_done(tmp_path, manifest):
     """The manifest's own command as process 1, and its hook, as the kubelet would run it. One node of two ranks."""

@@ -21,17 +21,20 @@ from tests.faults.kill import compare, kill, kill_under_torchrun, launch, newest
 from tests.launch import ROOT, write_documents
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_one_left_alone(tmp_path):
     """SIGKILL at random moments, checkpoints among them; the last checkpoints have the same bits."""
     met = kill(tmp_path, kills=2, seed=3, steps=16)
     assert sum(met.values()) == 2
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_killed_ranks(tmp_path):
     """--max-restarts, --save and no --load: on from the newest checkpoint, to the same bits."""
     kill_under_torchrun(tmp_path, kills=1, seed=1, steps=16)
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_its_first_checkpoint_and_the_tracker_goes_on_from_there(tmp_path):
     """Whole by its checksums; and to the same bits."""
     documents, alone, cut = write_documents(tmp_path / "documents", documents=20), tmp_path / "alone", tmp_path / "cut"
@@ -43,6 +46,7 @@ def test_a_run_killed_between_its_first_checkpoint_and_the_tracker_goes_on_from_
     compare(alone, cut, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, to, code", [("SIGTERM", "torchrun", 1), ("SIGUSR1", "torchrun", -10), ("SIGUSR1", 1, 0)]
 )
@@ -66,6 +70,7 @@ def test_a_signal_saves_and_exits(tmp_path, number, to, code):
     assert not writing(save, newest(save))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_rank_that_cannot_write_costs_no_more_than_that_checkpoint(tmp_path, asynchronous):
     """One rank of two meets its limit on files' sizes: both go on, the checkpoint before stays, and a line says it.
@@ -98,6 +103,7 @@ def test_a_rank_that_cannot_write_costs_no_more_than_that_checkpoint(tmp_path, a
     assert settings["environment"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # --deterministic
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job_with_all_stacks(tmp_path):
     documents = write_documents(tmp_path / "documents", documents=20)
     script = (ROOT / "tests" / "faults" / "one_rank.py", "stuck", 1, 3)
@@ -111,6 +117,7 @@ def test_a_rank_that_hangs_ends_the_job_with_all_stacks(tmp_path):
     assert "step 3/100" in log and "step 4/100" not in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_that_fails_alone_ends_the_job(tmp_path, ranks):
     """At once, with what befell it: also where its own end would wait for the others, or for what loads its data."""

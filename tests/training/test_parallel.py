@@ -9,6 +9,7 @@ import re
 import pytest
 
 from tests.launch import ROOT, TINY, torchrun, train, write_documents
+from tests.selection import slow_but
 
 STEPS = 10
 LAYOUTS = {
@@ -62,7 +63,7 @@ def test_one_rank_learns(start):
     assert losses[STEPS] < losses[1] - 0.05
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(LAYOUTS, "dp2", "tp2-sp-full-recompute", "pp2", "cp2-overlap"))
 def test_same_losses(start, layout):
     folder, flags, reference = start
     ranks, extra = LAYOUTS[layout]
@@ -70,6 +71,7 @@ def test_same_losses(start, layout):
     assert relative_error(losses, reference) < 1e-5
 
 
+@pytest.mark.slow
 def test_full_length_positions_under_context_parallelism(start):
     """What CREAM saves: training at the target length."""
     folder, flags, _ = start
@@ -79,6 +81,7 @@ def test_full_length_positions_under_context_parallelism(start):
     assert relative_error(losses, reference) < 1e-5
 
 
+@pytest.mark.slow
 def test_resume(start):
     """A run that stops at step 5 goes on: bit-equal at its layout, within 1e-5 at any other."""
     folder, flags, _ = start
@@ -102,6 +105,7 @@ def test_resume(start):
         assert relative_error(resume(ranks, name, *extra.split()), rest) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_resume_from_an_optimizer_that_was_not_gathered(start, tmp_path):
     """The flag that a save advises where memory is too little to gather it."""
     layout = ["--use-distributed-optimizer", "--no-dist-ckpt-optim-fully-reshardable", "--train-iters", 4]
@@ -110,6 +114,7 @@ def test_resume_from_an_optimizer_that_was_not_gathered(start, tmp_path):
     assert rest == {step: whole[step] for step in (3, 4)}
 
 
+@pytest.mark.slow
 def test_the_step_line_has_the_memory_of_the_fullest_stage(start, tmp_path):
     """The first one's, which keeps most micro-batches; the line is the last one's."""
     job = tmp_path / "job.py"
