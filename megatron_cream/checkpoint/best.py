@@ -79,7 +79,7 @@ class BestCheckpoint:
         # the run's own folder by this one's tracker.
         own = Namespace(**vars(args) | {"save": str(self.folder), "save_retain_interval": None})
         setattr(own, _KEPT_FOR, {"score": score, "settings": self._settings})
-        with registry.replaced(hooks.SAVE_ARGS, lambda original: own):
+        with registry.override(hooks.SAVE_ARGS, lambda original: own):
             yield
         self._before = (self.step, self.score)
         self.step, self.score, self._writing = step, score, step

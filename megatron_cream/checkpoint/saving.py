@@ -344,7 +344,7 @@ def _remembering(errors: list[Exception]) -> Iterator[None]:
     logger = logging.getLogger(FileSystemWriterAsync.__module__)
     logger.addFilter(_drop)  # it would say in four lines what is said in one
     try:
-        with registry.replaced(hooks.WRITE_BUCKET, write), registry.replaced(hooks.OPEN_SHARD, open_shard):
+        with registry.override(hooks.WRITE_BUCKET, write), registry.override(hooks.OPEN_SHARD, open_shard):
             yield
     finally:
         logger.removeFilter(_drop)

@@ -7,11 +7,11 @@ from megatron_cream.patches.registry import Patch
 BLEND_CACHE = Patch(
     "blend-cache",
     "megatron.core.datasets.blended_dataset:BlendedDataset._build_indices",
-    "Megatron writes an index under its final name: another job that starts meanwhile reads half a file.",
+    "Megatron writes an index under its final name: another job that starts meanwhile reads a truncated file.",
     parameters="self",
 )
 
 
 def install() -> None:
-    """Call before data sets are built."""
+    """Install the patch. Call before data sets are built."""
     registry.install(BLEND_CACHE, whole_or_none)

@@ -1,6 +1,6 @@
-"""What megatron-core 0.19.2 gets wrong, and what corrects it, read from top to bottom.
+"""Corrections of faults of megatron-core 0.19.2.
 
-`safe_loading` and `tensorboard` are installed earlier, while the command line is read.
+`safe_loading` and `tensorboard` are installed earlier, while the command line is parsed.
 """
 
 from argparse import Namespace
@@ -21,7 +21,7 @@ from megatron_cream.patches import (
 
 
 def apply(args: Namespace) -> None:
-    """Install the corrections. Call before `pretrain`; again for another run in the same process."""
+    """Install the corrections. Call before each `pretrain`, also in the same process."""
     command_line.install(args)
     single_rank_collectives.install()
     tracker.install()

@@ -1,4 +1,4 @@
-"""Keep Megatron's CUDA graphs (--cuda-graph-impl local) out of evaluations, and end them with the run."""
+"""Disable Megatron's CUDA graphs (--cuda-graph-impl local) in evaluations, and reset them when a run ends."""
 
 import weakref
 
@@ -8,13 +8,14 @@ from megatron_cream.patches.registry import Patch
 GRAPHS_IN_TRAINING = Patch(
     "graphs-in-training",
     "megatron.core.transformer:TransformerLayer._should_call_local_cudagraph",
-    "Graphs have the training's shapes, and Megatron replays them in evaluations, where an assertion fails.",
+    "Megatron also replays the training graphs in evaluations, whose shapes differ: an assertion fails.",
     parameters="self, *args, **kwargs",
 )
 KNOWN_GRAPHS = Patch(
     "known-graphs",
     "megatron.core.transformer.cuda_graphs:_CudaGraphRunner.__init__",
-    "Megatron keeps graphs for good, in no list, and NCCL cannot end while a graph holds its collectives.",
+    "Megatron keeps no list of its graphs and never resets them, and NCCL cannot shut down while a graph holds its "
+    "collectives.",
     parameters="self, base_module, mempool, fwd_graph_input_args, fwd_graph_input_kwargs, func, need_backward",
 )
 
@@ -22,16 +23,16 @@ _runners = weakref.WeakSet()
 
 
 def install() -> None:
-    """Call before `pretrain`."""
-    registry.install(GRAPHS_IN_TRAINING, _only_in_training)
-    registry.install(KNOWN_GRAPHS, _remember)
+    """Install the patches. Call before `pretrain`."""
+    registry.install(GRAPHS_IN_TRAINING, _use_graphs_in_training)
+    registry.install(KNOWN_GRAPHS, _record_runner)
 
 
 def reset_graphs() -> None:
-    """Call before process groups are destroyed.
+    """Reset all captured graphs. Call before process groups are destroyed.
 
-    NCCL waits until no graph holds its collectives. With tensor parallelism every layer's graphs do: the ranks of a
-    finished run would never end.
+    NCCL waits until no graph holds its collectives. With tensor parallelism the graphs of every layer do, so the ranks
+    of a finished run would hang.
     """
     for runner in _runners:
         for graph in (runner.fwd_graph, runner.bwd_graph):
@@ -39,10 +40,10 @@ def reset_graphs() -> None:
                 graph.reset()
 
 
-def _only_in_training(original, self, *args, **kwargs):
+def _use_graphs_in_training(original, self, *args, **kwargs):
     return self.training and original(self, *args, **kwargs)
 
 
-def _remember(original, self, *args, **kwargs) -> None:
+def _record_runner(original, self, *args, **kwargs) -> None:
     original(self, *args, **kwargs)
     _runners.add(self)

@@ -1,4 +1,4 @@
-"""Take the dataset helpers as the wheel of megatron-core has them."""
+"""Use the compiled dataset helpers of the megatron-core wheel."""
 
 from megatron_cream.patches import registry
 from megatron_cream.patches.registry import Patch
@@ -6,15 +6,15 @@ from megatron_cream.patches.registry import Patch
 COMPILE_HELPERS = Patch(
     "compile-helpers",
     "megatron.core.datasets.utils:compile_helpers",
-    "Megatron runs `make` for helpers that its wheel has built already, in a folder that may be read-only.",
+    "Megatron runs `make` for helpers that its wheel contains already, in a folder that may be read-only.",
     parameters="",
 )
 
 
 def install() -> None:
-    """Call before `pretrain`."""
+    """Install the patch. Call before `pretrain`."""
     try:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
-    except ImportError:  # built from source, without them
+    except ImportError:  # a source build without the helpers
         return
     registry.install(COMPILE_HELPERS, lambda original: None)

@@ -1,20 +1,19 @@
-"""The one place that lets Megatron run without CUDA.
+"""Run Megatron on machines without CUDA.
 
-`setup()` is called once, before anything of Megatron is imported. Where a CUDA
-device is present it only sets what Megatron wants of the environment. Where there
-is none, Megatron's own code (TP, PP, DP over gloo, distributed optimizer,
-recompute, checkpoints) runs on the CPU with the help of three things:
+Call `setup()` once, before anything of Megatron is imported. With a CUDA device it only
+sets environment variables that Megatron needs. Without one, Megatron's own code (TP, PP,
+DP over gloo, distributed optimizer, recompute, checkpoints) runs on the CPU, by means of:
 
 - stand-ins for the functions of `torch.cuda` that Megatron calls,
-- a `TorchFunctionMode` that sends every `device='cuda'` to the CPU, and
-- packages that have kernels for CUDA alone look as if they were not installed.
+- a `TorchFunctionMode` that replaces `device='cuda'` by the CPU, and
+- blocked imports of packages that have CUDA kernels only.
 
-Nothing lies to torch itself: `torch.cuda.is_available()` says True only to callers
-inside the `megatron` package, so pinned memory, `torch.accelerator`, fused
-optimizers and torch.compile see a machine without CUDA, which it is.
+torch itself is not deceived: `torch.cuda.is_available()` returns True only to callers
+inside the `megatron` package. So pinned memory, `torch.accelerator`, fused optimizers
+and torch.compile see a machine without CUDA.
 
-What is replaced here is not in the registry, since it comes before Megatron's imports: names of `torch.cuda`, whose
-stand-ins take any arguments, `torch.autograd._engine_run_backward`, and `_get_cuda_rng_state` and
+The replacements made here are not in the registry, because they precede Megatron's imports: names of `torch.cuda`,
+whose stand-ins take any arguments, `torch.autograd._engine_run_backward`, and `_get_cuda_rng_state` and
 `_set_cuda_rng_state` of `megatron.core.tensor_parallel.random`.
 """
 
@@ -25,7 +24,7 @@ import sys
 import types
 import warnings
 
-# Read when torch is loaded: its C++ libraries announce every connection otherwise.
+# torch reads it when it is imported. Its C++ libraries log every connection otherwise.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
@@ -38,22 +37,22 @@ def setup() -> None:
     """Prepare torch for Megatron. Idempotent; call before importing `megatron`."""
     # Megatron's tensor and sequence parallel overlap relies on one hardware queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    _quiet_import_noise()
+    _silence_import_warnings()
     if not torch.cuda.is_available() and _installed is None:
         _install_cpu()
 
 
-def _quiet_import_noise() -> None:
-    """Drop the warnings that Megatron's imports and its deprecation notes raise.
+def _silence_import_warnings() -> None:
+    """Silence import and deprecation warnings of Megatron and its dependencies.
 
-    They name accelerators that are optional here (`--print-config` shows what is in
-    use) and APIs that only Megatron itself can move off.
+    They are about accelerators that are optional here (`--print-config` shows which are
+    in use) and about deprecated APIs that Megatron itself calls.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for module in ("megatron", "torch", "transformer_engine"):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
-    warnings.filterwarnings("ignore", category=SyntaxWarning)  # from compiling Megatron's files the first time
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # when Python first compiles Megatron's files
     texts = ["Apex is not installed", "Transformer Engine", ".*ModelConfig.*instead"]
     texts += ["Detected a Jax installation", "Argument aux_data"]  # Transformer Engine's, flash-attn-4's
     for text in texts:
@@ -61,27 +60,27 @@ def _quiet_import_noise() -> None:
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
         lambda record: "DEPRECATED" not in record.getMessage()
     )
-    # torch 2.9+ announces the end of the local-store key layout at every save.
+    # torch 2.9+ logs a deprecation of the local-store key layout at every save.
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
 # ---------------------------------------------------------------- without CUDA
 
 
-# Megatron runs their kernels wherever they can be imported: on a login node, say, with what the GPUs' nodes have.
-_FOR_CUDA_ALONE = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "flash_attn")
+# Megatron calls their kernels wherever they can be imported, for example on a login node without GPUs.
+_CUDA_ONLY_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "flash_attn")
 
 
 def _install_cpu() -> None:
     global _installed
-    # Megatron compiles small functions at first use; on a CPU that costs more than it saves.
+    # Megatron compiles small functions at first use. On a CPU that takes longer than it saves.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    for package in _FOR_CUDA_ALONE:
+    for package in _CUDA_ONLY_PACKAGES:
         sys.modules.setdefault(package, None)
     import torch._dynamo
 
     _replace_torch_cuda()
-    _installed = _CudaMeansCpu()
+    _installed = _CudaToCpu()
     _installed.__enter__()
     _keep_mode_in_backward(_installed)
 
@@ -100,7 +99,7 @@ _CUDA_TYPE_NAMES = {
 
 
 def _to_cpu(device):
-    """`device` if it already means the CPU or meta, else the CPU."""
+    """Return the CPU for a CUDA device or device index, and anything else unchanged."""
     if isinstance(device, bool):
         return device
     if isinstance(device, int):
@@ -112,7 +111,7 @@ def _to_cpu(device):
     return device
 
 
-class _CudaMeansCpu(TorchFunctionMode):
+class _CudaToCpu(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if kwargs.get("device") is not None:
@@ -124,15 +123,18 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1:
             args = (args[0], _to_cpu(args[1]), *args[2:])
         elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizers sort parameters by this string.
+            # Megatron's optimizers group parameters by this string.
             return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
         elif func is torch.Tensor.record_stream:
             return None
         return func(*args, **kwargs)
 
 
-def _keep_mode_in_backward(mode: _CudaMeansCpu) -> None:
-    """torch runs `backward` with the mode off; recompute and collectives inside it need it on."""
+def _keep_mode_in_backward(mode: _CudaToCpu) -> None:
+    """Keep the mode active in `backward`, where torch disables it.
+
+    Recompute and collectives in the backward pass need it.
+    """
     engine = torch.autograd._engine_run_backward
 
     def run_backward(*args, **kwargs):
@@ -143,7 +145,7 @@ def _keep_mode_in_backward(mode: _CudaMeansCpu) -> None:
 
 
 class _Stream:
-    """A stream of a device that runs everything at once, in order."""
+    """Stand-in for a CUDA stream, on a device that runs every call synchronously."""
 
     cuda_stream = 0
 
@@ -171,7 +173,7 @@ class _Event(_Stream):
 
 
 def _replace_torch_cuda() -> None:
-    """Stand-ins for what Megatron's training path calls in `torch.cuda`."""
+    """Replace the functions of `torch.cuda` that Megatron's training path calls."""
     cuda = torch.cuda
     stream = _Stream()
     properties = types.SimpleNamespace(

@@ -1,8 +1,8 @@
-"""Replace names of other libraries, and only names that look as they did when the patch was written.
+"""Replace names of other libraries, if they have the signature that the patch was written for.
 
-Each replacement is declared as a `Patch`: next to the correction that it is part of, or in `hooks` where another
-package of this project has the behaviour. `table` lists them all. Nothing else in this project assigns to another
-library's names, apart from `platform`.
+Each replacement is declared as a `Patch`: next to the correction that it belongs to, or in `hooks` if another package
+of this project has the replacement. `table` lists all of them. Only `platform` also assigns to names of other
+libraries.
 """
 
 import builtins
@@ -27,18 +27,19 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Patch:
-    """One name of another library that this project replaces.
+    """A name of another library that this project replaces.
 
     Args:
         name: unique among all patches.
         target: "module:name" or "module:Class.name".
-        reason: why, in one sentence.
-        parameters: the function's parameters, without defaults and annotations, and without a class method's `cls`:
-            "self, rank, *, blocking". None: the target is a plain value.
-        value_type: the type of a plain value. Several are separated by " | "; "missing" is a name that does not exist.
+        reason: why it is replaced, in one sentence.
+        parameters: the function's parameters, without defaults, annotations and a class method's `cls`:
+            "self, rank, *, blocking". None if the target is a plain value.
+        value_type: type name of a plain value, or several separated by " | ". "missing" means that the name does not
+            exist.
         written_for: the releases whose target has these parameters.
         fixed_in: the first release that does not need the patch, if there is one.
-        after: patches of the same target whose wrappers are called by this one's, where they are installed.
+        after: patches of the same target whose wrappers this patch's wrapper calls, if they are installed.
     """
 
     name: str
@@ -52,18 +53,18 @@ class Patch:
 
 
 _chains: weakref.WeakKeyDictionary[Callable, tuple[Any, list[tuple[Patch, Callable]]]] = weakref.WeakKeyDictionary()
-"""Function that was put in a target's place -> the target before, and what wraps it, innermost first."""
+"""Installed function -> (original target, [(patch, wrapper)], innermost first)."""
 _assigned: dict[str, Any] = {}
-"""Name of a patch -> the target before `assign`."""
+"""Name of a patch -> the original target of `assign`."""
 
 
 def install(patch: Patch, wrapper: Callable) -> None:
-    """Replace a function or method by `wrapper`, which is given the original as its first argument.
+    """Replace a function or method by `wrapper`, which gets the original as its first argument.
 
-    A second call for the same patch changes nothing.
+    A second call for the same patch does nothing.
 
     Raises:
-        UsageError: the target does not look as recorded.
+        UsageError: the target differs from the record.
     """
     check(patch)
     owner, name = _find(patch)
@@ -76,10 +77,10 @@ def install(patch: Patch, wrapper: Callable) -> None:
 
 
 def assign(patch: Patch, value: Any) -> None:
-    """Replace a value, or a function by an object that needs no original.
+    """Replace a value, or a function by an object that does not call the original.
 
     Raises:
-        UsageError: the target does not look as recorded.
+        UsageError: the target differs from the record.
     """
     check(patch)
     owner, name = _find(patch)
@@ -88,8 +89,8 @@ def assign(patch: Patch, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def replaced(patch: Patch, wrapper: Callable) -> Iterator[None]:
-    """Do as `install`, until the block ends."""
+def override(patch: Patch, wrapper: Callable) -> Iterator[None]:
+    """Install `wrapper` until the context ends."""
     check(patch)
     owner, name = _find(patch)
     before = vars(owner).get(name, _MISSING)
@@ -104,7 +105,7 @@ def replaced(patch: Patch, wrapper: Callable) -> Iterator[None]:
 
 
 def check(patch: Patch) -> None:
-    """Compare the target with what was recorded of it.
+    """Check that the target has the recorded parameters or type.
 
     Raises:
         UsageError: it is missing, or has other parameters or another type.
@@ -117,7 +118,7 @@ def check(patch: Patch) -> None:
     installed = f"{distribution} {versions([distribution]).get(distribution, 'of an unknown version')}"
     raise UsageError(
         f"{installed} is installed, but patch {patch.name} was written for {patch.written_for}: "
-        f"{patch.target.replace(':', '.')} is {found} here and {expected} there. Install {patch.written_for}"
+        f"{patch.target.replace(':', '.')} is {found}, expected {expected}. Install {patch.written_for}"
     )
 
 
@@ -139,20 +140,20 @@ def describe(patch: Patch) -> str:
 
 
 def _find(patch: Patch) -> tuple[Any, str]:
-    """The module or class that holds the target, and the target's name there."""
+    """Return the module or class that has the target, and the target's name in it."""
     module, _, path = patch.target.partition(":")
     *outer, name = path.split(".")
     return functools.reduce(getattr, outer, importlib.import_module(module)), name
 
 
 def _look_up(owner: Any, name: str) -> Any:
-    """Look a name up without binding it; a module's functions find built-in names too."""
+    """Return the attribute without binding it. Modules also have the built-in names."""
     own = inspect.getattr_static(owner, name, _MISSING)
     return getattr(builtins, name, _MISSING) if own is _MISSING and inspect.ismodule(owner) else own
 
 
 def _join(owner: Any, name: str, original: Any, steps: list[tuple[Patch, Callable]]) -> Any:
-    """A function that calls the last wrapper, which calls the one before it, down to the original."""
+    """Return a function that calls the last wrapper, which calls the one before it, down to the original."""
     bound = isinstance(original, staticmethod | classmethod)
     innermost = original.__get__(None, owner) if bound else original
     call = innermost

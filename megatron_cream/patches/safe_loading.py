@@ -1,6 +1,6 @@
-"""Read distributed checkpoints without running code that they name.
+"""Read distributed checkpoints without running code from their pickles.
 
-A checkpoint is also looked at when a run starts; this holds whenever one is read.
+Checkpoints are also checked when a run starts. These patches cover every later read.
 """
 
 from megatron_cream.common.safe_pickle import declare_names_of_other_versions, load_metadata, refuse_code
@@ -12,21 +12,21 @@ _TORCH = "torch 2.11 to 2.14"
 READ_METADATA = Patch(
     "read-metadata",
     "torch.distributed.checkpoint:FileSystemReader.read_metadata",
-    "torch unpickles a checkpoint's metadata, and runs what it names.",
+    "torch unpickles the metadata of a checkpoint, and runs the code that the pickle names.",
     parameters="self, *args, **kwargs",
     written_for=_TORCH,
 )
 LOAD_BYTES = Patch(
     "load-bytes",
     "torch.distributed.checkpoint:DefaultLoadPlanner.load_bytes",
-    "torch unpickles each entry of bytes, and runs what it names.",
+    "torch unpickles each bytes entry, and runs the code that the pickle names.",
     parameters="self, read_item, value",
     written_for=_TORCH,
 )
 
 
 def install() -> None:
-    """Call before a checkpoint is read."""
+    """Install the patches. Call before a checkpoint is read."""
     declare_names_of_other_versions()
     registry.install(READ_METADATA, _read_metadata)
     registry.install(LOAD_BYTES, _load_bytes)

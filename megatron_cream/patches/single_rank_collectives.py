@@ -1,11 +1,11 @@
-"""Skip two collectives at the end of each step where the model is on one rank."""
+"""Skip two collectives at the end of each step if the whole model is on one rank."""
 
 import torch
 
 from megatron_cream.patches import registry
 from megatron_cream.patches.registry import Patch
 
-_REASON = "At the end of each step a rank that has the whole model sends a number to itself and waits for the device."
+_REASON = "At the end of each step a rank with the whole model reduces a number over itself and waits for the device."
 
 MODEL_PARALLEL_AND = Patch(
     "single-rank-and",
@@ -22,13 +22,13 @@ MODEL_PARALLEL_MAX = Patch(
 
 
 def install() -> None:
-    """Call before `pretrain`."""
+    """Install the patches. Call before `pretrain`."""
     registry.install(MODEL_PARALLEL_AND, skip_single_rank_collectives)
     registry.install(MODEL_PARALLEL_MAX, skip_single_rank_collectives)
 
 
 def skip_single_rank_collectives(original, value, group=None):
-    """Return this rank's own number where the group is this rank."""
+    """Return this rank's own number if the group has one rank, without a collective."""
     if group is None or group.size() > 1:
         return original(value, group=group)
     return value.item() if isinstance(value, torch.Tensor) else value

@@ -1,4 +1,4 @@
-"""Keep training alive when TensorBoard's events cannot be written."""
+"""Continue training when TensorBoard events cannot be written."""
 
 import contextlib
 import os
@@ -11,19 +11,22 @@ from megatron_cream.patches.registry import Patch
 EVENTS = Patch(
     "tensorboard-events",
     "tensorboard.summary.writer.record_writer:RecordWriter.write",
-    "An event that cannot be written ends the writer's thread, and the next event ends the training.",
+    "A failed write of an event ends TensorBoard's writer thread, and the next event raises in the training.",
     parameters="self, data",
     written_for="tensorboard 2.x",
 )
 
 
 def install() -> None:
-    """Call before the log files are opened."""
+    """Install the patch. Call before the log files are opened."""
     registry.install(EVENTS, _write)
 
 
 def _write(original, self, data) -> None:
-    """Leave the event out and say so once. Cut off half an event, as no reader goes past it."""
+    """Skip an event that cannot be written, and warn once.
+
+    Truncates a partly written event, because readers stop there.
+    """
     path = Path(os.fsdecode(self._writer.filename))
     size = path.stat().st_size if path.exists() else 0
     try:

@@ -1,4 +1,4 @@
-"""Accept Hugging Face tokenizers without EOS."""
+"""Accept Hugging Face tokenizers without an EOS token."""
 
 from megatron_cream.patches import registry
 from megatron_cream.patches.registry import Patch
@@ -6,11 +6,11 @@ from megatron_cream.patches.registry import Patch
 EOS_ID = Patch(
     "eos-id",
     "megatron.core.tokenizers.text.libraries.huggingface_tokenizer:HuggingFaceTokenizer.eos_id",
-    "Megatron asks a tokenizer without EOS for the id of the token None, a TypeError, whenever it builds a data set.",
+    "Megatron looks up the id of the token None in a tokenizer without EOS, a TypeError, when it builds a data set.",
     value_type="property",
 )
 
 
 def install() -> None:
-    """Make `eos_id` None where the tokenizer has no EOS, as `bos_id` and `eod` are."""
+    """Make `eos_id` None if the tokenizer has no EOS, as `bos_id` and `eod` do."""
     registry.assign(EOS_ID, property(lambda self: self.eod))

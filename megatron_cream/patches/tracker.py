@@ -1,4 +1,4 @@
-"""Replace the file that names the newest checkpoint at once."""
+"""Replace the tracker file, which names the newest checkpoint, atomically."""
 
 from pathlib import Path
 
@@ -9,22 +9,22 @@ from megatron_cream.patches.registry import Patch
 TRACKER = Patch(
     "tracker",
     "megatron.training.checkpointing:maybe_msc",
-    "Megatron empties the tracker before it writes it: a kill in between loses all checkpoints.",
+    "Megatron empties the tracker file before it writes it: after a kill in between no checkpoint is found.",
     value_type="MaybeMultiStorageClient",
 )
 
 
 def install() -> None:
-    """Call before `pretrain`."""
+    """Install the patch. Call before `pretrain`."""
     from megatron.training import checkpointing
 
     files = checkpointing.maybe_msc
-    if not isinstance(files, _ReplacingTracker):
-        registry.assign(TRACKER, _ReplacingTracker(files))
+    if not isinstance(files, _AtomicTracker):
+        registry.assign(TRACKER, _AtomicTracker(files))
 
 
-class _ReplacingTracker:
-    """Megatron's file functions; a tracker that is opened for writing takes its place when it is whole."""
+class _AtomicTracker:
+    """Megatron's file functions, with a tracker file that is replaced only when it is completely written."""
 
     def __init__(self, files):
         self._files = files

@@ -1,11 +1,11 @@
-"""Add weight gradients to float32 inside the GEMM without apex."""
+"""Accumulate weight gradients in float32 inside the GEMM without apex."""
 
 from megatron_cream.model.kernels import weight_gradient
 from megatron_cream.patches import registry
 from megatron_cream.patches.registry import Patch
 
 _LAYERS = "megatron.core.tensor_parallel.layers:"
-_REASON = "Megatron's linear layers add weight gradients to float32 in the GEMM only with an extension of apex."
+_REASON = "Megatron's linear layers accumulate float32 weight gradients in the GEMM only with an extension of apex."
 
 WEIGHT_GRADIENT_KERNELS = Patch(
     "weight-gradient-kernels", _LAYERS + "fused_weight_gradient_mlp_cuda", _REASON, value_type="missing | module"
@@ -16,7 +16,7 @@ WEIGHT_GRADIENTS_AVAILABLE = Patch(
 
 
 def install() -> None:
-    """Call before the model is built, on CUDA devices."""
+    """Install the patches. Call on CUDA devices before the model is built."""
     from megatron.core.tensor_parallel import layers
 
     if not layers._grad_accum_fusion_available:

@@ -152,5 +152,5 @@ def each_step(line: StepLine, interval: int) -> Iterator[None]:
             line.start(iteration)
         return result
 
-    with registry.replaced(hooks.TRAINING_LOG, log):
+    with registry.override(hooks.TRAINING_LOG, log):
         yield

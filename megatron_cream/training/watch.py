@@ -186,8 +186,8 @@ def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
 
     try:
         with (
-            registry.replaced(hooks.END_OF_STEP, evaluate_after),
-            registry.replaced(hooks.MODEL_SETUP, evaluate_loaded),
+            registry.override(hooks.END_OF_STEP, evaluate_after),
+            registry.override(hooks.MODEL_SETUP, evaluate_loaded),
         ):
             yield
     finally:

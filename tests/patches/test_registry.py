@@ -20,7 +20,7 @@ from tests import upstream
 from tests.launch import ROOT, TINY
 
 OURS = "megatron_cream"
-ALL = table.all_patches()
+ALL = table.collect_patches()
 CODE = [*(ROOT / OURS).rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_cream.py"]
 
 ALLOWED = {
@@ -171,7 +171,7 @@ def test_a_replacement_is_made_once_and_keeps_its_kind(name, monkeypatch):
     for _ in range(2):
         registry.install(patch, wrapper)
         assert getattr(Owner(), name)(1) == [*before, "wrapped"]
-    with registry.replaced(replace(patch, name="another"), lambda original, *args: [*original(*args), "for a while"]):
+    with registry.override(replace(patch, name="another"), lambda original, *args: [*original(*args), "for a while"]):
         assert getattr(Owner(), name)(1) == [*before, "wrapped", "for a while"]
     assert getattr(Owner(), name)(1) == [*before, "wrapped"]
 
@@ -194,14 +194,14 @@ def test_a_value_is_replaced(monkeypatch):
     for value in (None, 3.5):  # the second time it is no longer what was recorded
         registry.assign(patch, value)
         assert Owner.text == value
-    with pytest.raises(UsageError, match=r"Owner\.text is str here and int there"):
+    with pytest.raises(UsageError, match=r"Owner\.text is str, expected int"):
         registry.check(
             patch_of("text", value_type="int"),
         )
 
 
 def test_a_built_in_function_is_replaced_in_one_module():
-    with registry.replaced(hooks.OPEN_SHARD, lambda original, path, mode: (path, mode)):
+    with registry.override(hooks.OPEN_SHARD, lambda original, path, mode: (path, mode)):
         assert filesystem_async.open("a", "b") == ("a", "b")
     assert "open" not in vars(filesystem_async)
 
@@ -216,13 +216,13 @@ def test_a_change_in_a_release_is_one_clear_line(monkeypatch):
         assert str(error.value) == (
             "megatron-core 0.20.0 is installed, but patch call-writer was written for megatron-core 0.19.2: "
             "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller.schedule_async_call is "
-            "(self, request, *, rank) here and (self, async_req) there. Install megatron-core 0.19.2"
+            "(self, request, *, rank), expected (self, async_req). Install megatron-core 0.19.2"
         )
     monkeypatch.delattr(serialization, "save_config")
-    with pytest.raises(UsageError, match=r"serialization\.save_config is missing here"):
+    with pytest.raises(UsageError, match=r"serialization\.save_config is missing, expected"):
         registry.check(hooks.SAVE_CONFIG)
     moved = replace(hooks.CALL_WRITER, target="megatron.core.moved:function")
-    with pytest.raises(UsageError, match=r"megatron\.core\.moved\.function is missing here"):
+    with pytest.raises(UsageError, match=r"megatron\.core\.moved\.function is missing, expected"):
         registry.check(moved)
 
 
@@ -260,7 +260,7 @@ def test_a_user_with_another_release_reads_one_line(tmp_path):
     assert result.stderr == (
         "pretrain_cream.py: error: megatron-core 0.19.2 is installed, but patch signals-received was written for "
         "megatron-core 0.19.2: megatron.training.dist_signal_handler.DistributedSignalHandler.signals_received is "
-        "(self, group) here and (self) there. Install megatron-core 0.19.2\n"
+        "(self, group), expected (self). Install megatron-core 0.19.2\n"
     )
     assert not list(folder.iterdir())
 
