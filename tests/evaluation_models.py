@@ -61,7 +61,7 @@ class Knows:
     def __init__(self, tokenizer: ModelTokenizer, answers: dict[str, str], fails_at: int = 1 << 40):
         self.tokenizer, self._fails_at = tokenizer, fails_at
         self._answers = {
-            tuple(tokenizer.prompt(prompt)): tokenizer.encode(answer) for prompt, answer in answers.items()
+            tuple(tokenizer.encode_prompt(prompt)): tokenizer.encode(answer) for prompt, answer in answers.items()
         }
         self.batches: list[list[int]] = []
         self.seeds: dict[tuple[int, ...], int] = {}

@@ -21,7 +21,7 @@ from megatron_cream.common.cli import program
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import writing
 from megatron_cream.evaluation import harness, pictures, plans, report, sliding_window
-from megatron_cream.evaluation.flags import parser
+from megatron_cream.evaluation.flags import build_parser
 from megatron_cream.evaluation.longppl import KeyTokenRule
 from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.results import PICTURE, RESULTS, SUMMARY, Results, open_results
@@ -29,10 +29,10 @@ from megatron_cream.evaluation.runner import (
     Generation,
     OutOfMemory,
     Plan,
-    key_tokens_by,
-    perplexities,
+    find_key_tokens_by_model,
     run_perplexity,
     run_task,
+    summarise_perplexity,
 )
 from megatron_cream.evaluation.tasks import needle
 from megatron_cream.evaluation.tasks.filler import TooShort
@@ -45,7 +45,7 @@ LENGTH_FLAGS = {"needle": "--min-length", "longbench": "--length"}
 
 
 def main() -> int:
-    args = parser(__doc__).parse_args()
+    args = build_parser(__doc__).parse_args()
     args.output = args.output or Path("runs", "evaluation") / Path(args.model).resolve().name / args.command
     try:
         with writing(args.output, "--output", "what is done is kept, and the same command goes on from there"):
@@ -74,7 +74,7 @@ def run_needle(args) -> None:
         raise UsageError(f"--min-length {args.min_length}: must be at most --max-length, which is {longest}")
     lengths, depths = needle.grid(args.min_length, longest, args.length_steps, args.depth_steps)
     options = dict(kind=args.needle, samples=args.samples, seed=args.seed, haystack=args.haystack)
-    plan = plans.needle_plan(source.tokenizer, lengths=lengths, depths=depths, **options)
+    plan = plans.plan_needle(source.tokenizer, lengths=lengths, depths=depths, **options)
     run_examples(args, source, plan, {"lengths": lengths, "depths": depths, **options})
 
 
@@ -82,7 +82,7 @@ def run_lines(args) -> None:
     source = find_model(args)
     lengths = args.lengths or ([] if args.lines or args.data else default_lengths(source))
     options = dict(lengths=lengths, lines_counts=args.lines, files=args.data, samples=args.samples, seed=args.seed)
-    run_examples(args, source, plans.lines_plan(source.tokenizer, **options), options)
+    run_examples(args, source, plans.plan_lines(source.tokenizer, **options), options)
 
 
 def run_kv(args) -> None:
@@ -91,7 +91,7 @@ def run_kv(args) -> None:
     options = dict(
         keys=keys, lengths=args.lengths, gold=args.gold, files=args.data, samples=args.samples, seed=args.seed
     )
-    run_examples(args, source, plans.kv_plan(source.tokenizer, **options), options)
+    run_examples(args, source, plans.plan_kv(source.tokenizer, **options), options)
 
 
 def run_ruler(args) -> None:
@@ -100,19 +100,19 @@ def run_ruler(args) -> None:
         lengths=args.lengths or default_lengths(source), tasks=args.tasks, samples=args.samples, seed=args.seed,
         haystack=args.haystack, squad=args.squad, hotpotqa=args.hotpotqa,
     )  # fmt: skip
-    run_examples(args, source, plans.ruler_plan(source.tokenizer, **options), options)
+    run_examples(args, source, plans.plan_ruler(source.tokenizer, **options), options)
 
 
 def run_longbench(args) -> None:
     source = find_model(args)
     length = args.length or default_lengths(source)[-1]
     options = dict(folder=args.data, length=length, datasets=args.datasets, samples=args.samples)
-    run_examples(args, source, plans.longbench_plan(source.tokenizer, **options), options)
+    run_examples(args, source, plans.plan_longbench(source.tokenizer, **options), options)
 
 
 def run_examples(args, source: language_model.Source, plan: Plan, options: dict) -> None:
     if args.chat:
-        source.tokenizer.chat("")  # has it a template?
+        source.tokenizer.encode_chat("")  # has it a template?
     generation = Generation(args.batch_size, args.temperature, args.top_p, args.seed, args.chat)
     made = plan.examples if isinstance(plan.examples, list) else []  # by number of keys, say, or from files
     lengths = [*(options.get("lengths") or []), options.get("length", 0), *(example.length for example in made)]
@@ -139,8 +139,8 @@ def run_perplexity_command(args) -> None:
         raise UsageError(f"--stride {args.stride}: must be at most the shortest of --lengths, {lengths[0]}")
     key_source = find_model(args, args.key_token_model) if args.key_token_model else None
     for tokenizer in (source.tokenizer, key_source.tokenizer) if key_source else ():
-        tokenizer.spans("")  # does it tell them?
-    documents = sliding_window.long_documents(
+        tokenizer.token_spans("")  # does it tell them?
+    documents = sliding_window.select_long_documents(
         source.tokenizer,
         sliding_window.read_texts(args.dataset, args.json_key),
         minimum=args.min_tokens or lengths[-1],
@@ -157,12 +157,12 @@ def run_perplexity_command(args) -> None:
         key = {}
         if key_source:
             missing = [document for document in documents if document.name not in results.records]
-            key = key_tokens_by(lambda: load(args, key_source), missing, source.tokenizer, rule)
+            key = find_key_tokens_by_model(lambda: load(args, key_source), missing, source.tokenizer, rule)
         records = run_perplexity(
             lambda: load(args, source), documents,
             lengths=lengths, stride=args.stride, rule=rule if with_longppl else None, key=key, results=results,
         )  # fmt: skip
-        finish(args, results, perplexities(records))
+        finish(args, results, summarise_perplexity(records))
 
 
 def run_harness(args) -> None:
@@ -177,7 +177,7 @@ def run_harness(args) -> None:
             batch_size=args.batch_size, tokenizer=args.tokenizer, results=results, overwrite=args.overwrite,
         )  # fmt: skip
         results.finish(found)
-        print(f"{results.folder}: {SUMMARY}, {harness.FULL}")
+        print(f"{results.folder}: {SUMMARY}, {harness.FULL_RESULTS}")
 
 
 def find_model(args, path: str | None = None) -> language_model.Source:
@@ -211,7 +211,7 @@ def results_of(args, source: language_model.Source, settings: dict):
 def finish(args, results: Results, summary: dict) -> None:
     results.finish(summary)
     pictures.draw(args.command, summary, results.folder / PICTURE)
-    Console().print(report.table(args.command, summary))
+    Console().print(report.build_table(args.command, summary))
     print(f"{results.folder}: {RESULTS}, {SUMMARY}, {PICTURE}")
 
 

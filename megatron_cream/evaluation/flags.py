@@ -10,7 +10,7 @@ from megatron_cream.evaluation.tasks import needle
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def build_parser(description: str) -> argparse.ArgumentParser:
     """Of all tasks; `command` is the task's name. A fault is one line and exit code 2."""
     main_parser = OneLineParser(
         prog=program(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -122,8 +122,13 @@ def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of
     add = command.add_argument
     add("--samples", type=positive, default=samples, help=f"examples of each {of}")
     add("--seed", type=int, default=0, help="of the examples, and of sampling")
-    add("--temperature", type=_at_least_zero, default=0.0, help="0 takes the likeliest token each time")
-    add("--top-p", type=_share, default=1.0, help="draw from the likeliest tokens that have this probability together")
+    add("--temperature", type=_non_negative, default=0.0, help="0 takes the likeliest token each time")
+    add(
+        "--top-p",
+        type=_probability,
+        default=1.0,
+        help="draw from the likeliest tokens that have this probability together",
+    )
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template, which adds tokens")
     add("--batch-size", type=positive, default=4, help="prompts at once; changes answers by rounding alone")
     engine = "auto: transformers or Megatron-Core, by the kind of --model"
@@ -164,7 +169,7 @@ class _Ascending(argparse.Action):
         setattr(namespace, self.dest, sorted(set(values)))
 
 
-def _at_least_zero(text: str) -> float:
+def _non_negative(text: str) -> float:
     return _number(text, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
@@ -172,7 +177,7 @@ def _finite(text: str) -> float:
     return _number(text, math.isfinite, "a finite number")
 
 
-def _share(text: str) -> float:
+def _probability(text: str) -> float:
     return _number(text, lambda value: 0 < value <= 1, "above 0 and at most 1")
 
 

@@ -10,10 +10,10 @@ import torch
 from megatron_cream.common import devices
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import replacing, to_json
-from megatron_cream.evaluation.models.language_model import Source, hf_folder_of, not_finite
+from megatron_cream.evaluation.models.language_model import Source, non_finite_error, provide_hf_folder
 from megatron_cream.evaluation.results import Results
 
-FULL = "harness.json"
+FULL_RESULTS = "harness.json"
 _CACHE = "requests"  # lm_eval adds _rank0.db
 
 
@@ -83,7 +83,7 @@ def run(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import handle_non_serializable, make_table
 
-    with hf_folder_of(source) as folder:
+    with provide_hf_folder(source) as folder:
         model = HFLM(
             pretrained=str(folder),
             tokenizer=None if tokenizer is None else str(tokenizer),
@@ -92,9 +92,9 @@ def run(
             device="cuda" if devices.has_cuda() else "cpu",
         )
     with torch.inference_mode():
-        text = source.tokenizer.prompt("The capital of France is")
+        text = source.tokenizer.encode_prompt("The capital of France is")
         if not model.model(torch.tensor([text], device=model.device)).logits.isfinite().all():
-            raise not_finite(source, model.model.named_parameters())
+            raise non_finite_error(source, model.model.named_parameters())
         results.begin()
         if overwrite:
             for file in results.folder.glob(f"{_CACHE}_rank*.db"):
@@ -110,7 +110,7 @@ def run(
             log_samples=False,
         )
     text = to_json(full, indent=2, ensure_ascii=False, default=handle_non_serializable)
-    with replacing(results.folder / FULL) as file:
+    with replacing(results.folder / FULL_RESULTS) as file:
         file.write(text + "\n")
     print(make_table(full))
     return json.loads(text)["results"]

@@ -7,8 +7,8 @@ import torch
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
-from megatron_cream.evaluation.perplexity import held_out_documents, perplexity_by_length
-from megatron_cream.evaluation.recall import PLACES, Recall, recall, recall_texts
+from megatron_cream.evaluation.perplexity import measure_perplexity, read_held_out_documents
+from megatron_cream.evaluation.recall import PLACES, Recall, build_recall_texts, measure_recall
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Score:
             else (f"perplexity {self.value:.2f}")
         )
 
-    def better_than(self, other: "Score | None") -> bool:
+    def is_better_than(self, other: "Score | None") -> bool:
         if other is None or not math.isfinite(self.loss):
             return math.isfinite(self.loss)
         if self.name == "accuracy":
@@ -53,7 +53,7 @@ class Result:
         recalls = [value for by_length in self.recalls.values() for value in by_length.values()]
         return Score(name, _mean([r.accuracy for r in recalls]), _mean([r.loss for r in recalls]))
 
-    def flat(self) -> dict[str, float]:
+    def flatten(self) -> dict[str, float]:
         """task/length -> value, and so for what else is measured of a task."""
         found = {}
         for task, by_length in self.recalls.items():
@@ -62,7 +62,7 @@ class Result:
                 found |= {f"{task} tokens/{length}": value.tokens, f"{task} loss/{length}": value.loss}
         return found | {f"perplexity/{length}": value for length, value in self.perplexity.items()}
 
-    def words(self) -> str:
+    def format_line(self) -> str:
         """For a line on the console."""
         parts = [
             f"{task} " + ", ".join(f"{length}: {value.accuracy:.2f}" for length, value in by_length.items())
@@ -80,7 +80,7 @@ class LongEvaluation:
         tasks: of needle, kv, perplexity.
         lengths: ascending, in tokens.
         samples: prompts for each length and depth.
-        held_out: files of `held_out_documents`.
+        held_out: files of `read_held_out_documents`.
 
     Raises:
         UsageError: a length is too short for a task, or no held-out document is long enough.
@@ -97,12 +97,12 @@ class LongEvaluation:
     ):
         self._lengths, self._documents = lengths, []
         self._texts = {
-            task: {length: recall_texts(tokenizer, task, length, samples) for length in lengths}
+            task: {length: build_recall_texts(tokenizer, task, length, samples) for length in lengths}
             for task in tasks
             if task != "perplexity"
         }
         if "perplexity" in tasks:
-            self._documents = held_out_documents(held_out, lengths[-1], PLACES * samples)
+            self._documents = read_held_out_documents(held_out, lengths[-1], PLACES * samples)
             if not self._documents:
                 raise UsageError(
                     f"--long-eval-lengths {lengths[-1]}: no held-out document has as many tokens; give less, longer "
@@ -112,12 +112,12 @@ class LongEvaluation:
     def __call__(self, model: list[torch.nn.Module]) -> Result:
         """On every rank: Megatron's model chunks in evaluation mode, without gradients. The same on every rank."""
         recalls = {
-            task: {length: recall(model, texts, length) for length, texts in by_length.items()}
+            task: {length: measure_recall(model, texts, length) for length, texts in by_length.items()}
             for task, by_length in self._texts.items()
         }
         perplexity = {}
         if self._documents:
-            perplexity = perplexity_by_length(model, self._documents, self._lengths, self._lengths[0] // 2)
+            perplexity = measure_perplexity(model, self._documents, self._lengths, self._lengths[0] // 2)
         return Result(recalls, perplexity)
 
 

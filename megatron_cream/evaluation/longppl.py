@@ -29,7 +29,7 @@ class KeyTokenRule:
     block: int = 1024
 
 
-def key_tokens(model: LanguageModel, tokens: Sequence[int], long: Tensor, rule: KeyTokenRule) -> Tensor:
+def find_key_tokens(model: LanguageModel, tokens: Sequence[int], long: Tensor, rule: KeyTokenRule) -> Tensor:
     """Return which tokens but the first are key tokens: bool [n - 1].
 
     Args:
@@ -49,7 +49,9 @@ def key_tokens(model: LanguageModel, tokens: Sequence[int], long: Tensor, rule: 
     return result
 
 
-def key_spans(model: LanguageModel, document: Document, tokenizer: ModelTokenizer, rule: KeyTokenRule) -> list[tuple]:
+def find_key_spans(
+    model: LanguageModel, document: Document, tokenizer: ModelTokenizer, rule: KeyTokenRule
+) -> list[tuple]:
     """Return the characters (start, end) of a document's key tokens by another model.
 
     Spans that touch are joined.
@@ -61,12 +63,12 @@ def key_spans(model: LanguageModel, document: Document, tokenizer: ModelTokenize
         rule: decides what is a key token.
     """
     mine = model.tokenizer
-    text = document.text[: _spans(tokenizer, document.text, len(document.tokens))[-1][1]]
-    tokens = mine.prompt(text)
+    text = document.text[: _find_token_spans(tokenizer, document.text, len(document.tokens))[-1][1]]
+    tokens = mine.encode_prompt(text)
     long = model.log_probs(torch.tensor([tokens]), 1)[0]
-    is_key = key_tokens(model, tokens, long, rule).tolist()
+    is_key = find_key_tokens(model, tokens, long, rule).tolist()
     found: list[tuple[int, int]] = []
-    for key, (start, end) in zip(is_key, _spans(mine, text, len(tokens))[1:], strict=True):
+    for key, (start, end) in zip(is_key, _find_token_spans(mine, text, len(tokens))[1:], strict=True):
         if key and found and found[-1][1] >= start:  # tokens of parts of one character share its span
             found[-1] = (found[-1][0], end)
         elif key:
@@ -74,7 +76,7 @@ def key_spans(model: LanguageModel, document: Document, tokenizer: ModelTokenize
     return found
 
 
-def tokens_in(document: Document, tokenizer: ModelTokenizer, key: Sequence[tuple[int, int]]) -> Tensor:
+def find_tokens_in_spans(document: Document, tokenizer: ModelTokenizer, key: Sequence[tuple[int, int]]) -> Tensor:
     """Return which tokens but the first lie whole within a span: bool [n - 1].
 
     Args:
@@ -88,11 +90,11 @@ def tokens_in(document: Document, tokenizer: ModelTokenizer, key: Sequence[tuple
         return place >= 0 and start < end <= key[place][1]
 
     starts = [start for start, _ in key]
-    spans = _spans(tokenizer, document.text, len(document.tokens))[1:]
+    spans = _find_token_spans(tokenizer, document.text, len(document.tokens))[1:]
     return torch.tensor([inside(*span) for span in spans], dtype=torch.bool)
 
 
-def _spans(tokenizer: ModelTokenizer, text: str, count: int) -> list[tuple[int, int]]:
+def _find_token_spans(tokenizer: ModelTokenizer, text: str, count: int) -> list[tuple[int, int]]:
     """The characters of the first `count` tokens of a text; a BOS has none."""
     bos = [] if tokenizer.bos is None else [(0, 0)]
-    return [*bos, *tokenizer.spans(text)][:count]
+    return [*bos, *tokenizer.token_spans(text)][:count]

@@ -17,7 +17,7 @@ from megatron_cream.data.long_documents import long_in_parts
 from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
 
 
-def held_out_documents(files: list[tuple[str, tuple[float, float]]], minimum: int, most: int) -> list[np.ndarray]:
+def read_held_out_documents(files: list[tuple[str, tuple[float, float]]], minimum: int, most: int) -> list[np.ndarray]:
     """The first `minimum` tokens of up to `most` documents that have as many, spread over the files.
 
     Args:
@@ -46,7 +46,7 @@ def held_out_documents(files: list[tuple[str, tuple[float, float]]], minimum: in
     return documents
 
 
-def perplexity_by_length(
+def measure_perplexity(
     model: list[torch.nn.Module], documents: list[np.ndarray], lengths: list[int], scored: int
 ) -> dict[int, float]:
     """exp of the mean negative log-likelihood of the scored tokens, for each context length.

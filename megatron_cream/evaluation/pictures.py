@@ -15,14 +15,14 @@ from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
 
 def draw(task: str, summary: dict[str, Any], file: Path) -> None:
-    """Write the picture of `report.summarise`'s value, or of `runner.perplexities`' for the task perplexity."""
+    """Write the picture of `report.summarise`'s value, or of `runner.summarise_perplexity`' for the task perplexity."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     _DRAW[task](axes, summary)
     save_picture(figure, file)
     pyplot.close(figure)
 
 
-def _needle(axes: Axes, summary: dict[str, Any]) -> None:
+def _draw_needle(axes: Axes, summary: dict[str, Any]) -> None:
     cells = summary["by_length_and_depth"]
     depths = sorted({depth for row in cells.values() for depth in row}, key=float)
     grid = [[100 * cells[length].get(depth, float("nan")) for length in cells] for depth in depths]
@@ -35,24 +35,26 @@ def _needle(axes: Axes, summary: dict[str, Any]) -> None:
     axes.figure.colorbar(image, label="found (%)")
 
 
-def _kv(axes: Axes, summary: dict[str, Any]) -> None:
+def _draw_kv(axes: Axes, summary: dict[str, Any]) -> None:
     for size, means in summary["by_position"].items():
-        axes.plot([100 * float(d) for d in means], [100 * m for m in means.values()], marker="o", label=_words(size))
+        axes.plot(
+            [100 * float(d) for d in means], [100 * m for m in means.values()], marker="o", label=_format_size(size)
+        )
     axes.legend()
-    _percentages(axes)
+    _set_percent_axis(axes)
     axes.set(
         title=_title("Key-value retrieval", summary), xlabel="place of the key that is asked for (% of the context)"
     )
 
 
-def _lines(axes: Axes, summary: dict[str, Any]) -> None:
-    _by_length(axes, {"": summary["by_length"]})
+def _draw_lines(axes: Axes, summary: dict[str, Any]) -> None:
+    _draw_by_length(axes, {"": summary["by_length"]})
     axes.set(title=_title("LongChat-Lines", summary))
 
 
-def _ruler(axes: Axes, summary: dict[str, Any]) -> None:
-    _by_length(axes, summary["by_task"], alpha=0.35)
-    _by_length(axes, {"mean": summary["by_length"]}, color="black", linewidth=2.5)
+def _draw_ruler(axes: Axes, summary: dict[str, Any]) -> None:
+    _draw_by_length(axes, summary["by_task"], alpha=0.35)
+    _draw_by_length(axes, {"mean": summary["by_length"]}, color="black", linewidth=2.5)
     axes.axhline(ruler.THRESHOLD, color="gray", linestyle="--", linewidth=1)
     axes.legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     effective = summary["effective_length"]
@@ -60,14 +62,14 @@ def _ruler(axes: Axes, summary: dict[str, Any]) -> None:
     axes.set(title=f"{_title('RULER', summary)}; {reached}")
 
 
-def _longbench(axes: Axes, summary: dict[str, Any]) -> None:
+def _draw_longbench(axes: Axes, summary: dict[str, Any]) -> None:
     means = summary["by_dataset"]
     axes.barh(list(means), [100 * mean for mean in means.values()])
     axes.invert_yaxis()
     axes.set(title=_title("LongBench", summary), xlabel="score (%)", xlim=(0, 100))
 
 
-def _perplexity(axes: Axes, summary: dict[str, Any]) -> None:
+def _draw_perplexity(axes: Axes, summary: dict[str, Any]) -> None:
     lengths, drawn = list(range(len(summary))), []
     for key, label in (("perplexity", "perplexity"), ("longppl", "LongPPL (key tokens)")):
         values = [row.get(key) for row in summary.values()]
@@ -81,17 +83,17 @@ def _perplexity(axes: Axes, summary: dict[str, Any]) -> None:
     axes.legend()
 
 
-def _by_length(axes: Axes, lines: dict[str, dict[str, float]], **style: Any) -> None:
+def _draw_by_length(axes: Axes, lines: dict[str, dict[str, float]], **style: Any) -> None:
     sizes = list(dict.fromkeys(size for means in lines.values() for size in means))
     for name, means in lines.items():
         places = [sizes.index(size) for size in means]
         axes.plot(places, [100 * mean for mean in means.values()], marker="o", label=name, **style)
-    axes.set_xticks(range(len(sizes)), [_words(size) for size in sizes])
-    _percentages(axes)
+    axes.set_xticks(range(len(sizes)), [_format_size(size) for size in sizes])
+    _set_percent_axis(axes)
     axes.set(xlabel="context length (tokens)")
 
 
-def _percentages(axes: Axes) -> None:
+def _set_percent_axis(axes: Axes) -> None:
     axes.set(ylabel="right (%)", ylim=(-3, 103))
     axes.grid(alpha=0.3)
 
@@ -100,16 +102,16 @@ def _title(name: str, summary: dict[str, Any]) -> str:
     return f"{name}: {100 * summary['score']:.1f} %"
 
 
-def _words(size: str) -> str:
+def _format_size(size: str) -> str:
     """12_keys -> 12 keys; 4096 -> 4,096."""
     return f"{int(size):,}" if size.isdecimal() else size.replace("_", " ")
 
 
 _DRAW = {
-    "needle": _needle,
-    "kv": _kv,
-    "lines": _lines,
-    "ruler": _ruler,
-    "longbench": _longbench,
-    "perplexity": _perplexity,
+    "needle": _draw_needle,
+    "kv": _draw_kv,
+    "lines": _draw_lines,
+    "ruler": _draw_ruler,
+    "longbench": _draw_longbench,
+    "perplexity": _draw_perplexity,
 }

@@ -12,7 +12,7 @@ from megatron_cream.evaluation.tasks.ruler import suite as ruler
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 
-def needle_plan(
+def plan_needle(
     tokenizer: Tokenizer,
     *,
     lengths: Sequence[int],
@@ -38,7 +38,7 @@ def needle_plan(
     return Plan(examples(lengths, samples), len(lengths) * cells, sum(lengths) * cells, score)
 
 
-def lines_plan(
+def plan_lines(
     tokenizer: Tokenizer,
     *,
     lengths: Sequence[int],
@@ -48,18 +48,18 @@ def lines_plan(
     seed: int,
 ) -> Plan:
     """See lines.examples, and lines.load for `files`, of each of which `samples` are taken."""
-    score = _scored(lines.score)
+    score = _wrap_score(lines.score)
     if files:
-        return _counted(lines.load(tokenizer, files, most=samples), score)
+        return _build_plan(lines.load(tokenizer, files, most=samples), score)
     if lines_counts:
         made = lines.examples(tokenizer, lengths=lengths, lines=lines_counts, seed=seed, per_cell=samples)
-        return _counted(made, score)
+        return _build_plan(made, score)
     next(iter(lines.examples(tokenizer, lengths=lengths[:1], seed=seed)))
     made = lines.examples(tokenizer, lengths=lengths, seed=seed, per_cell=samples)
     return Plan(made, len(lengths) * samples, sum(lengths) * samples, score)
 
 
-def kv_plan(
+def plan_kv(
     tokenizer: Tokenizer,
     *,
     keys: Sequence[int],
@@ -71,12 +71,12 @@ def kv_plan(
 ) -> Plan:
     """See kv.examples, and kv.load for `files`, of each of which `samples` are taken."""
     if files:
-        return _counted(kv.load(tokenizer, files, gold=gold, most=samples), _scored(kv.score))
+        return _build_plan(kv.load(tokenizer, files, gold=gold, most=samples), _wrap_score(kv.score))
     made = kv.examples(tokenizer, keys=keys, lengths=lengths, gold=gold, seed=seed, per_cell=samples)
-    return _counted(made, _scored(kv.score))
+    return _build_plan(made, _wrap_score(kv.score))
 
 
-def ruler_plan(
+def plan_ruler(
     tokenizer: Tokenizer,
     *,
     lengths: Sequence[int],
@@ -95,21 +95,21 @@ def ruler_plan(
 
     per_length = samples * sum(1 for _ in examples(lengths[:1], 1))  # one of each task, at the shortest length
     made = examples(lengths, samples)
-    return Plan(made, len(lengths) * per_length, sum(lengths) * per_length, _scored(ruler.score))
+    return Plan(made, len(lengths) * per_length, sum(lengths) * per_length, _wrap_score(ruler.score))
 
 
-def longbench_plan(
+def plan_longbench(
     tokenizer: Tokenizer, *, folder: Path, length: int, datasets: Sequence[str] | None, samples: int | None
 ) -> Plan:
     """See longbench.examples; `samples` of each data set at most, None for all."""
     made = longbench.examples(tokenizer, folder=folder, length=length, datasets=datasets, most=samples)
-    return _counted(made, _scored(longbench.score))
+    return _build_plan(made, _wrap_score(longbench.score))
 
 
-def _counted(examples: Iterable[Example], score: Callable[[Example, str], dict[str, float]]) -> Plan:
+def _build_plan(examples: Iterable[Example], score: Callable[[Example, str], dict[str, float]]) -> Plan:
     made = list(examples)
     return Plan(made, len(made), sum(example.length for example in made), score)
 
 
-def _scored(score: Callable[[Example, str], float]) -> Callable[[Example, str], dict[str, float]]:
+def _wrap_score(score: Callable[[Example, str], float]) -> Callable[[Example, str], dict[str, float]]:
     return lambda example, output: {"score": score(example, output)}

@@ -34,7 +34,7 @@ class Recall:
     loss: float
 
 
-def recall_texts(tokenizer: ModelTokenizer, task: str, length: int, samples: int) -> list[ScoredText]:
+def build_recall_texts(tokenizer: ModelTokenizer, task: str, length: int, samples: int) -> list[ScoredText]:
     """Return PLACES x `samples` prompts with answers, the same for equal arguments.
 
     Args:
@@ -47,12 +47,15 @@ def recall_texts(tokenizer: ModelTokenizer, task: str, length: int, samples: int
         UsageError: the length is too short for the task.
     """
     try:
-        return [_answered(tokenizer, example, _LEAD[task]) for example in _examples(tokenizer, task, length, samples)]
+        return [
+            _build_text(tokenizer, example, _LEAD[task])
+            for example in _build_examples(tokenizer, task, length, samples)
+        ]
     except UsageError as error:
         raise UsageError(f"--long-eval-lengths {length}: {error}") from error
 
 
-def recall(model: list[torch.nn.Module], texts: list[ScoredText], length: int) -> Recall:
+def measure_recall(model: list[torch.nn.Module], texts: list[ScoredText], length: int) -> Recall:
     """See `score_texts` for the arguments; the same on every rank."""
     nll, count, likeliest = score_texts(model, texts, length).unbind(dim=1)
     return Recall(
@@ -62,16 +65,16 @@ def recall(model: list[torch.nn.Module], texts: list[ScoredText], length: int) -
     )
 
 
-def _examples(tokenizer: ModelTokenizer, task: str, length: int, samples: int) -> Iterator[Example]:
+def _build_examples(tokenizer: ModelTokenizer, task: str, length: int, samples: int) -> Iterator[Example]:
     if task == "needle":
         depths = np.linspace(0, 1, PLACES).tolist()
         return needle.examples(tokenizer, lengths=[length], depths=depths, per_cell=samples)
     return kv.examples(tokenizer, keys=(), lengths=[length], per_cell=samples)
 
 
-def _answered(tokenizer: ModelTokenizer, example: Example, lead: str) -> ScoredText:
-    before = tokenizer.prompt(example.prompt + lead)
-    whole = tokenizer.prompt(example.prompt + lead + example.answers[0])
+def _build_text(tokenizer: ModelTokenizer, example: Example, lead: str) -> ScoredText:
+    before = tokenizer.encode_prompt(example.prompt + lead)
+    whole = tokenizer.encode_prompt(example.prompt + lead + example.answers[0])
     # Of the lead a tokenizer may make one token with the answer's first letters: then that is scored too.
     pairs = enumerate(zip(before, whole, strict=False))
     first = next((i for i, (one, other) in pairs if one != other), min(len(before), len(whole)))

@@ -26,15 +26,15 @@ def summarise(task: str, records: Records) -> dict[str, Any]:
     """
     summary: dict[str, Any] = {"score": _mean(r["score"] for r in records), "examples": len(records)}
     if task == "needle":
-        summary["by_length_and_depth"] = _nested(records, lambda r: r["length"], _depth)
+        summary["by_length_and_depth"] = _means_by_two(records, lambda r: r["length"], _depth_key)
         if records and "rouge_l" in records[0]:
             summary["rouge_l"] = _mean(r["rouge_l"] for r in records)
     elif task == "lines":
-        summary["by_length"] = _means(records, _size)
+        summary["by_length"] = _means_by(records, _size_key)
     elif task == "kv":
-        summary["by_position"] = _nested(records, _size, _depth)
+        summary["by_position"] = _means_by_two(records, _size_key, _depth_key)
     elif task == "ruler":
-        by_task = _nested(records, lambda r: r["part"], lambda r: r["length"])
+        by_task = _means_by_two(records, lambda r: r["part"], lambda r: r["length"])
         lengths = sorted({length for means in by_task.values() for length in means}, key=int)
         by_length = {
             length: _mean(means[length] for means in by_task.values() if length in means) for length in lengths
@@ -47,44 +47,44 @@ def summarise(task: str, records: Records) -> dict[str, Any]:
             "effective_length": ruler.effective_length(percent),
         }
     elif task == "longbench":
-        summary["by_dataset"] = _means(records, lambda r: r["part"])
+        summary["by_dataset"] = _means_by(records, lambda r: r["part"])
         summary["score"] = _mean(summary["by_dataset"].values())
     return summary
 
 
-def table(task: str, summary: dict[str, Any]) -> Table:
-    """What a person reads of `summarise`'s value, or of `runner.perplexities`' for the task perplexity."""
+def build_table(task: str, summary: dict[str, Any]) -> Table:
+    """What a person reads of `summarise`'s value, or of `runner.summarise_perplexity`' for the task perplexity."""
     if task == "perplexity":
-        return _perplexity(summary)
-    title = f"{task}: {_percent(summary['score'])} % over {summary['examples']} examples"
+        return _build_perplexity_table(summary)
+    title = f"{task}: {_format_share(summary['score'])} % over {summary['examples']} examples"
     if "rouge_l" in summary:
         title += f", ROUGE-L {summary['rouge_l']:.3f}"
     if task == "needle":
-        return _grid(title, "depth \\ length", _turned(summary["by_length_and_depth"]), row_name=_in_percent)
+        return _build_grid(title, "depth \\ length", _transpose(summary["by_length_and_depth"]), row_name=_format_depth)
     if task == "kv":
-        return _grid(title, "", summary["by_position"], column_name=lambda depth: f"at {_in_percent(depth)}")
+        return _build_grid(title, "", summary["by_position"], column_name=lambda depth: f"at {_format_depth(depth)}")
     if task == "ruler":
         effective = summary["effective_length"] or "below the shortest"
         title += f"; effective length {effective} (at least {ruler.THRESHOLD} %)"
-        return _grid(title, "task \\ length", summary["by_task"] | {"mean": summary["by_length"]})
+        return _build_grid(title, "task \\ length", summary["by_task"] | {"mean": summary["by_length"]})
     rows = summary["by_length"] if task == "lines" else summary["by_dataset"]
-    return _grid(title, "", {name: {"%": mean} for name, mean in rows.items()})
+    return _build_grid(title, "", {name: {"%": mean} for name, mean in rows.items()})
 
 
-def _perplexity(summary: dict[str, Any]) -> Table:
+def _build_perplexity_table(summary: dict[str, Any]) -> Table:
     result = Table(title="perplexity by context length")
     with_longppl = any("longppl" in row for row in summary.values())
     for name in ("context", "perplexity", "tokens", *(("LongPPL", "key tokens") if with_longppl else ())):
         result.add_column(name, justify="right")
     for length, row in summary.items():
-        cells = [length, _number(row["perplexity"]), f"{row['tokens']:,}"]
+        cells = [length, _format_number(row["perplexity"]), f"{row['tokens']:,}"]
         if with_longppl:
-            cells += [_number(row["longppl"]), f"{row['key_tokens']:,}"]
+            cells += [_format_number(row["longppl"]), f"{row['key_tokens']:,}"]
         result.add_row(*cells)
     return result
 
 
-def _grid(
+def _build_grid(
     title: str,
     corner: str,
     rows: dict[str, dict[str, float]],
@@ -97,18 +97,18 @@ def _grid(
     for column in columns:
         result.add_column(column_name(column), justify="right")
     for name, row in rows.items():
-        result.add_row(row_name(name), *(_percent(row[column]) if column in row else "" for column in columns))
+        result.add_row(row_name(name), *(_format_share(row[column]) if column in row else "" for column in columns))
     return result
 
 
-def _nested(records: Records, outer: Callable[[dict], Hashable], inner: Callable[[dict], Hashable]) -> dict:
+def _means_by_two(records: Records, outer: Callable[[dict], Hashable], inner: Callable[[dict], Hashable]) -> dict:
     groups = defaultdict(list)
     for record in records:
         groups[str(outer(record))].append(record)
-    return {name: _means(some, inner) for name, some in groups.items()}
+    return {name: _means_by(some, inner) for name, some in groups.items()}
 
 
-def _means(records: Records, key: Callable[[dict], Hashable]) -> dict[str, float]:
+def _means_by(records: Records, key: Callable[[dict], Hashable]) -> dict[str, float]:
     groups = defaultdict(list)
     for record in records:
         groups[str(key(record))].append(record["score"])
@@ -120,27 +120,27 @@ def _mean(values: Iterable[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _depth(record: dict) -> str:
+def _depth_key(record: dict) -> str:
     return f"{record['depth']:.4g}"
 
 
-def _size(record: dict) -> str:
+def _size_key(record: dict) -> str:
     """How long an example is meant to be: the number of its keys or lines, where that was asked for."""
     return record["part"] or str(record["length"])
 
 
-def _turned(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def _transpose(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     columns = dict.fromkeys(column for row in rows.values() for column in row)
     return {column: {name: row[column] for name, row in rows.items() if column in row} for column in columns}
 
 
-def _percent(share: float | None) -> str:
+def _format_share(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def _in_percent(depth: str) -> str:
+def _format_depth(depth: str) -> str:
     return f"{100 * float(depth):.0f} %"
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if value < 1e4 else f"{value:.3g}"

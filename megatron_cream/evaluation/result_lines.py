@@ -18,18 +18,18 @@ _BEGIN = b'{"crc32": "'
 _SUM_END = len(_BEGIN) + 8
 
 
-def line_of(record: dict[str, Any]) -> str:
+def format_line(record: dict[str, Any]) -> str:
     """The line of a record, with its checksum and a line feed."""
     text = to_json(record, ensure_ascii=False)
     return f'{{"{_KEY}": "{zlib.crc32(text.encode()):08x}", {text[1:]}\n'
 
 
-def read_records(path: Path, *, summed: bool) -> dict[str, dict[str, Any]]:
+def read_records(path: Path, *, need_checksums: bool) -> dict[str, dict[str, Any]]:
     """Read the records by name. Cut off a last line that a killed run left unfinished.
 
     Args:
         path: of results.jsonl.
-        summed: every line must have a checksum; files of older versions have none.
+        need_checksums: every line must have a checksum; files of older versions have none.
 
     Raises:
         UsageError: a line is damaged, no result, or disagrees with another. Names the line's number.
@@ -42,7 +42,7 @@ def read_records(path: Path, *, summed: bool) -> dict[str, dict[str, Any]]:
     found: dict[str, int] = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
-            record = _record_of(line, summed)
+            record = _parse_line(line, need_checksums)
         except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"--output: {path}, line {number}: not a result ({one_line(error)}); delete that line and its example "
@@ -58,7 +58,7 @@ def read_records(path: Path, *, summed: bool) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _record_of(line: bytes, summed: bool) -> dict[str, Any]:
+def _parse_line(line: bytes, need_checksums: bool) -> dict[str, Any]:
     """
     Raises:
         ValueError: damaged, or no result.
@@ -67,7 +67,7 @@ def _record_of(line: bytes, summed: bool) -> dict[str, Any]:
         content = b"{" + line[_SUM_END + 3 :]
         if line[len(_BEGIN) : _SUM_END] != b"%08x" % zlib.crc32(content):
             raise ValueError("damaged or edited: its checksum differs")
-    elif summed:
+    elif need_checksums:
         raise ValueError("damaged or edited: it has no checksum")
     else:
         content = line
@@ -78,7 +78,7 @@ def _record_of(line: bytes, summed: bool) -> dict[str, Any]:
 
 
 def is_record(record: Any) -> bool:
-    """Whether it has what `report.summarise` or `runner.perplexities` reads."""
+    """Whether it has what `report.summarise` or `runner.summarise_perplexity` reads."""
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         return False
     if "lengths" in record:  # of perplexity

@@ -14,11 +14,11 @@ from megatron_cream.common import devices
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_can_be_made, missing_folders, read_json, remove_empty, replacing, to_json
 from megatron_cream.common.versions import versions
-from megatron_cream.evaluation.result_lines import is_record, line_of, read_records
+from megatron_cream.evaluation.result_lines import format_line, is_record, read_records
 
 RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
 _PACKAGES = ("torch", "transformers", "megatron-core", "tokenizers", "vllm", "lm_eval")
-_SUMS = "line_checksums"
+_CHECKSUMS = "line_checksums"
 
 
 class Results:
@@ -35,15 +35,15 @@ class Results:
         description: dict[str, Any],
         records: dict[str, dict[str, Any]],
         lines: TextIO,
-        replaces: bool,
+        overwrites: bool,
     ):
         self.folder, self.records = folder, records
-        self._description, self._lines, self._replaces = description, lines, replaces
+        self._description, self._lines, self._overwrites = description, lines, overwrites
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep one example's result; `name` is its key. It is on disk when this returns."""
-        line = line_of(record)
-        if self._replaces:
+        line = format_line(record)
+        if self._overwrites:
             self.begin(line)
         else:
             self._lines.write(line)
@@ -56,14 +56,14 @@ class Results:
         Args:
             line: the first of the new results.
         """
-        if not self._replaces:
+        if not self._overwrites:
             return
         with replacing(self.folder / SUMMARY) as file:
             self._dump(file, finished=False, results=None)
             file.flush()
             # Killed in between, it leaves results without a summary, which no run takes for its own.
-            self._lines = _new_lines(self.folder, line, remove=(PICTURE, SUMMARY))
-        self._replaces = False
+            self._lines = _replace_lines(self.folder, line, remove=(PICTURE, SUMMARY))
+        self._overwrites = False
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write summary.json anew, with the aggregate `results` of all examples."""
@@ -79,7 +79,7 @@ class Results:
         self._lines.close()
 
     def _dump(self, file: IO, **more: Any) -> None:
-        file.write(to_json(self._description | {_SUMS: "crc32"} | more, indent=2, ensure_ascii=False) + "\n")
+        file.write(to_json(self._description | {_CHECKSUMS: "crc32"} | more, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -108,19 +108,19 @@ def open_results(
             raise UsageError(f"--output {folder}: its {name} is not a file; give another folder")
     made = [folder / name for name in (RESULTS, SUMMARY) if not (folder / name).exists()]
     if overwrite or len(made) == 2:
-        _check_ours(folder)
+        _check_replaceable(folder)
     new = missing_folders(folder)
     description = {"settings": settings, "model": model, "model_path": str(model_path), "versions": _versions()}
     description = json.loads(json.dumps(description))
-    with _opened_alone(folder) as lines:
+    with _open_locked(folder) as lines:
         records: dict[str, dict[str, Any]] = {}
         try:
-            replaces = overwrite and len(made) < 2
-            if not replaces:
-                records, lines = _resumed(folder, description, lines)
-            results = Results(folder, description, records, lines, replaces)
+            overwrites = overwrite and len(made) < 2
+            if not overwrites:
+                records, lines = _load_earlier(folder, description, lines)
+            results = Results(folder, description, records, lines, overwrites)
             with contextlib.closing(results):
-                if not replaces:
+                if not overwrites:
                     results.write_summary(finished=False, results=None)
                 yield results
         except UsageError:  # a model that cannot be loaded, say
@@ -131,18 +131,18 @@ def open_results(
             raise
 
 
-def _resumed(folder: Path, description: dict[str, Any], lines: TextIO) -> tuple[dict[str, dict[str, Any]], TextIO]:
+def _load_earlier(folder: Path, description: dict[str, Any], lines: TextIO) -> tuple[dict[str, dict[str, Any]], TextIO]:
     """What an earlier run of the same settings has done, and where to append; lines without checksums get theirs."""
-    path, summed = folder / RESULTS, True
+    path, has_checksums = folder / RESULTS, True
     if (folder / SUMMARY).exists():
-        summed = _check_same(folder, description)
+        has_checksums = _check_same_run(folder, description)
     elif path.stat().st_size:
         raise UsageError(f"--output {folder}: its {RESULTS} has no {SUMMARY}; give another folder, or --overwrite")
-    records = read_records(path, summed=summed)
-    return records, lines if summed else _new_lines(folder, "".join(map(line_of, records.values())))
+    records = read_records(path, need_checksums=has_checksums)
+    return records, lines if has_checksums else _replace_lines(folder, "".join(map(format_line, records.values())))
 
 
-def _opened_alone(folder: Path) -> TextIO:
+def _open_locked(folder: Path) -> TextIO:
     """The folder's results.jsonl, to append to; no other run has it.
 
     Raises:
@@ -170,7 +170,7 @@ def _opened_alone(folder: Path) -> TextIO:
         lines.close()
 
 
-def _new_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> TextIO:
+def _replace_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> TextIO:
     """Replace results.jsonl by a new one, locked, that begins with `text`.
 
     Without room all stays as it was.
@@ -203,7 +203,7 @@ def _versions() -> dict[str, str]:
     return versions(_PACKAGES) | {"gpu": torch.cuda.get_device_name() if devices.has_cuda() else "none"}
 
 
-def _check_ours(folder: Path) -> None:
+def _check_replaceable(folder: Path) -> None:
     """Raise UsageError where files that no evaluation wrote would be written over."""
     with contextlib.suppress(UsageError):
         summary = read_json(folder / SUMMARY, "a summary")
@@ -217,7 +217,7 @@ def _check_ours(folder: Path) -> None:
             raise UsageError(f"--output {folder}: no evaluation wrote its {name}; give another folder, or remove it")
 
 
-def _check_same(folder: Path, now: dict[str, Any]) -> bool:
+def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
     """Whether each line has a checksum, by a summary of the same settings and model.
 
     Raises:
@@ -234,14 +234,14 @@ def _check_same(folder: Path, now: dict[str, Any]) -> bool:
     different = [key for key in [*new, *(old.keys() - new.keys())] if old.get(key) != new.get(key)]
     if different:
         key = different[0]
-        reason = f"{key} {_short(old.get(key))}, not {_short(new.get(key))}"
+        reason = f"{key} {_shorten(old.get(key))}, not {_shorten(new.get(key))}"
     elif not same_model:
         reason = "another model, or another --engine or --dtype"
     else:
-        return _SUMS in before
+        return _CHECKSUMS in before
     raise UsageError(f"--output {folder}: its results were made with {reason}; give another folder, or --overwrite")
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."

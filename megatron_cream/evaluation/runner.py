@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation import sliding_window
-from megatron_cream.evaluation.longppl import KeyTokenRule, key_spans, key_tokens, tokens_in
-from megatron_cream.evaluation.models.generation import seed_of
+from megatron_cream.evaluation.longppl import KeyTokenRule, find_key_spans, find_key_tokens, find_tokens_in_spans
+from megatron_cream.evaluation.models.generation import derive_seed
 from megatron_cream.evaluation.models.language_model import LanguageModel
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.progress import WorkBar
@@ -81,7 +81,7 @@ def run_task(
             for example in plan.examples:
                 order.append(example.name)
                 if example.name in results.records:
-                    _check_same(example, results)
+                    _check_same_example(example, results)
                     bar.skip(example.length)
                 else:
                     yield example
@@ -89,8 +89,8 @@ def run_task(
         todo, model = missing(), None
         while some := list(islice(todo, min(_BATCHES_AT_ONCE * generation.batch_size, sys.maxsize))):
             model = model or open_model()
-            for batch in _batches(model, some, generation):
-                for record in _answered(model, batch, plan, generation):
+            for batch in _make_batches(model, some, generation):
+                for record in _answer_batch(model, batch, plan, generation):
                     results.add(record)
                     bar.add(record["length"], record["prompt_tokens"])
     return [results.records[name] for name in order]
@@ -134,19 +134,19 @@ def run_perplexity(
                 continue
             record: dict[str, Any] = {"name": document.name, "tokens": len(document.tokens), "lengths": {}}
             model = model or open_model()
-            with memory_watched(len(document.tokens), 1):
+            with report_out_of_memory(len(document.tokens), 1):
                 is_key = key.get(document.name)
                 for length in by_length:
                     log_probs = sliding_window.log_probs(model, document.tokens, length, min(stride, length))
                     if rule and is_key is None:
-                        is_key = key_tokens(model, document.tokens, log_probs, rule)
-                    record["lengths"][str(length)] = _account(log_probs, is_key)
+                        is_key = find_key_tokens(model, document.tokens, log_probs, rule)
+                    record["lengths"][str(length)] = _sum_losses(log_probs, is_key)
             results.add(record)
             bar.add(len(document.tokens), len(document.tokens))
     return [results.records[document.name] for document in documents]
 
 
-def key_tokens_by(
+def find_key_tokens_by_model(
     open_model: Callable[[], LanguageModel], documents: list[Document], tokenizer: ModelTokenizer, rule: KeyTokenRule
 ) -> dict[str, Tensor]:
     """Find key tokens of LongPPL by another model: bool [n - 1] by document's name.
@@ -165,13 +165,13 @@ def key_tokens_by(
     model, found = None, {}
     for document in documents:
         model = model or open_model()
-        with memory_watched(len(document.tokens), 1):
-            spans = key_spans(model, document, tokenizer, rule)
-        found[document.name] = tokens_in(document, tokenizer, spans)
+        with report_out_of_memory(len(document.tokens), 1):
+            spans = find_key_spans(model, document, tokenizer, rule)
+        found[document.name] = find_tokens_in_spans(document, tokenizer, spans)
     return found
 
 
-def _account(log_probs: Tensor, is_key: Tensor | None) -> dict[str, float]:
+def _sum_losses(log_probs: Tensor, is_key: Tensor | None) -> dict[str, float]:
     values = log_probs.double()
     sums = {"nll": -values.sum().item(), "tokens": len(values)}
     if is_key is not None:
@@ -179,24 +179,24 @@ def _account(log_probs: Tensor, is_key: Tensor | None) -> dict[str, float]:
     return sums
 
 
-def _batches(model: LanguageModel, examples: list[Example], generation: Generation) -> Iterator[list[tuple]]:
+def _make_batches(model: LanguageModel, examples: list[Example], generation: Generation) -> Iterator[list[tuple]]:
     """(example, prompt ids) by batches of similar lengths."""
-    encode = model.tokenizer.chat if generation.chat else model.tokenizer.prompt
+    encode = model.tokenizer.encode_chat if generation.chat else model.tokenizer.encode_prompt
     pairs = [(example, encode(example.prompt)) for example in examples]
     pairs.sort(key=lambda pair: (pair[0].max_new_tokens, len(pair[1])))
     for first in range(0, len(pairs), generation.batch_size):
         yield pairs[first : first + generation.batch_size]
 
 
-def _answered(model: LanguageModel, batch: list[tuple], plan: Plan, generation: Generation) -> list[dict[str, Any]]:
+def _answer_batch(model: LanguageModel, batch: list[tuple], plan: Plan, generation: Generation) -> list[dict[str, Any]]:
     prompts = [ids for _, ids in batch]
-    with memory_watched(max(map(len, prompts)), len(batch)):
+    with report_out_of_memory(max(map(len, prompts)), len(batch)):
         outputs = model.generate(
             prompts,
             max(example.max_new_tokens for example, _ in batch),
             temperature=generation.temperature,
             top_p=generation.top_p,
-            seeds=[seed_of(generation.seed, example.name) for example, _ in batch],
+            seeds=[derive_seed(generation.seed, example.name) for example, _ in batch],
         )
     records = []
     for (example, ids), output in zip(batch, outputs, strict=True):
@@ -217,7 +217,7 @@ def _answered(model: LanguageModel, batch: list[tuple], plan: Plan, generation: 
 
 
 @contextlib.contextmanager
-def memory_watched(tokens: int, samples: int) -> Iterator[None]:
+def report_out_of_memory(tokens: int, samples: int) -> Iterator[None]:
     """What runs out of memory in the block raises OutOfMemory; `samples` of `tokens` each are what it runs."""
     try:
         yield
@@ -232,45 +232,45 @@ def memory_watched(tokens: int, samples: int) -> Iterator[None]:
         ) from error
 
 
-def _check_same(example: Example, results: Results) -> None:
+def _check_same_example(example: Example, results: Results) -> None:
     """Raise UsageError where the folder's result of that name is of another example."""
     record = results.records[example.name]
     values = {"part": example.part, "length": example.length, "depth": example.depth, "answers": list(example.answers)}
     for key, value in values.items():
         if key in record and record[key] != value:
-            _refuse(example.name, f"{key} {record[key]!r}, not {value!r}", results)
+            _reject(example.name, f"{key} {record[key]!r}, not {value!r}", results)
 
 
 def _check_lengths(document: Document, lengths: list[int], rule: KeyTokenRule | None, results: Results) -> None:
     """Raise UsageError where the folder's result of that document is of other context lengths."""
     rows = results.records[document.name].get("lengths", {})
     if rows.keys() != set(map(str, lengths)):
-        _refuse(document.name, f"context lengths {', '.join(rows) or 'none'}, not {lengths}", results)
+        _reject(document.name, f"context lengths {', '.join(rows) or 'none'}, not {lengths}", results)
     if any(("key_nll" in row) != (rule is not None) for row in rows.values()):
-        _refuse(document.name, f"{'no ' if rule else ''}LongPPL", results)
+        _reject(document.name, f"{'no ' if rule else ''}LongPPL", results)
 
 
-def _refuse(name: str, reason: str, results: Results) -> NoReturn:
+def _reject(name: str, reason: str, results: Results) -> NoReturn:
     raise UsageError(
         f"--output {results.folder}: its {RESULTS} has a result of {name} with {reason}; delete that line and the "
         "example is done again, or give another folder, or --overwrite"
     )
 
 
-def perplexities(records: list[dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:
+def summarise_perplexity(records: list[dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:
     """By length: perplexity over all scored tokens, and LongPPL over all key tokens if they were told."""
     summary = {}
     for length in sorted({length for record in records for length in record["lengths"]}, key=int):
         parts = [record["lengths"][length] for record in records]
         total = {key: math.fsum(part[key] for part in parts) for key in parts[0]}
-        summary[length] = {"perplexity": _exp(total["nll"], total["tokens"]), "tokens": int(total["tokens"])}
+        summary[length] = {"perplexity": _exp_mean(total["nll"], total["tokens"]), "tokens": int(total["tokens"])}
         if "key_nll" in total:
             summary[length] |= {
-                "longppl": _exp(total["key_nll"], total["key_tokens"]),
+                "longppl": _exp_mean(total["key_nll"], total["key_tokens"]),
                 "key_tokens": int(total["key_tokens"]),
             }
     return summary
 
 
-def _exp(nll: float, count: float) -> float | None:
+def _exp_mean(nll: float, count: float) -> float | None:
     return math.exp(min(nll / count, 700.0)) if count else None

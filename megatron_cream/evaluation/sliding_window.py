@@ -17,7 +17,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.data.documents import BadDocument, check_files, find_files, read_batches, read_documents, take_text
 from megatron_cream.evaluation.models.language_model import LanguageModel
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
-from megatron_cream.evaluation.tasks.sources import check_names
+from megatron_cream.evaluation.tasks.sources import check_distinct_names
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str
     try:
         files = find_files(inputs)
         check_files(files, (json_key,), chats=False)
-        check_names("--dataset", files, lambda file: str(file.resolve()))
+        check_distinct_names("--dataset", files, lambda file: str(file.resolve()))
         for batch in read_batches(files, (json_key,)):
             for name, text in read_documents(batch, partial(take_text, key=json_key)):
                 if isinstance(text, BadDocument):
@@ -76,7 +76,7 @@ def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str
         raise UsageError(f"--dataset {error}") from error
 
 
-def long_documents(
+def select_long_documents(
     tokenizer: ModelTokenizer, texts: Iterator[tuple[str, str]], *, minimum: int, longest: int, most: int
 ) -> list[Document]:
     """The first `most` documents that have `minimum` tokens, cut to `longest`.
@@ -89,7 +89,7 @@ def long_documents(
         if len(found) == most:
             break
         seen += 1
-        tokens = tokenizer.prompt(text)
+        tokens = tokenizer.encode_prompt(text)
         best = max(best, len(tokens))
         if len(tokens) >= minimum:
             found.append(Document(name, text, tokens[:longest]))

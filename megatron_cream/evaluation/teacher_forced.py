@@ -48,9 +48,9 @@ def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: i
 
     def batches() -> Iterator[tuple[int, dict[str, Tensor]]]:
         for i in mine:
-            yield i, batch_of(texts[i], length)
+            yield i, build_batch(texts[i], length)
         for _ in range(padding):
-            yield mine[0], batch_of(ScoredText(texts[mine[0]].tokens, first=len(texts[mine[0]].tokens)), length)
+            yield mine[0], build_batch(ScoredText(texts[mine[0]].tokens, first=len(texts[mine[0]].tokens)), length)
 
     sums = torch.zeros(len(texts), 3, dtype=torch.float64, device=torch.cuda.current_device())
     if mine:
@@ -72,7 +72,7 @@ def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: i
     return sums.cpu()
 
 
-def batch_of(text: ScoredText, length: int) -> dict[str, Tensor]:
+def build_batch(text: ScoredText, length: int) -> dict[str, Tensor]:
     """A batch of one, [1, length] each; the loss mask is 1 where the label is a scored token."""
     n = len(text.tokens)
     tokens, labels = np.zeros((2, length), dtype=np.int64)
@@ -105,7 +105,7 @@ def score_batch(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
     Args:
         model: one of Megatron's model chunks.
-        batch: as of `batch_of`, on the model's device; any labels may be marked, in one batch row as they stand.
+        batch: as of `build_batch`, on the model's device; any labels may be marked, in one batch row as they stand.
     """
     return model(
         batch["tokens"],
@@ -145,12 +145,12 @@ def _score(
         logits, _ = output_layer(hidden_states[scored_SB][:, None], weight=output_weight)  # [k, 1, v / TP]
     finally:
         output_layer.sequence_parallel = sequence_parallel
-    likeliest_K = likeliest_tokens(logits[:, 0], real_vocab_size)  # first: the loss may write over the logits
+    likeliest_K = find_likeliest_tokens(logits[:, 0], real_vocab_size)  # first: the loss may write over the logits
     losses_K = compute_language_model_loss(labels_K[None], logits)[0]
     return torch.stack([losses_K.float(), (likeliest_K == labels_K).float()])
 
 
-def likeliest_tokens(logits: Tensor, real_vocab_size: int) -> Tensor:
+def find_likeliest_tokens(logits: Tensor, real_vocab_size: int) -> Tensor:
     """int64 [k]: the first token of the largest logit, over the tensor-parallel ranks, as `argmax` of whole logits.
 
     Args:

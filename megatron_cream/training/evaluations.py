@@ -48,11 +48,11 @@ def watch_from_flags(args: Namespace, step_line: progress.StepLine) -> Watch:
 def perplexity_by_length(args: Namespace, terminal: TextIO) -> Callable:
     """Return what Megatron calls at the end of every evaluation, with the model."""
     longest = max(args.eval_lengths)
-    documents = perplexity.held_out_documents(values.held_out_files(args), longest, args.eval_documents)
+    documents = perplexity.read_held_out_documents(values.held_out_files(args), longest, args.eval_documents)
 
     def evaluate(model) -> None:
         scored = min(args.eval_lengths) // 2
-        result = perplexity.perplexity_by_length(model, documents, args.eval_lengths, scored)
+        result = perplexity.measure_perplexity(model, documents, args.eval_lengths, scored)
         if args.skip_train:
             finite.check_values(result.values(), loaded_from(args))
         if not is_last_rank():

@@ -87,7 +87,7 @@ class Watch:
         with pause or contextlib.nullcontext(), _evaluating(model):
             result = self._evaluation(model)
         if must_be_finite:
-            finite.check_values(result.flat().values(), must_be_finite)
+            finite.check_values(result.flatten().values(), must_be_finite)
         self._cost = time.perf_counter() - began
         score = result.score(self._score) if self._score else None
         verdict, better = "", False
@@ -96,7 +96,7 @@ class Watch:
             best = Score(**self.best.score) if self.best.score else None
             known = f"{best} at step {self.best.step}" if best else "none"
             # A step that is kept already would be written over.
-            better = _as_rank_0(step != self.best.step and score.better_than(best))
+            better = _as_rank_0(step != self.best.step and score.is_better_than(best))
             if better:
                 keep(score)
                 better = self.best.step == step
@@ -104,7 +104,7 @@ class Watch:
         seconds = time.perf_counter() - began
         self._spent += seconds
         self._step_line.leave_out(seconds)
-        parts = [f"step {step}", result.words(), *([f"mean {score}{verdict}"] if score else [])]
+        parts = [f"step {step}", result.format_line(), *([f"mean {score}{verdict}"] if score else [])]
         self._say(" | ".join([*parts, f"{seconds:.1f} s, {100 * self._share_so_far():.1f} % of the time so far"]))
         self._record(step, result, score, better, seconds)
 
@@ -122,7 +122,7 @@ class Watch:
             print(f"long evaluation | {text}", file=self._step_line.stream, flush=True)
 
     def _record(self, step: int, result: Result, score: Score | None, better: bool, seconds: float) -> None:
-        values = result.flat() | {"share of time": self._share_so_far()}
+        values = result.flatten() | {"share of time": self._share_so_far()}
         if score:
             values[f"mean {score.name}"] = score.value
         log_values({f"long evaluation/{name}": value for name, value in values.items()}, step)

@@ -15,7 +15,7 @@ from megatron_cream.data.columns import read_rows
 from megatron_cream.data.preprocess import preprocess
 from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.evaluation.models.tokenizer import open_tokenizer
-from megatron_cream.evaluation.tasks.sources import json_lines
+from megatron_cream.evaluation.tasks.sources import read_json_lines
 from tests.data.test_preprocess import ByteTokenizer
 from tests.evaluation_models import save_tokenizer
 
@@ -42,7 +42,7 @@ def test_a_line_without_end_is_named(short, tmp_path, suffix):
         preprocess([path], tmp_path / "out", ByteTokenizer(), progress=False, overwrite=True)
     if suffix != ".zst":
         with pytest.raises(UsageError, match=f"{path}: cannot be read .{words}"):
-            list(json_lines(path, ["text"]))
+            list(read_json_lines(path, ["text"]))
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])

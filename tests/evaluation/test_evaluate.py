@@ -18,7 +18,7 @@ from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.commands import evaluate as command
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.models import language_model
-from megatron_cream.evaluation.result_lines import line_of
+from megatron_cream.evaluation.result_lines import format_line
 from megatron_cream.evaluation.results import RESULTS, SUMMARY
 from tests import task_tokenizers
 from tests.evaluation_models import POSITIONS, is_picture, records_of, save_llama, save_tokenizer
@@ -130,7 +130,7 @@ def test_a_stopped_run_goes_on(monkeypatch, models, texts, tmp_path):
     summary, lines = summary_of(tmp_path), (tmp_path / RESULTS).read_bytes().splitlines(keepends=True)
     first = json.loads(lines[0])
     del first["crc32"]
-    marked = line_of(first | {"output": "KEPT " + first["output"]}).encode()
+    marked = format_line(first | {"output": "KEPT " + first["output"]}).encode()
     (tmp_path / RESULTS).write_bytes(marked + b"".join(lines[1:7]) + lines[7][:40])
     # Another batch size and chunk are no other settings.
     assert run(monkeypatch, *flags, "--batch-size", 1, "--prefill-chunk", 64) == 0
@@ -278,7 +278,7 @@ def test_a_tokenizer_without_bos_has_none(tmp_path):
         save_tokenizer(tmp_path / str(bos), bos=bos)
         tokenizer = open_tokenizer(tmp_path / str(bos), flag="")
         assert tokenizer.bos == (0 if bos else None) and tokenizer.stop_ids == {1}
-        assert tokenizer.prompt("a b")[bos:] == tokenizer.encode("a b")
+        assert tokenizer.encode_prompt("a b")[bos:] == tokenizer.encode("a b")
 
 
 def test_a_trained_checkpoint_brings_its_tokenizer(tmp_path):
@@ -287,14 +287,14 @@ def test_a_trained_checkpoint_brings_its_tokenizer(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())
     for files in ({"hf_folder": tmp_path}, {"hf_folder": None}):
         trained = SimpleNamespace(path=tmp_path, args=Namespace(tokenizer_model=tmp_path / "tokenizer.model"), **files)
-        tokenizer = language_model._own_tokenizer(trained, "--model")
+        tokenizer = language_model._open_own_tokenizer(trained, "--model")
         text = "def f(x):\n    return x  # naïve"
-        assert tokenizer.prompt(text) == [model.bos_id(), *model.encode(text)]
+        assert tokenizer.encode_prompt(text) == [model.bos_id(), *model.encode(text)]
         assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.stop_ids == {model.eos_id()}
         with pytest.raises(UsageError, match="no chat template"):
-            tokenizer.chat(text)
+            tokenizer.encode_chat(text)
         with pytest.raises(UsageError, match="needs a tokenizer.json"):
-            tokenizer.spans(text)
+            tokenizer.token_spans(text)
 
 
 def test_harness_says_that_it_is_not_installed(monkeypatch, models, tmp_path, capsys):

@@ -58,9 +58,9 @@ def test_flags_are_named(refused, tmp_path):
 
 
 def test_numbers_given_twice_count_once(monkeypatch):
-    args = command.parser("").parse_args("kv --model m --keys 7 4 7 --gold 3 0 3".split())
+    args = command.build_parser("").parse_args("kv --model m --keys 7 4 7 --gold 3 0 3".split())
     assert args.keys == [4, 7] and args.gold == [0, 3]
-    assert command.parser("").parse_args("lines --model m --lines 9 9".split()).lines == [9]
+    assert command.build_parser("").parse_args("lines --model m --lines 9 9".split()).lines == [9]
 
 
 def test_a_picture_of_somebody_else_stays(refused, tmp_path):
@@ -114,7 +114,7 @@ def test_positions_of_another_family(tmp_path, positions, right):
 def test_a_damaged_generation_config_is_one_line(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(UsageError, match=r"generation_config\.json: (not a configuration|cannot be read)"):
-        language_model._generation_stop_ids(language_model.Source(tmp_path, None, None, "transformers", None))
+        language_model._read_stop_ids(language_model.Source(tmp_path, None, None, "transformers", None))
 
 
 def test_a_batch_of_any_size(model, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation import pictures, plans, report
-from megatron_cream.evaluation.models.generation import seed_of
+from megatron_cream.evaluation.models.generation import derive_seed
 from megatron_cream.evaluation.results import RESULTS, SUMMARY, open_results
 from megatron_cream.evaluation.runner import Generation, OutOfMemory, Plan, run_task
 from megatron_cream.evaluation.tasks.task import Example
@@ -25,12 +25,12 @@ def all_plans(tokenizer) -> dict[str, Plan]:
     common = dict(samples=2, seed=0)
     nothing = dict(haystack=None, squad=None, hotpotqa=None)
     return {
-        "needle": plans.needle_plan(
+        "needle": plans.plan_needle(
             tokenizer, lengths=[400, 700], depths=[0, 0.5, 1], kind="number", haystack=None, **common
         ),
-        "lines": plans.lines_plan(tokenizer, lengths=[500, 900], lines_counts=[], files=[], **common),
-        "kv": plans.kv_plan(tokenizer, keys=[4, 6], lengths=[600], gold=None, files=[], **common),
-        "ruler": plans.ruler_plan(tokenizer, lengths=[1500, 1800], tasks=None, **nothing, **common),
+        "lines": plans.plan_lines(tokenizer, lengths=[500, 900], lines_counts=[], files=[], **common),
+        "kv": plans.plan_kv(tokenizer, keys=[4, 6], lengths=[600], gold=None, files=[], **common),
+        "ruler": plans.plan_ruler(tokenizer, lengths=[1500, 1800], tasks=None, **nothing, **common),
     }
 
 
@@ -55,7 +55,7 @@ def test_gold_answers_score_one(tokenizer, tmp_path, task):
             assert set(summary["by_task"]) == {e.part for e in examples} and len(summary["by_task"]) == 11
         pictures.draw(task, summary, tmp_path / f"{name}.png")
         assert is_picture(tmp_path / f"{name}.png")
-        assert report.table(task, summary).row_count > 0
+        assert report.build_table(task, summary).row_count > 0
 
 
 def some_examples(count: int) -> list[Example]:
@@ -77,7 +77,7 @@ def test_batches_are_of_like_lengths(tokenizer, tmp_path):
     assert model.batches == sorted(model.batches) and max(map(len, model.batches)) == 4
     flat = [length for batch in model.batches for length in batch]
     assert flat == sorted(flat) and len(flat) == 23
-    assert model.seeds == {tuple(tokenizer.prompt(e.prompt)): seed_of(9, e.name) for e in examples}
+    assert model.seeds == {tuple(tokenizer.encode_prompt(e.prompt)): derive_seed(9, e.name) for e in examples}
 
 
 def test_out_of_memory_is_one_line_and_keeps_what_is_done(tokenizer, tmp_path):
@@ -138,7 +138,7 @@ def test_means_are_by_what_a_task_varies():
 
 def test_no_key_token_is_no_number():
     summary = {"8": {"perplexity": math.e, "tokens": 5, "longppl": None, "key_tokens": 0}}
-    table = report.table("perplexity", summary)
+    table = report.build_table("perplexity", summary)
     assert [list(column.cells) for column in table.columns] == [["8"], ["2.718"], ["5"], ["-"], ["0"]]
 
 

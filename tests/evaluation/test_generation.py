@@ -207,9 +207,9 @@ def test_a_drawn_token_is_among_the_likeliest(logits, temperature, top_p, seed):
 
 
 def test_seeds_of_examples():
-    seeds = {generation.seed_of(seed, name) for seed in range(10) for name in ("a", "b", "needle/1024")}
+    seeds = {generation.derive_seed(seed, name) for seed in range(10) for name in ("a", "b", "needle/1024")}
     assert len(seeds) == 30 and all(0 <= seed < 2**63 for seed in seeds)
-    assert generation.seed_of(1, "a") == generation.seed_of(1, "a")
+    assert generation.derive_seed(1, "a") == generation.derive_seed(1, "a")
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.evaluation.long_evaluation import Result, Score
 from megatron_cream.evaluation.models.megatron_model import MegatronModel
 from megatron_cream.evaluation.models.tokenizer import TrainingTokenizer
-from megatron_cream.evaluation.recall import PLACES, Recall, recall, recall_texts
+from megatron_cream.evaluation.recall import PLACES, Recall, build_recall_texts, measure_recall
 from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
 from megatron_cream.training import progress
 from megatron_cream.training import watch as watch_module
@@ -83,13 +83,13 @@ def test_recalled_is_what_greedy_decoding_answers(models):
     prompts = [text.tokens for text in some_texts([(50, 1), (50, 1), (31, 1)])]
     answers = ours.generate([p.tolist() for p in prompts], 8, temperature=0.0, top_p=1.0, seeds=[0] * 3)
     texts = [ScoredText(np.array([*p, *a]), len(p)) for p, a in zip(prompts, answers, strict=True)]
-    found = recall([ours._model], texts, length=64)
+    found = measure_recall([ours._model], texts, length=64)
     assert (found.accuracy, found.tokens) == (1.0, 1.0) and found.loss > 0
     changed = [ScoredText(text.tokens.copy(), text.first) for text in texts]
     for place, text in zip((0, 3, 7), changed, strict=True):
         text.tokens[text.first + place] = (text.tokens[text.first + place] + 1) % VOCABULARY
-    assert recall([ours._model], changed, length=64).accuracy == 0
-    assert recall([ours._model], [*texts[:2], changed[2]], length=64).accuracy == pytest.approx(2 / 3)
+    assert measure_recall([ours._model], changed, length=64).accuracy == 0
+    assert measure_recall([ours._model], [*texts[:2], changed[2]], length=64).accuracy == pytest.approx(2 / 3)
 
 
 @pytest.fixture(scope="module", params=["hugging-face", "embedded"])
@@ -102,7 +102,7 @@ def tokenizer(request, tmp_path_factory):
 @pytest.mark.parametrize("task", ["needle", "kv"])
 def test_prompts_end_with_their_answers(tokenizer, task):
     """The scored tokens are the answer's, the answer stands in the prompt too, and all of it fits."""
-    texts = recall_texts(tokenizer, task, 700, samples=2)
+    texts = build_recall_texts(tokenizer, task, 700, samples=2)
     assert len(texts) == 2 * PLACES
     for text in texts:
         before, answer = (tokenizer.decode(part.tolist()) for part in np.split(text.tokens, [text.first]))
@@ -112,7 +112,7 @@ def test_prompts_end_with_their_answers(tokenizer, task):
             {"needle": "magic", "kv": "Key"}[task]
         )
         assert 600 < len(text.tokens) <= 701
-    again = recall_texts(tokenizer, task, 700, samples=2)
+    again = build_recall_texts(tokenizer, task, 700, samples=2)
     assert all(np.array_equal(one.tokens, other.tokens) for one, other in zip(texts, again, strict=True))
     places = [tokenizer.decode(t.tokens.tolist()).index(tokenizer.decode(t.tokens[t.first :].tolist()).strip(' "'))
               for t in texts]  # fmt: skip
@@ -121,7 +121,7 @@ def test_prompts_end_with_their_answers(tokenizer, task):
 
 def test_a_length_too_short_for_a_task_is_one_line(tokenizer):
     with pytest.raises(UsageError, match="--long-eval-lengths 64: .* too short for needle, which takes"):
-        recall_texts(tokenizer, "needle", 64, samples=1)
+        build_recall_texts(tokenizer, "needle", 64, samples=1)
 
 
 def test_score_is_the_mean_over_tasks_and_lengths():
@@ -140,14 +140,14 @@ def test_the_best_is_kept_in_whatever_order_scores_come(scores):
     best = None
     for value, loss in scores:
         score = Score("accuracy", value, loss)
-        best = score if score.better_than(best) else best
+        best = score if score.is_better_than(best) else best
     sound = [(value, -loss) for value, loss in scores if not math.isnan(loss)]
     assert (best and (best.value, -best.loss)) == max(sound, default=None)
 
 
 def test_less_perplexity_is_better():
-    assert Score("perplexity", 3.0, math.log(3.0)).better_than(Score("perplexity", 4.0, math.log(4.0)))
-    assert not Score("perplexity", 4.0, math.log(4.0)).better_than(Score("perplexity", 4.0, math.log(4.0)))
+    assert Score("perplexity", 3.0, math.log(3.0)).is_better_than(Score("perplexity", 4.0, math.log(4.0)))
+    assert not Score("perplexity", 4.0, math.log(4.0)).is_better_than(Score("perplexity", 4.0, math.log(4.0)))
 
 
 class Clock:

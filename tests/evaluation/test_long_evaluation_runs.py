@@ -56,7 +56,7 @@ def data(tmp_path_factory) -> list:
     tokenizer = TrainingTokenizer(load_tokenizer("SentencePieceTokenizer", model))
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for example in kv.examples(tokenizer, keys=[30], gold=[0], seed=1, per_cell=20):
-        tokens = tokenizer.prompt(example.prompt)
+        tokens = tokenizer.encode_prompt(example.prompt)
         builder.add_document(torch.tensor(tokens), [len(tokens)])
     builder.finalize(f"{prefix}.idx")
     return ["--data-path", prefix, "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]

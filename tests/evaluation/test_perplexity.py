@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_cream.evaluation.perplexity import held_out_documents
-from megatron_cream.evaluation.teacher_forced import ScoredText, batch_of
+from megatron_cream.evaluation.perplexity import read_held_out_documents
+from megatron_cream.evaluation.teacher_forced import ScoredText, build_batch
 from tests.launch import train, write_documents
 
 LENGTHS = [96, 192, 384]
@@ -22,20 +22,20 @@ def data(tmp_path_factory):
 def test_documents_are_spread_over_the_long_ones(data):
     dataset = IndexedDataset(str(data[1]))
     long = [i for i, n in enumerate(dataset.sequence_lengths) if n >= 384]
-    documents = held_out_documents([(str(data[1]), (0.0, 1.0))], minimum=384, most=5)
+    documents = read_held_out_documents([(str(data[1]), (0.0, 1.0))], minimum=384, most=5)
     assert len(documents) == 5 and all(len(d) == 384 for d in documents)
     chosen = [i for d in documents for i in long if np.array_equal(dataset.get(i, 0, 384), d)]
     assert chosen[0] == long[0] and chosen[-1] == long[-1]
     whole = [(str(data[1]), (0.0, 1.0))]
-    assert len(held_out_documents(whole, 384, 10**6)) == len(long)
-    assert held_out_documents(whole, 10**6, 5) == []
+    assert len(read_held_out_documents(whole, 384, 10**6)) == len(long)
+    assert read_held_out_documents(whole, 10**6, 5) == []
     # Only the share that is held out: documents 30 .. 53 of 60.
-    part = held_out_documents([(str(data[1]), (0.5, 0.9))], 384, 10**6)
+    part = read_held_out_documents([(str(data[1]), (0.5, 0.9))], 384, 10**6)
     assert len(part) == sum(30 <= i < 54 for i in long)
 
 
 def test_the_scored_tokens_are_the_last_that_have_a_label():
-    batch = batch_of(ScoredText(np.arange(100, 110), first=6), length=10)
+    batch = build_batch(ScoredText(np.arange(100, 110), first=6), length=10)
     mask = batch["loss_mask"][0].bool()
     assert batch["labels"][0][mask].tolist() == [106, 107, 108, 109]
     assert batch["position_ids"][0].tolist() == list(range(10))

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation import sliding_window
-from megatron_cream.evaluation.longppl import KeyTokenRule, key_spans, key_tokens, tokens_in
+from megatron_cream.evaluation.longppl import KeyTokenRule, find_key_spans, find_key_tokens, find_tokens_in_spans
 from megatron_cream.evaluation.models.hf_model import HfModel
 from megatron_cream.evaluation.models.tokenizer import open_tokenizer
-from megatron_cream.evaluation.runner import perplexities
-from megatron_cream.evaluation.sliding_window import Document, long_documents, read_texts, windows
+from megatron_cream.evaluation.runner import summarise_perplexity
+from megatron_cream.evaluation.sliding_window import Document, read_texts, select_long_documents, windows
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import save_model
 
@@ -101,7 +101,7 @@ def test_key_tokens_are_those_of_the_definition(length, short, block, alpha, bet
     """Gain above alpha over a context of `short` tokens and up to a block more, and likely enough with all."""
     tokens = list(range(length))
     long = torch.tensor([gain_of_context(t, t) for t in tokens[1:]], dtype=torch.float32)
-    ours = key_tokens(ByContext(gain_of_context), tokens, long, KeyTokenRule(alpha, beta, short, block))
+    ours = find_key_tokens(ByContext(gain_of_context), tokens, long, KeyTokenRule(alpha, beta, short, block))
     for token in tokens[1:]:
         context = short + (token - short) % block
         with_short = torch.tensor(gain_of_context(token, context), dtype=torch.float32)
@@ -124,7 +124,7 @@ TEXT = "The quick brown fox, aged 7½ years, jumps.\n\tdef naïve(x): return x *
 def test_spans_are_where_tokens_lie(tokenizers):
     """Spans go through the text in order and cover all but blanks; a token says what stands there."""
     for tokenizer in tokenizers:
-        ids, spans = tokenizer.encode(TEXT), tokenizer.spans(TEXT)
+        ids, spans = tokenizer.encode(TEXT), tokenizer.token_spans(TEXT)
         assert len(spans) == len(ids) and spans == sorted(spans)
         covered = {i for start, end in spans for i in range(start, end)}
         assert all(i in covered or TEXT[i].isspace() for i in range(len(TEXT)))
@@ -137,18 +137,20 @@ def test_key_tokens_of_a_model_with_another_tokenizer(tokenizers):
     """Ours are those that lie within the characters of the other's key tokens; all of them, if it is the same."""
     rule = KeyTokenRule(alpha=0.5, beta=-3.0, short_context=10, block=7)
     for mine in tokenizers:
-        document = Document("d", TEXT, mine.prompt(TEXT)[:120])
-        where = mine.spans(TEXT)[:119]
+        document = Document("d", TEXT, mine.encode_prompt(TEXT)[:120])
+        where = mine.token_spans(TEXT)[:119]
         for other in tokenizers:
             model = ByContext(gain_of_context, other)
-            spans = key_spans(model, document, mine, rule)
-            read = other.prompt(TEXT[: where[-1][1]])
+            spans = find_key_spans(model, document, mine, rule)
+            read = other.encode_prompt(TEXT[: where[-1][1]])
             long = model.log_probs(torch.tensor([read]), 1)[0]
-            own = key_tokens(model, read, long, rule).tolist()
-            characters = {i for (a, b), key in zip(other.spans(TEXT), own, strict=False) if key for i in range(a, b)}
+            own = find_key_tokens(model, read, long, rule).tolist()
+            characters = {
+                i for (a, b), key in zip(other.token_spans(TEXT), own, strict=False) if key for i in range(a, b)
+            }
             assert {i for a, b in spans for i in range(a, b)} == characters and characters
             assert all(before[1] < after[0] for before, after in itertools.pairwise(spans))
-            ours = tokens_in(document, mine, spans).tolist()
+            ours = find_tokens_in_spans(document, mine, spans).tolist()
             assert ours == [a < b and characters.issuperset(range(a, b)) for a, b in where]
             assert any(ours) and not all(ours)
             if other is mine:
@@ -161,12 +163,12 @@ def test_documents_are_the_first_long_ones(tmp_path, tokenizers):
     tokenizer = tokenizers[0]
 
     def documents(**options):
-        return long_documents(tokenizer, read_texts([file], "text"), **options)
+        return select_long_documents(tokenizer, read_texts([file], "text"), **options)
 
     found = documents(minimum=100, longest=150, most=2)
     assert [document.name for document in found] == [f"{file}:2", f"{file}:4"]
     for document in found:
-        assert document.tokens == tokenizer.prompt(document.text)[:150] and document.tokens[0] == tokenizer.bos
+        assert document.tokens == tokenizer.encode_prompt(document.text)[:150] and document.tokens[0] == tokenizer.bos
     assert len(documents(minimum=1, longest=10, most=100)) == 5
     with pytest.raises(UsageError, match="--min-tokens 10000: none of the 5 documents"):
         documents(minimum=10_000, longest=10_000, most=2)
@@ -178,8 +180,8 @@ def test_perplexities_are_over_all_tokens():
         {"lengths": {"8": {"nll": 10.0, "tokens": 5, "key_nll": 4.0, "key_tokens": 2}}},
         {"lengths": {"8": {"nll": 1.0, "tokens": 6, "key_nll": 0.0, "key_tokens": 0}}},
     ]
-    assert perplexities(records) == {
+    assert summarise_perplexity(records) == {
         "8": {"perplexity": math.exp(1.0), "tokens": 11, "longppl": math.exp(2.0), "key_tokens": 2}
     }
     none = [{"lengths": {"8": {"nll": 1.0, "tokens": 6, "key_nll": 0.0, "key_tokens": 0}}}]
-    assert perplexities(none)["8"]["longppl"] is None
+    assert summarise_perplexity(none)["8"]["longppl"] is None

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks import kv, lines, needle
-from megatron_cream.evaluation.tasks.filler import Drawn, Haystack, distinct, fit, sentences, split_sentences
+from megatron_cream.evaluation.tasks.filler import (
+    Haystack,
+    LazyList,
+    draw_distinct,
+    fit,
+    load_sentences,
+    split_sentences,
+)
 from megatron_cream.evaluation.tasks.ruler import niah
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
 from megatron_cream.evaluation.tasks.task import Example
@@ -272,7 +279,7 @@ def test_kv_pairs_are_as_asked():
 
 
 def test_standard_library_filler():
-    found = sentences()
+    found = load_sentences()
     assert len(set(found)) == len(found) and sum(map(len, found)) > 500_000
     assert all(sentence == " ".join(sentence.split()) != "" for sentence in found)
 
@@ -317,6 +324,6 @@ def test_haystack_split(found, words, depths):
 
 def test_drawn_begins_with_fewer():
     rng = random.Random(0)
-    drawn = Drawn(distinct(lambda: rng.randint(0, 30)))
+    drawn = LazyList(draw_distinct(lambda: rng.randint(0, 30)))
     five = drawn.first(5)
     assert drawn.first(20)[:5] == five == drawn.first(5) and len(set(drawn.first(31))) == 31

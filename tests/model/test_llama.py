@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_cream.evaluation.perplexity import perplexity_by_length
+from megatron_cream.evaluation.perplexity import measure_perplexity
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
 from megatron_cream.patches import cuda_graphs
@@ -193,7 +193,7 @@ def test_perplexity_against_a_plain_loop(one_rank):
     theirs = transformers_llama(ours, kv_heads=2, tied=False, scaling=scaling)
     documents = [np.random.default_rng(i).integers(0, VOCABULARY, size=96) for i in range(3)]
     with torch.no_grad():
-        measured = perplexity_by_length([ours], documents, [24, 48, 96], scored=12)
+        measured = measure_perplexity([ours], documents, [24, 48, 96], scored=12)
         for n, value in measured.items():
             losses = []
             for document in documents:

@@ -67,5 +67,5 @@ def test_no_token_is_chosen_by_logits_that_are_not_finite(row, temperature):
 
     options = dict(stop_ids=(), temperature=temperature, top_p=0.9)
     assert generation.generate(Batch(), [[1]], 1, seeds=[0], **options) == [[0]]
-    with pytest.raises(generation.NotFinite):
+    with pytest.raises(generation.NonFiniteLogits):
         generation.generate(Batch(), [[1], [2]], 1, seeds=[0, 0], **options)

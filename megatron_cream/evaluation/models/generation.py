@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class NotFinite(Exception):
+class NonFiniteLogits(Exception):
     """The model's logits are NaN or infinite: nothing can be chosen by them."""
 
 
@@ -46,16 +46,16 @@ def generate(
         seeds: one for each prompt; what is drawn for it does not depend on the rest of the batch.
 
     Raises:
-        NotFinite: a NaN or an infinite largest logit.
+        NonFiniteLogits: a NaN or an infinite largest logit.
     """
-    choose = _Chooser(temperature, top_p, seeds)
+    choose = _TokenSampler(temperature, top_p, seeds)
     outputs: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
     logits = batch.prefill(prompts)
     for step in range(max_new_tokens):
         # -inf is what padding of the vocabulary has; a NaN is the largest of any it stands among.
         if not logits.amax(-1).isfinite().all():
-            raise NotFinite
+            raise NonFiniteLogits
         tokens = choose(logits)
         for i, token in enumerate(tokens.tolist()):
             if token in stop_ids:
@@ -68,12 +68,12 @@ def generate(
     return outputs
 
 
-def seed_of(seed: int, name: str) -> int:
+def derive_seed(seed: int, name: str) -> int:
     """The seed of one example's generator, from the run's seed and the example's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
 
 
-class _Chooser:
+class _TokenSampler:
     """logits [b, vocabulary] -> int64 [b]."""
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[int]):

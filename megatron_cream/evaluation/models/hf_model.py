@@ -57,7 +57,7 @@ class HfModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
-        batch = _LeftPadded(self._model, self._chunk)
+        batch = _LeftPaddedBatch(self._model, self._chunk)
         return generation.generate(batch, prompts, max_new_tokens, stop_ids=self._stop_ids, **sampling)
 
     @torch.inference_mode()
@@ -80,11 +80,11 @@ class HfModel:
                 logits_to_keep=max(1, end - scored),
             ).logits
             if scored < end:
-                parts.append(_log_probs_of(logits, tokens[:, scored + 1 : end + 1]))
+                parts.append(_pick_log_probs(logits, tokens[:, scored + 1 : end + 1]))
         return torch.cat(parts, 1).cpu()
 
 
-def _log_probs_of(logits: Tensor, labels: Tensor) -> Tensor:
+def _pick_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """float32 [b, n] of logits [b, n, vocabulary]."""
     parts = []
     for begin in range(0, labels.shape[1], _ROWS):
@@ -100,7 +100,7 @@ def _new_cache(model):
     return DynamicCache(config=model.config)
 
 
-class _LeftPadded:
+class _LeftPaddedBatch:
     """A CachedBatch: padding before the shorter prompts, masked, and positions that start after it."""
 
     def __init__(self, model, chunk: int):

@@ -21,7 +21,7 @@ from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.common import devices
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import read_json
-from megatron_cream.evaluation.models.generation import NotFinite
+from megatron_cream.evaluation.models.generation import NonFiniteLogits
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer, has_tokenizer, open_tokenizer
 from megatron_cream.evaluation.models.vllm_model import VllmModel, import_vllm
 from megatron_cream.model.rotary import FOLLOW_LENGTH
@@ -31,7 +31,7 @@ ENGINES = ("auto", "vllm")
 """auto: transformers for a Hugging Face folder, Megatron-Core for a Megatron checkpoint."""
 
 _SAMPLE_BYTES = 1 << 20
-_ASIDE = (".md", ".py", ".png", ".lock")  # files that are no part of the model
+_IGNORED_SUFFIXES = (".md", ".py", ".png", ".lock")  # files that are no part of the model
 
 
 class LanguageModel(Protocol):
@@ -112,7 +112,7 @@ class Source:
         return {
             "format": "megatron" if self.checkpoint else "huggingface",
             "step": self.checkpoint.step if self.checkpoint else None,
-            "digest": _digest([folder for folder in folders if folder]),
+            "digest": _compute_digest([folder for folder in folders if folder]),
             "engine": self.engine,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -147,7 +147,7 @@ def find_model(
     if (folder / TRACKER).is_file():
         checkpoint = MegatronCheckpoint(folder, step, flag=flag)
         output.check_unchanged(checkpoint.folder)
-        words = open_tokenizer(tokenizer, flag="--tokenizer") if tokenizer else _own_tokenizer(checkpoint, flag)
+        words = open_tokenizer(tokenizer, flag="--tokenizer") if tokenizer else _open_own_tokenizer(checkpoint, flag)
         return Source(folder, checkpoint, words, "vllm" if engine == "vllm" else "megatron", kind, flag)
     if step is not None:
         raise UsageError(f"--ckpt-step {step}: only with a Megatron checkpoint, and {flag} {path} is none")
@@ -176,10 +176,10 @@ def load(source: Source, *, prefill_chunk: int) -> LanguageModel:
     Raises:
         UsageError: weights that cannot be read.
     """
-    return _Checked(_load(source, prefill_chunk), source)
+    return _CheckedModel(_load(source, prefill_chunk), source)
 
 
-def not_finite(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageError:
+def non_finite_error(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageError:
     """The error for a model whose logits are NaN or infinite; names the first such tensor of `weights`."""
     bad = next((name for name, weight in weights if not weight.isfinite().all()), None)
     if bad:
@@ -193,7 +193,7 @@ def not_finite(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageEr
     )
 
 
-class _Checked:
+class _CheckedModel:
     """A LanguageModel that is only asked for tokens that it has, and whose logits are known to be finite."""
 
     def __init__(self, model: LanguageModel, source: Source):
@@ -205,14 +205,14 @@ class _Checked:
         self._check_ids(max(map(max, filter(None, prompts)), default=0))
         try:
             return self._model.generate(prompts, max_new_tokens, **sampling)
-        except NotFinite:
-            raise not_finite(self._source, self._model.weights()) from None
+        except NonFiniteLogits:
+            raise non_finite_error(self._source, self._model.weights()) from None
 
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:
         self._check_ids(int(tokens.max()))
         found = self._model.log_probs(tokens, start)
         if not found.isfinite().all():
-            raise not_finite(self._source, self._model.weights())
+            raise non_finite_error(self._source, self._model.weights())
         return found
 
     def _check_ids(self, largest: int) -> None:
@@ -225,12 +225,12 @@ class _Checked:
 
 
 def _load(source: Source, prefill_chunk: int) -> LanguageModel:
-    stop_ids = source.tokenizer.stop_ids | _generation_stop_ids(source)
+    stop_ids = source.tokenizer.stop_ids | _read_stop_ids(source)
     common = dict(tokenizer=source.tokenizer, stop_ids=stop_ids, max_positions=source.max_positions)
-    if _rope_type(source) in FOLLOW_LENGTH:
+    if _read_rope_type(source) in FOLLOW_LENGTH:
         prefill_chunk = 1 << 40  # the frequencies of all tokens depend on the longest position: one piece
     if source.engine == "vllm":
-        with hf_folder_of(source) as folder:
+        with provide_hf_folder(source) as folder:
             return VllmModel(folder, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
     if source.engine == "megatron":
         platform.setup()  # before anything of Megatron is imported
@@ -242,7 +242,7 @@ def _load(source: Source, prefill_chunk: int) -> LanguageModel:
     return HfModel(source.path, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
 
 
-def _rope_type(source: Source) -> str | None:
+def _read_rope_type(source: Source) -> str | None:
     if source.checkpoint:
         return (source.checkpoint.shape.rope_scaling or {}).get("rope_type")
     config = read_json(source.path / "config.json", "a model's configuration that can be read")
@@ -251,7 +251,7 @@ def _rope_type(source: Source) -> str | None:
 
 
 @contextlib.contextmanager
-def hf_folder_of(source: Source) -> Iterator[Path]:
+def provide_hf_folder(source: Source) -> Iterator[Path]:
     """The Hugging Face folder of a model: its own, or one that a Megatron checkpoint is exported to for the while."""
     if source.checkpoint is None:
         yield source.path
@@ -261,7 +261,7 @@ def hf_folder_of(source: Source) -> Iterator[Path]:
         yield Path(folder) / "hf"
 
 
-def _own_tokenizer(checkpoint: MegatronCheckpoint, flag: str) -> ModelTokenizer:
+def _open_own_tokenizer(checkpoint: MegatronCheckpoint, flag: str) -> ModelTokenizer:
     """That of the Hugging Face model it came from, or else what it was trained with."""
     if checkpoint.hf_folder and has_tokenizer(checkpoint.hf_folder):
         return open_tokenizer(checkpoint.hf_folder, flag=flag)
@@ -275,7 +275,7 @@ def _own_tokenizer(checkpoint: MegatronCheckpoint, flag: str) -> ModelTokenizer:
     return open_tokenizer(Path(trained_with), flag=f"{flag} {checkpoint.path}: its tokenizer")
 
 
-def _generation_stop_ids(source: Source) -> frozenset[int]:
+def _read_stop_ids(source: Source) -> frozenset[int]:
     """eos_token_id of generation_config.json: chat models stop at more than the tokenizer's EOS."""
     folder = source.checkpoint.hf_folder if source.checkpoint else source.path
     file = folder / GENERATION_CONFIG if folder else None
@@ -288,9 +288,9 @@ def _generation_stop_ids(source: Source) -> frozenset[int]:
         raise UsageError(f"{file}: cannot be read: {error}") from error
 
 
-def _digest(folders: list[Path]) -> str:
+def _compute_digest(folders: list[Path]) -> str:
     """SHA-256 over names and sizes of the files of a model, and what stands at the start and the end of each."""
-    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix not in _ASIDE]
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix not in _IGNORED_SUFFIXES]
     digest = hashlib.sha256()
     for file in (file for file in files if file.is_file()):
         size = file.stat().st_size

@@ -49,7 +49,7 @@ class MegatronModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
-        batch = _EndAligned(self._model, self._device, self._chunk, room=max_new_tokens)
+        batch = _RightAlignedBatch(self._model, self._device, self._chunk, room=max_new_tokens)
         return generation.generate(batch, prompts, max_new_tokens, stop_ids=self._stop_ids, **sampling)
 
     @torch.inference_mode()
@@ -88,7 +88,7 @@ def _new_context(model: LlamaModel, batch: int, length: int) -> StaticInferenceC
     return context
 
 
-class _EndAligned:
+class _RightAlignedBatch:
     """A CachedBatch: padding before the shorter prompts, positions that start after it.
 
     Args:

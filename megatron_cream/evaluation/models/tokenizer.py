@@ -30,7 +30,7 @@ class ModelTokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str: ...
 
-    def spans(self, text: str) -> list[tuple[int, int]]:
+    def token_spans(self, text: str) -> list[tuple[int, int]]:
         """For each token of `encode(text)` the characters (start, end) that it stands for.
 
         Raises:
@@ -40,7 +40,7 @@ class ModelTokenizer(ABC):
             "--key-token-model: needs a tokenizer.json of both models, which tells where in a text a token lies"
         )
 
-    def chat(self, text: str) -> list[int]:
+    def encode_chat(self, text: str) -> list[int]:
         """The ids of a chat in which a user has said `text` and the model is to answer.
 
         Raises:
@@ -48,7 +48,7 @@ class ModelTokenizer(ABC):
         """
         raise UsageError("--chat: the model's tokenizer has no chat template")
 
-    def prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text as the model is to read it: the tokenizer's BOS first, where it has one."""
         return [*([] if self.bos is None else [self.bos]), *self.encode(text)]
 
@@ -110,15 +110,15 @@ class _HfTokenizer(ModelTokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def spans(self, text: str) -> list[tuple[int, int]]:
+    def token_spans(self, text: str) -> list[tuple[int, int]]:
         if not self._tokenizer.is_fast:
-            return super().spans(text)
+            return super().token_spans(text)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [tuple(span) for span in encoded["offset_mapping"]]
 
-    def chat(self, text: str) -> list[int]:
+    def encode_chat(self, text: str) -> list[int]:
         if not self._tokenizer.chat_template:
-            return super().chat(text)
+            return super().encode_chat(text)
         turns = [{"role": "user", "content": text}]
         try:
             with limited_rendering():

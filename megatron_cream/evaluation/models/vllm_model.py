@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.evaluation.models.generation import NotFinite
+from megatron_cream.evaluation.models.generation import NonFiniteLogits
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 
 
@@ -77,7 +77,7 @@ class VllmModel:
         answers = self._engine.generate(requests, settings, use_tqdm=False)
         for answer in answers:
             if not math.isfinite(answer.outputs[0].cumulative_logprob or 0.0):
-                raise NotFinite
+                raise NonFiniteLogits
         ids = [list(answer.outputs[0].token_ids) for answer in answers]
         return [answer[:-1] if answer and answer[-1] in self._stop_ids else answer for answer in ids]
 

@@ -23,7 +23,7 @@ _PARAGRAPH_END = re.compile(r"\n\s*\n")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[^a-z\s])")
 
 
-def sentences(folder: Path | None = None) -> list[str]:
+def load_sentences(folder: Path | None = None) -> list[str]:
     """The sentences of a folder's .txt files, in the order of their names; whitespace is single spaces.
 
     The published tests take Paul Graham's essays, which a user may put into such a folder. Without
@@ -33,7 +33,7 @@ def sentences(folder: Path | None = None) -> list[str]:
     Raises:
         UsageError: the folder has no text.
     """
-    return list(_standard_library()) if folder is None else _folder(Path(folder))
+    return list(_read_standard_library()) if folder is None else _read_folder(Path(folder))
 
 
 def split_sentences(text: str) -> list[str]:
@@ -51,7 +51,7 @@ class Haystack:
         # For each sentence taken so far, and the next: words before it, tokens before it.
         self._starts, self._tokens = [0], [0]
 
-    def words_of(self, tokens: int) -> int:
+    def estimate_words(self, tokens: int) -> int:
         """About how many words have that many tokens."""
         while self._tokens[-1] < tokens:
             self._take_sentence()
@@ -75,7 +75,7 @@ class Haystack:
             share = (words - starts[-1]) / (self._starts[last + 1] - starts[-1])
             tokens.append(tokens[-1] + share * (self._tokens[last + 1] - tokens[-1]))
             starts.append(words)
-        cuts = [0, *(starts[_nearest(tokens, depth * tokens[-1])] for depth in depths), words]
+        cuts = [0, *(starts[_find_nearest(tokens, depth * tokens[-1])] for depth in depths), words]
         return [" ".join(self._words[first:end]) for first, end in pairwise(cuts)]
 
     def _take_sentence(self) -> None:
@@ -85,7 +85,7 @@ class Haystack:
         self._tokens.append(self._tokens[-1] + len(self._tokenizer.encode(sentence)))
 
 
-class Drawn[T]:
+class LazyList[T]:
     """Items drawn one by one, so that any n of them begin with any fewer."""
 
     def __init__(self, items: Iterator[T]):
@@ -96,7 +96,7 @@ class Drawn[T]:
         return self._drawn[:n]
 
 
-def distinct[T](draw: Callable[[], T]) -> Iterator[T]:
+def draw_distinct[T](draw: Callable[[], T]) -> Iterator[T]:
     """What `draw` gives, without repetition, for ever."""
     seen = set()
     while True:
@@ -162,7 +162,7 @@ def fit(
 
 
 @cache
-def _standard_library() -> tuple[str, ...]:
+def _read_standard_library() -> tuple[str, ...]:
     found: dict[str, None] = {}  # once each, in order
     for path in source_files(Path(sysconfig.get_path("stdlib"))):
         try:
@@ -181,7 +181,7 @@ def _is_prose(text: str) -> bool:
     return text[:1].isupper() and text.endswith(".") and ">>>" not in text and text.count(" ") >= 7
 
 
-def _folder(folder: Path) -> list[str]:
+def _read_folder(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UsageError(f"--haystack {folder}: no such folder; give one with .txt files")
     found = []
@@ -195,7 +195,7 @@ def _folder(folder: Path) -> list[str]:
     return found
 
 
-def _nearest(ascending: Sequence[float], value: float) -> int:
+def _find_nearest(ascending: Sequence[float], value: float) -> int:
     """Index of the entry nearest to `value`."""
     i = bisect_left(ascending, value)
     if i == len(ascending) or (i > 0 and value - ascending[i - 1] <= ascending[i] - value):

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
-from megatron_cream.evaluation.tasks.sources import check_names, json_lines
+from megatron_cream.evaluation.tasks.filler import LazyList, draw_distinct, fit
+from megatron_cream.evaluation.tasks.sources import check_distinct_names, read_json_lines
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 50
@@ -52,17 +52,17 @@ def examples(
     for count in keys:
         if count < 2:
             raise UsageError(f"--keys {count}: must be 2 or more")
-        _check(count, gold)
+        _check_gold(count, gold)
     for count in keys:
-        for place in places(count) if gold is None else gold:
+        for place in choose_places(count) if gold is None else gold:
             for i in range(per_cell):
-                pairs = _move(_pairs(f"{seed}/kv/{count}_keys/{i}").first(count), 0, place)
-                yield _example(tokenizer, f"kv/{count}_keys/{place}/{i}", pairs, place, part=f"{count}_keys")
+                pairs = _move(_draw_pairs(f"{seed}/kv/{count}_keys/{i}").first(count), 0, place)
+                yield _build_example(tokenizer, f"kv/{count}_keys/{place}/{i}", pairs, place, part=f"{count}_keys")
     for length in lengths:
         for step in range(_PLACES):
             for i in range(per_cell):
-                pairs, place = _fitted(tokenizer, _pairs(f"{seed}/kv/{length}/{i}"), length, step)
-                yield _example(tokenizer, f"kv/{length}/{step}/{i}", pairs, place, length=length)
+                pairs, place = _fit_pairs(tokenizer, _draw_pairs(f"{seed}/kv/{length}/{i}"), length, step)
+                yield _build_example(tokenizer, f"kv/{length}/{step}/{i}", pairs, place, length=length)
 
 
 def load(
@@ -79,9 +79,9 @@ def load(
     Raises:
         UsageError: a file that is not there, or not one of those, or two of one name.
     """
-    check_names("--data", files, _stem)
+    check_distinct_names("--data", files, _stem)
     for path in map(Path, files):
-        for i, (where, case) in enumerate(json_lines(path, ("ordered_kv_records", "key", "value"))):
+        for i, (where, case) in enumerate(read_json_lines(path, ("ordered_kv_records", "key", "value"))):
             if i == most:
                 break
             try:
@@ -91,10 +91,10 @@ def load(
                     raise ValueError("it has one pair only")
             except (TypeError, ValueError) as error:
                 raise UsageError(f"{where}: not an example of key-value retrieval ({one_line(error)})") from error
-            _check(len(pairs), gold)
-            for place in places(len(pairs)) if gold is None else gold:
+            _check_gold(len(pairs), gold)
+            for place in choose_places(len(pairs)) if gold is None else gold:
                 name = f"kv/{_stem(path)}/{place}/{i}"
-                yield _example(tokenizer, name, _move(pairs, index, place), place, part=f"{len(pairs)}_keys")
+                yield _build_example(tokenizer, name, _move(pairs, index, place), place, part=f"{len(pairs)}_keys")
 
 
 def score(example: Example, output: str) -> float:
@@ -102,17 +102,17 @@ def score(example: Example, output: str) -> float:
     return float(example.answers[0].lower() in output.lower())
 
 
-def places(count: int) -> tuple[int, ...]:
+def choose_places(count: int) -> tuple[int, ...]:
     """PUBLISHED, or five places from the first of `count` to the last."""
-    return PUBLISHED.get(count) or tuple(dict.fromkeys(_place(count, step) for step in range(_PLACES)))
+    return PUBLISHED.get(count) or tuple(dict.fromkeys(_choose_place(count, step) for step in range(_PLACES)))
 
 
-def _place(count: int, step: int) -> int:
+def _choose_place(count: int, step: int) -> int:
     """The place of `step` (0 is the first, _PLACES - 1 the last) among `count`."""
     return step * (count - 1) // (_PLACES - 1)
 
 
-def _check(count: int, gold: Sequence[int] | None) -> None:
+def _check_gold(count: int, gold: Sequence[int] | None) -> None:
     for place in gold or ():
         if not 0 <= place < count:
             raise UsageError(f"--gold {place}: must be from 0 to {count - 1}, for {count} keys")
@@ -122,23 +122,23 @@ def _stem(path: Path) -> str:
     return path.name.split(".")[0]
 
 
-def _pairs(seed: str) -> Drawn[tuple[str, str]]:
+def _draw_pairs(seed: str) -> LazyList[tuple[str, str]]:
     rng = random.Random(seed)
-    ids = distinct(lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)))
-    return Drawn(zip(ids, ids, strict=False))
+    ids = draw_distinct(lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)))
+    return LazyList(zip(ids, ids, strict=False))
 
 
-def _fitted(
-    tokenizer: Tokenizer, pairs: Drawn[tuple[str, str]], length: int, step: int
+def _fit_pairs(
+    tokenizer: Tokenizer, pairs: LazyList[tuple[str, str]], length: int, step: int
 ) -> tuple[list[tuple[str, str]], int]:
     """As many pairs as `length` holds, the first of them moved to a place; the place."""
 
     def moved(count: int) -> tuple[list[tuple[str, str]], int]:
-        place = _place(count, step)
+        place = _choose_place(count, step)
         return _move(pairs.first(count), 0, place), place
 
     def prompt(count: int) -> str:
-        return _prompt(*moved(count))
+        return _build_prompt(*moved(count))
 
     return moved(fit(tokenizer, prompt, task="kv", length=length, max_new_tokens=MAX_NEW_TOKENS, least=2))
 
@@ -148,7 +148,7 @@ def _move(pairs: list[tuple[str, str]], index: int, place: int) -> list[tuple[st
     return [*rest[:place], pairs[index], *rest[place:]]
 
 
-def _prompt(pairs: list[tuple[str, str]], place: int) -> str:
+def _build_prompt(pairs: list[tuple[str, str]], place: int) -> str:
     records = ",\n ".join(f'"{key}": "{value}"' for key, value in pairs)
     return (
         f"Find the value that belongs to a key of the JSON object below.\n\nJSON object:\n{{{records}}}\n\n"
@@ -156,7 +156,7 @@ def _prompt(pairs: list[tuple[str, str]], place: int) -> str:
     )
 
 
-def _example(
+def _build_example(
     tokenizer: Tokenizer,
     name: str,
     pairs: list[tuple[str, str]],
@@ -165,7 +165,7 @@ def _example(
     length: int | None = None,
     part: str = "",
 ) -> Example:
-    prompt = _prompt(pairs, place)
+    prompt = _build_prompt(pairs, place)
     if length is None:
         length = len(tokenizer.encode(prompt)) + MAX_NEW_TOKENS
     return Example(name, prompt, (pairs[place][1],), MAX_NEW_TOKENS, length, place / (len(pairs) - 1), part)

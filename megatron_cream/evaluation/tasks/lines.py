@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
-from megatron_cream.evaluation.tasks.sources import check_names, json_lines, words
+from megatron_cream.evaluation.tasks.filler import LazyList, draw_distinct, fit
+from megatron_cream.evaluation.tasks.sources import check_distinct_names, load_words, read_json_lines
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 35
@@ -78,9 +78,11 @@ def load(tokenizer: Tokenizer, files: Sequence[Path], *, most: int | None = None
     Raises:
         UsageError: a file that is not there, or not one of LongEval's, or two of one name.
     """
-    check_names("--data", files, lambda path: path.stem)
+    check_distinct_names("--data", files, lambda path: path.stem)
     for path in map(Path, files):
-        for i, (where, case) in enumerate(json_lines(path, ("prompt", "expected_number", "num_lines", "random_idx"))):
+        for i, (where, case) in enumerate(
+            read_json_lines(path, ("prompt", "expected_number", "num_lines", "random_idx"))
+        ):
             if i == most:
                 break
             try:
@@ -107,9 +109,9 @@ class _Record:
     def __init__(self, seed: str):
         rng = random.Random(seed)
         self._place = rng.random()
-        adjectives, nouns, _ = words()
-        names = distinct(lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}")
-        self._lines = Drawn((name, rng.randint(1, _LARGEST)) for name in names)
+        adjectives, nouns, _ = load_words()
+        names = draw_distinct(lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}")
+        self._lines = LazyList((name, rng.randint(1, _LARGEST)) for name in names)
 
     def gold(self, count: int) -> int:
         """Which of `count` lines is asked for, from 0."""

@@ -19,7 +19,13 @@ from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.data.compressed import bounded_lines
 from megatron_cream.evaluation.tasks import longbench_metrics as metrics
 from megatron_cream.evaluation.tasks.filler import TooShort
-from megatron_cream.evaluation.tasks.sources import check_names, json_lines, package, parse_lines, reported
+from megatron_cream.evaluation.tasks.sources import (
+    check_distinct_names,
+    import_package,
+    parse_lines,
+    read_json_lines,
+    report_read_errors,
+)
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 _FIELDS = ("input", "context", "answers", "all_classes", "_id")
@@ -189,12 +195,12 @@ def examples(
         UsageError: no data there, an unknown data set, a damaged file, a length that is too short,
             or a package is not installed that grading needs.
     """
-    found = _files(Path(folder))
-    known = {name: read for name, read in found.items() if _base(name) in DATASETS}
+    found = _find_readers(Path(folder))
+    known = {name: read for name, read in found.items() if _base_name(name) in DATASETS}
     if not known:
         raise UsageError(f"--data {folder}: there is no NAME.jsonl of its data sets, such as narrativeqa.jsonl")
     for name in datasets or ():
-        if _base(name) not in DATASETS:
+        if _base_name(name) not in DATASETS:
             raise UsageError(f"--datasets {name}: expected some of {', '.join(DATASETS)}")
         if name not in known:
             raise UsageError(f"--datasets {name}: {folder} has {', '.join(sorted(known))}")
@@ -202,14 +208,14 @@ def examples(
             raise UsageError(f"--datasets {name}: given twice")
     chosen = datasets or sorted(known)
     for name in chosen:
-        for module in metrics.MODULES.get(DATASETS[_base(name)].metric, ()):
-            package(module)
+        for module in metrics.MODULES.get(DATASETS[_base_name(name)].metric, ()):
+            import_package(module)
     for name in chosen:
         places: dict[str, str] = {}
         for i, (where, record) in enumerate(known[name]()):
             if i == most:
                 break
-            example = _example(tokenizer, name, where, record, length)
+            example = _build_example(tokenizer, name, where, record, length)
             if (other := places.setdefault(example.name, where)) != where:
                 raise UsageError(f"{where}: _id {record['_id']!r} is that of {other}")
             yield example
@@ -217,14 +223,14 @@ def examples(
 
 def score(example: Example, output: str) -> float:
     """The data set's metric, the best over the answers."""
-    dataset = DATASETS[_base(example.part)]
+    dataset = DATASETS[_base_name(example.part)]
     if dataset.first_line:
         output = output.lstrip("\n").split("\n")[0]
     classes = example.classes if isinstance(example, LongBenchExample) else ()
     return max((dataset.metric(output, answer, classes) for answer in example.answers), default=0.0)
 
 
-def without_middle(tokenizer: Tokenizer, text: str, most: int) -> str:
+def cut_middle(tokenizer: Tokenizer, text: str, most: int) -> str:
     """The text, less its middle where it has more than `most` tokens: as much of its start as of its end."""
     ids = tokenizer.encode(text)
     result, keep, over = text, most, len(ids) - most
@@ -240,8 +246,10 @@ def without_middle(tokenizer: Tokenizer, text: str, most: int) -> str:
     return result
 
 
-def _example(tokenizer: Tokenizer, name: str, where: str, record: dict[str, Any], length: int) -> LongBenchExample:
-    dataset = DATASETS[_base(name)]
+def _build_example(
+    tokenizer: Tokenizer, name: str, where: str, record: dict[str, Any], length: int
+) -> LongBenchExample:
+    dataset = DATASETS[_base_name(name)]
     if length <= dataset.max_new_tokens:
         raise TooShort(f"context length {length}: too short for {name}, whose answer takes {dataset.max_new_tokens}")
     for key, right in (("answers", list), ("all_classes", list | None)):
@@ -250,7 +258,7 @@ def _example(tokenizer: Tokenizer, name: str, where: str, record: dict[str, Any]
     parts = {"context": str(record["context"]), "input": str(record["input"])}
     # In one pass: what is filled in may itself have braces.
     prompt = re.sub(r"\{(context|input)\}", lambda field: parts[field.group(1)], dataset.prompt)
-    prompt = without_middle(tokenizer, prompt, length - dataset.max_new_tokens)
+    prompt = cut_middle(tokenizer, prompt, length - dataset.max_new_tokens)
     return LongBenchExample(
         f"longbench/{name}/{record['_id']}",
         prompt,
@@ -262,22 +270,22 @@ def _example(tokenizer: Tokenizer, name: str, where: str, record: dict[str, Any]
     )
 
 
-def _base(name: str) -> str:
+def _base_name(name: str) -> str:
     return name.removesuffix("_e")
 
 
-def _files(folder: Path) -> dict[str, Callable[[], Iterator[tuple[str, dict[str, Any]]]]]:
+def _find_readers(folder: Path) -> dict[str, Callable[[], Iterator[tuple[str, dict[str, Any]]]]]:
     """Name of each .jsonl file -> what reads its records."""
     if folder.suffix == ".zip":
-        with reported(folder), zipfile.ZipFile(folder) as archive:
+        with report_read_errors(folder), zipfile.ZipFile(folder) as archive:
             members = [name for name in archive.namelist() if name.endswith(".jsonl")]
-        check_names(f"--data {folder}:", map(Path, members), lambda member: member.stem)
-        return {Path(member).stem: partial(_zipped, folder, member) for member in members}
+        check_distinct_names(f"--data {folder}:", map(Path, members), lambda member: member.stem)
+        return {Path(member).stem: partial(_read_zip_member, folder, member) for member in members}
     if not folder.is_dir():
         raise UsageError(f"--data {folder}: no such folder; give one with NAME.jsonl files, or data.zip")
-    return {path.stem: partial(json_lines, path, _FIELDS) for path in folder.glob("*.jsonl")}
+    return {path.stem: partial(read_json_lines, path, _FIELDS) for path in folder.glob("*.jsonl")}
 
 
-def _zipped(file: Path, member: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    with reported(file), zipfile.ZipFile(file) as archive, archive.open(member) as lines:
+def _read_zip_member(file: Path, member: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with report_read_errors(file), zipfile.ZipFile(file) as archive, archive.open(member) as lines:
         yield from parse_lines(bounded_lines(lines), f"{file}:{member}", _FIELDS)

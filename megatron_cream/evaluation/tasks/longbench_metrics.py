@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from megatron_cream.evaluation.tasks.sources import package
+from megatron_cream.evaluation.tasks.sources import import_package
 
 _CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､"
@@ -39,7 +39,7 @@ def f1_zh(output: str, answer: str, classes: Sequence[str] = ()) -> float:
     """F1 of Chinese words, less punctuation and case."""
 
     def tokens(text: str) -> list[str]:
-        plain = ("".join(word.lower().translate(_ANY_PUNCTUATION).split()) for word in _chinese_words(text))
+        plain = ("".join(word.lower().translate(_ANY_PUNCTUATION).split()) for word in _split_chinese(text))
         return [word for word in plain if word]
 
     return _overlap(tokens(output), tokens(answer))
@@ -49,14 +49,14 @@ def rouge_l(output: str, answer: str, classes: Sequence[str] = ()) -> float:
     """ROUGE-L, F1; 0 where the output has no words."""
     if not output.replace(".", "").strip() or not answer.replace(".", "").strip():
         return 0.0
-    rouge = package("rouge").Rouge(metrics=["rouge-l"])
-    with _deep_recursion(len(output.split()) + len(answer.split())):
+    rouge = import_package("rouge").Rouge(metrics=["rouge-l"])
+    with _raise_recursion_limit(len(output.split()) + len(answer.split())):
         return rouge.get_scores(output, answer)[0]["rouge-l"]["f"]
 
 
 def rouge_l_zh(output: str, answer: str, classes: Sequence[str] = ()) -> float:
     """ROUGE-L, F1, of Chinese words."""
-    return rouge_l(" ".join(_chinese_words(output)), " ".join(_chinese_words(answer)))
+    return rouge_l(" ".join(_split_chinese(output)), " ".join(_split_chinese(answer)))
 
 
 def classification(output: str, answer: str, classes: Sequence[str] = ()) -> float:
@@ -81,7 +81,7 @@ def code_similarity(output: str, answer: str, classes: Sequence[str] = ()) -> fl
     """Edit similarity of the output's first line that is neither comment nor Markdown, to 2 digits."""
     lines = output.lstrip("\n").split("\n")
     line = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
-    return package("thefuzz.fuzz").ratio(line, answer) / 100
+    return import_package("thefuzz.fuzz").ratio(line, answer) / 100
 
 
 MODULES = {
@@ -99,14 +99,14 @@ def _overlap(output: Sequence[str], answer: Sequence[str]) -> float:
     return 2 * same / (len(output) + len(answer)) if same else 0.0
 
 
-def _chinese_words(text: str) -> list[str]:
-    jieba = package("jieba")
+def _split_chinese(text: str) -> list[str]:
+    jieba = import_package("jieba")
     jieba.setLogLevel(logging.WARNING)  # it reports how it loads its dictionary
     return list(jieba.cut(text, cut_all=False))
 
 
 @contextlib.contextmanager
-def _deep_recursion(more: int) -> Iterator[None]:
+def _raise_recursion_limit(more: int) -> Iterator[None]:
     """`rouge` walks back along the common words of two texts by recursion, one call a word."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(limit + more)

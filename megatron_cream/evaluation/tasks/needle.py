@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks import longbench_metrics
-from megatron_cream.evaluation.tasks.filler import Haystack, fit, sentences
+from megatron_cream.evaluation.tasks.filler import Haystack, fit, load_sentences
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 50
@@ -78,13 +78,13 @@ def examples(
     for depth in depths:
         if not 0 <= depth <= 1:
             raise UsageError(f"needle depth {depth}: must be from 0 to 1")
-    filler = Haystack(tokenizer, sentences(haystack))
+    filler = Haystack(tokenizer, load_sentences(haystack))
     for length in lengths:
         for depth in depths:
             for i in range(per_cell):
                 name = f"needle/{needle}/{length}/{depth:.6g}/{i}"
-                fact, question, answers = _needle(needle, random.Random(f"{seed}/{name}"))
-                prompt = _prompt(tokenizer, filler, fact, question, length, depth)
+                fact, question, answers = _draw_needle(needle, random.Random(f"{seed}/{name}"))
+                prompt = _build_prompt(tokenizer, filler, fact, question, length, depth)
                 yield Example(name, prompt, answers, MAX_NEW_TOKENS, length, depth, part=needle)
 
 
@@ -99,7 +99,7 @@ def rouge_l(output: str) -> float:
     return longbench_metrics.rouge_l(output.split("\n")[0], _SANDWICH)
 
 
-def _needle(kind: str, rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
+def _draw_needle(kind: str, rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
     """(the fact, the question with the start of its answer, key words of the answer)."""
     if kind == "sandwich":
         return _SANDWICH, "What is the best thing to do in San Francisco?\nAnswer:", _SANDWICH_WORDS
@@ -108,7 +108,7 @@ def _needle(kind: str, rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
     return fact, f"What is the special magic number of {city}?\nThe special magic number of {city} is", (number,)
 
 
-def _prompt(tokenizer: Tokenizer, filler: Haystack, fact: str, question: str, length: int, depth: float) -> str:
+def _build_prompt(tokenizer: Tokenizer, filler: Haystack, fact: str, question: str, length: int, depth: float) -> str:
     def prompt(words: int) -> str:
         before, after = filler.split(words, [depth])
         return f"{_INTRODUCTION}\n{before}\n{fact}\n{after}\n\n{question}"
@@ -121,6 +121,6 @@ def _prompt(tokenizer: Tokenizer, filler: Haystack, fact: str, question: str, le
         length=length,
         max_new_tokens=MAX_NEW_TOKENS,
         least=1,
-        guess=filler.words_of(room),
+        guess=filler.estimate_words(room),
     )
     return prompt(words)

@@ -17,7 +17,7 @@ from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.data.compressed import bounded_lines
 
 
-def package(module: str) -> ModuleType:
+def import_package(module: str) -> ModuleType:
     """The module, of a package that has its name on PyPI, imported.
 
     Raises:
@@ -31,15 +31,15 @@ def package(module: str) -> ModuleType:
 
 
 @cache
-def words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+def load_words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Adjectives, nouns, verbs of `wonderwords`, which LongChat and RULER take theirs from; plain small letters."""
-    source = package("wonderwords").RandomWord(enhanced_prefixes=False)
+    source = import_package("wonderwords").RandomWord(enhanced_prefixes=False)
     return tuple(
         tuple(source.filter(include_categories=[kind], regex="[a-z]+")) for kind in ("adjective", "noun", "verb")
     )
 
 
-def check_names(flag: str, files: Iterable[Path], name: Callable[[Path], str]) -> None:
+def check_distinct_names(flag: str, files: Iterable[Path], name: Callable[[Path], str]) -> None:
     """Raise UsageError where two of the files have the same `name`: a run knows their examples by it."""
     seen: dict[str, Path] = {}
     for file in files:
@@ -48,24 +48,24 @@ def check_names(flag: str, files: Iterable[Path], name: Callable[[Path], str]) -
         seen[name(file)] = file
 
 
-def json_lines(path: Path, fields: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(path: Path, fields: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, for messages; the object there) of a .jsonl or .jsonl.gz file, each with `fields` at least.
 
     Raises:
         UsageError: no such file, none or not such lines; it names the first one.
     """
-    with reported(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+    with report_read_errors(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         yield from parse_lines(bounded_lines(lines), str(path), fields)
 
 
 def parse_lines(lines: Iterable[bytes], where: str, fields: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As `json_lines`, from lines of UTF-8; `where` names the file."""
+    """As `read_json_lines`, from lines of UTF-8; `where` names the file."""
     empty = True
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            value = _json(line)
+            value = _parse_json(line)
         except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
             raise UsageError(f"{where}, line {number}: not a JSON object ({one_line(error)})") from error
         missing = set(fields) - set(value) if isinstance(value, dict) else set(fields)
@@ -77,17 +77,17 @@ def parse_lines(lines: Iterable[bytes], where: str, fields: Iterable[str]) -> It
         raise UsageError(f"{where}: there are no records in it")
 
 
-def json_file(path: Path) -> Any:
+def read_json_file(path: Path) -> Any:
     """The value of a .json file.
 
     Raises:
         UsageError: no such file, or not JSON.
     """
-    with reported(path):
-        return _json(path.read_bytes())
+    with report_read_errors(path):
+        return _parse_json(path.read_bytes())
 
 
-def _json(data: bytes) -> Any:
+def _parse_json(data: bytes) -> Any:
     """Raises ValueError also for lone surrogates, which JSON can spell and no tokenizer takes."""
     value = json.loads(data)
     json.dumps(value, ensure_ascii=False).encode()
@@ -95,7 +95,7 @@ def _json(data: bytes) -> Any:
 
 
 @contextmanager
-def reported(path: Path) -> Iterator[None]:
+def report_read_errors(path: Path) -> Iterator[None]:
     """Whatever fails in reading `path` is a UsageError."""
     try:
         yield

@@ -14,8 +14,8 @@ import string
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
 
-from megatron_cream.evaluation.tasks.filler import Drawn, distinct, fit
-from megatron_cream.evaluation.tasks.sources import words
+from megatron_cream.evaluation.tasks.filler import LazyList, draw_distinct, fit
+from megatron_cream.evaluation.tasks.sources import load_words
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = {"cwe": 120, "fwe": 50}
@@ -28,16 +28,16 @@ _LEAST_CODED = 80
 """From here on, each of the first four ranks comes more often than the next."""
 
 
-def common_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
+def build_common_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
     """cwe: the example that is number `index` at `length`; `seed` is all that it depends on besides."""
     rng = random.Random(seed)
-    vocabulary = Drawn(_words(rng))
+    vocabulary = LazyList(_draw_words(rng))
     solved_size, solved_times, times = (20, (3, 1), (6, 1)) if length < _SHORT else (40, (10, 3), (30, 3))
     solved = vocabulary.first(solved_size)
-    shown = f"{_list_problem(solved, solved_times, f'{seed}/solved')} {_numbered(solved[:COMMON])}\n"
+    shown = f"{_build_problem(solved, solved_times, f'{seed}/solved')} {_list_items(solved[:COMMON])}\n"
 
     def prompt(size: int) -> str:
-        return shown + _list_problem(vocabulary.first(solved_size + size)[solved_size:], times, f"{seed}/order")
+        return shown + _build_problem(vocabulary.first(solved_size + size)[solved_size:], times, f"{seed}/order")
 
     chosen = fit(tokenizer, prompt, task="cwe", length=length, max_new_tokens=MAX_NEW_TOKENS["cwe"], least=COMMON + 1)
     answers = tuple(vocabulary.first(solved_size + chosen)[solved_size : solved_size + COMMON])
@@ -45,10 +45,10 @@ def common_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) ->
     return Example(name, prompt(chosen), answers, MAX_NEW_TOKENS["cwe"], length, part="cwe")
 
 
-def frequent_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
+def build_frequent_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
     """fwe: the example that is number `index` at `length`; `seed` is all that it depends on besides."""
     rng = random.Random(seed)
-    vocabulary = Drawn(distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6))))
+    vocabulary = LazyList(draw_distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6))))
 
     def prompt(size: int) -> str:
         text = []
@@ -70,23 +70,23 @@ def frequent_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) 
     return Example(name, prompt(size), answers, MAX_NEW_TOKENS["fwe"], length, part="fwe")
 
 
-def _words(rng: random.Random) -> Iterator[str]:
-    adjectives, nouns, verbs = words()
+def _draw_words(rng: random.Random) -> Iterator[str]:
+    adjectives, nouns, verbs = load_words()
     single = sorted({*adjectives, *nouns, *verbs})
     rng.shuffle(single)
-    return chain(single, distinct(lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}"))
+    return chain(single, draw_distinct(lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}"))
 
 
-def _list_problem(vocabulary: Sequence[str], times: tuple[int, int], seed: str) -> str:
+def _build_problem(vocabulary: Sequence[str], times: tuple[int, int], seed: str) -> str:
     """The question up to its answer; times: of a common word and of another."""
     listed = [*vocabulary[:COMMON]] * times[0] + [*vocabulary[COMMON:]] * times[1]
     random.Random(seed).shuffle(listed)
     return (
         "Below is a numbered list of words. Some of them come more often than others. Remember those that come most "
-        f"often.\n{_numbered(listed)}\nQuestion: Which {COMMON} words come most often in the list above? Answer: The "
+        f"often.\n{_list_items(listed)}\nQuestion: Which {COMMON} words come most often in the list above? Answer: The "
         f"{COMMON} words that come most often in the list are:"
     )
 
 
-def _numbered(items: Sequence[str]) -> str:
+def _list_items(items: Sequence[str]) -> str:
     return " ".join(f"{number}. {word}" for number, word in enumerate(items, start=1))

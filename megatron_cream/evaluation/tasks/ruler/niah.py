@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, pairwise, repeat
 
-from megatron_cream.evaluation.tasks.filler import Drawn, Haystack, distinct, fit
-from megatron_cream.evaluation.tasks.sources import words
+from megatron_cream.evaluation.tasks.filler import Haystack, LazyList, draw_distinct, fit
+from megatron_cream.evaluation.tasks.sources import load_words
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 128
@@ -48,7 +48,9 @@ SETTINGS = {
 }
 
 
-def example(task: str, essay: Haystack | None, tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
+def build_example(
+    task: str, essay: Haystack | None, tokenizer: Tokenizer, *, length: int, index: int, seed: str
+) -> Example:
     """Make example number `index` of `task` at `length`.
 
     Args:
@@ -60,17 +62,17 @@ def example(task: str, essay: Haystack | None, tokenizer: Tokenizer, *, length: 
         seed: all that the example depends on besides.
     """
     setting, rng = SETTINGS[task], random.Random(seed)
-    draw_key = distinct(_drawer(setting.key, rng))
-    draw_value = distinct(_drawer(setting.value, rng))
+    draw_key = draw_distinct(_make_drawer(setting.key, rng))
+    draw_value = draw_distinct(_make_drawer(setting.value, rng))
     needles = {key: list(islice(draw_value, setting.values)) for key in islice(draw_key, setting.keys)}
     queries = rng.sample(list(needles), setting.queries)
-    texts = [_needle(setting, key, value) for key, values in needles.items() for value in values]
+    texts = [_format_needle(setting, key, value) for key, values in needles.items() for value in values]
     rng.shuffle(texts)
     depths = sorted(place / (_DEPTHS - 1) for place in rng.sample(range(_DEPTHS), len(texts)))
     if setting.haystack == "noise":
-        filler = Drawn(repeat(NOISE))
+        filler = LazyList(repeat(NOISE))
     else:
-        filler = Drawn(_needle(setting, next(draw_key), next(draw_value)) for _ in repeat(None))
+        filler = LazyList(_format_needle(setting, next(draw_key), next(draw_value)) for _ in repeat(None))
 
     def prompt(n: int) -> str:
         if setting.haystack == "essay":
@@ -80,7 +82,7 @@ def example(task: str, essay: Haystack | None, tokenizer: Tokenizer, *, length: 
             cuts = [0, *(round(depth * n) for depth in depths), n]
             pieces = [joint.join(lines[first:end]) for first, end in pairwise(cuts)]
         parts = [pieces[0]] + [part for pair in zip(texts, pieces[1:], strict=True) for part in pair]
-        return _prompt(setting, joint.join(filter(None, parts)), queries)
+        return _build_prompt(setting, joint.join(filter(None, parts)), queries)
 
     units = fit(
         tokenizer,
@@ -89,18 +91,18 @@ def example(task: str, essay: Haystack | None, tokenizer: Tokenizer, *, length: 
         length=length,
         max_new_tokens=MAX_NEW_TOKENS,
         least=len(texts),
-        guess=essay.words_of(length - MAX_NEW_TOKENS) if setting.haystack == "essay" else None,
+        guess=essay.estimate_words(length - MAX_NEW_TOKENS) if setting.haystack == "essay" else None,
     )
     answers = tuple(value for key in queries for value in needles[key])
     depth = depths[0] if len(texts) == 1 else None
     return Example(f"ruler/{task}/{length}/{index}", prompt(units), answers, MAX_NEW_TOKENS, length, depth, part=task)
 
 
-def _needle(setting: Setting, key: str, value: str) -> str:
+def _format_needle(setting: Setting, key: str, value: str) -> str:
     return f"A special magic {setting.value[:-1]} of {key} is: {value}."
 
 
-def _prompt(setting: Setting, context: str, queries: list[str]) -> str:
+def _build_prompt(setting: Setting, context: str, queries: list[str]) -> str:
     asked = queries[0] if len(queries) == 1 else f"{', '.join(queries[:-1])}, and {queries[-1]}"
     if setting.queries * setting.values == 1:
         kind, hidden, it, question, verb = setting.value[:-1], "A special magic {} is", "it", "What is", "is"
@@ -113,10 +115,10 @@ def _prompt(setting: Setting, context: str, queries: list[str]) -> str:
     )
 
 
-def _drawer(kind: str, rng: random.Random) -> Callable[[], str]:
+def _make_drawer(kind: str, rng: random.Random) -> Callable[[], str]:
     if kind == "numbers":
         return lambda: str(rng.randint(1_000_000, 9_999_999))
     if kind == "uuids":
         return lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    adjectives, nouns, _ = words()
+    adjectives, nouns, _ = load_words()
     return lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.evaluation.tasks.filler import fit
-from megatron_cream.evaluation.tasks.sources import json_file
+from megatron_cream.evaluation.tasks.sources import read_json_file
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 32
@@ -45,10 +45,12 @@ def read_squad(path: Path) -> Questions:
     Raises:
         UsageError: no such file, or not SQuAD's.
     """
-    data = json_file(path)
+    data = read_json_file(path)
     try:
         articles = [article["paragraphs"] for article in data["data"]]
-        index, documents = _indexed(_text(paragraph, "context") for paragraphs in articles for paragraph in paragraphs)
+        index, documents = _index_documents(
+            _read_text(paragraph, "context") for paragraphs in articles for paragraph in paragraphs
+        )
         questions = []
         for paragraphs in articles:
             article = tuple(dict.fromkeys(index[paragraph["context"]] for paragraph in paragraphs))
@@ -56,12 +58,12 @@ def read_squad(path: Path) -> Questions:
                 own = index[paragraph["context"]]
                 related = tuple(i for i in article if i != own)
                 for asked in paragraph["qas"]:
-                    answers = tuple(dict.fromkeys(_text(answer, "text") for answer in asked["answers"]))
+                    answers = tuple(dict.fromkeys(_read_text(answer, "text") for answer in asked["answers"]))
                     if answers and not asked.get("is_impossible"):
-                        questions.append(Question(_text(asked, "question"), answers, (own,), related))
+                        questions.append(Question(_read_text(asked, "question"), answers, (own,), related))
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: not SQuAD's JSON ({one_line(repr(error))})") from error
-    return _checked(path, questions, documents)
+    return _check_questions(path, questions, documents)
 
 
 def read_hotpotqa(path: Path) -> Questions:
@@ -70,27 +72,27 @@ def read_hotpotqa(path: Path) -> Questions:
     Raises:
         UsageError: no such file, or not HotpotQA's.
     """
-    data = json_file(path)
+    data = read_json_file(path)
     if not isinstance(data, list):
         raise UsageError(f"{path}: not HotpotQA's JSON: it is no list")
     read = []
     for number, case in enumerate(data, start=1):
         try:
             context = [f"{title}\n{''.join(sentences)}" for title, sentences in case["context"]]
-            read.append((_text(case, "question"), _text(case, "answer"), context))
+            read.append((_read_text(case, "question"), _read_text(case, "answer"), context))
             if not context:
                 raise ValueError("context is empty")
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path}, record {number}: not one of HotpotQA's ({one_line(repr(error))})") from error
-    index, documents = _indexed(document for _, _, context in read for document in context)
+    index, documents = _index_documents(document for _, _, context in read for document in context)
     questions = [
         Question(question, (answer,), tuple(index[document] for document in context), ())
         for question, answer, context in read
     ]
-    return _checked(path, questions, documents)
+    return _check_questions(path, questions, documents)
 
 
-def example(task: str, data: Questions, tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
+def build_example(task: str, data: Questions, tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
     """The question that is number `index`, at `length`; `seed` is all that the example depends on besides.
 
     Raises:
@@ -108,32 +110,32 @@ def example(task: str, data: Questions, tokenizer: Tokenizer, *, length: int, in
     def prompt(size: int) -> str:
         chosen = list(islice(cycle(order), size))
         random.Random(f"{seed}/order").shuffle(chosen)
-        return _prompt([data.documents[i] for i in chosen], question.text)
+        return _build_prompt([data.documents[i] for i in chosen], question.text)
 
     size = fit(tokenizer, prompt, task=task, length=length, max_new_tokens=MAX_NEW_TOKENS, least=len(question.own))
     name = f"ruler/{task}/{length}/{index}"
     return Example(name, prompt(size), question.answers, MAX_NEW_TOKENS, length, part=task)
 
 
-def _prompt(documents: Sequence[str], question: str) -> str:
+def _build_prompt(documents: Sequence[str], question: str) -> str:
     task = "Answer the question from the documents that are given. Give the answer alone, without any other words."
     context = "\n\n".join(f"Document {i}:\n{document}" for i, document in enumerate(documents, start=1))
     return f"{task}\n\nThese are the documents.\n\n{context}\n\n{task}\n\nQuestion: {question} Answer:"
 
 
-def _text(record: dict[str, Any], key: str) -> str:
+def _read_text(record: dict[str, Any], key: str) -> str:
     if not isinstance(record[key], str) or not record[key]:
         raise TypeError(f"{key} must be a text that is not empty, not {record[key]!r}")
     return record[key]
 
 
-def _indexed(documents: Any) -> tuple[dict[str, int], list[str]]:
+def _index_documents(documents: Any) -> tuple[dict[str, int], list[str]]:
     """(index of each document, the documents), once each, sorted."""
     unique = sorted(set(documents))
     return {document: i for i, document in enumerate(unique)}, unique
 
 
-def _checked(path: Path, questions: list[Question], documents: list[str]) -> Questions:
+def _check_questions(path: Path, questions: list[Question], documents: list[str]) -> Questions:
     if not questions:
         raise UsageError(f"{path}: there are no questions in it")
     return Questions(path, questions, documents)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.evaluation.tasks.filler import Haystack, sentences
+from megatron_cream.evaluation.tasks.filler import Haystack, load_sentences
 from megatron_cream.evaluation.tasks.ruler import aggregation, niah, qa, tracing
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
@@ -56,8 +56,8 @@ def examples(
         tasks = [task for task in TASKS if task not in files or files[task] is not None]
     essay = None
     if any(task in niah.SETTINGS and niah.SETTINGS[task].haystack == "essay" for task in tasks):
-        essay = Haystack(tokenizer, sentences(haystack))
-    makers = {task: _maker(task, essay, files) for task in tasks}
+        essay = Haystack(tokenizer, load_sentences(haystack))
+    makers = {task: _find_builder(task, essay, files) for task in tasks}
     for length in lengths:
         for task, make in makers.items():
             for i in range(per_cell):
@@ -90,9 +90,9 @@ def effective_length(scores_by_length: Mapping[int, float], threshold: float = T
     return longest
 
 
-def _maker(task: str, essay: Haystack | None, files: Mapping[str, Path | None]) -> Callable[..., Example]:
+def _find_builder(task: str, essay: Haystack | None, files: Mapping[str, Path | None]) -> Callable[..., Example]:
     if task in niah.SETTINGS:
-        return partial(niah.example, task, essay)
+        return partial(niah.build_example, task, essay)
     if task in files:
         if files[task] is None:
             flag, name = {
@@ -101,8 +101,12 @@ def _maker(task: str, essay: Haystack | None, files: Mapping[str, Path | None]) 
             }[task]
             raise UsageError(f"{flag} is missing: --tasks {task} needs {name}")
         read = qa.read_squad if task == "qa_1" else qa.read_hotpotqa
-        return partial(qa.example, task, read(Path(files[task])))
-    makers = {"vt": tracing.variables, "cwe": aggregation.common_words, "fwe": aggregation.frequent_words}
+        return partial(qa.build_example, task, read(Path(files[task])))
+    makers = {
+        "vt": tracing.build_example,
+        "cwe": aggregation.build_common_words,
+        "fwe": aggregation.build_frequent_words,
+    }
     if task not in makers:
         raise UsageError(f"--tasks {task}: expected some of {', '.join(TASKS)}")
     return makers[task]

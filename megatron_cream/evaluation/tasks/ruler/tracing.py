@@ -10,7 +10,7 @@ import string
 from collections.abc import Sequence
 from itertools import islice, pairwise
 
-from megatron_cream.evaluation.tasks.filler import distinct, fit
+from megatron_cream.evaluation.tasks.filler import draw_distinct, fit
 from megatron_cream.evaluation.tasks.ruler.niah import NOISE
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
@@ -19,30 +19,30 @@ HOPS = 4
 _SOLVED_NOISE = 5
 
 
-def variables(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
+def build_example(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
     """The example that is number `index` at `length`; `seed` is all that it depends on besides."""
     rng = random.Random(seed)
-    solved, solved_names = _chain(rng, letters=3)
-    chain, names = _chain(rng, letters=5)
+    solved, solved_names = _draw_chain(rng, letters=3)
+    chain, names = _draw_chain(rng, letters=5)
     places = sorted(rng.random() for _ in chain)
     solved_places = sorted(rng.random() for _ in solved)
-    shown = f"{_problem(solved, solved_places, _SOLVED_NOISE)} {' '.join(solved_names)}\n\n"
+    shown = f"{_build_problem(solved, solved_places, _SOLVED_NOISE)} {' '.join(solved_names)}\n\n"
 
     def prompt(noise: int) -> str:
-        return shown + _problem(chain, places, noise)
+        return shown + _build_problem(chain, places, noise)
 
     noise = fit(tokenizer, prompt, task="vt", length=length, max_new_tokens=MAX_NEW_TOKENS, least=1)
     return Example(f"ruler/vt/{length}/{index}", prompt(noise), tuple(names), MAX_NEW_TOKENS, length, part="vt")
 
 
-def _chain(rng: random.Random, letters: int) -> tuple[list[str], list[str]]:
+def _draw_chain(rng: random.Random, letters: int) -> tuple[list[str], list[str]]:
     """(assignments in order, the variables' names)."""
-    names = list(islice(distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters))), HOPS + 1))
+    names = list(islice(draw_distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters))), HOPS + 1))
     first = f"VAR {names[0]} = {rng.randint(10_000, 99_999)}"
     return [first] + [f"VAR {name} = VAR {before}" for before, name in pairwise(names)], names
 
 
-def _problem(chain: Sequence[str], places: Sequence[float], noise: int) -> str:
+def _build_problem(chain: Sequence[str], places: Sequence[float], noise: int) -> str:
     """The question up to its answer; places: of the assignments, ascending, share of the noise before each."""
     lines, before = [], 0
     for assignment, place in zip(chain, places, strict=True):
