@@ -32,7 +32,7 @@ def test_the_versions_that_ran_are_within_the_bounds(file, ran):
         assert each.specifier.contains(version), f"{each}: {version} ran"
 
 
-def test_what_private_names_are_used_of_has_an_upper_bound():
+def test_libraries_with_private_names_in_use_have_an_upper_bound():
     """A newer release may have moved them."""
     bounds = {each.name: str(each.specifier) for each in requirements("requirements.txt")}
     assert "<" in bounds["torch"] and "<" in bounds["megatron-core"]

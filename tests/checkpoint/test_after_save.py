@@ -39,7 +39,7 @@ def left(save: Path) -> list[int]:
     steps=st.sets(st.integers(1, 30), min_size=1, max_size=12), last=st.integers(1, 4),
     every=st.none() | st.integers(1, 7), data=st.data(),
 )  # fmt: skip
-def test_what_stays(tmp_path_factory, steps, last, every, data):
+def test_kept_checkpoints(tmp_path_factory, steps, last, every, data):
     """Against the rule, said in another way; steps beyond the tracker's are of a run that went back."""
     newest = data.draw(st.sampled_from(sorted(steps)))
     loaded, busy = (data.draw(st.none() | st.sampled_from(sorted(steps))) for _ in range(2))
@@ -59,7 +59,7 @@ def test_what_stays(tmp_path_factory, steps, last, every, data):
     assert left(save) == wanted and not list(save.glob(".iter_*"))
 
 
-def test_what_is_not_whole_or_not_ours_stays_and_counts_for_nothing(tmp_path):
+def test_incomplete_and_foreign_folders_stay_and_do_not_count(tmp_path):
     save = put(tmp_path / "save", 1, 2, 3, 4)
     (save / "iter_0000003" / ".metadata").unlink()  # a save that was killed
     (save / "best").mkdir()
@@ -75,7 +75,7 @@ def test_what_is_not_whole_or_not_ours_stays_and_counts_for_nothing(tmp_path):
     assert left(save / "best") == [1] and left(elsewhere) == [1]
 
 
-def test_a_crash_in_a_removal_leaves_no_checkpoints_name(tmp_path, monkeypatch, capfd):
+def test_a_crash_during_removal_leaves_no_incomplete_checkpoint(tmp_path, monkeypatch, capfd):
     save = put(tmp_path, 1, 2)
 
     def stops(folder):
@@ -95,7 +95,7 @@ def test_a_crash_in_a_removal_leaves_no_checkpoints_name(tmp_path, monkeypatch, 
     assert not (save / ".iter_0000001.removed").exists()
 
 
-def test_a_removal_that_cannot_begin_costs_a_line(tmp_path, monkeypatch, capfd):
+def test_a_failed_removal_prints_one_line(tmp_path, monkeypatch, capfd):
     save = put(tmp_path, 1, 2)
 
     def refuses(*_):
@@ -111,7 +111,7 @@ def command(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_a_hook_runs_for_each_in_turn_and_holds_nobody_up(tmp_path):
+def test_hooks_run_in_order_without_delaying_training(tmp_path):
     after = threading.Event()
     code = """
 import json, os, sys, time
@@ -139,7 +139,7 @@ print(json.dumps([sys.argv[1], os.environ["CHECKPOINT_FOLDER"], os.environ["CHEC
         (["/no/such/program"], 60, "No such file or directory"),
     ],
 )
-def test_a_hook_that_fails_costs_a_line(tmp_path, capfd, words, seconds, reason):
+def test_a_failing_hook_prints_one_line(tmp_path, capfd, words, seconds, reason):
     hook = SaveHook(words, tmp_path / "log", seconds)
     hook.start(5, tmp_path / "iter_0000005")
     while hook.busy():
@@ -149,7 +149,7 @@ def test_a_hook_that_fails_costs_a_line(tmp_path, capfd, words, seconds, reason)
     assert capfd.readouterr().err == line
 
 
-def test_a_hook_that_outlives_the_run_is_left_to_itself(tmp_path, capfd):
+def test_a_hook_may_outlive_the_run(tmp_path, capfd):
     hook = SaveHook(command("import os, time; print(os.getpid(), flush=True); time.sleep(600)"), tmp_path / "log", 600)
     hook.start(1, tmp_path / "iter_0000001")
     while not (tmp_path / "log").exists() or (tmp_path / "log").read_text().count("\n") < 2:
@@ -160,7 +160,7 @@ def test_a_hook_that_outlives_the_run_is_left_to_itself(tmp_path, capfd):
     os.kill(int((tmp_path / "log").read_text().splitlines()[1]), signal.SIGKILL)  # it lived
 
 
-def test_asynchronous_saves_are_followed_by_hook_and_removal_and_resume_at_another_layout(tmp_path):
+def test_asynchronous_saves_run_hooks_and_resume_at_another_layout(tmp_path):
     """Two ranks: at step 8 the newest two are left, and step 4; the hook has seen each whole, and holds step 2."""
     documents, save = write_documents(tmp_path / "documents"), tmp_path / "save"
     hook = tmp_path / "hook"
@@ -192,7 +192,7 @@ def test_asynchronous_saves_are_followed_by_hook_and_removal_and_resume_at_anoth
     assert max(abs(rest[step] - whole[step]) / whole[step] for step in rest) < 1e-5
 
 
-def test_best_is_not_the_runs_own(tmp_path, monkeypatch):
+def test_best_is_not_counted_among_the_checkpoints(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(after_save, "_save", tmp_path)
     monkeypatch.setattr(after_save, "_prune", lambda: called.append(1))
@@ -212,7 +212,7 @@ def test_best_is_not_the_runs_own(tmp_path, monkeypatch):
         (1, 1, 1, False, 12, 12),
     ],
 )
-def test_a_save_that_the_hosts_memory_cannot_take_is_a_line(monkeypatch, ranks, tensor, data, on_one, memory, shared):
+def test_a_save_too_large_for_host_memory_prints_one_line(monkeypatch, ranks, tensor, data, on_one, memory, shared):
     gathered = Gathered(10**9, ranks, tensor, data, on_one)
     assert (gathered.in_memory(), gathered.handed_over()) == (memory * 10**9, shared * 10**9)
 

@@ -69,7 +69,7 @@ NAMES = (
 DAMAGES = [(name, damage) for name in NAMES for damage in (cut, empty, flip, swap, Path.unlink)]
 
 
-def test_a_good_folder_says_nothing(folder, capsys):
+def test_an_intact_folder_prints_nothing(folder, capsys):
     carried.check(folder, vocabulary=2048)
     output.write_manifest(folder, {})
     carried.check(folder, vocabulary=2048)
@@ -77,7 +77,7 @@ def test_a_good_folder_says_nothing(folder, capsys):
 
 
 @pytest.mark.parametrize("name, damage", DAMAGES)
-def test_damage_is_refused_or_harmless(folder, name, damage):
+def test_damage_is_rejected_or_harmless(folder, name, damage):
     """Without sums: one line that names the file, or transformers reads what was passed on."""
     damage(folder / name)
     try:
@@ -97,7 +97,7 @@ def test_damage_is_refused_or_harmless(folder, name, damage):
 
 
 @pytest.mark.parametrize("name, damage", DAMAGES)
-def test_with_sums_nothing_goes_unseen(folder, capsys, name, damage):
+def test_checksums_find_every_change(folder, capsys, name, damage):
     """People may edit these files: what can still be read gets a warning. Nobody may lose one."""
     output.write_manifest(folder, {})
     damage(folder / name)
@@ -124,14 +124,14 @@ def test_with_sums_nothing_goes_unseen(folder, capsys, name, damage):
         ("generation_config.json", [], "must hold a JSON object"),
     ],
 )
-def test_values_that_no_reader_takes(folder, name, content, message):
+def test_values_that_every_reader_rejects(folder, name, content, message):
     (folder / name).write_text(json.dumps(content))
     with pytest.raises(UsageError) as error:
         carried.check(folder)
     assert f"{folder / name}: {message}" in str(error.value)
 
 
-def test_a_list_of_templates_is_fine(folder):
+def test_a_list_of_templates_is_accepted(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": WORDS}))
     (folder / "chat_template.jinja").unlink()
@@ -145,7 +145,7 @@ def test_a_tokenizer_of_a_larger_vocabulary(folder, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_templates_are_not_run(folder):
+def test_templates_are_not_executed(folder):
     """One that would run for ever, and one that reaches for the machine."""
     (folder / "chat_template.jinja").write_text(
         "{% for i in range(10**9) %}{% for j in range(10**9) %}{{ i }}{% endfor %}{% endfor %}"
@@ -154,7 +154,7 @@ def test_templates_are_not_run(folder):
     carried.check(folder)
 
 
-def test_what_travels(folder):
+def test_copied_files(folder):
     for name in ("adapter_config.json", "params.json", "trainer_state.json", "modeling.py", "LICENSE.txt", "README.md"):
         (folder / name).write_text("{}")
     (folder / "original").mkdir()
@@ -166,7 +166,7 @@ def test_what_travels(folder):
     assert found == {*NAMES, "LICENSE.txt", "README.md"}
 
 
-def test_checking_asks_no_hub(folder):
+def test_checking_does_not_contact_the_hub(folder):
     """In a process of its own that has no way out: transformers would ask for files that are not there."""
     script = "import socket, sys\ndef none(*a): raise SystemExit('asked the network')\nsocket.socket.connect = none\n"
     script += (

@@ -54,7 +54,7 @@ def assert_bit_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back(tmp_path, name):
+def test_round_trip(tmp_path, name):
     """Our logits are transformers'; the exported folder is bit-equal to the imported one, and has the same config."""
     theirs = save_model(tmp_path / "hf", name)
     import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
@@ -137,7 +137,7 @@ def test_shards_in_and_out(tmp_path):
         assert_bit_equal(loaded.state_dict(), model.state_dict())
 
 
-def test_what_travels_along(tmp_path):
+def test_files_copied_along(tmp_path):
     """Tokenizer, templates and generation config go through a checkpoint; code and adapters do not."""
     save_model(tmp_path / "hf", "llama-mha", vocab_size=2048)
     save_tokenizer(tmp_path / "hf")
@@ -165,7 +165,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_what_configs_say_that_does_not_matter(tmp_path, words):
+def test_config_values_without_effect(tmp_path, words):
     save_model(tmp_path / "hf", "llama-mha")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     config.pop("dtype", None)
@@ -237,7 +237,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("source", ["--pretrained-checkpoint", "--load-hf"])
-def test_any_layout_starts_from_it(start, layout, source):
+def test_any_layout_starts_from_an_import(start, layout, source):
     folder, flags, reference = start
     path = folder / ("hf" if source == "--load-hf" else "ckpt")
     losses = train(2, folder / f"{layout}{source}", *flags, *LAYOUTS[layout].split(), source, path, base=())

@@ -144,7 +144,7 @@ def test_bad_folders(hf, case):
     assert not (hf / "pwned").exists()
 
 
-def test_the_command_line_says_it_in_one_line(hf, tmp_path, model):
+def test_the_command_prints_one_line(hf, tmp_path, model):
     tool = "tools/convert_hf.py"
     main = bad_inputs.load(tool).main
     config(model_type="gemma")(hf)
@@ -173,7 +173,7 @@ def test_the_command_line_says_it_in_one_line(hf, tmp_path, model):
         assert len(ended.error.splitlines()) == 1 and not (tmp_path / "x").exists()
 
 
-def test_a_folder_that_holds_something(hf, tmp_path):
+def test_a_folder_that_is_not_empty(hf, tmp_path):
     target = tmp_path / "ckpt"
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
@@ -202,7 +202,7 @@ def test_no_room(hf, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["import-write", "import-read", "export-write"])
-def test_an_error_halfway_leaves_nothing(hf, tmp_path, monkeypatch, what):
+def test_an_error_halfway_leaves_no_output(hf, tmp_path, monkeypatch, what):
     """A full disk, a shard that cannot be read: at every 7th write or read, in either thread, nothing is swallowed."""
     source, ckpt, out = HfFolder(hf), tmp_path / "ckpt", tmp_path / "out"
     import_hf(source, ckpt)
@@ -261,7 +261,7 @@ runpy.run_path(sys.argv[0], None, "__main__")
 
 
 @pytest.mark.parametrize("what", ["torch_dist", "torch", "export"])
-def test_a_limit_on_file_sizes_is_one_line(hf, tmp_path, what):
+def test_a_file_size_limit_prints_one_line(hf, tmp_path, what):
     if what == "export":
         import_hf(HfFolder(hf), tmp_path / "ckpt")
         flags = ["export", "--checkpoint", tmp_path / "ckpt", "--hf-path", tmp_path / "new"]
@@ -278,7 +278,7 @@ def test_a_limit_on_file_sizes_is_one_line(hf, tmp_path, what):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_two_at_once(hf, tmp_path):
+def test_two_conversions_to_one_folder(hf, tmp_path):
     with output.new_folder(tmp_path / "ckpt", flag="--output", overwrite=False, needs_bytes=0) as folder:
         (folder / "half").write_text("done")
         with pytest.raises(UsageError, match="another conversion is writing there now"):

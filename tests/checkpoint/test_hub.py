@@ -129,7 +129,7 @@ def test_weights_are_fetched_once(repository, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["one file", "bin"])
-def test_other_forms(repository, tmp_path, form):
+def test_other_weight_formats_are_fetched(repository, tmp_path, form):
     """One file before shards and .bin; .bin where there is nothing else."""
     import torch
 

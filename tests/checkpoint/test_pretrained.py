@@ -79,7 +79,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("flags", BAD)
-def test_one_clear_line(folder, flags):
+def test_bad_models_print_one_line(folder, flags):
     with pytest.raises(UsageError) as error:
         read(folder, *flags.format(folder).split())
     assert BAD[flags].format(folder) in str(error.value) and "\n" not in str(error.value)
@@ -104,7 +104,7 @@ def test_a_checkpoint_that_exists_goes_before_hugging_face_weights(folder, tmp_p
     assert args.save_interval == 2  # the run's length: Megatron has no default
 
 
-def test_what_travels_with_a_run(folder, tmp_path):
+def test_files_copied_with_a_run(folder, tmp_path):
     args = read(folder, "--load", folder / "ckpt", "--save", tmp_path / "run")
     args.rank = 0
     pretrained.carry(args)

@@ -51,7 +51,7 @@ def replace_killed(path: Path, how: str, function: str, call: int) -> None:
 
 
 @pytest.mark.parametrize("function, call", [("_exchange", 1), ("_sync", 1), ("_sync", 2)])
-def test_exchanged_folders_always_have_their_name(tmp_path, function, call):
+def test_a_swapped_folder_is_never_missing(tmp_path, function, call):
     path = tmp_path / "out"
     write(path, "old")
     replace_killed(path, "exchange", function, call)
@@ -62,7 +62,7 @@ def test_exchanged_folders_always_have_their_name(tmp_path, function, call):
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_without_exchange_the_next_start_puts_it_back(tmp_path, call):
+def test_without_a_swap_the_next_start_restores_it(tmp_path, call):
     """The calls of rename: the manifest's is none of them; away, into place."""
     path = tmp_path / "out"
     write(path, "old")
@@ -82,7 +82,7 @@ def test_without_exchange_the_next_start_puts_it_back(tmp_path, call):
     assert (path / "content").read_text() == "newer" and [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_error_between_the_renames_puts_it_back(tmp_path, monkeypatch):
+def test_an_error_between_the_renames_restores_it(tmp_path, monkeypatch):
     path, rename = tmp_path / "out", Path.rename
     write(path, "old")
     monkeypatch.setattr(output, "_exchange", lambda a, b: False)

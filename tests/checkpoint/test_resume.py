@@ -57,7 +57,7 @@ def saved_groups(folder: Path, step: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("layout", slow_but(LAYOUTS, "1 rank", "TP 2, sharded"))
-def test_both_flags_that_take_a_schedule(runs, alone, tmp_path, layout):
+def test_both_schedule_flags_resume(runs, alone, tmp_path, layout):
     """--use-checkpoint-opt-param-scheduler goes on as if nothing else was given, the other as the flags say."""
     ranks, flags = LAYOUTS[layout]
     flags = [*flags, "--load", runs / ("sharded" if flags[-1:] == SHARDED else "plain"), *OTHER]
@@ -74,14 +74,14 @@ def test_both_flags_that_take_a_schedule(runs, alone, tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", slow_but(["1 rank", "DP 2", "CP 2", "TP 2"], "DP 2"))
-def test_the_distributed_optimizer_may_be_left_out(runs, alone, layout):
+def test_resuming_without_the_distributed_optimizer(runs, alone, layout):
     ranks, flags = LAYOUTS[layout]
     resumed = run(ranks, runs, f"{layout} without", *flags, "--load", runs / "sharded")
     for step in range(SAVED + 1, STEPS + 1):
         assert resumed[step] == pytest.approx(alone[step], rel=1e-5), f"step {step}"
 
 
-def test_the_distributed_optimizer_may_be_left_out_in_half_precision(runs, tmp_path):
+def test_resuming_without_the_distributed_optimizer_in_half_precision(runs, tmp_path):
     """Its master weights have another name, too: the losses are those of the run that kept it."""
     half = dict(fp32=False)
     flags = ["--exit-interval", SAVED, "--save-interval", SAVED, "--save", tmp_path / "half"]

@@ -7,7 +7,7 @@ from tests.faults.kill import launch, newest, ranks, wait_for
 from tests.launch import write_documents
 
 
-def test_a_folder_that_goes_away_costs_checkpoints_and_no_step(tmp_path):
+def test_a_deleted_save_folder_loses_checkpoints_but_no_step(tmp_path):
     """Nothing is written in its place; when it is back, checkpoints are. If it never is, the run ends with 1."""
     documents, save, away = write_documents(tmp_path / "documents", documents=20), tmp_path / "run", tmp_path / "away"
     log = tmp_path / "log"

@@ -51,7 +51,7 @@ def yarn(positions, original):
         (yarn(131072, 32768), 131072),
     ],
 )
-def test_what_a_config_means(config, expected):
+def test_window_of_a_config(config, expected):
     shape = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=64, num_attention_heads=4, vocab_size=64)
     found = shape_from_config({"model_type": "llama"} | shape | config, Path("config.json"))
     assert found.window == expected
@@ -135,7 +135,7 @@ def test_servers(stretched):
     assert type(factor) is float  # vLLM takes a whole number for a list of factors
 
 
-def test_import_comes_to_the_same(stretched, tmp_path):
+def test_an_import_has_the_same_window(stretched, tmp_path):
     import_hf(HfFolder(stretched), tmp_path / "again")
     again = MegatronCheckpoint(tmp_path / "again")
     assert again.shape.max_position_embeddings == AFTER and not again.stretched

@@ -27,7 +27,7 @@ def full(path: Path) -> None:
     path.with_name(f".{path.name}.partial").symlink_to("/dev/full")
 
 
-def test_what_was_there_stays(tmp_path):
+def test_existing_output_stays_when_the_disk_is_full(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
     full(path)
@@ -40,7 +40,7 @@ def test_what_was_there_stays(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf"])
-def test_pictures(name, tmp_path):
+def test_pictures_on_a_full_disk(name, tmp_path):
     save_picture(plt.figure(), tmp_path / name)
     begins = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[Path(name).suffix]
     assert (tmp_path / name).read_bytes().startswith(begins) and len(list(tmp_path.iterdir())) == 1
@@ -57,7 +57,7 @@ def test_pictures(name, tmp_path):
     ],
     ids=lambda value: value.split()[0],
 )  # fmt: skip
-def test_tools_end_in_a_line(tool, flags, written, tmp_path):
+def test_tools_print_one_line_when_the_disk_is_full(tool, flags, written, tmp_path):
     full(tmp_path / written)
     out = tmp_path / Path(written).parts[0]
     model = save_llama(tmp_path / "model") if "{model}" in flags else None
@@ -68,7 +68,7 @@ def test_tools_end_in_a_line(tool, flags, written, tmp_path):
     assert "Traceback" not in ended.error and not (tmp_path / written).exists()
 
 
-def test_events_that_cannot_be_written_are_left_out(tmp_path, monkeypatch, capsys):
+def test_unwritable_events_are_skipped(tmp_path, monkeypatch, capsys):
     tensorboard.install()
     writer = SummaryWriter(str(tmp_path))
     real = gfile.LocalFileSystem._write
@@ -144,7 +144,7 @@ mounts = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), re
 
 
 @mounts
-def test_no_room_in_shared_memory_is_known_as_that():
+def test_full_shared_memory_is_recognized():
     result = run_without_shared_memory(NO_SHARED_MEMORY, 8, 8192)
     said = "False /dev/shm: No space left on device: worker processes need some; use --workers 1"
     assert [line.strip() for line in result.stdout.splitlines()] == ["True"] * 4 + ["False", said], result.stderr

@@ -88,7 +88,7 @@ def test_pictures_that_cannot_be_written(tools, tmp_path, tool, flag, name):
     assert time.monotonic() - begun < 30 and (tmp_path / "pipe.png").is_fifo()
 
 
-def test_samples_without_end(tools, tmp_path):
+def test_unbounded_sample_counts(tools, tmp_path):
     flags = ["--samples", 10**30, "--output", tmp_path / "a.png"]
     ended = bad_inputs.start(tools["plot_positions"], "tools/plot_positions.py", *flags)()
     assert ended.code == 2 and "error: --samples 1000" in ended.error and len(ended.error.splitlines()) == 1
@@ -97,7 +97,7 @@ def test_samples_without_end(tools, tmp_path):
 # ---------------------------------------------------------------- conversions
 
 
-def test_flags_of_conversions_beyond_reason(tools, hf, tmp_path):
+def test_absurd_conversion_flags(tools, hf, tmp_path):
     import_hf(HfFolder(hf), tmp_path / "ckpt")
     import_, export = ["import", "--hf-path", hf, "--output"], ["export", "--checkpoint", tmp_path / "ckpt"]
     for flags, message in [
@@ -148,7 +148,7 @@ def test_a_cast_that_overflows(hf, tmp_path, checkpoint_format):
             export_hf(MegatronCheckpoint(tmp_path / "ckpt"), tmp_path / "out", dtype=torch.float16)
 
 
-def test_the_largest_difference_of_what_is_no_number(hf, tmp_path, capsys):
+def test_the_largest_difference_with_nan(hf, tmp_path, capsys):
     nan, inf = float("nan"), float("inf")
     for a, b, expected in [
         ([1.0, nan], [1.5, nan], 0.5),
@@ -189,7 +189,7 @@ def test_parameters_in_a_pytorch_model_bin(hf, tmp_path):
     ],
     ids=["layer_types", "rope_scaling"],
 )
-def test_configurations_that_are_not_ours(hf, changes, message):
+def test_foreign_configurations(hf, changes, message):
     config(**changes)(hf)
     with pytest.raises(UsageError, match=message):
         HfFolder(hf)
@@ -198,7 +198,7 @@ def test_configurations_that_are_not_ours(hf, changes, message):
 # ---------------------------------------------------------------- preprocessing
 
 
-def test_white_space_in_a_column_is_the_text_that_it_is_in_json(tmp_path):
+def test_white_space_in_a_column_is_text_as_in_json(tmp_path):
     texts = ["good", " ", "\n\n", "\t", "fine"]
     write_lines(tmp_path / "a.jsonl", texts)
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
@@ -210,7 +210,7 @@ def test_white_space_in_a_column_is_the_text_that_it_is_in_json(tmp_path):
 
 
 @pytest.mark.parametrize("name, kind", [("a.jsonl.gz", "gzip"), ("a.json.zst", "zstd")])
-def test_an_empty_compressed_file_is_a_cut_one(tmp_path, name, kind):
+def test_an_empty_compressed_file_is_truncated(tmp_path, name, kind):
     (tmp_path / name).write_bytes(b"")
     good = write_lines(tmp_path / "good.jsonl", ["good"])
     with pytest.raises(ValueError, match=f"{name}: not a whole {kind} file"):
@@ -229,7 +229,7 @@ def test_two_columns_of_one_name(tmp_path):
 
 @pytest.mark.parametrize("closed", [".", "part"])
 @pytest.mark.parametrize("glob", [None, "*.txt"])
-def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, closed, glob):
+def test_an_unreadable_folder_is_not_skipped(tmp_path, monkeypatch, closed, glob):
     (tmp_path / "part").mkdir()
     (tmp_path / "a.txt").write_text("text")
     scandir = os.scandir
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, 
         documents.find_files([tmp_path], glob)
 
 
-def test_the_output_is_no_input(tmp_path):
+def test_the_output_is_not_read_as_input(tmp_path):
     (tmp_path / "a.md").write_text("text")
     (tmp_path / "out.bin.md").write_text("more")  # not the run's own
     first = [path.name for path in documents.find_files([tmp_path], "*", tmp_path / "out")]
@@ -257,7 +257,7 @@ def test_the_output_is_no_input(tmp_path):
 
 
 @pytest.mark.parametrize("there", ["x.bin", "x.idx", "x_loss_mask.idx", "x.partial", LONG])
-def test_an_output_that_cannot_have_its_names(tmp_path, monkeypatch, there):
+def test_an_output_with_impossible_file_names(tmp_path, monkeypatch, there):
     if there == "x.partial":
         (tmp_path / there).write_text("")
     elif there != LONG:
@@ -273,7 +273,7 @@ def test_an_output_that_cannot_have_its_names(tmp_path, monkeypatch, there):
     assert ("File name too long" if there == LONG else f"{there} exists and is not a f") in ended.error
 
 
-def test_the_report_says_names_as_they_are(tmp_path):
+def test_the_report_prints_names_unchanged(tmp_path):
     prefix = tmp_path / os.fsdecode(b"x[/b]\xff")
     report = PreprocessReport(np.array([3]), {"no key 't[/b][red]'": 1}, {"no key 't[/b][red]'": f"{prefix}:1"})
     shown = bad_inputs.start(lambda: command.print_report(report, prefix), "tools/preprocess_data.py")()

@@ -55,7 +55,7 @@ def script(tmp_path, body: str):
         ("tools/plot_positions.py", "matplotlib"), ("tools/preprocess_data.py", "numpy"),
     ],
 )  # fmt: skip
-def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path, command, module):
+def test_ctrl_c_during_imports_prints_one_line(tmp_path, command, module):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPT_AT_IMPORT)
     flags = ["--samples", 10, "--output", tmp_path / "x.png"] if module == "matplotlib" else []
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -64,7 +64,7 @@ def test_ctrl_c_while_a_command_starts_is_one_line(tmp_path, command, module):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_ctrl_c_is_said_by_the_first_rank_only(tmp_path):
+def test_only_rank_0_reports_ctrl_c(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPT_AT_IMPORT)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     result = run(["pretrain_cream.py"], PYTHONPATH=path, INTERRUPT_AT="torch", RANK="1", WORLD_SIZE="2")
@@ -82,12 +82,12 @@ def test_ctrl_c_is_said_by_the_first_rank_only(tmp_path):
         "child = os.fork() or os.kill(os.getpid(), 2)\nos.waitpid(child, 0)\nos.kill(os.getpid(), 2)",
     ],
 )
-def test_ctrl_c_while_a_command_runs_is_one_line(tmp_path, body):
+def test_ctrl_c_during_a_command_prints_one_line(tmp_path, body):
     result = run([script(tmp_path, f"import os\n{body}")])
     assert (result.returncode, result.stderr) == (130, "tool.py: interrupted\n")
 
 
-def test_ctrl_c_that_a_shell_has_switched_off_stays_off(tmp_path):
+def test_an_ignored_sigint_stays_ignored(tmp_path):
     path = script(tmp_path, "import os\nos.kill(os.getpid(), 2)\nprint('on')")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -109,7 +109,7 @@ CLOSED = "tool.py: error: standard output: Bad file descriptor\n"
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("unbuffered", [(), ("-u",)])
-def test_output_that_takes_no_words(tmp_path, redirect, code, error, unbuffered):
+def test_unwritable_standard_output(tmp_path, redirect, code, error, unbuffered):
     """Unwritten words are an error like that of any other output; words on standard error can be done without."""
     body = "import sys\nprint('said', file=sys.stderr) if {said} else None\nfor _ in range(100_000): print('a line')"
     body = body.format(said=code == 0)
@@ -118,14 +118,14 @@ def test_output_that_takes_no_words(tmp_path, redirect, code, error, unbuffered)
     assert (result.stdout.count("a line\n") == 100_000) == (code == 0)
 
 
-def test_output_is_not_taken_for_a_file_of_the_commands_own(tmp_path):
+def test_a_full_standard_output_is_not_blamed_on_another_file(tmp_path):
     body = "try: print('a line', flush=True)\nexcept OSError: print('--output: no room')\nreturn 3"
     result = run([script(tmp_path, body)], ">/dev/full")
     assert (result.returncode, result.stderr) == (2, FULL)
 
 
 @pytest.mark.parametrize("redirect", [">/dev/full", "| true; exit ${PIPESTATUS[0]}", ">&-", ""])
-def test_a_run_outlives_its_output(tmp_path, redirect):
+def test_training_continues_without_standard_output(tmp_path, redirect):
     body = """
 from megatron_cream.common import console
 with console.divert("full", None) as terminal:
@@ -136,13 +136,13 @@ return 3"""
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--samples", "10", "--output", "x.png"]])
-def test_a_tools_words_into_a_full_disk(tmp_path, flags):
+def test_a_tool_that_prints_to_a_full_disk(tmp_path, flags):
     flags = [str(tmp_path / flag) if flag == "x.png" else flag for flag in flags]
     result = run(["tools/plot_positions.py", *flags], ">/dev/full")
     assert (result.returncode, result.stderr) == (2, FULL.replace("tool", "plot_positions"))
 
 
-def test_a_picture_beyond_the_limit_on_files_sizes(tmp_path):
+def test_a_picture_larger_than_the_file_size_limit(tmp_path):
     path = tmp_path / "x.png"
     command = f"ulimit -f 1; {sys.executable} tools/plot_positions.py --samples 10 --output {path}"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
@@ -156,7 +156,7 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_python_without_assertions_is_refused(command):
+def test_python_without_assertions_is_rejected(command):
     result = run([command, "--help"], PYTHONOPTIMIZE="1")
     assert (result.returncode, result.stdout) == (2, "") and len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(f"{os.path.basename(command)}: error: python -O or PYTHONOPTIMIZE: ")

@@ -48,7 +48,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("case", VALUES)
-def test_any_value_is_saved_as_a_plain_one(case):
+def test_saved_flags_are_plain_values(case):
     value, expected = VALUES[case]
     plain = to_plain(value)
     assert plain == expected and type(plain) is type(expected)
@@ -66,7 +66,7 @@ def written_by_python(module: str, make, monkeypatch) -> bytes:
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # to Python 3.12, of 3.13
-def test_paths_in_a_checkpoint_of_any_python(module, monkeypatch):
+def test_paths_saved_by_other_python_versions_load(module, monkeypatch):
     safe_loading.install()
     common = written_by_python(module, lambda path: saved([{"args": Namespace(folder=path("a/b"))}]), monkeypatch)
     assert load_plain(io.BytesIO(common))[0]["args"].folder == pathlib.Path("a/b")
@@ -80,7 +80,7 @@ def test_paths_in_a_checkpoint_of_any_python(module, monkeypatch):
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])  # numpy 1, numpy 2
-def test_random_states_of_any_numpy(core):
+def test_random_states_saved_by_other_numpy_versions_load(core):
     with warnings.catch_warnings(action="error"):  # numpy 2 deprecates numpy.core
         safe_loading.install()
     names = torch.serialization._weights_only_unpickler._get_user_allowed_globals()
@@ -88,7 +88,7 @@ def test_random_states_of_any_numpy(core):
 
 
 @pytest.mark.slow
-def test_a_run_from_a_model_saves_flags_that_any_process_reads(tmp_path):
+def test_flags_of_a_run_from_a_model_load_in_another_process(tmp_path):
     save_model(tmp_path / "hf", "llama-mha", vocab_size=100)
     flags = ["--load-hf", tmp_path / "hf", "--data-path", write_documents(tmp_path / "documents", documents=20)]
     flags += ["--save", tmp_path / "run", "--train-iters", 1, "--split", "90,10,0"]

@@ -45,7 +45,7 @@ def _text(node: ast.AST) -> str:
     return "".join(_text(child) for child in ast.iter_child_nodes(node))
 
 
-def test_every_line_that_advises_a_flag_is_here():
+def test_every_message_that_advises_a_flag_has_a_case():
     lines = lines_that_advise_a_flag()
     pieces = [case.line for case in ADVICE] + list(NOT_FOLLOWED)
     missing = [f"{place}: {text}" for text, place in lines.items() if not any(piece in text for piece in pieces)]
@@ -93,7 +93,7 @@ def test_advice_is_followed(mains, world, tmp_path, case):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", INSTEAD)
-def test_what_stands_in_for_megatrons_flags(mains, world, name):  # noqa: F811
+def test_replacements_of_megatron_flags(mains, world, name):  # noqa: F811
     theirs, ours = INSTEAD[name]
     said = run(mains, world, with_(theirs)).error
     assert theirs.split()[0] in said and f"use {ours.split()[0]}" in said

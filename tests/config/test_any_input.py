@@ -242,7 +242,7 @@ def test_any_damage_to_the_common_state(checkpoint, edits):
     st.lists(st.integers(0, 9), min_size=1, max_size=3).filter(any),
     st.booleans(),
 )
-def test_short_documents_are_refused_as_the_data_set_would(tmp_path_factory, lengths, split, evaluated):
+def test_short_documents_are_rejected_as_the_data_set_does(tmp_path_factory, lengths, split, evaluated):
     """The check at start-up, against what Megatron's builder comes to once the run has begun."""
     prefix = tmp_path_factory.mktemp("split") / "x"
     np.ones(sum(lengths), dtype=np.uint16).tofile(f"{prefix}.bin")

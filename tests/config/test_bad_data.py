@@ -37,7 +37,7 @@ LISTS = [list(range(200)), [7] * 3, list(range(99, 0, -1))]
 
 
 @pytest.mark.parametrize("dtype", [kind.name for kind in DType if "float" not in kind.name])
-def test_what_is_written_and_read_is_megatrons(tmp_path, dtype):
+def test_data_is_read_and_written_in_megatrons_format(tmp_path, dtype):
     dtype = getattr(np, dtype)
     prefix = write(tmp_path / "x", [[t % 100 for t in tokens] for tokens in LISTS], dtype)
     index = indexed.read_index(prefix)
@@ -114,7 +114,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("flag", ["data_path", "train_data_path", "data_args_path", "per_split_data_args_path"])
-def test_damaged_data_is_one_line_however_it_is_named(monkeypatch, tmp_path, kind, flag):
+def test_damaged_data_is_rejected_for_every_data_flag(monkeypatch, tmp_path, kind, flag):
     good, prefix = write(tmp_path / "good", LISTS), write(tmp_path / "x", LISTS)
     damage, words = DAMAGE[kind]
     damage(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"))
@@ -179,7 +179,7 @@ def test_token_ids_beyond_the_vocabulary(tmp_path):
         data_checks.check_token_ids(arguments_of(prefix, 200))
 
 
-def test_of_large_data_a_bounded_part_is_read(tmp_path, monkeypatch):
+def test_only_a_bounded_part_of_large_data_is_read(tmp_path, monkeypatch):
     tokens = np.zeros(1 << 20, dtype=np.uint16)
     tokens[::1000], tokens[10_000] = 300, 400  # many ids of a larger vocabulary; one that is rare
     prefix = write(tmp_path / "x", [tokens.astype(np.int64)], np.uint16)
@@ -234,7 +234,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 101), st.integers(0, 255)), min_size=1
 
 @settings(max_examples=500, deadline=None)
 @given(edits=EDITS, length=st.none() | st.integers(0, 140))
-def test_a_damaged_index_reads_the_same_or_is_refused(good_pair, edits, length):
+def test_a_damaged_index_reads_the_same_or_is_rejected(good_pair, edits, length):
     prefix, good = good_pair
     data = bytearray(good)
     for at, value in edits:
@@ -258,7 +258,7 @@ def test_a_damaged_index_reads_the_same_or_is_refused(good_pair, edits, length):
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=30).filter(any), minimum=st.integers(1, 50))
-def test_training_takes_the_documents_that_are_long_enough(tmp_path_factory, lengths, minimum):
+def test_training_uses_only_documents_that_are_long_enough(tmp_path_factory, lengths, minimum):
     """And preprocessing's filter by length agrees with what it says."""
     folder = tmp_path_factory.mktemp("lengths")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths))
@@ -295,7 +295,7 @@ LINE = st.binary() | VALUE.map(lambda value: json.dumps(value).encode()) | st.di
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(LINE, max_size=8))
-def test_of_any_lines_each_is_a_text_or_a_reason(lines):
+def test_any_line_gives_a_text_or_a_reason(lines):
     items = list(enumerate(lines, 1))
     results = list(read_documents(Batch(Path("f"), "json", items, Position()), lambda r: take_text(r, "text")))
     assert [where for where, _ in results] == [f"f:{number}" for number, _ in items]
@@ -314,7 +314,7 @@ def test_of_any_lines_each_is_a_text_or_a_reason(lines):
 @settings(max_examples=150, deadline=None)
 @given(data=st.binary(max_size=300), name=st.sampled_from(["a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.txt.gz",
        "a.jsonl.zst", "a.txt.zst", "a.parquet", "a.arrow"]))  # fmt: skip
-def test_any_bytes_as_a_file_are_documents_or_one_line(tmp_path_factory, data, name):
+def test_any_bytes_give_documents_or_one_error_line(tmp_path_factory, data, name):
     path = tmp_path_factory.mktemp("any") / name
     for content in (data, b'[{"text": "a"},' + data, b'{"text": "a"}\n' + data, b"ARROW1\0\0" + data):
         path.write_bytes(content)
@@ -330,7 +330,7 @@ def test_any_bytes_as_a_file_are_documents_or_one_line(tmp_path_factory, data, n
 @settings(max_examples=60, deadline=None)
 @given(flips=st.lists(st.tuples(st.floats(0, 0.999), st.integers(1, 255)), min_size=1, max_size=5), cut=st.floats(0, 1))
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_damaged_tables_end_in_one_line(tmp_path_factory, name, flips, cut):
+def test_damaged_tables_print_one_line(tmp_path_factory, name, flips, cut):
     from tests.data.test_preprocess import write_input
 
     path = write_input(tmp_path_factory.mktemp("tables") / name, [f"text {i}" for i in range(30)])

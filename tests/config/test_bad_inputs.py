@@ -111,7 +111,7 @@ def fails_in_one_line(mains, world: Path, command, words: list[str], ranks: int 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_exit_code_2_and_nothing_written(mains, world, case):
+def test_bad_input_exits_with_code_2_and_writes_nothing(mains, world, case):
     damage, command, words = CASES[case]
     damage(world)
     fails_in_one_line(mains, world, command, words)
@@ -123,7 +123,7 @@ def test_flags_that_cannot_run(mains, world, case):
     fails_in_one_line(mains, world, (*NEW, *flags.split()), words, ranks)
 
 
-def test_checkpoints_that_another_run_saved_meanwhile_are_not_written_over(tmp_path):
+def test_checkpoints_saved_by_another_run_are_not_overwritten(tmp_path):
     """Looked at again when --save is held: a run of 30 s fits between the first look and the lock."""
     args = Namespace(save=str(tmp_path), load=None, skip_train=False)
     checkpoint_start.refuse_another_run(args)
@@ -134,7 +134,7 @@ def test_checkpoints_that_another_run_saved_meanwhile_are_not_written_over(tmp_p
     checkpoint_start.refuse_another_run(args)
 
 
-def test_what_is_whole_passes_every_check(mains, world):
+def test_intact_input_passes_every_check(mains, world):
     """The tables above would be green of a project that refused everything."""
     for command in (RESUME, FROM_CKPT, FROM_EXPORT, FROM_CLASSIC, FROM_HF):
         flags = [part.replace("{0}", str(world)) for part in command]
@@ -153,13 +153,13 @@ def test_an_older_checkpoint_without_checksums_is_loaded(world):
     assert start(lambda: parse.parse(flags) and 7, TRAINER)().code == 7
 
 
-def test_checksums_are_not_looked_at_when_they_are_switched_off(world):
+def test_disabled_checksums_are_not_compared(world):
     flip(SHARD)(world)
     flags = [part.replace("{0}", str(world)) for part in RESUME[1:]]
     assert start(lambda: parse.parse([*flags, "--no-checkpoint-checksums"]) and 7, TRAINER)().code == 7
 
 
-def test_one_rank_finds_it_and_both_end_with_one_line(mains, world):
+def test_an_error_on_one_rank_ends_both_with_one_line(mains, world):
     """The damaged shard is in the share of one rank; the other waits for its word."""
     before = snapshot(world)
     for shard in ("__0_0", "__1_0"):
@@ -174,7 +174,7 @@ def test_one_rank_finds_it_and_both_end_with_one_line(mains, world):
     assert snapshot(world) == before
 
 
-def test_no_rank_ends_before_the_line_is_said(mains, world):
+def test_no_rank_exits_before_the_error_is_printed(mains, world):
     """torchrun would kill rank 0, which may be slower to find the fault, before it came to print it."""
     config(num_hidden_layers="two")(world)
     flags, port = [part.replace("{0}", str(world)) for part in (*START[1:], "--load-hf", "{0}/hf")], free_port()
@@ -192,7 +192,7 @@ def test_no_rank_ends_before_the_line_is_said(mains, world):
     assert (said[0].code, said[1].code) == (2, 2)
 
 
-def test_another_rank_says_what_only_it_has_found(monkeypatch, capsys):
+def test_an_error_found_only_by_rank_1_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(rendezvous, "_PATIENCE", timedelta(seconds=0.3))
     store = torch.distributed.TCPStore("localhost", 0, is_master=True)
     monkeypatch.setattr(rendezvous, "_store", store)
@@ -202,7 +202,7 @@ def test_another_rank_says_what_only_it_has_found(monkeypatch, capsys):
     assert capsys.readouterr().err.split("\n") == ["from rank 1", "from rank 0", ""]
 
 
-def test_as_users_run_it(world):
+def test_bad_input_under_torchrun(world):
     """A real process of a command line, and torchrun with two ranks."""
     config(num_hidden_layers="two")(world)
     before = snapshot(world)
@@ -219,7 +219,7 @@ def test_as_users_run_it(world):
     assert snapshot(world) == before
 
 
-def test_readers_hold_when_nobody_looked_before(world):
+def test_readers_reject_bad_files_without_earlier_checks(world):
     """torch's own reader, as Megatron calls it, runs nothing either."""
     safe_loading.install()
     reader = dcp.FileSystemReader(world / STEP)
@@ -253,7 +253,7 @@ def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
     files._held.popitem()[1].close()
 
 
-def test_a_pipe_in_the_lock_s_place_is_no_wait(tmp_path):
+def test_a_named_pipe_as_lock_file_does_not_block(tmp_path):
     os.mkfifo(tmp_path / ".lock")
     with pytest.raises(UsageError, match=r"--save .*\.lock is not a file"):
         files.hold(tmp_path, "--save")
@@ -274,7 +274,7 @@ def test_the_only_checkpoint_is_found_without_its_tracker(world, checksums):
     "flags, words",
     [("", ""), ("--seed 99", ", now 99: other"), ("--position-sampler pose", "--position-sampler cream, now pose; ")],
 )
-def test_a_run_that_goes_on_with_other_samples_is_told_so(world, flags, words):
+def test_resuming_with_other_samples_prints_a_warning(world, flags, words):
     given = [part.replace("{0}", str(world)) for part in (*RESUME, *LONGER)][1:]
     ended = start(lambda: parse.parse([*given, *flags.split()]) and 7, TRAINER)()
     said = [line for line in ended.error.splitlines() if line.startswith("note:")]

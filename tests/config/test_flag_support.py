@@ -19,12 +19,12 @@ SORTED = flag_support.sort_flags(PARSER)
 ACTIONS = {flag_support.name_of(action): action for action in PARSER._actions}
 
 
-def test_every_flag_is_sorted_once():
+def test_every_flag_is_classified_once():
     assert SORTED.keys() == ACTIONS.keys() - {"-h"}
     assert {support.kind for support in SORTED.values()} == {"tested", "untested", "refused"}
 
 
-def test_a_flag_that_is_not_sorted_is_found():
+def test_an_unclassified_flag_is_detected():
     parser = build_parser(recipe=False)
     parser.add_argument("--new-flag")
     with pytest.raises(ValueError, match="not sorted: new-flag"):
@@ -32,7 +32,7 @@ def test_a_flag_that_is_not_sorted_is_found():
 
 
 @pytest.mark.parametrize("file", flag_support.TESTED)
-def test_the_named_test_gives_the_flag(file):
+def test_the_named_test_uses_the_flag(file):
     text = (ROOT / "tests" / file).read_text()
     names = [name for name, support in SORTED.items() if support == ("tested", file)]
     absent = [name for name in names if not _is_given(ACTIONS[name], text)]
@@ -58,7 +58,7 @@ def _another_value(action: argparse.Action) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name, support in SORTED.items() if support.kind == "refused"])
-def test_a_refused_flag_is_one_line_with_the_reason(name):
+def test_a_rejected_flag_prints_its_reason(name):
     action = ACTIONS[name]
     with pytest.raises(UsageError) as caught:
         PARSER.parse_args([action.option_strings[0], *_another_value(action)])
@@ -66,11 +66,11 @@ def test_a_refused_flag_is_one_line_with_the_reason(name):
     assert line.startswith(action.option_strings[0]) and line.endswith(f"not supported here; {SORTED[name].words}")
 
 
-def test_a_refused_flag_at_its_default_changes_nothing():
+def test_a_rejected_flag_at_its_default_changes_nothing():
     assert PARSER.parse_args(["--moe-token-dispatcher-type", "allgather"]) == PARSER.parse_args([])
 
 
-def test_a_recipe_cannot_set_a_refused_flag(tmp_path, monkeypatch):
+def test_a_recipe_cannot_set_a_rejected_flag(tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("num_experts: 8\n")
     monkeypatch.setattr(sys, "argv", ["pretrain_cream.py"])
@@ -184,7 +184,7 @@ def test_another_model(start):
     assert losses.keys() == reference.keys() and losses != reference
 
 
-def test_a_run_in_samples_is_that_in_steps(start):
+def test_a_run_counted_in_samples_equals_one_in_steps(start):
     folder, _, loaded, _ = start
     schedule = ["--lr-warmup-iters", 1, "--lr-decay-iters", 2]
     reference = train(1, folder / "steps", *loaded, *STEPS, *schedule)
@@ -192,14 +192,14 @@ def test_a_run_in_samples_is_that_in_steps(start):
     assert train(1, folder / "samples", *loaded, *samples) == reference
 
 
-def test_steps_that_are_left_out(start):
+def test_skipped_steps(start):
     folder, _, loaded, reference = start
     assert train(1, folder / "exit", *loaded, *STEPS, "--exit-interval", 1) == {1: reference[1]}
     losses = train(1, folder / "skip", *loaded, *STEPS, "--iterations-to-skip", 1)
     assert losses.keys() == {2} and losses[2] != reference[2]
 
 
-def test_what_is_run_here_is_said_to_be():
+def test_flags_that_tests_run_are_listed_as_tested():
     """Flags of the runs above that the tables call untested would be sold below their worth."""
     given = " ".join([flags for _, flags in SAME.values()] + [*OTHER.values(), SHAPES]).split()
     names = {word[2:] for word in given if word.startswith("--")}

@@ -206,7 +206,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_cuda_graphs_beside_segments_that_grow(name, monkeypatch):
+def test_cuda_graphs_with_expandable_segments(name, monkeypatch):
     args = build_parser(recipe=False).parse_args(["--cuda-graph-impl", "local"])
     flag_checks.check_graphs_with_segments(args)
     monkeypatch.setenv(name, "garbage_collection_threshold:0.8,expandable_segments:True")
@@ -217,7 +217,7 @@ def test_cuda_graphs_beside_segments_that_grow(name, monkeypatch):
 
 
 @pytest.mark.parametrize("changed, ranks, words", BAD, ids=lambda value: str(value)[:40])
-def test_bad_input_is_one_clear_line(changed, ranks, words, monkeypatch, tmp_path, data):
+def test_bad_input_prints_one_line(changed, ranks, words, monkeypatch, tmp_path, data):
     recipe = {k: v for k, v in (GOOD | {"data_path": data} | changed).items() if v is not None}
     with pytest.raises(UsageError) as caught:
         read(monkeypatch, tmp_path, recipe, world_size=ranks)
@@ -235,7 +235,7 @@ def test_bad_input_is_one_clear_line(changed, ranks, words, monkeypatch, tmp_pat
         {"tp_comm_overlap_cfg": "no"},
     ],
 )
-def test_user_buffers_hold_samples_of_one_length(also, monkeypatch, tmp_path, data):
+def test_user_buffers_need_samples_of_one_length(also, monkeypatch, tmp_path, data):
     layers = AttentionBackend(name="flash", te_kernel="flash", transformer_engine=True, reason="a test")
     monkeypatch.setattr(fill, "choose_backend", lambda *_, **__: layers)
     recipe = GOOD | {"tp_comm_overlap": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -257,7 +257,7 @@ def test_user_buffers_hold_samples_of_one_length(also, monkeypatch, tmp_path, da
         ("proj_fprop: !!python/object/apply:os.getcwd []", "not a YAML file"),
     ],
 )
-def test_a_configuration_of_user_buffers_is_read_before_it_is_used(text, words, tmp_path):
+def test_the_user_buffer_configuration_is_checked_early(text, words, tmp_path):
     file = tmp_path / "buffers.yaml"
     if text is not None:
         file.write_text(text)
@@ -294,7 +294,7 @@ def test_user_buffers_send_in_rings_where_that_was_measured(flags, rings):
         ("--cuda-graph-impl local", {}, None),
     ],
 )
-def test_memory_grows_in_segments_unless_told_otherwise(flags, given, expected, monkeypatch):
+def test_expandable_segments_are_on_by_default(flags, given, expected, monkeypatch):
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
@@ -308,21 +308,21 @@ def test_memory_grows_in_segments_unless_told_otherwise(flags, given, expected, 
     "text, word",
     [("- a\n- b\n", "must map"), ("a: [", "not a YAML file"), ("lr: !!python/object/apply:os.getcwd []", "not a YAML")],
 )
-def test_recipe_that_is_none(text, word, tmp_path):
+def test_invalid_recipes(text, word, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=word):
         read_recipe(path, build_parser())
 
 
-def test_broken_index_is_one_line(monkeypatch, tmp_path):
+def test_a_broken_index_prints_one_line(monkeypatch, tmp_path):
     (tmp_path / "x.bin").write_bytes(b"12")
     (tmp_path / "x.idx").write_bytes(b"not an index")
     with pytest.raises(UsageError, match="--data-path .*not a .bin/.idx pair"):
         read(monkeypatch, tmp_path, GOOD | {"data_path": str(tmp_path / "x")})
 
 
-def test_exit_code_2_before_any_process_group_and_nothing_written(tmp_path, data):
+def test_exit_code_2_comes_before_any_process_group(tmp_path, data):
     import subprocess
 
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in (GOOD | {"target_length": 500}).items()]
@@ -336,12 +336,12 @@ def test_exit_code_2_before_any_process_group_and_nothing_written(tmp_path, data
     assert not list(tmp_path.iterdir())
 
 
-def test_help_lists_both():
+def test_help_lists_our_flags_and_megatrons():
     text = build_parser(recipe=False).format_help()
     assert "--position-sampler" in text and "--tensor-model-parallel-size" in text
 
 
-def test_unknown_flag_is_one_line(monkeypatch):
+def test_an_unknown_flag_prints_one_line(monkeypatch):
     with pytest.raises(UsageError, match="--no-such-flag"):
         parse.read(["--no-such-flag", "1"])
 

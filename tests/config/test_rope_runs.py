@@ -31,7 +31,7 @@ def read(folder, *flags):
     return parse.read([*WIDER, "--data-path", str(folder / "documents"), *map(str, flags)])
 
 
-def test_each_change_is_one_line(run):
+def test_each_rope_change_prints_one_line(run):
     _, said = run
     lines = [line for line in said.splitlines() if line.startswith("rope:")]
     assert lines == [
@@ -41,7 +41,7 @@ def test_each_change_is_one_line(run):
 
 
 @pytest.mark.slow
-def test_transformers_computes_what_the_checkpoint_does(run, tmp_path):
+def test_transformers_gives_the_logits_of_the_checkpoint(run, tmp_path):
     """Over all 1024 positions: the old scaling, or theta, would show."""
     folder, _ = run
     config = json.loads((folder / "out" / "config.json").read_text())
@@ -58,7 +58,7 @@ def test_transformers_computes_what_the_checkpoint_does(run, tmp_path):
     (folder / "out" / "config.json").write_text(json.dumps(config))
 
 
-def test_a_resumed_run_and_the_next_extension_start_from_what_was_trained(run):
+def test_resuming_and_extending_again_keep_the_trained_rope(run):
     folder, _ = run
     resumed = read(folder, "--load", folder / "run")
     assert (resumed.rotary_base, resumed.rope_scaling_config, resumed.rope_lines) == (1e6, SCALING, [])
@@ -68,7 +68,7 @@ def test_a_resumed_run_and_the_next_extension_start_from_what_was_trained(run):
         assert "from factor 16 (1024 positions) to factor 32 (2048 positions)" in again.rope_lines[0]
 
 
-def test_an_import_is_read_as_the_folder_it_came_from(run):
+def test_an_import_is_read_like_its_source_folder(run):
     folder, _ = run
     result = run_tool("import", "--hf-path", folder / "hf", "--output", folder / "ckpt")
     assert result.returncode == 0, result.stderr

@@ -76,7 +76,7 @@ def spans(ids, mask, decode) -> list[str]:
     return [decode(list(ids[a:b])) for a, b in edges]
 
 
-def test_llama2_turns_stand_as_its_authors_encode_them():
+def test_llama2_turns_are_encoded_as_by_its_authors():
     system = {"role": "system", "content": "Be brief."}
     ids, mask = Llama2Chat(ByteTokenizer())([system, *talk(" q1\n", "a1 ", "q2", "a2")])
     first, second = b"[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n q1 [/INST]", b"[INST] q2 [/INST]"
@@ -85,7 +85,7 @@ def test_llama2_turns_stand_as_its_authors_encode_them():
     assert mask.tolist() == [value for count, value in parts for _ in range(count)]
 
 
-def test_a_token_over_the_edge_of_an_answer_is_the_answers():
+def test_a_token_across_the_edge_of_an_answer_belongs_to_it():
     class Merging(ByteTokenizer):
         def tokenize(self, text):  # "] " in one token
             return list(text.replace("] ", "\x01").encode())
@@ -216,7 +216,7 @@ TURN = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(st.fixed_dictionaries({"conversations": st.lists(TURN | JSON) | JSON}))
-def test_whatever_a_record_holds_a_chat_comes_out_or_a_reason(record):
+def test_any_record_gives_a_chat_or_a_reason(record):
     try:
         messages = take_messages(record)
     except (BadDocument, UnicodeError):
@@ -264,7 +264,7 @@ def test_every_form_of_input_gives_the_same_data_and_mask(tmp_path, form):
     assert report.loss_tokens == sum(int(answer.sum()) for _, answer in expected)
 
 
-def test_a_file_with_both_columns_is_asked_which_is_meant(tmp_path):
+def test_a_file_with_both_columns_asks_for_a_choice(tmp_path):
     import pyarrow.parquet
 
     turns, others = (CHATS[0]["conversations"], take_messages(CHATS[1]))
@@ -279,7 +279,7 @@ def test_a_file_with_both_columns_is_asked_which_is_meant(tmp_path):
     assert report.documents == len(data) == 1 and data[0].tolist() == ids
 
 
-def test_a_mask_does_not_outlive_its_data(tmp_path):
+def test_a_stale_mask_is_removed(tmp_path):
     path = write_chats(tmp_path, "jsonl")
     preprocess([path], tmp_path / "x", ByteTokenizer(), chat_format="llama2", progress=False)
     text = tmp_path / "a.txt"
@@ -290,7 +290,7 @@ def test_a_mask_does_not_outlive_its_data(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "chats.jsonl", "x.bin", "x.idx"]
 
 
-def test_dropped_chats_are_counted_and_the_tool_says_so(tmp_path, chat_folder):
+def test_dropped_chats_are_counted_and_reported(tmp_path, chat_folder):
     path = tmp_path / "a.jsonl"
     bad = [record for record, expected in CLEANED if not expected.endswith("uq aa")]
     path.write_text("".join(json.dumps(chat) + "\n" for chat in [*CHATS, *bad, share(("human", "q"))]))
@@ -343,7 +343,7 @@ def build(prefixes, samples=60, **options):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_loss_counts_on_labels_that_are_the_assistants(tmp_path, workers, caplog):
+def test_the_loss_covers_assistant_labels_only(tmp_path, workers, caplog):
     prefix = write_masked(tmp_path / "x")
     with caplog.at_level("INFO"):
         dataset = build([prefix])
@@ -375,7 +375,7 @@ def test_masks_in_a_blend_and_under_the_other_masks(tmp_path):
     assert kinds == {True, False}
 
 
-def test_training_goes_on_where_samples_have_no_token_to_learn(tmp_path):
+def test_training_continues_over_fully_masked_samples(tmp_path):
     """Each sample of odd documents has none. Such samples change nothing: not the loss, not the weights."""
     prefix = write_documents(tmp_path / "x", documents=20, shortest=100)
     builder = IndexedDatasetBuilder(f"{loss_mask_prefix(prefix)}.bin", dtype=np.uint8)

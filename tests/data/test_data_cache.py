@@ -46,7 +46,7 @@ def find(file: Path, said: list[str] | None = None, lengths=LENGTHS):
     lengths=st.lists(st.integers(0, 9), max_size=80), cut=st.tuples(st.integers(0, 80), st.integers(0, 80)),
     minimum=st.integers(1, 9), turns=st.integers(1, 2),
 )  # fmt: skip
-def test_the_numbers_are_those_of_a_direct_look(tmp_path_factory, lengths, cut, minimum, turns):
+def test_the_index_matches_a_direct_scan(tmp_path_factory, lengths, cut, minimum, turns):
     lengths, (begin, end) = np.array(lengths, dtype=np.int32), sorted(min(c, len(lengths)) for c in cut)
     file = tmp_path_factory.mktemp("cache") / "x.npy"
     wanted = np.flatnonzero(lengths[begin:end] >= minimum) + begin
@@ -85,7 +85,7 @@ def test_the_numbers_are_those_of_a_direct_look(tmp_path_factory, lengths, cut, 
         "no sum",
     ],
 )
-def test_a_damaged_file_is_written_anew(tmp_path, damage):
+def test_a_damaged_index_is_rebuilt(tmp_path, damage):
     file = tmp_path / "x.npy"
     find(file)
     whole = file.read_bytes()
@@ -114,7 +114,7 @@ def test_several_processes_write_at_once(tmp_path):
     assert sorted(path.name for path in file.parent.iterdir()) == sorted(f"{turn}.npy" for turn in range(20))
 
 
-def test_a_writer_killed_in_the_middle_leaves_nothing_that_is_read(tmp_path):
+def test_a_killed_writer_leaves_no_readable_index(tmp_path):
     file = tmp_path / "x.npy"
     code = f"""
 import pathlib, sys, time
@@ -136,7 +136,7 @@ long_documents._write(pathlib.Path({str(file)!r}), 100, parts())
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_where_nothing_can_be_written_each_holds_its_own(tmp_path, monkeypatch):
+def test_ranks_hold_the_index_in_memory_where_the_folder_is_unwritable(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     said = []
     found = find(tmp_path / "file" / "cache" / "x.npy", said)
@@ -195,7 +195,7 @@ def test_samples_are_the_same_with_and_without_a_cache(blended, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dataset_index.npy", "dataset_sample_index.npy", "description.txt", "crc32.json"])
-def test_a_damaged_blend_is_written_anew(blended, tmp_path, name):
+def test_a_damaged_blend_index_is_rebuilt(blended, tmp_path, name):
     prefixes, wanted = blended
     cache = tmp_path / "cache"
     assert items(blend(prefixes, str(cache))) == wanted
@@ -206,7 +206,7 @@ def test_a_damaged_blend_is_written_anew(blended, tmp_path, name):
     assert file.read_bytes() == whole and len(list(cache.iterdir())) == 6
 
 
-def test_a_rank_that_does_not_see_the_first_ones_cache_goes_on(blended, tmp_path, monkeypatch):
+def test_a_rank_without_the_shared_cache_continues(blended, tmp_path, monkeypatch):
     prefixes, wanted = blended
     monkeypatch.setattr(blend_cache.torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(blend_cache.torch.distributed, "get_rank", lambda *_: 1)
@@ -215,7 +215,7 @@ def test_a_rank_that_does_not_see_the_first_ones_cache_goes_on(blended, tmp_path
     assert not list((tmp_path / "elsewhere").glob("*-description.txt"))
 
 
-def test_a_blends_cache_that_cannot_be_written_costs_a_line(blended, tmp_path, caplog):
+def test_an_unwritable_blend_cache_prints_one_line(blended, tmp_path, caplog):
     prefixes, wanted = blended
     (tmp_path / "file").write_text("no folder")
     with caplog.at_level("WARNING"):
@@ -225,7 +225,7 @@ def test_a_blends_cache_that_cannot_be_written_costs_a_line(blended, tmp_path, c
     assert sum("each rank holds the numbers of 90 documents" in line for line in said) == 2
 
 
-def test_a_job_that_dies_while_it_writes_a_blend_leaves_nothing_that_is_read(blended, tmp_path, monkeypatch):
+def test_a_killed_job_leaves_no_readable_blend_index(blended, tmp_path, monkeypatch):
     prefixes, wanted = blended
     cache, replace = tmp_path / "cache", os.replace
 

@@ -30,7 +30,7 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_line_without_end_is_named(short, tmp_path, suffix):
+def test_an_overlong_line_is_rejected_by_number(short, tmp_path, suffix):
     """Of a file of a few kilobytes, say, that is gigabytes of one line."""
     path = tmp_path / f"x.jsonl{suffix.replace('.jsonl', '')}"
     good = json.dumps({"text": "a" * ((1 << 20) - 13)}).encode() + b"\n"
@@ -46,7 +46,7 @@ def test_a_line_without_end_is_named(short, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_a_text_file_without_end_is_left_out(short, tmp_path, suffix):
+def test_an_overlong_text_file_is_skipped(short, tmp_path, suffix):
     compress = COMPRESS[suffix or ".jsonl"]
     (tmp_path / f"a.txt{suffix}").write_bytes(compress(b"a" * (1 << 20)))
     (tmp_path / f"b.txt{suffix}").write_bytes(compress(b"a" * ((1 << 20) + 1)))
@@ -54,7 +54,7 @@ def test_a_text_file_without_end_is_left_out(short, tmp_path, suffix):
     assert report.documents == 1 and report.dropped == {"text file of more than 1 MiB": 1}
 
 
-def test_a_chat_template_without_end_is_a_line(monkeypatch, tmp_path):
+def test_an_endless_chat_template_is_rejected(monkeypatch, tmp_path):
     monkeypatch.setattr(time_limit, "SECONDS", 0.2)
     save_tokenizer(tmp_path / "tokenizer")
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

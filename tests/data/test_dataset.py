@@ -44,7 +44,7 @@ def build(prefix, samples=(200, 40, 0), **options):
     ).build()
 
 
-def test_a_run_at_its_end_may_start_again(prefix):
+def test_a_finished_run_can_start_again(prefix):
     """To Megatron's sampler, data of which nothing is left is a fault."""
     train, _, _ = build(prefix)
     sampler = MegatronPretrainingSampler(
@@ -77,7 +77,7 @@ def test_samples_are_what_the_sampler_planned(prefix):
         assert item["loss_mask"].sum() == N - 1 and item["loss_mask"][-1] == 0
 
 
-def test_an_epoch_visits_every_document_once_and_draws_anew(prefix):
+def test_an_epoch_visits_every_document_once_with_new_draws(prefix):
     train = build(prefix)[0]
     n = len(train.documents)
     epochs = [[train[e * n + i] for i in range(n)] for e in range(3)]
@@ -88,7 +88,7 @@ def test_an_epoch_visits_every_document_once_and_draws_anew(prefix):
     assert sum(plans[0][d] != plans[1][d] for d in plans[0]) > 0.9 * n
 
 
-def test_what_is_held_out_does_not_change_over_evaluations(prefix):
+def test_held_out_samples_do_not_change_between_evaluations(prefix):
     valid = build(prefix)[1]
     n = len(valid.documents)
     by_document = [{int(valid[e * n + i]["tokens"][0]) // 1000: valid[e * n + i] for i in range(n)} for e in range(2)]
@@ -132,7 +132,7 @@ def test_blend_of_two_files(prefix, tmp_path):
     assert share == pytest.approx(0.25, abs=0.01)
 
 
-def test_no_document_long_enough_is_one_line(prefix):
+def test_no_document_long_enough_prints_one_line(prefix):
     sampler = dict(name="pi", window=5000, target=5000)
     with pytest.raises(UsageError, match=r"train split of .*: none of its 40 documents has 5000 tokens") as caught:
         build(prefix, sampler=sampler)

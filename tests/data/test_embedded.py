@@ -105,7 +105,7 @@ def test_a_second_call_builds_nothing(tmp_path, library, monkeypatch):
     assert embedded.prepare(vocab_size=VOCAB, source_root=library) == first
 
 
-def test_other_sources_or_settings_are_another_corpus(tmp_path, library):
+def test_other_sources_or_settings_build_another_corpus(tmp_path, library):
     folders = {
         prepare(tmp_path, library).tokenizer_model.parent,
         prepare(tmp_path, library, seed=1).tokenizer_model.parent,
@@ -116,7 +116,7 @@ def test_other_sources_or_settings_are_another_corpus(tmp_path, library):
 
 
 @pytest.mark.parametrize("moment", ["train_tokenizer", "preprocess", "_numbers"])
-def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path, library, monkeypatch, moment):
+def test_a_killed_build_leaves_no_corpus(tmp_path, library, monkeypatch, moment):
     cache = tmp_path / "cache"
 
     def build_and_die() -> None:
@@ -170,14 +170,14 @@ def test_processes_that_call_at_once_get_one_corpus(tmp_path, library, monkeypat
     assert IndexedDataset(str(corpora[0].train_prefix))[0].size > 0
 
 
-def test_progress_is_told_in_lines(tmp_path, library, capfd):
+def test_progress_is_printed_in_lines(tmp_path, library, capfd):
     embedded.prepare(tmp_path, vocab_size=VOCAB, source_root=library)
     lines = capfd.readouterr().err.splitlines()
     assert any("training a tokenizer of 400 tokens" in line for line in lines)
     assert "held out" in lines[-1]
 
 
-def test_too_little_text_is_said(tmp_path, library):
+def test_too_little_text_is_reported(tmp_path, library):
     with pytest.raises(ValueError, match="vocab_size 60000"):
         embedded.prepare(tmp_path, vocab_size=60000, source_root=library, progress=False)
     with pytest.raises(ValueError, match="needs Python source files, and there are 0"):

@@ -156,7 +156,7 @@ def test_nothing_is_written_where_no_document_is_left(tmp_path):
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+def test_ids_beyond_the_vocabulary_are_rejected(tmp_path):
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = 99
     path = write_lines(tmp_path / "a.jsonl", ["abc"])  # c is 99
@@ -238,7 +238,7 @@ def test_the_tool_writes_and_reports(tmp_path, sentencepiece_model):
     assert len(done.stderr.splitlines()) == 2
 
 
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, sentencepiece_model):
+def test_bad_input_prints_one_line_and_writes_nothing(tmp_path, sentencepiece_model):
     path = write_lines(tmp_path / "a.jsonl", ["abc"])
     (tmp_path / "a.parquet").write_text("")
     (tmp_path / "a.pdf").write_text("")

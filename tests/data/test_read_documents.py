@@ -30,7 +30,7 @@ FORMS += ["dataset", "dict", "texts", "mixed"]
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_documents_hold_bos_the_tokenizers_ids_and_eod(tmp_path, name):
+def test_documents_have_bos_token_ids_and_eod(tmp_path, name):
     texts = some_texts(40)
     path = write_input(tmp_path / name, texts)
 
@@ -46,7 +46,7 @@ def test_documents_hold_bos_the_tokenizers_ids_and_eod(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_reading_goes_on_from_the_end_of_any_batch(tmp_path, monkeypatch, name):
+def test_reading_resumes_after_any_batch(tmp_path, monkeypatch, name):
     monkeypatch.setattr(documents, "BATCH_BYTES", 4000)
     inputs = [write_lines(tmp_path / "first.jsonl", ["a", "b"]), write_input(tmp_path / name, some_texts(40))]
     files = documents.find_files([*inputs, write_lines(tmp_path / "last.jsonl", ["c"])])
@@ -128,7 +128,7 @@ def test_unreadable_documents_are_counted_by_reason(tmp_path):
 
 @pytest.mark.parametrize("name, kind", [("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstd")])
 @pytest.mark.parametrize("kept", [0.5, 0.99])
-def test_a_cut_compressed_file_is_an_error_not_a_shorter_corpus(tmp_path, name, kind, kept):
+def test_a_truncated_compressed_file_is_an_error(tmp_path, name, kind, kept):
     path = write_lines(tmp_path / name, some_texts(50))
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     with pytest.raises(ValueError, match=f"{name}: not a whole {kind} file"):
@@ -141,7 +141,7 @@ def test_a_cut_compressed_file_is_an_error_not_a_shorter_corpus(tmp_path, name, 
     assert report.documents == 1 and [reason for reason in report.dropped if f"not a whole {kind} file" in reason]
 
 
-def test_rows_that_hold_no_text_are_counted(tmp_path):
+def test_rows_without_text_are_counted(tmp_path):
     values = pyarrow.array([b"good", b"\xff", b"", None, b"fine"], pyarrow.binary())
     broken = pyarrow.StringArray.from_buffers(5, values.buffers()[1], values.buffers()[2], values.buffers()[0])
     path = tmp_path / "a.parquet"
@@ -183,7 +183,7 @@ def test_files_of_columns_are_checked_before_any_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
-def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, name, package):
+def test_a_missing_package_prints_one_line(tmp_path, monkeypatch, name, package):
     path = write_input(tmp_path / name, ["text"])
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"pip install {package}$"):
@@ -199,7 +199,7 @@ JSON = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(JSON), st.integers(1, 40), st.sampled_from([None, 1]), st.booleans())
-def test_elements_of_an_array_whatever_the_size_of_a_read(values, chunk, indent, ascii_only):
+def test_array_elements_do_not_depend_on_the_read_size(values, chunk, indent, ascii_only):
     data = json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_array, "_CHUNK", chunk)

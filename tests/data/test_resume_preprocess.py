@@ -83,7 +83,7 @@ def dies_at(moment: int | None, inputs, prefix, **options) -> int:
 
 
 @pytest.mark.parametrize("chats, overwrite", [(False, True), (True, False), (True, True)])
-def test_killed_at_any_step_the_next_run_goes_on(tmp_path, chats, overwrite):
+def test_a_run_killed_at_any_step_resumes(tmp_path, chats, overwrite):
     inputs = write_input(tmp_path / "in", chats)
     options = dict(chat_format="llama2" if chats else None, overwrite=overwrite)
 
@@ -123,7 +123,7 @@ def test_killed_at_any_step_the_next_run_goes_on(tmp_path, chats, overwrite):
     assert resumed > 0.7 * steps
 
 
-def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path):
+def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     inputs, prefix = write_input(tmp_path / "in", False), tmp_path / "x"
     run(inputs, tmp_path / "other", json_key="text", append_eod=False)
     dies_at(40, inputs, prefix)
@@ -153,7 +153,7 @@ def test_a_run_of_other_settings_is_not_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["state", "tokens", "lengths"])
-def test_a_damaged_leftover_is_begun_anew(tmp_path, damage):
+def test_damaged_partial_output_is_rebuilt(tmp_path, damage):
     inputs, prefix = write_input(tmp_path / "in", False), tmp_path / "x"
     run(inputs, tmp_path / "whole")
     dies_at(40, inputs, prefix)
@@ -194,7 +194,7 @@ def test_a_zeroed_block_never_reaches_the_data(tmp_path, capsys, name):
     assert not list(tmp_path.glob("y*"))
 
 
-def test_without_a_name_for_the_tokenizer_nothing_is_gone_on_with(tmp_path):
+def test_a_tokenizer_without_a_name_is_never_resumed(tmp_path):
     """Nor is what a killed run left in the way."""
     inputs, prefix = write_input(tmp_path / "in", False), tmp_path / "x"
     dies_at(12, inputs, prefix, tokenizer_id=None)
@@ -211,7 +211,7 @@ def test_without_a_name_for_the_tokenizer_nothing_is_gone_on_with(tmp_path):
     assert not (tmp_path / "x.partial").exists()
 
 
-def test_what_else_lies_in_the_folder_stays(tmp_path):
+def test_other_files_in_the_folder_stay(tmp_path):
     inputs, prefix = write_input(tmp_path / "in", False), tmp_path / "x"
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial" / "mine").write_text("mine")
@@ -222,7 +222,7 @@ def test_what_else_lies_in_the_folder_stays(tmp_path):
 @pytest.mark.parametrize(
     "error, kept", [(KeyboardInterrupt, True), (OSError("disk full"), True), (ValueError("bad"), False)], ids=str
 )
-def test_what_ends_a_run_early_decides_what_is_kept(tmp_path, monkeypatch, error, kept):
+def test_partial_output_is_kept_depending_on_the_error(tmp_path, monkeypatch, error, kept):
     inputs, prefix = write_input(tmp_path / "in", False), tmp_path / "x"
     run(inputs, tmp_path / "whole")
 
@@ -265,7 +265,7 @@ def test_two_runs_do_not_write_one_output(tmp_path):
     assert not (tmp_path / "x.partial").exists()
 
 
-def test_killed_with_its_workers_again_and_again(tmp_path):
+def test_repeated_kills_with_workers(tmp_path):
     """SIGKILL from outside, at moments of the clock's choosing; the workers die too, and hold nothing."""
     inputs, prefix = write_input(tmp_path / "in", False), tmp_path / "x"
     run(inputs, tmp_path / "whole")

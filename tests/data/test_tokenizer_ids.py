@@ -36,7 +36,7 @@ def test_byte_level_tokenizers_keep_spaces_whatever_their_class(tmp_path, name):
         assert tokenizer.decode(tokenizer.encode("a b  c\n d")).strip() == "a b  c\n d"
 
 
-def test_other_ids_are_named_and_the_advice_works(tmp_path):
+def test_differing_ids_are_reported_and_the_advice_works(tmp_path):
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
@@ -74,7 +74,7 @@ def sentencepiece_without_eos(file: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", slow_but(["HuggingFaceTokenizer", "SentencePieceTokenizer"], "HuggingFaceTokenizer"))
-def test_a_tokenizer_without_eos_goes_all_the_way(tmp_path, kind):
+def test_a_tokenizer_without_eos_works_from_data_to_evaluation(tmp_path, kind):
     """What preprocessing advises is followed, and what it wrote is trained on, exported and evaluated."""
     if kind == "HuggingFaceTokenizer":
         model = without_eos(tmp_path / "tokenizer")

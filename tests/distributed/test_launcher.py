@@ -32,7 +32,7 @@ NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.mark.parametrize("names", [names for n in range(6) for names in itertools.combinations(list(ALL)[:5], n)])
-def test_a_part_of_torchruns_variables(names):
+def test_incomplete_torchrun_variables(names):
     """All combinations of those that torch needs: a rank of several needs all, a single one none."""
     given = {name: ALL[name] for name in names}
     missing = [name for name in NEEDED if name not in given]
@@ -64,7 +64,7 @@ def test_a_part_of_torchruns_variables(names):
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is missing"),
     ],
 )  # fmt: skip
-def test_variables_that_torchrun_never_sets_so(changes, words):
+def test_impossible_torchrun_variables(changes, words):
     assert launcher.read_environment(ALL) == (1, 2)
     given = {name: value for name, value in (ALL | changes).items() if value is not None}
     with pytest.raises(UsageError) as refused:
@@ -72,14 +72,14 @@ def test_variables_that_torchrun_never_sets_so(changes, words):
     assert words in str(refused.value)
 
 
-def test_an_environment_that_cannot_be_is_a_line():
+def test_an_invalid_environment_prints_one_line():
     plain = {key: value for key, value in os.environ.items() if key not in ALL}
     command = [sys.executable, "pretrain_cream.py", "--print-config"]
     result = subprocess.run(command, cwd=ROOT, env=plain | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "RANK is missing" in result.stderr
 
 
-def test_a_port_that_is_taken_is_a_line(tmp_path):
+def test_a_port_in_use_prints_one_line(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -108,7 +108,7 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch):
         launcher.ranks()
 
 
-def test_more_ranks_than_gpus_is_a_line(monkeypatch):
+def test_more_ranks_than_gpus_prints_one_line(monkeypatch):
     monkeypatch.setattr(devices, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="^LOCAL_RANK=2 in the environment: this machine has 2 visible GPUs; use"):

@@ -87,7 +87,7 @@ def ended(processes: list[subprocess.Popen], logs: list[Path]) -> list[int]:
         raise AssertionError("\n\n".join(log.read_text()[-3000:] for log in logs)) from None
 
 
-def test_a_finished_run_that_starts_again_has_nothing_to_do(tmp_path):
+def test_a_finished_run_started_again_does_nothing(tmp_path):
     """As a job has that was queued again at its very end; Megatron would fail at its data."""
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
     (tmp_path / "iter_0000008").mkdir()
@@ -140,7 +140,7 @@ def test_two_hosts_whose_names_do_not_resolve(documents, one_node, tmp_path, nam
     compare(one_node, tmp_path / "run", STEPS)
 
 
-def test_a_node_that_is_lost_comes_back(documents, one_node, tmp_path, port):
+def test_a_lost_node_rejoins(documents, one_node, tmp_path, port):
     """SIGKILL of one torchrun with its ranks; started again by hand, as a cluster would. The other one stays."""
     logs = [tmp_path / "0.log", tmp_path / "1.log", tmp_path / "1.again.log"]
     save = tmp_path / "run"
@@ -176,7 +176,7 @@ def test_restarts_on_several_nodes_need_a_store_that_is_new_each_time(monkeypatc
         nodes.run_on_all_ranks(lambda: None)
 
 
-def test_what_a_node_lacks_ends_the_job_on_all(documents, tmp_path, port):
+def test_a_file_missing_on_one_node_ends_the_job_on_all(documents, tmp_path, port):
     """The same relative paths, but each node has a folder of its own: no data on the second, then no common --save."""
     folders = [tmp_path / "first", tmp_path / "second"]
     logs = [folder / "log" for folder in folders]

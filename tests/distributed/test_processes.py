@@ -66,7 +66,7 @@ def run(code: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("parent, said", [("parent", ""), ("None", "alive\n")])
-def test_a_child_ends_with_a_parent_that_has_ended_before_it_asks(parent, said):
+def test_a_child_ends_when_its_parent_ended_first(parent, said):
     """Its own look at its parent would come too late: that is process 1 by then, which lives on."""
     assert run(TOO_LATE.format(parent=parent)).stdout == said
 
@@ -116,7 +116,7 @@ def test_a_killed_rank_leaves_no_process_behind(tmp_path):
     check_nothing_is_left(save, patience=30)
 
 
-def test_a_killed_keeper_of_results_costs_one_checkpoint_at_most(tmp_path):
+def test_a_killed_result_server_loses_one_checkpoint_at_most(tmp_path):
     """The process that the writer of --async-save answers through, of one rank; the other waited in a collective."""
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
     flags = ["--save", save, "--load", save, "--save-interval", 2, "--async-save"]

@@ -123,7 +123,7 @@ def test_perplexity_of_both_formats(monkeypatch, models, texts, tmp_path, capsys
     assert 0.9 < told["key_tokens"] / found["hf"]["600"]["key_tokens"] < 1.5
 
 
-def test_a_stopped_run_goes_on(monkeypatch, models, texts, tmp_path):
+def test_a_stopped_run_resumes(monkeypatch, models, texts, tmp_path):
     """Lines lost, one cut in the middle: what is left is not done again, and the end is the same."""
     flags = [*NEEDLE, "--model", models["hf"], "--output", tmp_path]
     assert run(monkeypatch, *flags) == 0
@@ -152,7 +152,7 @@ def test_a_stopped_run_goes_on(monkeypatch, models, texts, tmp_path):
     assert (tmp_path / "ppl" / RESULTS).read_text().splitlines() == lines
 
 
-def test_results_of_other_settings_are_refused(monkeypatch, models, tmp_path, capsys):
+def test_results_of_other_settings_are_rejected(monkeypatch, models, tmp_path, capsys):
     """One line that names the difference; --overwrite begins anew; nothing is lost otherwise."""
     flags = [*KV, "--output", tmp_path / "out", "--model"]
     assert run(monkeypatch, *flags, models["hf"]) == 0
@@ -228,7 +228,7 @@ def bad_inputs(models: dict[str, Path], texts: Path, folder: Path):
     ]  # fmt: skip
 
 
-def test_bad_inputs_are_one_line(monkeypatch, models, texts, tmp_path, capsys):
+def test_bad_inputs_print_one_line(monkeypatch, models, texts, tmp_path, capsys):
     for flags, words in bad_inputs(models, texts, tmp_path):
         capsys.readouterr()
         assert run(monkeypatch, *flags) == 2, flags
@@ -236,7 +236,7 @@ def test_bad_inputs_are_one_line(monkeypatch, models, texts, tmp_path, capsys):
         assert words in message and message.count("\n") == 1 and message.startswith("evaluate.py: error: "), message
 
 
-def test_lengths_beyond_the_model_are_told(monkeypatch, models, tmp_path, capsys):
+def test_lengths_beyond_the_model_print_a_warning(monkeypatch, models, tmp_path, capsys):
     flags = ["lines", "--lengths", 2200, "--samples", 1, "--output", tmp_path, "--model", models["ckpt"]]
     assert run(monkeypatch, *flags) == 0
     assert f"2200 tokens are more than the {POSITIONS} positions" in capsys.readouterr().err
@@ -297,7 +297,7 @@ def test_a_trained_checkpoint_brings_its_tokenizer(tmp_path):
             tokenizer.token_spans(text)
 
 
-def test_harness_says_that_it_is_not_installed(monkeypatch, models, tmp_path, capsys):
+def test_a_missing_harness_is_reported(monkeypatch, models, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run(monkeypatch, "harness", "--tasks", "arc_easy", "--model", models["hf"], "--output", tmp_path) == 2
     words = capsys.readouterr().err
@@ -305,7 +305,7 @@ def test_harness_says_that_it_is_not_installed(monkeypatch, models, tmp_path, ca
     assert words.endswith(": pip install lm_eval accelerate\n")
 
 
-def test_harness_on_a_task_of_ones_own(monkeypatch, models, tmp_path, capsys):
+def test_harness_on_a_custom_task(monkeypatch, models, tmp_path, capsys):
     """Both formats of a model score alike; an unknown task is one line."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"q": f"{i}", "gold": i % 2}) + "\n" for i in range(10)))
     (tmp_path / "own.yaml").write_text(

@@ -63,7 +63,7 @@ def test_numbers_given_twice_count_once(monkeypatch):
     assert command.build_parser("").parse_args("lines --model m --lines 9 9".split()).lines == [9]
 
 
-def test_a_picture_of_somebody_else_stays(refused, tmp_path):
+def test_a_foreign_picture_stays(refused, tmp_path):
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
     (out / PICTURE).write_bytes(b"mine")
@@ -72,7 +72,7 @@ def test_a_picture_of_somebody_else_stays(refused, tmp_path):
 
 
 @pytest.mark.parametrize("name", [RESULTS, SUMMARY, PICTURE])
-def test_overwrite_leaves_what_no_evaluation_wrote(refused, tmp_path, name):
+def test_overwrite_keeps_foreign_files(refused, tmp_path, name):
     """And a folder in the place of a file is refused at once, with and without it."""
     out = tmp_path / "out"
     out.mkdir()
@@ -86,7 +86,7 @@ def test_overwrite_leaves_what_no_evaluation_wrote(refused, tmp_path, name):
         assert refused("kv", "--keys", 4, *more).startswith(f"--output {out}: its {name} is not a file")
 
 
-def test_overwrite_begins_damaged_results_anew(tmp_path):
+def test_overwrite_replaces_damaged_results(tmp_path):
     """Either of the two files tells that they are an evaluation's."""
     options = dict(settings={}, model={}, model_path=tmp_path)
     good = {"name": "a", "score": 1.0, "part": "", "length": 9, "depth": None}
@@ -111,7 +111,7 @@ def test_positions_of_another_family(tmp_path, positions, right):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"eos_token_id": [Infinity]}'])
-def test_a_damaged_generation_config_is_one_line(tmp_path, text):
+def test_a_damaged_generation_config_prints_one_line(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(UsageError, match=r"generation_config\.json: (not a configuration|cannot be read)"):
         language_model._read_stop_ids(language_model.Source(tmp_path, None, None, "transformers", None))
@@ -125,7 +125,7 @@ def test_a_batch_of_any_size(model, tmp_path):
     assert len(knows.batches) == 1
 
 
-def test_prompts_beyond_the_positions_are_said_however_they_are_asked_for(monkeypatch, capsys, model, tmp_path):
+def test_prompts_beyond_the_window_always_print_a_warning(monkeypatch, capsys, model, tmp_path):
     monkeypatch.setattr(command, "load", lambda *_: (_ for _ in ()).throw(UsageError("is loaded")))
     for flags in (["kv", "--keys", 75], ["lines", "--lengths", 4096], ["lines", "--lines", 200]):
         given = [*flags, "--samples", 1, "--model", model, "--output", tmp_path / "out"]

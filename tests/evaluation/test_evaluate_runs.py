@@ -80,7 +80,7 @@ def test_batches_are_of_like_lengths(tokenizer, tmp_path):
     assert model.seeds == {tuple(tokenizer.encode_prompt(e.prompt)): derive_seed(9, e.name) for e in examples}
 
 
-def test_out_of_memory_is_one_line_and_keeps_what_is_done(tokenizer, tmp_path):
+def test_out_of_memory_prints_one_line_and_keeps_results(tokenizer, tmp_path):
     examples = some_examples(20)
     answers = {example.prompt: " yes" for example in examples}
     options = dict(settings={}, model={}, model_path=tmp_path, overwrite=False)
@@ -109,7 +109,7 @@ def test_other_errors_are_not_called_memory(tokenizer, tmp_path):
             run_task(lambda: model, plan_of(examples), Generation(batch_size=2), results)
 
 
-def test_means_are_by_what_a_task_varies():
+def test_means_are_grouped_by_task_parameter():
     def record(score, part="", length=0, depth=None):
         return {"score": score, "part": part, "length": length, "depth": depth}
 
@@ -136,7 +136,7 @@ def test_means_are_by_what_a_task_varies():
     assert longbench["score"] == pytest.approx((1 / 3 + 1) / 2)
 
 
-def test_no_key_token_is_no_number():
+def test_no_key_token_gives_null():
     summary = {"8": {"perplexity": math.e, "tokens": 5, "longppl": None, "key_tokens": 0}}
     table = report.build_table("perplexity", summary)
     assert [list(column.cells) for column in table.columns] == [["8"], ["2.718"], ["5"], ["-"], ["0"]]
@@ -152,7 +152,7 @@ def test_one_run_at_a_time(tmp_path):
         pass
 
 
-def test_damaged_results_are_refused(tmp_path):
+def test_damaged_results_are_rejected(tmp_path):
     options = dict(settings={}, model={}, model_path=tmp_path, overwrite=False)
     good = {"name": "a", "score": 1.0, "part": "", "length": 9, "depth": None}
     with open_results(tmp_path / "out", **options) as results:

@@ -119,7 +119,7 @@ def test_prompts_end_with_their_answers(tokenizer, task):
     assert places[-1] > 5 * places[0]
 
 
-def test_a_length_too_short_for_a_task_is_one_line(tokenizer):
+def test_a_length_too_short_for_a_task_prints_one_line(tokenizer):
     with pytest.raises(UsageError, match="--long-eval-lengths 64: .* too short for needle, which takes"):
         build_recall_texts(tokenizer, "needle", 64, samples=1)
 
@@ -145,7 +145,7 @@ def test_the_best_is_kept_in_whatever_order_scores_come(scores):
     assert (best and (best.value, -best.loss)) == max(sound, default=None)
 
 
-def test_less_perplexity_is_better():
+def test_lower_perplexity_is_better():
     assert Score("perplexity", 3.0, math.log(3.0)).is_better_than(Score("perplexity", 4.0, math.log(4.0)))
     assert not Score("perplexity", 4.0, math.log(4.0)).is_better_than(Score("perplexity", 4.0, math.log(4.0)))
 
@@ -165,7 +165,7 @@ class Clock:
     seed=st.integers(0, 99),
 )
 @example(share=0.01, interval=1, cost=0.15, seed=0)  # whose rounding hangs on the last bit
-def test_it_never_takes_more_than_its_share(share, interval, cost, seed):
+def test_evaluations_stay_within_their_share_of_time(share, interval, cost, seed):
     """But for the first and the last; and it does not stay away where there is room."""
     rng, clock, stream = random.Random(seed), Clock(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -241,7 +241,7 @@ def read(monkeypatch, tmp_path, changed: dict):
 
 
 @pytest.mark.parametrize("changed, words", BAD, ids=lambda value: str(value)[:40])
-def test_bad_input_is_one_clear_line(changed, words, monkeypatch, tmp_path):
+def test_bad_input_prints_one_line(changed, words, monkeypatch, tmp_path):
     with pytest.raises(UsageError) as caught:
         read(monkeypatch, tmp_path, changed)
     assert "\n" not in str(caught.value)

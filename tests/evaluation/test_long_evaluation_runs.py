@@ -71,7 +71,7 @@ def trained(data, tmp_path_factory):
     return folder, words
 
 
-def test_it_is_said_recorded_and_logged(trained):
+def test_scores_are_printed_recorded_and_logged(trained):
     folder, words = trained
     said = [line for line in words.splitlines() if line.startswith("long evaluation")]
     assert len(said) == 2 and "step 20" in said[0] and "step 40" in said[1] and "% of the time so far" in said[1]
@@ -91,7 +91,7 @@ def test_it_is_said_recorded_and_logged(trained):
         assert [event.step for event in events] == [20, 40] and events[-1].value == pytest.approx(value)
 
 
-def test_the_best_is_a_model_that_every_layout_loads_and_measures_alike(trained, data, tmp_path):
+def test_the_best_checkpoint_gives_equal_scores_at_every_layout(trained, data, tmp_path):
     """TP 2 x PP 2 interleaved with sequence parallelism, DP 2; and it exports."""
     save = trained[0] / "save"
     best = save / "best"
@@ -114,7 +114,7 @@ def test_the_best_is_a_model_that_every_layout_loads_and_measures_alike(trained,
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.max_position_embeddings == 1024
 
 
-def test_a_folder_of_others_is_not_written_over(trained, tmp_path):
+def test_a_foreign_folder_is_not_overwritten(trained, tmp_path):
     save = tmp_path / "save"
     shutil.copytree(trained[0] / "save", save)
     settings = dict(tasks="needle,kv,perplexity", lengths=[512, 1024], samples=1, best="accuracy")
@@ -129,7 +129,7 @@ def test_a_folder_of_others_is_not_written_over(trained, tmp_path):
     assert newest(save / "best") == 40
 
 
-def test_a_kill_while_the_best_is_written_leaves_the_one_before(tmp_path):
+def test_a_kill_during_best_leaves_the_previous_one(tmp_path):
     """Every step is evaluated, and saved too; a resumed run, which saves in the background, knows what it had."""
     save, best = tmp_path / "save", tmp_path / "save" / "best"
     documents = write_documents(tmp_path / "documents")

@@ -42,7 +42,7 @@ def test_the_scored_tokens_are_the_last_that_have_a_label():
 
 
 @pytest.mark.slow
-def test_every_layout_measures_alike(data, tmp_path):
+def test_perplexity_is_equal_at_every_layout(data, tmp_path):
     """One rank, TP 2, PP 2, CP 2 and DP 2 (with 5 documents: uneven) report the same perplexities."""
     folder, prefix = data
     flags = ["--data-path", prefix, "--split", "50,50,0", "--train-iters", 1]

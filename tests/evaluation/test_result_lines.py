@@ -52,7 +52,7 @@ def test_every_flipped_bit_is_named_and_its_line_can_be_deleted(tmp_path):
     assert list(read(tmp_path).values()) == [RECORDS[0], *RECORDS[2:]]
 
 
-def test_results_without_checksums_are_read_and_get_them(tmp_path):
+def test_results_without_checksums_are_read_and_completed(tmp_path):
     data = fill(tmp_path)
     old = "".join(json.dumps(record) + "\n" for record in RECORDS)
     (tmp_path / RESULTS).write_text(old)
@@ -62,7 +62,7 @@ def test_results_without_checksums_are_read_and_get_them(tmp_path):
     assert list(read(tmp_path).values()) == RECORDS and (tmp_path / RESULTS).read_bytes() == data
 
 
-def test_lines_that_disagree_are_named(tmp_path):
+def test_contradicting_lines_are_reported(tmp_path):
     other = tmp_path / "other"
     data = fill(tmp_path / "out") + fill(other, [RECORDS[1] | {"length": 10}])
     (tmp_path / "out" / RESULTS).write_bytes(data)
@@ -80,7 +80,7 @@ def test_a_result_of_another_example_is_named(tmp_path):
             run_task(None, plan_of(some_examples(1)), Generation(batch_size=1), results)
 
 
-def test_overwrite_keeps_what_is_there_until_there_is_room(monkeypatch, tmp_path):
+def test_overwrite_keeps_old_results_until_new_ones_exist(monkeypatch, tmp_path):
     """And until a run has a result: a model that cannot be loaded costs nothing."""
     fill(tmp_path)
     (tmp_path / PICTURE).write_bytes(b"a picture")
@@ -110,7 +110,7 @@ def test_overwrite_keeps_what_is_there_until_there_is_room(monkeypatch, tmp_path
     assert list(read(tmp_path).values()) == RECORDS[:1]
 
 
-def test_a_run_that_fails_removes_only_what_it_made(tmp_path):
+def test_a_failed_run_removes_only_its_own_files(tmp_path):
     """Not what others put there meanwhile, and no folder that was there before."""
     folder = tmp_path / "runs" / "evaluation" / "model" / "kv"
     for other in (None, folder / "notes.txt", tmp_path / "runs" / "notes.txt"):

@@ -54,7 +54,7 @@ DEEP = "[" * 100_000
         ("longbench", f"{json.dumps(record())}\n" * 2, r"jsonl, line 2: _id 'id0' is that of .*jsonl, line 1"),
     ],
 )  # fmt: skip
-def test_bad_data_is_one_line(tmp_path, task, text, told):
+def test_bad_data_prints_one_line(tmp_path, task, text, told):
     (tmp_path / "bench").mkdir()
     path = text_file(tmp_path / ("bench/narrativeqa.jsonl" if task == "longbench" else "data.jsonl"), text)
     read = {
@@ -69,7 +69,7 @@ def test_bad_data_is_one_line(tmp_path, task, text, told):
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
-def test_files_of_one_name_are_refused(tmp_path):
+def test_files_with_the_same_name_are_rejected(tmp_path):
     """Their examples would be taken for each other."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -347,7 +347,7 @@ def text_file(path: Path, text: str) -> Path:
         ("bench answers", r"narrativeqa\.jsonl, line 1: answers must be a list, not 'gold'"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, kind, told):
+def test_bad_input_prints_one_line(tmp_path, kind, told):
     call = bad(kind, tmp_path)
     with pytest.raises(UsageError, match=told) as error:
         list(call())

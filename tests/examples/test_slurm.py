@@ -16,7 +16,7 @@ def slurm(tmp_path_factory):
         yield running
 
 
-def test_a_job_that_is_told_to_stop_is_queued_again_and_ends_as_one_left_alone(slurm, tmp_path):
+def test_a_stopped_job_requeues_and_ends_bit_identical(slurm, tmp_path):
     """Two nodes of one rank. The first run is left alone; its like gets scancel --signal=USR1."""
     documents = write_documents(tmp_path / "documents", documents=20)
     alone, told = tmp_path / "alone", tmp_path / "told"

@@ -89,7 +89,7 @@ def test_recall_is_the_share_that_is_found_at_each_depth(study):
     assert found == {0.0: 1.0, 0.25: 1.0, 0.5: 1.0, 0.75: 0.0, 1.0: 0.0}
 
 
-def test_every_run_is_one_that_the_trainer_takes(study, tmp_path):
+def test_the_trainer_accepts_every_run(study, tmp_path):
     """All methods, factors and ablations, as pretrain_cream.py reads them."""
     from megatron_cream.config import parse
     from megatron_cream.config.samplers import sampler_options
@@ -151,7 +151,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_the_command_goes_on_and_ends_in_a_table_and_pictures(finished):
+def test_the_command_resumes_and_writes_a_table_and_pictures(finished):
     results = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
     assert [(r["method"], r["factor"]) for r in results] == [("base", 1), ("cream", 4), ("full", 4)]
     for result in results:

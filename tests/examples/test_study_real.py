@@ -31,7 +31,7 @@ def study():
         sys.modules.update(others)
 
 
-def test_the_grid_begins_with_what_the_rest_needs(study):
+def test_the_grid_starts_with_prerequisites(study):
     settings = study.cells.Settings()
     order = study.cells.order(settings)
     assert len({cell.name for cell in order}) == len(order)
@@ -70,7 +70,7 @@ def result(study, scaling, sampler, seed, rate, loss, accuracy=0.5):
     )  # fmt: skip
 
 
-def test_the_rate_with_the_least_loss_is_held(study):
+def test_the_best_learning_rate_is_kept(study):
     settings = study.cells.Settings(factors=(4,), rates=(1.0, 2.0, 3.0))
     losses = {1.0: 2.0, 2.0: 1.5, 3.0: float("nan")}
     lines = [result(study, "yarn", "cream", 1, rate, loss) for rate, loss in losses.items()]
@@ -82,7 +82,7 @@ def test_the_rate_with_the_least_loss_is_held(study):
     assert report.chosen == {"yarn": 2.0} and [e["rate"] for e in report.of("yarn", "cream", 4)] == [2.0]
 
 
-def test_the_report_tells_a_difference_from_the_spread(study, tmp_path):
+def test_the_report_compares_differences_with_the_spread(study, tmp_path):
     lines = [result(study, "ntk", "base", 0, None, 5.0)]
     for seed, (cream, pose, pi) in enumerate([(0.80, 0.50, 0.6), (0.82, 0.52, 0.9), (0.81, 0.51, 0.3)], 1):
         lines += [
@@ -187,7 +187,7 @@ def test_the_command_resumes_at_what_is_missing(prepared):
     "command, word",
     [("study.py --data DATA --output OUT", "settings.json"), ("report.py --results FILE --output OUT", "FILE")],
 )
-def test_without_data_it_ends_in_one_line(tmp_path, command, word):
+def test_missing_data_prints_one_line(tmp_path, command, word):
     (tmp_path / "FILE").touch()
     name, *flags = command.split()
     ended = run(STUDY / name, *(str(tmp_path / flag) if flag.isupper() else flag for flag in flags))

@@ -21,7 +21,7 @@ def installed(monkeypatch):
     return alternatives(choose_backend("auto", has_cuda=True, half=True), half=True)
 
 
-def test_all_that_is_installed_is_compared_in_the_same_layers(installed, monkeypatch):
+def test_installed_kernels_are_compared_in_the_same_layers(installed, monkeypatch):
     assert [each.name for each in installed] == ["flash", "te", "sdpa"]
     assert {each.transformer_engine for each in installed} == {True}
     assert installed[1].te_kernel == "fused"  # never flash-attn 4 inside Transformer Engine
@@ -54,7 +54,7 @@ def test_the_fastest_by_more_than_the_margin_is_taken(installed, monkeypatch, ti
         assert f"{each} {'failed' if value is None else f'{value:.2f} ms'}" in str(chosen)
 
 
-def test_little_work_is_not_measured_and_a_long_sequence_only_in_part(installed, monkeypatch):
+def test_small_work_is_not_measured_and_long_sequences_only_in_part(installed, monkeypatch):
     measured = []
     monkeypatch.setattr(
         attention_speed, "measure", lambda _, shape: measured.append(shape.tokens) or dict.fromkeys(("flash",), 1.0)

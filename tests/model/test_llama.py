@@ -129,7 +129,7 @@ def test_rotary_follows_position_ids(one_rank):
     assert relative(model(tokens, ids * 3, None), plain) > 1e-3
 
 
-def test_a_cuda_graph_sees_the_angles(one_rank):
+def test_a_cuda_graph_reads_new_angles(one_rank):
     """Megatron's graphs copy what they find among a layer's inputs before each replay; nothing else changes."""
     from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
 
@@ -172,7 +172,7 @@ def test_casting_the_model_leaves_the_angles_alone(one_rank):
     assert all(torch.equal(a, b) for a, b in zip(before, model.rotary.cos_sin(ids)))
 
 
-def test_backend_choice_says_why():
+def test_backend_choice_gives_its_reason():
     assert choose_backend("auto", has_cuda=False, half=True).reason == "no CUDA device"
     with pytest.raises(ValueError, match="--attention-backend flash: needs a CUDA device"):
         choose_backend("flash", has_cuda=False, half=True)

@@ -107,7 +107,7 @@ def test_the_scaling_follows_from_the_model(model, flags, expected, words):
     assert bool(words) == bool(text) and not [word for word in words if word not in text], text
 
 
-def test_a_larger_theta_is_said_and_held_against_the_target():
+def test_a_larger_theta_is_reported_and_compared_with_the_target():
     """2.0e5 is more than ntk's 82,685 for eight times Llama 2's window; 2.0e4 is less."""
     rope = choose(LLAMA2, target=32768, theta=2e5)
     assert (rope.theta, rope.scaling) == (2e5, None)
@@ -134,7 +134,7 @@ def test_longrope_is_widened_most_where_it_divides_most():
 
 
 @pytest.mark.parametrize("model", [VICUNA, TOGETHER])
-def test_what_the_warning_on_a_linear_folder_advises_works(model):
+def test_the_advice_for_a_linear_model_works(model):
     (warning,) = [line for line in choose(model, target=2 * 32768).lines if line.startswith("warning")]
     advised = int(warning.rpartition("--original-max-position-embeddings ")[2])
     rope = choose(model, target=2 * 32768, original=advised)
@@ -152,7 +152,7 @@ def test_what_the_warning_on_a_linear_folder_advises_works(model):
     ],
     ids=str,
 )
-def test_flags_that_contradict(model, flags, error):
+def test_contradicting_flags(model, flags, error):
     with pytest.raises((UsageError, ValueError), match=error):
         choose(model, **flags)
 
@@ -166,7 +166,7 @@ def test_flags_that_contradict(model, flags, error):
     samples=st.sampled_from([256, 4096, 131072]),
     target=st.integers(1, 1024),
 )
-def test_the_target_fits_in_what_any_model_is_given(own, asked, window, wider, samples, target):
+def test_every_model_gets_a_window_that_fits_the_target(own, asked, window, wider, samples, target):
     """And choosing again from the result, as from an exported model, changes nothing."""
     original, target = window * 1024, target * 1024
     scaling = rope_scaling_dict(own, float(wider), original)
@@ -182,7 +182,7 @@ def test_the_target_fits_in_what_any_model_is_given(own, asked, window, wider, s
     assert (again.theta, again.scaling) == (rope.theta, rope.scaling)
 
 
-def test_a_resumed_run_keeps_what_it_was_saved_with():
+def test_a_resumed_run_keeps_its_rope():
     saved = ModelRope(theta=1e4, scaling=rope_scaling_dict("linear", 16.0), positions=65536, original=4096)
     for flags in ({}, dict(type="linear"), dict(type="linear", factor=16.0), dict(original=4096)):
         assert not contradicts(RopeFlags(target=65536, window=4096, **flags), saved)

@@ -131,7 +131,7 @@ def read(name: str):
 
 
 @pytest.mark.parametrize("name, target", CASES)
-def test_what_a_target_makes_of_it(name, target):
+def test_rope_for_a_target(name, target):
     _, shape = read(name)
     flags = RopeFlags(target=target, window=2048)
     rope = choose_rope(flags, shape.rope(), head_dim=shape.kv_channels, default_theta=1e4)
@@ -143,7 +143,7 @@ def test_what_a_target_makes_of_it(name, target):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_its_frequencies_and_those_of_its_export_are_transformers(name):
+def test_frequencies_equal_transformers_before_and_after_export(name):
     raw, shape = read(name)
     ours = shape.rotary()
     exported = shape.hf_config(raw)
@@ -155,7 +155,7 @@ def test_its_frequencies_and_those_of_its_export_are_transformers(name):
     assert shape_from_config(exported, Path("config.json")).rope() == shape.rope()
 
 
-def test_a_temperature_of_its_own_grows_by_its_own_formula():
+def test_a_temperature_of_the_model_follows_its_formula():
     _, shape = read("yarn with a temperature of its own, transformers 5")
     flags = RopeFlags(target=320 * K, window=2048)
     rope = choose_rope(flags, shape.rope(), head_dim=128, default_theta=1e4)

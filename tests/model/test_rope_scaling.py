@@ -47,7 +47,7 @@ def test_plain_config_json_is_understood_by_transformers(scaling, tmp_path):
     assert torch.equal(inv_freq, rope.inv_freq) and attention_factor == rope.attention_factor
 
 
-def test_ways_to_say_the_same():
+def test_equivalent_rope_settings():
     linear = build({"rope_type": "linear", "factor": 8.0}).inv_freq
     legacy = {"type": "linear", "factor": 8.0}
     assert torch.equal(build(legacy).inv_freq, linear)
@@ -124,7 +124,7 @@ LONGROPE |= {"original_max_position_embeddings": 4096}
         ({"rope_scaling": {"rope_type": "none", "rope_theta": 5e5}}, "rope_theta 10000.0: .* 500000.0; give one"),
     ],
 )
-def test_settings_that_cannot_be(settings_, message):
+def test_invalid_settings(settings_, message):
     usual = {"head_dim": 128, "rope_theta": 10000.0, "max_position_embeddings": 32768}
     with pytest.raises(ValueError, match=message) as error:
         RotaryEmbedding(**(usual | settings_))
@@ -140,7 +140,7 @@ def test_settings_that_cannot_be(settings_, message):
         (("longrope", 8.0, 4096), "'short_factor'. is missing"),
     ],
 )
-def test_rope_scaling_dict_that_cannot_be(call, message):
+def test_invalid_rope_scaling_dicts(call, message):
     with pytest.raises(ValueError, match=message):
         rope_scaling_dict(*call)
 
@@ -153,7 +153,7 @@ def test_rope_scaling_dict_that_cannot_be(call, message):
         (torch.tensor([[0.0]]), "torch.float32: must be integers"),
     ],
 )
-def test_positions_that_cannot_be(positions, message):
+def test_invalid_positions(positions, message):
     rope = build(None, limit=100)
     assert rope.cos_sin(torch.tensor([[0, 99]]))[0].shape == (1, 2, 128)
     with pytest.raises(ValueError, match=message):

@@ -114,7 +114,7 @@ def test_yarn_frequencies_of_toy_windows(window):
     assert torch.equal(build(scaling, 16).inv_freq, inv_freq) and inv_freq.isfinite().all()
 
 
-def test_the_types_differ_and_mean_what_they_say():
+def test_scaling_types_differ_as_documented():
     """Guards the comparison above: its two sides could agree in ignoring the scaling."""
     base = build(None).inv_freq
     assert torch.equal(build(ONE_OF_EACH[1]).inv_freq, base / 8)
@@ -242,7 +242,7 @@ def test_low_precision_is_rounded_once_both_ways(dtype):
     assert not torch.equal(low_out, all_low)
 
 
-def test_autograd_keeps_nothing_but_cos_and_sin():
+def test_autograd_saves_only_cos_and_sin():
     query_SBHD, _, cos, sin = rotation_inputs(torch.bfloat16)
     query_SBHD.requires_grad_()
     kept = set()

@@ -34,7 +34,7 @@ sys.exit(code)
 
 
 @pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_not_skipped(monkeypatch, wrong):
+def test_nan_weights_are_not_skipped(monkeypatch, wrong):
     """Each step would be left out, to the end."""
     model = torch.nn.Linear(2, 2)
     model.bias.data[1] = wrong

@@ -60,7 +60,7 @@ def test_harness(monkeypatch, capsys, models, tmp_path):
 
 @pytest.mark.parametrize("row", [[0.0, float("nan")], [float("inf"), 0.0], [float("-inf")] * 2])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_no_token_is_chosen_by_logits_that_are_not_finite(row, temperature):
+def test_non_finite_logits_choose_no_token(row, temperature):
     class Batch:
         def prefill(self, prompts):
             return torch.tensor([[1.0, float("-inf")], row][: len(prompts)])  # -inf: the vocabulary's padding

@@ -17,7 +17,7 @@ def run(code: str) -> str:
     return result.stdout
 
 
-def test_cuda_means_cpu_and_torch_is_not_lied_to():
+def test_cuda_calls_run_on_the_cpu():
     out = run(
         "from megatron_cream.patches import platform; platform.setup(); platform.setup()\n"
         "import torch\n"
@@ -86,13 +86,13 @@ def test_no_effect_where_there_is_cuda():
     assert out.strip() == "untouched"
 
 
-def test_has_cuda_is_the_truth():
+def test_has_cuda_tells_the_truth():
     out = run("import torch; print(torch.cuda.is_available())")
     assert devices.has_cuda() == (out.strip() == "True")
 
 
 @pytest.mark.skipif(devices.has_cuda(), reason="gpu: there is one")
-def test_packages_for_cuda_alone_are_as_if_they_were_not_installed(tmp_path):
+def test_cuda_only_packages_look_uninstalled(tmp_path):
     """Where a login node has what the GPUs' nodes have: Megatron would run their kernels on the CPU's tensors."""
     for name in ("transformer_engine", "transformer_engine_torch", "amp_C", "flash_attn"):
         (tmp_path / name).mkdir()

@@ -125,7 +125,7 @@ def test_patches_of_one_target_say_their_order():
     assert all(names[other] == patch.target for patch in ALL for other in patch.after)
 
 
-def test_what_a_mismatch_advises_is_within_the_bounds():
+def test_the_advised_version_is_within_the_bounds():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     asked = [Requirement(line) for line in lines if line.startswith(("megatron-core", "torch"))]
     bounds = {each.name: each.specifier for each in asked}
@@ -246,7 +246,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
-def test_a_user_with_another_release_reads_one_line(tmp_path):
+def test_another_release_prints_one_line(tmp_path):
     """As a user meets it: nothing is written, and no step is trained."""
     changed, folder = tmp_path / "changed", tmp_path / "work"
     changed.mkdir()

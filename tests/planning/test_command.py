@@ -48,7 +48,7 @@ def test_the_papers_setting_fits_two_gpus_without_offload():
         assert again.layout == layout and predict(again.model, layout, again.engine).device == each["memory"]["device"]
 
 
-def test_the_table_says_all_of_it(monkeypatch, capsys, tmp_path):
+def test_the_table_is_complete(monkeypatch, capsys, tmp_path):
     careful = tmp_path / "recipe.yaml"
     recompute = "recompute_granularity: full\nrecompute_method: uniform\nrecompute_num_layers: 1\n"
     careful.write_text(Path(RECIPE).read_text() + recompute)
@@ -65,7 +65,7 @@ def test_another_number_of_gpus_than_the_recipe_needs(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, said", [([], True), (["--tp-comm-overlap"], False), (["--host-link", "pcie"], False)])
-def test_what_user_buffers_would_gain(monkeypatch, capsys, flags, said):
+def test_gain_of_user_buffers(monkeypatch, capsys, flags, said):
     assert tool(monkeypatch, "--config", RECIPE, "--gpus", "2", "--gpu", "H200", *flags) == 0
     text = capsys.readouterr().out
     lines = [line for line in text.splitlines() if "with --tp-comm-overlap:" in line]
@@ -111,7 +111,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess:
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line(monkeypatch, capsys, arguments, message):
+def test_bad_input_prints_one_line(monkeypatch, capsys, arguments, message):
     assert tool(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1

@@ -73,7 +73,7 @@ def test_bubble_as_in_megatrons_schedules(pipeline, virtual, micro_batches):
 
 
 @pytest.mark.parametrize("slow, over", [(3, 0.0), (1, 0.03), (0, 0.03)])
-def test_bubble_of_unlike_stages(slow, over):
+def test_bubble_of_unequal_stages(slow, over):
     """Exact where the last stage, which has the head, is the slowest; else a little too much."""
     times = [(1.0, 2.0)] * 4
     times[slow] = (1.2, 2.4)
@@ -155,7 +155,7 @@ def test_a_ring_across_hosts_uses_the_adapters_of_its_ranks(tensor, adapters):
     assert found == pytest.approx(others * (64e9 / layout.data / speed + hardware.HOP_BETWEEN))
 
 
-def test_one_gpu_waits_for_nobody():
+def test_one_gpu_has_no_communication():
     time = predict(LLAMA2_7B, BASE, ENGINE, CLUSTER).time
     assert time.tensor == time.context == time.pipeline == time.bubble == time.data == 0
 
@@ -173,7 +173,7 @@ LAYOUTS = st.builds(
 
 @settings(max_examples=80, deadline=None)
 @given(LAYOUTS, st.booleans())
-def test_less_to_do_is_never_slower(layout, gathers):
+def test_less_work_is_never_slower(layout, gathers):
     engine = replace(ENGINE, attention="flash" if gathers else "te")
 
     def step(layout=layout, cluster=CLUSTER, **changes) -> float:
@@ -257,7 +257,7 @@ def test_a_picture_of_the_layouts(monkeypatch, tmp_path):
     assert sorted(parts) == sorted(field.name for field in fields(Time))  # nothing is left out, or drawn twice
 
 
-def test_full_length_that_fits_nowhere_is_said(monkeypatch, capsys):
+def test_full_length_that_does_not_fit_is_reported(monkeypatch, capsys):
     flags = ("--config", RECIPE, "--target-length", "1048576", "--gpus", "2", "--gpu", "H100")
     assert tool(monkeypatch, *flags) == 0
     assert "at full length (1,048,576 tokens) no layout fits" in capsys.readouterr().out
@@ -274,7 +274,7 @@ def test_full_length_that_fits_nowhere_is_said(monkeypatch, capsys):
     ],
     ids=" ".join,
 )
-def test_links_are_the_users(monkeypatch, capsys, flags, changed):
+def test_link_speeds_can_be_given(monkeypatch, capsys, flags, changed):
     usual = as_json(monkeypatch, capsys, "--config", RECIPE, "--gpus", "16")
     found = as_json(monkeypatch, capsys, "--config", RECIPE, "--gpus", "16", *flags)
     for name, value in changed.items():
@@ -295,7 +295,7 @@ def test_links_are_the_users(monkeypatch, capsys, flags, changed):
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_line(monkeypatch, capsys, flags, message):
+def test_bad_input_prints_one_line(monkeypatch, capsys, flags, message):
     assert tool(monkeypatch, "--config", RECIPE, "--gpus", "2", *flags) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1

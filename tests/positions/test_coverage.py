@@ -56,7 +56,7 @@ def test_tool_draws(tmp_path):
     assert row.count("25.0%") == 3  # a quarter of the window, and nothing else
 
 
-def test_tool_refuses_in_one_line(tmp_path):
+def test_tool_rejects_bad_input_in_one_line(tmp_path):
     for flags, word in [
         (["--target-length", 5000], "multiple of window"),
         (["--samples", 0], "above 0"),

@@ -123,7 +123,7 @@ def test_many_equal_one_by_one(case, first):
 
 @settings(max_examples=200, deadline=None)
 @given(WORD, WORD, WORD, WORD)
-def test_words_are_philox(seed, epoch, sample, stream):
+def test_draws_are_philox(seed, epoch, sample, stream):
     """numpy's Philox steps its 256-bit counter before it generates."""
     counter = (sample + (stream << 64) - 1) % 2**256
     expected = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter).random_raw(4).tolist()
@@ -160,7 +160,7 @@ KEPT = [
 
 
 @pytest.mark.parametrize("name, options, segments, first, later", KEPT, ids=str)
-def test_plans_stay_as_they_are(name, options, segments, first, later):
+def test_plans_do_not_change_between_versions(name, options, segments, first, later):
     """A run resumed under another release, or another numpy, must see the same samples."""
     plan = build_sampler(name, window=128, target=1024, seed=1234, **options).plan(1, 2**40, 2000)
     assert tuple(plan.segments)[:3] == segments
@@ -189,7 +189,7 @@ def test_samples_and_epochs_out_of_range(name, epoch, sample):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_many_of_none(name):
+def test_many_plans_of_no_samples(name):
     if name not in ("randpos", "mix"):
         assert len(build_sampler(name, window=128, target=1024).plan_many(0, [], 2000)) == 0
 
@@ -236,7 +236,7 @@ def test_a_mixture_draws_as_one_of_its_samplers(seed, epoch, sample):
 
 
 @pytest.mark.parametrize("text", ["cream", "cream=", "cream=x", "cream=1,,pi=1", "pi=1,pi=1", ""])
-def test_shares_that_cannot_be_read(text):
+def test_invalid_shares(text):
     with pytest.raises(ValueError, match="NAME=SHARE|twice"):
         read_shares(text)
     assert read_shares("cream=0.6, pose=0.2,pi=.2") == {"cream": 0.6, "pose": 0.2, "pi": 0.2}
@@ -281,7 +281,7 @@ def test_epochs():
     ],
     ids=str,
 )
-def test_errors_are_one_line(arguments, words_):
+def test_errors_are_single_lines(arguments, words_):
     with pytest.raises(ValueError) as caught:
         build_sampler(**(dict(name="cream", window=512, target=4096, seed=1) | arguments))
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words_), caught.value

@@ -51,7 +51,7 @@ def test_scale_of_the_middle(factor, sigma, variant):
 
 
 @pytest.mark.parametrize("factor, sigma", [(8, 3.0), (8, 6.0), (16, 10.0)])
-def test_the_two_variants_are_told_apart(factor, sigma):
+def test_the_two_variants_differ(factor, sigma):
     """The chi-square test above rejects either variant for the other."""
     for variant, other in (("paper", "released"), ("released", "paper")):
         k = (2 * cream(1024, factor, sigma, variant)[1].alpha).astype(int)
@@ -69,7 +69,7 @@ def test_both_strategies_at_one_half():
     assert stats.chi2_contingency(table).pvalue > REJECT
 
 
-def test_released_tosses_once_for_3000_documents():
+def test_released_draws_the_strategy_once_per_3000_documents():
     _, plans = cream(1024, 8, variant="released", draws=600 * 3000)
     batches = (plans.lengths[:, 0] == 1024 // 3).reshape(600, 3000)
     assert np.all(batches == batches[:, :1])

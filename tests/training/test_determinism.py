@@ -42,7 +42,7 @@ def test_two_runs_on_gpus_have_the_same_bits(tmp_path, backend):
 @pytest.mark.parametrize(
     "capability, package, name", [((8, 0), True, "sdpa"), ((9, 0), True, "flash"), ((8, 0), False, "flash")]
 )
-def test_attention_that_can_do_it_is_chosen(monkeypatch, capability, package, name):
+def test_deterministic_attention_is_chosen(monkeypatch, capability, package, name):
     """flash-attn 4 has a deterministic backward on Hopper and B200, flash-attn 2 everywhere."""
     monkeypatch.setattr(attention, "has_transformer_engine", lambda: False)
     monkeypatch.setattr(attention, "flash_attention_function", lambda: print)

@@ -22,7 +22,7 @@ from tests.launch import ROOT, write_documents
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_one_left_alone(tmp_path):
+def test_killed_runs_end_bit_identical(tmp_path):
     """SIGKILL at random moments, checkpoints among them; the last checkpoints have the same bits."""
     met = kill(tmp_path, kills=2, seed=3, steps=16)
     assert sum(met.values()) == 2
@@ -35,7 +35,7 @@ def test_torchrun_restarts_killed_ranks(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_between_its_first_checkpoint_and_the_tracker_goes_on_from_there(tmp_path):
+def test_a_run_killed_before_its_first_tracker_resumes(tmp_path):
     """Whole by its checksums; and to the same bits."""
     documents, alone, cut = write_documents(tmp_path / "documents", documents=20), tmp_path / "alone", tmp_path / "cut"
     assert launch(documents, alone, 4, tmp_path / "log").wait(timeout=120) == 0
@@ -72,7 +72,7 @@ def test_a_signal_saves_and_exits(tmp_path, number, to, code):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_rank_that_cannot_write_costs_no_more_than_that_checkpoint(tmp_path, asynchronous):
+def test_a_rank_that_cannot_write_loses_only_that_checkpoint(tmp_path, asynchronous):
     """One rank of two meets its limit on files' sizes: both go on, the checkpoint before stays, and a line says it.
 
     With the limit gone again the run ends well; with it still there, not.
@@ -104,7 +104,7 @@ def test_a_rank_that_cannot_write_costs_no_more_than_that_checkpoint(tmp_path, a
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_job_with_all_stacks(tmp_path):
+def test_a_hanging_rank_ends_the_job_with_all_stacks(tmp_path):
     documents = write_documents(tmp_path / "documents", documents=20)
     script = (ROOT / "tests" / "faults" / "one_rank.py", "stuck", 1, 3)
     process = launch(documents, tmp_path, 100, tmp_path / "log", flags=["--timeout-minutes", 0.1], script=script)
@@ -132,7 +132,7 @@ def test_a_rank_that_fails_alone_ends_the_job(tmp_path, ranks):
     assert log.count("Traceback (most recent call last):") == 2, "the rank's and torchrun's, none of a rank left alone"
 
 
-def test_a_worker_that_is_killed_is_a_line(tmp_path):
+def test_a_killed_data_worker_prints_one_line(tmp_path):
     """As the system does for want of memory: the job ends, and nothing of it stays."""
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
     flags = ["--save", save, "--load", save, "--save-interval", 2, "--num-workers", 1]
@@ -148,14 +148,14 @@ def test_a_worker_that_is_killed_is_a_line(tmp_path):
     assert log.count("Traceback") == 1, "torchrun's"
 
 
-def test_a_steps_samples_keep_no_file_of_the_workers_open():
+def test_samples_of_a_step_keep_no_worker_file_open():
     samples = RecentSamples()
     names = ("sample", "document", "position_ids")
     samples.add(1, {name: torch.zeros(1, 2, dtype=torch.long).share_memory_() for name in names})
     assert not any(kept.is_shared() for batch in samples._batches for kept in batch.values())
 
 
-def test_an_earlier_runs_folder_is_not_written_over(tmp_path, monkeypatch):
+def test_an_earlier_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
     """Unless torchrun started the ranks again: then the folder is this job's own."""
 
     def flags(**given):
@@ -190,7 +190,7 @@ def test_the_tracker_is_never_half_written(tmp_path):
 
 
 @pytest.mark.parametrize("code, given, comes", [(0, 0, 0), (0, 75, 75), (3, 75, 3)])
-def test_a_run_that_a_signal_ended_has_the_exit_code_that_was_asked_for(monkeypatch, code, given, comes):
+def test_a_run_ended_by_a_signal_has_the_requested_exit_code(monkeypatch, code, given, comes):
     """--signal-exit-code, but not of a run that failed on its way out."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     said = []

@@ -18,7 +18,7 @@ def shown(losses):
     return stream.getvalue()
 
 
-def test_loss_spike_is_said_once():
+def test_a_loss_spike_is_reported_once():
     usual = [3.0 + 0.01 * (i % 5) for i in range(40)]
     text = shown([*usual, 4.5, *usual])
     assert text.count("warning:") == 1
@@ -30,13 +30,13 @@ def test_no_warning_at_the_start_nor_of_noise():
     assert "warning" not in shown([3.0 + 0.2 * (i % 3) for i in range(200)])
 
 
-def test_a_loss_that_is_no_number_does_not_hide_the_next_spike():
+def test_a_nan_loss_does_not_hide_the_next_spike():
     text = shown([3.0] * 30 + [float("nan"), 6.0])
     assert text.count("warning:") == 1 and "step 32" in text
 
 
 @pytest.mark.parametrize("step, interval, apart", [(11, 1, False), (11, 10, True), (20, 10, False)])
-def test_a_launchs_first_step_stays_out_of_the_next_interval(step, interval, apart, monkeypatch):
+def test_the_first_step_is_excluded_from_the_rate(step, interval, apart, monkeypatch):
     """Megatron keeps its loss for the next line, so that a resumed run logs another loss than one never stopped."""
     told = []
 

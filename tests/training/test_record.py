@@ -37,7 +37,7 @@ HOOK = "upload --token s3cr3t"
 
 
 @pytest.mark.parametrize("flags", [["--save-hook", HOOK], [f"--save-hook={HOOK}"], ["--config", "recipe.yaml"]])
-def test_secrets_are_not_kept(tmp_path, monkeypatch, flags):
+def test_secrets_are_not_recorded(tmp_path, monkeypatch, flags):
     """The words of --save-hook, passwords in URLs, and what the environment calls a key."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(f"save: x\nsave_hook: |\n  {HOOK}\n")
@@ -52,7 +52,7 @@ def test_secrets_are_not_kept(tmp_path, monkeypatch, flags):
     assert save_hook.words() == ["upload", "--token", "s3cr3t"]
 
 
-def test_a_configuration_is_printed_without_the_words_of_the_hook(tmp_path):
+def test_a_printed_configuration_hides_the_arguments_of_the_hook(tmp_path):
     write_documents(tmp_path / "documents", documents=20)
     flags = [*TINY, "--train-iters", "1", "--data-path", str(tmp_path / "documents"), "--save", str(tmp_path / "x")]
     args = parse.read([*flags, "--save-interval", "1", "--save-hook", HOOK])

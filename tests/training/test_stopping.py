@@ -18,7 +18,7 @@ subprocess.run([sys.executable, "-c", launcher], start_new_session=True)
 """
 
 
-def test_a_benchmark_that_is_stopped_leaves_nothing_running():
+def test_a_stopped_benchmark_leaves_no_process():
     process = subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT)
     started = []
     while not any(child.name() == "sleep" for child in started):

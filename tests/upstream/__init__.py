@@ -86,7 +86,7 @@ PATCHES = {
         "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.get_save_function_and_args",
         (
             "test_checkpoints.py::test_a_writer_says_why_it_failed",
-            "test_checkpoints.py::test_a_thread_of_a_writer_that_fails_is_an_answer",
+            "test_checkpoints.py::test_a_failing_writer_thread_reports_back",
         ),
     ),
     "results-queue": Patch(
@@ -125,11 +125,11 @@ PATCHES = {
     ),
     "blend-cache": Patch(
         "megatron.core.datasets.blended_dataset:BlendedDataset._build_indices",
-        ("test_datasets.py::test_an_index_cut_by_a_full_disk_is_made_anew",),
+        ("test_datasets.py::test_an_index_truncated_by_a_full_disk_is_rebuilt",),
     ),
     "compile-helpers": Patch(
         "megatron.core.datasets.utils:compile_helpers",
-        ("test_datasets.py::test_helpers_of_the_wheel_are_taken",),
+        ("test_datasets.py::test_compiled_helpers_of_the_wheel_are_used",),
     ),
     "eos-id": Patch(
         "megatron.core.tokenizers.text.libraries.huggingface_tokenizer:HuggingFaceTokenizer.eos_id",

@@ -103,7 +103,7 @@ def test_a_writer_says_why_it_failed(tmp_path):
     "write-shards",
     "an error in a thread is raised past the queue, for whose answer the rank waits",
 )
-def test_a_thread_of_a_writer_that_fails_is_an_answer(tmp_path):
+def test_a_failing_writer_thread_reports_back(tmp_path):
     answer = unpatched(_write, [tmp_path / "missing" / "a", tmp_path / "b"])
     assert isinstance(answer, Exception)
 

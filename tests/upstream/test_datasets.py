@@ -21,7 +21,7 @@ SAMPLES = 1000
     "half an index has the name of a whole one: every later job maps it",
     raises=ValueError,
 )
-def test_an_index_cut_by_a_full_disk_is_made_anew(tmp_path):
+def test_an_index_truncated_by_a_full_disk_is_rebuilt(tmp_path):
     assert unpatched(_build_after_a_full_disk, tmp_path) == SAMPLES
 
 
@@ -52,7 +52,7 @@ def _build(folder: Path) -> int:
     "`make` is run for what the wheel has built already, in a folder without a makefile",
     raises=SystemExit,
 )
-def test_helpers_of_the_wheel_are_taken():
+def test_compiled_helpers_of_the_wheel_are_used():
     unpatched(_compile_helpers)
 
 
