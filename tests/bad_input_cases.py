@@ -124,20 +124,20 @@ def untracked(w: Path) -> None:
 
 
 CHECKPOINTS = {
-    "metadata runs code": (metadata(STEP, lambda w, m: evil(w)), RESUME, ["--load", "open", "nothing of it was run"]),
+    "metadata runs code": (metadata(STEP, lambda w, m: evil(w)), RESUME, ["--load", "open", "none of it was run"]),
     "metadata's planner data runs code": (
-        metadata(STEP, lambda w, m: setattr(m, "planner_data", evil(w))), RESUME, ["nothing of it was run"],
+        metadata(STEP, lambda w, m: setattr(m, "planner_data", evil(w))), RESUME, ["none of it was run"],
     ),
     "metadata asks for os.system": (
         without_checksums(put(f"{STEP}/.metadata", b"cposix\nsystem\n(S'touch pwned'\ntR.")),
         RESUME, ["posix.system"],
     ),
     "common state runs code": (
-        entry(STEP, "common_state", state("args", evil)), RESUME, ["open", "nothing of it was run"],
+        entry(STEP, "common_state", state("args", evil)), RESUME, ["open", "none of it was run"],
     ),
-    "flags in the common state run code": (entry(STEP, "common_state", flagged), RESUME, ["nothing of it was run"]),
+    "flags in the common state run code": (entry(STEP, "common_state", flagged), RESUME, ["none of it was run"]),
     "common.pt runs code": (
-        lambda w: (w / STEP / "common.pt").write_bytes(saved({"args": evil(w)})), RESUME, ["nothing of it was run"],
+        lambda w: (w / STEP / "common.pt").write_bytes(saved({"args": evil(w)})), RESUME, ["none of it was run"],
     ),
     "random state runs code": (entry(STEP, "rng_state", lambda w: [evil(w)]), RESUME, ["rng_state", "open"]),
     "rerun state runs code": (
@@ -152,17 +152,17 @@ CHECKPOINTS = {
         entry("ckpt/release", "decoder", lambda w: [evil(w)]), FROM_CKPT, ["--pretrained-checkpoint", "_extra_state"],
     ),
     "a common state for the converter runs code": (
-        entry("ckpt/release", "common_state", lambda w: [evil(w)]), EXPORT, ["--checkpoint", "nothing of it was run"],
+        entry("ckpt/release", "common_state", lambda w: [evil(w)]), EXPORT, ["--checkpoint", "none of it was run"],
     ),
     "metadata for the converter runs code": (
-        metadata("ckpt/release", lambda w, m: evil(w)), EXPORT, ["--checkpoint", "nothing of it was run"],
+        metadata("ckpt/release", lambda w, m: evil(w)), EXPORT, ["--checkpoint", "none of it was run"],
     ),
     "metadata for evaluation runs code": (
-        metadata("ckpt/release", lambda w, m: evil(w)), EVALUATE_CKPT, ["--model", "nothing of it was run"],
+        metadata("ckpt/release", lambda w, m: evil(w)), EVALUATE_CKPT, ["--model", "none of it was run"],
     ),
     "mp_rank file runs code": (
         without_checksums(lambda w: (w / CLASSIC).write_bytes(saved({"args": evil(w)}))),
-        FROM_CLASSIC, ["mp_rank_00/model_optim_rng.pt", "nothing of it was run"],
+        FROM_CLASSIC, ["mp_rank_00/model_optim_rng.pt", "none of it was run"],
     ),
     "mp_rank file is a bare pickle": (
         without_checksums(lambda w: (w / CLASSIC).write_bytes(pickle.dumps(evil(w)))),

@@ -70,7 +70,7 @@ RECIPES = {
     "zero steps": (BASE.replace("train_iters: 2", "train_iters: 0"), ["--train-iters 0", "must be above 0"]),
     "zero samples": (BASE.replace("micro_batch_size: 2", "micro_batch_size: 0"), ["--micro-batch-size 0"]),
     "a NUL in a path": (BASE + 'load: "a\\0b"', ["--load 'a\\x00b'", "NUL"]),
-    "half a character in a path": (BASE + 'tensorboard_dir: "\\ud800"', ["--tensorboard-dir '\\ud800'", "no path holds"]),
+    "half a character in a path": (BASE + 'tensorboard_dir: "\\ud800"', ["--tensorboard-dir '\\ud800'", "cannot contain"]),
     "an empty path": (BASE + "load_hf: ''", ["--load-hf '': must not be empty"]),
     "a huge number": (BASE.replace("num_layers: 2", f"num_layers: {10**15}"), ["--num-layers", "at most 10000"]),
     "a number of 40 digits": (BASE + f"eval_interval: {10**40}", ["--eval-interval", "64 bits"]),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_cream.checkpoint.output import MANIFEST, hash_file
 from megatron_cream.common.errors import one_line
-from megatron_cream.common.files import replacing
+from megatron_cream.common.files import atomic_write
 from megatron_cream.patches import hooks, registry
 
 
@@ -53,7 +53,7 @@ def _then_collect(original, self, metadata, results) -> None:
         if not written <= digests.keys():
             return
         files = {name: digests[name] for name in sorted(written)} | {".metadata": hash_file(folder / ".metadata")}
-        with replacing(folder / MANIFEST) as file:
+        with atomic_write(folder / MANIFEST) as file:
             json.dump({"algorithm": "sha256", "files": files}, file, indent=2)
     except (OSError, ValueError) as error:
         print(f"{folder}: saved without checksums: {one_line(error)}", flush=True)

@@ -16,7 +16,7 @@ from megatron_cream.checkpoint.families import ModelShape, check_types, read_con
 from megatron_cream.checkpoint.mapping import hf_shapes, pieces
 from megatron_cream.checkpoint.output import HashingFile
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.common.files import is_name, read_json, write_json
+from megatron_cream.common.files import is_file_name, read_json, write_json
 
 CONFIG = "config.json"
 # In the order in which transformers looks for them: (file, is it an index of shards).
@@ -133,7 +133,7 @@ def read_index(index: Path, *, complete: bool = True) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{index}: not an index of shards that can be read: must have a weight_map")
     for name, file in weight_map.items():
-        if not is_name(file):
+        if not is_file_name(file):
             shown = repr(file)[:100]
             raise UsageError(f"{index}: tensor {name[:100]}: {shown}: must be the name of a file beside the index")
         if complete and not (index.parent / file).is_file():

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_cream.checkpoint.output import TRACKER, check_files
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.common.files import is_name
-from megatron_cream.common.safe_pickle import NamesOnly, load_metadata, load_plain, refuse_code
+from megatron_cream.common.files import is_file_name
+from megatron_cream.common.safe_pickle import NameChecker, check_pickled_names, load_metadata, load_plain
 
 _FORMAT, _METADATA = "metadata.json", ".metadata"
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the latter before megatron-core 0.16
@@ -136,7 +136,7 @@ def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
         file = f"{step.folder.name}/{places[key].relative_path}"
         with _one_line(f"{flag} {step.folder.parent}: {file} cannot be read: its {key}: "):
             entry = io.BytesIO(_read_entry(step.folder, places[key]))
-            refuse_code(entry)
+            check_pickled_names(entry)
             entry.seek(0)
             state = torch.load(entry, weights_only=True)
             if "_extra_state" in key:
@@ -174,7 +174,7 @@ def open_classic(folder: Path, flag: str, layout: tuple[int, int], *, checksums:
         check_files(folder, [str(file.relative_to(folder)) for file in files], flag)
     for file in files:
         with _one_line(f"{flag} {folder.parent}: {file.relative_to(folder.parent)} cannot be read: "):
-            refuse_code(file)
+            check_pickled_names(file)
             if file.name == _CLASSIC_FILE and saved is None:
                 with FakeTensorMode():  # no tensor's bytes
                     saved = torch.load(file, weights_only=True)["args"]
@@ -209,7 +209,7 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
         name = info.relative_path
-        if not is_name(name):
+        if not is_file_name(name):
             raise UsageError(f"{folder}: {_METADATA} names {repr(name)[:100]}: must be the name of a file beside it")
         if info.offset < 0 or info.length < 0:
             raise ValueError(f"{_METADATA} places data before the start of {name}")
@@ -281,6 +281,6 @@ def _check_extra_state(state: Any) -> None:
         allowed.setdefault(module, set()).add(name)
     for item in state if isinstance(state, list | tuple) else [state]:
         if isinstance(item, torch.Tensor) and item.dtype is torch.uint8 and item.numel():
-            NamesOnly(item.numpy().tobytes(), allowed).load()
+            NameChecker(item.numpy().tobytes(), allowed).load()
         elif isinstance(item, io.BytesIO):
             load_plain(io.BytesIO(item.getvalue()))

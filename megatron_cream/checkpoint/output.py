@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.common.files import check_can_be_made, check_new_path, check_regular, is_name, read_json, write_json
+from megatron_cream.common.files import (
+    check_can_create,
+    check_new_path,
+    check_regular,
+    is_file_name,
+    read_json,
+    write_json,
+)
 
 # Megatron's own manifest, by its own name: its --verify-integrity reads it as well.
 MANIFEST = "integrity.json"
@@ -64,7 +71,7 @@ def check_free(path: Path, *, flag: str, overwrite: bool) -> None:
     check_new_path(path, flag)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{flag} {path}: exists and is not a folder; give a new one")
-    check_can_be_made(path, flag)
+    check_can_create(path, flag)
     entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
     if not entries:
         return
@@ -219,7 +226,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
     if not isinstance(files, dict) or found.get("algorithm", "sha256") != "sha256":
         raise UsageError(f"{manifest}: not a manifest that can be read: must give the sha256 of each of its files")
     for name in files:
-        if not all(is_name(part) for part in Path(name).parts):
+        if not all(is_file_name(part) for part in Path(name).parts):
             raise UsageError(f"{manifest}: names {repr(name)[:100]}: must be the path of a file below it")
     return files
 

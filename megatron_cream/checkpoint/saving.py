@@ -159,7 +159,7 @@ def _make_room(folder: Path) -> str:
 
 def _gone() -> str:
     """Why --save is not the folder that this run opened, if so. Another disk, or another run, may be there now."""
-    if _saves.home is None or files.is_still_held(_saves.home):
+    if _saves.home is None or files.is_locked_folder(_saves.home):
         return ""
     return f"{_saves.home} is not the folder that this run opened: it was unmounted, moved or deleted"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from megatron_cream.checkpoint import convert, hf_folder, hub, output
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program
+from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.common.errors import UsageError
-from megatron_cream.common.files import read_text, writing
+from megatron_cream.common.files import convert_disk_errors, read_text
 from megatron_cream.common.progress_bar import TransferBar
 
 TEXT = (
@@ -29,13 +29,13 @@ def main() -> int:
     try:
         return args.run(args)
     except UsageError as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a disk that filled up, a file that went away
-        print(f"{program()}: error: {error}; nothing was changed", file=sys.stderr)
+        print(f"{program_name()}: error: {error}; nothing was changed", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{program()}: interrupted; nothing was changed", file=sys.stderr)
+        print(f"{program_name()}: interrupted; nothing was changed", file=sys.stderr)
         return 130
 
 
@@ -50,7 +50,7 @@ def run_import(args) -> int:
     convert.check_apart(source.path, args.output, flag="--output")
     output.check_free(args.output.absolute(), flag="--output", overwrite=args.overwrite)
     output.check_unchanged(source.path)
-    with TransferBar("imported") as progress, writing(args.output, "--output", "nothing was changed"):
+    with TransferBar("imported") as progress, convert_disk_errors(args.output, "--output", "nothing was changed"):
         convert.import_hf(
             source,
             args.output,
@@ -72,7 +72,7 @@ def run_export(args) -> int:
     convert.check_apart(source.path, Path(args.hf_path), flag="--hf-path")
     output.check_free(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
     output.check_unchanged(source.folder)
-    with TransferBar("exported") as progress, writing(args.hf_path, "--hf-path", "nothing was changed"):
+    with TransferBar("exported") as progress, convert_disk_errors(args.hf_path, "--hf-path", "nothing was changed"):
         convert.export_hf(
             source,
             Path(args.hf_path),
@@ -117,7 +117,7 @@ def divisor(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     main_parser = OneLineParser(
-        prog=program(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program_name(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
     commands = main_parser.add_subparsers(required=True, metavar="import|export|verify")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_cream.common.cli import program
+from megatron_cream.common.cli import program_name
 from megatron_cream.common.errors import UsageError
-from megatron_cream.common.files import writing
+from megatron_cream.common.files import convert_disk_errors
 from megatron_cream.evaluation import harness, pictures, plans, report, sliding_window
 from megatron_cream.evaluation.flags import build_parser
 from megatron_cream.evaluation.longppl import KeyTokenRule
@@ -48,21 +48,24 @@ def main() -> int:
     args = build_parser(__doc__).parse_args()
     args.output = args.output or Path("runs", "evaluation") / Path(args.model).resolve().name / args.command
     try:
-        with writing(args.output, "--output", "what is done is kept, and the same command goes on from there"):
+        with convert_disk_errors(
+            args.output, "--output", "what is done is kept, and the same command goes on from there"
+        ):
             RUNS[args.command](args)
         return 0
     except TooShort as error:
-        print(f"{program()}: error: {LENGTH_FLAGS.get(args.command, '--lengths')}: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {LENGTH_FLAGS.get(args.command, '--lengths')}: {error}", file=sys.stderr)
         return 2
     except UsageError as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 2
     except (OutOfMemory, OSError) as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(
-            f"{program()}: interrupted; what is done is kept, and the same command goes on from there", file=sys.stderr
+            f"{program_name()}: interrupted; what is done is kept, and the same command goes on from there",
+            file=sys.stderr,
         )
         return 130
 
@@ -224,7 +227,7 @@ def default_lengths(source: language_model.Source) -> list[int]:
 def warn_beyond(source: language_model.Source, length: int) -> None:
     if length > source.max_positions:
         print(
-            f"{program()}: {length} tokens are more than the {source.max_positions} positions of {source.path}",
+            f"{program_name()}: {length} tokens are more than the {source.max_positions} positions of {source.path}",
             file=sys.stderr,
         )
 

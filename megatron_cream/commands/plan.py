@@ -21,9 +21,9 @@ platform.setup()  # before anything of Megatron is imported
 
 from rich.console import Console
 
-from megatron_cream.common.cli import path, program
+from megatron_cream.common.cli import path, program_name
 from megatron_cream.common.errors import UsageError
-from megatron_cream.common.files import check_picture, to_json, writing
+from megatron_cream.common.files import check_picture, convert_disk_errors, to_json
 from megatron_cream.planning import layouts, measured, memory, picture, report, report_time, step_time
 from megatron_cream.planning.flags import run_from_flags
 from megatron_cream.planning.hardware import GIB, GPUS, Cluster
@@ -45,7 +45,7 @@ def main() -> int:
             check_picture(options.picture, "--picture")
         return plan(options, flags)
     except UsageError as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 2
 
 
@@ -85,10 +85,10 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
         shown = (
             f"{options.gpus} x {around.gpu.name}, {run.layout.global_batch} samples of {run.layout.seq_length:,} tokens"
         )
-        with writing(options.picture, "--picture"):
+        with convert_disk_errors(options.picture, "--picture"):
             picture.draw(plans[: report.SHOWN], shown, options.picture)
     if not plans:
-        print(f"{program()}: {report.nothing_fits(run, usable, MOST_GPUS, around)}", file=sys.stderr)
+        print(f"{program_name()}: {report.nothing_fits(run, usable, MOST_GPUS, around)}", file=sys.stderr)
     return 0 if plans else 1
 
 

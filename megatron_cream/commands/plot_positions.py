@@ -17,9 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cream.common.cli import OneLineParser, path, positive, program
+from megatron_cream.common.cli import OneLineParser, path, positive, program_name
 from megatron_cream.common.errors import UsageError
-from megatron_cream.common.files import check_picture, save_picture, writing
+from megatron_cream.common.files import check_picture, convert_disk_errors, save_picture
 from megatron_cream.positions import SAMPLERS, build_sampler
 from megatron_cream.positions.coverage import Coverage, coverage
 from megatron_cream.positions.cream import MIDDLES
@@ -37,7 +37,7 @@ def main() -> int:
         measured = {name: measure(args, options) for name, options in curves(args).items()}
         draw(measured, args)
     except (UsageError, ValueError, OSError) as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 2
     show(measured, args)
     print(f"Picture: {args.output}")
@@ -109,7 +109,7 @@ def draw(measured: dict[str, Coverage], args) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=9)
     axes[0].set_title(f"dashed: the trained window, {args.seq_length}", fontsize=9, loc="left", color="0.4")
-    with writing(args.output, "--output"):
+    with convert_disk_errors(args.output, "--output"):
         save_picture(figure, args.output)
     plt.close(figure)
 
@@ -123,7 +123,7 @@ def binned(values: np.ndarray, bins: int = 256) -> tuple[np.ndarray, np.ndarray]
 
 def parser() -> argparse.ArgumentParser:
     result = OneLineParser(
-        prog=program(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program_name(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
     add = result.add_argument

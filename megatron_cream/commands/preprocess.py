@@ -37,7 +37,7 @@ from rich.table import Table
 
 from megatron_cream.common.cli import OneLineParser, path, to_flag
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.common.files import check_can_be_made, writing
+from megatron_cream.common.files import check_can_create, convert_disk_errors
 from megatron_cream.data.chat import CHAT_FORMATS
 from megatron_cream.data.documents import find_files
 from megatron_cream.data.partial import check_output
@@ -60,7 +60,7 @@ def main() -> None:
         platform.setup()  # before anything of Megatron is imported
         with blame("--tokenizer-model"):
             tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
-        with writing(args.output_prefix, "--output-prefix", "with room the same command goes on from here"):
+        with convert_disk_errors(args.output_prefix, "--output-prefix", "with room the same command goes on from here"):
             report = preprocess(
                 args.input,
                 args.output_prefix,
@@ -139,7 +139,7 @@ def check(args: argparse.Namespace) -> None:
     if prefix.is_dir() or prefix.suffix in (".bin", ".idx"):
         raise ValueError(f"--output-prefix {prefix}: expected a path up to .bin and .idx, such as data/pile")
     try:
-        check_can_be_made(prefix.absolute().parent, f"--output-prefix {prefix}:")
+        check_can_create(prefix.absolute().parent, f"--output-prefix {prefix}:")
         check_output(prefix, args.overwrite)
     except FileExistsError as error:
         raise ValueError(f"--output-prefix {prefix}: {error}; give another prefix, or --overwrite") from error

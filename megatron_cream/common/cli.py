@@ -1,4 +1,4 @@
-"""What the tools' command lines have in common."""
+"""Argument types and the error format that all command lines share."""
 
 import argparse
 import sys
@@ -10,27 +10,27 @@ from megatron_cream.common.files import check_path
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A fault is one line that begins with the tool's name, and exit code 2."""
+    """An argument parser that reports an error in one line that begins with the tool's name, and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
-        tool = self.prog.split()[0]  # a subcommand's parser has its name after that
+        tool = self.prog.split()[0]  # a subcommand's prog is "tool subcommand"
         self.exit(2, f"{tool}: error: {message}\n")
 
 
 def positive(text: str) -> int:
-    """A type for `add_argument`: a whole number above 0."""
+    """Parse a whole number above 0; a type for `add_argument`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
     return int(text)
 
 
 def path(text: str) -> Path:
-    """A type for `add_argument`: the path of a file or folder."""
+    """Parse the path of a file or folder; a type for `add_argument`."""
     return Path(path_or_name(text))
 
 
 def path_or_name(text: str) -> str:
-    """A type for `add_argument`: a folder, or a model's name on the Hugging Face Hub."""
+    """Parse a folder or a model's name on the Hugging Face Hub; a type for `add_argument`."""
     try:
         check_path(text, "")
     except UsageError as error:
@@ -43,6 +43,6 @@ def to_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def program() -> str:
-    """Return the name under which this command was started, with which each of its errors begins."""
+def program_name() -> str:
+    """Return the name under which this command was started; its error lines begin with it."""
     return Path(sys.argv[0]).name

@@ -1,4 +1,4 @@
-"""Where a run's words go: all to the terminal, or Megatron's to a file and ours to the terminal."""
+"""Redirect a run's output: everything to the terminal, or Megatron's output to a log file."""
 
 import contextlib
 import io
@@ -14,14 +14,17 @@ from megatron_cream.common.errors import UsageError, reason
 
 
 @contextlib.contextmanager
-def divert(mode: str, folder: str | None) -> Iterator[TextIO]:
-    """Yield the stream a person reads.
+def redirect_output(mode: str, folder: str | None) -> Iterator[TextIO]:
+    """Send Megatron's output to a log file if `mode` asks for it; yield the stream for the user.
 
     Args:
-        mode: `full`: nothing is diverted; `progress`: this process's standard output,
-            that of libraries written in C++ among it, goes to `folder`/megatron.log,
-            and only what is printed to the yielded stream reaches the terminal.
-        folder: made if missing; without one, `progress` drops the rest.
+        mode: `full` redirects nothing. `progress` sends this process's standard output,
+            also that of C++ libraries, to `folder`/megatron.log, and only text printed to
+            the yielded stream reaches the terminal.
+        folder: the log's folder, created if missing; None discards that output.
+
+    Raises:
+        UsageError: the folder or the log cannot be created.
     """
     entry.ignore_lost_output()
     if mode == "full":
@@ -36,11 +39,11 @@ def divert(mode: str, folder: str | None) -> Iterator[TextIO]:
             raise UsageError(f"--save {folder}: {reason(error)}") from error
     sys.stdout.flush()
     terminal_fd, stdout = os.dup(1), sys.stdout
-    with _lossy(path, "a") as log, _lossy(terminal_fd, "w") as terminal:
+    with _open_lossy(path, "a") as log, _open_lossy(terminal_fd, "w") as terminal:
         os.dup2(log.fileno(), 1)
         sys.stdout = log
         try:
-            with _logging_to(logging.StreamHandler(log), _to_terminal()):
+            with _use_log_handlers(logging.StreamHandler(log), _terminal_handler()):
                 yield terminal
         finally:
             sys.stdout = stdout
@@ -48,7 +51,7 @@ def divert(mode: str, folder: str | None) -> Iterator[TextIO]:
 
 
 class _Lossy(io.FileIO):
-    """A full disk, or a reader that left, costs a log's lines, not the run."""
+    """A file that drops what it cannot write, so that a full disk or a closed pipe does not end the run."""
 
     def write(self, data) -> int:
         try:
@@ -57,20 +60,20 @@ class _Lossy(io.FileIO):
             return len(data)
 
 
-def _lossy(file: str | Path | int, mode: str) -> TextIO:
+def _open_lossy(file: str | Path | int, mode: str) -> TextIO:
     raw = io.BufferedWriter(_Lossy(file, mode))
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 @contextlib.contextmanager
-def captured(words: TextIO) -> Iterator[None]:
-    """What Python code prints and logs goes to `words`."""
-    with contextlib.redirect_stdout(words), _logging_to(logging.StreamHandler(words)):
+def capture_output(stream: TextIO) -> Iterator[None]:
+    """Send what Python code prints and logs to `stream`."""
+    with contextlib.redirect_stdout(stream), _use_log_handlers(logging.StreamHandler(stream)):
         yield
 
 
 @contextlib.contextmanager
-def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
+def _use_log_handlers(*handlers: logging.Handler) -> Iterator[None]:
     root = logging.getLogger()
     before, root.handlers = root.handlers, list(handlers)
     try:
@@ -79,8 +82,8 @@ def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
         root.handlers = before
 
 
-def _to_terminal() -> logging.Handler:
-    """Warnings; from Megatron, which gives that level to every change of its state, errors."""
+def _terminal_handler() -> logging.Handler:
+    """Return a handler for warnings; from Megatron, which warns at every change of its state, for errors only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING)
     handler.addFilter(lambda r: r.levelno >= logging.ERROR or not r.name.startswith("megatron."))

@@ -1,6 +1,6 @@
-"""What every command does first and last: Ctrl-C in one line, output that takes no words, Python without assertions.
+"""The start and the end of every command: Ctrl-C, output that cannot be written, Python without assertions.
 
-`start` comes before the imports, which take seconds, so this module imports next to nothing, not even `typing`.
+Scripts call `start` before their imports, which take seconds. So this module imports very little, not even `typing`.
 """
 
 import errno
@@ -11,16 +11,16 @@ import signal
 import sys
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as of a shell."""
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
 CLOSED_PIPE = 141
-"""Exit code when the reader of standard output has left (`| head`): 128 + SIGPIPE, as of other Unix tools."""
+"""Exit code when the reader of standard output has closed the pipe (`| head`): 128 + SIGPIPE, as Unix tools have it."""
 
 _main_runs = _interrupted = False
 _pid = 0
 
 
 def start() -> None:
-    """Prepare the process. Call it in a script's first lines, if that is run and not imported."""
+    """Prepare the process. Call it in the first lines of a script, unless the script is imported."""
     global _pid
     _pid = os.getpid()
     gc.disable()  # until `run`: collections take a quarter of the imports' time and find nothing
@@ -31,13 +31,13 @@ def start() -> None:
         problem = "switches off the checks that Megatron makes with assert; run Python without it"
         print(f"{_name()}: error: python -O or PYTHONOPTIMIZE: {problem}", file=sys.stderr)
         os._exit(2)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored, as with &
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell ignores it for a job started with &
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _exit_on_lost_interrupt
 
 
 def run(main) -> None:
-    """Exit with what `main()` returns, or in one line where it was interrupted or its words could not be written."""
+    """Run `main()` and exit with its code; report an interrupt or a failed write in one line."""
     global _main_runs
     gc.freeze()  # what was imported stays: later collections need not look at it
     gc.enable()
@@ -49,13 +49,13 @@ def run(main) -> None:
         except SystemExit as stop:
             code = stop.code
         except BaseException:
-            if not _interrupted:  # else an extension module may have made another error of it
+            if not _interrupted:  # if interrupted, an extension module may have turned KeyboardInterrupt into this
                 raise
-            code = _say_interrupted()
+            code = _report_interrupt()
         finally:
             _main_runs = False
-    except KeyboardInterrupt:  # in the last lines above
-        _main_runs, code = False, _say_interrupted()
+    except KeyboardInterrupt:  # raised in the except or finally clause above
+        _main_runs, code = False, _report_interrupt()
     if _interrupted and code:
         code = INTERRUPTED
     raw = _raw(sys.__stdout__)
@@ -67,16 +67,16 @@ def run(main) -> None:
 
 
 def ignore_lost_output() -> None:
-    """Drop what standard output does not take, from now on: a training run outlives the place its words go to."""
+    """Drop output that cannot be written, from now on, so that a run survives a closed terminal or a full disk."""
     if raw := _raw(sys.__stdout__):
         raw.lossy = True
 
 
 class _Raw(io.FileIO):
-    """A standard stream of the system's.
+    """The file behind standard output or standard error.
 
-    A write that fails ends the command, in one line on standard error unless a reader has closed its pipe. That is by
-    SystemExit, since an OSError would be taken for one of the command's own files by what is in between.
+    A failed write ends the command, with one line on standard error unless the reader has closed the pipe. It raises
+    SystemExit: callers would take an OSError for a fault of one of the command's own files.
     """
 
     def __init__(self, fd: int, lossy: bool):
@@ -89,7 +89,7 @@ class _Raw(io.FileIO):
         except OSError as error:
             if self.lossy:
                 return len(data)
-            self.lossy = True  # for what is still in buffers
+            self.lossy = True  # what is still in buffers must not raise again
             self.code = CLOSED_PIPE if error.errno == errno.EPIPE else 2
             if self.code == 2:
                 print(f"{_name()}: error: standard output: {error.strerror}", file=sys.stderr)
@@ -97,7 +97,7 @@ class _Raw(io.FileIO):
 
 
 def _stream(fd: int, like: io.TextIOWrapper | None, lossy: bool) -> io.TextIOWrapper:
-    """A text stream to `fd`, buffered as Python's own is."""
+    """Return a text stream to `fd` with the buffering of Python's own stream `like`."""
     raw = _Raw(fd, lossy)
     unbuffered = like is not None and like.write_through  # python -u
     if like is not None:
@@ -105,50 +105,55 @@ def _stream(fd: int, like: io.TextIOWrapper | None, lossy: bool) -> io.TextIOWra
     return io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),
         encoding=like.encoding if like is not None else "utf-8",
-        errors="backslashreplace",  # names of files need not be UTF-8
+        errors="backslashreplace",  # file names need not be UTF-8
         line_buffering=lossy or raw.isatty(),
         write_through=unbuffered,
     )
 
 
 def _raw(stream: object) -> _Raw | None:
+    """Return the `_Raw` behind a stream; None for a stream that `start` did not open."""
     buffer = getattr(stream, "buffer", None)
     found = getattr(buffer, "raw", buffer)
     return found if isinstance(found, _Raw) else None
 
 
 def _open_closed_streams() -> None:
-    """Else the next file that is opened would be standard output. Writing to these fails still, as it did."""
+    """Fill closed standard streams, so that the next opened file does not become standard output.
+
+    Writes to them still fail, as before.
+    """
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_WRONLY if fd == 0 else os.O_RDONLY)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_WRONLY if fd == 0 else os.O_RDONLY)  # gets the lowest free number
 
 
 def _interrupt(_number, _frame) -> None:
     global _interrupted
-    if os.getpid() != _pid:  # a fork that has not set its own handler yet; its parent says it
+    if os.getpid() != _pid:  # a fork before it sets its own handler; its parent reports the interrupt
         os._exit(INTERRUPTED)
     if _main_runs:
         _interrupted = True
         raise KeyboardInterrupt
-    # While modules are imported, or at Python's end: what is raised there comes out as any error, or is lost.
-    _say_interrupted()
+    # During imports and at Python's exit, an exception could turn into another error or be lost.
+    _report_interrupt()
     os._exit(INTERRUPTED)
 
 
 def _exit_on_lost_interrupt(unraisable) -> None:
-    """For `sys.unraisablehook`: an interrupt inside a destructor or callback, where nothing can be raised."""
+    """Exit on an interrupt inside a destructor or callback, where nothing can be raised; a `sys.unraisablehook`."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        _say_interrupted()
+        _report_interrupt()
         os._exit(INTERRUPTED)
     sys.__unraisablehook__(unraisable)
 
 
-def _say_interrupted() -> int:
+def _report_interrupt() -> int:
+    """Print that the command was interrupted, on rank 0 only; return the exit code."""
     if os.environ.get("RANK", "0") == "0":
-        # Not by sys.stderr: a handler may have come in the middle of one of its writes.
+        # Not through sys.stderr: the signal may have arrived in the middle of one of its writes.
         try:
             os.write(2, f"{_name()}: interrupted\n".encode())
         except OSError:
@@ -161,7 +166,7 @@ def _name() -> str:
 
 
 def _run_command(name: str) -> None:
-    """Run a module of `commands` as an installed program, whose file pip makes."""
+    """Run a module of `commands`; console scripts call this."""
     start()  # before the imports, which take seconds
     from importlib import import_module
 

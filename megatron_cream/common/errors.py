@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read, and what others' errors come to in a line."""
+"""The error for a user's mistakes, and one-line descriptions of other libraries' errors."""
 
 import contextlib
 import errno
@@ -6,53 +6,56 @@ import re
 import traceback
 from collections.abc import Iterator
 
-# As gloo, NCCL (ncclRemoteError) and torch's store have it.
-_GONE = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
+# Wordings of gloo, NCCL (ncclRemoteError) and torch's store.
+_LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
 
-# As torch has it, of a batch in /dev/shm.
+# torch's wording when a batch does not fit into /dev/shm.
 _NO_SHARED_MEMORY = re.compile(r"(shared memory|/torch_\d).*No space left on device", re.DOTALL)
 
 
 class UsageError(Exception):
-    """What a user set cannot run. The message is the one line they read; exit code 2."""
+    """A mistake in what the user set. The command prints its one-line message and exits with code 2."""
 
     def __init__(self, message: str):
-        # Names out of a damaged file may hold anything, a terminal's control codes among it.
+        # Names from a damaged file may contain terminal control codes.
         super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
-def one_line(error: object, most: int = 300) -> str:
-    """What an error of another library says, in one line of `most` characters."""
-    return " ".join(str(error).split())[:most]
+def one_line(error: object, max_chars: int = 300) -> str:
+    """Return the text of another library's error as one line of at most `max_chars` characters."""
+    return " ".join(str(error).split())[:max_chars]
 
 
 def reason(error: OSError, path: object = None) -> str:
-    """What the system says, and of which file; `path` where it does not say that."""
-    words, file = error.strerror or one_line(error), error.filename or path
-    return f"{file}: {words}" if file else words
+    """Return `FILE: MESSAGE` of a system error; `path` is the file if the error names none."""
+    message, file = error.strerror or one_line(error), error.filename or path
+    return f"{file}: {message}" if file else message
 
 
 @contextlib.contextmanager
-def refused_in_one_line(beginning: str) -> Iterator[None]:
-    """How Megatron's code inside refuses a setting, by any kind of error, as a UsageError that begins so."""
+def convert_megatron_errors(prefix: str) -> Iterator[None]:
+    """Raise any error of Megatron's code in the block as a UsageError that begins with `prefix`."""
     try:
         yield
     except UsageError:
         raise
     except (AssertionError, ValueError, RuntimeError) as error:
-        refused = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion without words
-        raise UsageError(beginning + (one_line(error) or f"Megatron refused these flags: {refused}")) from error
+        line = traceback.extract_tb(error.__traceback__)[-1].line  # for an assertion without a message
+        raise UsageError(prefix + (one_line(error) or f"Megatron rejected these flags: {line}")) from error
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{beginning}Megatron refused it: {type(error).__name__}: {one_line(error)}") from error
+        raise UsageError(f"{prefix}Megatron rejected it: {type(error).__name__}: {one_line(error)}") from error
 
 
 def is_dead_data_worker(error: Exception) -> bool:
-    """Whether it says that a process that loads data is gone; torch raises it wherever the rank stands."""
+    """Return whether a data loader worker died; torch raises this error anywhere in the rank's code."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def is_full_shared_memory(error: Exception) -> bool:
-    """Whether /dev/shm has no room, for a batch or for a semaphore, of which the system names no file."""
+    """Return whether /dev/shm has no room for a batch or a semaphore.
+
+    The system's error for a semaphore names no file.
+    """
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         frames = traceback.extract_tb(error.__traceback__)
         return any(frame.filename.endswith("multiprocessing/synchronize.py") for frame in frames)
@@ -60,5 +63,5 @@ def is_full_shared_memory(error: Exception) -> bool:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether it only says that another rank is gone, whose own last words say why."""
-    return isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
+    """Return whether the error only reports that a peer rank is gone; that rank's own error has the cause."""
+    return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))

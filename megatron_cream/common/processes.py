@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them."""
+"""End a process together with its parent."""
 
 import ctypes
 import os
@@ -9,18 +9,18 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
-    """Let the system send this process a signal when its parent ends. Linux only.
+    """Ask the kernel to send this process a signal when its parent ends. Linux only.
 
-    The system looks at the thread that started this process, so that must live as long as its process.
+    The kernel watches the thread that started this process, so that thread must live as long as the parent.
 
     Args:
         number: the signal to send.
-        parent: its process id, as the parent itself handed it down. A child that asks for it may be too late: its
-            parent has ended, and the child has process 1 as its new one. None: torchrun hands nothing down.
+        parent: the parent's process id, passed by the parent itself. A child that calls getppid() may get 1, if its
+            parent has ended already. None calls getppid() nonetheless: torchrun passes no id.
     """
     if sys.platform != "linux":
         return
     parent = os.getppid() if parent is None else parent
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it ended before, of which the system says nothing
+    if os.getppid() != parent:  # it ended before the request, and the kernel sends nothing
         os.kill(os.getpid(), number)

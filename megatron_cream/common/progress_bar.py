@@ -1,4 +1,4 @@
-"""The progress bar of every command: on a terminal a bar with a rate and the time left, elsewhere nothing, or lines."""
+"""The progress bar of every command: a bar on a terminal; elsewhere nothing, or a line from time to time."""
 
 import sys
 import threading
@@ -9,15 +9,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class ProgressBar:
-    """A bar on standard error. Use as a context manager; may be moved by any thread.
+    """A progress bar on standard error. Use it as a context manager; any thread may move it.
 
     Args:
-        total: of the work, in any unit; None while it is not known.
-        text: what stands beside the bar.
+        total: the amount of work, in any unit; None while it is unknown.
+        text: the text beside the bar.
         shown: False shows nothing at all.
-        refresh: by a thread of its own. Not where processes are forked meanwhile: then each move draws.
-        transient: the bar goes away at its end.
-        seconds_between_lines: where standard error is no terminal, `text` and the time left are printed so often.
+        refresh: redraw from a separate thread. Set False where processes are forked meanwhile: then each move redraws.
+        transient: remove the bar at its end.
+        seconds_between_lines: if standard error is not a terminal, the interval at which `text` and the time left are
+            printed; None prints nothing.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class ProgressBar:
     ):
         terminal = Console(stderr=True)
         self.live = shown and terminal.is_terminal
-        self._between = seconds_between_lines if shown and not self.live else None
+        self._line_interval = seconds_between_lines if shown and not self.live else None
         columns = (
             BarColumn(),
             TextColumn("{task.percentage:3.0f}%"),
@@ -42,25 +43,25 @@ class ProgressBar:
         self._bar = Progress(
             *columns, console=terminal, transient=transient, disable=not self.live, auto_refresh=refresh
         )
-        self._draws, self._lock = not refresh, threading.Lock()
+        self._draw_moves, self._lock = not refresh, threading.Lock()
         self._task = self._bar.add_task("", total=total, text=text)
-        self._started = self._told = time.monotonic()
+        self._started = self._line_time = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Since the bar was entered."""
+        """Seconds since the bar was entered."""
         return max(time.monotonic() - self._started, 1e-3)
 
     def expect(self, total: float) -> None:
-        """Set how much there will be in all."""
+        """Set the total amount of work."""
         self._bar.update(self._task, total=total)
 
-    def leave_out(self, amount: float, text: str) -> None:
-        """Take out of the total what an earlier run did, so that it does not count as speed.
+    def subtract(self, amount: float, text: str) -> None:
+        """Subtract an earlier run's work from the total, so that it does not count as speed.
 
         Args:
-            amount: of the total's unit.
-            text: what stands beside the bar from now on.
+            amount: the work to subtract, in the total's unit.
+            text: the new text beside the bar.
         """
         self._bar.update(self._task, total=(self._bar.tasks[0].total or 0) - amount, text=text)
 
@@ -68,23 +69,23 @@ class ProgressBar:
         """Move the bar.
 
         Args:
-            text: what stands beside it from now on.
-            by: so much further.
-            to: the place that is reached, in place of `by`.
+            text: the new text beside it.
+            by: the progress since the last move.
+            to: the total progress, instead of `by`.
         """
         with self._lock:
-            self._bar.update(self._task, advance=by, completed=to, text=text, refresh=self._draws)
-            if self._between is not None and time.monotonic() - self._told > self._between:
-                self._tell(text)
+            self._bar.update(self._task, advance=by, completed=to, text=text, refresh=self._draw_moves)
+            if self._line_interval is not None and time.monotonic() - self._line_time > self._line_interval:
+                self._print_line(text)
 
-    def _tell(self, text: str) -> None:
-        self._told = time.monotonic()
+    def _print_line(self, text: str) -> None:
+        self._line_time = time.monotonic()
         task = self._bar.tasks[0]
         left = ((task.total or 0) - task.completed) * self.seconds / max(task.completed, 1)
         print(f"{text}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ProgressBar":
-        self._started = self._told = time.monotonic()
+        self._started = self._line_time = time.monotonic()
         self._bar.start()
         return self
 
@@ -93,12 +94,12 @@ class ProgressBar:
 
 
 class TransferBar:
-    """A bar over bytes, and one line at the end that stays.
+    """A progress bar over bytes that prints one summary line at its end.
 
-    Use as a context manager; call it with each number of bytes, from any thread.
+    Use it as a context manager; call it with the size of each transfer, from any thread.
 
     Args:
-        verb: what is done, "imported"; None shows nothing.
+        verb: the first word of the summary, such as "imported"; None shows nothing.
     """
 
     def __init__(self, verb: str | None):
@@ -106,7 +107,7 @@ class TransferBar:
         self._bar = ProgressBar(None, shown=verb is not None, transient=True)
 
     def expect(self, nbytes: int) -> None:
-        """Set how many bytes there will be in all."""
+        """Set the total number of bytes."""
         self._bar.expect(nbytes)
 
     def __call__(self, nbytes: int) -> None:

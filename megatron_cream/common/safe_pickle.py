@@ -1,7 +1,7 @@
-"""Pickles of a checkpoint, read without running what they name.
+"""Read the pickles of a checkpoint without running code that they name.
 
-A pickle can call any function by its name. Here each is read with the names that belong in it, and no
-other; nothing else is imported. Neither Megatron nor a GPU is needed.
+A pickle can call any function by its name. Here each kind of pickle has a list of allowed names; any other
+name is rejected and not imported. Needs neither Megatron nor a GPU.
 """
 
 import dataclasses
@@ -31,50 +31,51 @@ _METADATA = {
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},
 }  # fmt: skip
-"""What torch.distributed.checkpoint's .metadata is made of: module -> names in it."""
+"""The classes in torch.distributed.checkpoint's .metadata: module -> names in it."""
 
-# pathlib's classes are pickled under the first name up to Python 3.12, and under the second in 3.13.
+# Python up to 3.12 pickles pathlib's classes under the first name, Python 3.13 under the second.
 _PATHS = {f"{module}.PosixPath": PosixPath for module in ("pathlib", "pathlib._local")}
 _PLAIN = {"argparse.Namespace": Namespace, "signal.Signals": signal.Signals, "builtins.NoneType": type(None)} | _PATHS
 
-_REFUSED = "it asks for {}, which has no place there; nothing of it was run"
+_REJECTED = "it names {}, which is not allowed there; none of it was run"
 
 
-class NotNeeded:
-    """Stands for objects of Megatron's own classes (enums, recipes), of which nothing here asks anything."""
+class Placeholder:
+    """Replaces objects of Megatron's own classes (enums, recipes), whose content is not used here."""
 
     def __init__(self, *_):
         pass
 
 
-class _Unpickler(pickle._Unpickler):  # in C it would take 64 GB for a damaged memo index
+class _Unpickler(pickle._Unpickler):  # the C version allocates 64 GB for a damaged memo index
     def __init__(self, data: bytes, names: dict[str, set[str]]):
         super().__init__(io.BytesIO(data))
         self._names = names
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self._names.get(module, ()):
-            raise pickle.UnpicklingError(_REFUSED.format(f"{module}.{name}"))
-        return self.found(module, name)
+            raise pickle.UnpicklingError(_REJECTED.format(f"{module}.{name}"))
+        return self.load_class(module, name)
 
-    def found(self, module: str, name: str) -> Any:
+    def load_class(self, module: str, name: str) -> Any:
         return _PATHS.get(f"{module}.{name}") or super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError(_REFUSED.format("a persistent object"))
+        raise pickle.UnpicklingError(_REJECTED.format("a persistent object"))
 
 
-class NamesOnly(_Unpickler):
-    def found(self, module: str, name: str) -> Any:
-        return NotNeeded
+class NameChecker(_Unpickler):
+    """An unpickler that rejects names outside its list and imports none: every object becomes a `Placeholder`."""
+
+    def load_class(self, module: str, name: str) -> Any:
+        return Placeholder
 
 
 def to_plain(value: Any) -> Any:
-    """Return a copy that any process can read: containers of numbers, strings, None and torch's dtypes.
+    """Return a copy made of containers, numbers, strings, None and torch's dtypes, readable anywhere.
 
-    What is saved as an object of a class can be read only where that class has the same name, which Python's own
-    library does not promise: pathlib's moved in 3.13. Paths become strings, enums their names, other objects their
-    `str`.
+    An object of a class can be read only where that class has the same name. Even the standard library's names change:
+    pathlib's classes moved in Python 3.13. Paths become strings, enums their names, other objects their `str`.
     """
     if value is None or type(value) in (bool, int, float, complex, str, bytes, torch.dtype):
         return value
@@ -95,7 +96,7 @@ def to_plain(value: Any) -> Any:
 
 
 def declare_names_of_other_versions() -> None:
-    """Let torch read what Megatron declares safe under the names that other versions of Python and numpy give it."""
+    """Let torch read classes that Megatron declares safe under their names in other Python and numpy versions."""
     from numpy._core.multiarray import _reconstruct
 
     others = [(cls, name) for name, cls in _PATHS.items()]
@@ -103,32 +104,34 @@ def declare_names_of_other_versions() -> None:
     torch.serialization.add_safe_globals(others)
 
 
-def refuse_code(file: Path | io.BytesIO) -> None:
-    """Look at what the pickle in a file of torch.save's names; no tensor is read.
+def check_pickled_names(file: Path | io.BytesIO) -> None:
+    """Reject a file of torch.save that names unsafe classes or functions; no tensor is read.
 
     Raises:
-        pickle.UnpicklingError: something that neither torch nor Megatron, if that is imported, declares safe.
+        pickle.UnpicklingError: it names something that neither torch nor, if imported, Megatron declares safe.
         Exception: of many kinds, if the file is damaged.
     """
     if names := torch.serialization.get_unsafe_globals_in_checkpoint(file):
-        raise pickle.UnpicklingError(_REFUSED.format(sorted(names)[0]))
+        raise pickle.UnpicklingError(_REJECTED.format(sorted(names)[0]))
 
 
 def load_metadata(data: bytes) -> Any:
-    """The .metadata of a checkpoint folder.
+    """Return the content of a checkpoint folder's .metadata file.
 
     Raises:
-        pickle.UnpicklingError: it asks for something that metadata is not made of.
+        pickle.UnpicklingError: it names something that does not belong in metadata.
         Exception: of many kinds, if it is damaged.
     """
     return _Unpickler(data, _METADATA).load()
 
 
 def load_plain(file: Path | io.BytesIO) -> Any:
-    """What torch.save wrote, if it is made of plain values; no code that it names is imported or run.
+    """Load plain values that torch.save wrote; no code that the file names is imported or run.
+
+    Objects of Megatron's classes become a `Placeholder`.
 
     Raises:
-        pickle.UnpicklingError: it is more than plain values, flags and objects of Megatron's.
+        pickle.UnpicklingError: it contains more than plain values, flags and objects of Megatron's.
         Exception: of many kinds, if it is damaged.
     """
     missing = []
@@ -136,10 +139,12 @@ def load_plain(file: Path | io.BytesIO) -> Any:
         if name in _PLAIN:
             missing.append(_PLAIN[name])
         elif name.startswith(("megatron.", "megatron_cream.")):
-            missing.append((NotNeeded, name))
+            missing.append((Placeholder, name))
         else:
-            raise pickle.UnpicklingError(_REFUSED.format(name))
+            raise pickle.UnpicklingError(_REJECTED.format(name))
     if isinstance(file, io.BytesIO):
         file.seek(0)
-    with torch.serialization.safe_globals(missing):  # forgets them all at its end, so none that others declared
+    with torch.serialization.safe_globals(
+        missing
+    ):  # removes all of these at its end, so `missing` has none declared elsewhere
         return torch.load(file, weights_only=True)

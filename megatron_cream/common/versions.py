@@ -1,4 +1,4 @@
-"""Versions of what is installed."""
+"""Versions of installed packages."""
 
 import contextlib
 import importlib.metadata
@@ -6,8 +6,8 @@ import platform
 from collections.abc import Iterable
 
 
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of Python, and of those packages that are installed."""
+def find_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python and of those `packages` that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -15,7 +15,7 @@ from megatron.training.global_vars import rebuild_tokenizer, set_global_variable
 from megatron_cream.checkpoint import pretrained, start
 from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common import console, devices
-from megatron_cream.common.errors import UsageError, reason, refused_in_one_line
+from megatron_cream.common.errors import UsageError, convert_megatron_errors, reason
 from megatron_cream.config import attention_choice, fill, values
 from megatron_cream.config.checks import data as data_checks
 from megatron_cream.config.checks import evaluation as evaluation_checks
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         attention_choice.take_fastest(args)
     tensorboard.install()
     try:
-        with console.captured(words):
+        with console.capture_output(words):
             set_global_variables(args, build_tokenizer=False)  # last, as it opens log files
     except OSError as error:
         if not args.tensorboard_dir:
@@ -127,18 +127,18 @@ def _look(argv: list[str] | None) -> tuple[Namespace, Origin, io.StringIO, bool]
 def _validate(args: Namespace) -> io.StringIO:
     """Let Megatron check the flags and fill in its own; return what it said."""
     words = io.StringIO()
-    with refused_in_one_line(""), console.captured(words):
+    with convert_megatron_errors(""), console.capture_output(words):
         if args.use_checkpoint_args:
             theta = args.rotary_base  # chosen with the checkpoint's in view, which Megatron puts back
             load_args_from_checkpoint(args)
             args.rotary_base = theta
         validate_args(args, {})
     named = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "
-    with refused_in_one_line(named), console.captured(words):
+    with convert_megatron_errors(named), console.capture_output(words):
         tokenizer = rebuild_tokenizer(args)
     data_checks.check_tokenizer(args, tokenizer)
     args.vocab_size = args.vocab_size or tokenizer.vocab_size  # saved: what of the padded vocabulary is real
-    with refused_in_one_line(""), console.captured(words):  # has checks of its own
+    with convert_megatron_errors(""), console.capture_output(words):  # has checks of its own
         pretrain_cfg_container_from_args(args, values.model_config(args))
     return words
 

@@ -4,7 +4,7 @@ import argparse
 import math
 
 from megatron_cream.checkpoint.convert import DTYPES
-from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program
+from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.evaluation.models.language_model import ENGINES
 from megatron_cream.evaluation.tasks import needle
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
@@ -13,7 +13,7 @@ from megatron_cream.evaluation.tasks.ruler import suite as ruler
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Of all tasks; `command` is the task's name. A fault is one line and exit code 2."""
     main_parser = OneLineParser(
-        prog=program(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program_name(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
     commands = main_parser.add_subparsers(required=True, metavar="TASK", dest="command")

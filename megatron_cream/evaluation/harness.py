@@ -9,7 +9,7 @@ import torch
 
 from megatron_cream.common import devices
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.common.files import replacing, to_json
+from megatron_cream.common.files import atomic_write, to_json
 from megatron_cream.evaluation.models.language_model import Source, non_finite_error, provide_hf_folder
 from megatron_cream.evaluation.results import Results
 
@@ -110,7 +110,7 @@ def run(
             log_samples=False,
         )
     text = to_json(full, indent=2, ensure_ascii=False, default=handle_non_serializable)
-    with replacing(results.folder / FULL_RESULTS) as file:
+    with atomic_write(results.folder / FULL_RESULTS) as file:
         file.write(text + "\n")
     print(make_table(full))
     return json.loads(text)["results"]

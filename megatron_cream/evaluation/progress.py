@@ -25,7 +25,7 @@ class WorkBar:
             weight: as it counts in the total of tokens.
         """
         self._done += 1
-        self._bar.leave_out(weight if self._weighed else 1, self._text())
+        self._bar.subtract(weight if self._weighed else 1, self._text())
 
     def add(self, weight: int, tokens: int) -> None:
         """Count an example that was done.

@@ -12,8 +12,15 @@ import torch
 
 from megatron_cream.common import devices
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.common.files import check_can_be_made, missing_folders, read_json, remove_empty, replacing, to_json
-from megatron_cream.common.versions import versions
+from megatron_cream.common.files import (
+    atomic_write,
+    check_can_create,
+    missing_folders,
+    read_json,
+    remove_empty,
+    to_json,
+)
+from megatron_cream.common.versions import find_versions
 from megatron_cream.evaluation.result_lines import format_line, is_record, read_records
 
 RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
@@ -58,7 +65,7 @@ class Results:
         """
         if not self._overwrites:
             return
-        with replacing(self.folder / SUMMARY) as file:
+        with atomic_write(self.folder / SUMMARY) as file:
             self._dump(file, finished=False, results=None)
             file.flush()
             # Killed in between, it leaves results without a summary, which no run takes for its own.
@@ -72,7 +79,7 @@ class Results:
         self.write_summary(finished=True, results=results)
 
     def write_summary(self, **more: Any) -> None:
-        with replacing(self.folder / SUMMARY) as file:
+        with atomic_write(self.folder / SUMMARY) as file:
             self._dump(file, **more)
 
     def close(self) -> None:
@@ -102,7 +109,7 @@ def open_results(
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output {folder}: exists and is not a folder; give another")
-    check_can_be_made(folder, "--output")
+    check_can_create(folder, "--output")
     for name in (RESULTS, SUMMARY, PICTURE):
         if (folder / name).exists() and not (folder / name).is_file():
             raise UsageError(f"--output {folder}: its {name} is not a file; give another folder")
@@ -200,7 +207,7 @@ def _replace_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> Tex
 
 def _versions() -> dict[str, str]:
     """Of what computes results, and the GPU's name."""
-    return versions(_PACKAGES) | {"gpu": torch.cuda.get_device_name() if devices.has_cuda() else "none"}
+    return find_versions(_PACKAGES) | {"gpu": torch.cuda.get_device_name() if devices.has_cuda() else "none"}
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.common.versions import versions
+from megatron_cream.common.versions import find_versions
 
 MEGATRON = "megatron-core 0.19.2"
 """The release that most patches were written for."""
@@ -115,7 +115,7 @@ def check(patch: Patch) -> None:
     if found == expected or (patch.parameters is None and found in expected.split(" | ")):
         return
     distribution = _DISTRIBUTIONS.get(package := patch.target.partition(".")[0], package)
-    installed = f"{distribution} {versions([distribution]).get(distribution, 'of an unknown version')}"
+    installed = f"{distribution} {find_versions([distribution]).get(distribution, 'of an unknown version')}"
     raise UsageError(
         f"{installed} is installed, but patch {patch.name} was written for {patch.written_for}: "
         f"{patch.target.replace(':', '.')} is {found}, expected {expected}. Install {patch.written_for}"

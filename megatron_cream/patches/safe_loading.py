@@ -3,7 +3,7 @@
 Checkpoints are also checked when a run starts. These patches cover every later read.
 """
 
-from megatron_cream.common.safe_pickle import declare_names_of_other_versions, load_metadata, refuse_code
+from megatron_cream.common.safe_pickle import check_pickled_names, declare_names_of_other_versions, load_metadata
 from megatron_cream.patches import registry
 from megatron_cream.patches.registry import Patch
 
@@ -46,7 +46,7 @@ def _load_bytes(original, self, read_item, value) -> None:
     import torch
     from torch.distributed.checkpoint._nested_dict import set_element
 
-    refuse_code(value)
+    check_pickled_names(value)
     value.seek(0)
     plain, key = torch.load(value, weights_only=True), read_item.dest_index.fqn
     if self.flatten_state_dict:

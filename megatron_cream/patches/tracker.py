@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_cream.common.files import replacing
+from megatron_cream.common.files import atomic_write
 from megatron_cream.patches import registry
 from megatron_cream.patches.registry import Patch
 
@@ -34,5 +34,5 @@ class _AtomicTracker:
 
     def open(self, path, mode: str = "r", *args, **kwargs):
         if mode == "w" and Path(path).name == "latest_checkpointed_iteration.txt" and Path(path).parent.is_dir():
-            return replacing(Path(path))
+            return atomic_write(Path(path))
         return self._files.open(path, mode, *args, **kwargs)

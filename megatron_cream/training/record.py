@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from megatron_cream.common import devices
-from megatron_cream.common.files import replacing
-from megatron_cream.common.versions import versions
+from megatron_cream.common.files import atomic_write
+from megatron_cream.common.versions import find_versions
 from megatron_cream.config.recipe import locate
 
 _PACKAGES = (
@@ -45,7 +45,7 @@ def write(args: Namespace, argv: list[str]) -> Path:
     name = time.strftime("%Y%m%d-%H%M%S")
     # Two starts in a second, or a clock that was set back.
     path = next(path for i in itertools.count() if not (path := folder / f"{name}{f'.{i}' if i else ''}.yaml").exists())
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         yaml.safe_dump(describe(args, argv), file, sort_keys=False, default_flow_style=None)
     return path
 
@@ -56,7 +56,7 @@ def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
         "command": ["pretrain_cream.py", *_command(argv, args.save_hook)],
         "recipe": _recipe(locate(args.config)) if args.config else None,
         "seed": args.seed,
-        "versions": versions(_PACKAGES),
+        "versions": find_versions(_PACKAGES),
         "commit": _commit(),
         "machine": {
             "system": system.platform(),

@@ -25,7 +25,7 @@ from megatron_cream.common.errors import (
     one_line,
     reason,
 )
-from megatron_cream.common.files import hold
+from megatron_cream.common.files import lock_folder
 from megatron_cream.config import parse, values
 from megatron_cream.data.recent import RecentSamples
 from megatron_cream.distributed import launcher, rendezvous, watchdog
@@ -73,7 +73,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
         return args
     args.curr_iteration = 0  # until Megatron's training sets it, which --skip-train has none of
     _install_patches(args)
-    with console.divert(args.console, args.save) as terminal:
+    with console.redirect_output(args.console, args.save) as terminal:
         print(words, end="")
         step_line = progress.StepLine(
             total_steps=args.train_iters or (args.train_samples or 0) // args.global_batch_size,
@@ -130,7 +130,7 @@ def _open_folder(args: Namespace, argv: list[str] | None) -> None:
         return
     try:
         Path(args.save).mkdir(parents=True, exist_ok=True)
-        hold(Path(args.save), "--save")
+        lock_folder(Path(args.save), "--save")
         if not pretrained.is_between(args):
             start.refuse_another_run(args)  # one that had the folder until now
         pretrained.carry(args)

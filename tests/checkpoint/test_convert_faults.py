@@ -319,7 +319,7 @@ BAD_CHECKPOINTS = {
     "tracker": (lambda step: (step.parent / output.TRACKER).write_text("../x"), "must be a number or release"),
     "code in the metadata": (
         lambda step: (step / ".metadata").write_bytes(pickle.dumps(Malice(step / "pwned"))),
-        "open, which has no place there; nothing of it was run",
+        "open, which is not allowed there; none of it was run",
     ),
     "another model": (
         lambda step: config(vocab_size=900)(step.parent / "hf"),

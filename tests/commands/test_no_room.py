@@ -14,7 +14,7 @@ from tensorboard.compat.tensorflow_stub.io import gfile
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.common.files import replacing, save_picture, writing
+from megatron_cream.common.files import atomic_write, convert_disk_errors, save_picture
 from megatron_cream.patches import tensorboard
 from tests.bad_inputs import load, start
 from tests.evaluation_models import save_llama
@@ -32,10 +32,10 @@ def test_existing_output_stays_when_the_disk_is_full(tmp_path):
     path.write_text("before")
     full(path)
     with pytest.raises(UsageError, match=f"^--output {path}: No space left on device; what is done is kept$"):
-        with writing(path, "--output", "what is done is kept"), replacing(path) as file:
+        with convert_disk_errors(path, "--output", "what is done is kept"), atomic_write(path) as file:
             file.write("after")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError), writing(path, "--output"):
+    with pytest.raises(FileNotFoundError), convert_disk_errors(path, "--output"):
         open(tmp_path / "no file")
 
 

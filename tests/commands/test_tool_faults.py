@@ -21,7 +21,7 @@ from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.verify import _largest_difference, _tensors
 from megatron_cream.commands import preprocess as command
 from megatron_cream.common.errors import UsageError
-from megatron_cream.common.files import replacing
+from megatron_cream.common.files import atomic_write
 from megatron_cream.data import chat, documents
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from tests import bad_inputs
@@ -52,12 +52,12 @@ def test_only_a_regular_file_is_replaced_and_a_link_stays_one(tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("pipe", "to_pipe", "folder"):
         with pytest.raises(UsageError, match=f"{name}: exists and is not a regular file"):
-            with replacing(tmp_path / name) as file:
+            with atomic_write(tmp_path / name) as file:
                 file.write("new")
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()
     (tmp_path / "link").symlink_to("folder/target")
     for text in ("first", "second"):
-        with replacing(tmp_path / "link") as file:
+        with atomic_write(tmp_path / "link") as file:
             file.write(text)
         assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "target").read_text() == text
     assert os.listdir(tmp_path / "folder") == ["target"]

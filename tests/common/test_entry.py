@@ -128,7 +128,7 @@ def test_a_full_standard_output_is_not_blamed_on_another_file(tmp_path):
 def test_training_continues_without_standard_output(tmp_path, redirect):
     body = """
 from megatron_cream.common import console
-with console.divert("full", None) as terminal:
+with console.redirect_output("full", None) as terminal:
     for _ in range(10_000): print('a line', file=terminal, flush=True)
 return 3"""
     result = run([script(tmp_path, body)], redirect)

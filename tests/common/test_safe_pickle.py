@@ -18,7 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from megatron_cream.checkpoint.opening import open_step
-from megatron_cream.common.safe_pickle import load_metadata, load_plain, refuse_code, to_plain
+from megatron_cream.common.safe_pickle import check_pickled_names, load_metadata, load_plain, to_plain
 from megatron_cream.patches import safe_loading
 from tests.bad_inputs import saved
 from tests.checkpoint.test_convert import run_tool
@@ -70,7 +70,7 @@ def test_paths_saved_by_other_python_versions_load(module, monkeypatch):
     safe_loading.install()
     common = written_by_python(module, lambda path: saved([{"args": Namespace(folder=path("a/b"))}]), monkeypatch)
     assert load_plain(io.BytesIO(common))[0]["args"].folder == pathlib.Path("a/b")
-    refuse_code(io.BytesIO(common))
+    check_pickled_names(io.BytesIO(common))
     assert torch.load(io.BytesIO(common), weights_only=True)[0]["args"].folder == pathlib.Path("a/b")
 
     def metadata(path) -> bytes:

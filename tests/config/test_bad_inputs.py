@@ -227,10 +227,10 @@ def test_readers_reject_bad_files_without_earlier_checks(world):
     entry(STEP, "rng_state", lambda w: [evil(w)])(world)
     found = dcp.FileSystemReader(world / STEP).read_metadata()
     key = next(key for key in found.state_dict_metadata if key.startswith("rng_state"))
-    with pytest.raises(BaseException, match="open, which has no place there"):  # torch's is no Exception
+    with pytest.raises(BaseException, match="open, which is not allowed there"):  # torch's is no Exception
         dcp.load({key: io.BytesIO()}, checkpoint_id=world / STEP, no_dist=True)
     metadata(STEP, lambda w, m: evil(w))(world)
-    with pytest.raises(Exception, match="nothing of it was run"):
+    with pytest.raises(Exception, match="none of it was run"):
         dcp.FileSystemReader(world / STEP).read_metadata()
     assert not (world / "pwned").exists()
 
@@ -240,23 +240,23 @@ LONGER = ("--train-iters", "9", "--override-opt-param-scheduler")  # there is so
 
 def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
     """What the other has saved stays; it is waited for a while, and there is one line."""
-    monkeypatch.setattr(files, "HOLD_SECONDS", 0.6)
-    monkeypatch.setattr(files, "_held", {})
-    files.hold(world / "run", "--save")
+    monkeypatch.setattr(files, "LOCK_WAIT_SECONDS", 0.6)
+    monkeypatch.setattr(files, "_locks", {})
+    files.lock_folder(world / "run", "--save")
     before = snapshot(world / "run")
-    files.hold(world / "run", "--save")  # to have read the lock's own file has given it back
+    files.lock_folder(world / "run", "--save")  # to have read the lock's own file has given it back
     flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run", *LONGER)]
     ended = start(mains[TRAINER], *flags)()
     assert (ended.code, len(ended.error.splitlines())) == (2, 1), ended.error
     assert f"--save {world / 'run'}: another run is writing there now" in ended.error
     assert snapshot(world / "run") == before
-    files._held.popitem()[1].close()
+    files._locks.popitem()[1].close()
 
 
 def test_a_named_pipe_as_lock_file_does_not_block(tmp_path):
     os.mkfifo(tmp_path / ".lock")
     with pytest.raises(UsageError, match=r"--save .*\.lock is not a file"):
-        files.hold(tmp_path, "--save")
+        files.lock_folder(tmp_path, "--save")
 
 
 @pytest.mark.parametrize("checksums", [True, False])

@@ -207,7 +207,7 @@ def test_a_built_in_function_is_replaced_in_one_module():
 
 
 def test_a_change_in_a_release_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr(registry, "versions", lambda _: {"megatron-core": "0.20.0"})
+    monkeypatch.setattr(registry, "find_versions", lambda _: {"megatron-core": "0.20.0"})
     caller = sys.modules["megatron.core.dist_checkpointing.strategies.async_utils"].PersistentAsyncCaller
     monkeypatch.setattr(caller, "schedule_async_call", lambda self, request, *, rank: None)
     for check in (table.check_all, lambda: registry.install(hooks.CALL_WRITER, print)):

@@ -16,7 +16,7 @@ from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.common import devices
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
-from megatron_cream.common.files import check_can_be_made, check_path
+from megatron_cream.common.files import check_can_create, check_path
 from megatron_cream.config import samplers
 from megatron_cream.config.checks import data as data_checks
 from megatron_cream.model.rotary import RotaryEmbedding
@@ -230,7 +230,7 @@ def check_files(args: Namespace) -> None:
     for name in ("save", "tensorboard_dir", "data_cache_path"):
         path = getattr(args, name)
         if path:
-            check_can_be_made(Path(path), to_flag(name))
+            check_can_create(Path(path), to_flag(name))
     if args.save and args.ckpt_format != "torch_dist":
         raise UsageError(
             f"--ckpt-format {args.ckpt_format}: --save writes torch_dist, which has checksums and outlives faults; "
