@@ -182,7 +182,7 @@ def child(result: Path, flags: list[str]) -> int:
     training.train_step = clock.step(training.train_step)
     training.load_checkpoint = clock.timed("load", training.load_checkpoint)
     start.check_content = clock.timed("check", start.check_content)
-    after_save.whole = clock.whole(after_save.whole)
+    after_save.process_checkpoint = clock.whole(after_save.process_checkpoint)
     sys.argv = [str(ROOT / "pretrain_cream.py"), *flags]
     code = main_job.main()
     if not code and os.environ["RANK"] == "0":

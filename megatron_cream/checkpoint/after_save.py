@@ -9,7 +9,7 @@ from megatron_cream.checkpoint.save_hook import SaveHook
 
 _hook: SaveHook | None = None
 _retention: Retention | None = None
-_save: Path | None = None
+_save_folder: Path | None = None
 
 
 def install(args: Namespace, loaded: Path | None) -> None:
@@ -19,24 +19,26 @@ def install(args: Namespace, loaded: Path | None) -> None:
         args: Megatron's, with --save.
         loaded: the folder that the run starts from.
     """
-    global _hook, _retention, _save
+    global _hook, _retention, _save_folder
     close()
-    _save = Path(args.save).resolve()
+    _save_folder = Path(args.save).resolve()
     if args.save_hook is not None:
-        _hook = SaveHook(save_hook.words(), _save / save_hook.LOG, 60 * args.save_hook_minutes, after=_prune)
+        _hook = SaveHook(
+            save_hook.get_command(), _save_folder / save_hook.LOG, 60 * args.save_hook_minutes, after=_prune
+        )
     if args.most_recent_k or args.save_retain_interval:
         _retention = Retention(
-            _save,
+            _save_folder,
             last=args.most_recent_k or 1,
             every=args.save_retain_interval,
-            kept=[loaded] if loaded else [],
+            protected=[loaded] if loaded else [],
             busy=_hook.busy if _hook else set,
         )
 
 
-def whole(save: str, step: int, folder: Path) -> None:
+def process_checkpoint(save: str, step: int, folder: Path) -> None:
     """Call when the tracker of `save` names this checkpoint. Returns at once."""
-    if Path(save).resolve() != _save:  # best/
+    if Path(save).resolve() != _save_folder:  # best/
         return
     if _hook:
         _hook.start(step, folder)
@@ -45,12 +47,12 @@ def whole(save: str, step: int, folder: Path) -> None:
 
 def close() -> None:
     """At the end of the run: wait for what goes on, as long as it may take."""
-    global _hook, _retention, _save
+    global _hook, _retention, _save_folder
     if _hook:
         _hook.close()
     if _retention:
         _retention.close()
-    _hook = _retention = _save = None
+    _hook = _retention = _save_folder = None
 
 
 def _prune() -> None:

@@ -18,7 +18,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.patches import hooks, registry
 
 FOLDER = "best"
-_KEPT_FOR = "long_eval_kept"
+_SCORE_KEY = "long_eval_kept"
 
 
 class BestCheckpoint:
@@ -47,13 +47,14 @@ class BestCheckpoint:
             checkpoint = MegatronCheckpoint(self.folder)
         except UsageError as error:
             raise UsageError(str(error).replace("--checkpoint ", "the best checkpoint in --save: ", 1)) from error
-        kept = getattr(checkpoint.args, _KEPT_FOR, None)
+        kept = getattr(checkpoint.args, _SCORE_KEY, None)
         if kept is None:
             raise UsageError(f"{self.folder}: holds a checkpoint that no long evaluation has kept: move it away")
         if kept["settings"] != settings:
             raise UsageError(
-                f"{self.folder}: step {checkpoint.step} was kept by another evaluation, {_words(kept['settings'])}, "
-                f"which does not compare with {_words(settings)}: give the same, or move it away"
+                f"{self.folder}: step {checkpoint.step} was kept by another evaluation, "
+                f"{_format_settings(kept['settings'])}, "
+                f"which does not compare with {_format_settings(settings)}: give the same, or move it away"
             )
         self.step, self.score = checkpoint.step, kept["score"]
         if clean:
@@ -71,14 +72,14 @@ class BestCheckpoint:
             score: plain values.
         """
         if args.rank == 0:
-            shutil.rmtree(self._of(step), ignore_errors=True)  # what a killed run left unfinished
+            shutil.rmtree(self._step_folder(step), ignore_errors=True)  # what a killed run left unfinished
             if (self._save / HF).is_dir():
                 with contextlib.suppress(OSError):  # no room: then the checkpoint fails too, and says so
                     shutil.copytree(self._save / HF, self.folder / HF, dirs_exist_ok=True)
         # A copy, which an asynchronous save reads after this block too. Megatron would remove earlier steps from
         # the run's own folder by this one's tracker.
         own = Namespace(**vars(args) | {"save": str(self.folder), "save_retain_interval": None})
-        setattr(own, _KEPT_FOR, {"score": score, "settings": self._settings})
+        setattr(own, _SCORE_KEY, {"score": score, "settings": self._settings})
         with registry.override(hooks.SAVE_ARGS, lambda original: own):
             yield
         self._before = (self.step, self.score)
@@ -87,10 +88,10 @@ class BestCheckpoint:
 
     def undo_failed(self) -> None:
         """Of a save that turned out to have failed: the earlier one is still the best. On every rank."""
-        if self._writing is not None and saving.failed(str(self.folder)):
+        if self._writing is not None and saving.has_failed(str(self.folder)):
             (self.step, self.score), self._writing = self._before, None
 
-    def settle(self) -> None:
+    def remove_earlier(self) -> None:
         """Remove the earlier checkpoint once the new one is whole; on one rank, any number of times."""
         tracker = self.folder / TRACKER
         if self._writing is not None and tracker.is_file() and tracker.read_text() == str(self._writing):
@@ -99,12 +100,12 @@ class BestCheckpoint:
 
     def _remove_all_but(self, step: int) -> None:
         for other in self.folder.glob("iter_*"):
-            if other != self._of(step):
+            if other != self._step_folder(step):
                 shutil.rmtree(other)
 
-    def _of(self, step: int) -> Path:
+    def _step_folder(self, step: int) -> Path:
         return self.folder / f"iter_{step:07d}"
 
 
-def _words(settings: dict[str, Any]) -> str:
+def _format_settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())

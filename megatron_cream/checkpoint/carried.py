@@ -23,11 +23,11 @@ _NAMES = (
     GENERATION_CONFIG, "chat_template.json", f"{_TEMPLATES}/*.jinja",
     "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-_MOST_BYTES = 1 << 28
+_MAX_BYTES = 1 << 28
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # A key of each file by which it is known under another's name.
-_MARKS = {
+_MARKER_KEYS = {
     "config.json": "architectures",
     "tokenizer_config.json": "tokenizer_class",
     "tokenizer.json": "post_processor",
@@ -41,16 +41,16 @@ def is_carried(name: str) -> bool:
     return "/" not in name.removeprefix(folder) and any(fnmatch(name, pattern) for pattern in _NAMES)
 
 
-def files(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     """The names, relative to `folder`, of what travels with the weights there."""
     there = [file for place in (folder, folder / _TEMPLATES) if place.is_dir() for file in place.iterdir()]
     names = {file.relative_to(folder).as_posix(): file for file in there if file.is_file()}
-    return sorted(name for name, file in names.items() if is_carried(name) and file.stat().st_size < _MOST_BYTES)
+    return sorted(name for name, file in names.items() if is_carried(name) and file.stat().st_size < _MAX_BYTES)
 
 
-def copy(source: Path, target: Path, *last: str) -> None:
+def copy_files(source: Path, target: Path, *last: str) -> None:
     """Copy what travels with the weights, and then the files named `last`; each whole or not at all."""
-    for name in (*files(source), *last):
+    for name in (*list_files(source), *last):
         file = target / name
         file.parent.mkdir(exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
@@ -58,7 +58,7 @@ def copy(source: Path, target: Path, *last: str) -> None:
         os.replace(partial, file)
 
 
-def check(folder: Path, *, vocabulary: int | None = None, warn: bool = True) -> None:
+def check_files(folder: Path, *, vocabulary: int | None = None, warn: bool = True) -> None:
     """Read each file of `folder` as its readers will, and compare checksums where known.
 
     A file that was edited gets a warning on stderr. Nothing that a file holds is executed.
@@ -71,8 +71,8 @@ def check(folder: Path, *, vocabulary: int | None = None, warn: bool = True) -> 
     Raises:
         UsageError: a file cannot be read, or is missing; one line that names it.
     """
-    warnings = _edited(folder)
-    for name in files(folder):
+    warnings = _find_edited(folder)
+    for name in list_files(folder):
         file = folder / name
         if file.suffix == ".json":
             _check_json(file)
@@ -87,7 +87,7 @@ def check(folder: Path, *, vocabulary: int | None = None, warn: bool = True) -> 
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _edited(folder: Path) -> list[str]:
+def _find_edited(folder: Path) -> list[str]:
     """Compare with the sums that a run or a conversion wrote: people may edit these files, but not lose them."""
     sums, inside = output.read_manifest(folder), ""
     if not sums and folder.name == "hf":  # imports listed it with the weights
@@ -110,14 +110,14 @@ def _check_json(file: Path) -> None:
     if not isinstance(content, dict):
         raise UsageError(f"{file}: must hold a JSON object")
     if file.name in (*_TOKENIZER, GENERATION_CONFIG, "special_tokens_map.json"):
-        for other, mark in _MARKS.items():
+        for other, mark in _MARKER_KEYS.items():
             if other != file.name and mark in content:
                 raise UsageError(f"{file}: holds {mark}: it is a {other} under another name")
-    for where, template in _templates(content.get("chat_template") if file.name != "vocab.json" else None):
+    for where, template in _list_templates(content.get("chat_template") if file.name != "vocab.json" else None):
         _check_template(template, f"{file}: chat_template{where}")
 
 
-def _templates(value: Any) -> list[tuple[str, Any]]:
+def _list_templates(value: Any) -> list[tuple[str, Any]]:
     """(place, template) of a tokenizer_config.json's chat_template: text, or a list of named ones."""
     if isinstance(value, list):
         return [(f"[{i}]", t.get("template") if isinstance(t, dict) else None) for i, t in enumerate(value)]
@@ -183,7 +183,7 @@ def _check_generation(folder: Path) -> None:
     if length is not None and (type(length) is not int or length < 1):
         raise UsageError(f"{file}: max_length {one_line(repr(length), 60)}: must be a whole number above 0")
     try:
-        with _quietly():
+        with _silence_transformers():
             GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers' checks raise what they come upon
         raise UsageError(f"{file}: transformers cannot load it: {one_line(error, 200)}") from error
@@ -206,7 +206,7 @@ def _check_tokenizer(folder: Path, vocabulary: int | None) -> list[str]:
     from transformers import AutoTokenizer
 
     try:
-        with _quietly():
+        with _silence_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
     except ImportError as error:  # a library that this kind of tokenizer needs
@@ -224,7 +224,7 @@ def _check_tokenizer(folder: Path, vocabulary: int | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def _silence_transformers() -> Iterator[None]:
     """Hold back transformers' warnings: settings that it would ignore, files that it would rather have."""
     from transformers.utils import logging
 

@@ -18,11 +18,11 @@ from megatron_cream.patches import hooks, registry
 
 def install() -> None:
     """Each `torch_dist` checkpoint that this process saves gets an `integrity.json`."""
-    registry.install(hooks.HASH_SHARDS, _then_hash)
-    registry.install(hooks.COLLECT_CHECKSUMS, _then_collect)
+    registry.install(hooks.HASH_SHARDS, _hash_shards)
+    registry.install(hooks.COLLECT_CHECKSUMS, _collect_checksums)
 
 
-def _then_hash(original, self):
+def _hash_shards(original, self):
     write, preload, arguments = original(self)
     return (functools.partial(_write_and_hash, write) if write else None), preload, arguments
 
@@ -40,7 +40,7 @@ def _write_and_hash(write: Callable, rank: int, buckets: list, results) -> None:
             sums.unlink()
 
 
-def _then_collect(original, self, metadata, results) -> None:
+def _collect_checksums(original, self, metadata, results) -> None:
     """On the first rank, when all have written; the others wait for it, so that nothing may be raised here."""
     original(self, metadata, results)
     folder = Path(self.checkpoint_dir)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_cream.checkpoint.families import ModelShape
-from megatron_cream.checkpoint.mapping import LINEARS, Row, megatron_shape, pieces, tensor_parallel_shard
+from megatron_cream.checkpoint.mapping import LINEARS, Row, list_parameters, megatron_shape, tensor_parallel_shard
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.safe_pickle import load_plain
 
@@ -66,7 +66,7 @@ def write_classic(
 
     with FakeTensorMode():  # sizes without memory
         models: dict[tuple[int, int], dict[str, Any]] = {rank: {} for rank in ranks}
-        for row, layer in pieces(shape):
+        for row, layer in list_parameters(shape):
             whole = torch.empty(megatron_shape(row, shape, padded_vocab_size), dtype=dtypes[row.key])
             for tp, pp in ranks:
                 for stage, name in shard_names(row, layer):
@@ -95,7 +95,7 @@ def write_classic(
                 if tensor is not None
             }
             files[tp, pp] = stack.enter_context(open(path, "r+b"))
-        for row, layer in pieces(shape):
+        for row, layer in list_parameters(shape):
             whole = produce(row, layer)
             for tp, pp in ranks:
                 for stage, name in shard_names(row, layer):

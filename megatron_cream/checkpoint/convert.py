@@ -14,7 +14,15 @@ from megatron_cream.checkpoint import carried, output, window
 from megatron_cream.checkpoint.classic import write_classic
 from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.checkpoint.hf_folder import CONFIG, Group, HfFolder, write_config, write_weights
-from megatron_cream.checkpoint.mapping import Row, hf_shapes, join, megatron_shape, padded_vocabulary, pieces, split
+from megatron_cream.checkpoint.mapping import (
+    Row,
+    hf_shapes,
+    join,
+    list_parameters,
+    megatron_shape,
+    pad_vocab_size,
+    split,
+)
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint, write_torch_dist
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.common.errors import UsageError
@@ -25,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Files written at once; each thread hashes what it wrote. Import makes as many files, of one size;
 # export's shards differ in size, and more threads keep the last of them from being written alone.
 _IMPORT_THREADS, _EXPORT_THREADS = 2, 4
-_ROOM = 64 << 20  # for tokenizer, metadata and the file system's own
+_SPARE_BYTES = 64 << 20  # for tokenizer, metadata and the file system's own
 
 
 def import_hf(
@@ -61,17 +69,17 @@ def import_hf(
         UsageError: one line that says why nothing was written.
     """
     shape = source.shape
-    carried.check(source.path, vocabulary=shape.vocab_size)
-    padded = padded_vocabulary(shape.vocab_size, vocabulary_divisor)
+    carried.check_files(source.path, vocabulary=shape.vocab_size)
+    padded = pad_vocab_size(shape.vocab_size, vocabulary_divisor)
 
     # One for all layers, which share a tensor in the checkpoint.
     kinds: dict[str, torch.dtype] = {}
-    for row, layer in pieces(shape):
+    for row, layer in list_parameters(shape):
         for name in row.names(layer):
             kind = dtype or source.dtype(name)
             kinds[row.key] = torch.promote_types(kinds.get(row.key, kind), kind)
 
-    scratch, read = _Scratch(), joined(source)
+    scratch, read = _Scratch(), build_reader(source)
 
     def produce(row: Row, layer: int | None) -> Tensor:
         names = row.names(layer)
@@ -81,7 +89,8 @@ def import_hf(
         return out
 
     needs = sum(
-        torch.Size(megatron_shape(row, shape, padded)).numel() * kinds[row.key].itemsize for row, _ in pieces(shape)
+        torch.Size(megatron_shape(row, shape, padded)).numel() * kinds[row.key].itemsize
+        for row, _ in list_parameters(shape)
     )
     common_state = {
         "args": checkpoint_args(shape, padded, tensor_parallel, pipeline_parallel),
@@ -91,7 +100,7 @@ def import_hf(
     }
     progress = progress or TransferBar(None)
     progress.expect(needs)
-    with output.new_folder(target, flag="--output", overwrite=overwrite, needs_bytes=needs + _ROOM) as folder:
+    with output.new_folder(target, flag="--output", overwrite=overwrite, needs_bytes=needs + _SPARE_BYTES) as folder:
         step = folder / "release"
         step.mkdir()
         if checkpoint_format == "torch":
@@ -108,13 +117,13 @@ def import_hf(
         output.write_manifest(step, hashes)
         (folder / HF).mkdir()
         write_json(folder / HF / CONFIG, source.config)
-        carried.copy(source.path, folder / HF)
+        carried.copy_files(source.path, folder / HF)
         output.write_manifest(folder / HF, {})
         output.write_manifest(folder, {f"release/{name}": digest for name, digest in hashes.items()})
         (folder / TRACKER).write_text("release")
 
 
-def check_apart(source: Path, target: Path, *, flag: str) -> None:
+def check_no_overlap(source: Path, target: Path, *, flag: str) -> None:
     """Raise UsageError if writing `target`, which the user gave with `flag`, would remove `source` or a part of it."""
     read, written = source.resolve(), target.resolve()
     if read == written or written in read.parents or (read in written.parents and target.exists()):
@@ -139,7 +148,7 @@ def _check_range(out: Tensor, before: Iterable[torch.dtype], again: Callable[[],
             raise UsageError(f"--dtype {flag}: {name} holds {lost.abs().max():.4g}, more than {flag} can")
 
 
-def joined(source: HfFolder) -> Callable[[Row, int | None, Tensor], Tensor]:
+def build_reader(source: HfFolder) -> Callable[[Row, int | None, Tensor], Tensor]:
     """(row, layer, out) -> out, filled with the Megatron parameter."""
     return lambda row, layer, out: join(row, [source.get(name) for name in row.names(layer)], source.shape, out)
 
@@ -195,20 +204,20 @@ def export_hf(
         UsageError: one line that says why nothing was written.
     """
     if source.hf_folder:
-        carried.check(source.hf_folder, vocabulary=source.shape.vocab_size)
+        carried.check_files(source.hf_folder, vocabulary=source.shape.vocab_size)
     groups = export_groups(source, dtype)
     needs = sum(group.nbytes for group in groups)
     progress = progress or TransferBar(None)
     progress.expect(needs)
-    with output.new_folder(target, flag=flag, overwrite=overwrite, needs_bytes=needs + _ROOM) as folder:
+    with output.new_folder(target, flag=flag, overwrite=overwrite, needs_bytes=needs + _SPARE_BYTES) as folder:
         hashes = write_weights(
             folder, groups, max_shard_bytes=max_shard_bytes, threads=_EXPORT_THREADS, progress=progress
         )
         kinds = {kind for group in groups for _, kind, _ in group.entries}
         write_config(folder, source.shape, source.config, max(kinds, key=lambda kind: kind.itemsize))
         if source.hf_folder:
-            carried.copy(source.hf_folder, folder)
-            if source.stretched:
+            carried.copy_files(source.hf_folder, folder)
+            if source.is_stretched:
                 window.raise_limits(folder, source.shape.max_position_embeddings)
         output.write_manifest(folder, hashes)
 
@@ -235,7 +244,7 @@ def export_groups(source: MegatronCheckpoint, dtype: torch.dtype | None) -> list
         names = zip(row.names(layer), hf_shapes(row, shape), strict=True)
         return Group([(name, kind, size) for name, size in names], produce)
 
-    return [group(row, layer) for row, layer in pieces(shape)]
+    return [group(row, layer) for row, layer in list_parameters(shape)]
 
 
 class _Scratch:

@@ -34,7 +34,7 @@ FAMILIES = {
 }
 
 # Keys of config.json that would make another model of it: (key, what we can run).
-_MUST_BE = (
+_REQUIRED_VALUES = (
     ("hidden_act", "silu"),
     ("attention_bias", False),
     ("mlp_bias", False),
@@ -141,13 +141,13 @@ class ModelShape:
         config.pop("rope_parameters", None)  # transformers 5's form; every release reads the older one
         config.pop("auto_map", None)  # code, which does not travel: trust_remote_code=True would look for it
         limits = {"max_position_embeddings", *window.OTHER_KEYS}
-        if base and self._has_positions_of(base):
+        if base and self._has_same_positions(base):
             limits = {key: config[key] for key in limits if key in config}
             if self.original_window and not limits.keys() & {"seq_length", "max_sequence_length"}:
                 limits["original_max_position_embeddings"] = self.original_window  # it stood inside of rope_scaling
         else:
             config = {key: value for key, value in config.items() if key not in limits}
-            limits = window.keys(self.max_position_embeddings, self.rope_scaling, self.original_window)
+            limits = window.build_keys(self.max_position_embeddings, self.rope_scaling, self.original_window)
         rope = self.rotary().hf_config()
         if "factor" in (rope["rope_scaling"] or {}):  # vLLM takes no whole number here
             rope["rope_scaling"]["factor"] = float(rope["rope_scaling"]["factor"])
@@ -168,7 +168,7 @@ class ModelShape:
             **({"sliding_window": None} if self.model_type == "mistral" else {}),
         }
 
-    def _has_positions_of(self, config: dict[str, Any]) -> bool:
+    def _has_same_positions(self, config: dict[str, Any]) -> bool:
         """Whether it has the rotary embedding of another config.json, and its window."""
         other = shape_from_config(config, Path("config.json"))
         same_rope = (self.rope_theta, self.rope_scaling) == (other.rope_theta, other.rope_scaling)
@@ -201,7 +201,7 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
     for architecture in raw.get("architectures") or []:
         if not isinstance(architecture, str) or architecture.lower() != family.architecture.lower():  # LLaMAForCausalLM
             raise UsageError(f"{path}: architectures {architecture!r}: only {family.architecture} is supported")
-    for key, needed in _MUST_BE:
+    for key, needed in _REQUIRED_VALUES:
         value = raw.get(key)
         if key in raw and value is not None and value != needed:
             shown = "" if isinstance(value, dict) else f" {json.dumps(value)}"
@@ -241,7 +241,7 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
         raise
     except Exception as error:  # transformers validates in ways of its own
         raise UsageError(f"{path}: {one_line(error) or type(error).__name__}") from error
-    if _slides(config):
+    if _has_sliding_window(config):
         sliding = getattr(config, "sliding_window", None)
         if sliding is None:  # a family that knows of none, or layers that slide all the same
             raise UsageError(f"{path}: layer_types: only full_attention is supported")
@@ -296,7 +296,7 @@ def check_types(raw: Any, path: Path) -> None:
         refuse("rms_norm_eps", "a number between 0 and 1")
 
 
-def _slides(config) -> bool:
+def _has_sliding_window(config) -> bool:
     if getattr(config, "layer_types", None):
         return any(kind != "full_attention" for kind in config.layer_types)
     return getattr(config, "sliding_window", None) is not None

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_cream.checkpoint.families import ModelShape, check_types, read_config
-from megatron_cream.checkpoint.mapping import hf_shapes, pieces
+from megatron_cream.checkpoint.mapping import hf_shapes, list_parameters
 from megatron_cream.checkpoint.output import HashingFile
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import is_file_name, read_json, write_json
@@ -71,7 +71,7 @@ class HfFolder:
     def _check(self) -> None:
         """Every tensor of the model is there, in its shape and in a floating-point type; no other is."""
         expected = set()
-        for row, layer in pieces(self.shape):
+        for row, layer in list_parameters(self.shape):
             for name, shape in zip(row.names(layer), hf_shapes(row, self.shape), strict=True):
                 self._check_tensor(name, shape)  # each in turn: a damaged config.json may speak of many layers
                 expected.add(name)

@@ -16,7 +16,7 @@ _BYTES = 12
 
 
 @dataclass(frozen=True)
-class Gathered:
+class OptimizerGather:
     """parameters: of this rank's part of the model.
     ranks: of this host.
     tensor_parallel, data_parallel: sizes; of the latter with context parallelism.
@@ -27,38 +27,38 @@ class Gathered:
     ranks: int
     tensor_parallel: int
     data_parallel: int
-    on_one: bool
+    one_per_group: bool
 
-    def in_memory(self) -> int:
+    def host_bytes(self) -> int:
         """Bytes on this host, at least."""
-        holders = min(self.ranks, self.tensor_parallel) if self.on_one else self.ranks
+        holders = min(self.ranks, self.tensor_parallel) if self.one_per_group else self.ranks
         return holders * _BYTES * self.parameters
 
-    def handed_over(self) -> int:
+    def shared_bytes(self) -> int:
         """Bytes that this host's writers are given, about."""
-        return self.in_memory() if self.on_one else self.in_memory() // self.data_parallel
+        return self.host_bytes() if self.one_per_group else self.host_bytes() // self.data_parallel
 
 
-def local_ranks() -> int:
+def count_local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def too_little(gathered: Gathered, *, handed_over: bool) -> str:
+def find_shortage(gathered: OptimizerGather, *, asynchronous: bool) -> str:
     """Return why the host has too little memory for a save; "" where it has enough.
 
     Args:
         gathered: what the save gathers on this host.
-        handed_over: to another process, as --async-save does.
+        asynchronous: another process writes, as with --async-save.
     """
-    need, free = gathered.in_memory(), psutil.virtual_memory().available
+    need, free = gathered.host_bytes(), psutil.virtual_memory().available
     if need > free:
-        one = "" if gathered.on_one else "--distrib-optim-fully-reshardable-mem-efficient or "
+        one = "" if gathered.one_per_group else "--distrib-optim-fully-reshardable-mem-efficient or "
         return (
             f"the optimizer is gathered in {need / 1e9:.1f} GB of this host's memory, of which {free / 1e9:.1f} GB are "
             f"free: take {one}--no-dist-ckpt-optim-fully-reshardable"
         )
-    need, free = gathered.handed_over(), shutil.disk_usage(_SHARED).free
-    if handed_over and need > free:
+    need, free = gathered.shared_bytes(), shutil.disk_usage(_SHARED).free
+    if asynchronous and need > free:
         return (
             f"--async-save hands {need / 1e9:.1f} GB of the optimizer over in {_SHARED}, which has {free / 1e9:.1f} GB "
             "free: make it larger, or take --no-dist-ckpt-optim-fully-reshardable"

@@ -35,7 +35,7 @@ def _fetch(name: str) -> Path:
     try:
         listed = [file.rfilename for file in HfApi().model_info(name).siblings]
     except Exception:  # no network: what was fetched before, if it was
-        folder = _cached(name)
+        folder = _find_cached(name)
         if folder is None:
             raise
         return folder
@@ -49,7 +49,7 @@ def _fetch(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=[_escape(file) for file in wanted]))
 
 
-def _cached(name: str) -> Path | None:
+def _find_cached(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:  # all that was listed is never there, which snapshot_download would miss

@@ -39,7 +39,7 @@ class Row:
     local_key: str | None = None
 
     @property
-    def layered(self) -> bool:
+    def is_layered(self) -> bool:
         return self.key.startswith(LAYERS)
 
     def names(self, layer: int | None) -> list[str]:
@@ -87,14 +87,14 @@ def rows(shape: ModelShape) -> list[Row]:
     return table
 
 
-def pieces(shape: ModelShape) -> Iterator[tuple[Row, int | None]]:
+def list_parameters(shape: ModelShape) -> Iterator[tuple[Row, int | None]]:
     """Every (row, layer) of the model, in the order of the forward pass."""
     table = rows(shape)
-    first_layered = next(i for i, row in enumerate(table) if row.layered)
-    layered = [row for row in table if row.layered]
+    first_layered = next(i for i, row in enumerate(table) if row.is_layered)
+    layered = [row for row in table if row.is_layered]
     yield from ((row, None) for row in table[:first_layered])
     yield from ((row, layer) for layer in range(shape.num_layers) for row in layered)
-    yield from ((row, None) for row in table[first_layered:] if not row.layered)
+    yield from ((row, None) for row in table[first_layered:] if not row.is_layered)
 
 
 def hf_shapes(row: Row, shape: ModelShape) -> list[tuple[int, ...]]:
@@ -134,7 +134,7 @@ def join(row: Row, tensors: list[Tensor], shape: ModelShape, out: Tensor) -> Ten
         case "copy":
             out.copy_(tensors[0])
         case "qkv":
-            for part, tensor in zip(_grouped(out, shape), tensors, strict=True):
+            for part, tensor in zip(_split_groups(out, shape), tensors, strict=True):
                 part.copy_(tensor.view(part.shape))
         case "gate_up":
             for part, tensor in zip(out.chunk(2), tensors, strict=True):
@@ -152,7 +152,7 @@ def split(row: Row, parameter: Tensor, shape: ModelShape) -> list[Tensor]:
     """
     match row.fusion:
         case "qkv":
-            return list(_grouped(parameter, shape))
+            return list(_split_groups(parameter, shape))
         case "gate_up":
             return list(parameter.chunk(2))
         case "vocabulary":
@@ -160,7 +160,7 @@ def split(row: Row, parameter: Tensor, shape: ModelShape) -> list[Tensor]:
     return [parameter]
 
 
-def _grouped(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+def _split_groups(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
     """Views of the queries', keys' and values' rows: [num_query_groups, heads, kv_channels, ...]."""
     per_group = shape.num_attention_heads // shape.num_query_groups
     grouped = qkv.view(shape.num_query_groups, per_group + 2, shape.kv_channels, *qkv.shape[1:])
@@ -176,6 +176,6 @@ def tensor_parallel_shard(row: Row, parameter: Tensor, rank: int, size: int) -> 
     return parameter.chunk(size, dim=row.split_axis)[rank]
 
 
-def padded_vocabulary(vocab_size: int, divisor: int) -> int:
+def pad_vocab_size(vocab_size: int, divisor: int) -> int:
     """vocab_size, rounded up to a multiple of `divisor`."""
     return -(-vocab_size // divisor) * divisor

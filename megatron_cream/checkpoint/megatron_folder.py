@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_cream.checkpoint.families import ModelShape, read_config, shape_from_args
 from megatron_cream.checkpoint.mapping import LAYERS, LINEARS, Row, megatron_shape, rows
-from megatron_cream.checkpoint.opening import newest_step, open_step, step_folder
+from megatron_cream.checkpoint.opening import find_step_folder, open_step, read_newest_step
 from megatron_cream.checkpoint.output import HashingFile
 from megatron_cream.common.errors import UsageError, one_line
 
@@ -66,9 +66,9 @@ class MegatronCheckpoint:
     def __init__(
         self, path: Path, step: int | str | None = None, *, flag: str = "--checkpoint", checksums: bool = True
     ):
-        self.path, self._given = path, f"{flag} {path}"
-        self.step = newest_step(path, flag) if step is None else step
-        saved = open_step(step_folder(path, self.step, flag), flag, checksums=checksums)
+        self.path, self._where = path, f"{flag} {path}"
+        self.step = read_newest_step(path, flag) if step is None else step
+        saved = open_step(find_step_folder(path, self.step, flag), flag, checksums=checksums)
         self.folder, self.args, self._metadata = saved.folder, saved.args, saved.metadata
         self._reader = dcp.FileSystemReader(self.folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -77,7 +77,7 @@ class MegatronCheckpoint:
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self.config, self.shape = self._model()
+        self.config, self.shape = self._read_model()
         self._check()
 
     @property
@@ -85,19 +85,19 @@ class MegatronCheckpoint:
         return self.path / HF if (self.path / HF).is_dir() else None
 
     @property
-    def stretched(self) -> bool:
+    def is_stretched(self) -> bool:
         """Whether it is for more positions than the model that it came from, or came from none."""
         return self._original is None or self.shape.max_position_embeddings > self._original.window
 
     def dtype(self, row: Row, layer: int | None) -> torch.dtype:
-        return self._tensors[self._stored(row, layer)[0]].properties.dtype
+        return self._tensors[self._find_key(row, layer)[0]].properties.dtype
 
     def read(self, row: Row, layer: int | None, out: Tensor) -> Tensor:
         """Fill `out`, a whole parameter of one layer, cast to its dtype.
 
         A vocabulary's out may have fewer rows than were saved (their padding), or more (left as they are).
         """
-        key, stacked = self._stored(row, layer)
+        key, stacked = self._find_key(row, layer)
         stored = self._tensors[key]
         target = out.unsqueeze(0) if stacked else out
         if row.fusion == "vocabulary":
@@ -107,24 +107,24 @@ class MegatronCheckpoint:
         items = create_read_items_for_chunk_list(key, stored, [box])
         covered = sum(item.lengths.numel() for item in items)
         if covered != target.numel():
-            raise UsageError(f"{self._given}: {key}: {target.numel() - covered} elements were not saved")
+            raise UsageError(f"{self._where}: {key}: {target.numel() - covered} elements were not saved")
         try:
-            slow = [item for item in items if not self._read_at_once(item, stored, target)]
+            slow = [item for item in items if not self._read_directly(item, stored, target)]
             if slow:
-                self._reader.read_data(LoadPlan(slow), _Into(target)).wait()
+                self._reader.read_data(LoadPlan(slow), _TensorLoader(target)).wait()
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             files = sorted({self._metadata.storage_data[item.storage_index].relative_path for item in items})
-            where, reason = f"{self._given}: {self.folder.name}/{', '.join(files)}", one_line(error, 200)
+            where, reason = f"{self._where}: {self.folder.name}/{', '.join(files)}", one_line(error, 200)
             raise UsageError(f"{where}: {key} cannot be read: {reason}") from error
         return out
 
-    def _read_at_once(self, item: ReadItem, stored: TensorStorageMetadata, target: Tensor) -> bool:
+    def _read_directly(self, item: ReadItem, stored: TensorStorageMetadata, target: Tensor) -> bool:
         """Read a saved chunk straight from the file into `target`, if the bytes lie there as they should here.
 
         torch's own reader copies every chunk twice more.
         """
         info = self._metadata.storage_data[item.storage_index]
-        place = _Into(target).resolve_tensor(item)
+        place = _TensorLoader(target).resolve_tensor(item)
         whole_rows = place.is_contiguous() and target.dtype == stored.properties.dtype
         chunk = next(chunk for chunk in stored.chunks if chunk.offsets == item.storage_index.offset)
         if not whole_rows or info.transform_descriptors or chunk.sizes[1:] != item.lengths[1:]:
@@ -140,13 +140,13 @@ class MegatronCheckpoint:
             os.posix_fadvise(file.fileno(), info.offset, info.length, os.POSIX_FADV_DONTNEED)
             return whole
 
-    def _stored(self, row: Row, layer: int | None) -> tuple[str, bool]:
+    def _find_key(self, row: Row, layer: int | None) -> tuple[str, bool]:
         """The key in the checkpoint, and whether it holds all layers."""
         if row.key in self._tensors:
-            return row.key, row.layered
+            return row.key, row.is_layered
         return row.module_name(layer, transformer_engine=True), False
 
-    def _model(self) -> tuple[dict[str, Any] | None, ModelShape]:
+    def _read_model(self) -> tuple[dict[str, Any] | None, ModelShape]:
         config = original = None
         if (self.path / HF / "config.json").is_file():
             config, original = read_config(self.path / HF)
@@ -155,30 +155,30 @@ class MegatronCheckpoint:
             shape = shape_from_args(self.args, original)
             shape.rotary()
         except (AttributeError, ValueError, TypeError, ArithmeticError, LookupError) as error:
-            raise UsageError(f"{self._given}: not a checkpoint of this project's models: {one_line(error)}") from error
+            raise UsageError(f"{self._where}: not a checkpoint of this project's models: {one_line(error)}") from error
         return config, shape
 
     def _check(self) -> None:
         for row in rows(self.shape):
-            per_layer = row.layered and row.key not in self._tensors
+            per_layer = row.is_layered and row.key not in self._tensors
             for layer in range(self.shape.num_layers) if per_layer else [0]:
                 self._check_parameter(row, layer)
 
     def _check_parameter(self, row: Row, layer: int) -> None:
-        key, stacked = self._stored(row, layer)
+        key, stacked = self._find_key(row, layer)
         if key not in self._tensors:
-            raise UsageError(f"{self._given}: parameter {row.key} is missing")
+            raise UsageError(f"{self._where}: parameter {row.key} is missing")
         saved = tuple(self._tensors[key].size)
         needed = megatron_shape(row, self.shape, self.shape.vocab_size)
         needed = (self.shape.num_layers, *needed) if stacked else needed
         fits = saved[0] >= needed[0] and saved[1:] == needed[1:] if row.fusion == "vocabulary" else saved == needed
         if not fits:
             raise UsageError(
-                f"{self._given}: parameter {row.key} has shape {list(saved)}; its flags make it {list(needed)}"
+                f"{self._where}: parameter {row.key} has shape {list(saved)}; its flags make it {list(needed)}"
             )
 
 
-class _Into(dcp.LoadPlanner):
+class _TensorLoader(dcp.LoadPlanner):
     """Copies what is read into one tensor."""
 
     def __init__(self, target: Tensor):
@@ -266,7 +266,7 @@ class _StreamingPlanner(DefaultSavePlanner):
         items = []
         for row in rows(shape):
             local = megatron_shape(row, shape, padded_vocab_size)
-            layers = shape.num_layers if row.layered else None
+            layers = shape.num_layers if row.is_layered else None
             for layer in range(layers) if layers else [None]:
                 self._parameters[row.key, layer] = (row, layer)
                 items.append(_tensor_item(row.key, local, layer, layers, dtypes[row.key]))
@@ -330,14 +330,14 @@ class _HashingFileSystem(FileSystem):
     def create_stream(self, path, mode: str) -> Iterator[HashingFile]:
         try:
             with super().create_stream(path, mode) as stream:
-                yield (file := _KeepingErrors(stream, self._progress, self._failure))
+                yield (file := _ErrorKeepingFile(stream, self._progress, self._failure))
         except OSError as error:  # at the end, of what the buffer still held
             self._failure.keep(error)
             return
         self.hashes[Path(path).name.removesuffix(".tmp")] = file.hexdigest()
 
 
-class _KeepingErrors(HashingFile):
+class _ErrorKeepingFile(HashingFile):
     def __init__(self, file, progress, failure: _Failure):
         super().__init__(file, progress)
         self._failure = failure

@@ -7,7 +7,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from megatron_cream.checkpoint.families import ModelShape
-from megatron_cream.checkpoint.mapping import Row, megatron_shape, pieces, tensor_parallel_shard
+from megatron_cream.checkpoint.mapping import Row, list_parameters, megatron_shape, tensor_parallel_shard
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.common import devices
 from megatron_cream.model.attention import choose_backend
@@ -24,11 +24,11 @@ def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype, attention: st
         dtype: of the parameters.
         attention: of `ATTENTION_BACKENDS`.
     """
-    _one_rank()
+    _start_single_rank()
     model = _build_model(checkpoint.shape, dtype, attention)
     if devices.has_cuda():
         model.cuda()  # Megatron's own parts are there already, this project's norms are not
-    fill(model, checkpoint.shape, checkpoint.read)
+    fill_model(model, checkpoint.shape, checkpoint.read)
     model.rotary = checkpoint.shape.rotary(by_length=True)
     return model.eval()
 
@@ -69,7 +69,7 @@ def _build_model(shape: ModelShape, dtype: torch.dtype, attention: str) -> Llama
 
 
 @torch.no_grad()
-def fill(model: LlamaModel, shape: ModelShape, produce) -> None:
+def fill_model(model: LlamaModel, shape: ModelShape, produce) -> None:
     """Put weights into this rank's part of a model.
 
     Args:
@@ -81,8 +81,8 @@ def fill(model: LlamaModel, shape: ModelShape, produce) -> None:
     parameters = dict(model.named_parameters())
     group = model.pg_collection.tp
     first = min((layer.layer_number for layer in model.decoder.layers), default=1) - 1
-    for row, layer in pieces(shape):
-        for name in _names(row, layer if layer is None else layer - first):
+    for row, layer in list_parameters(shape):
+        for name in _parameter_names(row, layer if layer is None else layer - first):
             if name in parameters:
                 parameter = parameters.pop(name)
                 out = torch.zeros(
@@ -92,13 +92,13 @@ def fill(model: LlamaModel, shape: ModelShape, produce) -> None:
                 break
     tied_copy = parameters.pop("output_layer.weight", None)
     if tied_copy is not None and shape.tied:  # the last pipeline stage's
-        row, layer = next(pieces(shape))
+        row, layer = next(list_parameters(shape))
         out = torch.zeros(_whole_shape(row, shape, tied_copy, group.size()), dtype=tied_copy.dtype, device="cpu")
         tied_copy.copy_(tensor_parallel_shard(row, produce(row, layer, out), group.rank(), group.size()))
     assert not parameters, f"not filled: {sorted(parameters)}"
 
 
-def _names(row: Row, layer: int | None) -> list[str]:
+def _parameter_names(row: Row, layer: int | None) -> list[str]:
     if layer is not None and layer < 0:
         return []
     return [row.module_name(layer, transformer_engine) for transformer_engine in (True, False)]
@@ -109,7 +109,7 @@ def _whole_shape(row: Row, shape: ModelShape, parameter, tensor_parallel: int) -
     return megatron_shape(row, shape, padded)
 
 
-def _one_rank() -> None:
+def _start_single_rank() -> None:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():

@@ -26,7 +26,7 @@ from megatron_cream.common.safe_pickle import NameChecker, check_pickled_names, 
 _FORMAT, _METADATA = "metadata.json", ".metadata"
 _COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the latter before megatron-core 0.16
 _CLASSIC_FILE = "model_optim_rng.pt"
-_MOST_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30
 """Of a metadata file or a common state: those of a thousand ranks are far smaller."""
 
 
@@ -47,13 +47,13 @@ class Step:
     def args(self) -> Namespace:
         return self.common["args"]
 
-    def pickled(self) -> list[str]:
+    def pickled_keys(self) -> list[str]:
         """The entries that are pickles: random states, extra states of layers, the common state."""
         entries = self.metadata.state_dict_metadata.items()
         return sorted(key for key, entry in entries if isinstance(entry, BytesStorageMetadata))
 
 
-def newest_step(path: Path, flag: str) -> int | str:
+def read_newest_step(path: Path, flag: str) -> int | str:
     """The iteration, or "release", that the tracker in `path` names.
 
     Raises:
@@ -72,7 +72,7 @@ def newest_step(path: Path, flag: str) -> int | str:
     return "release" if text == b"release" else int(text)
 
 
-def step_folder(path: Path, step: int | str, flag: str) -> Path:
+def find_step_folder(path: Path, step: int | str, flag: str) -> Path:
     """The folder of a step; `flag path` is what the user gave.
 
     Raises:
@@ -104,19 +104,19 @@ def open_step(folder: Path, flag: str, *, checksums: bool = True) -> Step:
     for name in (_METADATA, _FORMAT):
         if not (folder / name).is_file():
             raise UsageError(f"{where}: {folder.name} is not a whole torch_dist checkpoint: it has no {name}")
-    with _one_line(f"{where}: {folder.name}/{_FORMAT} cannot be read: "):
+    with _as_usage_error(f"{where}: {folder.name}/{_FORMAT} cannot be read: "):
         _check_format(folder / _FORMAT)
     if checksums:
         check_files(folder, [_METADATA], flag)
-    with _one_line(f"{where}: {folder.name}/{_METADATA} cannot be read: "):
-        metadata = _plain_metadata(folder)
-    with _one_line(f"{where}: {folder.name} cannot be read: "):
+    with _as_usage_error(f"{where}: {folder.name}/{_METADATA} cannot be read: "):
+        metadata = _read_metadata(folder)
+    with _as_usage_error(f"{where}: {folder.name} cannot be read: "):
         _check_shards(folder, metadata)
-        file = _common_file(folder, metadata)
+        file = _find_common_file(folder, metadata)
     if checksums:
         check_files(folder, [file], flag)
-    with _one_line(f"{where}: {folder.name}/{file} cannot be read: "):
-        common = _common_state(folder, metadata)
+    with _as_usage_error(f"{where}: {folder.name}/{file} cannot be read: "):
+        common = _read_common_state(folder, metadata)
     saved = common.get("iteration")
     if folder.name != "release" and saved != int(folder.name.removeprefix("iter_")):
         raise UsageError(f"{where}: it contains step {saved}, but the folder is named {folder.name}")
@@ -131,10 +131,10 @@ def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
     """
     import megatron.core  # noqa: F401  (declares its classes)
 
-    places = _places(step.metadata)
+    places = _find_entries(step.metadata)
     for key in keys:
         file = f"{step.folder.name}/{places[key].relative_path}"
-        with _one_line(f"{flag} {step.folder.parent}: {file} cannot be read: its {key}: "):
+        with _as_usage_error(f"{flag} {step.folder.parent}: {file} cannot be read: its {key}: "):
             entry = io.BytesIO(_read_entry(step.folder, places[key]))
             check_pickled_names(entry)
             entry.seek(0)
@@ -173,7 +173,7 @@ def open_classic(folder: Path, flag: str, layout: tuple[int, int], *, checksums:
     if checksums:
         check_files(folder, [str(file.relative_to(folder)) for file in files], flag)
     for file in files:
-        with _one_line(f"{flag} {folder.parent}: {file.relative_to(folder.parent)} cannot be read: "):
+        with _as_usage_error(f"{flag} {folder.parent}: {file.relative_to(folder.parent)} cannot be read: "):
             check_pickled_names(file)
             if file.name == _CLASSIC_FILE and saved is None:
                 with FakeTensorMode():  # no tensor's bytes
@@ -182,7 +182,7 @@ def open_classic(folder: Path, flag: str, layout: tuple[int, int], *, checksums:
 
 
 @contextlib.contextmanager
-def _one_line(beginning: str) -> Iterator[None]:
+def _as_usage_error(beginning: str) -> Iterator[None]:
     try:
         yield
     except UsageError:
@@ -197,7 +197,7 @@ def _check_format(file: Path) -> None:
         raise UsageError(f"{file}: not that of a torch_dist checkpoint; must name it as sharded_backend")
 
 
-def _plain_metadata(folder: Path) -> Metadata:
+def _read_metadata(folder: Path) -> Metadata:
     metadata = load_metadata(_read(folder / _METADATA))
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError(f"{_METADATA} is not torch's metadata")
@@ -221,27 +221,27 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
             raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes, and its data takes {end}: it is cut")
 
 
-def _common_file(folder: Path, metadata: Metadata) -> str:
+def _find_common_file(folder: Path, metadata: Metadata) -> str:
     """Return the name of the file that holds the common state."""
     if (folder / _COMMON_FILE).is_file():
         return _COMMON_FILE
-    places = _places(metadata)
+    places = _find_entries(metadata)
     if _COMMON_KEY not in places:
         raise ValueError("its common state is missing, which holds the flags that it was saved with")
     return places[_COMMON_KEY].relative_path
 
 
-def _common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
+def _read_common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
     if (folder / _COMMON_FILE).is_file():
         found = load_plain(io.BytesIO(_read(folder / _COMMON_FILE)))
     else:
-        found = load_plain(io.BytesIO(_read_entry(folder, _places(metadata)[_COMMON_KEY])))[0]
+        found = load_plain(io.BytesIO(_read_entry(folder, _find_entries(metadata)[_COMMON_KEY])))[0]
     if not isinstance(found, dict) or not isinstance(found.get("args"), Namespace):
         raise ValueError("its common state does not hold the flags that it was saved with")
     return found
 
 
-def _places(metadata: Metadata) -> dict[str, Any]:
+def _find_entries(metadata: Metadata) -> dict[str, Any]:
     """Where each pickled entry lies."""
     return {
         index.fqn: info
@@ -252,7 +252,7 @@ def _places(metadata: Metadata) -> dict[str, Any]:
 
 
 def _read_entry(folder: Path, info: Any) -> bytes:
-    if info.length > _MOST_BYTES:
+    if info.length > _MAX_BYTES:
         raise ValueError(f"an entry of {info.length} bytes is no common or random state")
     with open(folder / info.relative_path, "rb") as stream:
         stream.seek(info.offset)
@@ -260,7 +260,7 @@ def _read_entry(folder: Path, info: Any) -> bytes:
 
 
 def _read(file: Path) -> bytes:
-    if file.stat().st_size > _MOST_BYTES:
+    if file.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{file.name} has {file.stat().st_size} bytes, too many to be what its name says")
     return file.read_bytes()
 

@@ -12,12 +12,12 @@ from megatron_cream.patches import hooks, registry
 
 def install() -> None:
     """Call before `pretrain`."""
-    registry.install(hooks.HALF_OPTIMIZER_SHARDS, _with_names_of_the_distributed)
+    registry.install(hooks.HALF_OPTIMIZER_SHARDS, _use_distributed_names)
     registry.install(hooks.HALF_OPTIMIZER_STATE, _load_half)
     registry.install(hooks.FLOAT32_OPTIMIZER_STATE, _load_float32)
 
 
-def _with_names_of_the_distributed(original, self, model_sharded_state_dict, is_loading=False, metadata=None):
+def _use_distributed_names(original, self, model_sharded_state_dict, is_loading=False, metadata=None):
     state = original(self, model_sharded_state_dict, is_loading, metadata)
     if is_loading and (metadata or {}).get("distrib_optim_sharding_type"):
         for tensor in (tensor for group in state["fp32_from_fp16_params"] for tensor in group):
@@ -26,7 +26,7 @@ def _with_names_of_the_distributed(original, self, model_sharded_state_dict, is_
 
 
 def _load_half(original, self, state_dict) -> None:
-    _count_steps_as_here(self, state_dict["optimizer"])
+    _convert_step_count(self, state_dict["optimizer"])
     original(self, state_dict)
 
 
@@ -35,11 +35,11 @@ def _load_float32(original, self, state_dict) -> None:
         saved = state_dict.pop("optimizer")["param_groups"]
         ours = state_dict["param_groups"]
         state_dict["param_groups"] = [{**theirs, **group} for theirs, group in zip(saved, ours, strict=True)]
-        _count_steps_as_here(self, state_dict)
+        _convert_step_count(self, state_dict)
     original(self, state_dict)
 
 
-def _count_steps_as_here(self: MegatronOptimizer, state: dict) -> None:
+def _convert_step_count(self: MegatronOptimizer, state: dict) -> None:
     """The distributed optimizer saves the count in each parameter group; torch's AdamW has it with each parameter."""
     if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in state["param_groups"]:

@@ -28,7 +28,7 @@ TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's; training moves it o
 _READ_BYTES = 16 << 20
 _HASH_THREADS = 4
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, linux/fs.h
-_EDITED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+_EDITABLE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 
 
 @contextlib.contextmanager
@@ -48,25 +48,25 @@ def new_folder(path: Path, *, flag: str, overwrite: bool, needs_bytes: int) -> I
         UsageError: one clear line; nothing was written.
     """
     path = path.absolute()
-    check_free(path, flag=flag, overwrite=overwrite)
+    check_target(path, flag=flag, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_space(path, flag=flag, needs_bytes=needs_bytes)
     partial = path.with_name(f".{path.name}.partial")
-    with _locked(path.with_name(f".{path.name}.lock"), f"{flag} {path}"):
-        _put_back(path)
-        check_free(path, flag=flag, overwrite=overwrite)
+    with _lock(path.with_name(f".{path.name}.lock"), f"{flag} {path}"):
+        _restore_replaced(path)
+        check_target(path, flag=flag, overwrite=overwrite)
         if partial.exists():
             shutil.rmtree(partial)
         try:
             partial.mkdir()
             yield partial
-            check_free(path, flag=flag, overwrite=overwrite)  # somebody may have written meanwhile
+            check_target(path, flag=flag, overwrite=overwrite)  # somebody may have written meanwhile
             _replace(path, partial)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_free(path: Path, *, flag: str, overwrite: bool) -> None:
+def check_target(path: Path, *, flag: str, overwrite: bool) -> None:
     """Raises UsageError if `path` holds something that must not be replaced."""
     check_new_path(path, flag)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -79,7 +79,7 @@ def check_free(path: Path, *, flag: str, overwrite: bool) -> None:
         if flag == "--save-hf":  # the trainer's, which has no --overwrite
             raise UsageError(f"{flag} {path}: holds something already; give a new folder")
         raise UsageError(f"{flag} {path}: holds something already; give a new folder, or --overwrite")
-    strangers = sorted(entries - _written_names(path))
+    strangers = sorted(entries - _read_written_names(path))
     if strangers:
         raise UsageError(
             f"{flag} {path}: --overwrite replaces what a conversion wrote, and {strangers[0]} is not; give a new folder"
@@ -94,7 +94,7 @@ def check_space(path: Path, *, flag: str, needs_bytes: int) -> None:
         )
 
 
-def _written_names(path: Path) -> set[str]:
+def _read_written_names(path: Path) -> set[str]:
     """The names directly in `path` that a conversion wrote, by its manifest."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         names = json.loads((path / MANIFEST).read_text())["files"]
@@ -108,12 +108,12 @@ def _replace(path: Path, new: Path) -> None:
     if not path.exists():
         new.rename(path)
     elif not _exchange(path, new):
-        old = _replaced(path)
+        old = _replaced_path(path)
         try:
             path.rename(old)
             new.rename(path)
         except BaseException:
-            _put_back(path)
+            _restore_replaced(path)
             raise
         shutil.rmtree(old)
     _sync(path.parent)
@@ -127,13 +127,13 @@ def _exchange(a: Path, b: Path) -> bool:
     return False
 
 
-def _replaced(path: Path) -> Path:
+def _replaced_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
 
-def _put_back(path: Path) -> None:
+def _restore_replaced(path: Path) -> None:
     """Undo what a process left that was killed between two renames."""
-    old = _replaced(path)
+    old = _replaced_path(path)
     if old.is_symlink() or not old.is_dir():
         return
     if not path.exists():
@@ -151,7 +151,7 @@ def _sync(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(file: Path, what: str) -> Iterator[None]:
+def _lock(file: Path, what: str) -> Iterator[None]:
     """Held while two writers of one folder must not meet; the kernel frees it if the process dies."""
     check_regular(file, what)
     with open(file, "w") as handle:
@@ -231,14 +231,16 @@ def read_manifest(folder: Path) -> dict[str, str]:
     return files
 
 
-def check_manifest(folder: Path, progress=None, *, share: tuple[int, int] = (0, 1), texts: bool = False) -> list[str]:
+def check_manifest(
+    folder: Path, progress=None, *, share: tuple[int, int] = (0, 1), include_texts: bool = False
+) -> list[str]:
     """Compare every data file that the manifest in `folder` lists with its checksum.
 
     Args:
         folder: with the manifest.
         progress: is called with the number of bytes read; None for no report.
         share: (i, n): of n readers, this is the one at place i, and reads every n-th file.
-        texts: and the files that people edit: configuration, tokenizer, chat template.
+        include_texts: check the files that people edit too: configuration, tokenizer, chat template.
 
     Returns: a line for each that is missing or differs; none if all is well, or there is no manifest.
 
@@ -246,11 +248,13 @@ def check_manifest(folder: Path, progress=None, *, share: tuple[int, int] = (0, 
         UsageError: the manifest cannot be read.
     """
 
-    files = {n: digest for n, digest in read_manifest(folder).items() if texts or Path(n).suffix not in _EDITED}
+    files = {
+        n: digest for n, digest in read_manifest(folder).items() if include_texts or Path(n).suffix not in _EDITABLE
+    }
     # The largest first, so that readers and threads end at about the same time.
-    by_size = sorted(files, key=lambda name: (-_size(folder / name), name))[share[0] :: share[1]]
+    by_size = sorted(files, key=lambda name: (-_file_size(folder / name), name))[share[0] :: share[1]]
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        faults = pool.map(lambda name: _fault(folder / name, files[name], progress), by_size)
+        faults = pool.map(lambda name: _find_fault(folder / name, files[name], progress), by_size)
         return [line for line in faults if line]
 
 
@@ -264,33 +268,33 @@ def check_files(folder: Path, names: Iterable[str], flag: str) -> None:
     """
     sums = read_manifest(folder)
     for name in names:
-        if name in sums and (fault := _fault(folder / name, sums[name])):
+        if name in sums and (fault := _find_fault(folder / name, sums[name])):
             raise UsageError(f"{flag} {fault}")
 
 
-_unchanged: set[tuple[Path, int, int, str]] = set()
+_verified: set[tuple[Path, int, int, str]] = set()
 """Path, size, time of change and sum of files that this process has hashed: large ones are not hashed twice."""
 
 
-def _fault(file: Path, digest: str, progress: Callable[[int], None] | None = None) -> str | None:
+def _find_fault(file: Path, digest: str, progress: Callable[[int], None] | None = None) -> str | None:
     if not file.is_file():
         return f"{file}: missing"
     status = file.stat()
     known = (file.absolute(), status.st_size, status.st_mtime_ns, digest)
-    if known in _unchanged:
+    if known in _verified:
         if progress:
             progress(status.st_size)
     elif hash_file(file, progress) != digest:
         return f"{file}: its bytes are not those that were written (SHA-256 differs)"
-    _unchanged.add(known)
+    _verified.add(known)
     return None
 
 
-def check_unchanged(folder: Path, progress=None, *, texts: bool = False) -> None:
+def check_unchanged(folder: Path, progress=None, *, include_texts: bool = False) -> None:
     """Raise UsageError unless every file that a manifest in `folder` lists is as it was written; see check_manifest."""
-    if faults := check_manifest(folder, progress, texts=texts):
+    if faults := check_manifest(folder, progress, include_texts=include_texts):
         raise UsageError(faults[0])
 
 
-def _size(file: Path) -> int:
+def _file_size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_cream.checkpoint import carried, hf_folder, output
-from megatron_cream.checkpoint.convert import export_hf, joined
+from megatron_cream.checkpoint.convert import build_reader, export_hf
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
-from megatron_cream.checkpoint.model import fill
+from megatron_cream.checkpoint.model import fill_model
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.progress_bar import TransferBar
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-def check_ends(args: Namespace) -> None:
+def check_hf_folders(args: Namespace) -> None:
     """Check the folders of --load-hf and --save-hf.
 
     Raises:
@@ -28,16 +28,16 @@ def check_ends(args: Namespace) -> None:
     if args.load_hf is not None:
         hf_folder.HfFolder(args.model_folder)
     if args.model_folder is not None:
-        carried.check(args.model_folder, vocabulary=args.vocab_size, warn=args.rank == 0)
+        carried.check_files(args.model_folder, vocabulary=args.vocab_size, warn=args.rank == 0)
     if args.save_hf is not None:
         target = Path(args.save_hf).absolute()
-        output.check_free(target, flag="--save-hf", overwrite=False)
-        if is_between(args):
-            _refuse_finished(args, target)
-        _check_apart(args, target)
+        output.check_target(target, flag="--save-hf", overwrite=False)
+        if uses_intermediate_folder(args):
+            _reject_finished(args, target)
+        _check_outside_save(args, target)
 
 
-def _check_apart(args: Namespace, target: Path) -> None:
+def _check_outside_save(args: Namespace, target: Path) -> None:
     """Where the run keeps its own files --save-hf would find something at the end."""
     save, target = Path(args.save).resolve(), target.resolve()
     below = target.relative_to(save).parts[0] if save in target.parents else ""
@@ -45,9 +45,9 @@ def _check_apart(args: Namespace, target: Path) -> None:
         raise UsageError(f"--save-hf {args.save_hf}: --save {args.save} keeps its files there; give a folder beside it")
 
 
-def _refuse_finished(args: Namespace, target: Path) -> None:
+def _reject_finished(args: Namespace, target: Path) -> None:
     """A run that came to its end, and whose export failed, left its last checkpoint there."""
-    tracker = between(target) / output.TRACKER
+    tracker = intermediate_folder(target) / output.TRACKER
     step = tracker.read_text().strip() if tracker.is_file() else ""
     if step.isdigit() and args.train_iters and int(step) >= args.train_iters:
         raise UsageError(
@@ -56,17 +56,17 @@ def _refuse_finished(args: Namespace, target: Path) -> None:
         )
 
 
-def between(target: Path) -> Path:
+def intermediate_folder(target: Path) -> Path:
     """Where the last checkpoint lies until it is exported, if the user keeps none."""
     return target.with_name(f".{target.name}.checkpoint")
 
 
-def is_between(args: Namespace) -> bool:
+def uses_intermediate_folder(args: Namespace) -> bool:
     """Whether --save is a folder of --save-hf's own, written anew by each start."""
-    return args.save_hf is not None and Path(args.save) == between(Path(args.save_hf).absolute())
+    return args.save_hf is not None and Path(args.save) == intermediate_folder(Path(args.save_hf).absolute())
 
 
-def weights_hook(args: Namespace) -> Callable[[list], list] | None:
+def build_weights_hook(args: Namespace) -> Callable[[list], list] | None:
     """For Megatron's `pre_wrap_hooks`: fills the model from --load-hf, unless --load has a checkpoint."""
     if args.load_hf is None or (args.load is not None and (Path(args.load) / output.TRACKER).is_file()):
         return None
@@ -74,13 +74,13 @@ def weights_hook(args: Namespace) -> Callable[[list], list] | None:
     def load(chunks: list) -> list:
         source = hf_folder.HfFolder(args.model_folder)
         for chunk in chunks:
-            fill(chunk, source.shape, joined(source))
+            fill_model(chunk, source.shape, build_reader(source))
         return chunks
 
     return load
 
 
-def carry(args: Namespace) -> None:
+def copy_model_files(args: Namespace) -> None:
     """Put config.json, tokenizer and generation config of the model beside what this run will save.
 
     Of a model that came from nowhere, the tokenizer.
@@ -92,11 +92,11 @@ def carry(args: Namespace) -> None:
         return
     target.mkdir(parents=True, exist_ok=True)
     if args.model_folder is not None:
-        carried.copy(args.model_folder, target, hf_folder.CONFIG)  # which makes it a model's folder
+        carried.copy_files(args.model_folder, target, hf_folder.CONFIG)  # which makes it a model's folder
     elif tokenizer.suffix == ".model" and tokenizer.is_file():
         shutil.copyfile(tokenizer, target / "tokenizer.model")
     elif tokenizer.is_dir() and args.tokenizer_type == "HuggingFaceTokenizer":
-        carried.copy(tokenizer, target)
+        carried.copy_files(tokenizer, target)
     output.write_manifest(target, {})
 
 
@@ -108,5 +108,5 @@ def save_hf(args: Namespace) -> None:
     with TransferBar("exported") as progress:
         export_hf(MegatronCheckpoint(Path(args.save)), target, flag="--save-hf", progress=progress)
     print(f"{args.save_hf}: for {args.target_length} positions", flush=True)
-    if is_between(args):
+    if uses_intermediate_folder(args):
         shutil.rmtree(args.save)

@@ -16,16 +16,16 @@ from pathlib import Path
 from megatron_cream.checkpoint.output import TRACKER
 
 _STEP = re.compile(r"iter_(\d{7,})")
-_WHOLE = (".metadata", "metadata.json")
-_SECONDS_AT_THE_END = 60
+_COMPLETE_FILES = (".metadata", "metadata.json")
+_CLOSE_SECONDS = 60
 
 
-def whole_steps(save: Path) -> dict[int, Path]:
+def find_complete_steps(save: Path) -> dict[int, Path]:
     """The checkpoints in a folder that were written to their end, whether the tracker names them or not."""
     steps = {}
     for folder in save.glob("iter_*"):
         named = _STEP.fullmatch(folder.name)
-        if named and not folder.is_symlink() and all((folder / name).is_file() for name in _WHOLE):
+        if named and not folder.is_symlink() and all((folder / name).is_file() for name in _COMPLETE_FILES):
             steps[int(named[1])] = folder
     return steps
 
@@ -42,12 +42,18 @@ class Retention:
     """
 
     def __init__(
-        self, save: Path, *, last: int, every: int | None, kept: Iterable[Path], busy: Callable[[], set[Path]] = set
+        self,
+        save: Path,
+        *,
+        last: int,
+        every: int | None,
+        protected: Iterable[Path],
+        busy: Callable[[], set[Path]] = set,
     ):
         self._save, self._last, self._every, self._busy = save, last, every, busy
-        self._kept = {path.resolve() for path in kept}
+        self._protected = {path.resolve() for path in protected}
         self._lock, self._removal = threading.Lock(), None
-        self._remove()  # what a run that was killed had begun to
+        self._start_removal()  # what a run that was killed had begun to
 
     def prune(self) -> None:
         """Remove what is to go: call when a checkpoint is whole, and again when one is no longer in use.
@@ -56,28 +62,28 @@ class Retention:
         """
         with self._lock:
             try:
-                for folder in self._to_go():
+                for folder in self._find_removable():
                     folder.rename(folder.with_name(f".{folder.name}.removed"))
             except OSError as error:
                 _warn(self._save, error)
-            self._remove()
+            self._start_removal()
 
     def close(self) -> None:
         """Wait for the last removal, but not for a file system that hangs; the next start goes on with it."""
         if self._removal:
-            self._removal.join(_SECONDS_AT_THE_END)
+            self._removal.join(_CLOSE_SECONDS)
 
-    def _to_go(self) -> list[Path]:
+    def _find_removable(self) -> list[Path]:
         """Whole checkpoints before the one that the tracker names; what is not whole counts for nothing, and stays."""
         newest = int((self._save / TRACKER).read_text())
-        steps = whole_steps(self._save)
+        steps = find_complete_steps(self._save)
         earlier = sorted(step for step in steps if step < newest)
         last = earlier[1 - self._last :] if self._last > 1 else []  # beside the newest itself
         stays = set(last) | {step for step in earlier if self._every and step % self._every == 0}
-        in_use = self._kept | {path.resolve() for path in self._busy()}
+        in_use = self._protected | {path.resolve() for path in self._busy()}
         return [steps[step] for step in earlier if step not in stays and steps[step].resolve() not in in_use]
 
-    def _remove(self) -> None:
+    def _start_removal(self) -> None:
         before = self._removal
         left = list(self._save.glob(".iter_*.removed"))
 

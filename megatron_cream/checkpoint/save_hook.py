@@ -25,27 +25,27 @@ from megatron_cream.common.errors import UsageError
 
 LOG = "save_hook.log"
 
-_words: list[str] = []
+_command: list[str] = []
 """Those of this run's --save-hook."""
 
 
-def take(command: str) -> str:
+def set_command(command: str) -> str:
     """Keep the words of --save-hook for `words`, and return what may be shown: the program."""
-    global _words
-    _words = parse(command)
-    return shown(_words)
+    global _command
+    _command = parse_command(command)
+    return program_name(_command)
 
 
-def words() -> list[str]:
+def get_command() -> list[str]:
     """Return those that `take` was given."""
-    return _words
+    return _command
 
 
-def shown(words: list[str]) -> str:
+def program_name(words: list[str]) -> str:
     return words[0].partition("=")[0]  # TOKEN=... program, which a shell would understand
 
 
-def parse(command: str) -> list[str]:
+def parse_command(command: str) -> list[str]:
     """The words of --save-hook, as a shell would cut them; no shell runs it.
 
     Raises:
@@ -62,9 +62,9 @@ def parse(command: str) -> list[str]:
 
 def check_can_run() -> None:
     """Raise UsageError unless the command is there and can be run; on the rank that is to."""
-    if shutil.which(_words[0]) is None:
-        hint = "; no shell runs it, so set the variable for the whole run" if "=" in _words[0] else ""
-        raise UsageError(f"--save-hook {shown(_words)}: is not found, or not a program that can be run{hint}")
+    if shutil.which(_command[0]) is None:
+        hint = "; no shell runs it, so set the variable for the whole run" if "=" in _command[0] else ""
+        raise UsageError(f"--save-hook {program_name(_command)}: is not found, or not a program that can be run{hint}")
 
 
 class SaveHook:
@@ -119,8 +119,8 @@ class SaveHook:
         environment = {**os.environ, "CHECKPOINT_FOLDER": str(folder), "CHECKPOINT_STEP": str(step)}
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
-            with open(self._log, "a", opener=_private) as log:
-                print(f"{began} step {step}: {shown(self._command)} ... {folder}", file=log, flush=True)
+            with open(self._log, "a", opener=_open_private) as log:
+                print(f"{began} step {step}: {program_name(self._command)} ... {folder}", file=log, flush=True)
                 # A session of its own: what ends the run (Ctrl-C) does not end an upload.
                 process = subprocess.Popen(
                     [*self._command, str(folder)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -136,7 +136,7 @@ class SaveHook:
         return f"exit code {code}" if code else ""
 
 
-def _private(path: str, flags: int) -> int:
+def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 

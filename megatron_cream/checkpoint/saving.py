@@ -37,7 +37,7 @@ class SaveFailed(Exception):
 
 
 @dataclass
-class _Saves:
+class _SaveState:
     """say: prints a line where a person reads, on one rank.
     home: --save, which the first rank holds.
     whole: folder of checkpoints -> the step that this run has saved there last.
@@ -48,69 +48,69 @@ class _Saves:
     agreed: on this save, all ranks have, that all is written but the tracker.
     """
 
-    say: Callable[[str], None] = print
-    home: Path | None = None
-    whole: dict[str, int] = field(default_factory=dict)
+    report: Callable[[str], None] = print
+    save_folder: Path | None = None
+    saved_steps: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    left: set[Path] = field(default_factory=set)
-    held: str = ""
+    leftovers: set[Path] = field(default_factory=set)
+    error: str = ""
     step: int = 0
     folder: Path | None = None
-    agreed: bool = False
+    all_written: bool = False
 
 
-_saves = _Saves()
+_state = _SaveState()
 
 
-def install(say: Callable[[str], None], home: Path | None) -> None:
+def install(report: Callable[[str], None], save_folder: Path | None) -> None:
     """Call before `pretrain`; for each run anew.
 
     Args:
-        say: prints a line where a person reads.
-        home: --save, for the first rank to look whether it is still there.
+        report: prints a line for the user.
+        save_folder: --save, on the first rank, which checks that it is still there.
     """
-    global _saves
-    _saves = _Saves(say=say, home=home)
-    registry.install(hooks.SAVE_CHECKPOINT, _save)
-    registry.install(hooks.FINALIZE_SAVE, _finalize)
-    registry.install(hooks.SCHEDULE_SAVE, _schedule)
-    registry.install(hooks.SAVED_ARGS, _with_plain_args)
-    registry.install(hooks.SAVE_SHARDS, _agree_before_the_tracker)
-    registry.install(hooks.SAVE_CONFIG, _hold)
-    registry.install(hooks.WRITE_METADATA, _hold)
-    registry.install(hooks.WRITE_SHARDS, _with_reasons)
-    registry.install(hooks.WRITER_IS_DONE, _or_its_writer_died)
-    registry.install(hooks.CALL_WRITER, _to_a_writer_that_lives)
+    global _state
+    _state = _SaveState(report=report, save_folder=save_folder)
+    registry.install(hooks.SAVE_CHECKPOINT, _save_checkpoint)
+    registry.install(hooks.FINALIZE_SAVE, _finalize_save)
+    registry.install(hooks.SCHEDULE_SAVE, _schedule_save)
+    registry.install(hooks.SAVED_ARGS, _make_args_plain)
+    registry.install(hooks.SAVE_SHARDS, _agree_before_tracker)
+    registry.install(hooks.SAVE_CONFIG, _keep_error)
+    registry.install(hooks.WRITE_METADATA, _keep_error)
+    registry.install(hooks.WRITE_SHARDS, _report_write_errors)
+    registry.install(hooks.WRITER_IS_DONE, _detect_dead_writer)
+    registry.install(hooks.CALL_WRITER, _replace_dead_writer)
 
 
-def check_last() -> None:
+def check_last_save() -> None:
     """Call when training has ended, on every rank, all asynchronous saves being done.
 
     Raises:
         SaveFailed: on every rank, if the last checkpoint could not be written.
     """
-    for why in _saves.failed.values():
+    for why in _state.failed.values():
         raise SaveFailed(f"the last checkpoint is missing: {why}")
 
 
-def failed(folder: str) -> bool:
+def has_failed(folder: str) -> bool:
     """Whether the newest save in this --save failed; of one that is still being written it is not known."""
-    return os.path.realpath(folder) in _saves.failed
+    return os.path.realpath(folder) in _state.failed
 
 
 # In training's process, on all ranks.
 
 
-def _save(original, iteration, *args, **kwargs):
+def _save_checkpoint(original, iteration, *args, **kwargs):
     training.maybe_finalize_async_save(blocking=True)  # all give their results into one queue: one at a time
     settings = checkpointing.get_args()
-    if _whole(settings, iteration):
+    if _is_already_saved(settings, iteration):
         return None  # a finished run that was started again would write over its last checkpoint
     folder = _step_folder(settings.save, iteration)
-    _saves.step, _saves.folder, _saves.agreed = iteration, folder, False
+    _state.step, _state.folder, _state.all_written = iteration, folder, False
     with watchdog.saving(folder):
-        why = first_reason(_make_room(folder) if settings.rank == 0 else "") or first_reason(
-            _try_to_write(folder, settings.rank) or _too_little_memory(settings, args[0])
+        why = first_reason(_make_empty_folder(folder) if settings.rank == 0 else "") or first_reason(
+            _probe_write(folder, settings.rank) or _find_memory_shortage(settings, args[0])
         )
         if not why:
             try:
@@ -119,60 +119,62 @@ def _save(original, iteration, *args, **kwargs):
             except (CheckpointException, SaveFailed) as error:
                 mine = _reason(error)
             except OSError as error:
-                if not _saves.agreed:
+                if not _state.all_written:
                     raise  # the others are in a collective that this rank left: nothing can go on
-                mine = _here(error)  # the tracker's; the others are at the barrier that ends Megatron's function
+                mine = _reason_with_rank(
+                    error
+                )  # the tracker's; the others are at the barrier that ends Megatron's function
                 torch.distributed.barrier()
             why = first_reason(mine)
             if settings.async_save and not why:
                 return None  # `_schedule` has the rest
-        _settle(settings, iteration, why)
+        _conclude_save(settings, iteration, why)
 
 
-def _with_plain_args(original, *args, **kwargs):
+def _make_args_plain(original, *args, **kwargs):
     """Megatron saves the flags as they are in this process, with objects that another may have no class for."""
     state = original(*args, **kwargs)
     state["args"] = to_plain(state["args"])
     return state
 
 
-def _whole(settings, step: int) -> bool:
+def _is_already_saved(settings, step: int) -> bool:
     """Whether this very run has saved the step already, or was loaded from it."""
     folder = os.path.realpath(settings.save)
     loaded = settings.load and os.path.realpath(settings.load) == folder and not settings.finetune
-    return _saves.whole.get(folder) == step or bool(loaded and step and getattr(settings, "iteration", 0) == step)
+    return _state.saved_steps.get(folder) == step or bool(loaded and step and getattr(settings, "iteration", 0) == step)
 
 
-def _make_room(folder: Path) -> str:
+def _make_empty_folder(folder: Path) -> str:
     """Make an empty folder. Returns why not."""
-    if gone := _gone():
+    if gone := _find_lost_folder():
         return gone
     try:
-        _remove_what_was_left()
-        if folder.exists() and not _is_named(folder):
+        _remove_leftovers()
+        if folder.exists() and not _is_tracked(folder):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return ""
     except OSError as error:
-        return _here(error)
+        return _reason_with_rank(error)
 
 
-def _gone() -> str:
+def _find_lost_folder() -> str:
     """Why --save is not the folder that this run opened, if so. Another disk, or another run, may be there now."""
-    if _saves.home is None or files.is_locked_folder(_saves.home):
+    if _state.save_folder is None or files.is_locked_folder(_state.save_folder):
         return ""
-    return f"{_saves.home} is not the folder that this run opened: it was unmounted, moved or deleted"
+    return f"{_state.save_folder} is not the folder that this run opened: it was unmounted, moved or deleted"
 
 
-def _remove_what_was_left() -> None:
-    for path in list(_saves.left):
-        if not _is_named(path):
+def _remove_leftovers() -> None:
+    for path in list(_state.leftovers):
+        if not _is_tracked(path):
             shutil.rmtree(path, ignore_errors=True)
         if not path.is_dir():
-            _saves.left.remove(path)
+            _state.leftovers.remove(path)
 
 
-def _try_to_write(folder: Path, rank: int) -> str:
+def _probe_write(folder: Path, rank: int) -> str:
     """Before the collectives of a save, as a rank that fails in them alone leaves the others there."""
     path = folder / f".writable.{rank}"
     try:
@@ -182,54 +184,54 @@ def _try_to_write(folder: Path, rank: int) -> str:
     except OSError as error:
         with contextlib.suppress(OSError):
             path.unlink()
-        return _here(error)
+        return _reason_with_rank(error)
 
 
-def _too_little_memory(settings, model: list[torch.nn.Module]) -> str:
+def _find_memory_shortage(settings, model: list[torch.nn.Module]) -> str:
     gathered = settings.use_distributed_optimizer and settings.dist_ckpt_optim_fully_reshardable
     if not gathered or settings.no_save_optim:
         return ""
-    why = host_memory.too_little(
-        host_memory.Gathered(
+    why = host_memory.find_shortage(
+        host_memory.OptimizerGather(
             parameters=sum(parameter.numel() for chunk in model for parameter in chunk.parameters()),
-            ranks=host_memory.local_ranks(),
+            ranks=host_memory.count_local_ranks(),
             tensor_parallel=parallel_state.get_tensor_model_parallel_world_size(),
             data_parallel=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-            on_one=settings.distrib_optim_fully_reshardable_mem_efficient,
+            one_per_group=settings.distrib_optim_fully_reshardable_mem_efficient,
         ),
-        handed_over=settings.async_save,
+        asynchronous=settings.async_save,
     )
     return f"{why} (rank {settings.rank})" if why else ""
 
 
-def _agree_before_the_tracker(original, *args, **kwargs):
+def _agree_before_tracker(original, *args, **kwargs):
     request = original(*args, **kwargs)
     if request is None:
-        _raise_what_was_held()
+        _raise_kept_error()
     else:
-        request.finalize_fns.append(_raise_what_was_held)
+        request.finalize_fns.append(_raise_kept_error)
     return request
 
 
-def _raise_what_was_held() -> None:
-    held, _saves.held = _saves.held, ""
-    if why := first_reason(held):
+def _raise_kept_error() -> None:
+    error, _state.error = _state.error, ""
+    if why := first_reason(error):
         raise SaveFailed(why)
-    _saves.agreed = True
+    _state.all_written = True
 
 
-def _hold(original, *args, **kwargs):
+def _keep_error(original, *args, **kwargs):
     """What the first rank does alone, while the others wait."""
     try:
         return original(*args, **kwargs)
     except OSError as error:
-        _saves.held = _saves.held or _here(error)
+        _state.error = _state.error or _reason_with_rank(error)
 
 
-def _schedule(original, request):
+def _schedule_save(original, request):
     """All that is to be done when an asynchronous save ends, as one function that raises nothing."""
     settings = checkpointing.get_args()
-    steps, step = list(request.finalize_fns), _saves.step
+    steps, step = list(request.finalize_fns), _state.step
 
     def finish() -> None:
         mine = ""
@@ -239,46 +241,46 @@ def _schedule(original, request):
         except (CheckpointException, SaveFailed) as error:
             mine = _reason(error)
         except OSError as error:
-            mine = _here(error)
-        _settle(settings, step, first_reason(mine))
+            mine = _reason_with_rank(error)
+        _conclude_save(settings, step, first_reason(mine))
 
     return original(request._replace(finalize_fns=[finish]))
 
 
-def _finalize(original, *args, **kwargs):
-    with watchdog.saving(_saves.folder) if kwargs.get("blocking") else contextlib.nullcontext():
+def _finalize_save(original, *args, **kwargs):
+    with watchdog.saving(_state.folder) if kwargs.get("blocking") else contextlib.nullcontext():
         return original(*args, **kwargs)
 
 
-def _settle(settings, step: int, why: str) -> None:
+def _conclude_save(settings, step: int, why: str) -> None:
     """What follows from a save that has ended; the same on all ranks."""
     place, folder = os.path.realpath(settings.save), _step_folder(settings.save, step)
     if not why:
-        _saves.whole[place] = step
-        _saves.failed.pop(place, None)
+        _state.saved_steps[place] = step
+        _state.failed.pop(place, None)
         if settings.rank == 0:
-            after_save.whole(settings.save, step, folder)
+            after_save.process_checkpoint(settings.save, step, folder)
         return
-    _saves.failed[place] = f"step {step}, {folder}: {why}"
+    _state.failed[place] = f"step {step}, {folder}: {why}"
     if settings.rank != 0:
         return
-    if _gone():
-        return _saves.say(f"warning: no checkpoint of step {step}: {why}")
-    if not _is_named(folder):
+    if _find_lost_folder():
+        return _state.report(f"warning: no checkpoint of step {step}: {why}")
+    if not _is_tracked(folder):
         shutil.rmtree(folder, ignore_errors=True)
         if folder.is_dir():
-            _saves.left.add(folder)
-    step_before = _newest(folder.parent)
+            _state.leftovers.add(folder)
+    step_before = _read_tracker(folder.parent)
     newest = f"the newest checkpoint is that of step {step_before}" if step_before else "there is none yet"
-    _saves.say(f"warning: no checkpoint of step {step} in {folder}: {why}; {newest}")
+    _state.report(f"warning: no checkpoint of step {step} in {folder}: {why}; {newest}")
 
 
-def _is_named(folder: Path) -> bool:
+def _is_tracked(folder: Path) -> bool:
     """Whether this is the checkpoint that a run would go on from."""
-    return folder.name == f"iter_{_newest(folder.parent):0>7}"
+    return folder.name == f"iter_{_read_tracker(folder.parent):0>7}"
 
 
-def _newest(save: Path) -> str:
+def _read_tracker(save: Path) -> str:
     """The step that the tracker names, or nothing."""
     tracker = save / TRACKER
     return tracker.read_text().strip() if tracker.is_file() else ""
@@ -288,7 +290,7 @@ def _step_folder(save: str | Path, step: int) -> Path:
     return Path(checkpointing.get_checkpoint_name(str(save), step, return_base_dir=True))
 
 
-def _here(error: OSError) -> str:
+def _reason_with_rank(error: OSError) -> str:
     return f"{_reason(error)} (rank {torch.distributed.get_rank()})"
 
 
@@ -308,7 +310,7 @@ def _reason(error: BaseException) -> str:
 # In the process that writes.
 
 
-def _with_reasons(original, self):
+def _report_write_errors(original, self):
     write, preload, arguments = original(self)
     return (functools.partial(_write, write) if write else None), preload, arguments
 
@@ -316,7 +318,7 @@ def _with_reasons(original, self):
 def _write(write: Callable, rank: int, buckets: list, results) -> None:
     """Megatron's answer to a failed write has its type only, or none comes; here one comes that says why."""
     answer, errors = queue.SimpleQueue(), []
-    with _remembering(errors):
+    with _keep_write_errors(errors):
         try:
             write(rank, buckets, answer)
         except Exception as error:
@@ -325,7 +327,7 @@ def _write(write: Callable, rank: int, buckets: list, results) -> None:
 
 
 @contextlib.contextmanager
-def _remembering(errors: list[Exception]) -> Iterator[None]:
+def _keep_write_errors(errors: list[Exception]) -> Iterator[None]:
     """Each failed write goes into `errors`, and torch does not see it.
 
     It would raise while it holds the buffer of a BytesIO, in a cycle of references on whose collection CPython
@@ -339,22 +341,22 @@ def _remembering(errors: list[Exception]) -> Iterator[None]:
         return written
 
     def open_shard(original, path, mode):
-        return io.BufferedWriter(_Shard(path, mode, errors))
+        return io.BufferedWriter(_ErrorKeepingShard(path, mode, errors))
 
     logger = logging.getLogger(FileSystemWriterAsync.__module__)
-    logger.addFilter(_drop)  # it would say in four lines what is said in one
+    logger.addFilter(_drop_record)  # it would say in four lines what is said in one
     try:
         with registry.override(hooks.WRITE_BUCKET, write), registry.override(hooks.OPEN_SHARD, open_shard):
             yield
     finally:
-        logger.removeFilter(_drop)
+        logger.removeFilter(_drop_record)
 
 
-def _drop(record: logging.LogRecord) -> bool:
+def _drop_record(record: logging.LogRecord) -> bool:
     return False
 
 
-class _Shard(io.FileIO):
+class _ErrorKeepingShard(io.FileIO):
     """A file that takes everything once a write has failed."""
 
     def __init__(self, path: str, mode: str, errors: list[Exception]):
@@ -370,7 +372,7 @@ class _Shard(io.FileIO):
         return len(data)
 
 
-def _or_its_writer_died(original, self, blocking: bool = False, no_dist: bool = False):
+def _detect_dead_writer(original, self, blocking: bool = False, no_dist: bool = False):
     """A writer that was killed answers never: its save has ended, with nothing."""
     while self.cur_item is None and self.process is not None:
         alive = self.process.is_alive()  # first: what a writer that ended had put is there
@@ -384,7 +386,7 @@ def _or_its_writer_died(original, self, blocking: bool = False, no_dist: bool = 
     return original(self, blocking, no_dist)
 
 
-def _to_a_writer_that_lives(original, self, request) -> None:
+def _replace_dead_writer(original, self, request) -> None:
     if self.process is not None and not self.process.is_alive():
         async_writer.forget_writer(self)
     original(self, request)

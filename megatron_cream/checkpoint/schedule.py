@@ -21,7 +21,7 @@ _LENGTHS = ("lr_decay", "lr_warmup", "lr_wsd_decay")
 """Each is a flag in steps and one in samples: the run's own --train-iters or --train-samples decides which."""
 
 
-def check(args: Namespace, common: dict[str, Any], checkpoint: str, step: str) -> None:
+def check_schedule(args: Namespace, common: dict[str, Any], checkpoint: str, step: str) -> None:
     """Compare the schedule of these flags with the saved one.
 
     Args:
@@ -36,7 +36,7 @@ def check(args: Namespace, common: dict[str, Any], checkpoint: str, step: str) -
     saved = common.get("opt_param_scheduler")
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler or not isinstance(saved, dict):
         return
-    for (key, name), value in _of_flags(args).items():
+    for (key, name), value in _schedule_of_flags(args).items():
         if key in saved and saved[key] != value:
             raise UsageError(
                 f"{checkpoint}: {to_flag(name)}: {step} was saved with {key} {saved[key]}, and these flags "
@@ -45,7 +45,7 @@ def check(args: Namespace, common: dict[str, Any], checkpoint: str, step: str) -
             )
 
 
-def _of_flags(args: Namespace) -> dict[tuple[str, str], Any]:
+def _schedule_of_flags(args: Namespace) -> dict[tuple[str, str], Any]:
     """(Megatron's name in a checkpoint, the flag) -> value."""
     found = {
         ("max_lr", "lr"): args.lr,
@@ -69,7 +69,7 @@ def _of_flags(args: Namespace) -> dict[tuple[str, str], Any]:
     return found
 
 
-def adopt(args: Namespace, saved: Namespace) -> None:
+def adopt_saved(args: Namespace, saved: Namespace) -> None:
     """Set the flags of the schedule to those that the checkpoint was saved with."""
     kind = "iters" if args.train_iters else "samples"
     names = [*_ALWAYS, *(f"{name}_{kind}" for name in _LENGTHS if getattr(saved, f"train_{kind}", None))]
@@ -84,40 +84,40 @@ def adopt(args: Namespace, saved: Namespace) -> None:
 
 def install() -> None:
     """Call before `pretrain`."""
-    registry.install(hooks.LOAD_CHECKPOINT, _with_rates_of_this_run)
-    registry.install(hooks.LOAD_SCHEDULE, _and_apply)
+    registry.install(hooks.LOAD_CHECKPOINT, _match_learning_rates)
+    registry.install(hooks.LOAD_SCHEDULE, _load_and_apply)
 
 
-def _with_rates_of_this_run(original, load_dir, args, *others, **kwargs):
+def _match_learning_rates(original, load_dir, args, *others, **kwargs):
     """Megatron 0.19 matches parameter groups by learning rates too: `max_lr` and `min_lr`."""
     state, *rest = original(load_dir, args, *others, **kwargs)
-    groups = list(_groups(state.get("optimizer"))) if state else []
+    groups = list(_iterate_groups(state.get("optimizer"))) if state else []
     if groups and state.get("args"):  # an imported checkpoint has weights alone, and flags without learning rates
-        ours = dict(zip(_rates(state["args"]), _rates(args), strict=True))
+        ours = dict(zip(_learning_rates(state["args"]), _learning_rates(args), strict=True))
         for group in groups:
             pair = (group.get("max_lr"), group.get("min_lr"))
             group["max_lr"], group["min_lr"] = ours.get(pair, pair)
     return state, *rest
 
 
-def _rates(args: Namespace) -> Iterator[tuple[float, float]]:
+def _learning_rates(args: Namespace) -> Iterator[tuple[float, float]]:
     """Of the embeddings, where they have their own, and of all other weights."""
     least = args.min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
     yield args.decoupled_lr, least
     yield args.lr, args.min_lr
 
 
-def _groups(state: Any) -> Iterator[dict[str, Any]]:
+def _iterate_groups(state: Any) -> Iterator[dict[str, Any]]:
     """The parameter groups of one optimizer, or of several that are chained."""
     if isinstance(state, dict):
         for key, value in state.items():
             if key == "param_groups":
                 yield from (group for group in value if "max_lr" in group)
             else:
-                yield from _groups(value)
+                yield from _iterate_groups(value)
 
 
-def _and_apply(original, self, state_dict) -> None:
+def _load_and_apply(original, self, state_dict) -> None:
     """Megatron sets learning rate and weight decay before it has read all of the schedule; the next step has them."""
     original(self, state_dict)
     self.step(0)

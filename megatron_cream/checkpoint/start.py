@@ -14,7 +14,7 @@ from typing import Any
 from megatron_cream.checkpoint import hf_folder, hub, opening, output, schedule
 from megatron_cream.checkpoint.families import ModelShape, read_config
 from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
-from megatron_cream.checkpoint.retention import whole_steps
+from megatron_cream.checkpoint.retention import find_complete_steps
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.distributed.rendezvous import agree
@@ -37,7 +37,7 @@ _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")  # and 
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """The checkpoint that a run starts from.
 
     flag: that names it.
@@ -65,27 +65,27 @@ class Origin:
     model_folder: Path | None
     shape: ModelShape | None
     source: tuple[str, Path] | None
-    checkpoint: Found | None
+    checkpoint: FoundCheckpoint | None
 
 
-def find(args: Namespace) -> Origin:
+def find_origin(args: Namespace) -> Origin:
     """Find the model and the checkpoint that the flags name. No tensor is read.
 
     Raises:
         UsageError: one of them cannot be read or carried.
     """
     folder, shape = find_model(args)
-    found = source(args)
+    found = find_checkpoint(args)
     return Origin(folder, shape, found, _open_checkpoint(args, found))
 
 
 def find_model(args: Namespace) -> tuple[Path | None, ModelShape | None]:
     """Return the Hugging Face folder of the model that the run starts from, and the model's shape."""
-    folder = _model_folder(args)
+    folder = _find_model_folder(args)
     return folder, None if folder is None else read_config(folder)[1]
 
 
-def _model_folder(args: Namespace) -> Path | None:
+def _find_model_folder(args: Namespace) -> Path | None:
     if args.load_hf is not None:
         if args.pretrained_checkpoint is not None:
             raise UsageError(f"--load-hf {args.load_hf} with --pretrained-checkpoint: give one of the two")
@@ -112,30 +112,30 @@ def check_save_folder(args: Namespace) -> None:
     if args.save is None or args.skip_train:
         return
     if not (Path(args.save) / output.TRACKER).exists():
-        if _goes_on(args) and args.ckpt_step is None:
-            args.ckpt_step = _without_tracker(Path(args.save))
+        if _is_load_equal_save(args) and args.ckpt_step is None:
+            args.ckpt_step = _find_untracked_step(Path(args.save))
         return
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.no_save_optim:
         args.load, args.ckpt_step, args.finetune = args.save, None, False
         args.no_load_optim = args.no_load_rng = None
-    refuse_another_run(args)
+    reject_other_run(args)
 
 
-def refuse_another_run(args: Namespace) -> None:
+def reject_other_run(args: Namespace) -> None:
     """Raise UsageError where --save holds checkpoints that this run does not go on from."""
-    if not _goes_on(args) and not args.skip_train and os.path.lexists(Path(args.save) / output.TRACKER):
+    if not _is_load_equal_save(args) and not args.skip_train and os.path.lexists(Path(args.save) / output.TRACKER):
         raise UsageError(
             f"--save {args.save}: holds the checkpoints of an earlier run: add --load {args.save} to go on from "
             "there, or give another folder"
         )
 
 
-def _goes_on(args: Namespace) -> bool:
+def _is_load_equal_save(args: Namespace) -> bool:
     """Whether --load is what --save makes: how a job is written that may be started again."""
     return args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
 
 
-def source(args: Namespace) -> tuple[str, Path] | None:
+def find_checkpoint(args: Namespace) -> tuple[str, Path] | None:
     """(flag, folder of the step) that Megatron will load, or None if it starts from nothing or Hugging Face weights.
 
     Raises:
@@ -147,33 +147,33 @@ def source(args: Namespace) -> tuple[str, Path] | None:
         path, given = Path(getattr(args, name)), to_flag(name)
         has_tracker = (path / output.TRACKER).exists()
         if has_tracker or (name == "load" and args.ckpt_step is not None):
-            step = opening.newest_step(path, given) if has_tracker else None
+            step = opening.read_newest_step(path, given) if has_tracker else None
             if step == "release" and args.ckpt_step is not None:
                 raise UsageError(f"--ckpt-step {args.ckpt_step}: {given} {path} holds a release, which has no steps")
             step = step if args.ckpt_step is None else args.ckpt_step
-            return given, opening.step_folder(path, step, given)
-        if name != "load" or args.save is None or not _goes_on(args):
+            return given, opening.find_step_folder(path, step, given)
+        if name != "load" or args.save is None or not _is_load_equal_save(args):
             why = f"holds no checkpoint: it has no {output.TRACKER}" if path.is_dir() else "no such folder"
             if path.is_dir() and re.fullmatch(r"iter_\d{7}", path.absolute().name):
                 why += f". Give {given} {path.absolute().parent} --ckpt-step {int(path.absolute().name[5:])}"
             raise UsageError(f"{given} {path}: {why}")
-        _refuse_lost_tracker(path)
+        _reject_lost_tracker(path)
     return None
 
 
-def _without_tracker(path: Path) -> int | None:
+def _find_untracked_step(path: Path) -> int | None:
     """The step of a folder's only checkpoint, if that is whole by its checksums, which come last but for the tracker.
 
     A run that was killed between the two goes on from there, and so does one that lost its tracker.
     """
-    whole = {} if os.path.lexists(path / output.TRACKER) else whole_steps(path)
+    whole = {} if os.path.lexists(path / output.TRACKER) else find_complete_steps(path)
     steps = [step for step, folder in whole.items() if (folder / output.MANIFEST).is_file()]
     return steps[0] if len(steps) == len(whole) == 1 else None
 
 
-def _refuse_lost_tracker(path: Path) -> None:
+def _reject_lost_tracker(path: Path) -> None:
     """The first checkpoint of a run that was killed may be there without one; no second comes before the tracker."""
-    whole = [folder.name for _, folder in sorted(whole_steps(path).items())]
+    whole = [folder.name for _, folder in sorted(find_complete_steps(path).items())]
     if len(whole) > 1 or (path / output.TRACKER).is_symlink():
         raise UsageError(
             f"--load {path}: {output.TRACKER} is missing beside {', '.join(whole) or 'nothing'}, which training would "
@@ -184,14 +184,14 @@ def _refuse_lost_tracker(path: Path) -> None:
 def finished_message(args: Namespace) -> str | None:
     """A line on a run that --load finds at its end already, as of a job that was queued again; None of any other."""
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
-    found = None if args.skip_train or args.finetune else source(args)
+    found = None if args.skip_train or args.finetune else find_checkpoint(args)
     if found is None or found[0] != "--load" or found[1].name == "release" or not steps:
         return None
-    step = _step_of(found[1])
+    step = _parse_step(found[1])
     return f"step {step} of {steps} is in {args.load}: nothing is left to train" if step >= steps else None
 
 
-def _open_checkpoint(args: Namespace, found: tuple[str, Path] | None) -> Found | None:
+def _open_checkpoint(args: Namespace, found: tuple[str, Path] | None) -> FoundCheckpoint | None:
     """What will be loaded, if it is whole and its metadata and flags are plain data. No tensor is read.
 
     Of a format that this project does not write nothing is known here; None.
@@ -205,17 +205,17 @@ def _open_checkpoint(args: Namespace, found: tuple[str, Path] | None) -> Found |
     checksums = args.checkpoint_checksums or args.verify_integrity
     if opening.is_classic(folder):
         layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
-        return Found(given, folder, opening.open_classic(folder, given, layout, checksums=checksums), None)
+        return FoundCheckpoint(given, folder, opening.open_classic(folder, given, layout, checksums=checksums), None)
     step = opening.open_step(folder, given, checksums=checksums)
-    return Found(given, folder, step.args, step)
+    return FoundCheckpoint(given, folder, step.args, step)
 
 
-def resumes(args: Namespace, found: Found | None) -> bool:
+def is_resume(args: Namespace, found: FoundCheckpoint | None) -> bool:
     """Return whether the run continues the training that saved the checkpoint, and does not start from its weights."""
     return found is not None and found.flag == "--load" and found.folder.name != "release" and not args.finetune
 
 
-def saved_rope(found: Found | None) -> ModelRope | None:
+def read_saved_rope(found: FoundCheckpoint | None) -> ModelRope | None:
     """Return the rotary embedding that a checkpoint of this project was trained with; None for any other.
 
     A release is a converted model, whose config.json says more.
@@ -230,7 +230,7 @@ def saved_rope(found: Found | None) -> ModelRope | None:
     return ModelRope(theta=float(saved.rotary_base), scaling=scaling, positions=positions, original=original)
 
 
-def check_model(args: Namespace, found: Found | None) -> None:
+def check_model(args: Namespace, found: FoundCheckpoint | None) -> None:
     """Do the flags make the model that was saved? A run that goes on must have its rotary embedding too.
 
     Raises:
@@ -238,9 +238,9 @@ def check_model(args: Namespace, found: Found | None) -> None:
     """
     if found is None:
         return
-    goes_on = resumes(args, found)
+    goes_on = is_resume(args, found)
     for name in (*_SHAPE, *(["rotary_base", "rope_scaling_config"] if goes_on else [])):
-        saved, ours = _value(found.args, name), _value(args, name)
+        saved, ours = _get_value(found.args, name), _get_value(args, name)
         if saved != ours and hasattr(found.args, name) and (saved is not None or name == "rope_scaling_config"):
             raise UsageError(
                 f"{found.flag} {found.folder.parent}: {found.folder.name} was saved with "
@@ -249,12 +249,12 @@ def check_model(args: Namespace, found: Found | None) -> None:
     if goes_on:
         _check_optimizer(args, found)
         if found.step and not args.no_load_optim:
-            schedule.check(args, found.step.common, f"{found.flag} {found.folder.parent}", found.folder.name)
-    if found.step and _is_ours(found.args):
-        MegatronCheckpoint(found.folder.parent, _step_of(found.folder), flag=found.flag, checksums=False)  # done
+            schedule.check_schedule(args, found.step.common, f"{found.flag} {found.folder.parent}", found.folder.name)
+    if found.step and _is_own_model(found.args):
+        MegatronCheckpoint(found.folder.parent, _parse_step(found.folder), flag=found.flag, checksums=False)  # done
 
 
-def _check_optimizer(args: Namespace, found: Found) -> None:
+def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
     """Raise UsageError where this run's optimizer has no place for the saved state."""
     if args.no_load_optim or found.step is None:
         return
@@ -282,25 +282,25 @@ def _check_optimizer(args: Namespace, found: Found) -> None:
         )
 
 
-def adopt_schedule(args: Namespace, found: Found | None) -> None:
+def adopt_schedule(args: Namespace, found: FoundCheckpoint | None) -> None:
     """Take the saved schedule of learning rate and weight decay for this run's, if that is what its flags ask for."""
     wanted = args.use_checkpoint_opt_param_scheduler and not args.no_load_optim
-    if wanted and resumes(args, found) and found.step:
-        schedule.adopt(args, found.args)
+    if wanted and is_resume(args, found) and found.step:
+        schedule.adopt_saved(args, found.args)
 
 
-def _is_ours(saved: Namespace) -> bool:
+def _is_own_model(saved: Namespace) -> bool:
     """Whether a checkpoint has the names and shapes that this project's models have: a Llama's, trained here."""
     llama = {"swiglu": True, "normalization": "RMSNorm", "add_bias_linear": False}
     same = all(getattr(saved, name, None) == value for name, value in llama.items())
     return same and hasattr(saved, "rope_scaling_config")
 
 
-def _step_of(folder: Path) -> int | str:
+def _parse_step(folder: Path) -> int | str:
     return folder.name if folder.name == "release" else int(folder.name.removeprefix("iter_"))
 
 
-def _value(args: Namespace, name: str) -> Any:
+def _get_value(args: Namespace, name: str) -> Any:
     if name == "num_query_groups" and not getattr(args, "group_query_attention", False):
         return getattr(args, "num_attention_heads", None)
     return getattr(args, name, None)
@@ -313,27 +313,27 @@ _SAMPLES = (
 )  # fmt: skip
 
 
-def resume_warning(args: Namespace, found: Found | None) -> str:
+def resume_warning(args: Namespace, found: FoundCheckpoint | None) -> str:
     """Return a line for each thing that a resumed run does differently, which is allowed and seldom meant.
 
     Data that only lie in another folder now are the same.
     """
-    if not resumes(args, found):
+    if not is_resume(args, found):
         return ""
     notes, changed = [], []
     if args.no_load_optim and not args.skip_train:
         notes.append("note: --no-load-optim: the optimizer and the schedule of the learning rate start anew")
     for name in (*_SAMPLES, *(() if args.embedded_data else _DATA)):
         saved, ours = getattr(found.args, name, None), getattr(args, name)
-        if hasattr(found.args, name) and _names(saved) != _names(ours):
-            changed.append(f"{to_flag(name)} {_names(saved)}, now {_names(ours)}")
+        if hasattr(found.args, name) and _format_value(saved) != _format_value(ours):
+            changed.append(f"{to_flag(name)} {_format_value(saved)}, now {_format_value(ours)}")
     if changed:
         told = f"note: {found.flag} {found.folder.parent}: {found.folder.name} was saved with "
         notes.append(f"{told}{'; '.join(changed)}: other samples come than would have")
     return "\n".join(notes)
 
 
-def _names(value: Any) -> str:
+def _format_value(value: Any) -> str:
     items = value if isinstance(value, (list, tuple)) else [value]
     return " ".join(Path(item).name if isinstance(item, str) else str(item) for item in items)
 
@@ -358,7 +358,7 @@ def check_content(args: Namespace, origin: Origin) -> None:
 
     def check_pickles() -> None:
         if found and found.step:
-            opening.check_pickles(found.step, found.flag, keys=found.step.pickled()[share[0] :: share[1]])
+            opening.check_pickles(found.step, found.flag, keys=found.step.pickled_keys()[share[0] :: share[1]])
 
     agree(check_sums, *share)
     agree(check_pickles, *share)  # of files whose sums other ranks may have read

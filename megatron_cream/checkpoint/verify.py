@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_cream.checkpoint import carried, output
 from megatron_cream.checkpoint.convert import export_groups
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.checkpoint.mapping import pieces
+from megatron_cream.checkpoint.mapping import list_parameters
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.model import load_model
 from megatron_cream.common.errors import UsageError
@@ -28,12 +28,12 @@ def verify(checkpoint: MegatronCheckpoint, folder: HfFolder, *, text: str) -> bo
     Raises:
         UsageError: the two are not of one shape, or a file is not as it was written.
     """
-    _checksums(checkpoint, folder)
-    same = _tensors(checkpoint, folder)
-    return _logits(checkpoint, folder, text) and same
+    _verify_checksums(checkpoint, folder)
+    same = _verify_tensors(checkpoint, folder)
+    return _verify_logits(checkpoint, folder, text) and same
 
 
-def _checksums(checkpoint: MegatronCheckpoint, folder: HfFolder) -> None:
+def _verify_checksums(checkpoint: MegatronCheckpoint, folder: HfFolder) -> None:
     with TransferBar("checksums: read") as progress:
         # What import wrote is listed by the checkpoint's own manifest too, with what came along.
         of_checkpoint = checkpoint.path if checkpoint.step == "release" else checkpoint.folder
@@ -41,18 +41,18 @@ def _checksums(checkpoint: MegatronCheckpoint, folder: HfFolder) -> None:
         for place in (of_checkpoint, *hf, folder.path):
             if not (place / output.MANIFEST).is_file():
                 print(f"checksums: {place} has no {output.MANIFEST}")
-            output.check_unchanged(place, progress, texts=True)
+            output.check_unchanged(place, progress, include_texts=True)
         for place in (*hf, folder.path):
-            carried.check(place, vocabulary=checkpoint.shape.vocab_size)
+            carried.check_files(place, vocabulary=checkpoint.shape.vocab_size)
 
 
-def _tensors(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
+def _verify_tensors(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
     if checkpoint.shape.vocab_size != folder.shape.vocab_size:
         raise UsageError(
             f"--hf-path {folder.path}: a vocabulary of {folder.shape.vocab_size}, "
             f"the checkpoint's is {checkpoint.shape.vocab_size}"
         )
-    kinds = {row.names(layer)[0] for row, layer in pieces(folder.shape)}
+    kinds = {row.names(layer)[0] for row, layer in list_parameters(folder.shape)}
     groups = export_groups(checkpoint, None)
     if kinds != {group.entries[0][0] for group in groups}:
         raise UsageError(f"--hf-path {folder.path}: not the same model as --checkpoint {checkpoint.path}")
@@ -99,12 +99,12 @@ def _largest(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().nan_to_num_(nan=infinity, posinf=infinity).masked_fill_(same, 0.0).max().item()
 
 
-def _logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) -> bool:
+def _verify_logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) -> bool:
     """Both models on the same tokens, one after the other."""
     tokens = _tokenize(folder.path, text, checkpoint.shape.vocab_size)
     limit = checkpoint.shape.max_position_embeddings
     tokens = tokens[:, : min(limit, 2048)]
-    dtype = _fitting_dtype(checkpoint)
+    dtype = _choose_dtype(checkpoint)
     theirs = _transformers_logits(folder.path, tokens, dtype)
     gc.collect()
     model = load_model(checkpoint, dtype)
@@ -122,7 +122,7 @@ def _logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) -> bool
     return relative <= _TOLERANCE[dtype]
 
 
-def _fitting_dtype(checkpoint: MegatronCheckpoint) -> torch.dtype:
+def _choose_dtype(checkpoint: MegatronCheckpoint) -> torch.dtype:
     """float32 if a copy of the model fits into memory, else bfloat16."""
     groups = export_groups(checkpoint, None)
     elements = sum(torch.Size(size).numel() for group in groups for _, _, size in group.entries)

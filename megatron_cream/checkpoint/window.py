@@ -27,7 +27,7 @@ _LIMITS = (
 )
 
 
-def keys(window: int, scaling: dict[str, Any] | None, before: int | None) -> dict[str, int]:
+def build_keys(window: int, scaling: dict[str, Any] | None, before: int | None) -> dict[str, int]:
     """Return the config.json keys from which every reader derives `window`.
 
     A reader that multiplies by the factor may derive more, by less than the factor: `seq_length` is rounded up.

@@ -47,8 +47,8 @@ def run_import(args) -> int:
             "--format torch; a torch_dist checkpoint opens at any layout"
         )
     source = hf_folder.HfFolder(hub.locate(args.hf_path, flag="--hf-path"))
-    convert.check_apart(source.path, args.output, flag="--output")
-    output.check_free(args.output.absolute(), flag="--output", overwrite=args.overwrite)
+    convert.check_no_overlap(source.path, args.output, flag="--output")
+    output.check_target(args.output.absolute(), flag="--output", overwrite=args.overwrite)
     output.check_unchanged(source.path)
     with TransferBar("imported") as progress, convert_disk_errors(args.output, "--output", "nothing was changed"):
         convert.import_hf(
@@ -69,8 +69,8 @@ def run_import(args) -> int:
 
 def run_export(args) -> int:
     source = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
-    convert.check_apart(source.path, Path(args.hf_path), flag="--hf-path")
-    output.check_free(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
+    convert.check_no_overlap(source.path, Path(args.hf_path), flag="--hf-path")
+    output.check_target(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
     output.check_unchanged(source.folder)
     with TransferBar("exported") as progress, convert_disk_errors(args.hf_path, "--hf-path", "nothing was changed"):
         convert.export_hf(

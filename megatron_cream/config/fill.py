@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_cream.checkpoint import pretrained, save_hook, start
-from megatron_cream.checkpoint.mapping import padded_vocabulary
+from megatron_cream.checkpoint.mapping import pad_vocab_size
 from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common import devices
 from megatron_cream.common.errors import UsageError
@@ -50,7 +50,7 @@ def from_model(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> Non
         if name != "rotary_base":  # `rope` chooses it
             setattr(args, name, value)
     divisor, tp = args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
-    args.padded_vocab_size = padded_vocabulary(origin.shape.vocab_size, divisor if divisor % tp == 0 else divisor * tp)
+    args.padded_vocab_size = pad_vocab_size(origin.shape.vocab_size, divisor if divisor % tp == 0 else divisor * tp)
     if args.tokenizer_model is None and not args.embedded_data:
         _tokenizer(args, origin.model_folder, defaults["tokenizer_type"])
 
@@ -129,11 +129,11 @@ def rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
         theta=None if args.rotary_base == default_theta else float(args.rotary_base),
     )
     found, shape = origin.checkpoint, origin.shape
-    saved = start.saved_rope(found)
-    if saved and start.resumes(args, found) and not contradicts(flags, saved):
+    saved = start.read_saved_rope(found)
+    if saved and start.is_resume(args, found) and not contradicts(flags, saved):
         chosen = Rope(theta=saved.theta, scaling=saved.scaling, original=saved.original)
     else:
-        model = saved if saved and not start.resumes(args, found) else shape and shape.rope()
+        model = saved if saved and not start.is_resume(args, found) else shape and shape.rope()
         try:
             chosen = choose_rope(flags, model, head_dim=args.kv_channels, default_theta=default_theta)
         except ValueError as error:
@@ -145,9 +145,9 @@ def rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
 def saving(args: Namespace) -> None:
     """Fill in where and how often to save, and hide the words of --save-hook in what is saved and logged."""
     if args.save_hook is not None:
-        args.save_hook = save_hook.take(args.save_hook)
+        args.save_hook = save_hook.set_command(args.save_hook)
     if args.save_hf is not None and args.save is None:
-        args.save, args.no_save_optim = str(pretrained.between(Path(args.save_hf).absolute())), True
+        args.save, args.no_save_optim = str(pretrained.intermediate_folder(Path(args.save_hf).absolute())), True
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or 1000
 

@@ -80,7 +80,7 @@ def _read(argv: list[str] | None) -> tuple[Namespace, Origin]:
     number_checks.check(args, defaults)
     start.check_save_folder(args)
 
-    origin = start.find(args)
+    origin = start.find_origin(args)
     if origin.shape is not None and origin.model_folder is not None:
         flag_checks.check_model_agrees(args, origin.shape, origin.model_folder, defaults)
 
@@ -98,7 +98,7 @@ def _read(argv: list[str] | None) -> tuple[Namespace, Origin]:
     flag_checks.check_weights(args, from_checkpoint=origin.source is not None)
 
     fill.saving(args)
-    pretrained.check_ends(args)
+    pretrained.check_hf_folders(args)
     return args, origin
 
 

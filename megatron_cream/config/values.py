@@ -9,7 +9,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_cream.checkpoint.pretrained import weights_hook
+from megatron_cream.checkpoint.pretrained import build_weights_hook
 from megatron_cream.common import devices
 from megatron_cream.config.samplers import sampler_options
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
@@ -36,7 +36,7 @@ def one_pass_optimizer(args: Namespace) -> bool:
 
 def model_config(args: Namespace) -> LlamaModelConfig:
     """What the model builder needs."""
-    load = weights_hook(args)
+    load = build_weights_hook(args)
     hooks = [*([load] if load else []), watchdog.listen, finite.of_model]
     options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": hooks}
     return LlamaModelConfig(

@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 
 from megatron_cream.checkpoint import start
-from megatron_cream.checkpoint.mapping import padded_vocabulary
+from megatron_cream.checkpoint.mapping import pad_vocab_size
 from megatron_cream.common import cli
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import fill
@@ -91,7 +91,7 @@ def _model(args: Namespace) -> Model:
         num_attention_heads=heads,
         num_query_groups=groups,
         kv_channels=args.kv_channels or args.hidden_size // heads,
-        padded_vocab_size=args.padded_vocab_size or padded_vocabulary(_vocabulary(args), _divisor(args)),
+        padded_vocab_size=args.padded_vocab_size or pad_vocab_size(_vocabulary(args), _divisor(args)),
         tied=not args.untie_embeddings_and_output_weights,
         qkv_bias=args.add_qkv_bias,
         qk_norm=args.qk_layernorm,

@@ -131,11 +131,11 @@ def _open_folder(args: Namespace, argv: list[str] | None) -> None:
     try:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         lock_folder(Path(args.save), "--save")
-        if not pretrained.is_between(args):
-            start.refuse_another_run(args)  # one that had the folder until now
-        pretrained.carry(args)
+        if not pretrained.uses_intermediate_folder(args):
+            start.reject_other_run(args)  # one that had the folder until now
+        pretrained.copy_model_files(args)
         record.write(args, sys.argv[1:] if argv is None else argv)
-        loaded = start.source(args)
+        loaded = start.find_checkpoint(args)
         after_save.install(args, loaded and loaded[1])
     except OSError as error:
         raise UsageError(f"--save {args.save}: {reason(error)}") from error

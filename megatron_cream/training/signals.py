@@ -101,13 +101,13 @@ def leaving(args: Namespace, say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except SystemExit as left:
-        saving.check_last()
+        saving.check_last_save()
         if not left.code and _received and args.rank == 0:
             say(f"{signal.Signals(_received).name}: {_what_is_saved(args)}")
         if not left.code and _received:
             raise SystemExit(args.signal_exit_code) from left
         raise
-    saving.check_last()
+    saving.check_last_save()
 
 
 def _what_is_saved(args: Namespace) -> str:

@@ -165,14 +165,14 @@ def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
         # First the run's own checkpoint: a signal to end leaves little time.
         leaves = original(model, optimizer, scheduler, step, flops, context, data_iterator)
         if watch.best and args.rank == 0:
-            watch.best.settle()
+            watch.best.remove_earlier()
         if not leaves and watch.due(step):
 
             def keep(score: Score) -> None:
                 with watch.best.saving(args, step, asdict(score)):
                     training.save_checkpoint_and_time(step, *state, train_data_iterator=data_iterator)
                 if args.rank == 0:
-                    watch.best.settle()
+                    watch.best.remove_earlier()
 
             pause = _paused(args, model, optimizer)
             watch.evaluate(model, step, pause=pause, keep=keep if watch.best else None)
@@ -192,7 +192,7 @@ def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
             yield
     finally:
         if watch.best and args.rank == 0:
-            watch.best.settle()
+            watch.best.remove_earlier()
 
 
 @contextlib.contextmanager

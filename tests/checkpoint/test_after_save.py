@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cream.checkpoint import after_save, host_memory, retention
-from megatron_cream.checkpoint.host_memory import Gathered
+from megatron_cream.checkpoint.host_memory import OptimizerGather
 from megatron_cream.checkpoint.retention import Retention
 from megatron_cream.checkpoint.save_hook import SaveHook
 from tests.launch import train, write_documents
@@ -46,7 +46,7 @@ def test_kept_checkpoints(tmp_path_factory, steps, last, every, data):
     save = put(tmp_path_factory.mktemp("save"), *steps, newest=newest)
     folder = {step: save / f"iter_{step:07d}" for step in steps}
     kept = Retention(
-        save, last=last, every=every, kept=[folder[loaded]] if loaded else [],
+        save, last=last, every=every, protected=[folder[loaded]] if loaded else [],
         busy=lambda: {folder[busy]} if busy else set(),
     )  # fmt: skip
     kept.prune()
@@ -67,7 +67,7 @@ def test_incomplete_and_foreign_folders_stay_and_do_not_count(tmp_path):
     (save / "iter_of_mine").mkdir()
     elsewhere = put(tmp_path / "elsewhere", 1)
     (save / "iter_0000000").symlink_to(elsewhere / "iter_0000001")
-    kept = Retention(save, last=2, every=None, kept=[])
+    kept = Retention(save, last=2, every=None, protected=[])
     kept.prune()
     kept.close()
     stays = ["best", "iter_0000000", "iter_0000002", "iter_0000003", "iter_0000004", "iter_of_mine"]
@@ -84,14 +84,14 @@ def test_a_crash_during_removal_leaves_no_incomplete_checkpoint(tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(retention.shutil, "rmtree", stops)
-        kept = Retention(save, last=1, every=None, kept=[])
+        kept = Retention(save, last=1, every=None, protected=[])
         kept.prune()
         kept.close()
     assert left(save) == [2] and (save / ".iter_0000001.removed").is_dir()
     said = capfd.readouterr().err
     assert "iter_0000001.removed: an earlier checkpoint is not removed: Input/output error" in said
     assert said.count("\n") == 1
-    Retention(save, last=1, every=None, kept=[]).close()  # the next start
+    Retention(save, last=1, every=None, protected=[]).close()  # the next start
     assert not (save / ".iter_0000001.removed").exists()
 
 
@@ -102,7 +102,7 @@ def test_a_failed_removal_prints_one_line(tmp_path, monkeypatch, capfd):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "rename", refuses)
-    Retention(save, last=1, every=None, kept=[]).prune()
+    Retention(save, last=1, every=None, protected=[]).prune()
     assert left(save) == [1, 2]
     assert capfd.readouterr().err == f"warning: {save}: an earlier checkpoint is not removed: Permission denied\n"
 
@@ -194,16 +194,16 @@ def test_asynchronous_saves_run_hooks_and_resume_at_another_layout(tmp_path):
 
 def test_best_is_not_counted_among_the_checkpoints(tmp_path, monkeypatch):
     called = []
-    monkeypatch.setattr(after_save, "_save", tmp_path)
+    monkeypatch.setattr(after_save, "_save_folder", tmp_path)
     monkeypatch.setattr(after_save, "_prune", lambda: called.append(1))
-    after_save.whole(str(tmp_path / "best"), 2, tmp_path / "best" / "iter_0000002")
+    after_save.process_checkpoint(str(tmp_path / "best"), 2, tmp_path / "best" / "iter_0000002")
     assert not called
-    after_save.whole(str(tmp_path), 2, tmp_path / "iter_0000002")
+    after_save.process_checkpoint(str(tmp_path), 2, tmp_path / "iter_0000002")
     assert called
 
 
 @pytest.mark.parametrize(
-    "ranks, tensor, data, on_one, memory, shared",
+    "ranks, tensor, data, one_per_group, memory, shared",
     [
         (8, 1, 8, False, 8 * 12, 12),  # 7B on one host: eight copies, of which each rank writes an eighth
         (8, 1, 8, True, 12, 12),
@@ -212,14 +212,16 @@ def test_best_is_not_counted_among_the_checkpoints(tmp_path, monkeypatch):
         (1, 1, 1, False, 12, 12),
     ],
 )
-def test_a_save_too_large_for_host_memory_prints_one_line(monkeypatch, ranks, tensor, data, on_one, memory, shared):
-    gathered = Gathered(10**9, ranks, tensor, data, on_one)
-    assert (gathered.in_memory(), gathered.handed_over()) == (memory * 10**9, shared * 10**9)
+def test_a_save_too_large_for_host_memory_prints_one_line(
+    monkeypatch, ranks, tensor, data, one_per_group, memory, shared
+):
+    gathered = OptimizerGather(10**9, ranks, tensor, data, one_per_group)
+    assert (gathered.host_bytes(), gathered.shared_bytes()) == (memory * 10**9, shared * 10**9)
 
-    def said(memory_left: float, shared_left: float, handed_over: bool) -> str:
+    def said(memory_left: float, shared_left: float, asynchronous: bool) -> str:
         monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: Namespace(available=memory_left * 1e9))
         monkeypatch.setattr(host_memory.shutil, "disk_usage", lambda _: Namespace(free=shared_left * 1e9))
-        return host_memory.too_little(gathered, handed_over=handed_over)
+        return host_memory.find_shortage(gathered, asynchronous=asynchronous)
 
     assert not said(memory, shared, True) and not said(memory, 0, False)
     assert f"{memory:.1f} GB of this host's memory" in said(memory - 1, shared, False)

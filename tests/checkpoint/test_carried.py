@@ -70,9 +70,9 @@ DAMAGES = [(name, damage) for name in NAMES for damage in (cut, empty, flip, swa
 
 
 def test_an_intact_folder_prints_nothing(folder, capsys):
-    carried.check(folder, vocabulary=2048)
+    carried.check_files(folder, vocabulary=2048)
     output.write_manifest(folder, {})
-    carried.check(folder, vocabulary=2048)
+    carried.check_files(folder, vocabulary=2048)
     assert capsys.readouterr().err == ""
 
 
@@ -81,7 +81,7 @@ def test_damage_is_rejected_or_harmless(folder, name, damage):
     """Without sums: one line that names the file, or transformers reads what was passed on."""
     damage(folder / name)
     try:
-        carried.check(folder)
+        carried.check_files(folder)
     except UsageError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
         assert name in str(error) or damage is Path.unlink
@@ -89,7 +89,7 @@ def test_damage_is_rejected_or_harmless(folder, name, damage):
     assert damage not in (cut, empty, swap), "a whole file was taken for another"
     copied = folder.parent / "copied"
     copied.mkdir()
-    carried.copy(folder, copied)
+    carried.copy_files(folder, copied)
     tokenizer = AutoTokenizer.from_pretrained(copied, local_files_only=True)
     assert tokenizer("a text").input_ids
     if (copied / "generation_config.json").exists():
@@ -102,14 +102,14 @@ def test_checksums_find_every_change(folder, capsys, name, damage):
     output.write_manifest(folder, {})
     damage(folder / name)
     try:
-        carried.check(folder)
+        carried.check_files(folder)
     except UsageError as error:
         assert name in str(error)
     else:
         assert damage is not Path.unlink
         warning = capsys.readouterr().err
         assert warning.startswith("warning: ") and name in warning and len(warning.splitlines()) == 1
-    assert name in output.check_manifest(folder, texts=True)[0]
+    assert name in output.check_manifest(folder, include_texts=True)[0]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_checksums_find_every_change(folder, capsys, name, damage):
 def test_values_that_every_reader_rejects(folder, name, content, message):
     (folder / name).write_text(json.dumps(content))
     with pytest.raises(UsageError) as error:
-        carried.check(folder)
+        carried.check_files(folder)
     assert f"{folder / name}: {message}" in str(error.value)
 
 
@@ -135,13 +135,13 @@ def test_a_list_of_templates_is_accepted(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": WORDS}))
     (folder / "chat_template.jinja").unlink()
-    carried.check(folder)
+    carried.check_files(folder)
 
 
 def test_a_tokenizer_of_a_larger_vocabulary(folder, capsys):
-    carried.check(folder, vocabulary=1000)
+    carried.check_files(folder, vocabulary=1000)
     assert "the tokenizer has ids up to 1999, the model a vocabulary of 1000" in capsys.readouterr().err
-    carried.check(folder, vocabulary=1000, warn=False)
+    carried.check_files(folder, vocabulary=1000, warn=False)
     assert capsys.readouterr().err == ""
 
 
@@ -151,7 +151,7 @@ def test_templates_are_not_executed(folder):
         "{% for i in range(10**9) %}{% for j in range(10**9) %}{{ i }}{% endfor %}{% endfor %}"
     )
     (folder / TOOL_USE).write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    carried.check(folder)
+    carried.check_files(folder)
 
 
 def test_copied_files(folder):
@@ -161,7 +161,7 @@ def test_copied_files(folder):
     (folder / "original" / "tokenizer.model").write_text("x")
     copied = folder.parent / "copied"
     copied.mkdir()
-    carried.copy(folder, copied)
+    carried.copy_files(folder, copied)
     found = {file.relative_to(copied).as_posix() for file in copied.rglob("*") if file.is_file()}
     assert found == {*NAMES, "LICENSE.txt", "README.md"}
 
@@ -169,9 +169,7 @@ def test_copied_files(folder):
 def test_checking_does_not_contact_the_hub(folder):
     """In a process of its own that has no way out: transformers would ask for files that are not there."""
     script = "import socket, sys\ndef none(*a): raise SystemExit('asked the network')\nsocket.socket.connect = none\n"
-    script += (
-        "from pathlib import Path\nfrom megatron_cream.checkpoint import carried\ncarried.check(Path(sys.argv[1]))"
-    )
+    script += "from pathlib import Path\nfrom megatron_cream.checkpoint import carried\ncarried.check_files(Path(sys.argv[1]))"
     ended = subprocess.run(
         [sys.executable, "-c", script, folder], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 
 from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.checkpoint.mapping import pieces
+from megatron_cream.checkpoint.mapping import list_parameters
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.model import load_model
 from megatron_cream.model.rotary import rope_scaling_dict
@@ -209,7 +209,9 @@ def test_keys_are_those_of_the_model(tmp_path):
     for key, tensor in wanted.items():
         if not key.startswith(("embedding", "output_layer")) and hasattr(saved[key], "size"):
             assert tuple(saved[key].size) == tuple(tensor.global_shape), key
-    assert len({row.key for row, _ in pieces(checkpoint.shape)}) == sum(hasattr(s, "size") for s in saved.values())
+    assert len({row.key for row, _ in list_parameters(checkpoint.shape)}) == sum(
+        hasattr(s, "size") for s in saved.values()
+    )
 
 
 @pytest.fixture(scope="module")

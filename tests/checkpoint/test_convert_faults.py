@@ -19,7 +19,7 @@ platform.setup()
 from megatron_cream.checkpoint import output
 from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.checkpoint.mapping import pieces
+from megatron_cream.checkpoint.mapping import list_parameters
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.common.errors import UsageError
 from tests import bad_inputs
@@ -187,7 +187,7 @@ def test_a_folder_that_is_not_empty(hf, tmp_path):
         import_hf(HfFolder(hf), target)
     import_hf(HfFolder(hf), target, dtype=torch.bfloat16, overwrite=True)
     checkpoint = MegatronCheckpoint(target)
-    assert {checkpoint.dtype(row, layer) for row, layer in pieces(checkpoint.shape)} == {torch.bfloat16}
+    assert {checkpoint.dtype(row, layer) for row, layer in list_parameters(checkpoint.shape)} == {torch.bfloat16}
     (target / "iter_0000100").mkdir()  # training went on there
     with pytest.raises(UsageError, match="iter_0000100 is not"):
         import_hf(HfFolder(hf), target, overwrite=True)

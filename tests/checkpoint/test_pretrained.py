@@ -53,7 +53,7 @@ def test_rope_comes_from_the_model_unless_set(folder):
 
 
 def test_tokenizer_comes_from_the_model_unless_set(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(carried, "check", lambda *args, **options: None)  # of stand-ins
+    monkeypatch.setattr(carried, "check_files", lambda *args, **options: None)  # of stand-ins
     save_model(tmp_path / "hf", "llama-mha")
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"a sentencepiece model")
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
@@ -97,21 +97,21 @@ def test_bad_weights_are_found_before_anything_starts(folder, tmp_path):
 
 
 def test_a_checkpoint_that_exists_goes_before_hugging_face_weights(folder, tmp_path):
-    assert pretrained.weights_hook(read(folder, "--load-hf", folder / "qwen2", "--load", folder / "ckpt")) is None
+    assert pretrained.build_weights_hook(read(folder, "--load-hf", folder / "qwen2", "--load", folder / "ckpt")) is None
     new = ["--load-hf", folder / "qwen2", "--load", tmp_path / "run", "--save", tmp_path / "run"]
     args = read(folder, *new)
-    assert pretrained.weights_hook(args) is not None
+    assert pretrained.build_weights_hook(args) is not None
     assert args.save_interval == 2  # the run's length: Megatron has no default
 
 
 def test_files_copied_with_a_run(folder, tmp_path):
     args = read(folder, "--load", folder / "ckpt", "--save", tmp_path / "run")
     args.rank = 0
-    pretrained.carry(args)
+    pretrained.copy_model_files(args)
     config = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
     assert config["model_type"] == "qwen2"
     assert (tmp_path / "run" / "hf" / "generation_config.json").is_file()
     again = read(folder, "--load", tmp_path / "run", "--save", tmp_path / "run")
     again.rank = 0
-    pretrained.carry(again)
+    pretrained.copy_model_files(again)
     assert again.num_layers == 3

@@ -138,7 +138,7 @@ def test_servers(stretched):
 def test_an_import_has_the_same_window(stretched, tmp_path):
     import_hf(HfFolder(stretched), tmp_path / "again")
     again = MegatronCheckpoint(tmp_path / "again")
-    assert again.shape.max_position_embeddings == AFTER and not again.stretched
+    assert again.shape.max_position_embeddings == AFTER and not again.is_stretched
     export_hf(again, tmp_path / "out")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         before, after = (json.loads((folder / name).read_text()) for folder in (stretched, tmp_path / "out"))

@@ -18,7 +18,7 @@ platform.setup()
 from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.checkpoint.verify import _largest_difference, _tensors
+from megatron_cream.checkpoint.verify import _largest_difference, _verify_tensors
 from megatron_cream.commands import preprocess as command
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import atomic_write
@@ -161,7 +161,7 @@ def test_the_largest_difference_with_nan(hf, tmp_path, capsys):
     state = load_file(hf / "model.safetensors")
     state[Q_PROJ][0, 0] = nan
     save_file(state, hf / "model.safetensors", metadata={"format": "pt"})
-    assert not _tensors(MegatronCheckpoint(tmp_path / "ckpt"), HfFolder(hf))
+    assert not _verify_tensors(MegatronCheckpoint(tmp_path / "ckpt"), HfFolder(hf))
     assert f"29 of 30 equal; largest difference inf, in {Q_PROJ}" in capsys.readouterr().out
 
 

@@ -183,7 +183,7 @@ def test_any_tracker(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "tracker"
     folder.mkdir(exist_ok=True)
     (folder / output.TRACKER).write_bytes(content)
-    found = value_or_one_line(lambda: opening.newest_step(folder, "--load"))
+    found = value_or_one_line(lambda: opening.read_newest_step(folder, "--load"))
     assert found is None or found == "release" or found >= 0
     if content.strip().isdigit() and len(content) < 10:
         assert found == int(content)
@@ -226,7 +226,7 @@ def test_any_damage_to_the_common_state(checkpoint, edits):
 
     def read() -> opening.Step:
         step = opening.open_step(folder, "--load")
-        opening.check_pickles(step, "--load", keys=step.pickled())
+        opening.check_pickles(step, "--load", keys=step.pickled_keys())
         return step
 
     step = value_or_one_line(read)

@@ -126,12 +126,12 @@ def test_flags_that_cannot_run(mains, world, case):
 def test_checkpoints_saved_by_another_run_are_not_overwritten(tmp_path):
     """Looked at again when --save is held: a run of 30 s fits between the first look and the lock."""
     args = Namespace(save=str(tmp_path), load=None, skip_train=False)
-    checkpoint_start.refuse_another_run(args)
+    checkpoint_start.reject_other_run(args)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
     with pytest.raises(UsageError, match=f"--save {tmp_path}: holds the checkpoints of an earlier run"):
-        checkpoint_start.refuse_another_run(args)
+        checkpoint_start.reject_other_run(args)
     args.load = f"{tmp_path}/."
-    checkpoint_start.refuse_another_run(args)
+    checkpoint_start.reject_other_run(args)
 
 
 def test_intact_input_passes_every_check(mains, world):

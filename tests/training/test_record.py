@@ -44,12 +44,12 @@ def test_secrets_are_not_recorded(tmp_path, monkeypatch, flags):
     for name, value in {"NCCL_API_KEY": "s3cr3t", "NCCL_NET": "http://user:s3cr3t@proxy:3128"}.items():
         monkeypatch.setenv(name, value)
     given = ["--save", "x", "--save-interval", "1", *flags, "--data-path", "https://user:s3cr3t@host/data"]
-    args = Namespace(save_hook=save_hook.take(HOOK), config=flags[1] if flags[0] == "--config" else None, seed=1)
+    args = Namespace(save_hook=save_hook.set_command(HOOK), config=flags[1] if flags[0] == "--config" else None, seed=1)
     found = record.describe(Namespace(**vars(args), world_size=1, data_path=[given[-1]]), given)
     assert "s3cr3t" not in str(found) and found["settings"]["save_hook"] == "upload"
     assert found["environment"]["NCCL_NET"] == "http://***@proxy:3128"
     assert "save: x" in found["recipe"] if args.config else "upload" in " ".join(found["command"])
-    assert save_hook.words() == ["upload", "--token", "s3cr3t"]
+    assert save_hook.get_command() == ["upload", "--token", "s3cr3t"]
 
 
 def test_a_printed_configuration_hides_the_arguments_of_the_hook(tmp_path):

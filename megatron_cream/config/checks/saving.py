@@ -16,7 +16,7 @@ def check(args: Namespace) -> None:
         if value == given.default:
             continue
         if given.name == "save_hook":
-            value = save_hook.shown(save_hook.parse(value))
+            value = save_hook.program_name(save_hook.parse_command(value))
         shown = f"{to_flag(given.name)} {value}"
         if args.save is None:
             raise UsageError(f"{shown}: only with --save")
