@@ -231,7 +231,7 @@ ADVICE = [
            (with_("--key-token-model {0}/hf --short-context 32 --longppl", PERPLEXITY_OF_LONG),), LONG_TEXTS),
     Advice("must be above --short-context", with_("--longppl", PERPLEXITY_OF_LONG),
            (with_("--longppl --short-context 32", PERPLEXITY_OF_LONG),), LONG_TEXTS),
-    Advice("give another folder, or --overwrite", with_("--seed 5", EVALUATE),
+    Advice("another folder, or --overwrite", with_("--seed 5", EVALUATE),
            (with_("--seed 5 --overwrite", EVALUATE),), before=EVALUATE),
     Advice("has no tokenizer{}; give --tokenizer", EVALUATE_CKPT, (with_("--tokenizer {0}/hf", EVALUATE_CKPT),),
            also(remove("ckpt/hf/tokenizer.json"), remove("ckpt/hf/tokenizer_config.json"))),

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on a model: what an extension of the window must not cost on short texts."""
+"""EleutherAI's lm-evaluation-harness, to check that a longer window does not cost quality on short texts."""
 
 import json
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _CACHE = "requests"  # lm_eval adds _rank0.db
 
 
 def find_tasks(names: Sequence[str], include: Path | None) -> Any:
-    """Return lm_eval's task manager; check that it knows `names` and has their data.
+    """Return lm_eval's task manager after checking that it knows `names` and finds their data.
 
     Args:
-        names: of tasks and groups of tasks.
-        include: a folder with further tasks, YAML files.
+        names: names of tasks or task groups.
+        include: a folder with more tasks, as YAML files.
 
     Raises:
-        UsageError: lm_eval is not installed, there is no such task, or its data cannot be had.
+        UsageError: lm_eval is not installed, a task does not exist, or its data cannot be loaded.
     """
     try:
         import lm_eval.models.huggingface  # noqa: F401  (needs accelerate)
@@ -33,16 +33,16 @@ def find_tasks(names: Sequence[str], include: Path | None) -> Any:
     except ImportError as error:
         raise UsageError(f"harness: {error}: pip install lm_eval accelerate") from error
     if include is not None and not include.is_dir():
-        raise UsageError(f"--include-path {include}: no such folder; give one with tasks in YAML files")
+        raise UsageError(f"--include-path {include}: no such folder. Give a folder with tasks in YAML files.")
     manager = TaskManager(include_path=None if include is None else str(include))
     for name in names:
         if not manager.match_tasks([name]):
-            raise UsageError(f"--tasks {name}: lm_eval has no such task; `lm_eval ls tasks` lists them")
+            raise UsageError(f"--tasks {name}: lm_eval has no such task. `lm_eval ls tasks` lists them.")
     try:
         get_task_dict(list(names), manager)
-    except Exception as error:  # of many kinds: no network, a data set that moved, a package that it needs
+    except Exception as error:  # many types: no network, a data set that moved, a missing package
         reason = one_line(error)
-        raise UsageError(f"--tasks {','.join(names)}: cannot be set up: {reason}") from error
+        raise UsageError(f"--tasks {','.join(names)}: lm_eval cannot set it up: {reason}") from error
     return manager
 
 
@@ -61,21 +61,21 @@ def run(
 ) -> dict[str, dict[str, Any]]:
     """Run lm_eval.simple_evaluate with its transformers backend.
 
-    A Megatron checkpoint is exported to a temporary folder. Everything that lm_eval returns but the samples is
-    written to harness.json; answers to requests are cached in the results' folder, and a run that was stopped
-    resumes with them.
+    A Megatron checkpoint is exported to a temporary folder. Everything that lm_eval returns except the samples
+    is written to harness.json. Answers are cached in the results' folder, and an interrupted run resumes from
+    the cache.
 
     Args:
         source: the model.
-        names: of the tasks.
-        manager: of `find_tasks`.
-        num_fewshot: examples with answers in each prompt; None takes each task's own.
-        limit: examples of each task; None takes all.
-        batch_size: requests at once.
-        chat: put prompts into the chat template.
-        tokenizer: a Hugging Face folder in place of the model's own.
-        results: of this evaluation; its folder holds harness.json and the cache.
-        overwrite: remove the answers that an earlier run cached.
+        names: names of the tasks.
+        manager: the task manager that `find_tasks` returned.
+        num_fewshot: examples with answers in each prompt; None takes each task's own number.
+        limit: maximum examples per task; None takes all.
+        batch_size: requests per batch.
+        chat: whether to put prompts into the chat template.
+        tokenizer: a Hugging Face folder whose tokenizer replaces the model's own.
+        results: the results of this evaluation; their folder holds harness.json and the cache.
+        overwrite: whether to remove the answers that an earlier run cached.
 
     Returns: {task: {metric: value}}.
     """

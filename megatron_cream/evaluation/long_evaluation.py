@@ -1,4 +1,4 @@
-"""What is measured at the target lengths inside a training job, and which of two results is better."""
+"""Evaluation at the target lengths inside a training job, and the score that picks the best checkpoint."""
 
 import math
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ from megatron_cream.evaluation.recall import PLACES, Recall, build_recall_texts,
 
 @dataclass(frozen=True)
 class Score:
-    """What the best checkpoint is picked by.
+    """The score that picks the best checkpoint.
 
-    name: accuracy, the mean over retrieval tasks and lengths; or perplexity, the geometric mean over lengths.
-    loss: mean over the answers' tokens, then over tasks and lengths; it decides between equal accuracies.
+    name: "accuracy" or "perplexity".
+    value: mean accuracy over retrieval tasks and lengths, or geometric mean of the perplexity over lengths.
+    loss: mean over the answers' tokens, then over tasks and lengths; it decides between equal accuracies. For
+        perplexity: its logarithm.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Score:
         )
 
     def is_better_than(self, other: "Score | None") -> bool:
+        """Return whether this score beats `other`; a non-finite score beats nothing."""
         if other is None or not math.isfinite(self.loss):
             return math.isfinite(self.loss)
         if self.name == "accuracy":
@@ -40,13 +43,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """Of each retrieval task and length, and of each length."""
+    """What one evaluation measured.
+
+    recalls: task -> length -> recall.
+    perplexity: length -> perplexity.
+    """
 
     recalls: dict[str, dict[int, Recall]]
     perplexity: dict[int, float]
 
     def score(self, name: str) -> Score:
-        """Args: name: of Score."""
+        """Return the score called `name`: "accuracy" or "perplexity"."""
         if name == "perplexity":
             loss = _mean([math.log(value) for value in self.perplexity.values()])
             return Score(name, math.exp(loss), loss)
@@ -54,7 +61,7 @@ class Result:
         return Score(name, _mean([r.accuracy for r in recalls]), _mean([r.loss for r in recalls]))
 
     def flatten(self) -> dict[str, float]:
-        """task/length -> value, and so for what else is measured of a task."""
+        """Return every measured value by a name such as "kv/4096", "kv loss/4096" or "perplexity/4096"."""
         found = {}
         for task, by_length in self.recalls.items():
             for length, value in by_length.items():
@@ -63,7 +70,7 @@ class Result:
         return found | {f"perplexity/{length}": value for length, value in self.perplexity.items()}
 
     def format_line(self) -> str:
-        """For a line on the console."""
+        """Return the accuracies and perplexities as one line for the console."""
         parts = [
             f"{task} " + ", ".join(f"{length}: {value.accuracy:.2f}" for length, value in by_length.items())
             for task, by_length in self.recalls.items()
@@ -74,13 +81,14 @@ class Result:
 
 
 class LongEvaluation:
-    """The same prompts and documents at each call.
+    """An evaluation that uses the same prompts and documents at every call.
 
     Args:
-        tasks: of needle, kv, perplexity.
-        lengths: ascending, in tokens.
+        tokenizer: the model's tokenizer; None if perplexity is the only task.
+        tasks: any of needle, kv, perplexity.
+        lengths: context lengths in tokens, ascending.
         samples: prompts for each length and depth.
-        held_out: files of `read_held_out_documents`.
+        held_out: files for `read_held_out_documents`.
 
     Raises:
         UsageError: a length is too short for a task, or no held-out document is long enough.
@@ -105,12 +113,15 @@ class LongEvaluation:
             self._documents = read_held_out_documents(held_out, lengths[-1], PLACES * samples)
             if not self._documents:
                 raise UsageError(
-                    f"--long-eval-lengths {lengths[-1]}: no held-out document has as many tokens; give less, longer "
-                    "text, or --long-eval-tasks without perplexity"
+                    f"--long-eval-lengths {lengths[-1]}: no held-out document has that many tokens. Give a smaller "
+                    "length, longer texts, or --long-eval-tasks without perplexity."
                 )
 
     def __call__(self, model: list[torch.nn.Module]) -> Result:
-        """On every rank: Megatron's model chunks in evaluation mode, without gradients. The same on every rank."""
+        """Evaluate Megatron's model chunks; call it on every rank, and every rank gets the same result.
+
+        The model must be in evaluation mode, without gradients.
+        """
         recalls = {
             task: {length: measure_recall(model, texts, length) for length, texts in by_length.items()}
             for task, by_length in self._texts.items()

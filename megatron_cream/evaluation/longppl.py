@@ -1,10 +1,10 @@
 """LongPPL: perplexity over the tokens that need the long context (L. Fang and others, arXiv 2410.23771).
 
-A token is a key token if the long context makes it likelier, by more than alpha in natural
-logarithm, than a short context does (LSD > alpha), and if it is likely enough with the long one
-(LCL > beta). The paper's values are alpha 2 and beta -2, a short context of 4096 tokens, and 1024
-tokens that share one: each token's short context has from 4096 to 5119 tokens. Tokens before the
-4097th are never key tokens.
+A token is a key token if both hold: the long context raises its natural log-probability by more than
+alpha over a short context (LSD > alpha), and its log-probability with the long context is above beta
+(LCL > beta). The paper uses alpha 2, beta -2, a short context of 4096 tokens and blocks of 1024
+tokens that share a short context, so each token's short context has 4096 to 5119 tokens. Tokens
+before the 4097th are never key tokens.
 """
 
 from bisect import bisect_right
@@ -21,7 +21,13 @@ from megatron_cream.evaluation.sliding_window import Document
 
 @dataclass(frozen=True)
 class KeyTokenRule:
-    """alpha, beta: bounds of the gain, and of the log-probability.  short_context, block: in tokens."""
+    """The rule that decides which tokens are key tokens; the defaults are the paper's.
+
+    alpha: minimum gain in log-probability from the long context.
+    beta: minimum log-probability with the long context.
+    short_context: tokens of the short context.
+    block: tokens that share one short context.
+    """
 
     alpha: float = 2.0
     beta: float = -2.0
@@ -30,13 +36,13 @@ class KeyTokenRule:
 
 
 def find_key_tokens(model: LanguageModel, tokens: Sequence[int], long: Tensor, rule: KeyTokenRule) -> Tensor:
-    """Return which tokens but the first are key tokens: bool [n - 1].
+    """Return a mask of the key tokens among tokens[1:]: bool [n - 1].
 
     Args:
         model: computes the log-probabilities with the short context.
         tokens: ids of a document's n tokens.
         long: float32 [n - 1], log-probabilities of tokens[1:] with the long context.
-        rule: decides what is a key token.
+        rule: decides which tokens are key tokens.
     """
     ids = torch.tensor([tokens])
     result = torch.zeros(len(tokens) - 1, dtype=torch.bool)
@@ -52,24 +58,24 @@ def find_key_tokens(model: LanguageModel, tokens: Sequence[int], long: Tensor, r
 def find_key_spans(
     model: LanguageModel, document: Document, tokenizer: ModelTokenizer, rule: KeyTokenRule
 ) -> list[tuple]:
-    """Return the characters (start, end) of a document's key tokens by another model.
+    """Return the character spans (start, end) of the key tokens that another model finds.
 
-    Spans that touch are joined.
+    Adjacent spans are joined.
 
     Args:
-        model: the other model.
-        document: whose text is read.
-        tokenizer: of the document's tokens; the other model reads the same text with its own.
-        rule: decides what is a key token.
+        model: the other model; it reads the same text with its own tokenizer.
+        document: the text to read.
+        tokenizer: the tokenizer that made the document's tokens.
+        rule: decides which tokens are key tokens.
     """
-    mine = model.tokenizer
+    own_tokenizer = model.tokenizer
     text = document.text[: _find_token_spans(tokenizer, document.text, len(document.tokens))[-1][1]]
-    tokens = mine.encode_prompt(text)
+    tokens = own_tokenizer.encode_prompt(text)
     long = model.log_probs(torch.tensor([tokens]), 1)[0]
     is_key = find_key_tokens(model, tokens, long, rule).tolist()
     found: list[tuple[int, int]] = []
-    for key, (start, end) in zip(is_key, _find_token_spans(mine, text, len(tokens))[1:], strict=True):
-        if key and found and found[-1][1] >= start:  # tokens of parts of one character share its span
+    for key, (start, end) in zip(is_key, _find_token_spans(own_tokenizer, text, len(tokens))[1:], strict=True):
+        if key and found and found[-1][1] >= start:  # tokens of one character's bytes share its span
             found[-1] = (found[-1][0], end)
         elif key:
             found.append((start, end))
@@ -77,24 +83,24 @@ def find_key_spans(
 
 
 def find_tokens_in_spans(document: Document, tokenizer: ModelTokenizer, key: Sequence[tuple[int, int]]) -> Tensor:
-    """Return which tokens but the first lie whole within a span: bool [n - 1].
+    """Return a mask of the tokens after the first that lie entirely in a span: bool [n - 1].
 
     Args:
-        document: of n tokens.
-        tokenizer: of the document's tokens.
-        key: spans of characters in order, without overlap.
+        document: a document of n tokens.
+        tokenizer: the tokenizer that made the document's tokens.
+        key: character spans, in order and without overlap.
     """
 
-    def inside(start: int, end: int) -> bool:
+    def is_inside(start: int, end: int) -> bool:
         place = bisect_right(starts, start) - 1
         return place >= 0 and start < end <= key[place][1]
 
     starts = [start for start, _ in key]
     spans = _find_token_spans(tokenizer, document.text, len(document.tokens))[1:]
-    return torch.tensor([inside(*span) for span in spans], dtype=torch.bool)
+    return torch.tensor([is_inside(*span) for span in spans], dtype=torch.bool)
 
 
 def _find_token_spans(tokenizer: ModelTokenizer, text: str, count: int) -> list[tuple[int, int]]:
-    """The characters of the first `count` tokens of a text; a BOS has none."""
+    """Return the character spans of the first `count` tokens of a text; a BOS has the empty span (0, 0)."""
     bos = [] if tokenizer.bos is None else [(0, 0)]
     return [*bos, *tokenizer.token_spans(text)][:count]

@@ -1,4 +1,4 @@
-"""One picture of a task's results, as PNG."""
+"""The picture of a task's results, as a PNG file."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,13 @@ from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
 
 def draw(task: str, summary: dict[str, Any], file: Path) -> None:
-    """Write the picture of `report.summarise`'s value, or of `runner.summarise_perplexity`' for the task perplexity."""
+    """Write the picture of a task's summary.
+
+    Args:
+        task: the name of the task.
+        summary: what `report.summarise` returned; for perplexity, what `runner.summarise_perplexity` returned.
+        file: the PNG file to write.
+    """
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     _DRAW[task](axes, summary)
     save_picture(figure, file)
@@ -42,9 +48,7 @@ def _draw_kv(axes: Axes, summary: dict[str, Any]) -> None:
         )
     axes.legend()
     _set_percent_axis(axes)
-    axes.set(
-        title=_title("Key-value retrieval", summary), xlabel="place of the key that is asked for (% of the context)"
-    )
+    axes.set(title=_title("Key-value retrieval", summary), xlabel="place of the requested key (% of the context)")
 
 
 def _draw_lines(axes: Axes, summary: dict[str, Any]) -> None:
@@ -94,7 +98,7 @@ def _draw_by_length(axes: Axes, lines: dict[str, dict[str, float]], **style: Any
 
 
 def _set_percent_axis(axes: Axes) -> None:
-    axes.set(ylabel="right (%)", ylim=(-3, 103))
+    axes.set(ylabel="correct (%)", ylim=(-3, 103))
     axes.grid(alpha=0.3)
 
 
@@ -103,7 +107,7 @@ def _title(name: str, summary: dict[str, Any]) -> str:
 
 
 def _format_size(size: str) -> str:
-    """12_keys -> 12 keys; 4096 -> 4,096."""
+    """Return "12 keys" for "12_keys" and "4,096" for "4096"."""
     return f"{int(size):,}" if size.isdecimal() else size.replace("_", " ")
 
 

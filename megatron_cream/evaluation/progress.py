@@ -1,16 +1,16 @@
-"""How far an evaluation is: a bar on a terminal, a line a minute where the output goes to a file."""
+"""The progress of an evaluation: a bar on a terminal, one line per minute in a log file."""
 
 from megatron_cream.common.progress_bar import ProgressBar
 
 
 class WorkBar:
-    """Counts examples, weighs them by their tokens, and tells tokens/s and the time left.
+    """A progress bar that shows finished examples, tokens/s and the time left.
 
-    Use as a context manager.
+    Use it as a context manager.
 
     Args:
-        examples: in all.
-        tokens: in all, by which the time left is told; None: by examples.
+        examples: total number of examples.
+        tokens: total number of tokens, from which the time left is estimated; None estimates it from examples.
     """
 
     def __init__(self, examples: int, tokens: int | None):
@@ -19,20 +19,20 @@ class WorkBar:
         self._bar = ProgressBar(tokens or examples, f"0/{examples}", seconds_between_lines=60)
 
     def skip(self, weight: int) -> None:
-        """Count an example that an earlier run did.
+        """Count an example that an earlier run finished.
 
         Args:
-            weight: as it counts in the total of tokens.
+            weight: the example's part of the total, in tokens.
         """
         self._done += 1
         self._bar.subtract(weight if self._weighed else 1, self._text())
 
     def add(self, weight: int, tokens: int) -> None:
-        """Count an example that was done.
+        """Count an example that this run finished.
 
         Args:
-            weight: as it counts in the total of tokens.
-            tokens: that were read for it.
+            weight: the example's part of the total, in tokens.
+            tokens: tokens that the model read for it.
         """
         self._done += 1
         self._read += tokens

@@ -1,4 +1,4 @@
-"""Retrieval by teacher forcing: prompts of the long-context tasks with their gold answers, and the share recalled."""
+"""Retrieval accuracy by teacher forcing, on prompts of the long-context tasks with their gold answers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
 
 TASKS = ("needle", "kv")
 PLACES = 5
-"""Depths of the needle, and places of the key, from the start of the context to its end."""
+"""Number of depths of the needle, or places of the key, from the start of the context to its end."""
 
-# What stands between a task's prompt and its answer. A key is asked for in quotes, and so answered.
+# Text between a task's prompt and its answer. The kv prompt quotes its keys, so the answer starts with a quote.
 _LEAD = {"needle": " ", "kv": ' "'}
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Of some prompts.
+    """Retrieval results over a set of prompts.
 
-    accuracy: share of the answers that greedy decoding gives, whole.
-    tokens: share of the answers' tokens that it gives after the right ones before.
+    accuracy: share of the answers that greedy decoding gives completely.
+    tokens: share of the answers' tokens that are the likeliest after the correct tokens before them.
     loss: mean over the answers' tokens.
     """
 
@@ -35,12 +35,12 @@ class Recall:
 
 
 def build_recall_texts(tokenizer: ModelTokenizer, task: str, length: int, samples: int) -> list[ScoredText]:
-    """Return PLACES x `samples` prompts with answers, the same for equal arguments.
+    """Return PLACES x `samples` prompts with answers; equal arguments give equal texts.
 
     Args:
-        tokenizer: of the model.
-        task: of TASKS.
-        length: tokens of each text at most, but for the last one of an answer, which is not read.
+        tokenizer: the model's tokenizer.
+        task: one of TASKS.
+        length: maximum tokens of a text; the last token of an answer is not read and not counted.
         samples: prompts at each place.
 
     Raises:
@@ -56,7 +56,7 @@ def build_recall_texts(tokenizer: ModelTokenizer, task: str, length: int, sample
 
 
 def measure_recall(model: list[torch.nn.Module], texts: list[ScoredText], length: int) -> Recall:
-    """See `score_texts` for the arguments; the same on every rank."""
+    """Measure the recall of `texts` on every rank; arguments as in `score_texts`."""
     nll, count, likeliest = score_texts(model, texts, length).unbind(dim=1)
     return Recall(
         accuracy=(likeliest == count).double().mean().item(),
@@ -75,7 +75,7 @@ def _build_examples(tokenizer: ModelTokenizer, task: str, length: int, samples: 
 def _build_text(tokenizer: ModelTokenizer, example: Example, lead: str) -> ScoredText:
     before = tokenizer.encode_prompt(example.prompt + lead)
     whole = tokenizer.encode_prompt(example.prompt + lead + example.answers[0])
-    # Of the lead a tokenizer may make one token with the answer's first letters: then that is scored too.
+    # A tokenizer may merge the lead with the answer's first letters: that token is then scored too.
     pairs = enumerate(zip(before, whole, strict=False))
     first = next((i for i, (one, other) in pairs if one != other), min(len(before), len(whole)))
     return ScoredText(np.array(whole, dtype=np.int64), first)

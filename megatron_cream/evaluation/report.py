@@ -1,6 +1,6 @@
-"""Means of a task's scores, as a plain value for summary.json and as a table for the console.
+"""Means of a task's scores, as JSON values for summary.json and as a table for the console.
 
-Scores are shares from 0 to 1 in values, and percent in tables.
+Scores are from 0 to 1 in the JSON values and in percent in the tables.
 """
 
 from collections import defaultdict
@@ -15,13 +15,13 @@ Records = list[dict[str, Any]]
 
 
 def summarise(task: str, records: Records) -> dict[str, Any]:
-    """{"score": mean, "examples": n, and the means by what the task varies}; keys are strings, as in JSON.
+    """Return the means of a task's scores, with strings as keys, as in JSON.
 
-    Returns, beside those two:
-        needle: by_length_and_depth {length: {depth: mean}}; rouge_l, where it was taken.
+    Returns: {"score": mean, "examples": number of records} and, by task:
+        needle: by_length_and_depth {length: {depth: mean}}; rouge_l if the records have it.
         lines: by_length {length or number of lines: mean}.
         kv: by_position {number of keys or length: {depth: mean}}.
-        ruler: by_task {task: {length: mean}}, by_length {length: mean over tasks}, effective_length.
+        ruler: by_task {task: {length: mean}}, by_length {length: mean over tasks}, threshold, effective_length.
         longbench: by_dataset {name: mean}; score is the mean over data sets, as published.
     """
     summary: dict[str, Any] = {"score": _mean(r["score"] for r in records), "examples": len(records)}
@@ -53,7 +53,12 @@ def summarise(task: str, records: Records) -> dict[str, Any]:
 
 
 def build_table(task: str, summary: dict[str, Any]) -> Table:
-    """What a person reads of `summarise`'s value, or of `runner.summarise_perplexity`' for the task perplexity."""
+    """Build the console table of a task from its summary.
+
+    Args:
+        task: the name of the task.
+        summary: what `summarise` returned; for perplexity, what `runner.summarise_perplexity` returned.
+    """
     if task == "perplexity":
         return _build_perplexity_table(summary)
     title = f"{task}: {_format_share(summary['score'])} % over {summary['examples']} examples"
@@ -125,7 +130,7 @@ def _depth_key(record: dict) -> str:
 
 
 def _size_key(record: dict) -> str:
-    """How long an example is meant to be: the number of its keys or lines, where that was asked for."""
+    """Return the requested size of an example: "75_keys" or "300_lines" if counts were requested, else its length."""
     return record["part"] or str(record["length"])
 
 

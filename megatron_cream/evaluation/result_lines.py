@@ -1,4 +1,4 @@
-"""The lines of results.jsonl: one JSON object an example, each with a checksum of its own.
+"""The lines of results.jsonl: one JSON object per example, each with its own checksum.
 
 A line reads `{"crc32": "0123abcd", "name": ...}`: the CRC-32 of the line's bytes without that first entry.
 """
@@ -19,20 +19,20 @@ _SUM_END = len(_BEGIN) + 8
 
 
 def format_line(record: dict[str, Any]) -> str:
-    """The line of a record, with its checksum and a line feed."""
+    """Return a record as a line of results.jsonl, with checksum and line feed."""
     text = to_json(record, ensure_ascii=False)
     return f'{{"{_KEY}": "{zlib.crc32(text.encode()):08x}", {text[1:]}\n'
 
 
 def read_records(path: Path, *, need_checksums: bool) -> dict[str, dict[str, Any]]:
-    """Read the records by name. Cut off a last line that a killed run left unfinished.
+    """Return the records by name, and cut off a last line that a killed run left unfinished.
 
     Args:
-        path: of results.jsonl.
-        need_checksums: every line must have a checksum; files of older versions have none.
+        path: the results.jsonl file.
+        need_checksums: whether to reject lines without a checksum; older versions wrote none.
 
     Raises:
-        UsageError: a line is damaged, no result, or disagrees with another. Names the line's number.
+        UsageError: a line is damaged, is not a result, or contradicts another; names the line number.
     """
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
@@ -45,23 +45,24 @@ def read_records(path: Path, *, need_checksums: bool) -> dict[str, dict[str, Any
             record = _parse_line(line, need_checksums)
         except (ValueError, RecursionError) as error:
             raise UsageError(
-                f"--output: {path}, line {number}: not a result ({one_line(error)}); delete that line and its example "
-                "is done again, or give another folder, or --overwrite"
+                f"--output: {path}, line {number}: not a result ({one_line(error)}). Delete that line to evaluate its "
+                "example again, or give another folder, or --overwrite."
             ) from error
         name = record["name"]
         if record != records.setdefault(name, record):
             raise UsageError(
-                f"--output: {path}, lines {found[name]} and {number}: different results of {name}; delete one of "
-                "them, or give another folder, or --overwrite"
+                f"--output: {path}, lines {found[name]} and {number}: different results of {name}. Delete one of "
+                "them, or give another folder, or --overwrite."
             )
         found.setdefault(name, number)
     return records
 
 
 def _parse_line(line: bytes, need_checksums: bool) -> dict[str, Any]:
-    """
+    """Parse a line and check its checksum.
+
     Raises:
-        ValueError: damaged, or no result.
+        ValueError: the line is damaged or is not a result.
     """
     if line.startswith(_BEGIN) and line[_SUM_END : _SUM_END + 3] == b'", ':
         content = b"{" + line[_SUM_END + 3 :]
@@ -73,15 +74,15 @@ def _parse_line(line: bytes, need_checksums: bool) -> dict[str, Any]:
         content = line
     record = json.loads(content)
     if not is_record(record):
-        raise ValueError("a name or a score is missing, or is none")
+        raise ValueError("a name or a score is missing or invalid")
     return record
 
 
 def is_record(record: Any) -> bool:
-    """Whether it has what `report.summarise` or `runner.summarise_perplexity` reads."""
+    """Return whether `record` has the fields that `report.summarise` or `runner.summarise_perplexity` reads."""
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         return False
-    if "lengths" in record:  # of perplexity
+    if "lengths" in record:  # a record of the perplexity task
         rows = record["lengths"].items() if isinstance(record["lengths"], dict) else [("", None)]
         return all(
             length.isdecimal()
@@ -91,9 +92,9 @@ def is_record(record: Any) -> bool:
             for length, row in rows
         )
     score, depth = record.get("score"), record.get("depth")
-    right = _is_number(score) and 0 <= score <= 1 and _is_number(record.get("rouge_l", 0))
-    right = right and isinstance(record.get("part"), str) and type(record.get("length")) is int
-    return right and (depth is None or _is_number(depth))
+    valid = _is_number(score) and 0 <= score <= 1 and _is_number(record.get("rouge_l", 0))
+    valid = valid and isinstance(record.get("part"), str) and type(record.get("length")) is int
+    return valid and (depth is None or _is_number(depth))
 
 
 def _is_number(value: Any) -> bool:

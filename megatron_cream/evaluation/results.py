@@ -1,4 +1,4 @@
-"""A folder of results that a run fills one example at a time, and that the next run goes on with."""
+"""The results folder: a run adds one example at a time, and the next run resumes from it."""
 
 import contextlib
 import fcntl
@@ -29,11 +29,11 @@ _CHECKSUMS = "line_checksums"
 
 
 class Results:
-    """Made by `open_results`.
+    """The open results folder of one run; `open_results` makes it.
 
     Attributes:
-        folder: holds results.jsonl (a line an example), summary.json and picture.png.
-        records: of the examples that are done, by name.
+        folder: holds results.jsonl (one line per example), summary.json and picture.png.
+        records: records of the finished examples, by name.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Results:
         self._description, self._lines, self._overwrites = description, lines, overwrites
 
     def add(self, record: dict[str, Any]) -> None:
-        """Keep one example's result; `name` is its key. It is on disk when this returns."""
+        """Append one example's result, with `record["name"]` as its key, and flush it to the file."""
         line = format_line(record)
         if self._overwrites:
             self.begin(line)
@@ -58,27 +58,28 @@ class Results:
         self.records[record["name"]] = record
 
     def begin(self, line: str = "") -> None:
-        """With `overwrite`: replace the earlier run's files, once the new ones are on the disk.
+        """Replace an earlier run's files after the new ones are on disk; do nothing unless overwriting.
 
         Args:
-            line: the first of the new results.
+            line: the first line of the new results.
         """
         if not self._overwrites:
             return
         with atomic_write(self.folder / SUMMARY) as file:
             self._dump(file, finished=False, results=None)
             file.flush()
-            # Killed in between, it leaves results without a summary, which no run takes for its own.
+            # A kill between the two leaves results without a summary, from which no run resumes.
             self._lines = _replace_lines(self.folder, line, remove=(PICTURE, SUMMARY))
         self._overwrites = False
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write summary.json anew, with the aggregate `results` of all examples."""
+        """Write the final summary.json with the aggregate `results` of all examples."""
         self.begin()
         os.fsync(self._lines.fileno())
         self.write_summary(finished=True, results=results)
 
     def write_summary(self, **more: Any) -> None:
+        """Write summary.json: the description of the run and the fields `more`."""
         with atomic_write(self.folder / SUMMARY) as file:
             self._dump(file, **more)
 
@@ -93,26 +94,27 @@ class Results:
 def open_results(
     folder: Path, *, settings: dict[str, Any], model: dict[str, Any], model_path: Path, overwrite: bool
 ) -> Iterator[Results]:
-    """Open the folder's results, and resume those of equal settings and model.
+    """Open a results folder, and resume if its settings and model are the same.
 
-    A run that ends by a UsageError before its first result removes the files and the empty folders that it made.
+    A run that fails with a UsageError before its first result removes the files and empty folders that it made.
 
     Args:
-        folder: of the results; made where it is missing.
-        settings: whatever changes the results, as JSON values, by flag.
-        model: `Source.identity()`.
-        model_path: where it lies now, for the reader of summary.json.
-        overwrite: begin anew. What an earlier run left there stays until the first new result is on the disk.
+        folder: the results folder; made if missing.
+        settings: every setting that changes the results, as JSON values, by flag.
+        model: the model's `Source.identity()`.
+        model_path: the model's current path, for readers of summary.json.
+        overwrite: start again; an earlier run's files stay until the first new result is on disk.
 
     Raises:
-        UsageError: made with others, damaged, in use by another run, or not results of an evaluation.
+        UsageError: the folder has other settings or another model, is damaged, is in use by another run, or holds
+            files that no evaluation wrote.
     """
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {folder}: exists and is not a folder; give another")
+        raise UsageError(f"--output {folder}: exists and is not a folder. Give another path.")
     check_can_create(folder, "--output")
     for name in (RESULTS, SUMMARY, PICTURE):
         if (folder / name).exists() and not (folder / name).is_file():
-            raise UsageError(f"--output {folder}: its {name} is not a file; give another folder")
+            raise UsageError(f"--output {folder}: its {name} is not a file. Give another folder.")
     made = [folder / name for name in (RESULTS, SUMMARY) if not (folder / name).exists()]
     if overwrite or len(made) == 2:
         _check_replaceable(folder)
@@ -130,7 +132,7 @@ def open_results(
                 if not overwrites:
                     results.write_summary(finished=False, results=None)
                 yield results
-        except UsageError:  # a model that cannot be loaded, say
+        except UsageError:  # for example, a model that cannot be loaded
             if not records:
                 for path in made:
                     path.unlink(missing_ok=True)
@@ -139,21 +141,24 @@ def open_results(
 
 
 def _load_earlier(folder: Path, description: dict[str, Any], lines: TextIO) -> tuple[dict[str, dict[str, Any]], TextIO]:
-    """What an earlier run of the same settings has done, and where to append; lines without checksums get theirs."""
+    """Return the records of an earlier run with the same settings, and the file to append to.
+
+    Adds checksums to lines that have none.
+    """
     path, has_checksums = folder / RESULTS, True
     if (folder / SUMMARY).exists():
         has_checksums = _check_same_run(folder, description)
     elif path.stat().st_size:
-        raise UsageError(f"--output {folder}: its {RESULTS} has no {SUMMARY}; give another folder, or --overwrite")
+        raise UsageError(f"--output {folder}: its {RESULTS} has no {SUMMARY}. Give another folder, or --overwrite.")
     records = read_records(path, need_checksums=has_checksums)
     return records, lines if has_checksums else _replace_lines(folder, "".join(map(format_line, records.values())))
 
 
 def _open_locked(folder: Path) -> TextIO:
-    """The folder's results.jsonl, to append to; no other run has it.
+    """Open the folder's results.jsonl to append to it, with an exclusive lock.
 
     Raises:
-        UsageError: another run writes there.
+        UsageError: another run holds the lock.
     """
     path, tries = folder / RESULTS, 100
     while True:
@@ -178,14 +183,14 @@ def _open_locked(folder: Path) -> TextIO:
 
 
 def _replace_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> TextIO:
-    """Replace results.jsonl by a new one, locked, that begins with `text`.
+    """Replace results.jsonl by a new, locked file that starts with `text`.
 
-    Without room all stays as it was.
+    If the disk is full, nothing changes.
 
     Args:
-        folder: of the results.
-        text: whole lines.
-        remove: files of the folder that go just before.
+        folder: the results folder.
+        text: complete lines.
+        remove: names of files in the folder to remove just before the replacement.
     """
     path = Path(os.path.realpath(folder / RESULTS))
     beside = path.with_name(f".{path.name}.partial")
@@ -206,12 +211,12 @@ def _replace_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> Tex
 
 
 def _versions() -> dict[str, str]:
-    """Of what computes results, and the GPU's name."""
+    """Return the versions of the packages that compute results, and the GPU's name."""
     return find_versions(_PACKAGES) | {"gpu": torch.cuda.get_device_name() if devices.has_cuda() else "none"}
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise UsageError where files that no evaluation wrote would be written over."""
+    """Raise UsageError if the run would overwrite files that no evaluation wrote."""
     with contextlib.suppress(UsageError):
         summary = read_json(folder / SUMMARY, "a summary")
         if isinstance(summary, dict) and {"settings", "model", "finished"} <= summary.keys():
@@ -221,14 +226,20 @@ def _check_replaceable(folder: Path) -> None:
             return
     for name in (RESULTS, SUMMARY, PICTURE):
         if (folder / name).exists() and (folder / name).stat().st_size:
-            raise UsageError(f"--output {folder}: no evaluation wrote its {name}; give another folder, or remove it")
+            raise UsageError(
+                f"--output {folder}: its {name} was not written by an evaluation. Give another folder, or remove it."
+            )
 
 
 def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
-    """Whether each line has a checksum, by a summary of the same settings and model.
+    """Check that the folder has the same settings and model; return whether its lines have checksums.
+
+    Args:
+        folder: the results folder, with a summary.json.
+        now: the description of this run.
 
     Raises:
-        UsageError: of others, or damaged.
+        UsageError: the settings or the model differ, or summary.json is damaged.
     """
     try:
         before = read_json(folder / SUMMARY, "a summary")
@@ -236,7 +247,7 @@ def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
         same_model = before["model"] == now["model"]
     except (UsageError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"--output {folder}: its {SUMMARY} cannot be read ({one_line(error)}); give another folder, or --overwrite"
+            f"--output {folder}: its {SUMMARY} cannot be read ({one_line(error)}). Give another folder, or --overwrite."
         ) from error
     different = [key for key in [*new, *(old.keys() - new.keys())] if old.get(key) != new.get(key)]
     if different:
@@ -246,7 +257,7 @@ def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
         reason = "another model, or another --engine or --dtype"
     else:
         return _CHECKSUMS in before
-    raise UsageError(f"--output {folder}: its results were made with {reason}; give another folder, or --overwrite")
+    raise UsageError(f"--output {folder}: its results were made with {reason}. Give another folder, or --overwrite.")
 
 
 def _shorten(value: Any) -> str:

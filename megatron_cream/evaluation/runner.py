@@ -1,4 +1,4 @@
-"""Runs of examples or documents through a model: what is done is kept, what was done is not done again."""
+"""Runs examples or documents through a model: keeps every result at once and skips those of earlier runs."""
 
 import contextlib
 import math
@@ -22,23 +22,23 @@ from megatron_cream.evaluation.results import RESULTS, Results
 from megatron_cream.evaluation.sliding_window import Document
 from megatron_cream.evaluation.tasks.task import Example
 
-_BATCHES_AT_ONCE = 8  # examples are taken so many batches at a time, and sorted by length among themselves
+_BATCHES_AT_ONCE = 8  # batches of examples that are sorted by length together
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class OutOfMemory(Exception):
-    """The device's memory did not do. The message is one line with advice; results so far are kept."""
+    """The device ran out of memory. The message is one line with advice; earlier results are kept."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """The examples of a run.
 
-    examples: made as they are taken, short ones first where lengths are given.
-    count: how many.
-    tokens: in all of them, if that is known before.
-    score: of (example, output), 0 to 1; and what else is to be kept of them.
+    examples: made lazily, short ones first if lengths are given.
+    count: number of examples.
+    tokens: total tokens of all examples, or None if unknown.
+    score: (example, output) -> {"score": 0 to 1} and any other values to record.
     """
 
     examples: Iterable[Example]
@@ -49,7 +49,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are made: see `generation.generate`; `chat` puts prompts into the chat template."""
+    """Settings of generation: see `generation.generate`; `chat` puts prompts into the chat template."""
 
     batch_size: int
     temperature: float = 0.0
@@ -61,18 +61,18 @@ class Generation:
 def run_task(
     open_model: Callable[[], LanguageModel], plan: Plan, generation: Generation, results: Results
 ) -> list[dict[str, Any]]:
-    """Answer and score every example that `results` lacks.
+    """Answer and score every example that `results` does not have yet.
 
     Args:
-        open_model: called once there is something to answer.
+        open_model: loads the model; called only if an example is missing.
         plan: the examples, and how to score them.
-        generation: how answers are made.
-        results: keeps each record as soon as it is made.
+        generation: settings of generation.
+        results: receives each record as soon as it is made.
 
-    Returns: the records of all the plan's examples, in its order.
+    Returns: the records of all the plan's examples, in the plan's order.
 
     Raises:
-        OutOfMemory: with what was done until then kept.
+        OutOfMemory: the device ran out of memory; earlier results are kept.
     """
     order: list[str] = []
     with WorkBar(plan.count, plan.tokens) as bar:
@@ -87,9 +87,9 @@ def run_task(
                     yield example
 
         todo, model = missing(), None
-        while some := list(islice(todo, min(_BATCHES_AT_ONCE * generation.batch_size, sys.maxsize))):
+        while chunk := list(islice(todo, min(_BATCHES_AT_ONCE * generation.batch_size, sys.maxsize))):
             model = model or open_model()
-            for batch in _make_batches(model, some, generation):
+            for batch in _make_batches(model, chunk, generation):
                 for record in _answer_batch(model, batch, plan, generation):
                     results.add(record)
                     bar.add(record["length"], record["prompt_tokens"])
@@ -108,22 +108,22 @@ def run_perplexity(
 ) -> list[dict[str, Any]]:
     """Measure the negative log-likelihood of each document at each context length.
 
-    Skips the documents that `results` has already.
+    Skips the documents that `results` already has.
 
     Args:
-        open_model: called once there is something to score.
+        open_model: loads the model; called only if a document is missing.
         documents: tokenized texts.
-        lengths: of the context, in tokens.
-        stride: tokens that a window moves; a shorter context moves by its length.
-        rule: what makes a key token of LongPPL; None leaves LongPPL out.
-        key: bool [n - 1] by document's name, the key tokens by another model; those of documents
-            that are not there are the model's own, with the longest context.
-        results: keeps each record as soon as it is made.
+        lengths: context lengths in tokens.
+        stride: tokens between two windows; a shorter context moves by its own length.
+        rule: LongPPL's rule for key tokens; None skips LongPPL.
+        key: document name -> bool [n - 1], the key tokens that another model found. For other documents the model
+            finds them itself, with the longest context.
+        results: receives each record as soon as it is made.
 
     Returns: the records of all documents: {"lengths": {n: {"nll", "tokens", "key_nll", "key_tokens"}}}.
 
     Raises:
-        OutOfMemory: with what was done until then kept.
+        OutOfMemory: the device ran out of memory; earlier results are kept.
     """
     by_length, model = sorted(lengths, reverse=True), None
     with WorkBar(len(documents), sum(len(document.tokens) for document in documents)) as bar:
@@ -149,18 +149,18 @@ def run_perplexity(
 def find_key_tokens_by_model(
     open_model: Callable[[], LanguageModel], documents: list[Document], tokenizer: ModelTokenizer, rule: KeyTokenRule
 ) -> dict[str, Tensor]:
-    """Find key tokens of LongPPL by another model: bool [n - 1] by document's name.
-
-    The model is freed afterwards.
+    """Find LongPPL's key tokens with another model, and free the model afterwards.
 
     Args:
-        open_model: called once there is a document.
+        open_model: loads the other model; called only if there is a document.
         documents: tokenized texts.
-        tokenizer: of the documents' tokens.
-        rule: decides what is a key token.
+        tokenizer: the tokenizer that made the documents' tokens.
+        rule: decides which tokens are key tokens.
+
+    Returns: document name -> bool [n - 1], for a document of n tokens.
 
     Raises:
-        OutOfMemory: the other model takes too much.
+        OutOfMemory: the other model ran out of memory.
     """
     model, found = None, {}
     for document in documents:
@@ -180,7 +180,7 @@ def _sum_losses(log_probs: Tensor, is_key: Tensor | None) -> dict[str, float]:
 
 
 def _make_batches(model: LanguageModel, examples: list[Example], generation: Generation) -> Iterator[list[tuple]]:
-    """(example, prompt ids) by batches of similar lengths."""
+    """Yield batches of (example, prompt ids) with similar lengths."""
     encode = model.tokenizer.encode_chat if generation.chat else model.tokenizer.encode_prompt
     pairs = [(example, encode(example.prompt)) for example in examples]
     pairs.sort(key=lambda pair: (pair[0].max_new_tokens, len(pair[1])))
@@ -218,22 +218,22 @@ def _answer_batch(model: LanguageModel, batch: list[tuple], plan: Plan, generati
 
 @contextlib.contextmanager
 def report_out_of_memory(tokens: int, samples: int) -> Iterator[None]:
-    """What runs out of memory in the block raises OutOfMemory; `samples` of `tokens` each are what it runs."""
+    """Turn out-of-memory errors of the block, which runs `samples` of `tokens` each, into OutOfMemory."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         # On a CPU torch raises a plain RuntimeError.
-        if type(error) is RuntimeError and not any(words in str(error) for words in _NO_MEMORY):
+        if type(error) is RuntimeError and not any(phrase in str(error) for phrase in _NO_MEMORY):
             raise
         batch = "" if samples == 1 else "a smaller --batch-size, "
         raise OutOfMemory(
-            f"out of memory at {tokens} tokens x {samples}: try {batch}a smaller --prefill-chunk, or shorter lengths; "
-            "what is done is kept, and the same command goes on from there"
+            f"out of memory at {tokens} tokens x {samples}: try {batch}a smaller --prefill-chunk, or shorter lengths. "
+            "Finished results are kept, and the same command resumes."
         ) from error
 
 
 def _check_same_example(example: Example, results: Results) -> None:
-    """Raise UsageError where the folder's result of that name is of another example."""
+    """Raise UsageError if the folder's result with this name belongs to another example."""
     record = results.records[example.name]
     values = {"part": example.part, "length": example.length, "depth": example.depth, "answers": list(example.answers)}
     for key, value in values.items():
@@ -242,7 +242,7 @@ def _check_same_example(example: Example, results: Results) -> None:
 
 
 def _check_lengths(document: Document, lengths: list[int], rule: KeyTokenRule | None, results: Results) -> None:
-    """Raise UsageError where the folder's result of that document is of other context lengths."""
+    """Raise UsageError if the folder's result for this document has other context lengths."""
     rows = results.records[document.name].get("lengths", {})
     if rows.keys() != set(map(str, lengths)):
         _reject(document.name, f"context lengths {', '.join(rows) or 'none'}, not {lengths}", results)
@@ -252,13 +252,13 @@ def _check_lengths(document: Document, lengths: list[int], rule: KeyTokenRule | 
 
 def _reject(name: str, reason: str, results: Results) -> NoReturn:
     raise UsageError(
-        f"--output {results.folder}: its {RESULTS} has a result of {name} with {reason}; delete that line and the "
-        "example is done again, or give another folder, or --overwrite"
+        f"--output {results.folder}: its {RESULTS} has a result of {name} with {reason}. Delete that line to evaluate "
+        "the example again, or give another folder, or --overwrite."
     )
 
 
 def summarise_perplexity(records: list[dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:
-    """By length: perplexity over all scored tokens, and LongPPL over all key tokens if they were told."""
+    """Return for each length the perplexity of all scored tokens, and LongPPL if the records have key tokens."""
     summary = {}
     for length in sorted({length for record in records for length in record["lengths"]}, key=int):
         parts = [record["lengths"][length] for record in records]

@@ -67,7 +67,7 @@ def test_an_endless_chat_template_is_rejected(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=f"^{tmp_path}/x.jsonl:1: the chat template of {tmp_path}/tokenizer does not"):
         preprocess([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer, chat_format="tokenizer", progress=False)
     with pytest.raises(UsageError, match="--chat: the model's chat template does not come to an end"):
-        open_tokenizer(tmp_path / "tokenizer", flag="--model").chat("q")
+        open_tokenizer(tmp_path / "tokenizer", flag="--model").encode_chat("q")
 
 
 def test_long_texts_repeated_in_a_dictionary_are_read(tmp_path):

@@ -67,7 +67,7 @@ def test_a_foreign_picture_stays(refused, tmp_path):
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
     (out / PICTURE).write_bytes(b"mine")
-    assert f"--output {out}: no evaluation wrote its {PICTURE}" in refused("kv", "--keys", 4)
+    assert f"--output {out}: its {PICTURE} was not written by an evaluation" in refused("kv", "--keys", 4)
     assert (out / PICTURE).read_bytes() == b"mine"
 
 
@@ -78,7 +78,9 @@ def test_overwrite_keeps_foreign_files(refused, tmp_path, name):
     out.mkdir()
     for text in ("precious", '{"name": "mine"}\n', "[" * 100_000):
         (out / name).write_text(text)
-        assert f"--output {out}: no evaluation wrote its {name}" in refused("kv", "--keys", 4, "--overwrite")
+        assert f"--output {out}: its {name} was not written by an evaluation" in refused(
+            "kv", "--keys", 4, "--overwrite"
+        )
         assert [file.name for file in out.iterdir()] == [name] and (out / name).read_text() == text
     (out / name).unlink()
     (out / name).mkdir()

@@ -45,7 +45,7 @@ def test_every_flipped_bit_is_named_and_its_line_can_be_deleted(tmp_path):
         if 10 in damaged[len(first) + 1 : len(first) + 1 + len(second)]:
             continue
         (tmp_path / RESULTS).write_bytes(damaged)
-        with pytest.raises(UsageError, match=f"{RESULTS}, line 2: not a result .*; delete that line"):
+        with pytest.raises(UsageError, match=f"{RESULTS}, line 2: not a result .*. Delete that line"):
             read(tmp_path)
     lines = bytes(damaged).splitlines(keepends=True)
     (tmp_path / RESULTS).write_bytes(b"".join(lines[:1] + lines[2:]))
@@ -66,7 +66,7 @@ def test_contradicting_lines_are_reported(tmp_path):
     other = tmp_path / "other"
     data = fill(tmp_path / "out") + fill(other, [RECORDS[1] | {"length": 10}])
     (tmp_path / "out" / RESULTS).write_bytes(data)
-    with pytest.raises(UsageError, match="lines 2 and 5: different results of e1; delete one of them"):
+    with pytest.raises(UsageError, match="lines 2 and 5: different results of e1. Delete one of them"):
         read(tmp_path / "out")
     (tmp_path / "out" / RESULTS).write_bytes(data + data)  # copies of a line agree, these do not
     with pytest.raises(UsageError, match="lines 2 and 5: different results of e1"):
@@ -76,7 +76,7 @@ def test_contradicting_lines_are_reported(tmp_path):
 def test_a_result_of_another_example_is_named(tmp_path):
     fill(tmp_path)
     with open_results(tmp_path, **options(tmp_path)) as results:
-        with pytest.raises(UsageError, match=re.escape("has a result of e0 with length 9, not 100; delete that line")):
+        with pytest.raises(UsageError, match=re.escape("has a result of e0 with length 9, not 100. Delete that line")):
             run_task(None, plan_of(some_examples(1)), Generation(batch_size=1), results)
 
 
