@@ -1,8 +1,8 @@
-"""Megatron's index of a blend (which data set each sample is of, and which sample) in a cache that jobs share.
+"""Megatron's index of a blend (each sample's data set and its number there), in a cache that jobs can share.
 
-Megatron writes three files under the names that others look for: another job that starts meanwhile maps half a file.
-Where the first rank cannot write, or another rank's node does not see what it wrote, the job ends in tracebacks.
-A fourth file has the CRC-32 of each; files that differ from it are made anew.
+Megatron writes three files directly under their final names, so another job that starts meanwhile maps partial files.
+If the first rank cannot write, or another node does not see the files, Megatron crashes. Here the files are replaced
+atomically, a fourth file has their CRC-32, damaged files are rebuilt, and without a cache the index is built in memory.
 """
 
 import json
@@ -25,46 +25,51 @@ _FILES = ("dataset_index.npy", "dataset_sample_index.npy", "description.txt")
 _SUMS = "crc32.json"
 
 
-def whole_or_none(original: Callable, self):
-    """For `BlendedDataset._build_indices`: from whole files; if there are none, and none can be, from memory."""
+def build_index(original: Callable, self):
+    """Build a blend's index from intact cache files, or in memory if they cannot be written.
+
+    Replaces `BlendedDataset._build_indices`, which is `original`.
+    """
     folder = self.config.path_to_cache
     if not folder or self.config.defer_npy_index_mmap:
         return original(self)
-    begin = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}-"
-    files = [Path(folder) / f"{begin}{name}" for name in _FILES]
+    prefix = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}-"
+    files = [Path(folder) / f"{prefix}{name}" for name in _FILES]
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    sums = Path(folder) / f"{begin}{_SUMS}"
-    whole = _are_whole(files, sums)
-    if first and not whole:
+    sums = Path(folder) / f"{prefix}{_SUMS}"
+    intact = _are_intact(files, sums)
+    if first and not intact:
         try:
-            return _written(original, self, files, sums, f".{begin}")
+            return _write_index(original, self, files, sums, f".{prefix}")
         except OSError as error:
-            said = f"--data-cache-path {folder}: {error.strerror or error}: each rank holds the blend's index by itself"
-            log_single_rank(logger, logging.WARNING, said)
-    with _cache(self.config, folder if whole else None):
+            problem = f"{error.strerror or error}: each rank builds the blend's index in memory"
+            log_single_rank(logger, logging.WARNING, f"--data-cache-path {folder}: {problem}")
+    with _use_cache(self.config, folder if intact else None):
         return original(self)
 
 
-def _are_whole(files: list[Path], sums: Path) -> bool:
-    """Whether all files are there and as they were written."""
+def _are_intact(files: list[Path], sums: Path) -> bool:
+    """Return whether all files exist and match their CRC-32."""
     try:
-        kept = json.loads(sums.read_bytes())
-        return all(kept[file.name] == crc32_of(file) for file in files)
+        expected = json.loads(sums.read_bytes())
+        return all(expected[file.name] == crc32_of(file) for file in files)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _written(original: Callable, self, files: list[Path], sums: Path, beside: str):
+def _write_index(original: Callable, self, files: list[Path], sums: Path, temporary_prefix: str):
+    """Build the index, write its files under temporary names, then rename them."""
     folder = files[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{beside}*.partial"):  # by a job that was killed; one that lives goes on without a cache
-        shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=beside, suffix=".partial", dir=folder))
+    # Left by a killed job. A live job that loses its folder here continues without a cache.
+    for leftover in folder.glob(f"{temporary_prefix}*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=temporary_prefix, suffix=".partial", dir=folder))
     try:
-        with _cache(self.config, str(partial)):
+        with _use_cache(self.config, str(partial)):
             index = original(self)
         (partial / sums.name).write_text(json.dumps({file.name: crc32_of(partial / file.name) for file in files}))
-        for file in [*files, sums]:  # the sums last: without them the others count for nothing
+        for file in [*files, sums]:  # the sums last: files without them are not used
             (partial / file.name).chmod(0o644)
             os.replace(partial / file.name, file)
         return index
@@ -73,7 +78,7 @@ def _written(original: Callable, self, files: list[Path], sums: Path, beside: st
 
 
 @contextmanager
-def _cache(config, folder: str | None) -> Iterator[None]:
+def _use_cache(config, folder: str | None) -> Iterator[None]:
     before, config.path_to_cache = config.path_to_cache, folder
     try:
         yield

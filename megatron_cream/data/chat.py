@@ -1,13 +1,13 @@
-"""Chats: from ShareGPT and OpenAI records to tokens, and which of them are the assistant's.
+"""Convert ShareGPT and OpenAI chat records to tokens and a mask of the assistant's tokens.
 
-Two formats write a chat as a model was trained to read it:
+Two formats:
 
 - `llama2`: Llama-2-chat's, as `chat_completion` of Meta's llama/generation.py encodes it. Each
   question and answer is `BOS [INST] question [/INST] answer EOS`; a system message opens the
   first question between `<<SYS>>` and `<</SYS>>`.
-- `tokenizer`: the chat template of a Hugging Face tokenizer, which is the model's own.
+- `tokenizer`: the chat template of the model's Hugging Face tokenizer.
 
-The loss counts on an answer's tokens and on the token that ends it.
+The loss includes an answer's tokens and the token that ends it.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.data.documents import BadDocument
-from megatron_cream.data.time_limit import Endless, limited_rendering
+from megatron_cream.data.time_limit import TemplateTimeout, limit_rendering_time
 
 CHAT_FORMATS = ("llama2", "tokenizer")
 
 CHAT_KEYS = ("conversations", "messages")
-"""Where a record keeps its turns: ShareGPT's name and OpenAI's. The first that is there, and is not null, is read."""
+"""Keys of a record's turns: ShareGPT's and OpenAI's. The first key present and not null is read."""
 
 ROLES = {
     "human": "user",
@@ -31,21 +31,21 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-"""ShareGPT's `from` and OpenAI's `role` -> role."""
+"""Values of ShareGPT's `from` and OpenAI's `role` -> role."""
 
 Message = dict[str, str]
-"""{"role": "system", "user" or "assistant", "content": text}, as chat templates take it."""
+"""{"role": "system", "user" or "assistant", "content": text}, the input of chat templates."""
 
 
-def take_messages(record: dict, keys: Sequence[str] = CHAT_KEYS) -> list[Message]:
-    """The turns of a chat, cleaned: maybe a system message, then user and assistant by turns.
+def extract_messages(record: dict, keys: Sequence[str] = CHAT_KEYS) -> list[Message]:
+    """Return a chat's messages: an optional system message, then user and assistant in turn.
 
-    As FastChat cleans ShareGPT, answers before the first question are left out; so are an
-    empty system message and questions after the last answer, which no loss is on.
+    As FastChat does with ShareGPT, drops answers before the first question. Also drops an empty
+    system message and questions after the last answer, which have no loss.
 
     Raises:
-        BadDocument: what is left is no such chat.
-        UnicodeError: a turn holds lone surrogates.
+        BadDocument: the remaining turns are not such a chat.
+        UnicodeError: a turn contains lone surrogates.
     """
     turns = next((record[key] for key in keys if record.get(key) is not None), None)
     if turns is None:
@@ -75,7 +75,7 @@ def _message(turn: Any) -> Message:
     if turn.get("tool_calls") or turn.get("function_call"):
         raise BadDocument("chat with tool calls")
     if isinstance(content, list):
-        content = _joined(content)
+        content = _join_parts(content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadDocument("chat with a malformed turn")
     if role not in ROLES:
@@ -84,18 +84,18 @@ def _message(turn: Any) -> Message:
     return {"role": ROLES[role], "content": content}
 
 
-def _joined(parts: list) -> str:
-    """The text of OpenAI's content in parts, {"type": "text", "text": ...} each."""
+def _join_parts(parts: list) -> str:
+    """Join OpenAI's content parts, each {"type": "text", "text": ...}, to one text."""
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
         raise BadDocument("chat with parts that are not text")
     return "".join(part["text"] for part in parts)
 
 
 class Llama2Chat:
-    """Encodes chats for Llama-2-chat, with its sentencepiece tokenizer or that of a folder.
+    """Encoder of chats for Llama-2-chat, with a sentencepiece or a Hugging Face tokenizer.
 
     Source: `Llama.chat_completion` and its B_INST, E_INST, B_SYS, E_SYS in
-    github.com/facebookresearch/llama, llama/generation.py; the space after an answer too.
+    github.com/facebookresearch/llama, llama/generation.py, with its space after an answer.
 
     Raises:
         ValueError: the tokenizer has no BOS or no EOS.
@@ -103,11 +103,11 @@ class Llama2Chat:
 
     def __init__(self, tokenizer: Any):
         if any(token is None or token < 0 for token in (tokenizer.bos, tokenizer.eod)):
-            raise ValueError("the tokenizer has no BOS or no EOS token, which --chat-format llama2 writes")
+            raise ValueError("the tokenizer has no BOS or no EOS token, which --chat-format llama2 needs")
         self._tokenizer = tokenizer
 
     def __call__(self, messages: list[Message]) -> tuple[list[int], np.ndarray]:
-        """Token ids [n], and uint8 [n]: 1 where one is the assistant's."""
+        """Return token ids [n] and a uint8 mask [n]: 1 for the assistant's tokens."""
         ids, mask, opening = [], [], ""
         if messages[0]["role"] == "system":
             opening = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n"
@@ -116,28 +116,28 @@ class Llama2Chat:
             prompt = f"[INST] {(opening + question['content']).strip()} [/INST]"
             opening = ""
             turn = self._encode(f"{prompt} {answer['content'].strip()} ")
-            asked = _common_prefix(self._encode(prompt), turn)
+            prompt_length = _common_prefix(self._encode(prompt), turn)
             ids += [self._tokenizer.bos, *turn, self._tokenizer.eod]
-            mask += [0] * (1 + asked) + [1] * (len(turn) - asked + 1)
+            mask += [0] * (1 + prompt_length) + [1] * (len(turn) - prompt_length + 1)
         return ids, np.array(mask, dtype=np.uint8)
 
     def _encode(self, text: str) -> list[int]:
         ids = list(self._tokenizer.tokenize(text))
-        # Hugging Face tokenizers may add their own.
+        # Hugging Face tokenizers may add BOS and EOS.
         ids = ids[1:] if ids[:1] == [self._tokenizer.bos] else ids
         return ids[:-1] if ids[-1:] == [self._tokenizer.eod] else ids
 
 
 class TemplateChat:
-    """Encodes chats with the chat template of a Hugging Face tokenizer.
+    """Encoder of chats with the chat template of a Hugging Face tokenizer.
 
-    An answer begins where the template's prompt for it ends (`add_generation_prompt`), and ends
-    with what the template puts after it, but for white space. Templates that treat earlier
-    answers otherwise than the last one, as those of reasoning models do, are followed.
+    An answer begins where the template's prompt for it ends (`add_generation_prompt`). It ends
+    with the text that the template puts after it, without white space. Works with templates that
+    render earlier answers differently from the last one, such as those of reasoning models.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or is none of `tokenizers`, which tells
-            where in the text a token lies.
+        ValueError: the tokenizer has no chat template, or is not a fast tokenizer: only those
+            report token offsets.
     """
 
     def __init__(self, tokenizer: Any):
@@ -147,16 +147,16 @@ class TemplateChat:
             )
         self._tokenizer = tokenizer._tokenizer.tokenizer  # Megatron's wrapper hides offsets and BOS handling
         if not self._tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template, which --chat-format tokenizer takes from it")
+            raise ValueError("the tokenizer has no chat template, which --chat-format tokenizer needs")
         if not self._tokenizer.is_fast:
             raise ValueError("--chat-format tokenizer needs a folder with a tokenizer.json")
 
     def __call__(self, messages: list[Message]) -> tuple[list[int], np.ndarray]:
-        """Token ids [n], and uint8 [n]: 1 where one is the assistant's.
+        """Return token ids [n] and a uint8 mask [n]: 1 for the assistant's tokens.
 
         Raises:
-            BadDocument: the template refuses the chat, or writes an answer otherwise than it is.
-        ValueError: the template does not end.
+            BadDocument: the template rejects the chat, or changes an answer's text.
+            ValueError: the template does not finish in time.
         """
         text = self._render(messages)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -169,15 +169,15 @@ class TemplateChat:
         return encoded["input_ids"], mask
 
     def _span(self, text: str, messages: list[Message]) -> tuple[int, int]:
-        """Where in `text` the last of `messages` stands, an answer, with its end token."""
+        """Return (start, end) in `text` of the last of `messages`, an answer, with its end token."""
         prompt, answer = self._render(messages[:-1], add_generation_prompt=True), messages[-1]["content"].strip()
-        alone = self._render(messages)
-        # The first after the prompt: the end token may hold the answer too.
-        after = len(prompt) if alone.startswith(prompt) else max(alone.rfind(answer), 0)
-        at, at_alone = text.find(answer, len(prompt)), alone.find(answer, after)
-        if not text.startswith(prompt) or at < 0 or at_alone < 0:
+        as_last = self._render(messages)
+        # The first match after the prompt: the end token may contain the answer's text too.
+        after = len(prompt) if as_last.startswith(prompt) else max(as_last.rfind(answer), 0)
+        at, at_last = text.find(answer, len(prompt)), as_last.find(answer, after)
+        if not text.startswith(prompt) or at < 0 or at_last < 0:
             raise BadDocument("chat whose answers the chat template rewrites")
-        ending = alone[at_alone + len(answer) :].rstrip()
+        ending = as_last[at_last + len(answer) :].rstrip()
         at += len(answer)
         if not text.startswith(ending, at):
             raise BadDocument("chat whose answers the chat template rewrites")
@@ -185,14 +185,14 @@ class TemplateChat:
 
     def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         try:
-            with limited_rendering():
+            with limit_rendering_time():
                 return self._tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
-        except Endless as error:
+        except TemplateTimeout as error:
             raise ValueError(f"the chat template of {self._tokenizer.name_or_path} {error}") from None
-        except Exception:  # the template's own, jinja's, or what its sandbox does not allow
-            raise BadDocument("chat that the chat template refuses") from None
+        except Exception:  # from the template, from jinja or from its sandbox
+            raise BadDocument("chat that the chat template rejects") from None
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

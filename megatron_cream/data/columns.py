@@ -1,7 +1,7 @@
-"""Rows of Parquet files and of Hugging Face dataset folders, streamed with pyarrow.
+"""Stream rows of Parquet files and of Hugging Face dataset folders with pyarrow.
 
-Text comes out as UTF-8 bytes; a chat as one JSON object, as a line of a JSON-lines file
-would hold it. Memory takes some hundred rows of one column, whatever the size of a file.
+A text is returned as UTF-8 bytes; a chat as one JSON object, like a line of a JSON-lines file.
+Memory holds a few hundred rows of one column, whatever the size of a file.
 """
 
 import contextlib
@@ -18,62 +18,66 @@ _ROWS = 256
 """Rows decoded at a time."""
 
 
-def dataset_files(folder: Path) -> list[Path] | None:
-    """The Arrow files of a folder that `datasets.save_to_disk` wrote, in order; None for another folder.
+def find_dataset_files(folder: Path) -> list[Path] | None:
+    """Return the Arrow files that `datasets.save_to_disk` wrote to `folder`, in order; None if it did not.
 
     Raises:
-        ValueError: a DatasetDict of several splits, or a file is missing.
+        ValueError: the folder has a DatasetDict of several splits, or a file is missing.
     """
-    splits = _listed(folder / "dataset_dict.json", "splits")
+    splits = _read_key(folder / "dataset_dict.json", "splits")
     if splits is not None:
         if len(splits) != 1:
             parts = ", ".join(str(folder / split) for split in splits)
-            raise ValueError(f"{folder}: a dataset of {len(splits)} splits; give those you mean: {parts}")
+            raise ValueError(f"{folder}: a dataset of {len(splits)} splits; give the ones to read: {parts}")
         folder = folder / splits[0]
-    names = _listed(folder / "state.json", "_data_files")
+    names = _read_key(folder / "state.json", "_data_files")
     if names is None:
         return None
     files = [folder / name["filename"] for name in names]
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{folder}: its state.json names {file.name}, which is not there")
+            raise ValueError(f"{folder}: its state.json names {file.name}, which does not exist")
     return files
 
 
 def check_column(path: Path, keys: tuple[str, ...], chats: bool) -> None:
-    """Raise ValueError unless `path` has the column to read, by its schema alone.
+    """Check by the schema alone that `path` has the column to read.
 
     Args:
         path: a file that pyarrow reads.
-        keys: names of the column; the one that is there is meant.
-        chats: the column holds lists of turns, not text.
+        keys: possible names of the column; the file must have exactly one of them.
+        chats: the column contains lists of turns, not text.
 
     Raises:
-        ValueError: pyarrow is not installed; not such a file; no such column, several, or of another type.
+        ValueError: pyarrow is not installed; another file format; no such column, several, or one of another type.
     """
-    with _opened(path) as table:
+    with _open_table(path) as table:
         _column_name(path, table.schema, keys, chats)
 
 
 def read_rows(path: Path, keys: tuple[str, ...], chats: bool, first: int) -> Iterator[tuple[int, bytes | None, int]]:
-    """(number, content, bytes) of each row but the first `first` ones: its number, from 1; what it
-    holds, None for null; and how many bytes of the file the rows up to it take, about.
+    """Yield (number, content, bytes) of each row after the first `first` ones.
+
+    The number counts from 1; the content is None for null; bytes is the approximate size in the file
+    of the rows up to this one.
 
     Raises:
-        ValueError: as `check_column`, or the file is damaged. One line, with the path.
+        ValueError: as `check_column`, or the file is damaged. The message is one line with the path.
     """
-    with _opened(path) as table:
+    with _open_table(path) as table:
         key = _column_name(path, table.schema, keys, chats)
         number, batches = first, table.batches(key, first)
-        while (batch := _next(path, number, batches, key if chats else None)) is not None:
+        while (batch := _read_batch(path, number, batches, key if chats else None)) is not None:
             values, disk_bytes = batch
             for value in values:
                 number += 1
                 yield number, value, disk_bytes
 
 
-def _next(path: Path, number: int, batches: Iterator, chats_key: str | None) -> tuple[list[bytes | None], int] | None:
-    """The next rows, decoded; None after the last."""
+def _read_batch(
+    path: Path, number: int, batches: Iterator, chats_key: str | None
+) -> tuple[list[bytes | None], int] | None:
+    """Return the next rows, decoded, and the bytes read so far; None after the last."""
     import pyarrow
 
     try:
@@ -87,7 +91,7 @@ def _next(path: Path, number: int, batches: Iterator, chats_key: str | None) -> 
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator["_Parquet | _Arrow"]:
+def _open_table(path: Path) -> Iterator["_Parquet | _Arrow"]:
     try:
         import pyarrow
     except ImportError:
@@ -100,15 +104,17 @@ def _opened(path: Path) -> Iterator["_Parquet | _Arrow"]:
     with contextlib.closing(table):
         try:
             yield table
-        except UnicodeDecodeError as error:  # texts are not decoded here, but names of columns are
-            raise ValueError(f"{path}: damaged (the name of a column is not UTF-8)") from error
+        except UnicodeDecodeError as error:  # of a column's name; texts stay bytes here
+            raise ValueError(f"{path}: damaged (a column's name is not UTF-8)") from error
 
 
 class _Parquet:
+    """A Parquet file, read in small batches."""
+
     def __init__(self, path: Path):
         import pyarrow.parquet
 
-        # Read page by page: a row group, whose size is the writer's choice, may not fit into memory.
+        # Read page by page: a row group of unknown size may not fit into memory.
         self._file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         self._bytes = path.stat().st_size
         self.schema = self._file.schema_arrow
@@ -131,7 +137,7 @@ class _Parquet:
 
 
 class _Arrow:
-    """A stream or file of record batches, mapped into memory."""
+    """A memory-mapped Arrow stream or file of record batches."""
 
     def __init__(self, path: Path):
         import pyarrow
@@ -164,15 +170,13 @@ def _column_name(path: Path, schema: Any, keys: tuple[str, ...], chats: bool) ->
 
     found = [key for key in keys if key in schema.names]
     if len(found) > 1:
-        raise ValueError(
-            f"{path}: has the columns {' and '.join(map(repr, found))}: --json-key names the one that is meant"
-        )
+        raise ValueError(f"{path}: has the columns {' and '.join(map(repr, found))}; choose one with --json-key")
     key = next(iter(found), None)
     if key is None:
-        wanted, there = " or ".join(map(repr, keys)), one_line(", ".join(schema.names), 200)
-        raise ValueError(f"{path}: no column {wanted}; it has {there} (--json-key names one)")
+        wanted, columns = " or ".join(map(repr, keys)), one_line(", ".join(schema.names), 200)
+        raise ValueError(f"{path}: no column {wanted}; its columns are {columns}; choose one with --json-key")
     if schema.names.count(key) > 1:
-        raise ValueError(f"{path}: {schema.names.count(key)} columns are named {key!r}; one is needed")
+        raise ValueError(f"{path}: {schema.names.count(key)} columns are named {key!r}; there must be only one")
     kind = schema.field(key).type
     if chats:
         is_list = types.is_list(kind) or types.is_large_list(kind)
@@ -186,28 +190,28 @@ def _column_name(path: Path, schema: Any, keys: tuple[str, ...], chats: bool) ->
 
 
 def _texts(column: Any) -> list[bytes | None]:
-    """UTF-8, or what stands there for it: Arrow does not say, and one text that is not would stop the others."""
+    """Return texts as bytes, not decoded: Arrow does not check UTF-8, and one invalid text would fail the batch."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
-        return _of_dictionary(column)
+        return _dictionary_texts(column)
     kind = pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
     column = column.cast(kind)
-    column.validate(full=True)  # Arrow trusts what it reads: offsets beyond the data would end the process
+    column.validate(full=True)  # otherwise offsets beyond the data would crash the process
     return column.to_pylist()
 
 
-def _of_dictionary(column: Any) -> list[bytes | None]:
-    """The same of dictionary-encoded texts. All rows decoded at once may have more bytes than one Arrow array can."""
+def _dictionary_texts(column: Any) -> list[bytes | None]:
+    """Return dictionary-encoded texts as bytes; decoded together they may exceed the size limit of an Arrow array."""
     import pyarrow
 
     column.indices.validate(full=True)
-    places = column.indices.to_pylist()
-    used = sorted({place for place in places if place is not None})
+    indices = column.indices.to_pylist()
+    used = sorted({index for index in indices if index is not None})
     if used and not 0 <= used[0] <= used[-1] < len(column.dictionary):
-        raise pyarrow.ArrowInvalid(f"place {used[-1]} is beyond the dictionary's {len(column.dictionary)} texts")
-    texts = {place: _texts(column.dictionary[place : place + 1])[0] for place in used}
-    return [None if place is None else texts[place] for place in places]
+        raise pyarrow.ArrowInvalid(f"index {used[-1]} is beyond the dictionary's {len(column.dictionary)} texts")
+    texts = {index: _texts(column.dictionary[index : index + 1])[0] for index in used}
+    return [None if index is None else texts[index] for index in indices]
 
 
 def _chats(column: Any, key: str) -> Iterator[bytes]:
@@ -215,13 +219,13 @@ def _chats(column: Any, key: str) -> Iterator[bytes]:
         try:
             column[row : row + 1].validate(full=True)
             turns = column[row].as_py()
-        except ValueError:  # ArrowInvalid and UnicodeDecodeError are such
-            yield b"\xff"  # is told apart where lines are, as not UTF-8
+        except ValueError:  # includes ArrowInvalid and UnicodeDecodeError
+            yield b"\xff"  # reported later as a line that is not UTF-8
         else:
             yield json.dumps({key: turns}, default=str).encode()
 
 
-def _listed(path: Path, key: str) -> list | None:
+def _read_key(path: Path, key: str) -> list | None:
     try:
         return json.loads(path.read_bytes())[key]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""Files as they are or compressed (.gz, .zst), read as one stream of bytes.
+"""Read plain or compressed (.gz, .zst) files as one stream of bytes.
 
-A compressed file that is cut or damaged is an error, never a shorter file.
+A truncated or damaged compressed file raises an error instead of ending early.
 """
 
 import gzip
@@ -14,33 +14,33 @@ from typing import BinaryIO
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 _CHUNK = 1 << 12
-"""Compressed bytes of .zst taken at a time. Few: the text that they become, of zeros 128 MiB, is held in memory."""
+"""Compressed bytes of .zst read at a time. Small, as their whole text, up to 128 MiB for zeros, is held in memory."""
 
 
 LONGEST_LINE = 1 << 28
-"""Bytes of a line, or of a text file: more is no document. A few MB of .gz or .zst may hold lines of gigabytes."""
+"""Maximum bytes of a line or of a text file. A few MB of .gz or .zst can expand to lines of gigabytes."""
 
 
 class LongLine(ValueError):
-    """A line beyond LONGEST_LINE. The message is one line without the path."""
+    """A line is longer than LONGEST_LINE. The message is one line without the path."""
 
 
 class DamagedFile(ValueError):
-    """A compressed file that ends early or does not hold what its suffix says."""
+    """A compressed file is truncated or not in the format of its suffix."""
 
 
 def suffix(path: Path) -> str:
-    """The suffix that tells the kind of file: that under `.gz` or `.zst`, where it is compressed."""
+    """Return the suffix that names the content's format, without `.gz` or `.zst`."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
 
 
-def decompressed(path: Path, raw: BinaryIO) -> io.BufferedReader:
-    """The content of `raw`, the file `path` opened for reading.
+def open_decompressed(path: Path, raw: BinaryIO) -> io.BufferedReader:
+    """Return a decompressed stream of `raw`, the file `path` opened for reading.
 
-    Reading and seeking forward raise DamagedFile, whose message is one line without the path.
+    Its read and forward seek raise DamagedFile, whose message is one line without the path.
 
     Raises:
-        ValueError: a .zst file, and the package that reads it is not installed.
+        ValueError: `path` is a .zst file and the package zstandard is not installed.
     """
     if path.suffix == ".gz":
         return io.BufferedReader(_Gzip(raw), 1 << 17)
@@ -57,7 +57,7 @@ def bounded_lines(stream: BinaryIO, first: int = 1) -> Iterator[bytes]:
         first: number of the first line, for the message.
 
     Raises:
-        LongLine: the first that is too long.
+        LongLine: a line is too long.
     """
     number = first
     while line := stream.readline(LONGEST_LINE + 1):
@@ -70,8 +70,8 @@ def bounded_lines(stream: BinaryIO, first: int = 1) -> Iterator[bytes]:
         number += 1
 
 
-class _Forward(io.RawIOBase):
-    """A stream that can be sought forward, by reading."""
+class _ForwardStream(io.RawIOBase):
+    """A stream that can seek forward, by reading."""
 
     def __init__(self):
         self._position = 0
@@ -87,39 +87,39 @@ class _Forward(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence != io.SEEK_SET or offset < self._position:
-            raise io.UnsupportedOperation("only forward, from the start")
+            raise io.UnsupportedOperation("can only seek forward, from the start")
         while self._position < offset and self.read(min(offset - self._position, 1 << 20)):
             pass
         return self._position
 
     def readinto(self, buffer) -> int:
-        data = self._some(len(buffer))
+        data = self._read_some(len(buffer))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
     @abstractmethod
-    def _some(self, most: int) -> bytes: ...
+    def _read_some(self, size: int) -> bytes: ...
 
 
-class _Gzip(_Forward):
+class _Gzip(_ForwardStream):
     def __init__(self, raw: BinaryIO):
         super().__init__()
         self._raw = raw
         self._file = gzip.GzipFile(fileobj=raw)
 
-    def _some(self, most: int) -> bytes:
+    def _read_some(self, size: int) -> bytes:
         try:
-            data = self._file.read1(most)
+            data = self._file.read1(size)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DamagedFile(f"not a whole gzip file ({error})") from error
-        if not data and not self._raw.tell():  # even of nothing there is a header
+        if not data and not self._raw.tell():  # gzip of nothing still has a header
             raise DamagedFile("not a whole gzip file (it is empty)")
         return data
 
 
-class _Zstandard(_Forward):
-    """Frames one after the other. zstandard's own reader takes a cut file for a shorter one."""
+class _Zstandard(_ForwardStream):
+    """A file of zstd frames. zstandard's own reader does not report a truncated file."""
 
     def __init__(self, raw: BinaryIO):
         super().__init__()
@@ -129,15 +129,15 @@ class _Zstandard(_Forward):
             raise ValueError("reading .zst needs a package that is not installed: pip install zstandard") from None
         self._raw = raw
         self._error = zstandard.ZstdError
-        # Large windows, as `zstd --long` writes them.
-        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        # Accept the large windows that `zstd --long` writes.
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._frame = None
         self._compressed = self._text = b""
-        self._taken = 0
+        self._offset = 0
 
-    def _some(self, most: int) -> bytes:
-        while self._taken == len(self._text):
-            self._taken, self._text = 0, b""
+    def _read_some(self, size: int) -> bytes:
+        while self._offset == len(self._text):
+            self._offset, self._text = 0, b""
             self._compressed = self._compressed or self._raw.read(_CHUNK)
             if not self._compressed:
                 if self._frame is not None:
@@ -145,7 +145,7 @@ class _Zstandard(_Forward):
                 if not self._raw.tell():
                     raise DamagedFile("not a whole zstd file (it is empty)")
                 return b""
-            self._frame = self._frame or self._new()
+            self._frame = self._frame or self._new_frame()
             try:
                 self._text = self._frame.decompress(self._compressed)
             except self._error as error:
@@ -153,6 +153,6 @@ class _Zstandard(_Forward):
             self._compressed = b""
             if self._frame.eof:
                 self._compressed, self._frame = self._frame.unused_data, None
-        data = self._text[self._taken : self._taken + most]
-        self._taken += len(data)
+        data = self._text[self._offset : self._offset + size]
+        self._offset += len(data)
         return data

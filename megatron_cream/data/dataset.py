@@ -1,9 +1,9 @@
 """Position sampling as a transform over Megatron's indexed datasets.
 
-`LongDocumentDataset` is what Megatron's BlendedMegatronDatasetBuilder builds for each
-prefix and split: it keeps the documents that are long enough, visits them in a new
-order each epoch, and hands out N tokens of one with the position ids that the sampler
-planned for this (seed, epoch, sample). Nothing is written ahead; files stay memory-mapped.
+Megatron's BlendedMegatronDatasetBuilder builds a `LongDocumentDataset` for each prefix and
+split. It uses the documents that are long enough, in a new order each epoch. A sample is N
+tokens of one document, with the position ids that the sampler plans for (seed, epoch, sample).
+Samples are not written in advance; files stay memory-mapped.
 """
 
 import logging
@@ -19,7 +19,7 @@ from megatron.core.utils import log_single_rank
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.data.indexed import has_loss_mask, loss_mask_prefix
-from megatron_cream.data.long_documents import cache_file, long_documents
+from megatron_cream.data.long_documents import cache_file, find_long_documents
 from megatron_cream.data.order import permute
 from megatron_cream.positions import build_sampler
 
@@ -32,7 +32,7 @@ def _warn(line: str) -> None:
 
 @dataclass
 class LongDocumentDatasetConfig(BlendedMegatronDatasetConfig):
-    """Megatron's blend, split and cache settings, and how positions are drawn."""
+    """Megatron's blend, split and cache settings, and the settings of the position sampler."""
 
     sampler: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of `build_sampler`: name, window, target and the sampler's own."""
@@ -41,38 +41,38 @@ class LongDocumentDatasetConfig(BlendedMegatronDatasetConfig):
     """No loss on the first token of the middle and tail blocks, where the text jumps."""
 
     eod_token: int | None = None
-    """Where given, no loss on predicting past this token (`--eod-mask-loss`)."""
+    """If set, no loss where the input is this token (`--eod-mask-loss`)."""
 
     vocab_size: int | None = None
-    """Where given, a token id from here on is an error, not a fault on the device."""
+    """If set, a token id of this or more raises an error here, before it can fail on the GPU."""
 
 
 class LongDocumentDataset(MegatronDataset):
     """Samples of `sampler.sequence_length` tokens with planned position ids.
 
     `__getitem__` returns int64 arrays [n]: `tokens`, `labels` (the next token within the
-    sample), `position_ids`; int64 `sample` and `document`, to find it by; and float32
-    `loss_mask`, 0 on the last token, which has no label, and on what the configuration masks.
-    Where the data has a loss mask beside it (see `indexed.loss_mask_prefix`), the loss counts on
-    labels that it marks: a sample in which it marks none has no loss, and weighs nothing, as
-    Megatron averages over a global batch's tokens.
+    sample), `position_ids`; int64 `sample` and `document`, which identify the sample; and float32
+    `loss_mask` [n], 0 on the last token, which has no label, and where the configuration masks.
+    If the data has a loss mask file (see `indexed.loss_mask_prefix`), only labels that it marks
+    have loss. A sample without marked labels has no weight, as Megatron averages over a global
+    batch's tokens.
 
-    Sample i is visit i // len(documents) of the document at place i % len(documents) of
-    that epoch's order; it does not depend on ranks, workers or batch sizes.
+    Sample i is in epoch i // len(documents), at place i % len(documents) of that epoch's order;
+    it does not depend on ranks, workers or batch sizes.
 
     Raises:
-        UsageError: a split that samples are asked of has no document long enough.
+        UsageError: samples are requested of a split that has no document long enough.
     """
 
     def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config):
-        # A run of documents, of which Megatron gives each number.
+        # `indices` lists consecutive document numbers; a range takes no memory.
         begin, end = (int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, 0)
         indices = range(begin, end)
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.sampler = build_sampler(**config.sampler, seed=config.random_seed)
         minimum = self.sampler.sequence_length
         file = cache_file(dataset_path, begin, end, minimum, config.path_to_cache)
-        self.documents = long_documents(dataset.sequence_lengths, begin, end, minimum, file, _warn)
+        self.documents = find_long_documents(dataset.sequence_lengths, begin, end, minimum, file, _warn)
         log_single_rank(
             logger,
             logging.INFO,
@@ -88,7 +88,8 @@ class LongDocumentDataset(MegatronDataset):
         if num_samples and not len(self.documents):
             raise UsageError(
                 f"{index_split.name} split of {dataset_path}: none of its {len(indices)} documents has "
-                f"{self.sampler.sequence_length} tokens; give longer documents, or eval-iters 0 for no such split"
+                f"{self.sampler.sequence_length} tokens; give longer documents, or set eval-iters 0 to "
+                "skip validation and test"
             )
 
     @staticmethod
@@ -101,26 +102,26 @@ class LongDocumentDataset(MegatronDataset):
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
-        # Names the blend's cached index: everything that changes what a sample is.
+        # Settings that change the samples; they name the blend's cached index.
         return ["random_seed", "sequence_length", "split", "split_matrix", "sampler"]
 
     def __len__(self) -> int:
-        # One more than is asked for: that a run which is started again has had all is a fault to Megatron's sampler.
+        # One more than requested: Megatron's sampler fails if a resumed run has consumed all samples.
         return len(self.documents) if self.num_samples is None else self.num_samples + 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, place = divmod(int(index), len(self.documents))
         sample = permute(place, len(self.documents), (self.config.random_seed, epoch))
         if self.index_split is not Split.train:
-            epoch = 0  # what is held out is the same at every evaluation
+            epoch = 0  # every evaluation sees the same held-out samples
         document = int(self.documents[sample])
         length = int(self.dataset.sequence_lengths[document])
         plan = self.sampler.plan(epoch=epoch, sample=sample, document_length=length)
         tokens = self._read(self.dataset, document, plan.token_indices)
         if self.config.vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
             raise ValueError(
-                f"{self.dataset_path}.bin: document {document} holds token ids {tokens.min()} to {tokens.max()}, "
-                f"and the vocabulary has {self.config.vocab_size}"
+                f"{self.dataset_path}.bin: document {document} contains token ids {tokens.min()} to {tokens.max()}, "
+                f"but the vocabulary has {self.config.vocab_size}"
             )
 
         loss_mask = np.ones(len(tokens), dtype=np.float32)
@@ -143,7 +144,7 @@ class LongDocumentDataset(MegatronDataset):
 
     @staticmethod
     def _read(dataset: IndexedDataset, document: int, token_indices: np.ndarray) -> np.ndarray:
-        """What `dataset` holds of the document at `token_indices`, one read for each contiguous run."""
+        """Return the document's values at `token_indices`, int64 [n], with one read for each contiguous run."""
         breaks = np.flatnonzero(np.diff(token_indices) != 1) + 1
         runs = np.split(token_indices, breaks)
         reads = [dataset.get(document, offset=int(run[0]), length=len(run)) for run in runs]

@@ -1,9 +1,9 @@
-"""Readers of training text: paths in, batches of raw documents out.
+"""Read training text from files and folders into batches of raw documents.
 
-Documents come in an order that depends on the inputs alone: inputs as given, the files
-of a folder sorted by path, the lines or rows of a file as they stand. A batch is what one
-worker takes at a time; it says where the next one begins, so that reading can go on there.
-How documents fall into batches does not depend on the workers.
+The order of documents depends on the inputs alone: inputs as given, the files of a folder
+sorted by path, lines or rows in file order. A batch is one worker's unit of work; it records
+where the next one begins, so that reading can resume there. The division into batches does
+not depend on the workers.
 """
 
 import codecs
@@ -15,49 +15,49 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_cream.common.errors import reason
-from megatron_cream.data.columns import COLUMN_SUFFIXES, check_column, dataset_files, read_rows
+from megatron_cream.data.columns import COLUMN_SUFFIXES, check_column, find_dataset_files, read_rows
 from megatron_cream.data.compressed import (
     COMPRESSED_SUFFIXES,
     LONGEST_LINE,
     DamagedFile,
     LongLine,
     bounded_lines,
-    decompressed,
+    open_decompressed,
     suffix,
 )
 from megatron_cream.data.indexed import loss_mask_prefix, paths
 from megatron_cream.data.json_array import DamagedArray, read_elements, starts_array
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-"""One JSON object a line. `.json` too, as Megatron's own recipes name such files; a `.json`
-that holds one array is read as its elements."""
+"""Files with one JSON object per line. Megatron's own recipes use `.json` for them too; a `.json`
+file with one array is read element by element."""
 
 TEXT_SUFFIXES = (".txt", ".text")
-"""Files taken as one document each; with a glob, so is any file of another suffix."""
+"""Files read as one document each; with a glob, so is any file with another suffix."""
 
 BATCH_BYTES = 1 << 20
-"""A batch is closed once its text reaches this; one document is never split."""
+"""A batch ends once its text reaches this size; a document is never split."""
 
 
 class BadDocument(ValueError):
-    """A document that cannot be read. The message says why, without its place."""
+    """A document cannot be read. The message has the reason but not the place."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where reading goes on."""
+    """Where reading resumes."""
 
     file: int = 0
-    """Place among the files of `find_files`."""
+    """Index among the files of `find_files`."""
 
     record: int = 0
-    """Lines, rows or elements of that file that were read."""
+    """Lines, rows or elements of that file already read."""
 
     offset: int = 0
-    """Bytes of the (decompressed) file that those lines take."""
+    """Bytes of these lines in the (decompressed) file."""
 
     disk_bytes: int = 0
-    """What all that was read takes on disk, files before this one included: for progress."""
+    """Bytes read on disk so far, including earlier files; for the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class Batch:
     """Consecutive raw documents of one input."""
 
     path: Path
-    """The file the items lie in; unused for files, which are their own place."""
+    """The file of the items; unused if the items are files."""
 
     form: Literal["json", "text", "file"]
-    """What an item is: a JSON object, text, or a text file."""
+    """The kind of item: a JSON object, text, or a text file."""
 
     items: list[tuple[int, bytes | None]] | list[Path]
-    """Number (from 1) and content of lines, rows or elements; or one file for each document."""
+    """(number from 1, content) of lines, rows or elements; or one file per document."""
 
     end: Position
     """Where the next batch begins."""
@@ -82,13 +82,13 @@ def find_files(inputs: Iterable[Path], glob: str | None = None, output: Path | N
 
     Args:
         inputs: files and folders.
-        glob: which files of a folder are read. None: those of a known suffix but for `.json`,
-            the usual name of what lies beside data; of a folder that `datasets` saved, its data.
-        output: prefix of what is written, which is no input where it lies in a folder of them.
+        glob: pattern of the files to read in a folder. None: files with a known suffix except `.json`,
+            which often are not documents; in a folder that `datasets` saved, its data files.
+        output: prefix of the output, which is skipped if it lies in an input folder.
 
     Raises:
-        ValueError: an input that does not exist or cannot be read, a folder without a matching file, or a
-            file of a kind that is not read. The message is one line and names the path.
+        ValueError: an input does not exist or cannot be read, a folder has no matching file, or a
+            file's format is unknown. The message is one line with the path.
     """
     files: list[Path] = []
     for path in map(Path, inputs):
@@ -100,15 +100,15 @@ def find_files(inputs: Iterable[Path], glob: str | None = None, output: Path | N
 
 
 def check_files(files: list[Path], keys: tuple[str, ...], chats: bool) -> None:
-    """Check, before reading, that columns exist and needed packages are installed.
+    """Check before reading that columns exist and required packages are installed.
 
     Args:
-        files: to be read, as `find_files` returns them.
-        keys: names under which a record may hold its text or its turns.
+        files: the files to read, from `find_files`.
+        keys: possible keys of a record's text or turns.
         chats: the documents are chats.
 
     Raises:
-        ValueError: one line with the path.
+        ValueError: one of them cannot be read so. The message is one line with the path.
     """
     for file in files:
         if _kind(file) == "columns":
@@ -117,16 +117,16 @@ def check_files(files: list[Path], keys: tuple[str, ...], chats: bool) -> None:
             raise ValueError(f"{file}: a chat is a JSON object or a row, not a text file")
         elif file.suffix in COMPRESSED_SUFFIXES:
             with file.open("rb") as raw:
-                decompressed(file, raw)
+                open_decompressed(file, raw)
 
 
 def read_batches(
     files: list[Path], keys: tuple[str, ...] = ("text",), chats: bool = False, start: Position = Position()
 ) -> Iterator[Batch]:
-    """The documents of `files` from `start` on, in order, about BATCH_BYTES of text to a batch.
+    """Yield the documents of `files` from `start` on, in batches of about BATCH_BYTES of text.
 
     Raises:
-        ValueError: a damaged file. The message is one line and names the path.
+        ValueError: a file is damaged. The message is one line with the path.
     """
     texts: list[Path] = []
     size = 0
@@ -140,7 +140,7 @@ def read_batches(
             begin = start if number == start.file else Position(number)
             form: Literal["json", "text"] = "json" if chats or kind == "lines" else "text"
             records = _rows(file, keys, chats, begin) if kind == "columns" else _read_json(file, begin)
-            yield from _grouped(file, form, records, number, before, disk_bytes)
+            yield from _group_records(file, form, records, number, before, disk_bytes)
         else:
             texts.append(file)
             size += disk_bytes
@@ -152,22 +152,22 @@ def read_batches(
         yield Batch(texts[0].parent, "file", texts, Position(len(files), disk_bytes=before))
 
 
-def read_documents(batch: Batch, take: Callable[[dict], Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (place, document) of each; place is `file` or `file:number`.
+def read_documents(batch: Batch, extract: Callable[[dict], Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (place, document) of each item; place is `file` or `file:number`.
 
-    Where a document cannot be read, a BadDocument stands in its place.
+    If a document cannot be read, a BadDocument is yielded instead of it.
 
     Args:
-        batch: of `read_batches`.
-        take: the document that a JSON object holds; raises BadDocument where it holds none.
+        batch: from `read_batches`.
+        extract: returns the document in a JSON object; raises BadDocument if there is none.
     """
     for item in batch.items:
         where = str(item) if isinstance(item, Path) else f"{batch.path}:{item[0]}"
         try:
             if batch.form == "json":
-                document = take(_parse(item[1]))
+                document = extract(_parse(item[1]))
             else:
-                document = _checked_text(_read_text(item) if batch.form == "file" else item[1])
+                document = _check_text(_read_text(item) if batch.form == "file" else item[1])
             yield where, document
         except UnicodeError:
             yield where, BadDocument("not UTF-8")
@@ -175,18 +175,18 @@ def read_documents(batch: Batch, take: Callable[[dict], Any]) -> Iterator[tuple[
             yield where, error
 
 
-def take_text(record: dict, key: str) -> str:
-    """The text under `key`.
+def extract_text(record: dict, key: str) -> str:
+    """Return the text under `key`.
 
     Raises:
-        BadDocument: there is none.
-        UnicodeError: it holds lone surrogates, which JSON can spell and no tokenizer takes.
+        BadDocument: there is no text.
+        UnicodeError: it contains lone surrogates, which JSON can encode but no tokenizer accepts.
     """
     if key not in record:
         raise BadDocument(f"no key {key!r}")
     if not isinstance(record[key], str):
         raise BadDocument(f"key {key!r} is not a string")
-    return _checked_text(record[key])
+    return _check_text(record[key])
 
 
 def _files_of(path: Path, glob: str | None, output: Path | None) -> list[Path]:
@@ -195,7 +195,7 @@ def _files_of(path: Path, glob: str | None, output: Path | None) -> list[Path]:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_file():
-        raise ValueError(f"{path}: not a file or a folder")  # a pipe can be read only once, or never ends
+        raise ValueError(f"{path}: not a file or a folder")  # a pipe can be read only once, and may never end
     if _kind(path) is None:
         known = ", ".join((*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES))
         raise ValueError(f"{path}: expected a file that ends in {known} (text also in .gz or .zst), or a folder")
@@ -203,10 +203,10 @@ def _files_of(path: Path, glob: str | None, output: Path | None) -> list[Path]:
 
 
 def _files_in(folder: Path, glob: str | None, output: Path | None) -> list[Path]:
-    # rglob passes over what it may not read.
+    # rglob would silently skip unreadable folders.
     every = [Path(place, name) for place, _, names in os.walk(folder, onerror=_raise) for name in names]
     if glob is None:
-        files = dataset_files(folder)
+        files = find_dataset_files(folder)
         if files is not None:
             return files
         known = {*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, ".parquet"} - {".json"}
@@ -215,7 +215,7 @@ def _files_in(folder: Path, glob: str | None, output: Path | None) -> list[Path]
             raise ValueError(f"{folder}: no {', '.join(sorted(known))} file in this folder; name others with --glob")
         return sorted(found)
     try:
-        found = sorted(file for file in folder.rglob(glob) if file.is_file() and not _is_of(output, file))
+        found = sorted(file for file in folder.rglob(glob) if file.is_file() and not _is_output_file(output, file))
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"--glob {glob!r}: expected a pattern such as '*.txt' ({error})") from error
     if not found:
@@ -227,8 +227,8 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _is_of(output: Path | None, file: Path) -> bool:
-    """Whether a run that writes to the prefix `output` wrote, or will write, `file`."""
+def _is_output_file(output: Path | None, file: Path) -> bool:
+    """Return whether a run that writes to the prefix `output` writes `file`."""
     if output is None:
         return False
     place = file.parent if file.parent.name == f"{output.name}.partial" else file
@@ -245,35 +245,35 @@ def _kind(path: Path) -> Literal["lines", "columns", "text"] | None:
 
 
 _Record = tuple[int, bytes | None, int, int]
-"""Number, content, bytes of the decompressed file and of the file on disk up to its end."""
+"""Number, content, and its end in bytes of the decompressed file and of the file on disk."""
 
 
-def _grouped(
+def _group_records(
     path: Path, form: Literal["json", "text"], records: Iterator[_Record], file: int, before: int, disk_bytes: int
 ) -> Iterator[Batch]:
     items: list[tuple[int, bytes | None]] = []
     size = 0
-    for number, data, offset, told in records:
-        if form == "text" or data is None or not data.isspace():  # a blank line is none; a row's text is one
+    for number, data, offset, disk_offset in records:
+        if form == "text" or data is None or not data.isspace():  # a blank line is not a document; a blank row is
             items.append((number, data))
             size += len(data or b"")
         if size >= BATCH_BYTES:
-            yield Batch(path, form, items, Position(file, number, offset, before + told))
+            yield Batch(path, form, items, Position(file, number, offset, before + disk_offset))
             items, size = [], 0
     if items:
         yield Batch(path, form, items, Position(file + 1, disk_bytes=before + disk_bytes))
 
 
 def _rows(path: Path, keys: tuple[str, ...], chats: bool, begin: Position) -> Iterator[_Record]:
-    for number, data, told in read_rows(path, keys, chats, begin.record):
-        yield number, data, 0, told
+    for number, data, disk_offset in read_rows(path, keys, chats, begin.record):
+        yield number, data, 0, disk_offset
 
 
 def _read_json(path: Path, begin: Position) -> Iterator[_Record]:
-    """Lines that follow `begin`, or the elements of an array."""
+    """Yield the lines or array elements after `begin`."""
     with path.open("rb") as raw:
         try:
-            stream = decompressed(path, raw)
+            stream = open_decompressed(path, raw)
             if suffix(path) == ".json" and starts_array(stream):
                 for number, element in enumerate(read_elements(stream), 1):
                     if number > begin.record:
@@ -303,18 +303,18 @@ def _parse(line: bytes) -> dict:
 def _read_text(path: Path) -> bytes:
     with path.open("rb") as raw:
         try:
-            text = decompressed(path, raw).read(LONGEST_LINE + 1)
+            text = open_decompressed(path, raw).read(LONGEST_LINE + 1)
             if len(text) > LONGEST_LINE:
-                raise BadDocument(f"text file of more than {LONGEST_LINE >> 20} MiB")
+                raise BadDocument(f"text file larger than {LONGEST_LINE >> 20} MiB")
             return text.removeprefix(codecs.BOM_UTF8)
         except DamagedFile as error:
             raise BadDocument(str(error)) from None
 
 
-def _checked_text(text: str | bytes | None) -> str:
+def _check_text(text: str | bytes | None) -> str:
     if not text:
         raise BadDocument("empty text")
     if isinstance(text, bytes):
         return text.decode()
-    text.isascii() or text.encode()
+    text.isascii() or text.encode()  # raises UnicodeError at a lone surrogate
     return text

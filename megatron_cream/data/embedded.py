@@ -1,12 +1,12 @@
-"""The embedded default corpus: the running Python's own standard library.
+"""The embedded default corpus: the source files of the running Python's standard library.
 
-Real, long documents that are on every machine with Python, so that a first run needs no
-download. `prepare()` trains a sentencepiece tokenizer on them and writes training and
-held-out .bin/.idx, once; later calls find them in the cache.
+Every machine with Python has these long documents, so a first run needs no download.
+`prepare()` trains a sentencepiece tokenizer on them and writes training and held-out
+.bin/.idx files once; later calls find them in the cache.
 
-Left out: tests, which minimal images lack, so that a Python version gives the same
-corpus everywhere; the generated character tables of `encodings`, which resemble each
-other so much that the held-out loss would flatter; and what is not library code.
+Excluded are tests, which minimal images lack, so that a Python version gives the same
+corpus everywhere; the generated character tables of `encodings`, which are so similar
+that the held-out loss would be too low; and files that are not library code.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from megatron_cream.data.tokenizers import load_tokenizer
 
 FORMAT_VERSION = 1
-"""Part of the cache key: raise it when the same sources would give other files."""
+"""Part of the cache key: increase it when the same sources give different files."""
 
 EXCLUDED_FOLDERS = frozenset(
     "site-packages dist-packages __pycache__ test tests encodings idlelib lib2to3 ensurepip turtledemo".split()
@@ -40,22 +40,22 @@ EXCLUDED_PREFIXES = ("config-", "_sysconfigdata")
 """Folders and files that describe how this machine's Python was built."""
 
 LONG_BYTES = 12 * 1024
-"""A file of this size is long (about 4,000 tokens); only long files are held out."""
+"""Minimum size of a long file (about 4,000 tokens); only long files are held out."""
 
 HELD_OUT = 0.08
-"""Share of the long files that goes to the validation set."""
+"""Share of the long files in the validation set."""
 
 THRESHOLDS = (256, 512, 1024, 2048, 4096)
-"""Document lengths, in tokens, that the statistics count from."""
+"""Minimum document lengths, in tokens, in the statistics."""
 
 CACHE_VARIABLE = "MEGATRON_CREAM_CACHE"
 BUILDING = ".building-"
-"""Name, up to here, of a folder whose corpus is not complete."""
+"""Name prefix of a folder whose corpus is incomplete."""
 
 
 @dataclass(frozen=True)
 class EmbeddedCorpus:
-    """Where the corpus lies and how large it is."""
+    """The files and the size of the corpus."""
 
     tokenizer_model: Path
     """For --tokenizer-type SentencePieceTokenizer."""
@@ -72,11 +72,11 @@ class EmbeddedCorpus:
 
     train_documents_of_at_least: dict[int, int]
     valid_documents_of_at_least: dict[int, int]
-    """Length in tokens (THRESHOLDS) -> documents that long."""
+    """Minimum length in tokens (THRESHOLDS) -> documents of that length or more."""
 
 
 def default_cache_dir() -> Path:
-    """$MEGATRON_CREAM_CACHE, or ~/.cache/megatron_cream."""
+    """Return $MEGATRON_CREAM_CACHE, or ~/.cache/megatron_cream."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "megatron_cream")
 
 
@@ -88,32 +88,32 @@ def prepare(
     source_root: Path | None = None,
     progress: bool = True,
 ) -> EmbeddedCorpus:
-    """Return the embedded corpus; build it, in seconds, where `cache_dir` lacks it.
+    """Return the embedded corpus; build it within seconds if `cache_dir` does not have it.
 
-    Any number of processes may call this at once: one builds, the others wait for it. A
-    corpus takes its name in the cache when it is complete, so a killed build leaves none.
+    Any number of processes may call this at once: one builds, the others wait for it. The
+    folder is renamed when it is complete, so a killed build leaves no partial corpus.
 
     Args:
         cache_dir: None is `default_cache_dir()`.
-        vocab_size: of the tokenizer, its 3 control and 256 byte tokens included.
-        seed: which long files are held out.
+        vocab_size: of the tokenizer, including 3 control and 256 byte tokens.
+        seed: selects the held-out files.
         source_root: folder of Python files; None is the standard library.
-        progress: tell on stderr what is built.
+        progress: print progress to stderr.
 
     Raises:
-        ValueError: `source_root` has too little text, or for this vocabulary.
+        ValueError: `source_root` has fewer than two files, or too little text for this vocabulary.
         OSError: the cache cannot be written.
     """
     source_root = Path(source_root or sysconfig.get_path("stdlib"))
     cache_dir = Path(cache_dir or default_cache_dir())
     files = source_files(source_root)
     if len(files) < 2:
-        raise ValueError(f"{source_root}: the embedded corpus needs Python source files, and there are {len(files)}")
+        raise ValueError(f"{source_root}: the embedded corpus needs 2 or more Python source files, found {len(files)}")
     folder = cache_dir / f"stdlib-{platform.python_version()}-{_cache_key(source_root, files, vocab_size, seed)}"
     if (corpus := _load(folder)) is not None:
         return corpus
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(cache_dir / ".lock"):
+    with _lock(cache_dir / ".lock"):
         if (corpus := _load(folder)) is not None:
             return corpus
         _remove_leftovers(cache_dir)
@@ -121,52 +121,52 @@ def prepare(
         building.mkdir()
         try:
             _build(building, source_root, files, vocab_size, seed, progress)
-            # Fails where another process was faster (file systems without locks).
+            # Fails if another process was faster (file systems without locks).
             with contextlib.suppress(OSError):
                 os.rename(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     if (corpus := _load(folder)) is None:
-        raise OSError(f"{folder} is damaged or cannot be written: delete it, or set {CACHE_VARIABLE} to another folder")
+        raise OSError(f"{folder}: damaged or not writable. Delete it, or set {CACHE_VARIABLE} to another folder")
     return corpus
 
 
 def source_files(root: Path) -> list[Path]:
-    """The non-empty Python files under `root` that are documents, sorted by path."""
+    """Return the non-empty Python files under `root`, sorted by path, without the excluded ones."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not _excluded(name)]
-        found += [Path(folder, name) for name in names if name.endswith(".py") and not _excluded(name)]
+        subfolders[:] = [name for name in subfolders if not _is_excluded(name)]
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not _is_excluded(name)]
     return sorted(path for path in found if path.is_file() and path.stat().st_size)
 
 
 def split_files(root: Path, files: list[Path], seed: int = 0) -> tuple[list[Path], list[Path]]:
-    """(train, valid): HELD_OUT of the long files, by a hash of their path under `root`.
+    """Split into (train, valid): hold out HELD_OUT of the long files, by a hash of their path.
 
-    A file keeps its side whatever other files there are. Only where that would leave
-    nothing to validate on is the file of the lowest hash, of the longest kind, held out.
+    Whether a file is held out does not depend on the other files. But if none would be, the
+    long file with the lowest hash is held out; without long files, any file may be.
     """
 
-    def place(path: Path) -> float:
+    def hash_unit(path: Path) -> float:
         name = f"{seed}:{path.relative_to(root).as_posix()}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
     long = [path for path in files if path.stat().st_size >= LONG_BYTES]
-    valid = [path for path in long if place(path) < HELD_OUT] or [min(long or files, key=place)]
+    valid = [path for path in long if hash_unit(path) < HELD_OUT] or [min(long or files, key=hash_unit)]
     held_out = set(valid)
     return [path for path in files if path not in held_out], valid
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, symbols: Sequence[str] = ()) -> bytes:
-    """A sentencepiece BPE model of `texts`; decode(encode(text)) gives back the text.
+    """Train a sentencepiece BPE model on `texts`; decode(encode(text)) returns the text.
 
-    (Any text, but for U+2581, which is sentencepiece's own sign for a space.)
+    That holds for any text without U+2581, which sentencepiece uses for a space.
 
     Deterministic: equal texts give equal bytes. Ids 0 to 2 are unk, BOS and EOS, as in
-    Llama's own model; then `symbols`, and 256 bytes, which newlines and tabs are spelled with.
+    Llama's own model; then come `symbols`, and 256 byte tokens, which encode newlines and tabs.
 
     Raises:
-        ValueError: the texts do not hold `vocab_size` tokens.
+        ValueError: the texts are too small for `vocab_size` tokens.
     """
     import sentencepiece
 
@@ -179,12 +179,12 @@ def train_tokenizer(texts: list[str], vocab_size: int, symbols: Sequence[str] = 
             vocab_size=vocab_size,
             user_defined_symbols=list(symbols),
             byte_fallback=True,
-            # Code is not prose: what follows keeps every character and its indentation.
+            # Keep every character and the indentation of code.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            num_threads=1,  # more do not help; the count is written into the model
+            num_threads=1,  # more are not faster, and the count is written into the model
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -193,7 +193,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, symbols: Sequence[str] = 
 
 
 def _build(folder: Path, root: Path, files: list[Path], vocab_size: int, seed: int, progress: bool) -> None:
-    say = _teller(progress)
+    say = _make_printer(progress)
     say(f"{len(files)} source files of Python {platform.python_version()} in {root}")
     train_files, valid_files = split_files(root, files, seed)
     train = _write_documents(folder / "train.jsonl", root, train_files)
@@ -208,7 +208,7 @@ def _build(folder: Path, root: Path, files: list[Path], vocab_size: int, seed: i
         say(f"tokenizing {split}.jsonl")
         report = preprocess([folder / f"{split}.jsonl"], folder / split, tokenizer, progress=False)
         numbers |= _numbers(split, report)
-    # Last: its presence says that the rest is there.
+    # Written last: it marks the corpus as complete.
     (folder / "corpus.json").write_text(json.dumps(numbers, indent=1))
     say(
         f"done: {numbers['train_documents']} documents, {numbers['train_tokens']:,} tokens to train on; "
@@ -217,7 +217,7 @@ def _build(folder: Path, root: Path, files: list[Path], vocab_size: int, seed: i
 
 
 def _write_documents(path: Path, root: Path, files: list[Path]) -> list[str]:
-    """Write the files as JSON lines {"name", "text"}; give back their texts."""
+    """Write the files as JSON lines {"name", "text"}; return their texts."""
     texts = []
     with path.open("w", encoding="utf-8") as lines:
         for file in files:
@@ -237,7 +237,7 @@ def _numbers(split: str, report: PreprocessReport) -> dict[str, object]:
 
 
 def _load(folder: Path) -> EmbeddedCorpus | None:
-    """The corpus in `folder`, or None where there is none or a part of it is missing."""
+    """Return the corpus in `folder`; None if there is none or a part of it is missing."""
     model, prefixes = folder / "tokenizer.model", [folder / "train", folder / "valid"]
     parts = [model, *(Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx"))]
     try:
@@ -247,7 +247,7 @@ def _load(folder: Path) -> EmbeddedCorpus | None:
     if not all(part.is_file() for part in parts):
         return None
     for name, value in numbers.items():
-        if isinstance(value, dict):  # JSON made strings of the lengths
+        if isinstance(value, dict):  # JSON turned the lengths into strings
             numbers[name] = {int(length): count for length, count in value.items()}
     return EmbeddedCorpus(model, *prefixes, **numbers)
 
@@ -259,13 +259,13 @@ def _cache_key(root: Path, files: list[Path], vocab_size: int, seed: int) -> str
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _excluded(name: str) -> bool:
+def _is_excluded(name: str) -> bool:
     return name in EXCLUDED_FOLDERS or name.startswith(EXCLUDED_PREFIXES)
 
 
 @contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that the ranks of a run do not all build; dies with its holder."""
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a file lock in the block, so that only one process builds; it ends with the process."""
     check_regular(path, "--embedded-data")
     with path.open("w") as lock:
         with contextlib.suppress(OSError):  # some network file systems have no locks
@@ -274,13 +274,13 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
-    """Delete what killed builds left; a day, as a build elsewhere may still be going on."""
+    """Delete folders of killed builds; only after a day, as another node may still be building."""
     for folder in cache_dir.glob(f"{BUILDING}*"):
         if time.time() - folder.stat().st_mtime > 24 * 3600:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _teller(enabled: bool) -> Callable[[str], None]:
+def _make_printer(enabled: bool) -> Callable[[str], None]:
     started = time.perf_counter()
 
     def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Batches of raw documents to token ids: what a worker process does."""
+"""Encode batches of raw documents as token ids, in a worker process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.common.errors import one_line
-from megatron_cream.data.chat import CHAT_KEYS, Llama2Chat, TemplateChat, take_messages
-from megatron_cream.data.documents import BadDocument, Batch, Position, read_documents, take_text
+from megatron_cream.data.chat import CHAT_KEYS, Llama2Chat, TemplateChat, extract_messages
+from megatron_cream.data.documents import BadDocument, Batch, Position, extract_text, read_documents
 from megatron_cream.data.indexed import token_type
 from megatron_cream.data.tokenizers import bos_to_prepend, has_eod, text_ids
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of one batch."""
+    """The encoded documents of one batch."""
 
     end: Position
     """Where the next batch begins."""
@@ -25,24 +25,24 @@ class Encoded:
     """Token ids [n] of each document."""
 
     masks: list[np.ndarray] = field(default_factory=list)
-    """Of chats, uint8 [n] for each document: 1 where a token is the assistant's."""
+    """For chats, uint8 [n] for each document: 1 for the assistant's tokens."""
 
     dropped: list[tuple[str, str]] = field(default_factory=list)
-    """Why and where, of the documents that were left out."""
+    """(reason, place) of each dropped document."""
 
 
 class Encoder:
-    """Batch -> Encoded. Inherited by the workers, not sent to them, as tokenizers may not be picklable.
+    """A function from Batch to Encoded. Workers inherit it by fork, as tokenizers may not be picklable.
 
     Args:
-        json_key: where a record keeps its text or turns; None: `text`, or CHAT_KEYS.
-        chat_format: of CHAT_FORMATS where documents are chats. Its BOS and EOS are its own.
-        append_eod, prepend_bos: of text, see `tokenizers.bos_to_prepend`.
+        json_key: key of a record's text or turns; None: `text`, or CHAT_KEYS.
+        chat_format: one of CHAT_FORMATS if documents are chats; it sets BOS and EOS itself.
+        append_eod, prepend_bos: for text, see `tokenizers.bos_to_prepend`.
         min_tokens: shorter documents are dropped; a text's BOS and EOD do not count.
         strict: raise at the first document that cannot be read.
 
     Raises:
-        ValueError: the tokenizer lacks what this asks of it.
+        ValueError: the tokenizer lacks a token or a template that the settings need.
     """
 
     def __init__(
@@ -61,19 +61,19 @@ class Encoder:
         self.dtype = token_type(tokenizer.vocab_size)
         self._tokenizer, self._vocab_size = tokenizer, tokenizer.vocab_size
         self._min_tokens, self._strict = min_tokens, strict
-        self._take: Callable[[dict], Any]
+        self._extract: Callable[[dict], Any]
         if self.chats:
-            self._take = partial(take_messages, keys=self.keys)
+            self._extract = partial(extract_messages, keys=self.keys)
             self._encode_chat = (Llama2Chat if chat_format == "llama2" else TemplateChat)(tokenizer)
         else:
-            self._take = partial(take_text, key=self.keys[0])
+            self._extract = partial(extract_text, key=self.keys[0])
             bos = bos_to_prepend(tokenizer, prepend_bos)
             self._start = [] if bos is None else [bos]
             self._end = [_eod(tokenizer)] if append_eod else []
 
     def __call__(self, batch: Batch) -> Encoded:
         encoded = Encoded(batch.end)
-        for where, document in read_documents(batch, self._take):
+        for where, document in read_documents(batch, self._extract):
             try:
                 if isinstance(document, BadDocument):
                     raise document

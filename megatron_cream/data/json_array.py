@@ -1,6 +1,6 @@
-"""The elements of a JSON array, one at a time, from a file that need not fit into memory.
+"""Read a JSON array element by element, from a file that may not fit into memory.
 
-ShareGPT is given out in this form: one array of chats, hundreds of megabytes long.
+ShareGPT is published in this form: one array of chats, hundreds of megabytes long.
 """
 
 import codecs
@@ -9,29 +9,29 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 _CHUNK = 1 << 20
-"""Bytes read at a time, and at least as many as an element that is not yet whole."""
+"""Bytes read at a time; more for an element that is larger."""
 
 _LONGEST = 1 << 28
-"""Characters of an element: where more do not make one, the file is malformed."""
+"""Maximum characters of an element; more mean that the file is malformed."""
 
 _SPACE = " \t\n\r"
 
 
 class DamagedArray(ValueError):
-    """What is read is not one JSON array. The message is one line, without the path."""
+    """A file is not one JSON array. The message is one line without the path."""
 
 
 def starts_array(stream) -> bool:
-    """Whether a stream that can be peeked at holds a JSON array."""
+    """Return whether a stream with `peek` starts with a JSON array."""
     return stream.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def read_elements(stream: BinaryIO) -> Iterator[bytes]:
-    """The JSON text of each element, in order.
+    """Yield the JSON text of each element in order, as UTF-8.
 
     Raises:
-        DamagedArray: what is read is not one JSON array in UTF-8. One line, with the number of
-            the element that could not be read.
+        DamagedArray: the stream is not one JSON array in UTF-8. The message is one line with the
+            number of the element that cannot be read.
     """
     text = _Text(stream)
     text.skip("[", "it does not start with [")
@@ -47,7 +47,7 @@ def read_elements(stream: BinaryIO) -> Iterator[bytes]:
 
 
 class _Text:
-    """A window on the decoded stream that grows where an element needs it."""
+    """A window on the decoded stream that grows with the current element."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = stream
@@ -55,7 +55,8 @@ class _Text:
         self._parse = json.JSONDecoder().raw_decode
         self._text, self._at = "", 0
 
-    def _more(self) -> bool:
+    def _read_more(self) -> bool:
+        """Drop consumed text and read the next chunk; return False at the end of the stream."""
         data = self._stream.read(max(_CHUNK, len(self._text) - self._at))
         try:
             self._text = self._text[self._at :] + self._decoder.decode(data, final=not data)
@@ -65,33 +66,37 @@ class _Text:
         return bool(data)
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in _SPACE:
                 self._at += 1
             if self._at < len(self._text):
                 return self._text[self._at]
-            if not self._more():
+            if not self._read_more():
                 return ""
 
-    def skip(self, character: str, otherwise: str) -> None:
+    def skip(self, character: str, problem: str) -> None:
+        """Consume `character`; raise DamagedArray with `problem` if another one is next."""
         if self.peek() != character:
-            raise DamagedArray(f"not one JSON array: {otherwise}")
+            raise DamagedArray(f"not one JSON array: {problem}")
         self._at += 1
 
     def element(self, number: int) -> str:
+        """Return the JSON text of the next element, which has this number."""
         self.peek()
         while True:
             try:
                 _, end = self._parse(self._text, self._at)
-                # A number may go on in the next chunk: 0 is one, and so is 0.5.
-                whole = self._text[end - 1] in '}]"' or self._text[end : end + 1] in tuple(",]" + _SPACE)
+                # A number may continue in the next chunk: 0 may be the start of 0.5.
+                complete = self._text[end - 1] in '}]"' or self._text[end : end + 1] in tuple(",]" + _SPACE)
             except RecursionError:
                 raise DamagedArray(f"not one JSON array: element {number} is nested too deeply") from None
             except ValueError:
-                whole = False
-            if whole:
+                complete = False
+            if complete:
                 found, self._at = self._text[self._at : end], end
                 return found
-            if len(self._text) - self._at > _LONGEST or not self._more():
-                raise DamagedArray(f"not one JSON array: element {number} is cut, malformed or longer than 256 MiB")
+            if len(self._text) - self._at > _LONGEST or not self._read_more():
+                raise DamagedArray(
+                    f"not one JSON array: element {number} is truncated, malformed or longer than 256 MiB"
+                )

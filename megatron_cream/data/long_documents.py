@@ -1,7 +1,7 @@
-"""Which documents are long enough: found once in a job, and mapped by every rank and worker from one file.
+"""Find the documents that are long enough, once in a job; every rank and worker maps the result from one file.
 
-Of 100 million documents the numbers alone take 400 MB, and each rank would hold its own. Where all are long enough,
-or few, no file is needed. The file is a .npy array with a CRC-32 of its bytes after it, which each rank checks.
+The numbers of 100 million documents take 400 MB, which each rank would hold otherwise. If all documents are long
+enough, or few are, no file is written. The file is a .npy array followed by its CRC-32, which each rank checks.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ import numpy as np
 from megatron_cream.common.errors import one_line
 
 IN_MEMORY = 1 << 20
-"""Numbers of documents that a rank may hold by itself: 4 MiB."""
+"""Maximum count of document numbers that a rank holds in its own memory: 4 MiB."""
 
 _CHUNK = 1 << 20
-"""Documents looked at at a time."""
+"""Documents processed at a time."""
 
 _CRC_BYTES = 4
 
@@ -28,64 +28,64 @@ _DTYPE = np.dtype("<i4")
 """Megatron numbers the documents of one data set in 32 bits."""
 
 
-def long_documents(
-    lengths: np.ndarray, begin: int, end: int, minimum: int, file: Path, say: Callable[[str], None]
+def find_long_documents(
+    lengths: np.ndarray, begin: int, end: int, minimum: int, file: Path, warn: Callable[[str], None]
 ) -> Sequence[int]:
     """Return, in order, the numbers of the documents that have `minimum` tokens or more.
 
-    Whatever process comes to it first writes `file`, beside its name and then under it, so that several may at once,
-    and one that is killed leaves nothing that is read. A file that is none of ours is written anew.
+    The first process writes `file` under a temporary name and renames it. So several processes may write at once, and
+    a killed one leaves no partial file. A damaged or foreign file is replaced.
 
     Args:
         lengths: int32 [n], in tokens; may be mapped from a file.
         begin: number of the first document to look at.
         end: number after the last document to look at.
-        minimum: tokens of a long document.
-        file: see `cache_file`.
-        say: is told why, where `file` cannot be written and each process holds the numbers itself.
+        minimum: minimum length of a long document, in tokens.
+        file: the file with the result, see `cache_file`.
+        warn: called with the reason if `file` cannot be written and the numbers stay in memory.
 
-    Returns: a range where all are long enough; else int32 [m], mapped from `file` where m is above IN_MEMORY.
+    Returns: a range if all are long enough; else int32 [m], mapped from `file` if m is above IN_MEMORY.
     """
     kept = _open(file, lengths, begin, end, minimum)
     if kept is not None:
         return kept
-    count = sum(len(part) for part in long_in_parts(lengths, begin, end, minimum))
+    count = sum(len(part) for part in iterate_long_documents(lengths, begin, end, minimum))
     if count == end - begin:
         return range(begin, end)
     if count > IN_MEMORY:
         try:
-            _write(file, count, long_in_parts(lengths, begin, end, minimum))
+            _write(file, count, iterate_long_documents(lengths, begin, end, minimum))
             if (kept := _open(file, lengths, begin, end, minimum)) is not None:
                 return kept
-            reason = "what was written there does not read back"
+            reason = "the written file cannot be read back"
         except OSError as error:
             reason = error.strerror or one_line(error)
-        say(f"{file.parent}: {reason}: each rank holds the numbers of {count} documents, {count >> 18} MiB, by itself")
+        warn(f"{file.parent}: {reason}: each rank keeps the numbers of {count} documents in memory, {count >> 18} MiB")
     found = np.empty(count, dtype=_DTYPE)
     at = 0
-    for part in long_in_parts(lengths, begin, end, minimum):
+    for part in iterate_long_documents(lengths, begin, end, minimum):
         found[at : at + len(part)] = part
         at += len(part)
     return found
 
 
-def long_in_parts(lengths: np.ndarray, begin: int, end: int, minimum: int) -> Iterator[np.ndarray]:
-    """The same numbers, int32 [any], of some documents at a time."""
+def iterate_long_documents(lengths: np.ndarray, begin: int, end: int, minimum: int) -> Iterator[np.ndarray]:
+    """Yield the same numbers in parts, int32 [any] each."""
     for at in range(begin, end, _CHUNK):
         yield (np.flatnonzero(lengths[at : min(at + _CHUNK, end)] >= minimum) + at).astype(_DTYPE)
 
 
 def cache_file(prefix: str, begin: int, end: int, minimum: int, folder: str | None) -> Path:
-    """Return the file that keeps the numbers of these long documents of PREFIX.idx.
+    """Return the path of the file with the long documents' numbers for PREFIX.idx.
 
-    Another .idx of that name has another file.
+    A changed .idx gets another path.
 
     Args:
-        prefix: of the data: PREFIX.bin and PREFIX.idx.
-        begin: as in `long_documents`.
-        end: as in `long_documents`.
-        minimum: as in `long_documents`.
-        folder: --data-cache-path; without one, beside the data, as Megatron has it.
+        prefix: path of the data, PREFIX.bin and PREFIX.idx.
+        begin: as in `find_long_documents`.
+        end: as in `find_long_documents`.
+        minimum: as in `find_long_documents`.
+        folder: --data-cache-path; None is a folder beside the data, as in Megatron.
 
     Raises:
         OSError: there is no PREFIX.idx.
@@ -106,39 +106,40 @@ def _write(file: Path, count: int, parts: Iterator[np.ndarray]) -> None:
             np.lib.format.write_array_header_1_0(out, header)
             crc = 0
             for part in parts:
-                out.write(part.data)  # not into a map of the file: a full disk would end the process
+                out.write(part.data)  # a memory map would crash the process on a full disk
                 crc = zlib.crc32(part.data, crc)
             out.write(crc.to_bytes(_CRC_BYTES, "little"))
             out.flush()
             os.fsync(descriptor)
         os.replace(beside, file)
     except FileNotFoundError:
-        if not file.exists():  # else another process was first, and swept up
+        if not file.exists():  # otherwise another process finished first and removed this one's file
             raise
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise
-    for left in file.parent.glob(f".{file.name}.*.partial"):  # by a process that was killed
-        left.unlink(missing_ok=True)
+    for leftover in file.parent.glob(f".{file.name}.*.partial"):  # of a killed process
+        leftover.unlink(missing_ok=True)
 
 
 def _open(file: Path, lengths: np.ndarray, begin: int, end: int, minimum: int) -> np.ndarray | None:
-    """What is kept there, if it is whole by its checksum and, in a few places, of these documents."""
+    """Map the file if its checksum is right and a sample of its numbers fits these documents; else return None."""
     try:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # none there; cut; of another kind
+    except (OSError, ValueError, EOFError):  # missing, truncated or another format
         return None
     if not isinstance(found, np.memmap) or found.ndim != 1 or found.dtype != _DTYPE or not len(found):
         return None
-    if not _is_whole(file, found):
+    if not _is_intact(file, found):
         return None
-    looked = np.asarray(found[np.linspace(0, len(found) - 1, min(len(found), 64), dtype=np.int64)])
-    if looked[0] < begin or looked[-1] >= end or (np.diff(looked) <= 0).any() or (lengths[looked] < minimum).any():
+    sample = np.asarray(found[np.linspace(0, len(found) - 1, min(len(found), 64), dtype=np.int64)])
+    if sample[0] < begin or sample[-1] >= end or (np.diff(sample) <= 0).any() or (lengths[sample] < minimum).any():
         return None
     return found
 
 
-def _is_whole(file: Path, found: np.memmap) -> bool:
+def _is_intact(file: Path, found: np.memmap) -> bool:
+    """Return whether the array matches the CRC-32 at the end of the file."""
     end = found.offset + found.nbytes
     try:
         with open(file, "rb") as stream:

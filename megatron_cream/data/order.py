@@ -1,15 +1,15 @@
-"""The order in which an epoch visits its documents, without a table.
+"""The order of documents in an epoch, computed without a table.
 
 A keyed permutation of 0 .. n-1: a four-round Feistel network on the next even power
-of two, walked until it lands below n. It needs no memory and no cache file whatever
-n is, and any process computes any entry alike. It is for shuffling, not for secrecy.
+of two, repeated until the result is below n. It needs no memory and no cache file for
+any n, and every process computes the same entries. It shuffles; it is not encryption.
 """
 
 _MASK = (1 << 64) - 1
 
 
 def permute(index: int, n: int, key: tuple[int, int]) -> int:
-    """The document visited at `index` (0 <= index < n) under `key` (seed, epoch).
+    """Return the document at place `index` (0 <= index < n) in the order of `key` (seed, epoch).
 
     A bijection of range(n) for every key.
 
@@ -31,7 +31,7 @@ def permute(index: int, n: int, key: tuple[int, int]) -> int:
 
 
 def _mix(x: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every bit depends on every bit."""
+    """Mix 64 bits by SplitMix64's finaliser (Steele, Lea & Flood 2014): each output bit depends on all input bits."""
     x &= _MASK
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK

@@ -1,10 +1,9 @@
-"""Output that is whole or absent, and work that outlives its process.
+"""Output that appears only when complete, and partial output from which a killed run resumes.
 
-A run writes into PREFIX.partial/, and says every few seconds, in a file that is replaced
-whole, how far it came and how much of what it wrote that covers. A run that was killed goes on
-from there: what lies beyond is cut off. The state has a CRC-32 of each file, as it was when it was written; a file that
-differs is never gone on with and never takes its name. When all is written the files take their names, the
-.idx last, so that no reader finds an .idx that belongs to another .bin.
+A run writes into PREFIX.partial/. Every few seconds it atomically replaces a state file with
+the input position and the size and CRC-32 of the output so far. A killed run resumes from that state and
+truncates the files to it. A file whose CRC-32 differs is neither resumed from nor published. When all is
+written, the files are renamed, the .idx last, so that no reader finds an .idx that belongs to another .bin.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from megatron_cream.data.encode import Encoded
 from megatron_cream.data.indexed import loss_mask_prefix, paths, read_index, write_index
 
 CHECKPOINT_SECONDS = 5.0
-"""How much work a killed run loses, at most, in seconds."""
+"""Seconds between saves of the state: the most work that a killed run loses."""
 
 _TOKENS, _MASK, _LENGTHS, _STATE, _LOCK = "tokens.bin", "loss_mask.bin", "lengths", "state.json", "lock"
 _INDICES = ("tokens.idx", "loss_mask.idx")
@@ -38,44 +37,44 @@ _FILES = (_TOKENS, _MASK, _LENGTHS, *_INDICES, _STATE + _NEW, _STATE)
 
 @dataclass
 class State:
-    """How far a run came."""
+    """The progress of a run."""
 
     position: Position = Position()  # noqa: RUF009  (frozen)
-    """Where reading goes on."""
+    """Where reading resumes."""
 
     documents: int = 0
     tokens: int = 0
     loss_tokens: int = 0
-    """Written so far; of chats, also how many of the tokens are the assistant's."""
+    """Written so far; `loss_tokens` counts the assistant's tokens in chats."""
 
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> how many documents were left out for it."""
+    """Reason -> number of documents dropped for it."""
 
     first_dropped: dict[str, str] = field(default_factory=dict)
-    """Reason -> place of the first of them, in input order."""
+    """Reason -> place of the first such document, in input order."""
 
     sums: dict[str, int] = field(default_factory=dict)
-    """File -> CRC-32 of what was written so far."""
+    """File -> CRC-32 of its content so far."""
 
     complete: bool = False
-    """All is written, and only the names are to be taken."""
+    """True when all is written and only the renames remain."""
 
 
 def check_output(prefix: Path, overwrite: bool) -> None:
-    """Before any work: whether the output can have its names.
+    """Check before any work that the output files can be created.
 
     Raises:
-        FileExistsError: there is output at `prefix` that may not be replaced.
-        ValueError: a folder or the like has one of the names.
-        OSError: the names are too long.
+        FileExistsError: there is output at `prefix` and `overwrite` is not set.
+        ValueError: a folder or a special file has the name of an output file.
+        OSError: a name is too long.
     """
     targets = (*paths(prefix), *paths(loss_mask_prefix(prefix)))
     for path in (*targets, _folder(prefix)):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            fits, what = (stat.S_ISREG, "file") if path in targets else (stat.S_ISDIR, "folder")
-            if not fits(os.stat(path).st_mode):
-                raise ValueError(f"{path} exists and is not a {what}")
-    if overwrite or _read_state(_folder(prefix))[1].complete:  # a run killed while its files took their names
+            has_type, name = (stat.S_ISREG, "file") if path in targets else (stat.S_ISDIR, "folder")
+            if not has_type(os.stat(path).st_mode):
+                raise ValueError(f"{path} exists and is not a {name}")
+    if overwrite or _read_state(_folder(prefix))[1].complete:  # a run killed during its renames
         return
     for path in targets:
         if path.exists():
@@ -83,7 +82,7 @@ def check_output(prefix: Path, overwrite: bool) -> None:
 
 
 class PartialOutput:
-    """The files of one run, from its first document to their names. Made by `open_partial`."""
+    """The output files of one run, until they have their final names. Created by `open_partial`."""
 
     def __init__(self, prefix: Path, settings: dict[str, Any], dtype: type, masked: bool, overwrite: bool, keep: bool):
         self._prefix, self._settings, self._dtype = prefix, settings, dtype
@@ -91,7 +90,7 @@ class PartialOutput:
         self._folder = _folder(prefix)
         names = {_LENGTHS: np.int32, _TOKENS: dtype} | ({_MASK: np.uint8} if masked else {})
         self._itemsizes = {name: np.dtype(kind).itemsize for name, kind in names.items()}
-        self.state = self._resumable()
+        self.state = self._load_resumable_state()
         if self.state is None:
             _remove_files(self._folder)
             self.state = State()
@@ -103,7 +102,7 @@ class PartialOutput:
             self._save()
 
     def append(self, encoded: Encoded) -> None:
-        """Take over what became of a batch."""
+        """Write the documents of a batch; save the state if it is time."""
         state = self.state
         state.documents += len(encoded.documents)
         state.tokens += sum(map(len, encoded.documents))
@@ -122,19 +121,20 @@ class PartialOutput:
             self._save()
 
     def finish(self) -> np.ndarray:
-        """Give the files their names. Returns the lengths of all documents, int32 [n].
+        """Give the files their final names; return the lengths of all documents, int32 [n].
 
         Raises:
-            FileExistsError: meanwhile there is output that may not be replaced.
+            FileExistsError: another process wrote output meanwhile and `overwrite` is not set.
+            ValueError: a file's content differs from what was written.
         """
         if not self.state.complete:
             self._save()
             for file in self._files.values():
                 file.flush()
-            if damaged := self._damaged():
+            if damaged := self._find_damaged_file():
                 raise ValueError(
-                    f"{damaged}: not what was written (its CRC-32 differs); the disk or its memory is faulty. Start "
-                    "again, with another --output-prefix if it happens again"
+                    f"{damaged}: differs from what was written (CRC-32 mismatch); the disk or the memory is faulty. "
+                    "Start again, with another --output-prefix if it happens again"
                 )
             lengths = np.fromfile(self._folder / _LENGTHS, dtype=np.int32)
             for name, dtype in ((_TOKENS, self._dtype), (_MASK, np.uint8)):
@@ -143,42 +143,42 @@ class PartialOutput:
             check_output(self._prefix, self._overwrite)
             self.state.complete = True
             self._save()
-        self._take_names()
+        self._rename_files()
         return np.array(read_index(self._prefix).lengths)
 
-    def _take_names(self) -> None:
-        moves = self._moves()
-        if moves[-1][0].exists():  # at no time does an .idx belong to another .bin
-            moves[-1][1].unlink(missing_ok=True)
+    def _rename_files(self) -> None:
+        renames = self._list_renames()
+        if renames[-1][0].exists():  # remove the old .idx first: it must never stand beside a new .bin
+            renames[-1][1].unlink(missing_ok=True)
         if _MASK not in self._itemsizes:
             for path in paths(loss_mask_prefix(self._prefix)):
                 path.unlink(missing_ok=True)
-        for source, target in moves:
+        for source, target in renames:
             if source.exists():
                 os.replace(source, target)
         self.discard()
 
-    def _moves(self) -> list[tuple[Path, Path]]:
-        """(partial file, name) of all that is output; the .idx that makes it readable last."""
-        moves = []
+    def _list_renames(self) -> list[tuple[Path, Path]]:
+        """Return (partial file, final path) of all output files; the .idx that makes it readable is last."""
+        renames = []
         for name, prefix in ((_MASK, loss_mask_prefix(self._prefix)), (_TOKENS, self._prefix)):
             if name in self._itemsizes:
                 bin_path, idx_path = paths(prefix)
                 source = self._folder / name
-                moves += [(source, bin_path), (source.with_suffix(".idx"), idx_path)]
-        return moves
+                renames += [(source, bin_path), (source.with_suffix(".idx"), idx_path)]
+        return renames
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
     def discard(self) -> None:
-        """Close and delete what is partial; nothing that has its name."""
+        """Close and delete the partial files, but no file with its final name."""
         self.close()
         _remove_files(self._folder)
 
     def _save(self) -> None:
-        """Say how far this came, once what was written is on the disk."""
+        """Write the state after syncing the output to disk."""
         self._saved = time.monotonic()
         if not self._keep and not self.state.complete:
             return
@@ -195,34 +195,34 @@ class PartialOutput:
     def _size(self, name: str, state: State) -> int:
         return self._itemsizes[name] * (state.documents if name == _LENGTHS else state.tokens)
 
-    def _resumable(self) -> State | None:
-        """The state to go on from; None where there is none.
+    def _load_resumable_state(self) -> State | None:
+        """Return the state to resume from; None if there is none.
 
         Raises:
-            ValueError: there is one, of a run with other settings, and `overwrite` is not set.
+            ValueError: the state is of a run with other settings, and `overwrite` is not set.
         """
         settings, state = _read_state(self._folder)
         if state.position == Position():
             return None
-        # As they come out of JSON: tuples are lists there.
+        # Compare after a round trip through JSON, which turns tuples into lists.
         other = [key for key, value in json.loads(json.dumps(self._settings)).items() if settings.get(key) != value]
         if other and not self._overwrite:
             raise ValueError(
-                f"{self._folder} holds an unfinished run of another {' and '.join(other)}: go on with that one, "
-                "give another prefix, or --overwrite to start anew"
+                f"{self._folder} contains an unfinished run with another {' and '.join(other)}; finish that run, "
+                "give another prefix, or --overwrite to discard it"
             )
         if other:
             return None
         if state.complete:
-            whole = all(source.exists() or target.exists() for source, target in self._moves())
+            whole = all(source.exists() or target.exists() for source, target in self._list_renames())
             return state if whole else None
-        if damaged := self._damaged(state):
-            print(f"preprocess: {damaged} is damaged (its CRC-32 differs): starting anew", file=sys.stderr)
+        if damaged := self._find_damaged_file(state):
+            print(f"preprocess: {damaged} is damaged (CRC-32 mismatch): starting from the beginning", file=sys.stderr)
             return None
         return state
 
-    def _damaged(self, state: State | None = None) -> Path | None:
-        """The first file that lacks something, or is not as it was written, up to where `state` came."""
+    def _find_damaged_file(self, state: State | None = None) -> Path | None:
+        """Return the first file that is too short for `state` or has another CRC-32; None if all are right."""
         state = state or self.state
         for name in self._itemsizes:
             path, size = self._folder / name, self._size(name, state)
@@ -235,24 +235,24 @@ class PartialOutput:
 def open_partial(
     prefix: Path, settings: dict[str, Any], dtype: type, masked: bool, overwrite: bool, keep: bool
 ) -> Iterator[PartialOutput]:
-    """Open the partial output at `prefix`: a killed run's of equal settings, or new.
+    """Open the partial output at `prefix`: that of a killed run with equal settings, or a new one.
 
     Args:
-        prefix: of the output: PREFIX.bin and PREFIX.idx.
-        settings: plain values that all of the output follows from.
-        dtype: of a token.
-        masked: a loss mask is written too.
-        overwrite: what is there may be replaced; an unfinished run of other settings too.
-        keep: leave the work to the next run if this one ends early; unless by a ValueError, as
-            another run of the same inputs would end so too.
+        prefix: path of the output, PREFIX.bin and PREFIX.idx.
+        settings: plain values that determine the output.
+        dtype: numpy type of a token.
+        masked: also write a loss mask.
+        overwrite: replace existing output, and an unfinished run with other settings.
+        keep: keep the partial files for the next run if this one ends early. A ValueError deletes
+            them, as the next run with the same inputs would fail too.
 
     Raises:
-        ValueError: an unfinished run of other settings is there, and `overwrite` is not set.
+        ValueError: there is an unfinished run with other settings, and `overwrite` is not set.
         BlockingIOError: another process is writing this output.
     """
     folder = _folder(prefix)
     folder.mkdir(parents=True, exist_ok=True)
-    # A lock of this process, that its forks do not hold: they may outlive it for a moment.
+    # A lock that forked workers do not inherit: they may outlive this process for a moment.
     with (folder / _LOCK).open("a") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -272,7 +272,7 @@ def open_partial(
         finally:
             if not any((folder / name).exists() for name in _FILES):
                 (folder / _LOCK).unlink()
-                with contextlib.suppress(OSError):  # something else lies in it
+                with contextlib.suppress(OSError):  # it contains other files
                     folder.rmdir()
 
 
@@ -281,7 +281,7 @@ def _folder(prefix: Path) -> Path:
 
 
 def _read_state(folder: Path) -> tuple[dict[str, Any], State]:
-    """The settings and the state of a partial run; empty where there is none."""
+    """Return the settings and the state of a partial run; empty if there is none."""
     try:
         saved = json.loads((folder / _STATE).read_bytes())
         state = State(**saved["state"] | {"position": Position(**saved["state"]["position"])})
@@ -293,6 +293,6 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], State]:
 
 
 def _remove_files(folder: Path) -> None:
-    """Delete what a partial run writes. The state goes last: it says whose the rest is."""
+    """Delete the files of a partial run, the state last: it identifies the others."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""Text documents and chats to Megatron's indexed dataset: PREFIX.bin and PREFIX.idx.
+"""Convert text documents and chats to Megatron's indexed dataset: PREFIX.bin and PREFIX.idx.
 
-The files are those of Megatron's own tool, less the suffix that it adds to the prefix:
-`preprocess(..., output_prefix)` writes what `--data-path output_prefix` reads. Each
-document is one sequence: BOS, the text's tokens, EOD; a chat as its format has it, with a
-mask of the assistant's tokens beside it. The bytes written depend on the inputs and the
-tokenizer, not on the number of workers, nor on how often the run was killed.
+The files are the same as those of Megatron's own tool, without the suffix that it adds to the
+prefix: `preprocess(..., output_prefix)` writes what `--data-path output_prefix` reads. Each
+document is one sequence: BOS, the text's tokens, EOD. A chat follows its format, and has a
+mask of the assistant's tokens in a second pair of files. The output depends on the inputs and
+the tokenizer, not on the number of workers or on how often the run was killed.
 """
 
 import contextlib
@@ -26,24 +26,24 @@ from megatron_cream.data.partial import State, check_output, open_partial
 from megatron_cream.data.workers import map_in_order
 
 FORMAT_VERSION = 2
-"""Raise it when the same inputs and settings would give other bytes: unfinished runs are not mixed."""
+"""Increase it when the same inputs and settings give other bytes: runs do not resume across versions."""
 
 
 @dataclass
 class PreprocessReport:
-    """What a run wrote and what it left out."""
+    """Statistics of the written and the dropped documents."""
 
     lengths: np.ndarray
     """int32 [documents]: tokens of each document as written, BOS and EOD included."""
 
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> how many documents were left out for it."""
+    """Reason -> number of documents dropped for it."""
 
     first_dropped: dict[str, str] = field(default_factory=dict)
-    """Reason -> `file` or `file:line` of the first of them, in input order."""
+    """Reason -> `file` or `file:line` of the first such document, in input order."""
 
     loss_tokens: int | None = None
-    """Of chats: tokens that the loss counts on."""
+    """Number of tokens with loss; only for chats."""
 
     seconds: float = 0.0
     """Wall-clock time of reading, tokenizing and writing."""
@@ -57,6 +57,7 @@ class PreprocessReport:
         return int(self.lengths.sum(dtype=np.int64))
 
     def documents_of_at_least(self, tokens: int) -> int:
+        """Return how many documents have `tokens` tokens or more."""
         return int((self.lengths >= tokens).sum())
 
 
@@ -79,34 +80,33 @@ def preprocess(
 ) -> PreprocessReport:
     """Tokenize `inputs` (see `documents.find_files`) into OUTPUT_PREFIX.bin and .idx.
 
-    The output appears when it is complete, or not at all.
+    The output files appear only when they are complete.
 
     Args:
         inputs: files and folders.
         output_prefix: path of the output without its suffix.
         tokenizer: has `tokenize(text) -> list[int]`, `vocab_size`, `eod` and `bos`, as
-            `tokenizers.load_tokenizer` gives.
-        json_key: where the text of a record stands, or the turns of a chat; None: `text`, or
-            `chat.CHAT_KEYS`.
-        glob: which files of a folder are documents; None: those of a known suffix.
+            `tokenizers.load_tokenizer` returns.
+        json_key: key of a record's text, or of a chat's turns; None: `text`, or `chat.CHAT_KEYS`.
+        glob: pattern of the documents in a folder; None: files with a known suffix.
         chat_format: one of `chat.CHAT_FORMATS`: documents are chats, and OUTPUT_PREFIX_loss_mask
-            is written too. BOS and EOS are the format's own.
+            is written too. The format sets BOS and EOS.
         append_eod: end each document with the tokenizer's EOD.
         prepend_bos: None follows the tokenizer, see `tokenizers.bos_to_prepend`.
         min_document_tokens: shorter documents are dropped; BOS and EOD do not count.
-        workers: processes that tokenize. More than one needs `fork`: call it before the
+        workers: processes that tokenize. More than one uses `fork`: call this before the
             process starts threads or uses CUDA.
-        overwrite: replace an output that is there, and an unfinished run of other settings.
-        strict: raise at the first document that cannot be read, instead of counting it.
+        overwrite: replace existing output, and an unfinished run with other settings.
+        strict: raise at the first document that cannot be read, instead of dropping it.
         progress: show a progress bar.
-        tokenizer_id: what tells the tokenizer from others, see `tokenizers.tokenizer_id`. With it,
-            the next run of equal inputs and settings resumes one that was killed or interrupted;
-            without it, nothing is kept.
+        tokenizer_id: identifies the tokenizer, see `tokenizers.tokenizer_id`. With it, the next run
+            with equal inputs and settings resumes a killed or interrupted one; without it, no
+            partial output is kept.
 
     Raises:
-        FileExistsError: output is there and `overwrite` is not set.
+        FileExistsError: there is output and `overwrite` is not set.
         ValueError: wrong inputs, no document left, with `strict` a bad document, or an
-            unfinished run of other inputs or settings, and `overwrite` is not set.
+            unfinished run with other inputs or settings and `overwrite` not set.
         BlockingIOError: another process is writing this output.
     """
     started = time.perf_counter()
@@ -126,7 +126,7 @@ def preprocess(
     settings = {
         "version": FORMAT_VERSION,
         "input": _digest(files),
-        "tokenizer": tokenizer_id or uuid.uuid4().hex,  # equal to no other
+        "tokenizer": tokenizer_id or uuid.uuid4().hex,  # matches no other run
         "json-key": encode.keys,
         "chat-format": chat_format,
         "append-eod": append_eod,
@@ -141,7 +141,7 @@ def preprocess(
             batches = read_batches(files, encode.keys, encode.chats, state.position)
             with (
                 contextlib.closing(map_in_order(encode, batches, workers)) as encoded,
-                _shown_progress(files, output_prefix, state, progress) as advance,
+                _show_progress(files, output_prefix, state, progress) as advance,
             ):
                 for batch in encoded:
                     partial.append(batch)
@@ -160,21 +160,21 @@ def preprocess(
 
 
 def _digest(files: list[Path]) -> str:
-    """Of the inputs' names, sizes and times of change."""
+    """Return a digest of the inputs' paths, sizes and modification times."""
     listing = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(listing).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def _shown_progress(files: list[Path], prefix: Path, state: State, enabled: bool) -> Iterator[Callable[[], None]]:
-    """Show on stderr how far `state` is: live on a terminal, elsewhere a line at the start and the end.
+def _show_progress(files: list[Path], prefix: Path, state: State, enabled: bool) -> Iterator[Callable[[], None]]:
+    """Show the progress of `state` on stderr: a bar on a terminal, elsewhere a line at the start and the end.
 
-    Gives the function to call when it has changed.
+    Yields the function to call after each change of `state`.
     """
     total = sum(file.stat().st_size for file in files)
     started = time.perf_counter()
     first_byte, first_token = state.position.disk_bytes, state.tokens
-    # No thread refreshes it: worker processes are forked while it is shown.
+    # No refresh thread: worker processes are forked while the bar is shown.
     bar = ProgressBar(total, shown=enabled, refresh=False)
     bar.move("", to=first_byte)
 
@@ -184,17 +184,17 @@ def _shown_progress(files: list[Path], prefix: Path, state: State, enabled: bool
         return f"{state.documents:,} documents, {read / 1e6 / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
 
     def advance() -> None:
-        nonlocal said
-        # Not of inputs that are refused at their first document.
-        if enabled and not bar.live and state.documents and not said:
+        nonlocal header_printed
+        # Print nothing before the first document, which may fail.
+        if enabled and not bar.live and state.documents and not header_printed:
             print(f"preprocess: {len(files)} files, {total / 1e6:.1f} MB, to {prefix}.bin/.idx", file=sys.stderr)
-            said = True
+            header_printed = True
         bar.move(speed(), to=state.position.disk_bytes)
 
     if enabled and state.documents:
-        print(f"preprocess: going on after {state.documents:,} documents of an unfinished run", file=sys.stderr)
-    said = False
+        print(f"preprocess: resuming after {state.documents:,} documents of an unfinished run", file=sys.stderr)
+    header_printed = False
     with bar:
         yield advance
-    if said:
+    if header_printed:
         print(f"preprocess: {speed()}, {time.perf_counter() - started:.1f} s", file=sys.stderr)

@@ -1,25 +1,25 @@
-"""Which samples a step was made of, for the day that it goes wrong."""
+"""The samples of the newest step, for the error report if the step fails."""
 
 import numpy as np
 from torch import Tensor
 
 
 class RecentSamples:
-    """The micro-batches that this rank has read for the newest step."""
+    """The micro-batches that this rank read for the newest step."""
 
     def __init__(self):
         self._step, self._batches = -1, []
 
     def add(self, step: int, batch: dict[str, Tensor]) -> None:
-        """Args: batch: of `LongDocumentDataset` samples, or of a blend's."""
+        """Record a micro-batch of `LongDocumentDataset` samples or of a blend's samples."""
         if step != self._step:
             self._step, self._batches = step, []
         kept = ("sample", "document", "dataset_id", "position_ids")
-        # Copies: what a worker sent is an open file each, and a step may have a thousand micro-batches.
+        # Copies: a worker's tensor keeps a file open, and a step may have a thousand micro-batches.
         self._batches.append({name: batch[name].clone() for name in kept if name in batch})
 
     def lines(self, step: int) -> list[str]:
-        """One for each sample of a step: where it comes from, and the position ids it was given."""
+        """Return a line for each sample of a step: its number, its document and its position ids."""
         return [_line(batch, i) for batch in self._batches if self._step == step for i in range(len(batch["sample"]))]
 
 

@@ -1,4 +1,4 @@
-"""Stop a chat template that runs without end, such as one with loops in loops."""
+"""A time limit for chat templates, which may have nested loops that never finish."""
 
 import contextlib
 import signal
@@ -6,25 +6,25 @@ import threading
 from collections.abc import Iterator
 
 SECONDS = 60.0
-"""A chat of 100 MB takes a second or two."""
+"""Limit for one rendering; a chat of 100 MB takes a second or two."""
 
 
-class Endless(Exception):
-    """A rendering took more than SECONDS. The message ends a line that begins with the template's name."""
+class TemplateTimeout(Exception):
+    """A rendering took more than SECONDS. The message follows the template's name."""
 
 
 @contextlib.contextmanager
-def limited_rendering() -> Iterator[None]:
-    """Raise Endless in a block that renders a template, after SECONDS.
+def limit_rendering_time() -> Iterator[None]:
+    """Raise TemplateTimeout in the block after SECONDS.
 
-    Signals reach the main thread alone: elsewhere there is no limit.
+    Uses SIGALRM, which only the main thread can handle: in other threads there is no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_) -> None:
-        raise Endless(f"does not come to an end: it was stopped after {SECONDS:g} s. Look for loops in loops in it")
+        raise TemplateTimeout(f"did not finish within {SECONDS:g} s. Check it for nested loops.")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)

@@ -1,4 +1,4 @@
-"""An ordered map over worker processes that dies with its parent."""
+"""An ordered map over worker processes, which end with their parent."""
 
 import multiprocessing
 import os
@@ -12,29 +12,29 @@ from typing import Any
 from megatron_cream.common.processes import end_with_parent
 
 _function: Callable[[Any], Any]
-"""A worker process's function, set when it starts."""
+"""The function of a worker process, set at its start."""
 
 
 def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
-    """`map(function, items)` over processes, in order, a few items ahead of its reader.
+    """Yield `map(function, items)` in order, computed by processes a few items ahead of the caller.
 
-    `function` is inherited by a fork, whether or not it can be pickled; items and results are
-    sent. More than one worker needs a caller that has neither started threads nor used CUDA.
+    Workers inherit `function` by fork, so it need not be picklable; items and results must be. With
+    more than one worker, the caller must not have started threads or used CUDA.
 
     Raises:
-        ChildProcessError: a worker was killed, or there is no room in /dev/shm for what joins them.
+        ChildProcessError: a worker was killed, or /dev/shm has no space for their semaphores.
     """
     if workers == 1:
         yield from map(function, items)
         return
-    # Read by Hugging Face tokenizers, whose own threads would not survive a fork.
+    # The threads of Hugging Face tokenizers would not survive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start, (function, os.getpid()))
-    except OSError as error:  # of semaphores, of which the system names no file
-        raise ChildProcessError(f"/dev/shm: {error.strerror}: worker processes need some; use --workers 1") from error
+    except OSError as error:  # for a semaphore; the error names no file
+        raise ChildProcessError(f"/dev/shm: {error.strerror}: worker processes need space; use --workers 1") from error
     try:
-        pool.submit(os.getpid).result()  # forks all of them, before a reader of `items` starts threads
+        pool.submit(os.getpid).result()  # forks all workers before a reader of `items` starts threads
         waiting = deque()
         for item in items:
             waiting.append(pool.submit(_call, item))
@@ -44,7 +44,7 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: 
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "a worker process was killed, perhaps for want of memory; use fewer --workers"
+            "a worker process was killed, perhaps because memory ran out; use fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -53,8 +53,8 @@ def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: 
 def _start(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    end_with_parent(parent=parent)  # a parent that was killed closes no queue: its workers would wait for ever
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    end_with_parent(parent=parent)  # a killed parent closes no queue: its workers would hang
 
 
 def _call(item: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_cream.data.long_documents import long_in_parts
+from megatron_cream.data.long_documents import iterate_long_documents
 from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
 
 
@@ -33,7 +33,7 @@ def read_held_out_documents(files: list[tuple[str, tuple[float, float]]], minimu
     def long() -> Iterator[tuple[IndexedDataset, np.ndarray]]:
         for dataset, share in held_out:
             first, last = (round(bound * len(dataset)) for bound in share)
-            for numbers in long_in_parts(dataset.sequence_lengths, first, last, minimum):
+            for numbers in iterate_long_documents(dataset.sequence_lengths, first, last, minimum):
                 yield dataset, numbers
 
     count = sum(len(numbers) for _, numbers in long())

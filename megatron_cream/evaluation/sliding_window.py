@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.data.documents import BadDocument, check_files, find_files, read_batches, read_documents, take_text
+from megatron_cream.data.documents import (
+    BadDocument,
+    check_files,
+    extract_text,
+    find_files,
+    read_batches,
+    read_documents,
+)
 from megatron_cream.evaluation.models.language_model import LanguageModel
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.tasks.sources import check_distinct_names
@@ -68,7 +75,7 @@ def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str
         check_files(files, (json_key,), chats=False)
         check_distinct_names("--dataset", files, lambda file: str(file.resolve()))
         for batch in read_batches(files, (json_key,)):
-            for name, text in read_documents(batch, partial(take_text, key=json_key)):
+            for name, text in read_documents(batch, partial(extract_text, key=json_key)):
                 if isinstance(text, BadDocument):
                     raise UsageError(f"--dataset {name}: {text}")
                 yield name, text

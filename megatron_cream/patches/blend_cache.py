@@ -1,6 +1,6 @@
 """Let several jobs share the cached index of a blend of data sets."""
 
-from megatron_cream.data.blend_cache import whole_or_none
+from megatron_cream.data.blend_cache import build_index
 from megatron_cream.patches import registry
 from megatron_cream.patches.registry import Patch
 
@@ -14,4 +14,4 @@ BLEND_CACHE = Patch(
 
 def install() -> None:
     """Install the patch. Call before data sets are built."""
-    registry.install(BLEND_CACHE, whole_or_none)
+    registry.install(BLEND_CACHE, build_index)

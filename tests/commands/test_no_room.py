@@ -146,7 +146,7 @@ mounts = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), re
 @mounts
 def test_full_shared_memory_is_recognized():
     result = run_without_shared_memory(NO_SHARED_MEMORY, 8, 8192)
-    said = "False /dev/shm: No space left on device: worker processes need some; use --workers 1"
+    said = "False /dev/shm: No space left on device: worker processes need space; use --workers 1"
     assert [line.strip() for line in result.stdout.splitlines()] == ["True"] * 4 + ["False", said], result.stderr
 
 

@@ -223,7 +223,7 @@ def test_an_empty_compressed_file_is_truncated(tmp_path, name, kind):
 def test_two_columns_of_one_name(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="a.parquet: 2 columns are named 'text'; one is needed"):
+    with pytest.raises(ValueError, match="a.parquet: 2 columns are named 'text'; there must be only one"):
         preprocess([tmp_path / "a.parquet"], tmp_path / "x", ByteTokenizer(), progress=False)
 
 
@@ -283,6 +283,6 @@ def test_the_report_prints_names_unchanged(tmp_path):
 
 def test_a_chat_under_the_key_that_is_not_null():
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    assert chat.take_messages({"conversations": None, "messages": turns}) == turns
+    assert chat.extract_messages({"conversations": None, "messages": turns}) == turns
     with pytest.raises(documents.BadDocument, match="no key"):
-        chat.take_messages({"conversations": None})
+        chat.extract_messages({"conversations": None})

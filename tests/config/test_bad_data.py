@@ -17,7 +17,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.config.checks import data as data_checks
 from megatron_cream.config.parser import build_parser
 from megatron_cream.data import documents, indexed
-from megatron_cream.data.documents import BadDocument, Batch, Position, read_documents, take_text
+from megatron_cream.data.documents import BadDocument, Batch, Position, extract_text, read_documents
 from megatron_cream.data.preprocess import preprocess
 from tests.config.test_parse import GOOD, read
 from tests.data.test_chat_data import build
@@ -69,29 +69,29 @@ DAMAGE = {
     ".bin cut": (lambda b, i: cut(b, 4), ["x.bin has 1204 bytes", "302 tokens of int32, 1208 bytes"]),
     ".bin empty": (lambda b, i: b.write_bytes(b""), ["x.bin has 0 bytes"]),
     ".bin longer": (lambda b, i: b.write_bytes(b.read_bytes() * 2), ["x.bin has 2416 bytes"]),
-    ".idx empty": (lambda b, i: i.write_bytes(b""), ["x.idx does not begin as an index"]),
-    ".idx cut in its header": (lambda b, i: i.write_bytes(i.read_bytes()[:20]), ["does not begin as an index"]),
-    ".idx cut": (lambda b, i: cut(i, 1), ["x.idx has 101 bytes", "3 sequences take 102"]),
-    "another magic": (lambda b, i: put(i, 0, b"TNTIDX"), ["does not begin as an index"]),
-    "another version": (lambda b, i: put(i, 9, b"\x02"), ["version 2, not 1"]),
-    "another dtype": (lambda b, i: put(i, 17, b"\x08"), ["sequences do not follow one another"]),
+    ".idx empty": (lambda b, i: i.write_bytes(b""), ["x.idx does not have the header of an index"]),
+    ".idx cut in its header": (lambda b, i: i.write_bytes(i.read_bytes()[:20]), ["header of an index"]),
+    ".idx cut": (lambda b, i: cut(i, 1), ["x.idx has 101 bytes", "3 sequences need 102"]),
+    "another magic": (lambda b, i: put(i, 0, b"TNTIDX"), ["header of an index"]),
+    "another version": (lambda b, i: put(i, 9, b"\x02"), ["version 2, expected 1"]),
+    "another dtype": (lambda b, i: put(i, 17, b"\x08"), ["sequences are not contiguous"]),
     "a whole index of another dtype": (
         lambda b, i: indexed.write_index(i, np.array([200, 3, 99], dtype=np.int32), np.uint16),
         ["x.bin has 1208 bytes", "302 tokens of uint16, 604 bytes"],
     ),
-    "no dtype": (lambda b, i: put(i, 17, b"\x63"), ["type 99, not a whole number"]),
+    "no dtype": (lambda b, i: put(i, 17, b"\x63"), ["type 99, which is not an integer"]),
     "floats": (lambda b, i: put(i, 17, b"\x07"), ["float32"]),
-    "too many sequences": (lambda b, i: put(i, 18, b"\xff" * 8), ["cut or damaged"]),
-    "negative length": (lambda b, i: put(i, 38, b"\xff" * 4), ["sequences do not follow one another"]),
-    "another place": (lambda b, i: put(i, 54, b"\x09"), ["sequences do not follow one another"]),
-    "another end": (lambda b, i: put(i, 94, b"\x02"), ["documents do not follow one another"]),
+    "too many sequences": (lambda b, i: put(i, 18, b"\xff" * 8), ["truncated or damaged"]),
+    "negative length": (lambda b, i: put(i, 38, b"\xff" * 4), ["sequences are not contiguous"]),
+    "another place": (lambda b, i: put(i, 54, b"\x09"), ["sequences are not contiguous"]),
+    "another end": (lambda b, i: put(i, 94, b"\x02"), ["documents are not contiguous"]),
     "no documents": (
         lambda b, i: (b.write_bytes(b""), indexed.write_index(i, np.zeros(0, dtype=np.int32), np.int32)),
-        ["holds no document", "empty"],
+        ["contains no documents", "empty"],
     ),
     "no tokens": (
         lambda b, i: (b.write_bytes(b""), indexed.write_index(i, np.zeros(2, dtype=np.int32), np.int32)),
-        ["holds no token", "empty"],
+        ["contains no tokens", "empty"],
     ),
     "all shorter than N": (
         lambda b, i: write(b.with_suffix(""), [[1] * 127, [2] * 5]),
@@ -200,7 +200,7 @@ def test_only_a_bounded_part_of_large_data_is_read(tmp_path, monkeypatch):
 def test_a_rare_id_beyond_the_vocabulary_stops_at_its_sample(tmp_path):
     prefix = write(tmp_path / "x", [[5] * 96, [5] * 95 + [100]])
     dataset = build([prefix], samples=2, vocab_size=100)
-    with pytest.raises(ValueError, match=r"x.bin: document 1 holds token ids 5 to 100, and the vocabulary has 100"):
+    with pytest.raises(ValueError, match=r"x.bin: document 1 contains token ids 5 to 100, but the vocabulary has 100"):
         [dataset[0], dataset[1]]
     assert len([build([prefix], samples=2, vocab_size=101)[i] for i in range(2)]) == 2
 
@@ -297,7 +297,7 @@ LINE = st.binary() | VALUE.map(lambda value: json.dumps(value).encode()) | st.di
 @given(st.lists(LINE, max_size=8))
 def test_any_line_gives_a_text_or_a_reason(lines):
     items = list(enumerate(lines, 1))
-    results = list(read_documents(Batch(Path("f"), "json", items, Position()), lambda r: take_text(r, "text")))
+    results = list(read_documents(Batch(Path("f"), "json", items, Position()), lambda r: extract_text(r, "text")))
     assert [where for where, _ in results] == [f"f:{number}" for number, _ in items]
     for line, (_, result) in zip(lines, results):
         try:
@@ -321,7 +321,7 @@ def test_any_bytes_give_documents_or_one_error_line(tmp_path_factory, data, name
         try:
             documents.check_files([path], ("text",), False)
             for batch in documents.read_batches([path]):
-                for _, document in read_documents(batch, lambda record: take_text(record, "text")):
+                for _, document in read_documents(batch, lambda record: extract_text(record, "text")):
                     assert isinstance(document, BadDocument) or document.encode()
         except ValueError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
@@ -341,6 +341,6 @@ def test_damaged_tables_print_one_line(tmp_path_factory, name, flips, cut):
     try:
         documents.check_files([path], ("text",), False)
         for batch in documents.read_batches([path]):
-            list(read_documents(batch, lambda record: take_text(record, "text")))
+            list(read_documents(batch, lambda record: extract_text(record, "text")))
     except ValueError as error:
         assert str(error).startswith(str(path)) and "\n" not in str(error)

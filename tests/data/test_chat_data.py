@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_cream.data.chat import Llama2Chat, TemplateChat, take_messages
+from megatron_cream.data.chat import Llama2Chat, TemplateChat, extract_messages
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
 from megatron_cream.data.documents import BadDocument
 from megatron_cream.data.indexed import loss_mask_prefix, read_index
@@ -196,10 +196,10 @@ CLEANED = [
 @pytest.mark.parametrize("record, expected", CLEANED)
 def test_chats_are_cleaned_or_dropped(record, expected):
     if expected.endswith("uq aa"):
-        assert " ".join(m["role"][0] + m["content"] for m in take_messages(record)) == expected
+        assert " ".join(m["role"][0] + m["content"] for m in extract_messages(record)) == expected
     else:
         with pytest.raises(BadDocument, match=expected):
-            take_messages(record)
+            extract_messages(record)
 
 
 JSON = st.recursive(
@@ -218,7 +218,7 @@ TURN = st.fixed_dictionaries(
 @given(st.fixed_dictionaries({"conversations": st.lists(TURN | JSON) | JSON}))
 def test_any_record_gives_a_chat_or_a_reason(record):
     try:
-        messages = take_messages(record)
+        messages = extract_messages(record)
     except (BadDocument, UnicodeError):
         return
     roles = [message["role"] for message in messages if message["role"] != "system"]
@@ -241,7 +241,7 @@ def write_chats(folder, form):
     elif form == "jsonl":
         path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     elif form == "openai.jsonl":
-        as_openai = [{"messages": [m | {"n": 1} for m in take_messages(chat)]} for chat in CHATS]
+        as_openai = [{"messages": [m | {"n": 1} for m in extract_messages(chat)]} for chat in CHATS]
         path.write_text("".join(json.dumps(chat) + "\n" for chat in as_openai))
     elif form == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"id": range(40), "conversations": turns}), path, row_group_size=7)
@@ -252,7 +252,7 @@ def write_chats(folder, form):
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "openai.jsonl", "parquet", "folder"])
 def test_every_form_of_input_gives_the_same_data_and_mask(tmp_path, form):
-    expected = [Llama2Chat(ByteTokenizer())(take_messages(chat)) for chat in CHATS]
+    expected = [Llama2Chat(ByteTokenizer())(extract_messages(chat)) for chat in CHATS]
     path = write_chats(tmp_path, form)
     report = preprocess(
         [path], tmp_path / "x", ByteTokenizer(), chat_format="llama2", workers=2, min_document_tokens=2, progress=False
@@ -267,11 +267,11 @@ def test_every_form_of_input_gives_the_same_data_and_mask(tmp_path, form):
 def test_a_file_with_both_columns_asks_for_a_choice(tmp_path):
     import pyarrow.parquet
 
-    turns, others = (CHATS[0]["conversations"], take_messages(CHATS[1]))
+    turns, others = (CHATS[0]["conversations"], extract_messages(CHATS[1]))
     path = tmp_path / "both.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"conversations": [turns, None], "messages": [None, others]}), path)
     given = dict(chat_format="llama2", min_document_tokens=2, progress=False)
-    with pytest.raises(ValueError, match="columns 'conversations' and 'messages': --json-key names"):
+    with pytest.raises(ValueError, match="columns 'conversations' and 'messages'; choose one with --json-key"):
         preprocess([path], tmp_path / "x", ByteTokenizer(), **given)
     report = preprocess([path], tmp_path / "x", ByteTokenizer(), json_key="messages", **given)
     ids, _ = Llama2Chat(ByteTokenizer())(others)

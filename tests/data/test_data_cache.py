@@ -38,7 +38,7 @@ def flip(file: Path, place: int) -> None:
 
 
 def find(file: Path, said: list[str] | None = None, lengths=LENGTHS):
-    return long_documents.long_documents(lengths, 100, 4900, 90, file, (said if said is not None else []).append)
+    return long_documents.find_long_documents(lengths, 100, 4900, 90, file, (said if said is not None else []).append)
 
 
 @settings(max_examples=200, deadline=None)
@@ -51,7 +51,7 @@ def test_the_index_matches_a_direct_scan(tmp_path_factory, lengths, cut, minimum
     file = tmp_path_factory.mktemp("cache") / "x.npy"
     wanted = np.flatnonzero(lengths[begin:end] >= minimum) + begin
     for _ in range(turns):
-        found = long_documents.long_documents(lengths, begin, end, minimum, file, pytest.fail)
+        found = long_documents.find_long_documents(lengths, begin, end, minimum, file, pytest.fail)
         assert list(found) == wanted.tolist()
     assert isinstance(found, np.memmap) == (10 < len(wanted) < end - begin)
 
@@ -141,7 +141,7 @@ def test_ranks_hold_the_index_in_memory_where_the_folder_is_unwritable(tmp_path,
     said = []
     found = find(tmp_path / "file" / "cache" / "x.npy", said)
     np.testing.assert_array_equal(found, WANTED)
-    assert len(said) == 1 and "Not a directory: each rank holds the numbers of" in said[0] and "\n" not in said[0]
+    assert len(said) == 1 and "Not a directory: each rank keeps the numbers of" in said[0] and "\n" not in said[0]
 
     def full(_):
         raise OSError(28, "No space left on device")
@@ -221,8 +221,8 @@ def test_an_unwritable_blend_cache_prints_one_line(blended, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         assert items(blend(prefixes, str(tmp_path / "file"))) == wanted
     said = [record.getMessage() for record in caplog.records]
-    assert sum("each rank holds the blend's index by itself" in line for line in said) == 1
-    assert sum("each rank holds the numbers of 90 documents" in line for line in said) == 2
+    assert sum("each rank builds the blend's index in memory" in line for line in said) == 1
+    assert sum("each rank keeps the numbers of 90 documents" in line for line in said) == 2
 
 
 def test_a_killed_job_leaves_no_readable_blend_index(blended, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def test_an_overlong_text_file_is_skipped(short, tmp_path, suffix):
     (tmp_path / f"a.txt{suffix}").write_bytes(compress(b"a" * (1 << 20)))
     (tmp_path / f"b.txt{suffix}").write_bytes(compress(b"a" * ((1 << 20) + 1)))
     report = preprocess([tmp_path], tmp_path / "out", ByteTokenizer(), progress=False)
-    assert report.documents == 1 and report.dropped == {"text file of more than 1 MiB": 1}
+    assert report.documents == 1 and report.dropped == {"text file larger than 1 MiB": 1}
 
 
 def test_an_endless_chat_template_is_rejected(monkeypatch, tmp_path):
@@ -61,12 +61,12 @@ def test_an_endless_chat_template_is_rejected(monkeypatch, tmp_path):
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(loops)
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer")
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(ValueError, match="does not come to an end: it was stopped after 0.2 s"):
+    with pytest.raises(ValueError, match="did not finish within 0.2 s"):
         TemplateChat(tokenizer)(turns)
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    with pytest.raises(ValueError, match=f"^{tmp_path}/x.jsonl:1: the chat template of {tmp_path}/tokenizer does not"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/x.jsonl:1: the chat template of {tmp_path}/tokenizer did not"):
         preprocess([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer, chat_format="tokenizer", progress=False)
-    with pytest.raises(UsageError, match="--chat: the model's chat template does not come to an end"):
+    with pytest.raises(UsageError, match="--chat: the model's chat template did not finish"):
         open_tokenizer(tmp_path / "tokenizer", flag="--model").encode_chat("q")
 
 

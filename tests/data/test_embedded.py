@@ -180,7 +180,7 @@ def test_progress_is_printed_in_lines(tmp_path, library, capfd):
 def test_too_little_text_is_reported(tmp_path, library):
     with pytest.raises(ValueError, match="vocab_size 60000"):
         embedded.prepare(tmp_path, vocab_size=60000, source_root=library, progress=False)
-    with pytest.raises(ValueError, match="needs Python source files, and there are 0"):
+    with pytest.raises(ValueError, match="needs 2 or more Python source files, found 0"):
         embedded.prepare(tmp_path, source_root=tmp_path / "nowhere")
 
 

@@ -171,8 +171,8 @@ def test_files_of_columns_are_checked_before_any_is_read(tmp_path, monkeypatch):
         ("chat.parquet", "chat.parquet: column 'text' is list<.*expected text"),
         ("not.parquet", "not.parquet: not a Parquet file"),
         ("not.arrow", "not.arrow: not an Arrow file"),
-        ("two", "two: a dataset of 2 splits; give those you mean: .*two/train, .*two/test"),
-        ("cut", "cut: its state.json names data-0.arrow, which is not there"),
+        ("two", "two: a dataset of 2 splits; give the ones to read: .*two/train, .*two/test"),
+        ("cut", "cut: its state.json names data-0.arrow, which does not exist"),
     ]:
         with pytest.raises(ValueError, match=message) as caught:
             preprocess([good, tmp_path / path], tmp_path / "x", ByteTokenizer(), progress=False)

@@ -136,7 +136,7 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     }
     for name, options in changed.items():
         with pytest.raises(
-            ValueError, match=f"x.partial holds an unfinished run of another {name}: .*--overwrite"
+            ValueError, match=f"x.partial contains an unfinished run with another {name}: .*--overwrite"
         ) as caught:
             run(inputs, prefix, **options)
         assert "\n" not in str(caught.value)
@@ -179,7 +179,7 @@ def test_a_zeroed_block_never_reaches_the_data(tmp_path, capsys, name):
     run(inputs, prefix, chat_format="llama2")
     assert (
         capsys.readouterr().err
-        == f"preprocess: {prefix}.partial/{name} is damaged (its CRC-32 differs): starting anew\n"
+        == f"preprocess: {prefix}.partial/{name} is damaged (CRC-32 mismatch): starting from the beginning\n"
     )
     assert everything(prefix) == everything(tmp_path / "whole")
 
@@ -189,7 +189,7 @@ def test_a_zeroed_block_never_reaches_the_data(tmp_path, capsys, name):
                 zero_a_block(tmp_path / "y.partial" / name)
             return super().tokenize(text)
 
-    with pytest.raises(ValueError, match=f"y.partial/{name}: not what was written"):
+    with pytest.raises(ValueError, match=f"y.partial/{name}: differs from what was written"):
         run(inputs, tmp_path / "y", Faulty(), chat_format="llama2")
     assert not list(tmp_path.glob("y*"))
 
@@ -312,5 +312,5 @@ def test_the_resumed_run_says_so(tmp_path, capfd):
     inputs, prefix = write_input(tmp_path / "in", True), tmp_path / "x"
     dies_at(40, inputs, prefix, chat_format="llama2")
     run(inputs, prefix, chat_format="llama2", progress=True)
-    assert "going on after" in capfd.readouterr().err.splitlines()[0]
+    assert "resuming after" in capfd.readouterr().err.splitlines()[0]
     assert len(read_index(prefix).lengths) == 60

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.data.tokenizers import OtherIds, load_tokenizer
+from megatron_cream.data.tokenizers import TokenIdMismatch, load_tokenizer
 from megatron_cream.evaluation.models.language_model import find_model
 from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 from tests.data.test_preprocess import run_tool
@@ -31,7 +31,7 @@ def test_byte_level_tokenizers_keep_spaces_whatever_their_class(tmp_path, name):
     try:
         tokenizer = open_tokenizer(tmp_path, flag="--tokenizer")
     except UsageError as error:
-        assert "does not read text as its tokenizer.json does" in str(error)
+        assert "tokenizes text differently from its tokenizer.json" in str(error)
     else:
         assert tokenizer.decode(tokenizer.encode("a b  c\n d")).strip() == "a b  c\n d"
 
@@ -45,7 +45,7 @@ def test_differing_ids_are_reported_and_the_advice_works(tmp_path):
     fast.save_pretrained(tmp_path)
     set_class(tmp_path, "LlamaTokenizerFast")
     with pytest.raises(
-        OtherIds, match=f"^{tmp_path}: transformers 5.* does not read text as its tokenizer.json"
+        TokenIdMismatch, match=f"^{tmp_path}: transformers 5.* tokenizes text differently from its tokenizer.json"
     ) as caught:
         load_tokenizer("HuggingFaceTokenizer", tmp_path)
     assert "\n" not in str(caught.value)

@@ -22,7 +22,7 @@ from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import read_text
 from megatron_cream.data import indexed
-from megatron_cream.data.tokenizers import OtherIds, check_megatron_ids, has_eod
+from megatron_cream.data.tokenizers import TokenIdMismatch, check_megatron_ids, has_eod
 
 SAMPLED_BYTES = 64 << 20
 """Of all data, how much is looked at for token ids before a run."""
@@ -47,7 +47,7 @@ def check(args: Namespace) -> None:
     need = args.target_length if args.position_sampler == "full" else args.seq_length
     for name, prefix in prefixes:
         lengths = _index(name, prefix, indexed.open_index).lengths
-        if not indexed.any_as_long(lengths, need):
+        if not indexed.has_long_document(lengths, need):
             raise UsageError(
                 f"{name} {prefix}: none of its {len(lengths)} documents has {need} tokens, which a sample takes; "
                 f"the longest has {lengths.max()}"
@@ -84,7 +84,7 @@ def check_splits(args: Namespace) -> None:
             if share is None or not wanted:
                 continue
             part = lengths[round(share[0] * len(lengths)) : round(share[1] * len(lengths))]  # as Megatron cuts it
-            if not indexed.any_as_long(part, need):
+            if not indexed.has_long_document(part, need):
                 raise UsageError(
                     f"{name} {prefix}: none of the {len(part)} documents that --split {args.split} leaves for {split} "
                     f"has {need} tokens; give {instead[split]}"
@@ -96,7 +96,7 @@ def check_held_out(args: Namespace, files: list[tuple[str, tuple[float, float]]]
     longest = max(args.eval_lengths or [0])
     lengths = [(indexed.open_index(prefix).lengths, share) for prefix, share in files] if longest else []
     parts = [found[round(first * len(found)) : round(last * len(found))] for found, (first, last) in lengths]
-    if longest and not any(indexed.any_as_long(part, longest) for part in parts):
+    if longest and not any(indexed.has_long_document(part, longest) for part in parts):
         raise UsageError(
             f"--eval-lengths {longest}: no held-out document has as many tokens; give less, or longer text"
         )
@@ -113,7 +113,7 @@ def check_tokenizer(args: Namespace, found: Any) -> None:
     """
     try:
         check_megatron_ids(found, args.tokenizer_model)
-    except OtherIds as error:
+    except TokenIdMismatch as error:
         raise UsageError(f"--tokenizer-model {error}") from error
     if args.eod_mask_loss and not has_eod(found):
         where = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}"

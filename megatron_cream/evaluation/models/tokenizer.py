@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.data.time_limit import Endless, limited_rendering
-from megatron_cream.data.tokenizers import OtherIds, bos_to_prepend, check_same_ids, has_eod, text_ids
+from megatron_cream.data.time_limit import TemplateTimeout, limit_rendering_time
+from megatron_cream.data.tokenizers import TokenIdMismatch, bos_to_prepend, check_token_ids, has_eod, text_ids
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 _SENTENCEPIECE = "tokenizer.model"
@@ -81,7 +81,7 @@ def open_tokenizer(path: Path, *, flag: str) -> ModelTokenizer:
         )
     try:
         return kind(path)
-    except OtherIds as error:
+    except TokenIdMismatch as error:
         raise UsageError(f"{flag} {error}") from error
     except Exception as error:  # each library raises its own kinds
         raise UsageError(
@@ -98,7 +98,7 @@ class _HfTokenizer(ModelTokenizer):
 
         logging.set_verbosity_error()  # that a text is longer than the tokenizer's model_max_length
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        check_same_ids(folder, self._tokenizer)
+        check_token_ids(folder, self._tokenizer)
         bos = self._tokenizer.bos_token_id
         self.bos = bos if bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos] else None
         eos = self._tokenizer.eos_token_id
@@ -121,9 +121,9 @@ class _HfTokenizer(ModelTokenizer):
             return super().encode_chat(text)
         turns = [{"role": "user", "content": text}]
         try:
-            with limited_rendering():
+            with limit_rendering_time():
                 return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        except Endless as error:
+        except TemplateTimeout as error:
             raise UsageError(f"--chat: the model's chat template {error}") from None
         except Exception as error:  # jinja's, or what the template itself raises
             raise UsageError(f"--chat: the model's chat template cannot be used: {one_line(error)}") from error
