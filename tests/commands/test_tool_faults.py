@@ -66,7 +66,7 @@ def test_only_a_regular_file_is_replaced_and_a_link_stays_one(tmp_path):
 PICTURES = {
     "pipe.png": "exists and is not a regular file",
     "folder.png": "exists and is not a regular file",
-    "no/a.png": "there is no folder",
+    "no/a.png": "does not exist",
     "a.txt": "must end in .png, .svg or .pdf",
     "": "must not be empty",
     f"{LONG}.png": "File name too long",

@@ -166,7 +166,7 @@ def test_files_of_columns_are_checked_before_any_is_read(tmp_path, monkeypatch):
     (tmp_path / "cut" / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}]}')
     monkeypatch.setattr(preprocess_module, "map_in_order", lambda *_: pytest.fail("began to read"))
     for path, message in [
-        ("no.parquet", "no.parquet: no column 'text'; it has body"),
+        ("no.parquet", "no.parquet: no column 'text'; its columns are body"),
         ("number.parquet", "number.parquet: column 'text' is int64, expected text"),
         ("chat.parquet", "chat.parquet: column 'text' is list<.*expected text"),
         ("not.parquet", "not.parquet: not a Parquet file"),

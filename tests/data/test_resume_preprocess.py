@@ -142,7 +142,7 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
         assert "\n" not in str(caught.value)
     inputs[1].write_bytes(inputs[1].read_bytes())
     os.utime(inputs[1], (1, 1))
-    with pytest.raises(ValueError, match="unfinished run of another input"):
+    with pytest.raises(ValueError, match="unfinished run with another input"):
         run(inputs, prefix)
     assert (tmp_path / "x.partial" / "state.json").read_bytes() == state
     assert not any(path.exists() for path in paths(prefix))

@@ -289,7 +289,7 @@ def test_link_speeds_can_be_given(monkeypatch, capsys, flags, changed):
         (["--host-link", "fast"], "--host-link: 'fast': must be a number above 0"),
         (["--network", "0"], "--network: '0': must be a number above 0"),
         (["--price", "-1"], "--price"),
-        (["--picture", "nowhere/at/all.png"], "there is no folder nowhere/at"),
+        (["--picture", "nowhere/at/all.png"], "the folder nowhere/at does not exist"),
         (["--picture", "layouts.txt"], "must end in .png, .svg or .pdf"),
         (["--gpu", "A100", "--fp8-format", "hybrid"], "--fp8-format: an A100 (SXM, 80 GB) has no FP8"),
     ],

@@ -61,7 +61,7 @@ def test_tool_rejects_bad_input_in_one_line(tmp_path):
         (["--target-length", 5000], "multiple of window"),
         (["--samples", 0], "above 0"),
         (["--sigmas", "-1"], "sigma"),
-        (["--samples", 1, "--output", tmp_path / "no" / "a.png"], "No such file"),
+        (["--samples", 1, "--output", tmp_path / "no" / "a.png"], "does not exist"),
     ]:
         result = run(*flags)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and word in result.stderr, result.stderr
