@@ -29,7 +29,7 @@ from megatron_cream.distributed import launcher
 if __name__ == "__mp_main__":  # the writer of --async-save, which imports this first
     processes.end_with_parent()
 else:
-    launcher.follow()
+    launcher.end_with_launcher()
 
 from megatron_cream.patches import platform
 

@@ -60,9 +60,9 @@ def _prepare() -> None:
 
     import pretrain_cream
     from megatron_cream.common import devices
-    from megatron_cream.model.attention import flash_attention_function
+    from megatron_cream.model.attention import find_flash_attention
 
-    if not devices.has_cuda() or (attend := flash_attention_function()) is None:
+    if not devices.has_cuda() or (attend := find_flash_attention()) is None:
         return
     try:
         shape = json.loads((Path(sys.argv[1]) / "hf" / "config.json").read_text())

@@ -28,7 +28,7 @@ from megatron_cream.common import files
 from megatron_cream.common.errors import one_line
 from megatron_cream.common.safe_pickle import to_plain
 from megatron_cream.distributed import watchdog
-from megatron_cream.distributed.rendezvous import first_reason
+from megatron_cream.distributed.rendezvous import find_first_reason
 from megatron_cream.patches import async_writer, hooks, registry
 
 
@@ -108,8 +108,8 @@ def _save_checkpoint(original, iteration, *args, **kwargs):
         return None  # a finished run that was started again would write over its last checkpoint
     folder = _step_folder(settings.save, iteration)
     _state.step, _state.folder, _state.all_written = iteration, folder, False
-    with watchdog.saving(folder):
-        why = first_reason(_make_empty_folder(folder) if settings.rank == 0 else "") or first_reason(
+    with watchdog.watch_save(folder):
+        why = find_first_reason(_make_empty_folder(folder) if settings.rank == 0 else "") or find_first_reason(
             _probe_write(folder, settings.rank) or _find_memory_shortage(settings, args[0])
         )
         if not why:
@@ -125,7 +125,7 @@ def _save_checkpoint(original, iteration, *args, **kwargs):
                     error
                 )  # the tracker's; the others are at the barrier that ends Megatron's function
                 torch.distributed.barrier()
-            why = first_reason(mine)
+            why = find_first_reason(mine)
             if settings.async_save and not why:
                 return None  # `_schedule` has the rest
         _conclude_save(settings, iteration, why)
@@ -215,7 +215,7 @@ def _agree_before_tracker(original, *args, **kwargs):
 
 def _raise_kept_error() -> None:
     error, _state.error = _state.error, ""
-    if why := first_reason(error):
+    if why := find_first_reason(error):
         raise SaveFailed(why)
     _state.all_written = True
 
@@ -242,13 +242,13 @@ def _schedule_save(original, request):
             mine = _reason(error)
         except OSError as error:
             mine = _reason_with_rank(error)
-        _conclude_save(settings, step, first_reason(mine))
+        _conclude_save(settings, step, find_first_reason(mine))
 
     return original(request._replace(finalize_fns=[finish]))
 
 
 def _finalize_save(original, *args, **kwargs):
-    with watchdog.saving(_state.folder) if kwargs.get("blocking") else contextlib.nullcontext():
+    with watchdog.watch_save(_state.folder) if kwargs.get("blocking") else contextlib.nullcontext():
         return original(*args, **kwargs)
 
 

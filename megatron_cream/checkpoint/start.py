@@ -17,7 +17,7 @@ from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
 from megatron_cream.checkpoint.retention import find_complete_steps
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
-from megatron_cream.distributed.rendezvous import agree
+from megatron_cream.distributed.rendezvous import check_on_all_ranks
 from megatron_cream.model.rope_choice import ModelRope
 
 # What a checkpoint's weights were trained as.
@@ -360,5 +360,5 @@ def check_content(args: Namespace, origin: Origin) -> None:
         if found and found.step:
             opening.check_pickles(found.step, found.flag, keys=found.step.pickled_keys()[share[0] :: share[1]])
 
-    agree(check_sums, *share)
-    agree(check_pickles, *share)  # of files whose sums other ranks may have read
+    check_on_all_ranks(check_sums, *share)
+    check_on_all_ranks(check_pickles, *share)  # of files whose sums other ranks may have read

@@ -9,7 +9,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_cream.distributed import rendezvous
 from megatron_cream.model import attention_speed
-from megatron_cream.model.attention import AttentionBackend, alternatives
+from megatron_cream.model.attention import AttentionBackend, list_alternatives
 
 
 def take_fastest(args: Namespace) -> None:
@@ -25,6 +25,8 @@ def take_fastest(args: Namespace) -> None:
         dtype=args.params_dtype,
     )
     with torch.cuda.device(args.local_rank):
-        chosen = attention_speed.fastest(alternatives(first, half=args.bf16 or args.fp16), shape)
-    args.attention = json.loads(rendezvous.from_rank_0(json.dumps(asdict(chosen)), args.rank, args.world_size))
+        chosen = attention_speed.choose_fastest(list_alternatives(first, half=args.bf16 or args.fp16), shape)
+    args.attention = json.loads(
+        rendezvous.broadcast_from_rank_0(json.dumps(asdict(chosen)), args.rank, args.world_size)
+    )
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]

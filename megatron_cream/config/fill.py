@@ -102,7 +102,7 @@ def derived(args: Namespace) -> None:
         args.bias_dropout_fusion = False
     if not cuda:
         args.gradient_accumulation_fusion = False
-    elif support.INSTALLED:
+    elif support.HAS_TRITON:
         # Megatron's name for "the MLP's activation is a module of the layer spec's".
         args.use_te_activation_func, args.bias_swiglu_fusion = True, False
     args.transformer_impl = "transformer_engine" if args.attention["transformer_engine"] else "local"
@@ -158,11 +158,11 @@ def for_megatron(args: Namespace) -> None:
     args.deterministic_mode = args.deterministic_mode or args.deterministic
     shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     args.overlap_grad_reduce, args.overlap_param_gather = overlaps(args, shared, devices.has_cuda())
-    user_buffers.fill(args)
+    user_buffers.fill_config(args)
     args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save  # else Megatron turns this off
     if args.distributed_timeout_minutes is None:
         # A collective that times out says nothing of where the others stand: the watchdog goes first.
-        patient = math.ceil(watchdog.PATIENCE * args.timeout_minutes) + 1
+        patient = math.ceil(watchdog.START_FACTOR * args.timeout_minutes) + 1
         args.distributed_timeout_minutes = patient if args.timeout_minutes else 10
     # Megatron multiplies this by TP; divided first, a checkpoint's vocabulary is the same at any TP.
     tp = args.tensor_model_parallel_size

@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     """
     args, origin, words, auto = nodes.run_on_all_ranks(lambda: _look(argv))
     rank, ranks = args.rank, args.world_size
-    rendezvous.agree(lambda: _check_on_rank(args), rank, ranks)
+    rendezvous.check_on_all_ranks(lambda: _check_on_rank(args), rank, ranks)
     start.check_content(args, origin)
     nodes.check_shared({"--save": args.save, "--data-cache-path": args.data_cache_path}, rank, ranks)
     if rank == 0:

@@ -31,13 +31,13 @@ def one_pass_optimizer(args: Namespace) -> bool:
         "use_torch_fsdp2",
     )
     plain = args.optimizer == "adam" and not any(getattr(args, name, False) for name in other)
-    return devices.has_cuda() and support.INSTALLED and plain
+    return devices.has_cuda() and support.HAS_TRITON and plain
 
 
 def model_config(args: Namespace) -> LlamaModelConfig:
     """What the model builder needs."""
     load = build_weights_hook(args)
-    hooks = [*([load] if load else []), watchdog.listen, finite.of_model]
+    hooks = [*([load] if load else []), watchdog.report_forward_passes, finite.watch_model]
     options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": hooks}
     return LlamaModelConfig(
         **options,

@@ -1,6 +1,6 @@
-"""What torchrun gives a rank, and a run that has none, which is one rank.
+"""torchrun's environment variables, or one rank without torchrun.
 
-Imports little: `follow` comes before torch and Megatron, whose imports take seconds.
+Imports little: `end_with_launcher` runs before torch and Megatron are imported, which takes seconds.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.common.processes import end_with_parent
 
 
-def follow() -> None:
-    """A torchrun that died would leave its ranks behind, which know nothing of it: its end is SIGUSR1 to them.
+def end_with_launcher() -> None:
+    """Make the system send SIGUSR1 to this rank when its torchrun ends.
 
-    While a rank starts, that ends it; later it saves first (`signals`).
+    A rank does not notice otherwise that its torchrun was killed. The signal ends a rank that is starting; a rank that
+    trains saves a checkpoint first (`training.signals`).
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGUSR1)
@@ -27,7 +28,7 @@ def follow() -> None:
 def waiting_for_peers() -> Iterator[None]:
     """Let SIGTERM and Ctrl-C end the process while it waits for other ranks in C++, where no Python handler runs.
 
-    Else torchrun, one of whose ranks has failed, kills those that wait 30 seconds later.
+    Otherwise, when one rank fails, the waiting ranks ignore torchrun's SIGTERM until its SIGKILL 30 seconds later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,18 +44,19 @@ def waiting_for_peers() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def ranks() -> tuple[int, int]:
-    """Return this rank and how many there are. Without a launcher 0 of 1, with an address of its own.
+def get_rank_and_world_size() -> tuple[int, int]:
+    """Return the rank and the world size. Without a launcher (0, 1), and set a free local address.
 
     Raises:
-        UsageError: the environment's variables cannot be, or a part of them is missing.
+        UsageError: environment variables are invalid, or some are missing.
     """
     rank, world_size = read_environment(os.environ)
     if world_size == 1 and not ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of a torchrun around this one: it has no store there
+        # Inherited from an outer torchrun, which has no store at this address.
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     return rank, world_size
 
 
@@ -62,15 +64,15 @@ _NUMBERS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_PORT",
     "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS",
 )  # fmt: skip
-_BELOW = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE", "GROUP_RANK": "GROUP_WORLD_SIZE"}
-_OF_SEVERAL = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_UPPER_LIMITS = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE", "GROUP_RANK": "GROUP_WORLD_SIZE"}
+_NEEDED_BY_SEVERAL_RANKS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Return RANK and WORLD_SIZE of torchrun's variables, 0 of 1 without them.
+    """Return RANK and WORLD_SIZE from torchrun's variables, (0, 1) without them.
 
     Raises:
-        UsageError: one has a value that torchrun never gives it, or one of several ranks lacks what it needs.
+        UsageError: a variable has a value that torchrun never sets, or one that several ranks need is missing.
     """
     found = {}
     for name in _NUMBERS:
@@ -82,14 +84,15 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     if found.get("MASTER_PORT", 0) > 65535:
         raise UsageError(f"MASTER_PORT={found['MASTER_PORT']} in the environment: must be 65535 or less")
     rank, world_size = found.get("RANK", 0), found.get("WORLD_SIZE", 1)
-    for name, limit in _BELOW.items():
-        most = found.get(limit, 1 if limit == "WORLD_SIZE" else None)
-        if most is not None and found.get(name, 0) >= most:
+    for name, limit_name in _UPPER_LIMITS.items():
+        limit = found.get(limit_name, 1 if limit_name == "WORLD_SIZE" else None)
+        if limit is not None and found.get(name, 0) >= limit:
             raise UsageError(
-                f"{name}={found.get(name, 0)} in the environment: must be below {limit}={most}, as torchrun sets it"
+                f"{name}={found.get(name, 0)} in the environment: must be below {limit_name}={limit}, as torchrun "
+                "sets it"
             )
     if world_size > 1:
-        for name in _OF_SEVERAL:
+        for name in _NEEDED_BY_SEVERAL_RANKS:
             if not environment.get(name):
                 raise UsageError(
                     f"WORLD_SIZE={world_size} in the environment: {name} is missing; start the ranks with torchrun, or "

@@ -1,7 +1,7 @@
-"""What the nodes of a run must have in common, found out before a process group or a GPU is touched.
+"""Checks that all nodes of a run agree, before a process group or a GPU is used.
 
-A run on one node sees one disk. On several, a data file or a checkpoint may be missing on one, and a --save that
-is no shared file system would be filled with checkpoints of which each node has a part.
+With several nodes, a data file or a checkpoint may be missing on one of them. If --save is not on a shared file system,
+each node would write only its part of every checkpoint.
 """
 
 import os
@@ -12,98 +12,103 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.distributed.rendezvous import agree
+from megatron_cream.distributed.rendezvous import check_on_all_ranks
 
-_PATIENCE = 30.0
-"""Seconds that a network file system may take to show a new file."""
+_VISIBILITY_SECONDS = 30.0
+"""Seconds that a network file system may take to show a new file on another node."""
 
 
-def run_on_all_ranks[Found](look: Callable[[], Found]) -> Found:
-    """`look()` on every rank. If it fails on one, all raise its error, with the node's name if there are several.
+def run_on_all_ranks[Result](function: Callable[[], Result]) -> Result:
+    """Call `function` on every rank and return its result.
+
+    If it fails on one rank, all ranks raise that error, with the node's name unless it is the first node.
 
     Raises:
-        UsageError: that of the first rank whose `look` raised one.
+        UsageError: the error of the first rank that failed.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks == 1:
-        return look()
-    found = []
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        return function()
+    results = []
 
-    def looked() -> None:
-        here = f" (on {socket.gethostname()})" if int(os.environ.get("GROUP_RANK", 0)) else ""
+    def run() -> None:
+        node = f" (on {socket.gethostname()})" if int(os.environ.get("GROUP_RANK", 0)) else ""
         try:
-            found.append(look())
+            results.append(function())
         except UsageError as error:
-            raise UsageError(f"{error}{here}") from error
-        except Exception as error:  # the others must not wait for this one
+            raise UsageError(f"{error}{node}") from error
+        except Exception as error:  # the other ranks must not wait for this one
             traceback.print_exc()
-            raise UsageError(f"{type(error).__name__}: {one_line(error)}{here}") from error
+            raise UsageError(f"{type(error).__name__}: {one_line(error)}{node}") from error
 
     if is_multi_node():
         _check_restarts()
-    agree(looked, int(os.environ["RANK"]), ranks)
-    return found[0]
+    check_on_all_ranks(run, int(os.environ["RANK"]), world_size)
+    return results[0]
 
 
-def check_shared(folders: dict[str, str | None], rank: int, ranks: int) -> None:
-    """Check that every node sees what the first rank writes into each folder.
+def check_shared(folders: dict[str, str | None], rank: int, world_size: int) -> None:
+    """Check that every node sees the files that rank 0 writes into each folder.
 
     All ranks must call it.
 
     Args:
-        folders: {flag: folder}; None is passed over.
-        rank: of this process, from 0.
-        ranks: of the job.
+        folders: {flag: folder}; None is skipped.
+        rank: rank of this process.
+        world_size: number of ranks.
 
     Raises:
-        UsageError: a node does not.
+        UsageError: a node does not see them.
     """
     for flag, folder in folders.items():
         if folder and is_multi_node():
-            _check_folder(flag, Path(folder), rank, ranks)
+            _check_folder(flag, Path(folder), rank, world_size)
 
 
-def _check_folder(flag: str, folder: Path, rank: int, ranks: int) -> None:
-    # Of a name that was never looked up: network file systems remember what was not there.
+def _check_folder(flag: str, folder: Path, rank: int, world_size: int) -> None:
+    # A name that no node has looked up before, because network file systems cache missing files.
     run = f"{os.environ['TORCHELASTIC_RUN_ID']}-{os.environ['MASTER_PORT']}".replace("/", "_")
-    sign = folder / f".seen-by-all-nodes-{run}"
+    marker = folder / f".seen-by-all-nodes-{run}"
 
     def write() -> None:
         if rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                sign.write_text("")
+                marker.write_text("")
             except OSError as error:
                 raise UsageError(f"{flag} {folder}: {error.strerror or error}") from error
 
-    def see() -> None:
-        deadline = time.monotonic() + _PATIENCE
-        while not sign.exists():
+    def wait_for_marker() -> None:
+        deadline = time.monotonic() + _VISIBILITY_SECONDS
+        while not marker.exists():
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"{flag} {folder}: {socket.gethostname()} does not see what the first node writes there; "
-                    "give a folder on a file system that all nodes share"
+                    f"{flag} {folder}: {socket.gethostname()} does not see the files that the first node writes there. "
+                    "Give a folder on a file system that all nodes share."
                 )
             time.sleep(0.2)
 
-    agree(write, rank, ranks)
+    check_on_all_ranks(write, rank, world_size)
     try:
-        agree(see, rank, ranks)
+        check_on_all_ranks(wait_for_marker, rank, world_size)
     finally:
         if rank == 0:
-            sign.unlink(missing_ok=True)
+            marker.unlink(missing_ok=True)
 
 
 def is_multi_node() -> bool:
-    """Whether torchrun runs on more than one node."""
+    """Return whether torchrun runs on more than one node."""
     return int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
 
 
 def _check_restarts() -> None:
-    """torchrun's store, which it keeps over restarts, is no use where one of several nodes may be started anew."""
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if kept and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    """Reject restarts on several nodes with torchrun's own store.
+
+    torchrun keeps that store over restarts, and each node counts its restarts by itself.
+    """
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if keeps_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise UsageError(
-            "torchrun --max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, "
-            "or its ranks would not find each other after a restart"
+            "torchrun --max-restarts on several nodes: needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes. "
+            "Without it the ranks do not find each other after a restart."
         )

@@ -1,6 +1,6 @@
-"""What the ranks of a job tell each other: through a store before the process group is there, through the group after.
+"""Messages between the ranks of a job: through a store before the process group exists, through the group later.
 
-A rank that finds a fault of its own must not leave the others waiting for it.
+A rank that finds an error must not leave the other ranks waiting for it.
 """
 
 import itertools
@@ -14,87 +14,92 @@ import torch
 from megatron_cream.common.errors import UsageError
 from megatron_cream.distributed.launcher import waiting_for_peers
 
-_SAID, _PATIENCE = "megatron_cream/said", timedelta(seconds=5)
-_agreements = itertools.count()
-_store: torch.distributed.Store | None = None  # lives on: Megatron's own rendezvous is at the same port
+_PRINTED_KEY, _PRINT_TIMEOUT = "megatron_cream/printed", timedelta(seconds=5)
+_exchange_numbers = itertools.count()
+_store: torch.distributed.Store | None = None  # stays open: Megatron's own rendezvous uses the same port
 
 
-def agree(look: Callable[[], None], rank: int, ranks: int) -> None:
-    """Run `look` on every rank; what one of them finds, all raise. Needs no process group.
+def check_on_all_ranks(check: Callable[[], None], rank: int, world_size: int) -> None:
+    """Call `check` on every rank; if it fails on one, raise its error on all. Needs no process group.
 
     Raises:
-        UsageError: that of the first rank whose `look` raised one.
+        UsageError: the error of the first rank whose `check` raised one.
     """
     fault = ""
     try:
-        look()
+        check()
     except UsageError as error:
         fault = str(error)
-    if ranks > 1:
-        store, name = common_store(rank, ranks), f"megatron_cream/look/{next(_agreements)}"
+    if world_size > 1:
+        store, name = open_store(rank, world_size), f"megatron_cream/check/{next(_exchange_numbers)}"
         with waiting_for_peers():
             store.set(f"{name}/{rank}", fault)
-            found = [store.get(f"{name}/{other}").decode() for other in range(ranks)]
-            store.set(f"{name}/{rank}/heard", "")
+            faults = [store.get(f"{name}/{other}").decode() for other in range(world_size)]
+            store.set(f"{name}/{rank}/received", "")
             if rank == 0:  # the store may be in this process, which may be about to end
-                store.wait([f"{name}/{other}/heard" for other in range(ranks)])
-        fault = next(filter(None, found), "")
+                store.wait([f"{name}/{other}/received" for other in range(world_size)])
+        fault = next(filter(None, faults), "")
     if fault:
         raise UsageError(fault)
 
 
-def say_once(line: str, rank: int, ranks: int) -> None:
-    """To stderr, by rank 0, before any rank of the job ends: torchrun kills the others when the first one has ended.
+def print_once(line: str, rank: int, world_size: int) -> None:
+    """Print an error line to stderr on one rank, before any rank ends.
 
-    Another rank says it when rank 0 does not, as the error was not everybody's.
+    torchrun kills the other ranks when the first one ends. Rank 0 prints the line; if it does not within 5 seconds,
+    because the error is not on all ranks, another rank prints it.
     """
-    store = common_store(rank, ranks) if _store is not None else None
+    store = open_store(rank, world_size) if _store is not None else None
     if rank > 0:
         try:
             if store:
-                store.wait([_SAID], _PATIENCE)
+                store.wait([_PRINTED_KEY], _PRINT_TIMEOUT)
             return
         except torch.distributed.DistNetworkError:  # the store was in rank 0, which has ended
             return
         except torch.distributed.DistStoreError:
-            pass  # nothing came
+            pass  # rank 0 printed nothing in time
     print(line, file=sys.stderr, flush=True)
     if store:
-        store.set(_SAID, "")
+        store.set(_PRINTED_KEY, "")
 
 
-def from_rank_0(value: str, rank: int, ranks: int) -> str:
-    """Rank 0's value, on every rank; all must call it. Needs no process group."""
-    if ranks == 1:
+def broadcast_from_rank_0(value: str, rank: int, world_size: int) -> str:
+    """Return rank 0's value on every rank. All ranks must call it. Needs no process group."""
+    if world_size == 1:
         return value
-    store, name = common_store(rank, ranks), f"megatron_cream/value/{next(_agreements)}"
+    store, name = open_store(rank, world_size), f"megatron_cream/value/{next(_exchange_numbers)}"
     if rank == 0:
         store.set(name, value)
     with waiting_for_peers():
         return store.get(name).decode()
 
 
-def common_store(rank: int, ranks: int) -> torch.distributed.Store | None:
-    """Where the ranks of this start of the job find each other; None for one rank, which has nobody to find.
+def open_store(rank: int, world_size: int) -> torch.distributed.Store | None:
+    """Return the store through which the ranks find each other, or None for one rank.
 
-    A torchrun of one node keeps its store when it starts its ranks again (--max-restarts), with the addresses of those
-    that died in it. Several have a new one each time (`nodes`), and count their restarts each by itself.
+    On one node, torchrun keeps its store when it restarts its ranks (--max-restarts), with the addresses of ranks that
+    died: a prefix separates the attempts. On several nodes each restart has a new store (`nodes._check_restarts`), and
+    each node counts its restarts by itself.
     """
     global _store
-    if ranks == 1:
+    if world_size == 1:
         return None
     if _store is None:
         with waiting_for_peers():
-            _store, _, _ = next(torch.distributed.rendezvous("env://", rank, ranks))
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if kept else 0
+            _store, _, _ = next(torch.distributed.rendezvous("env://", rank, world_size))
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if keeps_store else 0
     return torch.distributed.PrefixStore(f"attempt/{attempt}", _store)
 
 
-def first_reason(why: str) -> str:
-    """Return the first rank's `why` that is not empty, on every rank; all must call it. Needs the process group."""
+def find_first_reason(reason: str) -> str:
+    """Return the first non-empty `reason` in the order of ranks, on every rank, or "".
+
+    All ranks must call it. Needs the process group.
+    """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return why
+        return reason
     reasons = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(reasons, why)
+    torch.distributed.all_gather_object(reasons, reason)
     return next(filter(None, reasons), "")

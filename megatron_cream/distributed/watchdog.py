@@ -1,8 +1,8 @@
-"""A rank that no longer gets on ends the job, with its stacks: never silently, and never not at all.
+"""End the job with stack traces when a rank stops making progress.
 
-A stopped process, a data loader that waits for a dead file system, a collective that one rank never enters: to the
-others all look alike, they wait. NCCL's watchdog and gloo's time-out know collectives only, and say nothing of
-where the rank stands that was waited for.
+A stopped process, a data loader that waits for a dead file system and a collective that one rank never enters look the
+same to the other ranks: they wait. NCCL's watchdog and gloo's timeout cover collectives only, and do not show where the
+missing rank hangs.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-PATIENCE = 6
-"""How many times longer the start and the first step may take: data indexes are built, kernels compiled."""
-_GRACE = 5.0
-"""Seconds for the other ranks to show their stacks too, before this one's end breaks their connections."""
+START_FACTOR = 6
+"""The start and the first step may take this many times longer, to build data indexes and compile kernels."""
+_GRACE_SECONDS = 5.0
+"""Time for the other ranks to print their stacks too, before the end of this rank breaks their connections."""
 
 
 class _Watchdog(threading.Thread):
@@ -33,15 +33,15 @@ class _Watchdog(threading.Thread):
     def run(self) -> None:
         written = 0
         while not self.ended.wait(min(1.0, self.seconds / 10)):
-            limit = self.seconds if self.stepped else PATIENCE * self.seconds
-            # For a rank whose threads do not get to run: C code that keeps the interpreter's lock, a dead file system.
-            # To the real standard error: a library that compiles may have put a buffer in its place for a while.
-            faulthandler.dump_traceback_later(limit + 2 * _GRACE, file=sys.__stderr__, exit=True)
-            if self.folder is not None and (size := _size(self.folder)) != written:
+            limit = self.seconds if self.stepped else START_FACTOR * self.seconds
+            # Fires if this thread cannot run: C code holds the GIL, or this thread waits for a dead file system.
+            # The real stderr, because libraries that compile may temporarily replace sys.stderr by a buffer.
+            faulthandler.dump_traceback_later(limit + 2 * _GRACE_SECONDS, file=sys.__stderr__, exit=True)
+            if self.folder is not None and (size := _get_folder_size(self.folder)) != written:
                 self.last, written = time.monotonic(), size
             if time.monotonic() - self.last > limit:
-                print(_stacks(limit, self.ident), file=sys.__stderr__, flush=True)
-                time.sleep(min(_GRACE, self.seconds))
+                print(_format_stacks(limit, self.ident), file=sys.__stderr__, flush=True)
+                time.sleep(min(_GRACE_SECONDS, self.seconds))
                 os._exit(1)
         faulthandler.cancel_dump_traceback_later()
 
@@ -50,8 +50,8 @@ _watchdog: _Watchdog | None = None
 
 
 @contextlib.contextmanager
-def watching(minutes: float) -> Iterator[None]:
-    """End the process if it is not `alive` for so long while the block runs; 0 watches nothing."""
+def watch(minutes: float) -> Iterator[None]:
+    """End the process if it reports no progress for this long within the context; 0 disables this."""
     global _watchdog
     if not minutes:
         yield
@@ -66,23 +66,26 @@ def watching(minutes: float) -> Iterator[None]:
         _watchdog = None
 
 
-def alive() -> None:
-    """Something was finished: a step, a batch, a checkpoint."""
+def report_progress() -> None:
+    """Restart the timeout, because a step, a batch or a checkpoint was finished."""
     if _watchdog:
         _watchdog.last = time.monotonic()
 
 
-def stepped() -> None:
-    """A training step was finished; before the first one kernels are compiled and memory allocated."""
+def report_step() -> None:
+    """Restart the timeout after a training step, and end the longer timeout of the start."""
     if _watchdog:
         _watchdog.stepped = True
-        alive()
+        report_progress()
 
 
 @contextlib.contextmanager
-def saving(folder: Path | None) -> Iterator[None]:
-    """Around a checkpoint, which may take longer than the time-out: as long as it grows, it is a sign."""
-    alive()
+def watch_save(folder: Path | None) -> Iterator[None]:
+    """Count growth of a checkpoint folder as progress within the context.
+
+    A checkpoint may take longer than the timeout.
+    """
+    report_progress()
     if _watchdog:
         _watchdog.folder = folder
     try:
@@ -90,25 +93,25 @@ def saving(folder: Path | None) -> Iterator[None]:
     finally:
         if _watchdog:
             _watchdog.folder = None
-        alive()
+        report_progress()
 
 
-def _size(folder: Path) -> int:
-    """Of the files in it, in bytes; 0 of one that is not there."""
+def _get_folder_size(folder: Path) -> int:
+    """Return the total size of the files in a folder in bytes; 0 if it does not exist."""
     try:
         return sum(entry.stat().st_size for entry in os.scandir(folder))
     except OSError:
         return 0
 
 
-def listen(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """For Megatron's `pre_wrap_hooks`: each pass through the model, of training or of an evaluation, is a sign."""
+def report_forward_passes(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Report progress at each forward pass, in training and evaluation. For Megatron's `pre_wrap_hooks`."""
     for chunk in chunks:
-        chunk.register_forward_pre_hook(lambda *_: alive())
+        chunk.register_forward_pre_hook(lambda *_: report_progress())
     return chunks
 
 
-def _stacks(seconds: float, own: int | None) -> str:
+def _format_stacks(seconds: float, own: int | None) -> str:
     rank = os.environ.get("RANK", "0")
     lines = [
         f"pretrain_cream.py: error: rank {rank} on {socket.gethostname()} finished no step, evaluation batch or "

@@ -1,8 +1,7 @@
-"""Attention: which implementation runs, and the modules behind Megatron's core attention.
+"""The choice of the attention implementation, and the modules used as Megatron's core attention.
 
-`choose_backend` is the one place of choice. None of the implementations here ever
-builds the s x s matrix of scores, except `local`, Megatron's own plain version,
-which is kept as the one to compare with.
+Only `choose_backend` chooses. No implementation builds the s x s matrix of scores, except
+`local`, Megatron's reference implementation, which is kept for comparison.
 """
 
 import functools
@@ -25,18 +24,18 @@ from megatron_cream.model.context_parallel import context_parallel_attention
 from megatron_cream.model.kernels import support
 from megatron_cream.model.rotary import apply_rotary
 
-# What `--attention-backend` takes. `fused` and `unfused` are Transformer Engine's own.
+# Values of `--attention-backend`. `fused` and `unfused` are kernels of Transformer Engine.
 ATTENTION_BACKENDS = ("auto", "te", "flash", "fused", "unfused", "sdpa", "local")
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """The attention that will run.
+    """The attention implementation of a run.
 
-    name: what computes attention: `te`, `flash`, `sdpa` or `local`.
-    transformer_engine: the layers around it (norms, linears) are Transformer Engine's.
-    te_kernel: with `te`, which of its kernels: `auto`, `fused`, `unfused`.
-    reason: why, in words, for the log.
+    name: `te`, `flash`, `sdpa` or `local`.
+    transformer_engine: whether the other modules of a layer (norms, linears) are Transformer Engine's.
+    te_kernel: kernel of `te`: `auto`, `fused` or `unfused`.
+    reason: why it was chosen, for the log.
     """
 
     name: str
@@ -50,13 +49,13 @@ class AttentionBackend:
 
 
 def has_transformer_engine() -> bool:
-    """Transformer Engine with its torch extension (a core library alone is not enough)."""
+    """Return whether Transformer Engine is installed with its torch extension."""
     return all(importlib.util.find_spec(m) for m in ("transformer_engine", "transformer_engine_torch"))
 
 
 @functools.cache
-def flash_attention_function():
-    """The installed flash-attention (4, then 2) as `f(q_bsnd, k, v, causal=True)`, or None."""
+def find_flash_attention():
+    """Return the installed flash-attention (4, else 2) as `f(q_bsnd, k, v, causal=True)`, or None."""
     try:
         from flash_attn.cute import flash_attn_func
 
@@ -72,33 +71,33 @@ def flash_attention_function():
         return None
 
 
-def flash_attention_is_deterministic() -> bool:
-    """Whether the installed flash-attention can do its backward without atomic additions, on this GPU.
+def is_flash_attention_deterministic() -> bool:
+    """Return whether the installed flash-attention has a backward pass without atomic additions on this GPU.
 
-    flash-attn 2 can; 4 (4.0.0b36) on Hopper and on the Blackwells of data centres, not on Ampere or SM 12.
+    flash-attn 2 has. flash-attn 4 (4.0.0b36) has on Hopper and data-centre Blackwell, not on Ampere or SM 12.
     """
     return not _has_flash_attention_4() or torch.cuda.get_device_capability()[0] in (9, 10, 11)
 
 
 def _has_flash_attention_4() -> bool:
-    return flash_attention_function() is not None and "flash_attn.cute" in sys.modules
+    return find_flash_attention() is not None and "flash_attn.cute" in sys.modules
 
 
 def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic: bool = False) -> AttentionBackend:
-    """Resolve `--attention-backend`.
+    """Return the implementation for a value of `--attention-backend`.
 
     Args:
         requested: one of ATTENTION_BACKENDS.
         has_cuda: whether there is a CUDA device.
-        half: training is in bf16 or fp16, which flash-attn needs.
-        deterministic: the same bits in each run are asked for.
+        half: whether training is in bf16 or fp16, which flash-attn needs.
+        deterministic: whether runs must be bit-identical (--deterministic).
 
     Raises:
-        ValueError: the backend asked for cannot run on this machine.
+        ValueError: the requested backend is unknown or cannot run on this machine.
     """
     te = has_cuda and has_transformer_engine()
-    installed = has_cuda and flash_attention_function() is not None
-    flash = installed and half and not (deterministic and not flash_attention_is_deterministic())
+    installed = has_cuda and find_flash_attention() is not None
+    flash = installed and half and not (deterministic and not is_flash_attention_deterministic())
     if requested not in ATTENTION_BACKENDS:
         raise ValueError(f"--attention-backend {requested}: choose from {', '.join(ATTENTION_BACKENDS)}")
     if requested in ("te", "fused", "unfused") and not te:
@@ -112,7 +111,7 @@ def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic:
             "--deterministic with flash-attn-4 a Hopper or B200 GPU; use auto, which takes what fits"
         )
 
-    name, reason = requested, "asked for"
+    name, reason = requested, "requested"
     if requested == "auto":
         name = "flash" if flash else "te" if te else "sdpa"
         reason = {
@@ -124,15 +123,15 @@ def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic:
             reason = "flash-attn has no deterministic backward on this GPU"
     if name in ("fused", "unfused"):
         return AttentionBackend("te", True, name, reason)
-    # Transformer Engine 2.20 leaves the causal mask out when it picks flash-attn 4 by itself
-    # (benchmarks/RESULTS.md): with both installed it is held to cuDNN's kernels.
+    # Transformer Engine 2.20 omits the causal mask when it selects flash-attn 4 by itself
+    # (benchmarks/RESULTS.md). With both installed it must use cuDNN's kernels.
     kernel = "fused" if name == "te" and flash else "unfused" if name == "te" and installed else "auto"
     return AttentionBackend(name, te and name in ("te", "flash"), kernel, reason)
 
 
-def alternatives(first: AttentionBackend, *, half: bool) -> list[AttentionBackend]:
-    """What `auto` may take instead of `first`, which leads the list, inside the same layers."""
-    names = ["flash"] if half and flash_attention_function() is not None else []
+def list_alternatives(first: AttentionBackend, *, half: bool) -> list[AttentionBackend]:
+    """Return `first` and the other implementations that `auto` may choose in the same kind of layers."""
+    names = ["flash"] if half and find_flash_attention() is not None else []
     names += ["te"] if first.transformer_engine else []
     others = [choose_backend(name, has_cuda=True, half=half) for name in names if name != first.name]
     sdpa = AttentionBackend("sdpa", first.transformer_engine, "auto", first.reason)
@@ -140,15 +139,15 @@ def alternatives(first: AttentionBackend, *, half: bool) -> list[AttentionBacken
 
 
 class RotarySelfAttention(SelfAttention):
-    """Megatron's self attention, with rotary angles that differ from sample to sample.
+    """Megatron's self attention with different rotary angles for each sample.
 
-    Takes as `rotary_pos_emb` cos and sin, float32 [2, b, s, head_dim], in place of Megatron's table of angles:
-    one tensor passes through every kind of activation recompute, and into CUDA graphs, which take no pair.
+    `rotary_pos_emb` is cos and sin, float32 [2, b, s, head_dim], instead of Megatron's table of angles. One tensor
+    works with every kind of activation recompute and with CUDA graphs; a pair does not.
     """
 
     def forward(self, hidden_states, attention_mask, rotary_pos_emb=None, **kwargs):
-        # Handed to get_query_key_value_tensors, the one point between the projection
-        # and the attention where Megatron lets a subclass in.
+        # Read in get_query_key_value_tensors, the only method between the projection
+        # and the attention that a subclass can override.
         self._cos_sin = rotary_pos_emb
         try:
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=None, **kwargs)
@@ -159,7 +158,7 @@ class RotarySelfAttention(SelfAttention):
         if self._cos_sin is None:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         cos, sin = self._cos_sin
-        if support.usable(hidden_states) and self._splits_plainly():
+        if support.can_use_kernels(hidden_states) and self._can_split_in_kernel():
             from megatron_cream.model.kernels.rotary import split_and_rotate
 
             mixed_SBGX, (queries, *_) = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
@@ -167,19 +166,19 @@ class RotarySelfAttention(SelfAttention):
         query_SBND, key_SBND, value_SBND = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         return apply_rotary(query_SBND, cos, sin), apply_rotary(key_SBND, cos, sin), value_SBND
 
-    def _splits_plainly(self) -> bool:
-        """Nothing stands between the projection and the rotation: no norm, no group shared by ranks."""
+    def _can_split_in_kernel(self) -> bool:
+        """Return whether the rotation directly follows the projection: no norm, no group shared by ranks."""
         return not self.config.qk_layernorm and self.config.num_query_groups >= self.world_size
 
 
 class _CausalCoreAttention(MegatronModule):
-    """Shared shell of the core attentions of this project: causal, no dropout, no packing.
+    """Base class of this project's core attentions: causal, without dropout and packing.
 
     forward: query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> [s, b, n * d].
-    attention_mask is None, but in generation with prompts of several lengths: bool [b, keys], False
-    on padding, and there is one query.
-    A subclass has `attend`, the same without the last reshape: causal attention, aligned at
-    the end where there are more keys than queries.
+    attention_mask is None, except in generation with prompts of several lengths: then it is
+    bool [b, keys], False on padding, and there is one query for each sample.
+    A subclass defines `attend`, which returns [s, b, n, d]: causal attention, aligned at the
+    end if there are more keys than queries.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ class _CausalCoreAttention(MegatronModule):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
-            raise ValueError(f"--attention-dropout {dropout}: this attention has none; use 0")
+            raise ValueError(f"--attention-dropout {dropout}: not supported by this attention; use 0")
         self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
@@ -222,10 +221,10 @@ class _CausalCoreAttention(MegatronModule):
 
 
 class SdpaCoreAttention(_CausalCoreAttention):
-    """`torch.nn.functional.scaled_dot_product_attention`: cuDNN or flash kernels on a GPU."""
+    """Attention by `torch.nn.functional.scaled_dot_product_attention`: cuDNN or flash kernels on a GPU."""
 
     def attend(self, query_SBND, key_SBND, value_SBND):
-        q, k, v = (_samples_as_heads(x).transpose(1, 2) for x in (query_SBND, key_SBND, value_SBND))
+        q, k, v = (_fold_samples_into_heads(x).transpose(1, 2) for x in (query_SBND, key_SBND, value_SBND))
         same = q.shape[2] == k.shape[2]
         out_BNSD = scaled_dot_product_attention(
             q,
@@ -240,30 +239,30 @@ class SdpaCoreAttention(_CausalCoreAttention):
 
 
 class FlashCoreAttention(_CausalCoreAttention):
-    """flash-attn, without Transformer Engine around it."""
+    """Attention by flash-attn, without Transformer Engine."""
 
     def attend(self, query_SBND, key_SBND, value_SBND):
-        q, k, v = (_samples_as_heads(x) for x in (query_SBND, key_SBND, value_SBND))
-        same_bits = torch.are_deterministic_algorithms_enabled()
-        out_BSND = flash_attention_function()(
-            q, k, v, softmax_scale=self.softmax_scale, causal=True, deterministic=same_bits
+        q, k, v = (_fold_samples_into_heads(x) for x in (query_SBND, key_SBND, value_SBND))
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        out_BSND = find_flash_attention()(
+            q, k, v, softmax_scale=self.softmax_scale, causal=True, deterministic=deterministic
         )
         return out_BSND.view(query_SBND.shape)
 
 
-def _samples_as_heads(x_SBND: Tensor) -> Tensor:
-    """[s, b, n, d] -> [1, s, b * n, d], a view: heads know nothing of each other, so samples may be heads.
+def _fold_samples_into_heads(x_SBND: Tensor) -> Tensor:
+    """Return [s, b, n, d] as a view [1, s, b * n, d], with the samples as further heads.
 
-    Kernels want the batch first; with the batch inside no tensor is copied, neither here nor back. Grouped
-    heads stay with their group.
+    Heads are independent of each other, so samples can be heads. Kernels need the batch dimension first; this way
+    no tensor is copied, forward or backward. Query heads stay aligned with their key heads.
     """
     return x_SBND.flatten(1, 2).unsqueeze(0)
 
 
 def _attend_unpadded(query_1BND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, keys_BS: Tensor, scale) -> Tensor:
-    """Attention of one query a sample to the keys that are not padding. Returns [1, b, n, d]."""
+    """Return the attention of one query for each sample to the keys that are not padding, [1, b, n, d]."""
     key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (key_SBGD, value_SBGD))
-    # The query heads of a group are as many queries of its one key head: nothing is repeated.
+    # Query heads of a group become queries of its key head, so keys need not be repeated.
     query_BGND = query_1BND[0].unflatten(1, (key_SBGD.shape[2], -1))
     out_BGND = scaled_dot_product_attention(
         query_BGND, key_BGSD, value_BGSD, attn_mask=keys_BS[:, None, None], scale=scale

@@ -1,4 +1,4 @@
-"""`--attention-backend auto`: which of the installed attentions is fastest on this GPU, at a run's own sizes."""
+"""Measure which installed attention is fastest on this GPU at the run's sizes, for `--attention-backend auto`."""
 
 import contextlib
 import math
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from megatron_cream.model.attention import CORE_ATTENTIONS, AttentionBackend
 
-LEAST_FLOPS = 1e10
-"""Of one layer's attention forward, about 20 us; of less it makes no difference."""
+MIN_FLOPS = 1e10
+"""Forward operations of one layer's attention, about 20 us. With fewer the choice makes no difference."""
 
-MOST_TOKENS = 8192
-"""Measured at; one pass over 256K tokens takes seconds, and who is fastest changes no more."""
+MAX_TOKENS = 8192
+"""Longest measured sequence. One pass over 256K tokens takes seconds, and the fastest stays the same."""
 
 MARGIN = 0.03
-"""What another must be faster by than the first: starts of the same run should choose the same."""
+"""Another candidate must be faster than the first by this share, so that restarts of a run choose the same."""
 
-_SECONDS = 0.15  # for each candidate, beside compilation
+_SECONDS = 0.15  # for each candidate, without compilation
 _ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What one rank's attention is given: sizes of [tokens, samples, heads, head_dim]; keys have `groups` heads."""
+    """Input sizes of one rank's attention: queries [tokens, samples, heads, head_dim]; keys have `groups` heads."""
 
     tokens: int
     samples: int
@@ -38,58 +38,62 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """Of the causal forward pass."""
+        """Floating-point operations of the causal forward pass."""
         return 2.0 * self.samples * self.tokens**2 * self.heads * self.head_dim
 
 
-def fastest(candidates: list[AttentionBackend], shape: Shape) -> AttentionBackend:
-    """The fastest of the candidates, with what each took as its reason; the first if it hardly matters."""
+def choose_fastest(candidates: list[AttentionBackend], shape: Shape) -> AttentionBackend:
+    """Return the fastest candidate, with the times as its reason, or the first if there is little work."""
     if len(candidates) < 2:
         return candidates[0]
-    if shape.flops < LEAST_FLOPS:
+    if shape.flops < MIN_FLOPS:
         return replace(candidates[0], reason=f"{candidates[0].reason}; too little work to measure")
-    shape = replace(shape, tokens=min(shape.tokens, MOST_TOKENS))
-    return decide(candidates, measure(candidates, shape), shape)
+    shape = replace(shape, tokens=min(shape.tokens, MAX_TOKENS))
+    return choose_by_times(candidates, measure(candidates, shape), shape)
 
 
-def decide(candidates: list[AttentionBackend], times: dict[str, float | None], shape: Shape) -> AttentionBackend:
-    """Choose a candidate by the times; the first, unless another is faster by MARGIN.
+def choose_by_times(
+    candidates: list[AttentionBackend], times: dict[str, float | None], shape: Shape
+) -> AttentionBackend:
+    """Choose the first candidate, unless another is faster by MARGIN.
 
     Args:
         candidates: the preferred one first.
-        times: candidate's name -> milliseconds of a layer's forward and backward pass; None of one that failed.
-        shape: that was measured, for the reason.
+        times: {candidate's name: milliseconds of one layer's forward and backward pass, None if it failed}.
+        shape: the measured sizes, for the reason.
     """
     finite = {name: math.inf if value is None else value for name, value in times.items()}
     best = min(candidates, key=lambda each: finite[each.name])
     first = candidates[0]
     chosen = first if finite[first.name] <= (1 + MARGIN) * finite[best.name] else best
-    said = ", ".join(f"{name} {'failed' if value is None else f'{value:.2f} ms'}" for name, value in times.items())
-    return replace(chosen, reason=f"measured, {shape.tokens} tokens forward and backward: {said}")
+    shown = ", ".join(f"{name} {'failed' if value is None else f'{value:.2f} ms'}" for name, value in times.items())
+    return replace(chosen, reason=f"measured, {shape.tokens} tokens forward and backward: {shown}")
 
 
 def measure(candidates: list[AttentionBackend], shape: Shape) -> dict[str, float | None]:
-    """Milliseconds of one layer's attention, forward and backward, by name; None of one that cannot run.
+    """Return {name: milliseconds of one layer's attention, forward and backward, or None if it cannot run}.
 
-    In turn, so that a change of the GPU's clock meets all; on the current device, whose memory it leaves free.
+    Candidates are measured in turns, so that changes of the GPU clock affect all of them. Runs on the current device
+    and frees its memory afterwards.
     """
     steps = {}
     for each in candidates:
-        with contextlib.suppress(Exception):  # of many kinds: no kernel for this GPU, no memory, no compiler
-            step = _step(each, shape)
+        with contextlib.suppress(Exception):  # for example no kernel for this GPU, out of memory, no compiler
+            step = _build_step(each, shape)
             step()
             steps[each.name] = step
     times: dict[str, list[float]] = {name: [] for name in steps}
-    calls = {name: max(1, int(_SECONDS * 1000 / _ROUNDS / _milliseconds(step, 1))) for name, step in steps.items()}
+    calls = {name: max(1, int(_SECONDS * 1000 / _ROUNDS / _time_calls(step, 1))) for name, step in steps.items()}
     for _ in range(_ROUNDS):
         for name, step in steps.items():
-            times[name].append(_milliseconds(step, calls[name]))
+            times[name].append(_time_calls(step, calls[name]))
     steps.clear()
     torch.cuda.empty_cache()
     return {each.name: statistics.median(times[each.name]) if each.name in times else None for each in candidates}
 
 
-def _milliseconds(step: Callable[[], object], calls: int) -> float:
+def _time_calls(step: Callable[[], object], calls: int) -> float:
+    """Return the milliseconds of one call, as a mean over `calls`."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(calls):
@@ -99,25 +103,25 @@ def _milliseconds(step: Callable[[], object], calls: int) -> float:
     return begin.elapsed_time(end) / calls
 
 
-def _step(backend: AttentionBackend, shape: Shape) -> Callable[[], object]:
-    """One forward and backward pass on random numbers."""
+def _build_step(backend: AttentionBackend, shape: Shape) -> Callable[[], object]:
+    """Return a function that runs one forward and backward pass on random numbers."""
     s, b, d = shape.tokens, shape.samples, shape.head_dim
     query, key, value = (
         torch.randn(s, b, heads, d, device="cuda", dtype=shape.dtype, requires_grad=True)
         for heads in (shape.heads, shape.groups, shape.groups)
     )
-    attend = _function(backend, shape)
+    attend = _build_attention(backend, shape)
     grad = torch.randn_like(query)
 
     def step():
-        with _chosen(backend.te_kernel) if backend.name == "te" else contextlib.nullcontext():
+        with _select_te_kernel(backend.te_kernel) if backend.name == "te" else contextlib.nullcontext():
             out = attend(query, key, value)
             return torch.autograd.grad(out, (query, key, value), grad.view(out.shape))
 
     return step
 
 
-def _function(backend: AttentionBackend, shape: Shape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _build_attention(backend: AttentionBackend, shape: Shape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if backend.name == "te":
         from transformer_engine.pytorch import DotProductAttention
 
@@ -131,8 +135,8 @@ def _function(backend: AttentionBackend, shape: Shape) -> Callable[[Tensor, Tens
 
 
 @contextlib.contextmanager
-def _chosen(te_kernel: str) -> Iterator[None]:
-    """Transformer Engine's kernel by its environment variables, as Megatron will set them when it builds the model."""
+def _select_te_kernel(te_kernel: str) -> Iterator[None]:
+    """Select Transformer Engine's kernel by the environment variables that Megatron sets when it builds the model."""
     names = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
     before = {name: os.environ.get(name) for name in names}
     if te_kernel != "auto":

@@ -1,8 +1,8 @@
-"""Causal attention over a sequence that context-parallel ranks share, for kernels that know one rank only.
+"""Causal attention over a sequence that is split over context-parallel ranks, with single-rank kernels.
 
-Megatron's split: rank r of c holds chunks r and 2c-1-r of 2c, so that all have as much to do. Keys and values
-of all ranks are gathered, and each half of the queries attends to the keys up to its own end. What is gathered
-is not kept for the backward pass, which gathers it again: of 256K tokens one layer of Llama-2-7B's has 4 GiB.
+Megatron's split: rank r of c holds chunks r and 2c-1-r of 2c, so that all ranks have the same work. Keys and values of
+all ranks are gathered, and each half of the queries attends to the keys up to its own end. The gathered tensors are not
+kept for the backward pass, which gathers them again: with 256K tokens they are 4 GiB for each layer of Llama-2-7B.
 """
 
 from collections.abc import Callable
@@ -22,95 +22,93 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def context_parallel_attention(
     attend: Attend, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, group: ProcessGroup
 ) -> Tensor:
-    """Compute attention of this rank's queries to all keys before them.
-
-    Returns [s, b, n, d].
+    """Return the attention of this rank's queries to all keys before them, [s, b, n, d].
 
     Args:
-        attend: causal attention of queries to keys, aligned at the end where there are more keys.
+        attend: causal attention of queries to keys, aligned at the end if there are more keys.
         query_SBND: this rank's two chunks, [s, b, n, d].
         key_SBGD: this rank's two chunks, [s, b, g, d].
         value_SBGD: this rank's two chunks, [s, b, g, d].
-        group: of the context-parallel ranks; all must call this.
+        group: the context-parallel process group; all its ranks must call this.
     """
     first, last = query_SBND.chunk(2)
     key_SBGD, value_SBGD = key_SBGD.contiguous(), value_SBGD.contiguous()
-    key1, value1, key2, value2 = _Gathered.apply(key_SBGD, value_SBGD, group)
-    # A layer that is computed again runs backward at once: nothing to save there.
+    key1, value1, key2, value2 = _GatherKeysValues.apply(key_SBGD, value_SBGD, group)
+    # A recomputed layer runs its backward pass at once, so nothing needs to be dropped and gathered again.
     if key1.grad_fn is None or torch._C._current_graph_task_id() != -1:
         return torch.cat([attend(first, key1, value1), attend(last, key2, value2)])
-    again = _Again(key2, value2)
-    with saved_tensors_hooks(again.pack, again.unpack):
+    regather = _Regather(key2, value2)
+    with saved_tensors_hooks(regather.pack, regather.unpack):
         halves = [attend(first, key1, value1), attend(last, key2, value2)]
     return torch.cat(halves)
 
 
-class _Gathered(torch.autograd.Function):
-    """Keys and values [s, b, g, d] -> those that this rank's first chunk of queries sees, and those its second sees.
+class _GatherKeysValues(torch.autograd.Function):
+    """This rank's keys and values [s, b, g, d] -> those visible to its first and to its second chunk of queries.
 
-    In the sequence's order. Gradients are summed over the ranks and shared out again.
+    They are in the order of the sequence. The backward pass reduce-scatters the gradients over the ranks.
     """
 
     @staticmethod
     def forward(ctx, key, value, group):
-        ctx.group, ctx.again = group, None
+        ctx.group, ctx.gathered = group, None
         ctx.save_for_backward(key, value)
-        end1, end2 = _ends(group, key.shape[0] // 2)
+        end1, end2 = _count_visible_keys(group, key.shape[0] // 2)
         key, value = _gather(key, group), _gather(value, group)
         return key[:end1], value[:end1], key[:end2], value[:end2]
 
     @staticmethod
     def backward(ctx, key1, value1, key2, value2):
-        ctx.again = None
+        ctx.gathered = None
         return _scatter(key1, key2, ctx.group), _scatter(value1, value2, ctx.group), None
 
 
-class _Again:
-    """Stands in for the gathered tensors wherever attention would keep them."""
+class _Regather:
+    """Saved-tensor hooks that drop the gathered tensors, and gather them again in the backward pass."""
 
     def __init__(self, key: Tensor, value: Tensor):
-        self._node = key.grad_fn  # the context of `_Gathered`, with this rank's part
-        self._names = {tensor.untyped_storage().data_ptr(): i for i, tensor in enumerate((key, value))}
+        self._node = key.grad_fn  # the context of `_GatherKeysValues`, with this rank's part
+        self._indices = {tensor.untyped_storage().data_ptr(): i for i, tensor in enumerate((key, value))}
 
     def pack(self, tensor: Tensor):
-        which = self._names.get(tensor.untyped_storage().data_ptr())
-        if which is None:
+        index = self._indices.get(tensor.untyped_storage().data_ptr())
+        if index is None:
             return tensor
-        return which, tensor.size(), tensor.stride(), tensor.storage_offset()
+        return index, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def unpack(self, packed):
         if isinstance(packed, Tensor):
             return packed
-        which, *view = packed
-        if self._node.again is None:
-            self._node.again = [_gather(tensor, self._node.group) for tensor in self._node.saved_tensors]
-        return self._node.again[which].as_strided(*view)
+        index, *view = packed
+        if self._node.gathered is None:
+            self._node.gathered = [_gather(tensor, self._node.group) for tensor in self._node.saved_tensors]
+        return self._node.gathered[index].as_strided(*view)
 
 
-def _order(ranks: int) -> list[int]:
-    """Where each chunk of the sequence lies among the gathered ones, which come as 0, 2c-1, 1, 2c-2, .."""
-    held = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
-    return [held.index(chunk) for chunk in range(2 * ranks)]
+def _find_chunk_order(ranks: int) -> list[int]:
+    """Return the index of each chunk of the sequence among the gathered chunks 0, 2c-1, 1, 2c-2, ..."""
+    gathered = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
+    return [gathered.index(chunk) for chunk in range(2 * ranks)]
 
 
-def _ends(group: ProcessGroup, half: int) -> tuple[int, int]:
-    """Number of keys that each of this rank's chunks sees."""
+def _count_visible_keys(group: ProcessGroup, half: int) -> tuple[int, int]:
+    """Return the number of keys that each of this rank's two chunks of `half` queries attends to."""
     return (group.rank() + 1) * half, (2 * group.size() - group.rank()) * half
 
 
 def _gather(x_SBGD: Tensor, group: ProcessGroup) -> Tensor:
-    """Of all ranks, in the sequence's order, as far as this rank's queries see."""
+    """Gather from all ranks, in the order of the sequence, up to the end of this rank's last query."""
     half = x_SBGD.shape[0] // 2
     with torch.no_grad():
         chunks = gather_from_sequence_parallel_region(x_SBGD, group=group).split(half)
-        return torch.cat([chunks[i] for i in _order(group.size())[: 2 * group.size() - group.rank()]])
+        return torch.cat([chunks[i] for i in _find_chunk_order(group.size())[: 2 * group.size() - group.rank()]])
 
 
 def _scatter(grad1: Tensor, grad2: Tensor, group: ProcessGroup) -> Tensor:
-    """Gradients of both views of the gathered tensor -> that of this rank's part."""
+    """Return the gradient of this rank's part from those of both views of the gathered tensor."""
     half = grad1.shape[0] // (group.rank() + 1)
     chunks = grad2.new_zeros(2 * group.size(), half, *grad2.shape[1:])
-    order = _order(group.size())
+    order = _find_chunk_order(group.size())
     for i, grad in enumerate(grad2.split(half)):
         chunks[order[i]] = grad
     for i, grad in enumerate(grad1.split(half)):

@@ -1,4 +1,4 @@
-"""What one transformer layer is made of: Transformer Engine's modules, or ours."""
+"""Specification of a transformer layer: modules of Transformer Engine or of this project."""
 
 from functools import partial
 
@@ -21,13 +21,13 @@ from megatron_cream.model.kernels import support
 from megatron_cream.model.norm import RMSNorm
 
 
-def llama_block_spec(
+def build_block_spec(
     config: TransformerConfig, backend: AttentionBackend, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    """The layers of one pipeline stage.
+    """Return the specification of the layers of one pipeline stage.
 
-    Both forms name their tensors alike in a distributed checkpoint, so what one saved
-    the other loads.
+    Both kinds of layers use the same tensor names in a distributed checkpoint, so each
+    loads the checkpoints of the other.
     """
     if backend.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -35,22 +35,22 @@ def llama_block_spec(
         attention.module = RotarySelfAttention
         if backend.name != "te":
             attention.submodules.core_attention = CORE_ATTENTIONS[backend.name]
-        layer.submodules.mlp.keywords["submodules"].activation_func = _activation()
+        layer.submodules.mlp.keywords["submodules"].activation_func = _choose_activation()
         return layer
-    layers = [_local_layer(config, backend)] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = [_build_local_layer(config, backend)] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _activation():
-    """What an MLP takes where `use_te_activation_func` is set, which it is where there is a GPU."""
-    if not support.INSTALLED:
+def _choose_activation():
+    """Return the MLP's activation class, used if `use_te_activation_func` is set, as it is on a GPU, or None."""
+    if not support.HAS_TRITON:
         return None
     from megatron_cream.model.kernels.swiglu import SwiGlu
 
     return SwiGlu
 
 
-def _local_layer(config: TransformerConfig, backend: AttentionBackend) -> ModuleSpec:
+def _build_local_layer(config: TransformerConfig, backend: AttentionBackend) -> ModuleSpec:
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=RotarySelfAttention,
@@ -66,7 +66,7 @@ def _local_layer(config: TransformerConfig, backend: AttentionBackend) -> Module
     mlp = partial(
         MLP.as_mlp_submodule,
         submodules=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=_activation()
+            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=_choose_activation()
         ),
     )
     return ModuleSpec(
@@ -78,7 +78,7 @@ def _local_layer(config: TransformerConfig, backend: AttentionBackend) -> Module
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine keeps each norm inside the linear that follows it.
+            # Transformer Engine stores each norm in the linear layer that follows it.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",

@@ -1,9 +1,9 @@
-"""Llama on Megatron's GPTModel: the one file that constructs the model.
+"""Llama on Megatron's GPTModel. The model is constructed in this file only.
 
-RMSNorm, SwiGLU, grouped or multi-head attention, no biases, tied or untied
-embeddings are TransformerConfig's; what is added here is rotary by explicit
-position ids. Megatron announces the end of GPTModel (successor: HybridModel); a
-move changes this file only.
+RMSNorm, SwiGLU, grouped or multi-head attention, missing biases, and tied or untied
+embeddings are settings of TransformerConfig. This file adds rotary embeddings by
+explicit position ids. Megatron has deprecated GPTModel in favour of HybridModel; a
+move would change this file only.
 """
 
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.kernels import support
-from megatron_cream.model.layer_spec import llama_block_spec
+from megatron_cream.model.layer_spec import build_block_spec
 from megatron_cream.model.rotary import RotaryEmbedding
 
 _NORM_EXTRA_STATE = "norm._extra_state"
 
 
 class LlamaModel(GPTModel):
-    """GPTModel whose rotary angles come from `position_ids` [b, s], on every pipeline stage.
+    """GPTModel with rotary angles from `position_ids` [b, s] on every pipeline stage.
 
-    Under context parallelism `position_ids` are the local ones, sliced with the tokens.
+    Under context parallelism `position_ids` are this rank's, sliced like the tokens.
     """
 
     def __init__(self, *args, rotary: RotaryEmbedding, real_vocab_size: int, **kwargs):
         super().__init__(*args, position_embedding_type="none", **kwargs)
-        # Not a module: casting the model to bf16 must not touch the frequencies.
+        # Not a module, so that casting the model to bf16 does not change the frequencies.
         self.rotary = rotary
         self.real_vocab_size = real_vocab_size
         self._register_load_state_dict_pre_hook(self._add_norm_extra_states)
@@ -47,9 +47,10 @@ class LlamaModel(GPTModel):
         return (decoder_input, torch.stack(self.rotary.cos_sin(position_ids)), *rest)
 
     def sharded_state_dict(self, *args, **kwargs):
-        """Without the extra states of Transformer Engine's norms: they are empty, and other layers have none.
+        """Return Megatron's state without the extra states of Transformer Engine's norms.
 
-        So what either kind of layers saved, the other loads.
+        They are empty, and other layers have none. Without them each kind of layers loads the
+        checkpoints of the other.
         """
         state = super().sharded_state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if not key.endswith(_NORM_EXTRA_STATE)}
@@ -61,31 +62,31 @@ class LlamaModel(GPTModel):
                 state_dict.setdefault(f"{prefix}{name}._extra_state", None)
 
     def compute_language_model_loss(self, labels, logits):
-        """Per-token cross-entropy [b, s], with no probability on the rows that only pad the vocabulary.
+        """Return the cross-entropy of each token [b, s]; padding rows of the vocabulary get no probability.
 
-        So the loss is that of the model as transformers computes it, at any tensor-parallel size.
+        So the loss is the one that transformers computes, at any tensor-parallel size.
         """
-        if support.usable(logits) and not self.config.cross_entropy_loss_fusion:
+        if support.can_use_kernels(logits) and not self.config.cross_entropy_loss_fusion:
             from megatron_cream.model.kernels.cross_entropy import cross_entropy
 
             labels_SB = labels.transpose(0, 1).contiguous()
             losses_SB = cross_entropy(logits.contiguous(), labels_SB, self.real_vocab_size, self.pg_collection.tp)
             return losses_SB.transpose(0, 1).contiguous()
-        mine = logits.shape[-1]
-        real = self.real_vocab_size - self.pg_collection.tp.rank() * mine
-        if real < mine:
+        local_size = logits.shape[-1]
+        real = self.real_vocab_size - self.pg_collection.tp.rank() * local_size
+        if real < local_size:
             logits[..., max(real, 0) :] = float("-inf")
         return super().compute_language_model_loss(labels, logits)
 
 
 @dataclass(kw_only=True)
 class LlamaModelConfig(GPTModelConfig):
-    """What `LlamaModelBuilder` needs beyond Megatron's GPTModelConfig (its `rotary_base` is rope_theta).
+    """Megatron's GPTModelConfig, whose `rotary_base` is rope_theta, and the settings that `LlamaModelBuilder` adds.
 
     rope_scaling_config: the `rope_scaling` dict of a Hugging Face config.json, or None.
-    rope_max_positions: position ids lie in [0, rope_max_positions).
-    attention: the resolved attention backend.
-    real_vocab_size: the tokenizer's, without padding.
+    rope_max_positions: position ids are in [0, rope_max_positions).
+    attention: the chosen attention backend.
+    real_vocab_size: size of the tokenizer's vocabulary, without padding.
     """
 
     builder: ClassVar[str] = "megatron_cream.model.llama.LlamaModelBuilder"
@@ -96,7 +97,7 @@ class LlamaModelConfig(GPTModelConfig):
 
 
 class LlamaModelBuilder(GPTModelBuilder):
-    """Builds one pipeline stage; Megatron's base class wraps it for distributed training."""
+    """Builder of one pipeline stage. Megatron's base class wraps the stage for distributed training."""
 
     def build_model(
         self,
@@ -119,7 +120,7 @@ class LlamaModelBuilder(GPTModelBuilder):
             )
         return LlamaModel(
             config=config,
-            transformer_layer_spec=llama_block_spec(config, model.attention, vp_stage),
+            transformer_layer_spec=build_block_spec(config, model.attention, vp_stage),
             vocab_size=vocab_size,
             max_sequence_length=model.rope_max_positions,
             pre_process=pre_process,

@@ -1,4 +1,4 @@
-"""RMSNorm for the layer stack that needs no Transformer Engine."""
+"""RMSNorm for layers without Transformer Engine."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019).
 
-    Works under sequence parallelism: each rank sees other tokens, so the weight is
-    marked for Megatron's all-reduce of its gradient over the tensor-parallel group.
+    Supports sequence parallelism: ranks see different tokens, so the weight is marked
+    for Megatron's all-reduce of its gradient over the tensor-parallel group.
 
     Args:
         config: Megatron's config; `sequence_parallel` is read from it.
@@ -24,5 +24,5 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] -> the same shape and dtype."""
+        """Normalize [..., hidden_size]; return the same shape and dtype."""
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""How Transformer Engine's user buffers send (--tp-comm-overlap), where no --tp-comm-overlap-cfg says it."""
+"""Default settings of Transformer Engine's user buffers (--tp-comm-overlap without --tp-comm-overlap-cfg)."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -6,31 +6,34 @@ from pathlib import Path
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import read_yaml
 
-PRODUCTS = {f"{layer}_{way}" for layer in ("qkv", "proj", "fc1", "fc2") for way in ("fprop", "dgrad", "wgrad")}
-RINGS = Path(__file__).with_suffix(".yaml")
+MATRIX_PRODUCTS = {f"{layer}_{way}" for layer in ("qkv", "proj", "fc1", "fc2") for way in ("fprop", "dgrad", "wgrad")}
+RING_CONFIG = Path(__file__).with_suffix(".yaml")
+"""Settings for ring exchange, which sends with copy engines."""
 
 
-def rings_are_faster(tensor_model_parallel_size: int, fp8: bool) -> bool:
-    """Than Transformer Engine's own default; where that was measured."""
+def is_ring_faster(tensor_model_parallel_size: int, fp8: bool) -> bool:
+    """Return whether ring exchange was measured to be faster than Transformer Engine's default."""
     return tensor_model_parallel_size == 2 and not fp8
 
 
-def sends_in_rings(args: Namespace) -> bool:
-    own = args.tp_comm_overlap_cfg is not None
-    return args.tp_comm_overlap and not own and rings_are_faster(args.tensor_model_parallel_size, bool(args.fp8))
+def needs_ring_config(args: Namespace) -> bool:
+    """Return whether the run uses RING_CONFIG: overlap is on, no other file is given, and rings are faster."""
+    has_config = args.tp_comm_overlap_cfg is not None
+    return args.tp_comm_overlap and not has_config and is_ring_faster(args.tensor_model_parallel_size, bool(args.fp8))
 
 
-def fill(args: Namespace) -> None:
-    if sends_in_rings(args):
-        args.tp_comm_overlap_cfg = str(RINGS)
-        args.tp_comm_overlap_rs_dgrad = True  # the input's gradient is reduced beside its own product
+def fill_config(args: Namespace) -> None:
+    """Set the flags of RING_CONFIG if the run needs it."""
+    if needs_ring_config(args):
+        args.tp_comm_overlap_cfg = str(RING_CONFIG)
+        args.tp_comm_overlap_rs_dgrad = True  # overlaps the reduction of the input gradient with its own product
 
 
-def check(path: str) -> None:
-    """What --tp-comm-overlap-cfg names: a YAML mapping of products to settings of Transformer Engine's.
+def check_config(path: str) -> None:
+    """Check that --tp-comm-overlap-cfg is a YAML mapping of matrix products to Transformer Engine's settings.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not.
     """
     flag = f"--tp-comm-overlap-cfg {path}"
     try:
@@ -38,6 +41,7 @@ def check(path: str) -> None:
     except UsageError as error:
         raise UsageError(f"--tp-comm-overlap-cfg {error}") from error
     if not isinstance(config, dict) or not all(isinstance(settings, dict) for settings in config.values()):
-        raise UsageError(f"{flag}: must map products ({', '.join(sorted(PRODUCTS))}) to their settings")
-    if unknown := [name for name in config if name not in PRODUCTS]:
-        raise UsageError(f"{flag}: {unknown[0]}: no such product; choose from {', '.join(sorted(PRODUCTS))}")
+        raise UsageError(f"{flag}: must map matrix products ({', '.join(sorted(MATRIX_PRODUCTS))}) to their settings")
+    if unknown := [name for name in config if name not in MATRIX_PRODUCTS]:
+        known = ", ".join(sorted(MATRIX_PRODUCTS))
+        raise UsageError(f"{flag}: {unknown[0]}: no such matrix product; choose from {known}")

@@ -1,1 +1,1 @@
-"""The optimizer's step in one pass over memory, inside Megatron's own optimizers."""
+"""The optimizer step in one pass over memory, inside Megatron's optimizers, and the check for NaN gradients."""

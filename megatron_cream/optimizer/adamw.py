@@ -1,4 +1,4 @@
-"""AdamW in one kernel: scales the gradient, updates the float32 master weight, writes the bf16 weight."""
+"""AdamW in one kernel that scales the gradient, updates the float32 master weight and writes the bf16 weight."""
 
 import math
 
@@ -11,23 +11,23 @@ _BLOCK = 2048
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019; with adam_w_mode=False Adam) on float32 CUDA tensors.
+    """AdamW (Loshchilov & Hutter 2019), or Adam with adam_w_mode=False, on float32 CUDA tensors.
 
-    Its parameter groups and its state are those of Transformer Engine's and apex's FusedAdam, so that
-    Megatron treats it, and saves it, as one of them: `step` counts in the group, `exp_avg` and
-    `exp_avg_sq` stand in the state.
+    Parameter groups and state have the format of Transformer Engine's and apex's FusedAdam, so that
+    Megatron uses and saves it like these: `step` is in the group, `exp_avg` and `exp_avg_sq` are in
+    the state of each parameter.
 
     Attributes:
-        gradient_scale: float32 [] on the device, or None: gradients are multiplied by it as they are read.
-        copies: {parameter: tensor of as many elements, of another type}: gets the new value as well.
-        copies_written: the last step wrote them.
+        gradient_scale: float32 [] on the device, by which gradients are multiplied when read, or None.
+        copies: {parameter: tensor of the same size and another dtype} that also gets the new value.
+        copies_written: whether the last step wrote `copies`.
     """
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, capturable=False
     ):
         if capturable:
-            raise ValueError("its step counts on the host: no CUDA graph can hold it")
+            raise ValueError("capturable=True: not supported, because FusedAdamW counts steps on the host")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.adam_w_mode = adam_w_mode
         self.gradient_scale: Tensor | None = None
@@ -36,11 +36,11 @@ class FusedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             beta1, beta2 = group["betas"]
-            # As the kernel wants it: sqrt(v / correction2) = sqrt(v) / sqrt(correction2).
+            # The kernel computes sqrt(v / correction2) as sqrt(v) / sqrt(correction2).
             correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
             numbers = (
                 float(group["lr"]), beta1, beta2, group["eps"], float(group["weight_decay"]),

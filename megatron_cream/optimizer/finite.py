@@ -1,8 +1,8 @@
-"""A gradient that is no number: found on all ranks in the step it appears in, before any weight changes.
+"""Detect NaN and infinite gradients on all ranks in the step where they occur, before any weight changes.
 
-Megatron looks at every micro-batch's loss and at every bucket of gradients, waits for the device each time,
-and raises on the rank that has the NaN, while the others hang. The norm of the whole gradient is known to
-every rank anyway, and a loss that is no number leaves none that is.
+Megatron checks the loss of every micro-batch and every gradient bucket, waits for the device each time, and raises
+only on the rank that has the NaN, while the others hang. Here the norm of the whole gradient is checked, which every
+rank knows anyway: a non-finite loss makes it non-finite.
 """
 
 import math
@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable
 import torch
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.distributed.rendezvous import first_reason
+from megatron_cream.distributed.rendezvous import find_first_reason
 from megatron_cream.patches import hooks, registry
 
 
-class NotFinite(RuntimeError):
-    """Training stopped; the weights are those of the step before."""
+class NonFiniteError(RuntimeError):
+    """A NaN or infinite gradient stopped training; the weights are those of the previous step."""
 
 
-class _Skipped(Exception):
-    pass
+class _SkipStep(Exception):
+    """Leaves Megatron's optimizer step before it changes a weight."""
 
 
 class _Guard:
@@ -33,58 +33,64 @@ _guard = _Guard()
 
 
 def install(policy: str, report: Callable[[float], None]) -> None:
-    """Look at the gradient's norm in each step of Megatron's optimizers.
+    """Check the gradient norm in each step of Megatron's optimizers.
 
     Args:
-        policy: stop raises NotFinite on every rank; skip leaves the step out, as Megatron's `skipped
-            iterations` are; rerun leaves the matter to Megatron's rerun state machine.
-        report: is called on every rank with the norm before that.
+        policy: "stop" raises NonFiniteError on every rank; "skip" skips the step, which Megatron counts in
+            `skipped iterations`; "rerun" leaves the decision to Megatron's rerun state machine.
+        report: called on every rank with a non-finite norm, before the policy is applied.
     """
     _guard.policy, _guard.report = policy, report
-    registry.install(hooks.CHECK_NORM, _look)
-    registry.install(hooks.SKIP_STEP, _step)
+    registry.install(hooks.CHECK_NORM, _check_norm)
+    registry.install(hooks.SKIP_STEP, _run_or_skip_step)
 
 
-def of_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """For Megatron's `pre_wrap_hooks`: whose weights are looked at when a gradient is no number."""
+def watch_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Set the model whose weights are checked when a gradient is non-finite. For Megatron's `pre_wrap_hooks`."""
     _guard.model = tuple(chunks)
     return chunks
 
 
-def bad_weight() -> str:
-    """Name the first weight that holds NaN or infinity, or "". On every rank; the same on every rank."""
-    return first_reason(_weight_that_is_no_number())
+def find_bad_weight() -> str:
+    """Return the name of the first weight that is NaN or infinite, or "". All ranks must call it.
+
+    Weights are NaN if they were loaded or updated so. Then every gradient is NaN, and skipping steps does not help.
+    """
+    names = [name for chunk in _guard.model for name, weight in chunk.named_parameters() if not weight.isfinite().all()]
+    return find_first_reason(names[0] if names else "")
 
 
-def check_values(values: Iterable[float], what: str) -> None:
-    """Raise UsageError, which begins with `what`, unless all are finite. On every rank, with the same values."""
+def check_values(values: Iterable[float], source: str) -> None:
+    """Check that all values are finite. All ranks must call it, with the same values.
+
+    Args:
+        values: losses or results of a model.
+        source: the flag and path of the model, with which the error begins.
+
+    Raises:
+        UsageError: a value is NaN or infinite.
+    """
     if all(map(math.isfinite, values)):
         return
-    name = bad_weight()
-    because = f"{name} holds NaN or infinite numbers" if name else "its losses are NaN or infinite"
-    raise UsageError(f"{what}: {because}. Train, export or download the model again.")
+    name = find_bad_weight()
+    problem = f"{name} holds NaN or infinite numbers" if name else "its losses are NaN or infinite"
+    raise UsageError(f"{source}: {problem}. Train, export or download the model again.")
 
 
-def _look(original, self):
+def _check_norm(original, self):
     norm = original(self)
     if _guard.policy == "rerun" or math.isfinite(norm):
         return norm
     _guard.report(float(norm))
-    if name := bad_weight():
-        raise NotFinite(f"the weights hold NaN or infinity ({name}), which no step mends: start from others")
+    if name := find_bad_weight():
+        raise NonFiniteError(f"{name} holds NaN or infinite numbers. Training cannot recover; load different weights.")
     if _guard.policy == "skip":
-        raise _Skipped
-    raise NotFinite(f"the gradient's norm is {float(norm)}")
+        raise _SkipStep
+    raise NonFiniteError(f"the gradient's norm is {float(norm)}")
 
 
-def _weight_that_is_no_number() -> str:
-    """Came with what was loaded, or from a step before: then every gradient is so too, and skipping is no help."""
-    names = [name for chunk in _guard.model for name, weight in chunk.named_parameters() if not weight.isfinite().all()]
-    return names[0] if names else ""
-
-
-def _step(original, self):
+def _run_or_skip_step(original, self):
     try:
         return original(self)
-    except _Skipped:
+    except _SkipStep:
         return False, None, None

@@ -1,8 +1,8 @@
-"""Megatron's optimizer step with one pass over gradients, master weights, moments and bf16 weights.
+"""Megatron's optimizer step in one pass over gradients, master weights, moments and bf16 weights.
 
-Megatron scales the gradients by the number of tokens, clips them, updates the float32 weights and copies
-them to bf16 in four passes. Here the first two only compute a factor, which `FusedAdamW` applies as it
-reads, and the last is done as it writes.
+Megatron divides the gradients by the number of tokens, clips them, updates the float32 weights and copies
+them to bf16 in four passes. Here the first two only compute a factor. `FusedAdamW` applies it when it
+reads the gradients, and writes the bf16 weights together with the float32 weights.
 """
 
 import torch
@@ -13,8 +13,8 @@ from megatron_cream.optimizer.adamw import FusedAdamW
 from megatron_cream.patches import hooks, registry
 
 
-class _Factor:
-    """What the gradients in memory are still to be multiplied by: two parts, each set once a step."""
+class _GradientFactor:
+    """The deferred factor of the gradients in memory: two parts, each set once a step."""
 
     tokens: Tensor | None = None  # 1 / tokens of the global batch, float32 [] on the device
     clip: float = 1.0
@@ -28,11 +28,11 @@ class _Factor:
         return self.tokens * self.clip
 
 
-_factor = _Factor()
+_factor = _GradientFactor()
 
 
 def install() -> None:
-    """Let Megatron's trainer and optimizers work this way; for AdamW (`--optimizer adam`) on CUDA devices."""
+    """Use FusedAdamW in Megatron's trainer and optimizers, for `--optimizer adam` on CUDA devices."""
     from megatron.core import optimizer as builder
 
     if builder.Adam is FusedAdamW:
@@ -45,12 +45,12 @@ def install() -> None:
     registry.install(hooks.GRADIENT_NORM, _grad_norm)
     registry.install(hooks.CLIP_GRADIENTS, _clip)
     registry.install(hooks.OPTIMIZER_UPDATE, _step)
-    registry.install(hooks.OPTIMIZER_SHARDS, _write_copies)
+    registry.install(hooks.OPTIMIZER_SHARDS, _register_copies)
     registry.install(hooks.COPY_WEIGHTS, _copy_unless_written)
 
 
 def _finalize_model_grads(original, model, num_tokens=None, pg_collection=None, **kwargs) -> None:
-    """Megatron's, but that the division by `num_tokens` is put off."""
+    """Finalize gradients as Megatron does, but defer the division by `num_tokens`."""
     original(model, None, pg_collection=pg_collection, **kwargs)
     _factor.reset()
     if num_tokens is not None:
@@ -59,7 +59,7 @@ def _finalize_model_grads(original, model, num_tokens=None, pg_collection=None, 
 
 
 def _reduce_tokens(num_tokens: Tensor, pg_collection) -> None:
-    """In place: from the last pipeline stage of each data-parallel rank to the whole global batch."""
+    """Sum the token counts of the last pipeline stages over the global batch, in place on every rank."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.utils import get_pp_last_rank
 
@@ -75,7 +75,7 @@ def _reduce_tokens(num_tokens: Tensor, pg_collection) -> None:
 
 
 def _grad_norm(original, grads: list[Tensor] | Tensor, norm_type: float = 2.0, grad_stats_parallel_group=None) -> float:
-    """The 2-norm of the whole gradient, scaled as the update will see it (clipping aside)."""
+    """Return the 2-norm of the whole gradient, divided by the number of tokens, before clipping."""
     assert norm_type == 2.0
     grads = [grads] if isinstance(grads, Tensor) else grads
     square = torch.zeros((), dtype=torch.float32, device="cuda")
@@ -104,8 +104,8 @@ def _step(original, self) -> bool:
             optimizer.gradient_scale = None
 
 
-def _write_copies(original, self, *args, **kwargs) -> None:
-    """Tell a distributed optimizer's AdamW where the bf16 weights of its shards stand."""
+def _register_copies(original, self, *args, **kwargs) -> None:
+    """Pass the bf16 weights of a distributed optimizer's shards to its AdamW, which writes them."""
     original(self, *args, **kwargs)
     quantized = self.ddp_config.fp8_param_gather or getattr(self.ddp_config, "fp4_param_gather", False)
     if not isinstance(self.optimizer, FusedAdamW) or quantized:

@@ -156,7 +156,7 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         overlap_grad_reduce=reduce and data * cp > 1,
         overlap_param_gather=gather and data * cp > 1,
         overlap_tensor=args.tp_comm_overlap and engine.transformer_engine and tp > 1,
-        rings=user_buffers.sends_in_rings(args) and engine.transformer_engine,
+        rings=user_buffers.needs_ring_config(args) and engine.transformer_engine,
     )
 
 

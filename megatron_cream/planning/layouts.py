@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_cream.common.cli import to_flag
-from megatron_cream.model.user_buffers import rings_are_faster
+from megatron_cream.model.user_buffers import is_ring_faster
 from megatron_cream.planning import memory, step_time
 from megatron_cream.planning.hardware import Cluster
 from megatron_cream.planning.memory import Memory
@@ -113,7 +113,7 @@ def with_user_buffers(plan: Plan, model: Model, engine: Engine, cluster: Cluster
         return None
     if cluster.inside < cluster.gpu.nvlink:
         return None
-    rings = rings_are_faster(layout.tensor, engine.fp8 is not None)
+    rings = is_ring_faster(layout.tensor, engine.fp8 is not None)
     layout = replace(layout, overlap_tensor=True, rings=rings)
     return Plan(layout, memory.predict(model, layout, engine), step_time.predict(model, layout, engine, cluster))
 

@@ -142,7 +142,7 @@ def each_step(line: StepLine, interval: int) -> Iterator[None]:
             # another loss there than the log of a run that never stopped.
             kwargs["is_first_iteration"] = False
         result = original(*args, **kwargs)
-        watchdog.stepped()
+        watchdog.report_step()
         due = iteration % interval == 0
         memory = peak_memory() if due else 0
         if due and is_last_rank():

@@ -89,7 +89,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
         saving.install(say, Path(args.save) if args.save else None)
         watch = evaluations.watch_from_flags(args, step_line) if args.long_eval_interval else None
         if args.save:
-            rendezvous.agree(lambda: _open_folder(args, argv), args.rank, args.world_size)
+            rendezvous.check_on_all_ranks(lambda: _open_folder(args, argv), args.rank, args.world_size)
         if args.ckpt_format == "torch_dist":
             args.save_retain_interval = None  # `after_save` does it, in Megatron's place
         finite.install(args.nan_policy, lambda norm: _say_not_finite(norm, job.recent_samples, terminal))
@@ -99,7 +99,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
             signals.leaving(args, say),
             progress.each_step(step_line, args.log_interval),
             watching(watch, args),
-            watchdog.watching(args.timeout_minutes),
+            watchdog.watch(args.timeout_minutes),
         ):
             pretrain(
                 pretrain_cfg_container_from_args(args, values.model_config(args)),
@@ -107,7 +107,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
                 ModelType.encoder_or_decoder,
                 job.forward_step,
                 non_loss_data_func=evaluations.perplexity_by_length(args, terminal) if args.eval_lengths else None,
-                store=rendezvous.common_store(args.rank, args.world_size),
+                store=rendezvous.open_store(args.rank, args.world_size),
             )
     return args
 
@@ -184,7 +184,7 @@ def _of(*types: type[BaseException]) -> Callable[[BaseException], bool]:
 
 ENDINGS = (
     Ending(_of(UsageError), "error: {error}", 2, by="rank 0"),
-    Ending(_of(finite.NotFinite), "stopped: {error}", 1),
+    Ending(_of(finite.NonFiniteError), "stopped: {error}", 1),
     Ending(_of(saving.SaveFailed), "error: {error}", 1, by="rank 0"),
     Ending(_is_port_in_use, "error: MASTER_PORT={port} in the environment: is taken; give another", 2),
     Ending(is_lost_peer, "rank {rank}: another rank is gone: {line}", 1, at_once=True),
@@ -215,7 +215,7 @@ def main(train: Callable[[list[str] | None], Namespace]) -> int:
         train: one training run from a list of flags, or from the command line's.
     """
     try:
-        rank, ranks = launcher.ranks()
+        rank, ranks = launcher.get_rank_and_world_size()
     except UsageError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
@@ -257,7 +257,7 @@ def _end(error: Exception, rank: int, ranks: int) -> int:
         port = os.environ.get("MASTER_PORT")
         words = ending.message.format(error=error, rank=rank, line=one_line(error), port=port)
         if ending.by == "rank 0":
-            rendezvous.say_once(f"{PROGRAM}: {words}", rank, ranks)
+            rendezvous.print_once(f"{PROGRAM}: {words}", rank, ranks)
         else:
             print(f"{PROGRAM}: {words}", file=sys.stderr)
     if ending is None or ending.at_once:

@@ -193,12 +193,12 @@ def test_no_rank_exits_before_the_error_is_printed(mains, world):
 
 
 def test_an_error_found_only_by_rank_1_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(rendezvous, "_PATIENCE", timedelta(seconds=0.3))
+    monkeypatch.setattr(rendezvous, "_PRINT_TIMEOUT", timedelta(seconds=0.3))
     store = torch.distributed.TCPStore("localhost", 0, is_master=True)
     monkeypatch.setattr(rendezvous, "_store", store)
-    rendezvous.say_once("from rank 1", 1, 2)
-    rendezvous.say_once("from rank 0", 0, 2)
-    rendezvous.say_once("again", 1, 2)
+    rendezvous.print_once("from rank 1", 1, 2)
+    rendezvous.print_once("from rank 0", 0, 2)
+    rendezvous.print_once("again", 1, 2)
     assert capsys.readouterr().err.split("\n") == ["from rank 1", "from rank 0", ""]
 
 

@@ -250,9 +250,9 @@ def test_user_buffers_need_samples_of_one_length(also, monkeypatch, tmp_path, da
     "text, words",
     [
         (None, "No such file"),
-        ("[1, 2]", "must map products"),
-        ("proj_fprop: ring_exchange", "must map products"),
-        ("proj: {method: pipeline}", "proj: no such product"),
+        ("[1, 2]", "must map matrix products"),
+        ("proj_fprop: ring_exchange", "must map matrix products"),
+        ("proj: {method: pipeline}", "proj: no such matrix product"),
         ("proj_fprop: {method: [}", "not a YAML file"),
         ("proj_fprop: !!python/object/apply:os.getcwd []", "not a YAML file"),
     ],
@@ -262,7 +262,7 @@ def test_the_user_buffer_configuration_is_checked_early(text, words, tmp_path):
     if text is not None:
         file.write_text(text)
     with pytest.raises(UsageError, match=words) as caught:
-        user_buffers.check(str(file))
+        user_buffers.check_config(str(file))
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -279,10 +279,10 @@ def test_the_user_buffer_configuration_is_checked_early(text, words, tmp_path):
 def test_user_buffers_send_in_rings_where_that_was_measured(flags, rings):
     args = build_parser(recipe=False).parse_args(flags.split())
     given = args.tp_comm_overlap_cfg
-    user_buffers.fill(args)
-    assert args.tp_comm_overlap_cfg == (str(user_buffers.RINGS) if rings else given)
+    user_buffers.fill_config(args)
+    assert args.tp_comm_overlap_cfg == (str(user_buffers.RING_CONFIG) if rings else given)
     assert args.tp_comm_overlap_rs_dgrad is rings
-    user_buffers.check(str(user_buffers.RINGS))
+    user_buffers.check_config(str(user_buffers.RING_CONFIG))
 
 
 @pytest.mark.parametrize(

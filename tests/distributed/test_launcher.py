@@ -95,17 +95,17 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    assert launcher.ranks() == (0, 1)
+    assert launcher.get_rank_and_world_size() == (0, 1)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 1023
     del os.environ["MASTER_PORT"]
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     os.environ["MASTER_ADDR"] = "node0"  # alone, as examples/slurm/train.sbatch reads it
-    assert launcher.ranks() == (0, 1) and os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert launcher.get_rank_and_world_size() == (0, 1) and os.environ["MASTER_ADDR"] == "127.0.0.1"
     assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     monkeypatch.setitem(os.environ, "RANK", "2")
     with pytest.raises(UsageError, match="RANK=2"):
-        launcher.ranks()
+        launcher.get_rank_and_world_size()
 
 
 def test_more_ranks_than_gpus_prints_one_line(monkeypatch):

@@ -172,7 +172,7 @@ def test_restarts_on_several_nodes_need_a_store_that_is_new_each_time(monkeypatc
     )
     for name, value in several.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them"):
+    with pytest.raises(UsageError, match="needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes"):
         nodes.run_on_all_ranks(lambda: None)
 
 
@@ -200,5 +200,5 @@ def test_a_file_missing_on_one_node_ends_the_job_on_all(documents, tmp_path, por
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{documents}{suffix}", folders[1])
     (said,) = run()
-    assert f"error: --save run: {host} does not see what the first node writes there" in said
+    assert f"error: --save run: {host} does not see the files that the first node writes there" in said
     assert not list(folders[0].glob("run/*"))

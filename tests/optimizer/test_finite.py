@@ -40,10 +40,10 @@ def test_nan_weights_are_not_skipped(monkeypatch, wrong):
     model.bias.data[1] = wrong
     monkeypatch.setattr(finite, "_guard", guard := finite._Guard())
     guard.policy, guard.report = "skip", lambda norm: None
-    finite.of_model([torch.nn.Linear(2, 2), model])
-    with pytest.raises(finite.NotFinite if wrong else finite._Skipped, match="bias" if wrong else ""):
-        finite._look(lambda self: float("nan"), None)
-    assert finite._look(lambda self: 1.0, None) == 1.0
+    finite.watch_model([torch.nn.Linear(2, 2), model])
+    with pytest.raises(finite.NonFiniteError if wrong else finite._SkipStep, match="bias" if wrong else ""):
+        finite._check_norm(lambda self: float("nan"), None)
+    assert finite._check_norm(lambda self: 1.0, None) == 1.0
 
 
 @pytest.mark.parametrize(

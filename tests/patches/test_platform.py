@@ -100,8 +100,8 @@ def test_cuda_only_packages_look_uninstalled(tmp_path):
     code = (
         "from megatron_cream.patches import platform; platform.setup()\n"
         "from megatron.core.optimizer import clip_grads\n"
-        "from megatron_cream.model.attention import choose_backend, flash_attention_function, has_transformer_engine\n"
-        "assert not has_transformer_engine() and flash_attention_function() is None\n"
+        "from megatron_cream.model.attention import choose_backend, find_flash_attention, has_transformer_engine\n"
+        "assert not has_transformer_engine() and find_flash_attention() is None\n"
         "assert choose_backend('auto', has_cuda=False, half=True).name == 'sdpa'\n"
         "print(clip_grads.multi_tensor_applier.__module__)\n"
     )

@@ -110,7 +110,7 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
         layout.tensor, layout.pipeline, context_parallel_size=layout.context, create_gloo_process_groups=False
     )
     model_parallel_cuda_manual_seed(1)
-    monkeypatch.setattr(support, "usable", lambda x: own_kernels)
+    monkeypatch.setattr(support, "can_use_kernels", lambda x: own_kernels)
     if own_kernels:
         triton = pytest.importorskip("triton")
         from megatron_cream.model.kernels import cross_entropy, rotary, swiglu
@@ -230,14 +230,14 @@ def run(monkeypatch, net, model: Model, layout: Layout, stage: int) -> tuple[int
     for parameter in net.parameters():  # as Megatron's hook, which adds it to its buffer
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     kept: list[torch.Tensor] = []
-    pack = context_parallel._Again.pack
+    pack = context_parallel._Regather.pack
 
     def keep(again, tensor):  # hooks of its own, which see what the ones below do not
         packed = pack(again, tensor)
         kept.extend([packed] if packed is tensor else [])
         return packed
 
-    monkeypatch.setattr(context_parallel._Again, "pack", keep)
+    monkeypatch.setattr(context_parallel._Regather, "pack", keep)
     allocations = Allocations()
     for parameter in net.parameters():
         allocations.known.add(parameter.untyped_storage())

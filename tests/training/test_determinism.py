@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_cream.model import attention
-from megatron_cream.model.attention import choose_backend, flash_attention_function, has_transformer_engine
+from megatron_cream.model.attention import choose_backend, find_flash_attention, has_transformer_engine
 from tests.faults.kill import compare
 from tests.launch import train, write_documents
 
@@ -20,9 +20,9 @@ WIDE += "--seq-length 2048 --target-length 8192".split()
 def test_two_runs_on_gpus_have_the_same_bits(tmp_path, backend):
     if backend == "te" and not has_transformer_engine():
         pytest.skip("gpu: Transformer Engine is not installed")
-    if backend == "flash" and flash_attention_function() is None:
+    if backend == "flash" and find_flash_attention() is None:
         pytest.skip("gpu: flash-attn is not installed")
-    if backend == "flash" and not attention.flash_attention_is_deterministic():
+    if backend == "flash" and not attention.is_flash_attention_deterministic():
         pytest.skip("gpu: flash-attn-4 has no deterministic backward on this GPU")
     documents = write_documents(tmp_path / "documents", documents=40, shortest=2100, longest=6000)
     flags = ["--data-path", documents, "--split", "90,10,0", *WIDE, "--deterministic", "--use-distributed-optimizer"]
@@ -45,7 +45,7 @@ def test_two_runs_on_gpus_have_the_same_bits(tmp_path, backend):
 def test_deterministic_attention_is_chosen(monkeypatch, capability, package, name):
     """flash-attn 4 has a deterministic backward on Hopper and B200, flash-attn 2 everywhere."""
     monkeypatch.setattr(attention, "has_transformer_engine", lambda: False)
-    monkeypatch.setattr(attention, "flash_attention_function", lambda: print)
+    monkeypatch.setattr(attention, "find_flash_attention", lambda: print)
     monkeypatch.setattr(attention, "_has_flash_attention_4", lambda: package)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     assert choose_backend("auto", has_cuda=True, half=True).name == "flash"

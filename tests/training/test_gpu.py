@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from megatron_cream.model.attention import flash_attention_function, has_transformer_engine
+from megatron_cream.model.attention import find_flash_attention, has_transformer_engine
 from tests.launch import ROOT, train, write_documents
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +34,7 @@ def test_attention_kernels_against_float64(queries, groups):
     expected = (scores.softmax(-1) @ v64).permute(2, 0, 1, 3).flatten(2)
     shell = SimpleNamespace(softmax_scale=None)
     for module in (SdpaCoreAttention, FlashCoreAttention):
-        if module is FlashCoreAttention and flash_attention_function() is None:
+        if module is FlashCoreAttention and find_flash_attention() is None:
             continue
         out = module.attend(shell, q, k, v).flatten(2).double()
         assert torch.linalg.norm(out - expected) / torch.linalg.norm(expected) < 1e-2, module.__name__
@@ -65,7 +65,7 @@ def test_more_keys_than_queries_make_no_matrix_of_scores():
     q, k, v = (torch.randn(n, 1, h, d, device="cuda", dtype=torch.bfloat16) for n, h in ((s, 2), (keys, 1), (keys, 1)))
     outs = []
     for module in (SdpaCoreAttention, FlashCoreAttention):
-        if module is FlashCoreAttention and flash_attention_function() is None:
+        if module is FlashCoreAttention and find_flash_attention() is None:
             continue
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         torch.cuda.reset_peak_memory_stats()
@@ -89,9 +89,9 @@ def test_more_keys_than_queries_make_no_matrix_of_scores():
 def test_attention_is_measured(groups):
     """Every installed attention runs at the sizes of a model, and the fastest is taken."""
     from megatron_cream.model import attention_speed
-    from megatron_cream.model.attention import alternatives, choose_backend
+    from megatron_cream.model.attention import choose_backend, list_alternatives
 
-    candidates = alternatives(choose_backend("auto", has_cuda=True, half=True), half=True)
+    candidates = list_alternatives(choose_backend("auto", has_cuda=True, half=True), half=True)
     if len(candidates) < 2:
         pytest.skip("gpu: neither Transformer Engine nor flash-attn is installed")
     shape = attention_speed.Shape(4096, 2, 16, groups, 128, torch.bfloat16)
@@ -102,7 +102,7 @@ def test_attention_is_measured(groups):
     # 3.5 times the forward's work, and no GPU does 2,500 TFLOP/s.
     assert all(time > 3.5 * shape.flops / 2.5e15 * 1000 for time in times.values()), times
     assert torch.cuda.memory_allocated() - before < 2**20
-    chosen = attention_speed.decide(candidates, times, shape)
+    chosen = attention_speed.choose_by_times(candidates, times, shape)
     assert times[chosen.name] <= (1 + attention_speed.MARGIN) * min(times.values())
 
 
@@ -141,7 +141,7 @@ def lacks(name: str) -> str | None:
     """What this machine lacks for a run."""
     if torch.cuda.device_count() < RUNS[name][0]:
         return "two GPUs"
-    if ("flash" in name) and flash_attention_function() is None:
+    if ("flash" in name) and find_flash_attention() is None:
         return "flash-attn"
     return "Transformer Engine" if name.split()[-1] in ("te", "unfused") and not has_transformer_engine() else None
 

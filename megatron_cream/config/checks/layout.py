@@ -112,4 +112,4 @@ def _user_buffers(args: Namespace) -> None:
                 f"{args.seq_length} tokens; leave one of them out (tools/evaluate.py reads a checkpoint at any length)"
             )
     if args.tp_comm_overlap_cfg is not None:
-        user_buffers.check(args.tp_comm_overlap_cfg)
+        user_buffers.check_config(args.tp_comm_overlap_cfg)

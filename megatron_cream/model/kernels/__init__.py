@@ -1,4 +1,4 @@
-"""CUDA kernels of this project, each with a plain form in torch that it is tested against.
+"""CUDA kernels of this project, each tested against a reference implementation in torch.
 
-Triton, which comes with torch's CUDA wheels; nothing is compiled at installation.
+They are written in Triton, which is part of torch's CUDA wheels; nothing is compiled at installation.
 """

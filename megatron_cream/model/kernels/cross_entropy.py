@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that tensor parallelism divides, without float32 logits in memory."""
+"""Cross-entropy over a vocabulary split by tensor parallelism, without float32 logits in memory."""
 
 import torch
 import triton
@@ -9,18 +9,18 @@ _BLOCK = 4096
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, real_vocab_size: int, group=None) -> Tensor:
-    """Each token's loss.
+    """Return the loss of each token.
 
-    The backward pass writes the gradient over the logits, which nothing else needs.
+    The backward pass overwrites the logits with their gradient, because nothing else needs them.
 
     Args:
-        logits: [..., v], contiguous, of any floating type: this rank's part of the vocabulary.
+        logits: [..., v], contiguous, of any floating dtype: this rank's part of the vocabulary.
         labels: int64 [...], ids in the whole vocabulary.
-        real_vocab_size: ids from here on only pad the vocabulary: no probability, no gradient.
-        group: the tensor-parallel process group; None or one rank for a whole vocabulary.
+        real_vocab_size: ids from here on are padding; they get no probability and no gradient.
+        group: tensor-parallel process group; None or one rank for the whole vocabulary.
 
     Returns:
-        float32 [...].
+        Losses, float32 [...].
     """
     return _CrossEntropy.apply(logits, labels, real_vocab_size, group)
 
@@ -32,7 +32,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows, mine = labels.numel(), logits.shape[-1]
         first = rank * mine
         real = min(max(real_vocab_size - first, 0), mine)
-        # Of this rank: the largest logit, the sum of exp(logit - largest), the label's logit or 0.
+        # For each token on this rank: largest logit, sum of exp(logit - largest), logit of the label or 0.
         largest, total, wanted = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
         _cross_entropy_forward[(rows,)](
             logits, labels, largest, total, wanted, logits.shape[-1], first, real, BLOCK=_BLOCK, num_warps=16

@@ -1,4 +1,4 @@
-"""Queries, keys and values out of the fused projection, rotated by per-sample angles: one pass each way."""
+"""Split queries, keys and values of the fused projection and rotate them, in one pass forward and one backward."""
 
 import torch
 import triton
@@ -9,20 +9,20 @@ from torch import Tensor
 def split_and_rotate(
     mixed_SBGX: Tensor, cos: Tensor, sin: Tensor, queries_per_group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split Megatron's fused query-key-value tensor; apply rotary to queries and keys.
+    """Split Megatron's fused query-key-value tensor, and rotate queries and keys.
 
-    The rotation is that of `model.rotary.apply_rotary`.
+    The rotation is the one of `model.rotary.apply_rotary`.
 
     Args:
         mixed_SBGX: [s, b, g, (queries_per_group + 2) * d], contiguous, on a CUDA device: for each group
-            its query heads, its key head, its value head.
-        cos: float32 [b, s, d], contiguous; the first half of d is read.
-        sin: as `cos`.
-        queries_per_group: query heads that share a key head.
+            its query heads, then its key head, then its value head.
+        cos: float32 [b, s, d], contiguous; only the first half of d is read.
+        sin: like `cos`.
+        queries_per_group: number of query heads that share a key head.
 
     Returns:
-        [s, b, g * queries_per_group, d] and twice [s, b, g, d], contiguous, of the same dtype. The
-        rotation is computed in float32 and rounded once.
+        Queries [s, b, g * queries_per_group, d], keys and values [s, b, g, d], contiguous, of the input's
+        dtype. The rotation is computed in float32 and rounded once.
     """
     return _SplitAndRotate.apply(mixed_SBGX, cos, sin, queries_per_group)
 
@@ -42,7 +42,7 @@ class _SplitAndRotate(torch.autograd.Function):
     def backward(ctx, *grads):
         mixed = grads[0].new_empty(ctx.shape)
         grads = tuple(grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
-        # A rotation's transpose is the rotation back.
+        # The transpose of a rotation is its inverse.
         _launch(mixed, grads, *ctx.saved_tensors, ctx.per_group, forward=False)
         return mixed, None, None, None
 
@@ -65,7 +65,7 @@ def _split_and_rotate_kernel(
     query_s, query_b, query_n, key_s, key_b, key_n, value_s, value_b, value_n,
     PER_GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
-    """One program: HEADS heads of one token, of whatever kind they are."""
+    """Process HEADS heads of one token, which may be query, key or value heads."""
     token = tl.program_id(0).to(tl.int64)
     position, sample = token // b, token % b
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -94,7 +94,7 @@ def _split_and_rotate_kernel(
         tl.store(in_value, y1, mask=of_value)
         tl.store(in_value + HALF, y2, mask=of_value)
     else:
-        # Each head is in one of the three: the other two loads give zero.
+        # Each head is in one of the three tensors; the other two loads give zero.
         x1 = tl.load(in_query, mask=of_query, other=0.0) + tl.load(in_key, mask=of_key, other=0.0)
         x1 = (x1 + tl.load(in_value, mask=of_value, other=0.0)).to(tl.float32)
         x2 = tl.load(in_query + HALF, mask=of_query, other=0.0) + tl.load(in_key + HALF, mask=of_key, other=0.0)

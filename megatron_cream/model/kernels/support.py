@@ -1,12 +1,12 @@
-"""Where this project's kernels run: Triton comes with torch's CUDA wheels."""
+"""Detection of Triton, which is part of torch's CUDA wheels, for this project's kernels."""
 
 import importlib.util
 
 from torch import Tensor
 
-INSTALLED = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def usable(x: Tensor) -> bool:
-    """Whether the kernels run on this tensor's device."""
-    return x.is_cuda and INSTALLED
+def can_use_kernels(x: Tensor) -> bool:
+    """Return whether the kernels run on this tensor's device."""
+    return x.is_cuda and HAS_TRITON

@@ -1,4 +1,4 @@
-"""silu(gate) * up of a fused projection, one pass each way."""
+"""silu(gate) * up of a fused projection, in one pass forward and one backward."""
 
 import torch
 import triton
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class SwiGlu(torch.nn.Module):
-    """For the `activation_func` of Megatron's MLP: [..., 2 f] (gate, then up) -> [..., f].
+    """The `activation_func` of Megatron's MLP: [..., 2 f] (gate, then up) -> [..., f].
 
-    On a CUDA device; computed in float32, rounded once.
+    Runs on a CUDA device, computes in float32 and rounds once.
     """
 
     def __init__(self, config=None):

@@ -1,7 +1,6 @@
-"""Weight gradients accumulated into float32 inside the GEMM, for Megatron's own linear layers.
+"""Weight gradients accumulated in float32 inside the GEMM, for Megatron's linear layers.
 
-Megatron does that with an extension of NVIDIA's apex, which has no wheel; cuBLAS does it through
-torch as well.
+Megatron uses an extension of NVIDIA's apex for this, which has no wheel. torch can make cuBLAS do the same.
 """
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 
 def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """main_grad [out, in] (float32) += grad_output [t, out]^T inputs [t, in]."""
+    """Add grad_output [t, out]^T inputs [t, in] to main_grad [out, in] (float32)."""
     if inputs.dtype == main_grad.dtype:
         main_grad.addmm_(grad_output.t(), inputs)
     else:
@@ -17,5 +16,5 @@ def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor
 
 
 def wgrad_gemm_accum_fp16(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """The same, into a main_grad of the inputs' half type."""
+    """Add grad_output [t, out]^T inputs [t, in] to main_grad [out, in] of the inputs' half-precision dtype."""
     main_grad.addmm_(grad_output.t(), inputs)
