@@ -1,1 +1,1 @@
-"""Hugging Face folders and Megatron checkpoints: reading, writing, and the map between them."""
+"""Read and write Hugging Face folders and Megatron checkpoints, and convert between them."""

@@ -1,4 +1,4 @@
-"""What follows a checkpoint that is whole, on the first rank: the user's hook, and the removal of earlier ones."""
+"""Run the user's hook and remove older checkpoints after each complete save, on the first rank."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -13,11 +13,11 @@ _save_folder: Path | None = None
 
 
 def install(args: Namespace, loaded: Path | None) -> None:
-    """For each run anew.
+    """Set up the hook and the retention of one run; a second call replaces the first.
 
     Args:
-        args: Megatron's, with --save.
-        loaded: the folder that the run starts from.
+        args: Megatron's flags, with --save.
+        loaded: step folder that the run starts from; it is never removed.
     """
     global _hook, _retention, _save_folder
     close()
@@ -37,8 +37,14 @@ def install(args: Namespace, loaded: Path | None) -> None:
 
 
 def process_checkpoint(save: str, step: int, folder: Path) -> None:
-    """Call when the tracker of `save` names this checkpoint. Returns at once."""
-    if Path(save).resolve() != _save_folder:  # best/
+    """Start the hook and the removal of older checkpoints; return without waiting.
+
+    Args:
+        save: folder whose tracker names this checkpoint now.
+        step: training step of the checkpoint.
+        folder: step folder of the checkpoint.
+    """
+    if Path(save).resolve() != _save_folder:  # best/ has neither hook nor retention
         return
     if _hook:
         _hook.start(step, folder)
@@ -46,7 +52,7 @@ def process_checkpoint(save: str, step: int, folder: Path) -> None:
 
 
 def close() -> None:
-    """At the end of the run: wait for what goes on, as long as it may take."""
+    """Wait for running hooks and removals at the end of the run, up to their time limits."""
     global _hook, _retention, _save_folder
     if _hook:
         _hook.close()

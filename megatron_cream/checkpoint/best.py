@@ -1,7 +1,7 @@
-"""The best checkpoint of a run, kept in `best/` of --save: a Megatron folder of one step, with a tracker of its own.
+"""Keep the best checkpoint of a run in `best/` of --save, a Megatron folder of one step with its own tracker.
 
-The score that it was kept for is saved in it, with the flags: so a resumed run knows both or neither, and
-whatever moment a run is killed at, the tracker names a whole checkpoint.
+The checkpoint's score is saved among its flags, so a resumed run finds both or neither. Whenever a run is killed,
+the tracker names a complete checkpoint.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ _SCORE_KEY = "long_eval_kept"
 
 
 class BestCheckpoint:
-    """What is kept, and how another takes its place.
+    """The best checkpoint so far, and its replacement by a better one.
 
     Attributes:
         folder: `save`/best.
-        step: of the checkpoint that is kept; None where there is none yet.
-        score: what `saving` was given for it.
+        step: training step of the checkpoint; None if there is none yet.
+        score: the score that `saving` was given for it; None if there is none yet.
 
     Args:
         save: the run's --save.
-        settings: plain values: scores of other settings do not compare.
-        clean: remove what a killed run left unfinished; on one rank.
+        settings: evaluation settings, as plain values; scores compare only under equal settings.
+        clean: remove incomplete checkpoints of a killed run; set it on one rank.
 
     Raises:
-        UsageError: the folder holds another checkpoint than this would have kept.
+        UsageError: the folder has a checkpoint from other evaluation settings, or one without a score.
     """
 
     def __init__(self, save: Path, settings: dict[str, Any], *, clean: bool):
@@ -49,12 +49,12 @@ class BestCheckpoint:
             raise UsageError(str(error).replace("--checkpoint ", "the best checkpoint in --save: ", 1)) from error
         kept = getattr(checkpoint.args, _SCORE_KEY, None)
         if kept is None:
-            raise UsageError(f"{self.folder}: holds a checkpoint that no long evaluation has kept: move it away")
+            raise UsageError(f"{self.folder}: contains a checkpoint without a long-evaluation score. Move it away.")
         if kept["settings"] != settings:
             raise UsageError(
-                f"{self.folder}: step {checkpoint.step} was kept by another evaluation, "
-                f"{_format_settings(kept['settings'])}, "
-                f"which does not compare with {_format_settings(settings)}: give the same, or move it away"
+                f"{self.folder}: step {checkpoint.step} was scored by another evaluation "
+                f"({_format_settings(kept['settings'])}), which is not comparable with this one "
+                f"({_format_settings(settings)}). Give the same settings, or move the folder away."
             )
         self.step, self.score = checkpoint.step, kept["score"]
         if clean:
@@ -62,22 +62,22 @@ class BestCheckpoint:
 
     @contextlib.contextmanager
     def saving(self, args: Namespace, step: int, score: dict[str, Any]) -> Iterator[None]:
-        """Send the checkpoint that Megatron saves in this block to `best/`.
+        """Redirect the checkpoint that Megatron saves in this block to `best/`.
 
-        The earlier checkpoint stays until the new one is whole.
+        The earlier checkpoint stays until the new one is complete.
 
         Args:
-            args: Megatron's.
-            step: the training step that is saved.
-            score: plain values.
+            args: Megatron's flags.
+            step: training step that is saved.
+            score: score of the step, as plain values.
         """
         if args.rank == 0:
-            shutil.rmtree(self._step_folder(step), ignore_errors=True)  # what a killed run left unfinished
+            shutil.rmtree(self._step_folder(step), ignore_errors=True)  # incomplete, from a killed run
             if (self._save / HF).is_dir():
-                with contextlib.suppress(OSError):  # no room: then the checkpoint fails too, and says so
+                with contextlib.suppress(OSError):  # if the disk is full, the checkpoint fails too, with a warning
                     shutil.copytree(self._save / HF, self.folder / HF, dirs_exist_ok=True)
-        # A copy, which an asynchronous save reads after this block too. Megatron would remove earlier steps from
-        # the run's own folder by this one's tracker.
+        # A copy, because an asynchronous save reads the flags after this block too. No save_retain_interval: Megatron
+        # would remove steps from the run's own folder by the tracker of best/.
         own = Namespace(**vars(args) | {"save": str(self.folder), "save_retain_interval": None})
         setattr(own, _SCORE_KEY, {"score": score, "settings": self._settings})
         with registry.override(hooks.SAVE_ARGS, lambda original: own):
@@ -87,12 +87,12 @@ class BestCheckpoint:
         self.undo_failed()
 
     def undo_failed(self) -> None:
-        """Of a save that turned out to have failed: the earlier one is still the best. On every rank."""
+        """Restore the earlier best step and score if the newest save failed; call on every rank."""
         if self._writing is not None and saving.has_failed(str(self.folder)):
             (self.step, self.score), self._writing = self._before, None
 
     def remove_earlier(self) -> None:
-        """Remove the earlier checkpoint once the new one is whole; on one rank, any number of times."""
+        """Remove the earlier checkpoint if the new one is complete; call on one rank, as often as needed."""
         tracker = self.folder / TRACKER
         if self._writing is not None and tracker.is_file() and tracker.read_text() == str(self._writing):
             self._remove_all_but(self._writing)

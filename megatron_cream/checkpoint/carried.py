@@ -1,4 +1,4 @@
-"""What travels beside a model's weights: tokenizer, chat templates, generation config, license."""
+"""Copy and check the files beside a model's weights: tokenizer, chat templates, generation config, license."""
 
 import contextlib
 import json
@@ -16,8 +16,8 @@ from megatron_cream.common.files import read_json, read_text
 
 GENERATION_CONFIG = "generation_config.json"
 _TEMPLATES = "additional_chat_templates"
-# A list of what is known, and not of what is not: an adapter_config.json changes what transformers loads, a
-# params.json what vLLM does, and code is never carried.
+# An allowlist: an adapter_config.json would change what transformers loads, a params.json what vLLM loads, and
+# code is never copied.
 _NAMES = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tekken.json",
     GENERATION_CONFIG, "chat_template.json", f"{_TEMPLATES}/*.jinja",
@@ -26,7 +26,7 @@ _NAMES = (
 _MAX_BYTES = 1 << 28
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# A key of each file by which it is known under another's name.
+# A key that only this file has, to recognise a file under the wrong name.
 _MARKER_KEYS = {
     "config.json": "architectures",
     "tokenizer_config.json": "tokenizer_class",
@@ -36,20 +36,20 @@ _SAMPLE = "The window of a language model, 4096 tokens."
 
 
 def is_carried(name: str) -> bool:
-    """Whether a file of this name, relative to its folder, travels with the weights."""
+    """Tell whether a file of this name, relative to its folder, is copied with the weights."""
     folder = f"{_TEMPLATES}/" if name.startswith(f"{_TEMPLATES}/") else ""
     return "/" not in name.removeprefix(folder) and any(fnmatch(name, pattern) for pattern in _NAMES)
 
 
 def list_files(folder: Path) -> list[str]:
-    """The names, relative to `folder`, of what travels with the weights there."""
+    """List the files in `folder` that are copied with the weights, by their names relative to it."""
     there = [file for place in (folder, folder / _TEMPLATES) if place.is_dir() for file in place.iterdir()]
     names = {file.relative_to(folder).as_posix(): file for file in there if file.is_file()}
     return sorted(name for name, file in names.items() if is_carried(name) and file.stat().st_size < _MAX_BYTES)
 
 
 def copy_files(source: Path, target: Path, *last: str) -> None:
-    """Copy what travels with the weights, and then the files named `last`; each whole or not at all."""
+    """Copy the files that go with the weights, then those named `last`; each one atomically."""
     for name in (*list_files(source), *last):
         file = target / name
         file.parent.mkdir(exist_ok=True)
@@ -59,17 +59,17 @@ def copy_files(source: Path, target: Path, *last: str) -> None:
 
 
 def check_files(folder: Path, *, vocabulary: int | None = None, warn: bool = True) -> None:
-    """Read each file of `folder` as its readers will, and compare checksums where known.
+    """Check that transformers can read the files in `folder`, and compare known checksums.
 
-    A file that was edited gets a warning on stderr. Nothing that a file holds is executed.
+    An edited file gets a warning on stderr. No content of a file is executed.
 
     Args:
-        folder: of a Hugging Face model's tokenizer, configuration and chat template.
-        vocabulary: the model's; token ids beyond it get a warning.
-        warn: False where another rank warns.
+        folder: folder of a Hugging Face model's tokenizer, configuration and chat template.
+        vocabulary: vocabulary size of the model; token ids beyond it get a warning.
+        warn: print warnings; False if another rank prints them.
 
     Raises:
-        UsageError: a file cannot be read, or is missing; one line that names it.
+        UsageError: a file is unreadable or missing; the message names it.
     """
     warnings = _find_edited(folder)
     for name in list_files(folder):
@@ -88,7 +88,13 @@ def check_files(folder: Path, *, vocabulary: int | None = None, warn: bool = Tru
 
 
 def _find_edited(folder: Path) -> list[str]:
-    """Compare with the sums that a run or a conversion wrote: people may edit these files, but not lose them."""
+    """Return a warning for each file that differs from the manifest of a run or a conversion.
+
+    Users may edit these files, so a difference is no error.
+
+    Raises:
+        UsageError: a file that the manifest lists is missing.
+    """
     sums, inside = output.read_manifest(folder), ""
     if not sums and folder.name == "hf":  # imports listed it with the weights
         sums, inside = output.read_manifest(folder.parent), "hf/"
@@ -99,39 +105,41 @@ def _find_edited(folder: Path) -> list[str]:
         if not name.startswith(inside) or not (own == "config.json" or is_carried(own)) or file.suffix == ".md":
             continue
         if not file.is_file():
-            raise UsageError(f"{file}: missing, and {output.MANIFEST} lists it; put it back, or take it out there")
+            raise UsageError(
+                f"{file}: missing, but {output.MANIFEST} lists it. Put it back, or remove it from {output.MANIFEST}."
+            )
         if output.hash_file(file) != sums[name]:
-            edited.append(f"{file}: was changed after it was written (SHA-256 differs)")
+            edited.append(f"{file}: changed since it was written (SHA-256 differs)")
     return edited
 
 
 def _check_json(file: Path) -> None:
     content = read_json(file, "JSON that can be read")
     if not isinstance(content, dict):
-        raise UsageError(f"{file}: must hold a JSON object")
+        raise UsageError(f"{file}: must be a JSON object")
     if file.name in (*_TOKENIZER, GENERATION_CONFIG, "special_tokens_map.json"):
         for other, mark in _MARKER_KEYS.items():
             if other != file.name and mark in content:
-                raise UsageError(f"{file}: holds {mark}: it is a {other} under another name")
+                raise UsageError(f"{file}: has the key {mark}: it is a {other} under the wrong name")
     for where, template in _list_templates(content.get("chat_template") if file.name != "vocab.json" else None):
         _check_template(template, f"{file}: chat_template{where}")
 
 
 def _list_templates(value: Any) -> list[tuple[str, Any]]:
-    """(place, template) of a tokenizer_config.json's chat_template: text, or a list of named ones."""
+    """Return (place, template) for each entry of chat_template, which is text or a list of named templates."""
     if isinstance(value, list):
         return [(f"[{i}]", t.get("template") if isinstance(t, dict) else None) for i, t in enumerate(value)]
     return [] if value is None else [("", value)]
 
 
 def _check_template(template: Any, where: str) -> None:
-    """Compile it in a sandbox as transformers does, and do not run it."""
+    """Raise UsageError unless the template compiles as in transformers; it is not rendered."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """transformers' tag {% generation %}."""
+        """The tag {% generation %} of transformers."""
 
         tags = frozenset({"generation"})
 
@@ -143,21 +151,21 @@ def _check_template(template: Any, where: str) -> None:
     if not isinstance(template, str):
         raise UsageError(f"{where}: must be text")
     if not template.strip():
-        raise UsageError(f"{where}: an empty chat template")
+        raise UsageError(f"{where}: chat template is empty")
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(template)
-        raise UsageError(f"{where}: JSON, and not a chat template")
+        raise UsageError(f"{where}: is JSON, not a chat template")
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     try:
         environment.from_string(template)
-    except Exception as error:  # jinja's, or Python's at a template nested too deep
-        raise UsageError(f"{where}: not a chat template that can be read: {one_line(error, 200)}") from error
+    except Exception as error:  # from jinja, or a RecursionError for deeply nested templates
+        raise UsageError(f"{where}: not a readable chat template: {one_line(error, 200)}") from error
 
 
 def _check_token_model(file: Path) -> None:
-    """A sentencepiece model, or a list of tokens as tiktoken has it."""
+    """Raise UsageError unless the file is a sentencepiece model or a tiktoken vocabulary."""
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -167,7 +175,7 @@ def _check_token_model(file: Path) -> None:
             first = lines.readline(1 << 16).split()
         if len(first) == 2 and first[1].isdigit():
             return
-        raise UsageError(f"{file}: not a sentencepiece model that can be read: {one_line(error, 200)}") from error
+        raise UsageError(f"{file}: not a readable sentencepiece model: {one_line(error, 200)}") from error
 
 
 def _check_generation(folder: Path) -> None:
@@ -178,19 +186,23 @@ def _check_generation(folder: Path) -> None:
     for key in _TOKEN_IDS:
         value = content.get(key)
         if not all(type(i) is int for i in (value if isinstance(value, list) else [] if value is None else [value])):
-            raise UsageError(f"{file}: {key} {one_line(repr(value), 60)}: must be a token id, or a list of them")
+            raise UsageError(f"{file}: {key} {one_line(repr(value), 60)}: must be a token id or a list of token ids")
     length = content.get("max_length")
     if length is not None and (type(length) is not int or length < 1):
         raise UsageError(f"{file}: max_length {one_line(repr(length), 60)}: must be a whole number above 0")
     try:
         with _silence_transformers():
             GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers' checks raise what they come upon
+    except Exception as error:  # transformers raises exceptions of many types
         raise UsageError(f"{file}: transformers cannot load it: {one_line(error, 200)}") from error
 
 
 def _check_tokenizer(folder: Path, vocabulary: int | None) -> list[str]:
-    """Load it as transformers does; returns warnings."""
+    """Load the tokenizer with transformers, and return warnings.
+
+    Raises:
+        UsageError: the tokenizer cannot be loaded, or has no tokens.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     present = [name for name in _TOKENIZER if (folder / name).is_file()]
     if "tokenizer.json" in present:
@@ -198,10 +210,10 @@ def _check_tokenizer(folder: Path, vocabulary: int | None) -> list[str]:
 
         try:
             Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # its own kind, straight from Exception
+        except Exception as error:  # tokenizers raises bare Exception
             reason = one_line(error, 200)
-            raise UsageError(f"{folder / 'tokenizer.json'}: not a tokenizer that can be read: {reason}") from error
-    if not present:  # a sentencepiece model alone
+            raise UsageError(f"{folder / 'tokenizer.json'}: not a readable tokenizer: {reason}") from error
+    if not present:  # at most a sentencepiece model, which was checked already
         return []
     from transformers import AutoTokenizer
 
@@ -209,23 +221,23 @@ def _check_tokenizer(folder: Path, vocabulary: int | None) -> list[str]:
         with _silence_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             ids = tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]
-    except ImportError as error:  # a library that this kind of tokenizer needs
+    except ImportError as error:  # this type of tokenizer needs a library that is not installed
         return [f"{folder}: the tokenizer was not checked: {one_line(error, 200)}"]
-    except Exception as error:  # of many kinds
-        if "trust_remote_code" in str(error):  # a tokenizer that is code, which is neither run nor carried
-            return [f"{folder}: the tokenizer comes with code, and was not checked"]
+    except Exception as error:  # transformers raises exceptions of many types
+        if "trust_remote_code" in str(error):  # custom code is neither run nor copied
+            return [f"{folder}: the tokenizer needs custom code and was not checked"]
         reason = one_line(error, 200) or type(error).__name__
         raise UsageError(f"{folder}: transformers cannot load the tokenizer: {reason}") from error
     if set(ids) <= {tokenizer.unk_token_id}:
-        raise UsageError(f"{folder}: the tokenizer has no tokens: a vocabulary file is missing or cut")
+        raise UsageError(f"{folder}: the tokenizer has no tokens: a vocabulary file is missing or truncated")
     if vocabulary is not None and (highest := max(tokenizer.get_vocab().values())) >= vocabulary:
-        return [f"{folder}: the tokenizer has ids up to {highest}, the model a vocabulary of {vocabulary}"]
+        return [f"{folder}: the tokenizer has token ids up to {highest}, but the model's vocabulary is {vocabulary}"]
     return []
 
 
 @contextlib.contextmanager
 def _silence_transformers() -> Iterator[None]:
-    """Hold back transformers' warnings: settings that it would ignore, files that it would rather have."""
+    """Silence transformers' warnings about ignored settings and missing optional files."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

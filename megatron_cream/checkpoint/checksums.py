@@ -1,7 +1,7 @@
-"""SHA-256 of what training saves: made beside each checkpoint, in the manifest that a conversion writes too.
+"""Write the SHA-256 of each saved checkpoint's files into the same manifest that a conversion writes.
 
-Whoever writes a shard hashes it when it is on the disk and still in memory, in the background where the
-save is (`--async-save`). When all have written, the first rank puts the sums together.
+Each writer hashes its shard right after writing it, while it is still in the page cache; with `--async-save` in the
+background. When all ranks have written, the first rank merges the checksums.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from megatron_cream.patches import hooks, registry
 
 
 def install() -> None:
-    """Each `torch_dist` checkpoint that this process saves gets an `integrity.json`."""
+    """Write an `integrity.json` for each `torch_dist` checkpoint that this process saves."""
     registry.install(hooks.HASH_SHARDS, _hash_shards)
     registry.install(hooks.COLLECT_CHECKSUMS, _collect_checksums)
 
@@ -28,20 +28,23 @@ def _hash_shards(original, self):
 
 
 def _write_and_hash(write: Callable, rank: int, buckets: list, results) -> None:
-    """In the process that writes: the shards, then `.sha256.RANK` beside them, for the first rank to read."""
+    """Write the shards, then `.sha256.RANK` beside them for the first rank; runs in the writer process."""
     first = Path(buckets[0][0])
     sums = first.with_name(f".sha256.{rank}")
     write(rank, buckets, results)
     try:
         digests = {name: hash_file(Path(path)) for path, name, _ in buckets}
         sums.write_text(json.dumps(digests))
-    except OSError:  # the disk is full: a save that failed says so itself, and one that did not has no manifest
+    except OSError:  # full disk: a failed save reports itself, and a successful one has no manifest
         with contextlib.suppress(OSError):
             sums.unlink()
 
 
 def _collect_checksums(original, self, metadata, results) -> None:
-    """On the first rank, when all have written; the others wait for it, so that nothing may be raised here."""
+    """Merge the checksums of all ranks into the manifest; runs on the first rank.
+
+    It must not raise, because the other ranks wait for it.
+    """
     original(self, metadata, results)
     folder = Path(self.checkpoint_dir)
     written = {result.storage_data.relative_path for of_rank in results for result in of_rank}

@@ -1,4 +1,4 @@
-"""Megatron's older checkpoint: one `mp_rank_XX` file for each tensor- and pipeline-parallel rank."""
+"""Write Megatron's older checkpoint format, one `mp_rank_XX` file per tensor- and pipeline-parallel rank."""
 
 import contextlib
 import os
@@ -31,22 +31,23 @@ def write_classic(
 ) -> dict[str, str]:
     """Write files that Megatron loads with `--ckpt-format torch`, at this layout only.
 
-    Each is first written with room for its tensors, which are then put in one by one, so that
-    one parameter is in memory at a time.
+    Each file is first written with space for its tensors, which are then filled in one by one, so
+    that only one parameter is in memory at a time.
 
     Args:
-        folder: of the step, empty; each model-parallel rank gets a folder in it.
-        shape: of the model.
+        folder: step folder, empty; each model-parallel rank gets a folder in it.
+        shape: shape of the model.
         padded_vocab_size: rows of the embedding, with padding.
-        dtypes: of each parameter, by its key.
+        dtypes: dtype of each parameter, by its key.
         produce: returns a whole parameter of a layer, given its row and the layer's number.
-        common_state: what Megatron keeps beside the tensors (args, iteration ...).
-        tensor_parallel: ranks; must divide the heads, the feed-forward and the padded vocabulary.
-        pipeline_parallel: ranks; must divide the layers.
+        common_state: Megatron's state beside the tensors (args, iteration ...).
+        tensor_parallel: number of tensor-parallel ranks; must divide the heads, the feed-forward
+            size and the padded vocabulary.
+        pipeline_parallel: number of pipeline-parallel ranks; must divide the layers.
         transformer_engine: name the norms as Transformer Engine's layers do, not as this project's.
-        progress: is called with the number of bytes written.
+        progress: called with the number of bytes written.
 
-    Returns: no checksums, since the files are not written in order.
+    Returns: no checksums, since the files are not written sequentially.
 
     Raises:
         UsageError: the layout does not divide the model.
@@ -55,7 +56,7 @@ def write_classic(
     ranks = [(tp, pp) for pp in range(pipeline_parallel) for tp in range(tensor_parallel)]
 
     def shard_names(row: Row, layer: int | None) -> list[tuple[int, str]]:
-        """(pipeline rank, name there) of every place that has this parameter."""
+        """Return (pipeline rank, name on it) for each rank that has this parameter."""
         if layer is not None:
             stage, local = divmod(layer, shape.num_layers // pipeline_parallel)
             return [(stage, row.module_name(local, transformer_engine))]
@@ -85,7 +86,7 @@ def write_classic(
             try:
                 with torch.serialization.skip_data(materialize_fake_tensors=True):
                     torch.save(common_state | {"model": model}, path)
-            except RuntimeError as error:  # torch's zip writer does not say what the system told it
+            except RuntimeError as error:  # torch's zip writer hides the system's error
                 raise OSError(f"{path}: torch cannot write it: {one_line(error, 100)}") from error
             with FakeTensorMode():
                 placed = load_plain(path)["model"]

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Megatron checkpoint, and back: streamed, in one process, without a GPU."""
+"""Convert a Hugging Face folder to a Megatron checkpoint and back: streamed, in one process, without a GPU."""
 
 import threading
 from argparse import Namespace
@@ -30,10 +30,10 @@ from megatron_cream.common.files import write_json
 from megatron_cream.common.progress_bar import TransferBar
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Files written at once; each thread hashes what it wrote. Import makes as many files, of one size;
-# export's shards differ in size, and more threads keep the last of them from being written alone.
+# Files written at the same time; each thread hashes its file. An import writes this many files of equal size. An
+# export's shards differ in size, and more threads avoid a long wait for the last one.
 _IMPORT_THREADS, _EXPORT_THREADS = 2, 4
-_SPARE_BYTES = 64 << 20  # for tokenizer, metadata and the file system's own
+_SPARE_BYTES = 64 << 20  # for tokenizer, metadata and file system overhead
 
 
 def import_hf(
@@ -54,25 +54,25 @@ def import_hf(
     Args:
         source: the Hugging Face model.
         target: folder of the checkpoint to write.
-        dtype: of what is written; None keeps each tensor's own.
+        dtype: dtype of the checkpoint; None keeps each tensor's own.
         vocabulary_divisor: the vocabulary is padded with zeros to a multiple of it.
-        checkpoint_format: torch_dist opens at any layout; torch is one file for each rank of
+        checkpoint_format: torch_dist loads at any layout; torch is one file for each rank of
             `tensor_parallel` x `pipeline_parallel`, with the parameter names of Transformer
             Engine's layers or of this project's.
-        tensor_parallel: ranks, for the format torch.
-        pipeline_parallel: ranks, for the format torch.
-        transformer_engine: take Transformer Engine's parameter names, for the format torch.
+        tensor_parallel: number of ranks, for the format torch.
+        pipeline_parallel: number of ranks, for the format torch.
+        transformer_engine: use Transformer Engine's parameter names, for the format torch.
         overwrite: replace an earlier conversion in `target`.
-        progress: is told of what was written.
+        progress: called with the number of bytes written.
 
     Raises:
-        UsageError: one line that says why nothing was written.
+        UsageError: nothing was written; the message says why.
     """
     shape = source.shape
     carried.check_files(source.path, vocabulary=shape.vocab_size)
     padded = pad_vocab_size(shape.vocab_size, vocabulary_divisor)
 
-    # One for all layers, which share a tensor in the checkpoint.
+    # One dtype for all layers, because they share a tensor in the checkpoint.
     kinds: dict[str, torch.dtype] = {}
     for row, layer in list_parameters(shape):
         for name in row.names(layer):
@@ -124,10 +124,10 @@ def import_hf(
 
 
 def check_no_overlap(source: Path, target: Path, *, flag: str) -> None:
-    """Raise UsageError if writing `target`, which the user gave with `flag`, would remove `source` or a part of it."""
+    """Raise UsageError if writing `target`, given with `flag`, would remove all or part of `source`."""
     read, written = source.resolve(), target.resolve()
     if read == written or written in read.parents or (read in written.parents and target.exists()):
-        raise UsageError(f"{flag} {target}: must be apart from what is read, {source}")
+        raise UsageError(f"{flag} {target}: must not overlap the source folder, {source}")
 
 
 def _check_range(out: Tensor, before: Iterable[torch.dtype], again: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
@@ -135,8 +135,8 @@ def _check_range(out: Tensor, before: Iterable[torch.dtype], again: Callable[[],
 
     Args:
         out: the values after the cast.
-        before: the types that were cast.
-        again: (name, tensor) of what was cast.
+        before: the dtypes before the cast.
+        again: reads the (name, tensor) pairs again, as they were before the cast.
     """
     wider = any(torch.finfo(kind).max > torch.finfo(out.dtype).max for kind in before)
     if not wider or all(value.isfinite() for value in out.aminmax()):
@@ -145,18 +145,18 @@ def _check_range(out: Tensor, before: Iterable[torch.dtype], again: Callable[[],
         lost = tensor[tensor.isfinite() & tensor.to(out.dtype).isinf()]
         if lost.numel():
             flag = next(flag for flag, kind in DTYPES.items() if kind == out.dtype)
-            raise UsageError(f"--dtype {flag}: {name} holds {lost.abs().max():.4g}, more than {flag} can")
+            raise UsageError(f"--dtype {flag}: {name} contains {lost.abs().max():.4g}, which {flag} cannot represent")
 
 
 def build_reader(source: HfFolder) -> Callable[[Row, int | None, Tensor], Tensor]:
-    """(row, layer, out) -> out, filled with the Megatron parameter."""
+    """Return a function (row, layer, out) that fills `out` with the Megatron parameter and returns it."""
     return lambda row, layer, out: join(row, [source.get(name) for name in row.names(layer)], source.shape, out)
 
 
 def checkpoint_args(
     shape: ModelShape, padded_vocab_size: int, tensor_parallel: int = 1, pipeline_parallel: int = 1
 ) -> Namespace:
-    """What Megatron (and `MegatronCheckpoint`) looks up among a checkpoint's flags."""
+    """Return the flags that Megatron and `MegatronCheckpoint` read from a checkpoint."""
     return Namespace(
         **shape.megatron_args(),
         padded_vocab_size=padded_vocab_size,
@@ -189,19 +189,19 @@ def export_hf(
     flag: str = "--hf-path",
     progress: TransferBar | None = None,
 ) -> None:
-    """Write a folder that transformers and vLLM load, from a checkpoint at any layout.
+    """Export a checkpoint of any layout to a folder that transformers and vLLM load.
 
     Args:
         source: the checkpoint to export.
         target: the folder to write.
-        dtype: of what is written; None keeps each parameter's own.
-        max_shard_bytes: a shard is closed before it grows larger.
+        dtype: dtype of the exported weights; None keeps each parameter's own.
+        max_shard_bytes: largest size of a shard with several parameters.
         overwrite: replace an earlier conversion in `target`.
-        flag: what the user gave `target` with, for messages.
-        progress: is told of what was written.
+        flag: the flag that gave `target`, for messages.
+        progress: called with the number of bytes written.
 
     Raises:
-        UsageError: one line that says why nothing was written.
+        UsageError: nothing was written; the message says why.
     """
     if source.hf_folder:
         carried.check_files(source.hf_folder, vocabulary=source.shape.vocab_size)
@@ -223,7 +223,7 @@ def export_hf(
 
 
 def export_groups(source: MegatronCheckpoint, dtype: torch.dtype | None) -> list[Group]:
-    """The tensors of the Hugging Face model, grouped by the Megatron parameter they come from."""
+    """Return the Hugging Face model's tensors, grouped by the Megatron parameter they come from."""
     scratch = _Scratch()
     shape = source.shape
 
@@ -248,9 +248,9 @@ def export_groups(source: MegatronCheckpoint, dtype: torch.dtype | None) -> list
 
 
 class _Scratch:
-    """One piece of memory for each thread, used for one parameter after the other.
+    """One buffer per thread, reused for each parameter.
 
-    Fresh memory of these sizes costs more, in page faults, than filling it does.
+    Page faults on new memory of these sizes cost more than filling it.
     """
 
     def __init__(self):
@@ -261,5 +261,5 @@ class _Scratch:
         memory = getattr(self._threads, "memory", None)
         if memory is None or memory.nbytes < count * dtype.itemsize:
             self._threads.memory = memory = np.empty(count * dtype.itemsize, dtype=np.uint8)
-        # Not a view of a larger tensor, which torch's writer would copy.
+        # From the buffer, not a view of a larger tensor, because torch's writer would copy a view.
         return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)

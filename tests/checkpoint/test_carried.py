@@ -115,13 +115,13 @@ def test_checksums_find_every_change(folder, capsys, name, damage):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("tokenizer_config.json", {"chat_template": "{% for"}, "chat_template: not a chat template that can be read"),
+        ("tokenizer_config.json", {"chat_template": "{% for"}, "chat_template: not a readable chat template"),
         ("tokenizer_config.json", {"chat_template": WORDS + [{"name": "x"}]}, "chat_template[2]: must be text"),
         ("tokenizer_config.json", {"chat_template": 5}, "chat_template: must be text"),
         ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id '</s>': must be a token id"),
         ("generation_config.json", {"max_length": "long"}, "max_length 'long': must be a whole number"),
         ("generation_config.json", {"max_new_tokens": -1}, "transformers cannot load it: `max_new_tokens`"),
-        ("generation_config.json", [], "must hold a JSON object"),
+        ("generation_config.json", [], "must be a JSON object"),
     ],
 )
 def test_values_that_every_reader_rejects(folder, name, content, message):
@@ -140,7 +140,7 @@ def test_a_list_of_templates_is_accepted(folder):
 
 def test_a_tokenizer_of_a_larger_vocabulary(folder, capsys):
     carried.check_files(folder, vocabulary=1000)
-    assert "the tokenizer has ids up to 1999, the model a vocabulary of 1000" in capsys.readouterr().err
+    assert "the tokenizer has token ids up to 1999, but the model's vocabulary is 1000" in capsys.readouterr().err
     carried.check_files(folder, vocabulary=1000, warn=False)
     assert capsys.readouterr().err == ""
 

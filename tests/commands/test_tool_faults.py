@@ -125,7 +125,7 @@ def test_a_conversion_does_not_remove_its_input(tools, hf, tmp_path, command, ta
     before = sorted(source.rglob("*"))
     arguments = [command, flags[0], source, flags[1], to, "--overwrite"]
     ended = bad_inputs.start(tools["convert_hf"], "tools/convert_hf.py", *arguments)()
-    assert ended.code == 2 and f"error: {flags[1]} {to}: must be apart from what is read" in ended.error, ended.error
+    assert ended.code == 2 and f"error: {flags[1]} {to}: must not overlap the source folder" in ended.error, ended.error
     assert sorted(source.rglob("*")) == before
 
 
@@ -138,7 +138,7 @@ def test_a_cast_that_overflows(hf, tmp_path, checkpoint_format):
     import_hf(HfFolder(hf), tmp_path / "inf", dtype=torch.float16, checkpoint_format=checkpoint_format)
     state[Q_PROJ][0, 0] = -70000.0
     save_file(state, hf / "model.safetensors", metadata={"format": "pt"})
-    message = f"--dtype fp16: {Q_PROJ} holds 7e[+]04, more than fp16 can"
+    message = f"--dtype fp16: {Q_PROJ} contains 7e[+]04, which fp16 cannot represent"
     with pytest.raises(UsageError, match=message):
         import_hf(HfFolder(hf), tmp_path / "ckpt", dtype=torch.float16, checkpoint_format=checkpoint_format)
     assert not (tmp_path / "ckpt").exists()

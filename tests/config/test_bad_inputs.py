@@ -289,5 +289,5 @@ def test_a_configuration_may_be_edited(world):
     flags = [part.replace("{0}", str(world)) for part in FROM_EXPORT[1:]]
     assert start(lambda: parse.parse(flags) and 7, TRAINER)().code == 7
     edited.unlink()
-    missing = "tokenizer_config.json: missing, and integrity.json lists it"
+    missing = "tokenizer_config.json: missing, but integrity.json lists it"
     assert missing in start(lambda: parse.parse(flags) and 7, TRAINER)().error

@@ -120,11 +120,11 @@ def test_a_foreign_folder_is_not_overwritten(trained, tmp_path):
     settings = dict(tasks="needle,kv,perplexity", lengths=[512, 1024], samples=1, best="accuracy")
     best = BestCheckpoint(save, settings, clean=True)
     assert best.step == newest(save / "best") and best.score["name"] == "accuracy"
-    with pytest.raises(UsageError, match="kept by another evaluation, .* does not compare with .*lengths .1024."):
+    with pytest.raises(UsageError, match="scored by another evaluation .* not comparable with .*lengths .1024."):
         BestCheckpoint(save, settings | {"lengths": [1024]}, clean=True)
     shutil.rmtree(save / "best")
     shutil.copytree(trained[0] / "save", save / "best", ignore=shutil.ignore_patterns("best"))
-    with pytest.raises(UsageError, match="no long evaluation has kept: move it away"):
+    with pytest.raises(UsageError, match="without a long-evaluation score. Move it away"):
         BestCheckpoint(save, settings, clean=True)
     assert newest(save / "best") == 40
 
