@@ -1,4 +1,4 @@
-"""Which Hugging Face models are Llamas to us: config.json <-> one plain description <-> Megatron's flags."""
+"""Describe the supported Hugging Face models, and convert between config.json and Megatron's flags."""
 
 import json
 from argparse import Namespace
@@ -15,10 +15,11 @@ from megatron_cream.model.rotary import RotaryEmbedding
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a model type of transformers apart from Llama.
+    """The differences of a transformers model type from Llama.
 
+    architecture: class name in config.json.
     qkv_bias: query, key and value projections have a bias.
-    qk_norm: each head's queries and keys are normalised (RMSNorm over head_dim) before they rotate.
+    qk_norm: each head's queries and keys are normalised (RMSNorm over head_dim) before the rotation.
     """
 
     architecture: str
@@ -33,7 +34,7 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
 }
 
-# Keys of config.json that would make another model of it: (key, what we can run).
+# Keys of config.json that would change the model: (key, the only supported value).
 _REQUIRED_VALUES = (
     ("hidden_act", "silu"),
     ("attention_bias", False),
@@ -48,9 +49,9 @@ _SIZES = {
     "num_hidden_layers": 10_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_attention_heads": 1 << 16,
     "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 26, "max_position_embeddings": 1 << 40,
 }  # fmt: skip
-"""Sizes in config.json, and what is beyond any model of these families."""
+"""Sizes in config.json, with upper limits that no model of these families reaches."""
 
-_DTYPE_KEYS = ("dtype", "torch_dtype")  # what to load weights as: each tensor's own type is what counts here
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # ignored, because each tensor has its own dtype
 _DTYPE_WORDS = (
     "auto", "float64", "double", "float32", "float", "bfloat16", "float16", "half", "float8_e4m3fn", "float8_e5m2",
 )  # fmt: skip
@@ -66,9 +67,9 @@ _KINDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A Llama-like model, in Megatron's terms; sizes are numbers of elements.
+    """The shape of a Llama-like model, in Megatron's terms; sizes are numbers of elements.
 
-    original_window: positions it was pre-trained with, where config.json says so outside of the rope scaling.
+    original_window: positions of pre-training, if config.json has them outside of the rope scaling.
     """
 
     model_type: str
@@ -100,7 +101,7 @@ class ModelShape:
         )
 
     def rope(self) -> ModelRope:
-        """What the model says of its rotary embedding."""
+        """Return the model's rotary embedding settings."""
         return ModelRope(
             theta=self.rope_theta,
             scaling=self.rope_scaling,
@@ -110,11 +111,11 @@ class ModelShape:
 
     @property
     def window(self) -> int:
-        """The positions that it serves, where max_position_embeddings may be those before scaling."""
+        """Positions that the model supports; max_position_embeddings may be the number before scaling."""
         return max(self.max_position_embeddings, reach(self.rope()))
 
     def megatron_args(self) -> dict[str, Any]:
-        """The shape as values of Megatron's flags."""
+        """Return the shape as values of Megatron's flags."""
         return dict(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -132,24 +133,24 @@ class ModelShape:
         )
 
     def hf_config(self, base: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The config.json of this model.
+        """Return the config.json of this model.
 
         Args:
-            base: the config.json it came from; what does not describe the shape is kept.
+            base: the config.json it came from; its keys that do not describe the shape are kept.
         """
         config = dict(base) if base else {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
-        config.pop("rope_parameters", None)  # transformers 5's form; every release reads the older one
-        config.pop("auto_map", None)  # code, which does not travel: trust_remote_code=True would look for it
+        config.pop("rope_parameters", None)  # new in transformers 5, which also reads the older keys
+        config.pop("auto_map", None)  # refers to code files, which are not copied
         limits = {"max_position_embeddings", *window.OTHER_KEYS}
         if base and self._has_same_positions(base):
             limits = {key: config[key] for key in limits if key in config}
             if self.original_window and not limits.keys() & {"seq_length", "max_sequence_length"}:
-                limits["original_max_position_embeddings"] = self.original_window  # it stood inside of rope_scaling
+                limits["original_max_position_embeddings"] = self.original_window  # it was inside rope_scaling
         else:
             config = {key: value for key, value in config.items() if key not in limits}
             limits = window.build_keys(self.max_position_embeddings, self.rope_scaling, self.original_window)
         rope = self.rotary().hf_config()
-        if "factor" in (rope["rope_scaling"] or {}):  # vLLM takes no whole number here
+        if "factor" in (rope["rope_scaling"] or {}):  # vLLM rejects an integer here
             rope["rope_scaling"]["factor"] = float(rope["rope_scaling"]["factor"])
         return config | {
             "architectures": [self.family.architecture],
@@ -169,27 +170,35 @@ class ModelShape:
         }
 
     def _has_same_positions(self, config: dict[str, Any]) -> bool:
-        """Whether it has the rotary embedding of another config.json, and its window."""
+        """Tell whether the rotary embedding and the window are those of another config.json."""
         other = shape_from_config(config, Path("config.json"))
         same_rope = (self.rope_theta, self.rope_scaling) == (other.rope_theta, other.rope_scaling)
         return same_rope and self.max_position_embeddings in (other.max_position_embeddings, other.window)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelShape]:
-    """config.json as it stands, and the shape that transformers understands by it.
+    """Return config.json unchanged, and the shape that transformers derives from it.
 
     Raises:
-        UsageError: one line that names the file and what in it cannot be carried.
+        UsageError: the file is missing, unreadable or describes an unsupported model.
     """
     path = folder / "config.json"
     if not path.exists():
-        raise UsageError(f"{folder}: no config.json there; give a Hugging Face model's folder")
-    raw = read_json(path, "a model's configuration that can be read")
+        raise UsageError(f"{folder}: has no config.json. Give the folder of a Hugging Face model.")
+    raw = read_json(path, "a readable model configuration")
     return raw, shape_from_config(raw, path)
 
 
 def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
-    """As `read_config`, from the contents of config.json; `path` is named in messages."""
+    """Return the shape that transformers derives from the contents of config.json.
+
+    Args:
+        raw: contents of config.json.
+        path: the file, for messages.
+
+    Raises:
+        UsageError: as `read_config`.
+    """
     from transformers import AutoConfig
 
     check_types(raw, path)
@@ -212,11 +221,11 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
             raise UsageError(f"{path}: {key}: partial_rotary_factor {factor}: only 1.0 is supported")
     try:
         config = AutoConfig.for_model(**raw)
-        config.standardize_rope_params()  # as its rotary embedding does: a window beside the dict goes before its own
+        config.standardize_rope_params()  # as in transformers: a window beside the rope dict overrides the one in it
         scaling = {k: v for k, v in (config.rope_parameters or {}).items() if k != "partial_rotary_factor"}
         theta = scaling.pop("rope_theta")
         original_window = _original_window(raw, scaling)
-        if scaling.get("rope_type") == "dynamic":  # transformers looks nowhere else
+        if scaling.get("rope_type") == "dynamic":  # transformers uses only max_position_embeddings
             scaling["original_max_position_embeddings"] = config.max_position_embeddings
         heads = config.num_attention_heads
         shape = ModelShape(
@@ -239,11 +248,11 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
         _check_sizes(shape)
     except UsageError:
         raise
-    except Exception as error:  # transformers validates in ways of its own
+    except Exception as error:  # transformers' validation raises exceptions of many types
         raise UsageError(f"{path}: {one_line(error) or type(error).__name__}") from error
     if _has_sliding_window(config):
         sliding = getattr(config, "sliding_window", None)
-        if sliding is None:  # a family that knows of none, or layers that slide all the same
+        if sliding is None:  # no window, but layer_types has sliding layers
             raise UsageError(f"{path}: layer_types: only full_attention is supported")
         raise UsageError(
             f"{path}: sliding_window {sliding}: attention over a sliding window is not supported; "
@@ -253,15 +262,15 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
 
 
 def _original_window(raw: dict[str, Any], scaling: dict[str, Any]) -> int | None:
-    """Return the pre-trained window that config.json names outside of what `scaling` keeps; None if it does not.
+    """Return the window before a linear scaling, and remove it from `scaling`; None if config.json has none.
 
-    FastChat's folders (Vicuna, LongChat) have the scaled window as max_sequence_length.
+    FastChat's folders (Vicuna, LongChat) store the scaled window as max_sequence_length.
     """
     if scaling.get("rope_type") != "linear":
         return None
     window = scaling.pop("original_max_position_embeddings", None) or raw.get("original_max_position_embeddings")
     if window is None:
-        window = raw.get("seq_length")  # SGLang and vLLM multiply it by the factor
+        window = raw.get("seq_length")  # the window before scaling: SGLang and vLLM multiply it by the factor
     if window is None and type(raw.get("max_sequence_length")) is int and scaling.get("factor"):
         window = round(raw["max_sequence_length"] / scaling["factor"])
     if window is not None and (type(window) is not int or window < 1):
@@ -270,14 +279,17 @@ def _original_window(raw: dict[str, Any], scaling: dict[str, Any]) -> int | None
 
 
 def check_types(raw: Any, path: Path) -> None:
-    """Raise UsageError at what transformers would take as it comes: a billion layers, a rope that is a list.
+    """Check types and sizes in config.json that transformers accepts unchecked, such as a billion layers.
 
-    Of other families than ours, nothing but that it is a configuration.
+    The configuration of an unsupported family only has to be a JSON object.
+
+    Raises:
+        UsageError: a value has the wrong type or is out of range.
     """
     if not isinstance(raw, dict):
-        raise UsageError(f"{path}: not a model's configuration that can be read: not a JSON object")
+        raise UsageError(f"{path}: not a readable model configuration: not a JSON object")
 
-    def refuse(name: str, right: str):
+    def reject(name: str, right: str):
         raise UsageError(f"{path}: {name} {one_line(repr(raw[name]), 60)}: must be {right}")
 
     given = {name for name, value in raw.items() if value is not None}
@@ -285,15 +297,15 @@ def check_types(raw: Any, path: Path) -> None:
         return
     for name, most in _SIZES.items():
         if name in given and (type(raw[name]) is not int or not 1 <= raw[name] <= most):
-            refuse(name, f"a whole number from 1 to {most}")
+            reject(name, f"a whole number from 1 to {most}")
     for name in _DTYPE_KEYS:
         if name in given and not (isinstance(raw[name], str) and raw[name].removeprefix("torch.") in _DTYPE_WORDS):
-            refuse(name, f"one of {', '.join(_DTYPE_WORDS)}")
+            reject(name, f"one of {', '.join(_DTYPE_WORDS)}")
     for name, kind, right in _KINDS:
         if name in given and not isinstance(raw[name], kind):
-            refuse(name, right)
+            reject(name, right)
     if "rms_norm_eps" in given and not (type(raw["rms_norm_eps"]) in (int, float) and 0 < raw["rms_norm_eps"] < 1):
-        refuse("rms_norm_eps", "a number between 0 and 1")
+        reject("rms_norm_eps", "a number between 0 and 1")
 
 
 def _has_sliding_window(config) -> bool:
@@ -317,18 +329,18 @@ def shape_from_args(args: Namespace, original: ModelShape | None) -> ModelShape:
 
     Args:
         args: the saved flags.
-        original: the model it came from, if it came from Hugging Face weights.
+        original: shape of the Hugging Face model that training started from, if any.
 
     Raises:
-        AttributeError: a flag is not there.
-        ValueError: no family has these flags.
+        AttributeError: a flag is missing.
+        ValueError: no supported family has these flags.
     """
     bias_and_norm = (args.add_qkv_bias, args.qk_layernorm)
     model_type = original.model_type if original else "llama"
     if bias_and_norm != (FAMILIES[model_type].qkv_bias, FAMILIES[model_type].qk_norm):
         families = {(family.qkv_bias, family.qk_norm): name for name, family in FAMILIES.items() if name != "mistral"}
         if bias_and_norm not in families:
-            raise ValueError("no family has both --add-qkv-bias and --qk-layernorm")
+            raise ValueError("no supported family has both --add-qkv-bias and --qk-layernorm")
         model_type = families[bias_and_norm]
     shape = ModelShape(
         model_type=model_type,
@@ -347,6 +359,6 @@ def shape_from_args(args: Namespace, original: ModelShape | None) -> ModelShape:
         original_window=getattr(args, "rope_window", None),
     )
     same_rope = original and (shape.rope_theta, shape.rope_scaling) == (original.rope_theta, original.rope_scaling)
-    if same_rope and original.window > shape.max_position_embeddings:  # trained at less than it can: it still can
+    if same_rope and original.window > shape.max_position_embeddings:  # trained at a shorter length: keep the window
         return replace(shape, max_position_embeddings=original.window, original_window=original.original_window)
     return shape

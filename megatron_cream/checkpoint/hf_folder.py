@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: tensors read one by one, or written as sharded safetensors."""
+"""Read a Hugging Face model folder tensor by tensor, and write one as sharded safetensors."""
 
 import json
 import os
@@ -19,44 +19,44 @@ from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import is_file_name, read_json, write_json
 
 CONFIG = "config.json"
-# In the order in which transformers looks for them: (file, is it an index of shards).
+# In the order in which transformers looks for them: (file, is_index).
 WEIGHTS = (
     ("model.safetensors", False),
     ("model.safetensors.index.json", True),
     ("pytorch_model.bin", False),
     ("pytorch_model.bin.index.json", True),
 )
-# Safetensors' names of the types that weights come in.
+# Safetensors' names of the supported dtypes.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# Files are mapped anew after a thread has read this much: what was read through a mapping counts
-# as this process's memory for as long as the mapping lives.
+# A thread remaps its files after reading this much, because pages read through a mapping count as memory of the
+# process while the mapping exists.
 _REMAP_BYTES = 32 << 20
 
 
 class HfFolder:
-    """Reads the tensors of a Hugging Face folder, each when it is asked for.
+    """A Hugging Face folder whose tensors are read on demand.
 
     Attributes:
         path: the folder.
-        config: config.json as it stands.
-        shape: what it describes.
+        config: contents of config.json.
+        shape: the model's shape, from config.json.
         weights: {name: file} of every tensor.
 
     Raises:
-        UsageError: one line that names what is missing, too much, or of another shape.
+        UsageError: a tensor is missing, unexpected, or of the wrong shape; the message names it.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.config, self.shape = read_config(path)
         self.weights = _find_weights(path)
-        self._open = threading.local()  # each thread reads through mappings of its own
+        self._open = threading.local()  # mappings of each thread
         self._files = {file: _TensorFile(file) for file in sorted(set(self.weights.values()))}
         self._check()
 
     def get(self, name: str) -> Tensor:
-        """A tensor on the CPU, a view into the mapped file: copy it before asking for many more."""
+        """Return a tensor on the CPU, a view into the mapped file; copy it before reading many more."""
         mappings = self._open.__dict__.setdefault("mappings", {})
         if sum(mapping.bytes_read for mapping in mappings.values()) > _REMAP_BYTES:
             mappings.clear()
@@ -69,17 +69,17 @@ class HfFolder:
         return self._files[self.weights[name]].dtypes[name]
 
     def _check(self) -> None:
-        """Every tensor of the model is there, in its shape and in a floating-point type; no other is."""
+        """Raise UsageError unless the folder has exactly the model's tensors, in their shapes and a float dtype."""
         expected = set()
         for row, layer in list_parameters(self.shape):
             for name, shape in zip(row.names(layer), hf_shapes(row, self.shape), strict=True):
-                self._check_tensor(name, shape)  # each in turn: a damaged config.json may speak of many layers
+                self._check_tensor(name, shape)  # fail at the first: a damaged config.json may claim many layers
                 expected.add(name)
         for name in sorted(self.weights.keys() - expected):
             if self.shape.tied and name == "lm_head.weight":
                 if not torch.equal(self.get(name), self.get("model.embed_tokens.weight")):
                     raise UsageError(
-                        f"{self.path}: config.json says tie_word_embeddings, but lm_head.weight differs from "
+                        f"{self.path}: config.json sets tie_word_embeddings, but lm_head.weight differs from "
                         "model.embed_tokens.weight"
                     )
             elif not name.endswith("rotary_emb.inv_freq"):  # a buffer that old releases of transformers saved
@@ -90,14 +90,14 @@ class HfFolder:
             raise UsageError(f"{self.path}: tensor {name} is missing{self._hint(name)}")
         file = self._files[self.weights[name]]
         if name not in file.shapes:
-            raise UsageError(f"{file.path}: tensor {name} is missing, though the index says it is there")
+            raise UsageError(f"{file.path}: tensor {name} is missing, although the index lists it")
         if file.shapes[name] != shape:
             raise UsageError(
-                f"{file.path}: tensor {name} has shape {list(file.shapes[name])}; config.json makes it {list(shape)}"
+                f"{file.path}: tensor {name} has shape {list(file.shapes[name])}; config.json requires {list(shape)}"
             )
         if file.dtypes[name] not in _DTYPE_NAMES:
             raise UsageError(
-                f"{file.path}: tensor {name} is of type {file.dtypes[name]}; only float32, bfloat16 and float16 "
+                f"{file.path}: tensor {name} has dtype {file.dtypes[name]}; only float32, bfloat16 and float16 "
                 "weights can be converted"
             )
 
@@ -106,8 +106,8 @@ class HfFolder:
 
     def _hint(self, name: str) -> str:
         if name == "lm_head.weight":
-            return ": config.json does not say tie_word_embeddings"
-        return f", which a {self._model()} has"
+            return ": config.json does not set tie_word_embeddings"
+        return f"; a {self._model()} needs it"
 
 
 def _find_weights(folder: Path) -> dict[str, Path]:
@@ -115,41 +115,42 @@ def _find_weights(folder: Path) -> dict[str, Path]:
         file = folder / name
         if file.is_file():
             return read_index(file) if is_index else {tensor: file for tensor in _TensorFile(file).shapes}
-    raise UsageError(f"{folder}: none of {', '.join(name for name, _ in WEIGHTS)} is there")
+    raise UsageError(f"{folder}: has no weights; expected one of {', '.join(name for name, _ in WEIGHTS)}")
 
 
 def read_index(index: Path, *, complete: bool = True) -> dict[str, Path]:
-    """Return {tensor: file} by an index of shards.
+    """Return {tensor: file} from an index of shards.
 
     Args:
-        index: the file, such as model.safetensors.index.json.
-        complete: every shard must be there.
+        index: index file, such as model.safetensors.index.json.
+        complete: require every shard to exist.
 
     Raises:
-        UsageError: it is no index, or names what is not a file beside it.
+        UsageError: the index is unreadable, or names a file outside its folder or a missing one.
     """
-    found = read_json(index, "an index of shards that can be read")
+    found = read_json(index, "a readable index of shards")
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UsageError(f"{index}: not an index of shards that can be read: must have a weight_map")
+        raise UsageError(f"{index}: not a readable index of shards: must have a weight_map")
     for name, file in weight_map.items():
         if not is_file_name(file):
             shown = repr(file)[:100]
             raise UsageError(f"{index}: tensor {name[:100]}: {shown}: must be the name of a file beside the index")
         if complete and not (index.parent / file).is_file():
-            raise UsageError(f"{index}: tensor {name[:100]} is in {file[:100]}, which is not there")
+            raise UsageError(f"{index}: tensor {name[:100]} is in {file[:100]}, which does not exist")
     return {name: index.parent / file for name, file in weight_map.items()}
 
 
 def check_model(folder: Path) -> None:
-    """For transformers, which would follow any path: every file of weights lies in the folder and can be read.
+    """Check that every weight file is readable and inside the folder, before transformers loads it.
 
-    Of a model that can be converted, every tensor is looked for too; others are transformers' to judge.
+    transformers itself would follow any path in an index. If the model's family is supported, the tensors are
+    checked too.
 
     Raises:
-        UsageError: it is not so.
+        UsageError: a file is missing, unreadable or outside the folder, or a tensor is wrong.
     """
-    check_types(read_json(folder / CONFIG, "a model's configuration that can be read"), folder / CONFIG)
+    check_types(read_json(folder / CONFIG, "a readable model configuration"), folder / CONFIG)
     for file in sorted(set(_find_weights(folder).values())):
         _TensorFile(file)
     try:
@@ -160,7 +161,7 @@ def check_model(folder: Path) -> None:
 
 
 class _TensorFile:
-    """Shapes and types of the tensors in a file."""
+    """Shapes and dtypes of the tensors in a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -169,7 +170,7 @@ class _TensorFile:
 
 
 class _Mapping:
-    """An open, memory-mapped file of tensors, safetensors or torch's zip."""
+    """An open, memory-mapped file of tensors, in safetensors or torch's zip format."""
 
     def __init__(self, path: Path):
         self.bytes_read = 0
@@ -179,18 +180,18 @@ class _Mapping:
                 self._file = safe_open(path, framework="pt")
             else:
                 self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:  # a damaged file, or a pickle that is more than tensors
+        except Exception as error:  # a damaged file, or a pickle with other objects than tensors
             reason = one_line(error)
-            raise UsageError(f"{path}: not a file of tensors that can be read: {reason}") from error
+            raise UsageError(f"{path}: not a readable file of tensors: {reason}") from error
         if self._tensors is not None and not _is_state_dict(self._tensors):
-            raise UsageError(f"{path}: holds something other than named tensors")
-        if self._tensors is not None:  # nn.Parameters take no copy into a view
+            raise UsageError(f"{path}: contains something other than named tensors")
+        if self._tensors is not None:  # copying into a view of an nn.Parameter fails
             self._tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         if self._tensors is not None:
             return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        # A safe_open has keys() and cannot be iterated.
+        # safe_open has keys() but is not iterable.
         return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
 
     def dtypes(self) -> dict[str, torch.dtype | str]:
@@ -206,7 +207,7 @@ class _Mapping:
 
 
 def _is_state_dict(found: Any) -> bool:
-    """Names, and tensors whose elements lie in the file."""
+    """Tell whether `found` maps names to dense tensors on the CPU."""
     return isinstance(found, dict) and all(
         isinstance(name, str) and isinstance(t, Tensor) and t.layout is torch.strided and t.device.type == "cpu"
         for name, t in found.items()
@@ -217,10 +218,11 @@ def _is_state_dict(found: Any) -> bool:
 
 
 class Group:
-    """Tensors that are written together because they come from one read.
+    """Tensors that are written together because one read produces them.
 
-    entries: (name, dtype, shape) of each; produce: gives them, in the same order, or views that have these
-    shapes once their first axes are put together.
+    entries: (name, dtype, shape) of each.
+    produce: returns the tensors in the same order; they may be views that need their first axes merged
+        to have these shapes.
     """
 
     def __init__(
@@ -235,9 +237,16 @@ class Group:
 def write_weights(
     folder: Path, groups: list[Group], *, max_shard_bytes: int, threads: int, progress: Callable[[int], None]
 ) -> dict[str, str]:
-    """Safetensors shards, and their index if there are several.
+    """Write safetensors shards, and their index if there are several.
 
-    Only the group at hand is in memory: a shard's header is known before its tensors are.
+    Each thread has only one group in memory, because a shard's header follows from the shapes alone.
+
+    Args:
+        folder: folder to write into.
+        groups: tensors to write, in order.
+        max_shard_bytes: largest size of a shard with several groups.
+        threads: number of shards written at the same time.
+        progress: called with the number of bytes written.
 
     Returns: SHA-256 of each shard, by file name.
     """
@@ -262,7 +271,7 @@ def write_weights(
 
 
 def _write_shard(path: Path, groups: list[Group], progress: Callable[[int], None]) -> str:
-    """One safetensors file (format: github.com/huggingface/safetensors): header, then the bytes, in order."""
+    """Write one safetensors file: header, then the bytes in order (format: github.com/huggingface/safetensors)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for group in groups:
@@ -286,7 +295,7 @@ def _write_shard(path: Path, groups: list[Group], progress: Callable[[int], None
 
 
 def _contiguous_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor's elements in order, without a copy of it."""
+    """Yield contiguous parts of the tensor in the order of its elements, without copying."""
     if tensor.is_contiguous():
         yield tensor
     else:
@@ -295,9 +304,9 @@ def _contiguous_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def write_config(folder: Path, shape: ModelShape, base: dict[str, Any] | None, dtype: torch.dtype) -> None:
-    """config.json; `dtype` is that of the weights."""
+    """Write config.json for a model whose weights have `dtype`."""
     config = shape.hf_config(base)
     config.pop("dtype", None)
-    # Read by every release; transformers 5 writes it as `dtype`.
+    # Every release reads torch_dtype; transformers 5 writes it as `dtype`.
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / CONFIG, config)

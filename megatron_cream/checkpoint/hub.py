@@ -1,4 +1,4 @@
-"""A model by its name on the Hugging Face Hub: only the files that a conversion reads are fetched."""
+"""Download a model from the Hugging Face Hub by its name, only the files that a conversion reads."""
 
 from pathlib import Path
 
@@ -8,10 +8,14 @@ from megatron_cream.common.errors import UsageError, one_line
 
 
 def locate(path: str, *, flag: str) -> Path:
-    """Return the folder that `path` names: a folder, or a model on the Hugging Face Hub, downloaded or cached.
+    """Return the local folder of a model.
+
+    Args:
+        path: a folder, or the name of a model on the Hugging Face Hub, which is downloaded or cached.
+        flag: the flag that gave `path`, for messages.
 
     Raises:
-        UsageError: there is no such folder, and no such model can be had.
+        UsageError: there is no such folder, and no such model can be downloaded.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -21,20 +25,23 @@ def locate(path: str, *, flag: str) -> Path:
         return _fetch(path)
     except UsageError:
         raise
-    except Exception as error:  # of many kinds: no network, no such model, no permission
+    except Exception as error:  # of many types: no network, no such model, no permission
         reason = one_line(error, 200)
         raise UsageError(
-            f"{flag} {path}: no such folder, and not to be had from the Hugging Face Hub: {reason}"
+            f"{flag} {path}: no such folder, and cannot be downloaded from the Hugging Face Hub: {reason}"
         ) from None
 
 
 def _fetch(name: str) -> Path:
-    """A repository may hold the same weights three times: safetensors, .bin, and Meta's .pth in `original/`."""
+    """Download the files that a conversion reads, and return their folder.
+
+    A repository may have the same weights three times: safetensors, .bin, and Meta's .pth in `original/`.
+    """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
         listed = [file.rfilename for file in HfApi().model_info(name).siblings]
-    except Exception:  # no network: what was fetched before, if it was
+    except Exception:  # no network: use the cache, if the model is in it
         folder = _find_cached(name)
         if folder is None:
             raise
@@ -52,7 +59,7 @@ def _fetch(name: str) -> Path:
 def _find_cached(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
-    try:  # all that was listed is never there, which snapshot_download would miss
+    try:  # only config.json: snapshot_download would fail on files of the repository that were never fetched
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=[CONFIG]))
     except Exception:  # never fetched
         return None
@@ -60,5 +67,5 @@ def _find_cached(name: str) -> Path | None:
 
 
 def _escape(name: str) -> str:
-    """A name as the pattern, in fnmatch's sense, that matches it alone."""
+    """Return the fnmatch pattern that matches only `name`."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,8 +1,8 @@
-"""The one table of which Hugging Face tensors make up which Megatron parameter.
+"""Map Hugging Face tensors to Megatron parameters in one table.
 
 A Megatron distributed checkpoint stacks a parameter of all layers into one global tensor
-[num_layers, ...]; here a `Row` speaks of one layer's share of it, or of a tensor outside the layers.
-Names and shapes are global: no tensor or pipeline parallelism shows in them.
+[num_layers, ...]; a `Row` describes one layer's part of it, or a tensor outside the layers.
+Names and shapes are global: they do not depend on tensor or pipeline parallelism.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_cream.checkpoint.families import ModelShape
 
 LAYERS = "decoder.layers."
-# Linear layers whose modules expect an (empty) extra state of Transformer Engine's in a checkpoint.
+# Linear layers for which Transformer Engine expects an (empty) extra state in a checkpoint.
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 Fusion = Literal["copy", "qkv", "gate_up", "vocabulary"]
@@ -25,11 +25,11 @@ Fusion = Literal["copy", "qkv", "gate_up", "vocabulary"]
 class Row:
     """One Megatron parameter.
 
-    key: its name in a distributed checkpoint, and in a model on Transformer Engine's layers.
-    local_key: its name in a model on this project's layers, where that differs.
-    hf: the tensors that it holds; after `model.layers.N.` for a parameter of the layers.
-    fusion: how they are put together, see `join`.
-    split_axis: the axis that tensor parallelism divides; None if every rank has all of it.
+    key: its name in a distributed checkpoint, and in a model with Transformer Engine's layers.
+    hf: names of its Hugging Face tensors; without the prefix `model.layers.N.` for a parameter of the layers.
+    fusion: how `join` combines the tensors.
+    split_axis: the axis that tensor parallelism divides; None if every rank has the whole parameter.
+    local_key: its name in a model with this project's layers, if different.
     """
 
     key: str
@@ -43,18 +43,18 @@ class Row:
         return self.key.startswith(LAYERS)
 
     def names(self, layer: int | None) -> list[str]:
-        """Full Hugging Face names."""
+        """Return the full Hugging Face names."""
         prefix = "" if layer is None else f"model.layers.{layer}."
         return [prefix + name for name in self.hf]
 
     def module_name(self, layer: int | None, transformer_engine: bool) -> str:
-        """The parameter's name in the model, with its layer's number."""
+        """Return the parameter's name in the model, with its layer's number."""
         key = self.key if transformer_engine else self.local_key or self.key
         return key if layer is None else key.replace(LAYERS, f"{LAYERS}{layer}.", 1)
 
 
 def rows(shape: ModelShape) -> list[Row]:
-    """The table, for this model."""
+    """Return the table for this model."""
     attention, mlp = LAYERS + "self_attention.", LAYERS + "mlp."
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     table = [
@@ -88,7 +88,7 @@ def rows(shape: ModelShape) -> list[Row]:
 
 
 def list_parameters(shape: ModelShape) -> Iterator[tuple[Row, int | None]]:
-    """Every (row, layer) of the model, in the order of the forward pass."""
+    """Yield every (row, layer) of the model, in the order of the forward pass."""
     table = rows(shape)
     first_layered = next(i for i, row in enumerate(table) if row.is_layered)
     layered = [row for row in table if row.is_layered]
@@ -98,7 +98,7 @@ def list_parameters(shape: ModelShape) -> Iterator[tuple[Row, int | None]]:
 
 
 def hf_shapes(row: Row, shape: ModelShape) -> list[tuple[int, ...]]:
-    """The shapes of the row's Hugging Face tensors, in order."""
+    """Return the shapes of the row's Hugging Face tensors, in order."""
     hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
     queries = shape.num_attention_heads * shape.kv_channels
     keys = shape.num_query_groups * shape.kv_channels
@@ -110,11 +110,11 @@ def hf_shapes(row: Row, shape: ModelShape) -> list[tuple[int, ...]]:
         "gate_proj.weight": (ffn, hidden), "up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn),
         "embed_tokens.weight": (shape.vocab_size, hidden), "lm_head.weight": (shape.vocab_size, hidden),
     }  # fmt: skip
-    return [sizes.get(".".join(name.split(".")[-2:]), (hidden,)) for name in row.hf]  # else a norm's weight
+    return [sizes.get(".".join(name.split(".")[-2:]), (hidden,)) for name in row.hf]  # the others are norm weights
 
 
 def megatron_shape(row: Row, shape: ModelShape, padded_vocab_size: int) -> tuple[int, ...]:
-    """The shape of the row's parameter, of one layer."""
+    """Return the shape of the row's Megatron parameter, for one layer."""
     parts = hf_shapes(row, shape)
     if row.fusion == "vocabulary":
         return (padded_vocab_size, shape.hidden_size)
@@ -127,8 +127,8 @@ def join(row: Row, tensors: list[Tensor], shape: ModelShape, out: Tensor) -> Ten
     - copy: one tensor as it is.
     - qkv: Megatron's grouped order. For each of num_query_groups, the rows of its query heads, then of
       its key head, then of its value head.
-    - gate_up: the gate's rows, then the up projection's (TP divides each of the two).
-    - vocabulary: the real rows, then zeros.
+    - gate_up: the gate's rows, then the up projection's (tensor parallelism divides each of the two).
+    - vocabulary: the real rows, then zeros for the padding.
     """
     match row.fusion:
         case "copy":
@@ -146,9 +146,9 @@ def join(row: Row, tensors: list[Tensor], shape: ModelShape, out: Tensor) -> Ten
 
 
 def split(row: Row, parameter: Tensor, shape: ModelShape) -> list[Tensor]:
-    """The inverse of `join`: views of the Hugging Face tensors in a Megatron parameter.
+    """Return views of the Hugging Face tensors in a Megatron parameter; the inverse of `join`.
 
-    Those of qkv are [num_query_groups, heads, kv_channels, ...], whose first three axes are one in `hf_shapes`.
+    Views of qkv are [num_query_groups, heads, kv_channels, ...]; `hf_shapes` has their first three axes merged.
     """
     match row.fusion:
         case "qkv":
@@ -161,14 +161,14 @@ def split(row: Row, parameter: Tensor, shape: ModelShape) -> list[Tensor]:
 
 
 def _split_groups(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-    """Views of the queries', keys' and values' rows: [num_query_groups, heads, kv_channels, ...]."""
+    """Return views of the query, key and value rows, each [num_query_groups, heads, kv_channels, ...]."""
     per_group = shape.num_attention_heads // shape.num_query_groups
     grouped = qkv.view(shape.num_query_groups, per_group + 2, shape.kv_channels, *qkv.shape[1:])
     return grouped.split([per_group, 1, 1], dim=1)
 
 
 def tensor_parallel_shard(row: Row, parameter: Tensor, rank: int, size: int) -> Tensor:
-    """What tensor-parallel rank `rank` of `size` has of a whole parameter."""
+    """Return the part of a whole parameter that tensor-parallel rank `rank` of `size` has."""
     if row.split_axis is None:
         return parameter
     if row.fusion == "gate_up":
@@ -177,5 +177,5 @@ def tensor_parallel_shard(row: Row, parameter: Tensor, rank: int, size: int) -> 
 
 
 def pad_vocab_size(vocab_size: int, divisor: int) -> int:
-    """vocab_size, rounded up to a multiple of `divisor`."""
+    """Return vocab_size, rounded up to a multiple of `divisor`."""
     return -(-vocab_size // divisor) * divisor

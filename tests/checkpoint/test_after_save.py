@@ -225,4 +225,4 @@ def test_a_save_too_large_for_host_memory_prints_one_line(
 
     assert not said(memory, shared, True) and not said(memory, 0, False)
     assert f"{memory:.1f} GB of this host's memory" in said(memory - 1, shared, False)
-    assert f"hands {shared:.1f} GB of the optimizer over in /dev/shm" in said(memory, shared - 1, True)
+    assert f"needs {shared:.1f} GB in /dev/shm for the optimizer" in said(memory, shared - 1, True)

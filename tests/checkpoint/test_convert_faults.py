@@ -94,9 +94,15 @@ def old_pickle(hf):
 
 
 BAD_FOLDERS = {
-    "no config": (lambda hf: (hf / "config.json").unlink(), "no config.json there"),
-    "config is no JSON": (lambda hf: (hf / "config.json").write_text("{"), "config.json: not a model's configuration"),
-    "config is a list": (lambda hf: (hf / "config.json").write_text("[]"), "config.json: not a model's configuration"),
+    "no config": (lambda hf: (hf / "config.json").unlink(), "has no config.json"),
+    "config is no JSON": (
+        lambda hf: (hf / "config.json").write_text("{"),
+        "config.json: not a readable model configuration",
+    ),
+    "config is a list": (
+        lambda hf: (hf / "config.json").write_text("[]"),
+        "config.json: not a readable model configuration",
+    ),
     "unknown family": (config(model_type="gemma"), "model_type 'gemma': only llama, mistral, qwen2, qwen3"),
     "another head": (
         config(architectures=["LlamaForSequenceClassification"]),
@@ -112,25 +118,25 @@ BAD_FOLDERS = {
     ),
     "heads and groups": (config(num_key_value_heads=3), "num_key_value_heads 3: must divide num_attention_heads 4"),
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers 0: must be a whole number from 1"),
-    "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "none of model.safetensors"),
-    "truncated": (truncated, "model.safetensors: not a file of tensors that can be read"),
+    "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "has no weights; expected one of model.safetensors"),
+    "truncated": (truncated, "model.safetensors: not a readable file of tensors"),
     "missing tensor": (tensors(lambda s: s.pop(Q_PROJ)), f"tensor {Q_PROJ} is missing"),
-    "missing head": (tensors(lambda s: s.pop("lm_head.weight")), "config.json does not say tie_word_embeddings"),
+    "missing head": (tensors(lambda s: s.pop("lm_head.weight")), "config.json does not set tie_word_embeddings"),
     "extra tensor": (tensors(lambda s: s.update(extra=torch.ones(2))), "tensor extra is not part of a llama model"),
     "layer too many": (config(num_hidden_layers=2), "tensor model.layers.2.input_layernorm.weight is not part of"),
-    "shape": (config(intermediate_size=180), "has shape [176, 64]; config.json makes it [180, 64]"),
+    "shape": (config(intermediate_size=180), "has shape [176, 64]; config.json requires [180, 64]"),
     "integers": (tensors(lambda s: s.update({Q_PROJ: s[Q_PROJ].to(torch.int8)})), "only float32, bfloat16 and float16"),
     "tied, yet two": (config(tie_word_embeddings=True), "lm_head.weight differs from model.embed_tokens.weight"),
     "index is no JSON": (
         lambda hf: ((hf / "model.safetensors").unlink(), (hf / "model.safetensors.index.json").write_text("nope")),
-        "index.json: not an index of shards that can be read",
+        "index.json: not a readable index of shards",
     ),
-    "index is a list": (index([Q_PROJ]), "not an index of shards that can be read"),
+    "index is a list": (index([Q_PROJ]), "not a readable index of shards"),
     "shard out of the folder": (index({Q_PROJ: "../a.safetensors"}), "'../a.safetensors': must be the name of a file"),
     "absolute shard": (index({Q_PROJ: "/etc/passwd"}), "'/etc/passwd': must be the name of a file"),
-    "shard missing": (index({Q_PROJ: "b.safetensors"}), f"tensor {Q_PROJ} is in b.safetensors, which is not there"),
-    "pickle with code": (malicious_bin, "pytorch_model.bin: not a file of tensors that can be read"),
-    "pickle of before 2020": (old_pickle, "pytorch_model.bin: not a file of tensors that can be read"),
+    "shard missing": (index({Q_PROJ: "b.safetensors"}), f"tensor {Q_PROJ} is in b.safetensors, which does not exist"),
+    "pickle with code": (malicious_bin, "pytorch_model.bin: not a readable file of tensors"),
+    "pickle of before 2020": (old_pickle, "pytorch_model.bin: not a readable file of tensors"),
 }
 
 

@@ -125,7 +125,7 @@ def test_weights_are_fetched_once(repository, tmp_path):
     assert ended.returncode == 0, ended.stderr
     ended = import_by_name(hub.endpoint, tmp_path / "empty", tmp_path / "none")
     line = ended.stderr.strip().splitlines()[-1]
-    assert ended.returncode == 2 and f"--hf-path {NAME}: no such folder, and not to be had from the" in line
+    assert ended.returncode == 2 and f"--hf-path {NAME}: no such folder, and cannot be downloaded from the" in line
 
 
 @pytest.mark.parametrize("form", ["one file", "bin"])

@@ -92,7 +92,7 @@ def test_bad_weights_are_found_before_anything_starts(folder, tmp_path):
     flags = [*FLAGS, "--data-path", folder / "documents", "--load-hf", tmp_path / "hf", "--save", tmp_path / "run"]
     result = torchrun(2, *flags)
     assert result.returncode != 0 and "Traceback" not in result.stderr.split("elastic")[0]
-    assert "model.safetensors: not a file of tensors that can be read" in result.stderr
+    assert "model.safetensors: not a readable file of tensors" in result.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -199,7 +199,7 @@ def bad_inputs(models: dict[str, Path], texts: Path, folder: Path):
         (["needles", *hf], "invalid choice: 'needles'"),
         ([*NEEDLE, *output, "--model", folder / "nowhere"], f"--model {folder / 'nowhere'}: no such folder"),
         ([*NEEDLE, *output, "--model", folder / "empty"], "neither a Hugging Face folder (it has no config.json)"),
-        ([*NEEDLE, *output, "--model", cut], f"{cut / 'model.safetensors'}: not a file of tensors that can be read"),
+        ([*NEEDLE, *output, "--model", cut], f"{cut / 'model.safetensors'}: not a readable file of tensors"),
         ([*NEEDLE, *output, "--model", mute], f"--model {mute}: no tokenizer there"),
         ([*NEEDLE, *output, "--model", damaged], f"--model {damaged}/release/.metadata: its bytes are not those"),
         ([*NEEDLE, *output, "--model", tokenless], f"--model {tokenless}: has no tokenizer; give --tokenizer"),
