@@ -1,10 +1,10 @@
-"""Position sampling: which tokens of a document a sample takes, and at which positions.
+"""Position samplers: choose the tokens of a document for a sample, and their position ids.
 
     sampler = build_sampler("cream", window=4096, target=32768, seed=1234, sigma=3.0, variant="paper")
     plan = sampler.plan(epoch=0, sample=17, document_length=20000)
     plan.token_indices, plan.position_ids, plan.segments, plan.alpha
 
-Pure functions of (seed, epoch, sample, document length): neither torch nor Megatron is known here.
+Samplers are pure functions of (seed, epoch, sample, document length). Imports neither torch nor Megatron.
 """
 
 from megatron_cream.positions.build import SAMPLERS, build_sampler

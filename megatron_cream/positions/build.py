@@ -1,4 +1,4 @@
-"""All samplers by name."""
+"""Build a position sampler by name."""
 
 import inspect
 
@@ -14,18 +14,18 @@ SAMPLERS = tuple(_CLASSES)
 
 
 def build_sampler(name: str, *, window: int, target: int, seed: int = 0, **options) -> Sampler:
-    """The sampler `name`.
+    """Return the sampler `name`.
 
     Args:
         name: one of SAMPLERS.
         window: N, the pre-trained window, in tokens.
         target: L, the window to extend to: a multiple of N.
         seed: an integer in [0, 2**64).
-        options: the sampler's own; cream: sigma, variant, relativity, middle; pose: chunks; mix: shares,
-            and the options of the samplers in it.
+        options: options of that sampler; cream: sigma, variant, relativity, middle; pose: chunks; mix: shares,
+            and the options of its samplers.
 
     Raises:
-        ValueError: an unknown name, an option it does not take, a value out of range; in one line.
+        ValueError: unknown name, unknown option or value out of range. One line.
     """
     if name not in _CLASSES:
         raise ValueError(f"sampler {name}: choose from {', '.join(SAMPLERS)}")

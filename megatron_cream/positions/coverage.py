@@ -1,4 +1,4 @@
-"""What a sampler's positions cover over many samples: each position, and each distance between two tokens."""
+"""Count how often a sampler's samples contain each position and each distance between two tokens."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from megatron_cream.positions.sampler import Sampler
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares over samples.
+    """Statistics over samples, by position or by distance.
 
-    position: float64 [L]: in how many samples a token has this position.
-    middle: float64 [L]: in how many its second of three segments holds it; 0 where there are not three.
-    distance: float64 [L]: in how many two tokens are this far apart.
-    pairs: float64 [L]: pairs of tokens of a sample that are this far apart, a mean.
+    position: float64 [L], share of the samples in which a token has this position.
+    middle: float64 [L], share of the samples whose middle segment, of three, contains this position.
+    distance: float64 [L], share of the samples in which two tokens are this far apart.
+    pairs: float64 [L], mean number of token pairs in a sample that are this far apart.
     """
 
     position: np.ndarray
@@ -24,13 +24,13 @@ class Coverage:
 
 
 def coverage(sampler: Sampler, *, target: int, samples: int, document_length: int) -> Coverage:
-    """Draw `samples` plans and count.
+    """Draw `samples` plans and return their coverage.
 
     Args:
-        sampler: under test.
-        target: L; position ids lie in [0, L).
-        samples: plans to draw, numbers 0 to samples - 1 of epoch 0.
-        document_length: of every document, in tokens.
+        sampler: the sampler to measure.
+        target: L; position ids are in [0, L).
+        samples: number of plans: samples 0 to samples - 1 of epoch 0.
+        document_length: length of every document, in tokens.
     """
     position, middle, distance, pairs = np.zeros((4, target))
     for sample in range(samples):
@@ -46,7 +46,7 @@ def coverage(sampler: Sampler, *, target: int, samples: int, document_length: in
 
 
 def distances(position_ids: np.ndarray, target: int) -> np.ndarray:
-    """int64 [target]: how many pairs of tokens are 0, 1, .. target - 1 apart (autocorrelation, by FFT)."""
+    """Count pairs of tokens that are 0, 1, .. target - 1 apart, int64 [target], by an FFT autocorrelation."""
     present = np.zeros(2 * target)
     present[position_ids] = 1
     spectrum = np.fft.rfft(present)

@@ -1,15 +1,15 @@
 """CREAM: Continuity-Relativity indExing with gAussian Middle (Wu, Zhao, Zheng 2024, Algorithm 1).
 
-N tokens take positions from 0 .. L-1 in three contiguous blocks: a head at 0, a tail that
-ends at L-1, and a middle in between whose place follows a truncated Gaussian. The paper
-and the code its authors released differ in four points; both are here:
+N tokens get positions from 0 .. L-1 in three contiguous blocks: a head that starts at 0, a
+tail that ends at L-1, and between them a middle whose place follows a truncated Gaussian. The
+paper and the authors' released code differ in four points; both variants are implemented:
 
 | point | variant `paper` | variant `released` |
 |---|---|---|
-| head and tail lengths: N/3 or 4s | a coin for each sample | a coin for each batch of 3000 samples |
+| choice of head and tail lengths, N/3 or 4s | for each sample | for each batch of 3000 samples |
 | scale of the middle | truncated: CDF renormalised over [2, 2s] | censored: mass beyond lies on 2 and 2s |
-| middle near the document's end | moved before the tail: no token twice | may repeat the tail's tokens |
-| when drawn | anew at each visit | once: every epoch is alike |
+| middle near the document's end | moved before the tail: no token twice | may repeat tokens of the tail |
+| drawn | again in each epoch | once: all epochs are equal |
 """
 
 import math
@@ -25,7 +25,7 @@ VARIANTS = ("paper", "released")
 
 
 def _gaussian(points: np.ndarray, factor: int, sigma: float) -> np.ndarray:
-    # erf is exact to the last digits around 0, so that even a near-uniform law (huge sigma) is resolved.
+    # erf is accurate near 0, so that a huge sigma still gives a usable, nearly uniform law.
     return np.array([math.erf((x - 1 - factor) / sigma / math.sqrt(2.0)) for x in points.tolist()])
 
 
@@ -34,22 +34,22 @@ def _uniform(points: np.ndarray, factor: int, sigma: float) -> np.ndarray:
 
 
 MIDDLES: dict[str, Callable[[np.ndarray, int, float], np.ndarray]] = {"gaussian": _gaussian, "uniform": _uniform}
-"""Laws of the scale of the middle: 2 CDF - 1 at points of [2, 2 factor]; factor is 2 or more. A new law is one more."""
+"""Laws of the middle's scale: name -> function that returns 2 CDF - 1 at points of [2, 2 factor], factor >= 2."""
 
 _RELEASED_BATCH = 3000
 _POINTS = 1000
 
 
 class CreamSampler(BlockSampler):
-    """See the module's docstring, and `Sampler` for window, target and seed.
+    """The CREAM sampler; see the module's docstring, and `Sampler` for window, target and seed.
 
     Args:
-        sigma: deviation of the Gaussian, in half steps of the middle's scale (3.0 in the paper); no other middle has
-            one.
+        sigma: standard deviation of the Gaussian, in half steps of the middle's scale (3.0 in the paper); only for
+            middle `gaussian`.
         variant: `paper` or `released`.
         relativity: share of the samples with head and tail of N/3; the others have a long middle (1/2 in the paper).
-        middle: what the middle's scale follows: `gaussian`, as in the paper, or `uniform`, an even draw, which is the
-            limit of the Gaussian as sigma grows.
+        middle: law of the middle's scale: `gaussian`, as in the paper, or `uniform`, the limit of the Gaussian as
+            sigma grows.
     """
 
     name = "cream"
@@ -70,7 +70,7 @@ class CreamSampler(BlockSampler):
         if variant not in VARIANTS:
             raise ValueError(f"variant {variant}: choose from {', '.join(VARIANTS)}")
         if not (isinstance(relativity, Real) and 0 <= relativity <= 1):
-            raise ValueError(f"relativity {relativity}: must be a share of 0 to 1, 0.5 in the paper")
+            raise ValueError(f"relativity {relativity}: must be a share from 0 to 1, 0.5 in the paper")
         if middle not in MIDDLES:
             raise ValueError(f"middle {middle}: choose from {', '.join(MIDDLES)}")
         self.factor = target // window
@@ -97,7 +97,7 @@ class CreamSampler(BlockSampler):
         k = 2 + math.rank(self.thresholds, unit(scale))
         # Step 3: the position of the middle's last token.
         end = math.draw(unit(place), head + k * (middle - 1) // 2, k * n // 2 - tail - 1)
-        # Step 4: the document's own tokens at those positions, or those right before its tail.
+        # Step 4: the document's tokens at those positions, or the tokens right before its tail.
         limit = t_len if released else t_len - tail
         token_end = math.where(end < limit, end, t_len - tail - 1)
         return (
@@ -109,13 +109,13 @@ class CreamSampler(BlockSampler):
 
 
 def scale_thresholds(factor: int, sigma: float, censored: bool, middle: str = "gaussian") -> list[float]:
-    """Where the inverse CDF passes from one half step to the next (Algorithm 1, step 2).
+    """Return the CDF values at which the middle's scale changes by a half step (Algorithm 1, step 2).
 
-    x follows the law `middle` over [2, 2 factor], around 1 + factor; its CDF is tabulated on 1000
-    evenly spaced points and inverted by linear interpolation; k = floor(x). So k is 2 plus
-    the number of thresholds that a uniform u in [0, 1) reaches.
+    x follows the law `middle` over [2, 2 factor], centered on 1 + factor. Its CDF is tabulated on
+    1000 evenly spaced points and inverted by linear interpolation; k = floor(x). So k is 2 plus
+    the number of thresholds that are at most u, for a uniform u in [0, 1).
 
-    Returns: [2 factor - 2]: the u at which x = 3, 4, .. 2 factor.
+    Returns: list of 2 factor - 2 values: the u at which x = 3, 4, .. 2 factor.
     """
     low, high = 2.0, 2.0 * factor
     if factor == 1:

@@ -1,4 +1,4 @@
-"""A mixture of samplers: each sample is drawn by one of them, chosen at random with given shares."""
+"""A mixture of samplers: each sample is drawn by one of them, chosen at random by given shares."""
 
 import math
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ from megatron_cream.positions.sampler import Sampler
 
 _PARTS = {cls.name: cls for cls in (CreamSampler, PoseSampler, RandposSampler, PiSampler)}
 _STREAM = 3
-"""Of the word that chooses: apart from the words that the samplers themselves draw from."""
+"""Random stream of the choice; the samplers use other streams."""
 
 
 class MixSampler(Sampler):
-    """See the module's docstring, and `Sampler` for window, target and seed.
+    """The mixture; see `Sampler` for window, target and seed.
 
-    A plan stays a pure function of (seed, epoch, sample, document length), and is the one that the chosen sampler
-    makes by itself with the same seed.
+    A plan is a pure function of (seed, epoch, sample, document length). It equals the plan that the chosen sampler
+    gives alone with the same seed.
 
     Args:
-        shares: {name of a sampler: its share of the samples}, positive; they are divided by their sum.
-        options: {name of a sampler: its own options}, for samplers in `shares`.
+        shares: {sampler name: its share of the samples}, positive; they are normalized by their sum.
+        options: {sampler name: its options}, for samplers in `shares`.
     """
 
     name = "mix"
@@ -52,22 +52,22 @@ class MixSampler(Sampler):
             end += share / total
             self.ends.append((end, name))
 
-    def chosen(self, epoch: int, sample: int) -> str:
-        """Name of the sampler that draws this sample."""
-        place = unit(words(self.seed, epoch, sample, _STREAM)[0])
-        # Shares may add up to a little less than 1 in floating point: the last has what is left.
-        return next((name for end, name in self.ends if place < end), self.ends[-1][1])
+    def choose(self, epoch: int, sample: int) -> str:
+        """Return the name of the sampler that draws this sample."""
+        point = unit(words(self.seed, epoch, sample, _STREAM)[0])
+        # In floating point the shares may add up to a little less than 1: the last sampler gets the rest.
+        return next((name for end, name in self.ends if point < end), self.ends[-1][1])
 
     def plan(self, epoch: int, sample: int, document_length: int):
-        epoch, sample, document_length = self._checked(epoch, sample, document_length)
-        return self.parts[self.chosen(epoch, sample)].plan(epoch, sample, document_length)
+        epoch, sample, document_length = self._check_arguments(epoch, sample, document_length)
+        return self.parts[self.choose(epoch, sample)].plan(epoch, sample, document_length)
 
 
 def read_shares(text: str) -> dict[str, float]:
-    """Shares from text such as `cream=0.6,pose=0.2,pi=0.2`.
+    """Parse shares from text such as `cream=0.6,pose=0.2,pi=0.2`.
 
     Raises:
-        ValueError: a part without a number, or a name twice; in one line.
+        ValueError: a part has no number, or a name occurs twice. One line.
     """
     shares: dict[str, float] = {}
     for part in text.split(","):
@@ -77,6 +77,6 @@ def read_shares(text: str) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"{part.strip()!r} is not NAME=SHARE, such as cream=0.6") from None
         if name in shares:
-            raise ValueError(f"{name} stands there twice")
+            raise ValueError(f"{name} is listed twice")
         shares[name] = value
     return shares

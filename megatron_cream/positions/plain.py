@@ -1,11 +1,11 @@
-"""Positions 0 .. n-1: position interpolation at the window, and full-length training."""
+"""Samplers of consecutive positions 0 .. n-1: position interpolation, and full-length training."""
 
 from megatron_cream.positions.random import unit, words
 from megatron_cream.positions.sampler import BlockSampler
 
 
 class PiSampler(BlockSampler):
-    """Positions 0 .. N-1 of N tokens from a uniformly drawn place of the document (Chen et al. 2023)."""
+    """N consecutive tokens from a uniformly drawn place of the document, at positions 0 .. N-1 (Chen et al. 2023)."""
 
     name = "pi"
 
@@ -16,7 +16,7 @@ class PiSampler(BlockSampler):
 
 
 class FullSampler(PiSampler):
-    """Positions 0 .. L-1 of L tokens: what the others avoid paying for."""
+    """L consecutive tokens at positions 0 .. L-1: training at the full target length."""
 
     name = "full"
 

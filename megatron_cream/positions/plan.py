@@ -1,4 +1,4 @@
-"""What a sampler decides about one sample, or about many."""
+"""The plan of one sample, or of many: its tokens and their positions."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,11 +8,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Plan:
-    """Contiguous blocks of a document's tokens, and the positions each is trained at.
+    """Contiguous blocks of a document's tokens and their position ids.
 
-    token_starts: where each block begins in the document.
-    position_starts: the position id of its first token.
-    lengths: its number of tokens, 1 or more.
+    token_starts: index in the document of each block's first token.
+    position_starts: position id of each block's first token.
+    lengths: number of tokens of each block, 1 or more.
     alpha: CREAM's scale of the middle, in {1, 1.5, .. target / window}; None for other samplers.
     """
 
@@ -23,17 +23,17 @@ class Plan:
 
     @cached_property
     def token_indices(self) -> np.ndarray:
-        """int64 [window]: indices into the document's tokens."""
-        return _concatenated(self.token_starts, self.lengths)
+        """Indices into the document's tokens, int64 [window]."""
+        return _concatenate_ranges(self.token_starts, self.lengths)
 
     @cached_property
     def position_ids(self) -> np.ndarray:
-        """int64 [window]: strictly increasing, in [0, target)."""
-        return _concatenated(self.position_starts, self.lengths)
+        """Position ids, int64 [window], strictly increasing, in [0, target)."""
+        return _concatenate_ranges(self.position_starts, self.lengths)
 
     @property
     def segments(self) -> tuple[tuple[int, int], ...]:
-        """((start, length), ...) of the blocks, in position ids."""
+        """((start, length), ...) of the blocks; start is a position id."""
         return tuple(zip(self.position_starts, self.lengths))
 
 
@@ -61,7 +61,7 @@ class Plans:
         )
 
 
-def _concatenated(starts: tuple[int, ...], lengths: tuple[int, ...]) -> np.ndarray:
+def _concatenate_ranges(starts: tuple[int, ...], lengths: tuple[int, ...]) -> np.ndarray:
     if len(starts) == 1:
         return np.arange(starts[0], starts[0] + lengths[0], dtype=np.int64)
     out = np.empty(sum(lengths), dtype=np.int64)

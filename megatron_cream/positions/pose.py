@@ -1,27 +1,27 @@
-"""PoSE: positional skip-wise training (Zhu et al. 2023, arXiv 2309.10400): a few chunks of text, skips between them.
+"""PoSE: positional skip-wise training (Zhu et al. 2023, arXiv 2309.10400): text chunks and position skips.
 
-Two chunks follow the authors' released code, more follow the paper's section 3.2:
+Two chunks follow the authors' released code, more chunks follow the paper's section 3.2:
 
-| what | drawn |
+| quantity | drawn |
 |---|---|
 | tokens of chunk i | uniform in 1 .. (R + 1) // C; R tokens and C chunks remain. For two: 1 .. (N + 1) // 2 |
-| tokens of the last chunk | all that remain |
-| skip of positions before chunk i | uniform from the one before (0 at first) .. L - N |
-| gap in the document before chunk i | uniform from the one before (0 at first) .. T - N |
+| tokens of the last chunk | all remaining tokens |
+| skip of positions before chunk i | uniform from the previous skip (first: 0) .. L - N |
+| gap in the document before chunk i | uniform from the previous gap (first: 0) .. T - N |
 """
 
 from megatron_cream.positions.random import unit, words
 from megatron_cream.positions.sampler import BlockSampler, as_integer
 
 _FIRST_STREAM = 16
-"""Words of the chunks after the second; the second has those of stream 0."""
+"""Random stream of the third chunk; later chunks use the next ones. The second chunk uses stream 0."""
 
 
 class PoseSampler(BlockSampler):
-    """See the module's docstring, and `Sampler` for window, target and seed.
+    """The PoSE sampler; see the module's docstring, and `Sampler` for window, target and seed.
 
     Args:
-        chunks: of contiguous text in a sample, 2 or more; 2 in the paper's experiments.
+        chunks: number of contiguous chunks in a sample, 2 or more; 2 in the paper's experiments.
     """
 
     name = "pose"

@@ -1,9 +1,9 @@
-"""Counter-based randomness: the words of a sample depend on (seed, epoch, stream, sample) and on nothing else.
+"""Counter-based random numbers: a sample's words depend only on (seed, epoch, stream, sample).
 
 Philox 4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), the
 generator of numpy.random.Philox, keyed by (seed, epoch), with one 256-bit block for each
-counter (sample, stream). One function of rounds serves Python integers (one sample, no
-numpy overhead) and numpy arrays (a million samples).
+counter (sample, stream). The same code computes with Python integers (one sample, no
+numpy overhead) and with numpy arrays (a million samples).
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def words(seed: int, epoch: int, sample, stream: int = 0) -> tuple:
         seed: integer in [0, 2**64).
         epoch: integer in [0, 2**64).
         sample: integer in [0, 2**64), or a uint64 array of them.
-        stream: integer in [0, 2**64); each has words of its own.
+        stream: integer in [0, 2**64); streams are independent.
 
     Returns: four Python integers, or four uint64 arrays shaped like `sample`.
     """
@@ -34,11 +34,10 @@ def words(seed: int, epoch: int, sample, stream: int = 0) -> tuple:
 
 
 def word_source(seed: int, epoch: int, sample: int, stream: int) -> np.random.Philox:
-    """As many words of one sample as wanted, by `random_raw`.
+    """Return a generator of any number of words of one sample; call its `random_raw`.
 
-    numpy keeps a bit generator's words from version to version; it does not promise that
-    for the methods of its Generator. Counters are (block, stream, sample, 1), apart from
-    those of `words`, which end in 0.
+    numpy keeps a bit generator's words the same across versions, but not the results of
+    Generator methods. Counters are (block, stream, sample, 1); those of `words` end in 0.
     """
     return np.random.Philox(
         counter=np.array([0, stream, sample, 1], dtype=np.uint64), key=np.array([seed, epoch], dtype=np.uint64)
@@ -46,7 +45,7 @@ def word_source(seed: int, epoch: int, sample: int, stream: int) -> np.random.Ph
 
 
 def unit(word):
-    """A word's first 53 bits as a float64 in [0, 1)."""
+    """Return a word's first 53 bits as a float64 in [0, 1)."""
     if isinstance(word, np.ndarray):
         return (word >> np.uint64(11)) * 2.0**-53
     return (word >> 11) * 2.0**-53
@@ -72,7 +71,7 @@ def _multiply_integers(a: int, b: int) -> tuple[int, int]:
 
 
 def _multiply_arrays(a: int, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """High and low 64 bits of the 128-bit products, by halves of 32 bits."""
+    """Return the high and low 64 bits of the 128-bit products, computed in 32-bit halves."""
     a_low, a_high = np.uint64(a & 0xFFFFFFFF), np.uint64(a >> 32)
     b_low, b_high = b & _LOW, b >> _32
     low, cross = a_low * b_low, a_high * b_low

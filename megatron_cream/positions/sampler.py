@@ -1,4 +1,4 @@
-"""What every sampler shares: its window and target, its checks, one plan or many from one formula."""
+"""Base classes of the samplers: window and target, argument checks, and plans of one or many samples."""
 
 import operator
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from megatron_cream.positions.plan import Plan, Plans
 
 
 class Integers:
-    """The arithmetic of one sample, in Python numbers."""
+    """Arithmetic for one sample, on Python numbers."""
 
     @staticmethod
     def where(condition, a, b):
@@ -19,14 +19,14 @@ class Integers:
 
     @staticmethod
     def draw(u, low, high):
-        """A uniform integer of low .. high, both included, from u in [0, 1)."""
+        """Return a uniform integer in low .. high, both included, from u in [0, 1)."""
         return low + int(u * (high - low + 1))
 
     rank = staticmethod(bisect_right)
 
 
 class Arrays:
-    """The same for many samples, in numpy arrays."""
+    """The same arithmetic for many samples, on numpy arrays."""
 
     where = staticmethod(np.where)
 
@@ -40,7 +40,7 @@ class Arrays:
 
 
 def as_integer(name: str, value: int, low: int = 0) -> int:
-    """`value` as a Python integer in [low, 2**64), or a ValueError that names it."""
+    """Return `value` as a Python integer in [low, 2**64); raise ValueError with `name` otherwise."""
     try:
         integer = operator.index(value)
     except TypeError:
@@ -59,15 +59,15 @@ def _as_integers(name: str, values) -> np.ndarray:
 
 
 class Sampler(ABC):
-    """Base of the samplers. A plan is a pure function of (seed, epoch, sample, document length).
+    """Base class of the samplers. A plan is a pure function of (seed, epoch, sample, document length).
 
     Args:
-        window: N, tokens of a sample.
-        target: L, the window to extend to, a multiple of N; position ids lie in [0, L).
-        seed: any integer in [0, 2**64).
+        window: N, the tokens of a sample.
+        target: L, the window to extend to, a multiple of N; position ids are in [0, L).
+        seed: an integer in [0, 2**64).
 
     Raises:
-        ValueError: an argument is out of range; one line says which, and what would be right.
+        ValueError: an argument is out of range. One line with the argument and the valid range.
     """
 
     name: str
@@ -80,24 +80,24 @@ class Sampler(ABC):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a sample; a document must have at least as many."""
+        """Tokens of a sample; a document must have as many or more."""
         return self.window
 
     @abstractmethod
     def plan(self, epoch: int, sample: int, document_length: int) -> Plan:
-        """Return tokens and positions of one visit of a document.
+        """Return the plan of one sample: its tokens and positions.
 
         Args:
-            epoch: integer in [0, 2**64), Python's or numpy's.
+            epoch: integer in [0, 2**64), of Python or numpy.
             sample: as `epoch`.
             document_length: T, in tokens.
 
         Raises:
-            ValueError: the document is shorter than `sequence_length`; an argument is no such integer.
+            ValueError: the document is shorter than `sequence_length`, or an argument is not such an integer.
         """
 
-    def _checked(self, epoch: int, sample: int, document_length: int) -> tuple[int, int, int]:
-        """The arguments of `plan` as Python integers: numpy's would overflow in the generator."""
+    def _check_arguments(self, epoch: int, sample: int, document_length: int) -> tuple[int, int, int]:
+        """Return the arguments of `plan` as Python integers: numpy integers would overflow in the generator."""
         document_length = as_integer("document_length", document_length)
         self._check_length(document_length)
         return as_integer("epoch", epoch), as_integer("sample", sample), document_length
@@ -105,19 +105,22 @@ class Sampler(ABC):
     def _check_length(self, document_length: int) -> None:
         if document_length < self.sequence_length:
             raise ValueError(
-                f"document_length {document_length}: a {self.name} sample takes {self.sequence_length} tokens or more"
+                f"document_length {document_length}: a {self.name} sample needs {self.sequence_length} tokens"
             )
 
 
 class BlockSampler(Sampler):
-    """A sampler of a few contiguous blocks, from one formula for one sample and for many."""
+    """A sampler of a few contiguous blocks; one formula computes one plan or many."""
 
     @abstractmethod
     def _blocks(self, math, epoch, sample, document_length) -> tuple[Any, Any, Any, Any]:
-        """Return token starts, position starts and lengths of the blocks, and alpha or None; in `math`'s numbers."""
+        """Return token starts, position starts and lengths of the blocks, and alpha or None.
+
+        `math` is `Integers` or `Arrays`, and decides the type of the numbers.
+        """
 
     def plan(self, epoch: int, sample: int, document_length: int) -> Plan:
-        epoch, sample, document_length = self._checked(epoch, sample, document_length)
+        epoch, sample, document_length = self._check_arguments(epoch, sample, document_length)
         token_starts, position_starts, lengths, alpha = self._blocks(Integers, epoch, sample, document_length)
         if 0 in lengths:
             keep = [i for i, length in enumerate(lengths) if length]
@@ -134,10 +137,10 @@ class BlockSampler(Sampler):
         Args:
             epoch: integer in [0, 2**64).
             samples: integers [n].
-            document_lengths: integers [n], or one for all.
+            document_lengths: integers [n], or one integer for all samples.
 
         Raises:
-            ValueError: as `plan`, for any of them.
+            ValueError: as `plan`, for any sample.
         """
         epoch = as_integer("epoch", epoch)
         samples = _as_integers("samples", samples).astype(np.uint64)

@@ -228,7 +228,7 @@ def test_a_mixture_draws_as_one_of_its_samplers(seed, epoch, sample):
     options = {"pose": {"chunks": 3}, "cream": {"middle": "uniform"}}
     shares = {"pi": 2, "pose": 1, "cream": 3, "randpos": 2}
     mix = build_sampler("mix", window=100, target=400, seed=seed, shares=shares, options=options)
-    name = mix.chosen(epoch, sample)
+    name = mix.choose(epoch, sample)
     alone = build_sampler(name, window=100, target=400, seed=seed, **options.get(name, {}))
     plan, expected = mix.plan(epoch, sample, 1000), alone.plan(epoch, sample, 1000)
     np.testing.assert_array_equal(plan.position_ids, expected.position_ids)

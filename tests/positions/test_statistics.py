@@ -134,7 +134,7 @@ def test_a_mixture_has_its_shares():
     """And what it chooses is independent from sample to sample, from epoch to epoch, and of the samplers' own draws."""
     shares = {"cream": 3.0, "pose": 1.0, "pi": 1.0}
     mix = build_sampler("mix", window=100, target=800, seed=8, shares=shares)
-    chosen = np.array([list(shares).index(mix.chosen(epoch, i)) for epoch in (0, 1) for i in range(20_000)])
+    chosen = np.array([list(shares).index(mix.choose(epoch, i)) for epoch in (0, 1) for i in range(20_000)])
     assert stats.chisquare(np.bincount(chosen), len(chosen) * np.array([0.6, 0.2, 0.2])).pvalue > REJECT
     first, second = chosen.reshape(2, -1)
     for a, b in ((first, second), (first[1:], first[:-1])):
