@@ -1,9 +1,9 @@
-"""Held-out perplexity against the length of the context, inside a training job.
+"""Held-out perplexity by context length, inside a training job.
 
-The same tokens are scored at every length, so the lengths compare: for each held-out
-document, the last `scored` of its first max(lengths) tokens are predicted from a context
-that ends there and is n tokens long, at positions 0 .. n-1. A model that cannot use
-positions beyond its window does worse as n grows; one that can does no worse.
+The same tokens are scored at every length, so that lengths can be compared: of each held-out document's
+first max(lengths) tokens the last `scored` are predicted, from a context of n tokens that ends with them,
+at positions 0 .. n-1. If a model cannot use positions beyond its window, its perplexity rises with n;
+otherwise it does not.
 """
 
 import math
@@ -18,15 +18,15 @@ from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
 
 
 def read_held_out_documents(files: list[tuple[str, tuple[float, float]]], minimum: int, most: int) -> list[np.ndarray]:
-    """The first `minimum` tokens of up to `most` documents that have as many, spread over the files.
+    """Read the first `minimum` tokens of at most `most` long documents, spread evenly over the files.
 
     Args:
-        files: prefixes of .bin/.idx pairs, each with the share of its documents that is held
-            out: (0.969, 0.999) for the validation part of Megatron's split 969,30,1.
-        minimum: tokens of each document.
-        most: documents in all.
+        files: prefixes of .bin/.idx pairs, each with the held-out range of its documents as shares:
+            (0.969, 0.999) for the validation part of Megatron's split 969,30,1.
+        minimum: tokens to read of each document; shorter documents are skipped.
+        most: maximum number of documents.
 
-    Returns: int64 arrays [minimum]; empty where no document is long enough.
+    Returns: int64 arrays [minimum]; an empty list if no document is long enough.
     """
     held_out = [(IndexedDataset(prefix), share) for prefix, share in files]
 
@@ -49,18 +49,18 @@ def read_held_out_documents(files: list[tuple[str, tuple[float, float]]], minimu
 def measure_perplexity(
     model: list[torch.nn.Module], documents: list[np.ndarray], lengths: list[int], scored: int
 ) -> dict[int, float]:
-    """exp of the mean negative log-likelihood of the scored tokens, for each context length.
+    """Measure the perplexity of the scored tokens at each context length.
 
-    Runs on every rank, under any TP x PP x CP x DP; documents are shared out over the
-    data-parallel ranks.
+    Call it on every rank, under any TP x PP x CP x DP. Documents are distributed over the data-parallel
+    ranks.
 
     Args:
         model: Megatron's model chunks, in evaluation mode.
-        documents: int64 [max(lengths)] each.
-        lengths: context lengths, in tokens; each more than `scored`.
-        scored: tokens scored at the end of each context.
+        documents: int64 arrays [max(lengths)].
+        lengths: context lengths in tokens, each larger than `scored`.
+        scored: tokens to score at the end of each context.
 
-    Returns: perplexity for each length, the same on every rank.
+    Returns: length -> perplexity, the same on every rank.
     """
     end = max(lengths)
     result = {}

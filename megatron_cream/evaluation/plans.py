@@ -1,6 +1,6 @@
-"""What each task of the command line runs: its examples, how many, and how they are graded.
+"""The plan of each command-line task: its examples, their number, and how they are scored.
 
-Too short a length, a missing file or a missing package is a UsageError here, before a model is loaded.
+A length that is too short, a missing file or a missing package raises UsageError here, before a model is loaded.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ def plan_needle(
     seed: int,
     haystack: Path | None,
 ) -> Plan:
-    """See needle.examples; `samples` for each length and depth."""
+    """Plan the task needle: `samples` examples for each length and depth. See needle.examples."""
 
     def examples(lengths: Sequence[int], per_cell: int) -> Iterable[Example]:
         options = dict(depths=depths, seed=seed, needle=kind, haystack=haystack)
@@ -33,7 +33,7 @@ def plan_needle(
         return scores | ({"rouge_l": needle.rouge_l(output)} if kind == "sandwich" else {})
 
     first = next(iter(examples(lengths[:1], 1)))
-    score(first, "")  # needs a package that may not be there
+    score(first, "")  # fails now if a package is missing
     cells = len(depths) * samples
     return Plan(examples(lengths, samples), len(lengths) * cells, sum(lengths) * cells, score)
 
@@ -47,7 +47,10 @@ def plan_lines(
     samples: int,
     seed: int,
 ) -> Plan:
-    """See lines.examples, and lines.load for `files`, of each of which `samples` are taken."""
+    """Plan the task lines: `samples` examples per length, number of lines or file.
+
+    See lines.examples, and lines.load for `files`.
+    """
     score = _wrap_score(lines.score)
     if files:
         return _build_plan(lines.load(tokenizer, files, most=samples), score)
@@ -69,7 +72,10 @@ def plan_kv(
     samples: int,
     seed: int,
 ) -> Plan:
-    """See kv.examples, and kv.load for `files`, of each of which `samples` are taken."""
+    """Plan the task kv: `samples` examples per place and number of keys, length or file.
+
+    See kv.examples, and kv.load for `files`.
+    """
     if files:
         return _build_plan(kv.load(tokenizer, files, gold=gold, most=samples), _wrap_score(kv.score))
     made = kv.examples(tokenizer, keys=keys, lengths=lengths, gold=gold, seed=seed, per_cell=samples)
@@ -87,7 +93,7 @@ def plan_ruler(
     squad: Path | None,
     hotpotqa: Path | None,
 ) -> Plan:
-    """See ruler.examples; `samples` of each task at each length."""
+    """Plan RULER: `samples` examples of each task at each length. See ruler.examples."""
 
     def examples(lengths: Sequence[int], per_cell: int) -> Iterable[Example]:
         options = dict(tasks=tasks, seed=seed, haystack=haystack, squad=squad, hotpotqa=hotpotqa)
@@ -101,7 +107,7 @@ def plan_ruler(
 def plan_longbench(
     tokenizer: Tokenizer, *, folder: Path, length: int, datasets: Sequence[str] | None, samples: int | None
 ) -> Plan:
-    """See longbench.examples; `samples` of each data set at most, None for all."""
+    """Plan LongBench: at most `samples` examples per data set, None for all. See longbench.examples."""
     made = longbench.examples(tokenizer, folder=folder, length=length, datasets=datasets, most=samples)
     return _build_plan(made, _wrap_score(longbench.score))
 

@@ -1,8 +1,8 @@
-"""Perplexity of long documents by a sliding window, with exact accounts of what is scored.
+"""Sliding-window perplexity of long documents, in which each token is scored exactly once.
 
-The practice of ALiBi, LongLoRA, PoSE and CREAM: a window of the context length is moved over a
-document, and each token is scored once, in the first window that reaches it: the document's first
-window scores all its tokens, every later one the last `stride`.
+As in ALiBi, LongLoRA, PoSE and CREAM, a window of the context length slides over a document, and each
+token is scored in the first window that reaches it: the first window scores all its tokens but the
+first, every later window its last `stride` tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,11 @@ from megatron_cream.evaluation.tasks.sources import check_distinct_names
 
 @dataclass(frozen=True)
 class Document:
-    """name: its file, and its line there.  tokens: with the tokenizer's BOS, cut to the longest length."""
+    """A tokenized text.
+
+    name: its file, and its line or record in that file.
+    tokens: token ids with the tokenizer's BOS, cut to the longest length.
+    """
 
     name: str
     text: str
@@ -39,13 +43,13 @@ class Document:
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield (begin, first, end) of each window over `length` tokens.
 
-    tokens[first:end] are scored given tokens[begin:]. Each of the tokens 1 .. length - 1 is scored once, after at least
-    window - stride + 1 tokens of context (or all there are) and at most `window`.
+    tokens[first:end] are scored given tokens[begin:]. Each of the tokens 1 .. length - 1 is scored once, with a
+    context of at least window - stride + 1 tokens (or all tokens before it) and at most `window`.
 
     Args:
         length: tokens of the document.
-        window: the longest context of a token.
-        stride: 1 to window.
+        window: maximum context of a token, in tokens.
+        stride: tokens between two windows, 1 to window.
     """
     first, begin = 1, 0
     while first < length:
@@ -55,7 +59,7 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 
 
 def log_probs(model: LanguageModel, tokens: Sequence[int], window: int, stride: int) -> Tensor:
-    """Natural logarithm of each token's probability but the first's: float32 [n - 1]."""
+    """Return the natural log-probabilities of tokens[1:]: float32 [n - 1]."""
     ids = torch.tensor([tokens])
     parts = [
         model.log_probs(ids[:, begin:end], first - begin)[0]
@@ -65,10 +69,10 @@ def log_probs(model: LanguageModel, tokens: Sequence[int], window: int, stride: 
 
 
 def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of the documents in JSON lines, text or Parquet files, as the preprocessing reads them.
+    """Yield (name, text) of the documents in JSON lines, text or Parquet files, read as in preprocessing.
 
     Raises:
-        UsageError: a file that is not there, or a document that cannot be read.
+        UsageError: a file is missing, or a document cannot be read.
     """
     try:
         files = find_files(inputs)
@@ -86,10 +90,10 @@ def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str
 def select_long_documents(
     tokenizer: ModelTokenizer, texts: Iterator[tuple[str, str]], *, minimum: int, longest: int, most: int
 ) -> list[Document]:
-    """The first `most` documents that have `minimum` tokens, cut to `longest`.
+    """Return the first `most` documents of at least `minimum` tokens, cut to `longest` tokens.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no document is long enough.
     """
     found, seen, best = [], 0, 0
     for name, text in texts:
@@ -102,6 +106,7 @@ def select_long_documents(
             found.append(Document(name, text, tokens[:longest]))
     if not found:
         raise UsageError(
-            f"--min-tokens {minimum}: none of the {seen} documents of --dataset has as many; the longest has {best}"
+            f"--min-tokens {minimum}: none of the {seen} documents of --dataset has that many tokens; the longest has "
+            f"{best}"
         )
     return found

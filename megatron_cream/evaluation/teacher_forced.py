@@ -1,9 +1,9 @@
-"""Tokens of long texts scored inside a training job: their losses, and which of them greedy decoding would take.
+"""Scores tokens of long texts inside a training job: their losses, and whether greedy decoding would choose them.
 
-One forward pass of Megatron's own schedules, so that it runs under any TP x PP x CP x DP, and with no cache of
-keys and values: where each token of an answer is the likeliest after all that stand before it, greedy decoding
-of the prompt gives that answer, token by token. Only the scored tokens go through the output layer: the logits
-of a whole long text would not fit.
+Each text takes one forward pass of Megatron's own schedules, so this runs under any TP x PP x CP x DP and needs
+no cache of keys and values: if every token of an answer is the likeliest after all tokens before it, greedy
+decoding of the prompt gives exactly that answer. Only the scored tokens go through the output layer, because the
+logits of a whole long text would not fit in memory.
 """
 
 from collections.abc import Iterator
@@ -21,21 +21,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScoredText:
-    """tokens: int64 [n].  first: tokens[first:] are scored, each given all before it; 1 to n."""
+    """A text and the tokens of it to score.
+
+    tokens: int64 [n].
+    first: 1 to n; tokens[first:] are scored, each given all tokens before it.
+    """
 
     tokens: np.ndarray
     first: int
 
 
 def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: int) -> Tensor:
-    """Sum losses and counts over the scored tokens of each text, at positions from 0.
+    """Sum losses and counts over the scored tokens of each text, with positions from 0.
 
-    Runs on every rank; texts are shared out over the data-parallel ranks, and padded at their ends.
+    Call it on every rank. Texts are distributed over the data-parallel ranks and padded at their ends.
 
     Args:
         model: Megatron's model chunks, in evaluation mode, without gradients.
         texts: token ids, and which of them to score; the same list on every rank.
-        length: tokens that the model reads of each text; a text has length + 1 at most, as its last is not read.
+        length: tokens that the model reads of each text. The last token of a text is not read, so a text has at
+            most length + 1 tokens.
 
     Returns: float64 [texts, 3] on the CPU, the same on every rank: negative log-likelihood, number of scored
         tokens, number of those that are the likeliest.
@@ -64,7 +69,7 @@ def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: i
             decoder_seq_length=length,
             forward_only=True,
         )
-        # Filled on the last pipeline stage; tensor-parallel ranks hold the same.
+        # Only the last pipeline stage has outputs, and tensor-parallel ranks have equal ones.
         if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
             for output in outputs:
                 sums[output["text"]] += output["sums"]
@@ -73,7 +78,7 @@ def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: i
 
 
 def build_batch(text: ScoredText, length: int) -> dict[str, Tensor]:
-    """A batch of one, [1, length] each; the loss mask is 1 where the label is a scored token."""
+    """Build a batch of one text: tensors [1, length]; the loss mask is 1 where the label is a scored token."""
     n = len(text.tokens)
     tokens, labels = np.zeros((2, length), dtype=np.int64)
     tokens[:n] = text.tokens[:length]
@@ -101,11 +106,11 @@ def _forward_step(data_iterator: Iterator, model):
 def score_batch(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return losses of the scored tokens, and 1 where the token is the likeliest.
 
-    On the last pipeline stage: float32 [2, k] for the k scored tokens of the batch.
+    The last pipeline stage returns float32 [2, k] for the k scored tokens of the batch.
 
     Args:
         model: one of Megatron's model chunks.
-        batch: as of `build_batch`, on the model's device; any labels may be marked, in one batch row as they stand.
+        batch: a batch like that of `build_batch`, on the model's device; the loss mask may mark any labels.
     """
     return model(
         batch["tokens"],
@@ -122,16 +127,16 @@ def _score(
 ) -> Tensor:
     """Return losses of the scored tokens, and 1 where the token is the likeliest.
 
-    GPTModel calls it on the last stage in place of its own output: float32 [2, k] for k scored tokens.
+    GPTModel calls this on the last stage instead of its own output. Returns float32 [2, k] for k scored tokens.
 
     Args:
         hidden_states: [s, b, h]; under sequence parallelism this rank's part of s.
-        output_layer: the model's; its weight [v / TP, h] is this tensor-parallel rank's part.
-        output_weight: to use in place of the output layer's own, where it is shared with the embedding; else None.
-        labels: int64 [b, s]; under context parallelism of this rank's part of the text.
-        loss_mask: [b, s], not 0 where a token is scored; under context parallelism of this rank's part of the text.
-        compute_language_model_loss: the model's, of labels [1, k] and logits [k, 1, v / TP].
-        real_vocab_size: tokens of the vocabulary without padding.
+        output_layer: the model's output layer; its weight [v / TP, h] is this tensor-parallel rank's part.
+        output_weight: weight that replaces the output layer's own if it is shared with the embedding; else None.
+        labels: int64 [b, s]; under context parallelism this rank's part of the text.
+        loss_mask: [b, s], not 0 where a token is scored; under context parallelism this rank's part of the text.
+        compute_language_model_loss: the model's loss function of labels [1, k] and logits [k, 1, v / TP].
+        real_vocab_size: size of the vocabulary without padding.
     """
     sequence_parallel = output_layer.sequence_parallel
     if sequence_parallel:
@@ -140,22 +145,26 @@ def _score(
     labels_K = labels.transpose(0, 1)[scored_SB]
     if not len(labels_K):  # none on this context-parallel rank
         return hidden_states.new_zeros(2, 0, dtype=torch.float32)
-    output_layer.sequence_parallel = False  # what it gathers otherwise is gathered already
+    output_layer.sequence_parallel = False  # the hidden states are already gathered
     try:
         logits, _ = output_layer(hidden_states[scored_SB][:, None], weight=output_weight)  # [k, 1, v / TP]
     finally:
         output_layer.sequence_parallel = sequence_parallel
-    likeliest_K = find_likeliest_tokens(logits[:, 0], real_vocab_size)  # first: the loss may write over the logits
+    likeliest_K = find_likeliest_tokens(
+        logits[:, 0], real_vocab_size
+    )  # before the loss, which may overwrite the logits
     losses_K = compute_language_model_loss(labels_K[None], logits)[0]
     return torch.stack([losses_K.float(), (likeliest_K == labels_K).float()])
 
 
 def find_likeliest_tokens(logits: Tensor, real_vocab_size: int) -> Tensor:
-    """int64 [k]: the first token of the largest logit, over the tensor-parallel ranks, as `argmax` of whole logits.
+    """Return the argmax of the logits over all tensor-parallel ranks: int64 [k].
+
+    Of equal logits the lowest token id wins, as in torch's `argmax` of the whole logits.
 
     Args:
-        logits: [k, v], this rank's part of the vocabulary.
-        real_vocab_size: ids from here on only pad the vocabulary.
+        logits: [k, v / TP], this rank's part of the vocabulary.
+        real_vocab_size: size of the vocabulary without padding; larger ids are ignored.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     first = group.rank() * logits.shape[-1]

@@ -143,4 +143,4 @@ def test_a_tokenizer_of_another_vocabulary_is_named(monkeypatch, capsys, model, 
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--tokenizer", str(tmp_path / "large")])
     assert command.main() == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(rf"--model {model}: the tokenizer gives token id 2\d\d\d, and the model has 2048 ids", line), line
+    assert re.search(rf"--model {model}: the tokenizer gives token id 2\d\d\d, but the model has 2048 ids", line), line

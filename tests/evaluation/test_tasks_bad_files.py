@@ -51,7 +51,7 @@ DEEP = "[" * 100_000
         ("hotpotqa", json.dumps(hotpot()).replace('"yes1"', "1"), r"data\.jsonl, record 2: .*answer must be"),
         ("hotpotqa", json.dumps([*hotpot(), hotpot()[0] | {"context": []}]), r"data\.jsonl, record 4: .*context is"),
         # The same name twice.
-        ("longbench", f"{json.dumps(record())}\n" * 2, r"jsonl, line 2: _id 'id0' is that of .*jsonl, line 1"),
+        ("longbench", f"{json.dumps(record())}\n" * 2, r"jsonl, line 2: _id 'id0' is also that of .*jsonl, line 1"),
     ],
 )  # fmt: skip
 def test_bad_data_prints_one_line(tmp_path, task, text, told):
@@ -78,13 +78,13 @@ def test_files_with_the_same_name_are_rejected(tmp_path):
     for load, name in ((lines.load, "4_lines"), (kv.load, "5_keys")):
         files = [tmp_path / folder / f"{name}.jsonl" for folder in ("a", "b")]
         for given in (files, [files[0], Path(str(files[0]))]):
-            with pytest.raises(UsageError, match=re.escape(f"--data {given[0]} {given[1]}: two files of one name")):
+            with pytest.raises(UsageError, match=re.escape(f"--data {given[0]} {given[1]}: two files with one name")):
                 list(load(TOKENS, given))
     bench = tmp_path / "data.zip"
     with zipfile.ZipFile(bench, "w") as archive:
         for folder in ("a", "b"):
             archive.writestr(f"{folder}/trec.jsonl", json.dumps(record()))
-    with pytest.raises(UsageError, match="--data .*zip: a/trec.jsonl b/trec.jsonl: two files of one name"):
+    with pytest.raises(UsageError, match="--data .*zip: a/trec.jsonl b/trec.jsonl: two files with one name"):
         list(longbench.examples(TOKENS, folder=bench, length=900))
     write_lines(tmp_path / "trec.jsonl", [record()])
     with pytest.raises(UsageError, match="--datasets trec: given twice"):

@@ -1,4 +1,4 @@
-"""From logits to answers: choosing tokens and stopping, the same for every engine that keeps keys and values."""
+"""Generation from logits: chooses tokens and stops, in the same way for every engine with a key-value cache."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 class NonFiniteLogits(Exception):
-    """The model's logits are NaN or infinite: nothing can be chosen by them."""
+    """The model's logits are NaN or infinite, so no token can be chosen."""
 
 
 class CachedBatch(Protocol):
-    """A batch of sequences whose keys and values are kept from one call to the next."""
+    """A batch of sequences with a key-value cache that persists between calls."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts. Logits [b, vocabulary] of the token after each."""
+        """Read the prompts and return the logits [b, vocabulary] of the next token of each."""
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append one token each, int64 [b]. Logits [b, vocabulary] of the token after it."""
+        """Append one token to each sequence, int64 [b], and return the logits [b, vocabulary] of the next."""
 
 
 def generate(
@@ -34,26 +34,26 @@ def generate(
 ) -> list[list[int]]:
     """Return the continuation of each prompt, up to `max_new_tokens` or a stop token.
 
-    The stop token is left out.
+    Continuations do not include the stop token.
 
     Args:
         batch: runs the model on all prompts at once.
-        prompts: token ids.
-        max_new_tokens: of each prompt's continuation.
+        prompts: token ids of each prompt.
+        max_new_tokens: maximum tokens of a continuation.
         stop_ids: token ids that end a continuation.
-        temperature: 0 takes the likeliest token.
-        top_p: a token is drawn from the likeliest ones that together have this probability.
-        seeds: one for each prompt; what is drawn for it does not depend on the rest of the batch.
+        temperature: sampling temperature; 0 takes the likeliest token.
+        top_p: sample from the likeliest tokens that together have this probability.
+        seeds: one seed per prompt; its samples do not depend on the rest of the batch.
 
     Raises:
-        NonFiniteLogits: a NaN or an infinite largest logit.
+        NonFiniteLogits: a logit is NaN, or the largest one is infinite.
     """
     choose = _TokenSampler(temperature, top_p, seeds)
     outputs: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
     logits = batch.prefill(prompts)
     for step in range(max_new_tokens):
-        # -inf is what padding of the vocabulary has; a NaN is the largest of any it stands among.
+        # Padding of the vocabulary has -inf, so only the maximum is checked; a NaN becomes the maximum.
         if not logits.amax(-1).isfinite().all():
             raise NonFiniteLogits
         tokens = choose(logits)
@@ -69,12 +69,12 @@ def generate(
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """The seed of one example's generator, from the run's seed and the example's name."""
+    """Return the generator seed of one example, derived from the run's seed and the example's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
 
 
 class _TokenSampler:
-    """logits [b, vocabulary] -> int64 [b]."""
+    """Chooses one token per sequence: logits [b, vocabulary] -> int64 [b]."""
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[int]):
         self._temperature, self._top_p = temperature, top_p
@@ -85,12 +85,12 @@ class _TokenSampler:
             return logits.argmax(-1)
         probabilities = torch.softmax(logits.double() / self._temperature, dim=-1)
         likeliest, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-        upto = likeliest.cumsum(-1)
-        # The likeliest token, and each whose likelier ones have less than top_p together.
-        kept = upto - likeliest < self._top_p
+        cumulative = likeliest.cumsum(-1)
+        # Keep a token if the likelier ones together have less than top_p; this always keeps the likeliest.
+        kept = cumulative - likeliest < self._top_p
         total = (likeliest * kept).sum(-1)
         uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])
-        # Where the drawn share of what is kept falls in the running sum.
-        place = (upto <= (uniform.to(upto.device) * total)[:, None]).sum(-1)
+        # Find the token whose interval of the cumulative sum contains the sample.
+        place = (cumulative <= (uniform.to(cumulative.device) * total)[:, None]).sum(-1)
         place = torch.minimum(place, kept.sum(-1) - 1)
         return tokens.gather(-1, place[:, None]).squeeze(-1)

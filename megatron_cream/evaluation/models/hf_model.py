@@ -1,4 +1,4 @@
-"""A Hugging Face folder, run by transformers."""
+"""The engine that runs a Hugging Face folder with transformers."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.evaluation.models import generation
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 
-_ROWS = 1024  # of logits that are float32 at a time
+_ROWS = 1024  # rows of logits that are converted to float32 at a time
 
 
 class HfModel:
-    """A LanguageModel; see language_model.py for the arguments.
+    """A LanguageModel that runs in transformers; see language_model.py for the arguments.
 
     Raises:
         UsageError: the weights cannot be read, or some are missing.
@@ -35,19 +35,19 @@ class HfModel:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        logging.set_verbosity_error()  # what is missing is said below
+        logging.set_verbosity_error()  # missing weights are reported below
         device = "cuda" if devices.has_cuda() else "cpu"
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
             )
-        except Exception as error:  # a damaged file, an unknown architecture, one that has no sdpa
+        except Exception as error:  # for example a damaged file, or an architecture that is unknown or has no sdpa
             reason = one_line(error)
             raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
-        # transformers would fill them with random numbers.
+        # transformers initializes such weights with random numbers.
         wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
         if wrong:
-            raise UsageError(f"--model {folder}: weight {wrong[0]} is missing or of another shape")
+            raise UsageError(f"--model {folder}: weight {wrong[0]} is missing or has another shape")
         self._model = model.to(device).eval()
         self._chunk, self._stop_ids = prefill_chunk, stop_ids
         self.tokenizer, self.max_positions = tokenizer, max_positions
@@ -63,13 +63,13 @@ class HfModel:
     @torch.inference_mode()
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:
         tokens = tokens.to(self._model.device)
-        inputs = tokens[:, :-1]  # the last one predicts nothing that is asked for
+        inputs = tokens[:, :-1]  # the prediction after the last token is not scored
         total = inputs.shape[1]
         cache = _new_cache(self._model) if total > self._chunk else None
         parts = []
         for begin in range(0, total, self._chunk):
             end = min(begin + self._chunk, total)
-            scored = max(begin, start - 1)  # the first input here whose prediction is asked for
+            scored = max(begin, start - 1)  # the first input of this chunk whose prediction is scored
             positions = torch.arange(begin, end, device=tokens.device).expand(len(tokens), -1)
             logits = self._model(
                 inputs[:, begin:end],
@@ -85,7 +85,7 @@ class HfModel:
 
 
 def _pick_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """float32 [b, n] of logits [b, n, vocabulary]."""
+    """Return the log-probabilities of `labels` [b, n] from logits [b, n, vocabulary]: float32 [b, n]."""
     parts = []
     for begin in range(0, labels.shape[1], _ROWS):
         some = logits[:, begin : begin + _ROWS].float()
@@ -101,7 +101,7 @@ def _new_cache(model):
 
 
 class _LeftPaddedBatch:
-    """A CachedBatch: padding before the shorter prompts, masked, and positions that start after it."""
+    """A CachedBatch with masked padding before the shorter prompts, and positions that start after it."""
 
     def __init__(self, model, chunk: int):
         self._model, self._chunk = model, chunk

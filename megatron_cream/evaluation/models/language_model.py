@@ -1,4 +1,4 @@
-"""The one way in to a model that is evaluated: a folder becomes a LanguageModel, whichever engine runs it."""
+"""Opens the model to evaluate: a folder becomes a LanguageModel, with one interface for every engine."""
 
 import contextlib
 import hashlib
@@ -31,15 +31,15 @@ ENGINES = ("auto", "vllm")
 """auto: transformers for a Hugging Face folder, Megatron-Core for a Megatron checkpoint."""
 
 _SAMPLE_BYTES = 1 << 20
-_IGNORED_SUFFIXES = (".md", ".py", ".png", ".lock")  # files that are no part of the model
+_IGNORED_SUFFIXES = (".md", ".py", ".png", ".lock")  # files that do not belong to the model
 
 
 class LanguageModel(Protocol):
-    """What evaluation needs of a model."""
+    """The interface through which an evaluation uses a model."""
 
     tokenizer: ModelTokenizer
     max_positions: int
-    """Positions that its configuration names; it runs beyond them, as well as it can."""
+    """Positions in the model's configuration; longer inputs run, but the quality may drop."""
 
     def generate(
         self,
@@ -50,32 +50,32 @@ class LanguageModel(Protocol):
         top_p: float,
         seeds: Sequence[int],
     ) -> list[list[int]]:
-        """New tokens for each prompt, as `generation.generate` describes them."""
+        """Return the new tokens of each prompt; arguments as in `generation.generate`."""
 
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:
-        """Natural logarithm of the probability of tokens[:, start:], each after all that stand before it.
+        """Return the natural log-probabilities of tokens[:, start:], each given all tokens before it.
 
         Args:
             tokens: int64 [b, s], without padding.
-            start: 1 or more.
+            start: index of the first scored token, 1 or more.
 
         Returns: float32 [b, s - start], on the CPU.
         """
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Its parameters by name, as far as they can be reached."""
+        """Return the parameters with their names; empty if the engine does not expose them."""
 
 
 @dataclass(frozen=True)
 class Source:
     """A model before it is loaded.
 
-    path: its folder.
-    checkpoint: read from `path`, if that is a Megatron checkpoint, else None.
-    tokenizer: of the model, or what the user gave in its place.
+    path: the model's folder.
+    checkpoint: the checkpoint in `path` if it is a Megatron checkpoint, else None.
+    tokenizer: the model's tokenizer, or the one that the user gave instead.
     engine: transformers, megatron or vllm.
-    dtype: in which it runs.
-    flag: what the user gave `path` with, for messages.
+    dtype: dtype in which the model runs.
+    flag: flag of `path`, for messages.
     """
 
     path: Path
@@ -91,7 +91,7 @@ class Source:
             return self.checkpoint.shape.max_position_embeddings
         file = self.path / "config.json"
         config = read_json(file, "a model's configuration that can be read")
-        with contextlib.suppress(UsageError):  # of another family: transformers' to judge
+        with contextlib.suppress(UsageError):  # another family, which only transformers knows
             return shape_from_config(config, file).window
         positions = config.get("max_position_embeddings")
         if positions is not None and (type(positions) is not int or positions < 1):
@@ -100,14 +100,14 @@ class Source:
 
     @property
     def vocab_size(self) -> int | None:
-        """Token ids that the model takes, where its configuration says so."""
+        """Number of token ids that the model accepts, or None if its configuration does not say."""
         if self.checkpoint:
             return self.checkpoint.shape.vocab_size
         size = read_json(self.path / "config.json", "a model's configuration that can be read").get("vocab_size")
         return size if type(size) is int else None
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from another, and from itself after more training; no matter where it lies."""
+        """Return what identifies the model's weights and engine, independent of the folder's path."""
         folders = [self.checkpoint.folder, self.checkpoint.hf_folder] if self.checkpoint else [self.path]
         return {
             "format": "megatron" if self.checkpoint else "huggingface",
@@ -127,30 +127,31 @@ def find_model(
     dtype: str | None = None,
     flag: str = "--model",
 ) -> Source:
-    """Recognise a folder, and read what is small in it.
+    """Find the kind of a model folder, and read its configuration and tokenizer.
 
     Args:
         path: a Hugging Face folder or a name on its Hub, or a folder that `--save` or an import wrote.
-        step: of a Megatron checkpoint; None is the newest.
-        tokenizer: in place of the model's own.
-        engine: of ENGINES.
-        dtype: of convert.DTYPES; None is bfloat16 on a GPU and float32 on a CPU.
-        flag: what the user gave `path` with, for messages.
+        step: step of a Megatron checkpoint; None takes the newest.
+        tokenizer: path of a tokenizer that replaces the model's own.
+        engine: one of ENGINES.
+        dtype: one of convert.DTYPES; None is bfloat16 on a GPU and float32 on a CPU.
+        flag: flag of `path`, for messages.
 
     Raises:
-        UsageError: neither kind of folder, a damaged one, no tokenizer, or no vLLM where that is asked for.
+        UsageError: the folder is of neither kind, is damaged or has no tokenizer, or `engine` is vllm and vLLM is not
+            installed.
     """
     if engine == "vllm":
         import_vllm()
-    kind = DTYPES[dtype] if dtype else torch.bfloat16 if devices.has_cuda() else torch.float32
+    torch_dtype = DTYPES[dtype] if dtype else torch.bfloat16 if devices.has_cuda() else torch.float32
     folder = Path(path)
     if (folder / TRACKER).is_file():
         checkpoint = MegatronCheckpoint(folder, step, flag=flag)
         output.check_unchanged(checkpoint.folder)
-        words = open_tokenizer(tokenizer, flag="--tokenizer") if tokenizer else _open_own_tokenizer(checkpoint, flag)
-        return Source(folder, checkpoint, words, "vllm" if engine == "vllm" else "megatron", kind, flag)
+        opened = open_tokenizer(tokenizer, flag="--tokenizer") if tokenizer else _open_own_tokenizer(checkpoint, flag)
+        return Source(folder, checkpoint, opened, "vllm" if engine == "vllm" else "megatron", torch_dtype, flag)
     if step is not None:
-        raise UsageError(f"--ckpt-step {step}: only with a Megatron checkpoint, and {flag} {path} is none")
+        raise UsageError(f"--ckpt-step {step}: only with a Megatron checkpoint, but {flag} {path} is not one")
     folder = locate(path, flag=flag)
     if not (folder / "config.json").is_file():
         raise UsageError(
@@ -160,27 +161,28 @@ def find_model(
     hf_folder.check_model(folder)
     output.check_unchanged(folder)
     given = (tokenizer, "--tokenizer") if tokenizer else (folder, flag)
-    words = open_tokenizer(given[0], flag=given[1])
-    return Source(folder, None, words, "vllm" if engine == "vllm" else "transformers", kind, flag)
+    opened = open_tokenizer(given[0], flag=given[1])
+    return Source(folder, None, opened, "vllm" if engine == "vllm" else "transformers", torch_dtype, flag)
 
 
 def load(source: Source, *, prefill_chunk: int) -> LanguageModel:
     """Load the model, on the GPU if there is one.
 
-    It raises UsageError where its logits are not finite.
+    The loaded model raises UsageError if its logits are not finite.
 
     Args:
-        source: where the weights and the tokenizer are.
-        prefill_chunk: tokens of a prompt that are read at once; memory grows with it, results do not change.
+        source: the model, as `find_model` found it.
+        prefill_chunk: tokens of a prompt that are read at once; a larger chunk takes more memory and does not
+            change results.
 
     Raises:
-        UsageError: weights that cannot be read.
+        UsageError: the weights cannot be read.
     """
     return _CheckedModel(_load(source, prefill_chunk), source)
 
 
 def non_finite_error(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageError:
-    """The error for a model whose logits are NaN or infinite; names the first such tensor of `weights`."""
+    """Return the error for NaN or infinite logits; it names the first such tensor of `weights`."""
     bad = next((name for name, weight in weights if not weight.isfinite().all()), None)
     if bad:
         return UsageError(
@@ -189,12 +191,12 @@ def non_finite_error(source: Source, weights: Iterable[tuple[str, Tensor]]) -> U
         )
     return UsageError(
         f"{source.flag} {source.path}: its logits are NaN or infinite in {str(source.dtype).removeprefix('torch.')}. "
-        "Try --dtype fp32; if they still are, train, export or download the model again."
+        "Try --dtype fp32. If they still are, train, export or download the model again."
     )
 
 
 class _CheckedModel:
-    """A LanguageModel that is only asked for tokens that it has, and whose logits are known to be finite."""
+    """A LanguageModel that rejects token ids outside its vocabulary, and raises UsageError at non-finite logits."""
 
     def __init__(self, model: LanguageModel, source: Source):
         self._model, self._source = model, source
@@ -216,11 +218,11 @@ class _CheckedModel:
         return found
 
     def _check_ids(self, largest: int) -> None:
-        """On a GPU an id without an embedding would end the process with a trace of the device's."""
+        """Raise UsageError for an id without an embedding, which would be a CUDA assertion on a GPU."""
         if self._vocab_size is not None and largest >= self._vocab_size:
             raise UsageError(
-                f"{self._source.flag} {self._source.path}: the tokenizer gives token id {largest}, and the model has "
-                f"{self._vocab_size} ids. Give --tokenizer, the one that it was trained with"
+                f"{self._source.flag} {self._source.path}: the tokenizer gives token id {largest}, but the model has "
+                f"{self._vocab_size} ids. Give the model's tokenizer by --tokenizer."
             )
 
 
@@ -228,7 +230,7 @@ def _load(source: Source, prefill_chunk: int) -> LanguageModel:
     stop_ids = source.tokenizer.stop_ids | _read_stop_ids(source)
     common = dict(tokenizer=source.tokenizer, stop_ids=stop_ids, max_positions=source.max_positions)
     if _read_rope_type(source) in FOLLOW_LENGTH:
-        prefill_chunk = 1 << 40  # the frequencies of all tokens depend on the longest position: one piece
+        prefill_chunk = 1 << 40  # one chunk: the frequencies of all tokens depend on the longest position
     if source.engine == "vllm":
         with provide_hf_folder(source) as folder:
             return VllmModel(folder, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
@@ -252,7 +254,7 @@ def _read_rope_type(source: Source) -> str | None:
 
 @contextlib.contextmanager
 def provide_hf_folder(source: Source) -> Iterator[Path]:
-    """The Hugging Face folder of a model: its own, or one that a Megatron checkpoint is exported to for the while."""
+    """Yield the model's Hugging Face folder; export a Megatron checkpoint to a temporary one."""
     if source.checkpoint is None:
         yield source.path
         return
@@ -262,21 +264,24 @@ def provide_hf_folder(source: Source) -> Iterator[Path]:
 
 
 def _open_own_tokenizer(checkpoint: MegatronCheckpoint, flag: str) -> ModelTokenizer:
-    """That of the Hugging Face model it came from, or else what it was trained with."""
+    """Open the tokenizer of the checkpoint's original Hugging Face model, else the one it was trained with."""
     if checkpoint.hf_folder and has_tokenizer(checkpoint.hf_folder):
         return open_tokenizer(checkpoint.hf_folder, flag=flag)
     trained_with = getattr(checkpoint.args, "tokenizer_model", None)
     if trained_with is None or not Path(trained_with).exists():
-        where = f"; {trained_with}, which it was trained with, is not there" if trained_with else ""
+        where = f", and its training's {trained_with} does not exist" if trained_with else ""
         raise UsageError(
-            f"{flag} {checkpoint.path}: has no tokenizer{where}; give --tokenizer, a Hugging Face folder or a "
-            "sentencepiece .model file"
+            f"{flag} {checkpoint.path}: has no tokenizer{where}. Give --tokenizer, a Hugging Face folder or a "
+            "sentencepiece .model file."
         )
     return open_tokenizer(Path(trained_with), flag=f"{flag} {checkpoint.path}: its tokenizer")
 
 
 def _read_stop_ids(source: Source) -> frozenset[int]:
-    """eos_token_id of generation_config.json: chat models stop at more than the tokenizer's EOS."""
+    """Return the eos_token_id values of generation_config.json.
+
+    Chat models stop at more tokens than the tokenizer's EOS.
+    """
     folder = source.checkpoint.hf_folder if source.checkpoint else source.path
     file = folder / GENERATION_CONFIG if folder else None
     if file is None or not file.is_file():
@@ -289,7 +294,7 @@ def _read_stop_ids(source: Source) -> frozenset[int]:
 
 
 def _compute_digest(folders: list[Path]) -> str:
-    """SHA-256 over names and sizes of the files of a model, and what stands at the start and the end of each."""
+    """Return a SHA-256 of the names and sizes of a model's files, and of the first and last MiB of each."""
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix not in _IGNORED_SUFFIXES]
     digest = hashlib.sha256()
     for file in (file for file in files if file.is_file()):

@@ -1,9 +1,9 @@
-"""A Megatron checkpoint, run by Megatron-Core on one rank: no export, the layers and positions of training.
+"""The engine that runs a Megatron checkpoint with Megatron-Core on one rank, with training's layers and positions.
 
-Keys and values are kept by Megatron's own StaticInferenceContext. Its batches have one length,
-so prompts of several are laid in it aligned at their ends: each is read alone, into a view of the
-memory that begins after its padding, and so without a mask; then all go on together, one token at
-a time, and the padding is masked.
+Megatron's own StaticInferenceContext keeps the keys and values. All sequences in it have one length, so prompts
+of different lengths are aligned at their ends. Each prompt is read alone, without a mask, into a view of the
+memory that starts after its padding. Then all sequences generate together, one token at a time, with the padding
+masked.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,11 +21,11 @@ from megatron_cream.evaluation.models import generation
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.model.llama import LlamaModel
 
-_NO_LIMIT = 1 << 40  # of positions: beyond those trained for it runs as transformers would
+_NO_LIMIT = 1 << 40  # positions; beyond the trained ones the model runs as in transformers
 
 
 class MegatronModel:
-    """A LanguageModel; see language_model.py for the arguments."""
+    """A LanguageModel that runs in Megatron-Core; see language_model.py for the arguments."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class MegatronModel:
         for begin in range(0, total, self._chunk):
             end = min(begin + self._chunk, total)
             positions = torch.arange(begin, end, device=self._device).expand(len(tokens), -1)
-            # With labels Megatron gives each token's loss, and never more logits than the chunk's.
+            # With labels Megatron returns each token's loss, so logits exist for one chunk only.
             losses = self._model(
                 inputs[:, begin:end], positions, None, labels=labels[:, begin:end], inference_context=context
             )
@@ -73,9 +73,9 @@ class MegatronModel:
 
 
 def _new_context(model: LlamaModel, batch: int, length: int) -> StaticInferenceContext:
-    """Memory for the keys and values of `length` tokens of each sample, zeros.
+    """Allocate zeros for the keys and values of `length` tokens of each sample.
 
-    Zeros and not whatever is there: a masked value still counts as 0 times itself.
+    Uninitialized memory would not do: a masked value is multiplied by 0, and 0 times NaN is NaN.
     """
     config = model.config
     context = StaticInferenceContext(batch, length)
@@ -89,10 +89,13 @@ def _new_context(model: LlamaModel, batch: int, length: int) -> StaticInferenceC
 
 
 class _RightAlignedBatch:
-    """A CachedBatch: padding before the shorter prompts, positions that start after it.
+    """A CachedBatch with padding before the shorter prompts, and positions that start after it.
 
     Args:
-        room: tokens that may be appended.
+        model: the model.
+        device: "cuda" or "cpu".
+        chunk: tokens of a prompt that are read at once.
+        room: maximum tokens that can be appended.
     """
 
     def __init__(self, model: LlamaModel, device: str, chunk: int, room: int):
@@ -104,7 +107,7 @@ class _RightAlignedBatch:
         self._context = _new_context(self._model, len(prompts), width + self._room)
         logits = [self._read(prompt, i, width - len(prompt)) for i, prompt in enumerate(prompts)]
         self._context.sequence_len_offset = width
-        # bool [b, keys], False on padding; None where there is none.
+        # bool [b, keys], False on padding; None if there is no padding.
         keys = torch.arange(width + self._room) >= width - lengths[:, None]
         self._mask = None if bool(keys.all()) else keys.to(self._device)
         self._positions = lengths[:, None].to(self._device)
@@ -119,7 +122,7 @@ class _RightAlignedBatch:
         return logits
 
     def _read(self, prompt: Sequence[int], row: int, padding: int) -> Tensor:
-        """Logits [1, vocabulary] after one prompt, whose keys and values go into `row`, from `padding` on."""
+        """Read one prompt into `row` of the cache, after `padding`; return the logits [1, vocabulary] after it."""
         context = self._context
         whole = context.key_value_memory_dict
         context.key_value_memory_dict = {
@@ -136,6 +139,6 @@ class _RightAlignedBatch:
         return logits
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        with InferenceMode.active():  # logits of the last token alone
+        with InferenceMode.active():  # returns the logits of the last token only
             logits = self._model(tokens, positions, mask, inference_context=self._context, runtime_gather_output=True)
         return logits[:, -1]

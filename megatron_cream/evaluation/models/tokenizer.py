@@ -1,4 +1,4 @@
-"""The tokenizer a model is evaluated with: of a Hugging Face folder, a sentencepiece `.model`, or a training run."""
+"""The tokenizers of evaluation: from a Hugging Face folder, a sentencepiece `.model` file or a training run."""
 
 import os
 from abc import ABC, abstractmethod
@@ -14,11 +14,11 @@ _SENTENCEPIECE = "tokenizer.model"
 
 
 class ModelTokenizer(ABC):
-    """Text to ids and back, without special tokens unless it is said.
+    """Converts text to token ids and back, without special tokens unless a method says otherwise.
 
     Attributes:
-        bos: what the tokenizer itself puts before a text, or None.
-        stop_ids: tokens that end an answer.
+        bos: id that the tokenizer puts before a text, or None.
+        stop_ids: token ids that end an answer.
     """
 
     bos: int | None
@@ -31,17 +31,15 @@ class ModelTokenizer(ABC):
     def decode(self, ids: list[int]) -> str: ...
 
     def token_spans(self, text: str) -> list[tuple[int, int]]:
-        """For each token of `encode(text)` the characters (start, end) that it stands for.
+        """Return the character span (start, end) of each token of `encode(text)`.
 
         Raises:
-            UsageError: the tokenizer does not tell.
+            UsageError: the tokenizer does not know the spans.
         """
-        raise UsageError(
-            "--key-token-model: needs a tokenizer.json of both models, which tells where in a text a token lies"
-        )
+        raise UsageError("--key-token-model: needs a tokenizer.json of both models, to find tokens in the text")
 
     def encode_chat(self, text: str) -> list[int]:
-        """The ids of a chat in which a user has said `text` and the model is to answer.
+        """Return the ids of a chat in which the user says `text` and the model answers next.
 
         Raises:
             UsageError: there is no chat template.
@@ -49,12 +47,12 @@ class ModelTokenizer(ABC):
         raise UsageError("--chat: the model's tokenizer has no chat template")
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text as the model is to read it: the tokenizer's BOS first, where it has one."""
+        """Return the ids of `text` as the model reads it, with the tokenizer's BOS first if it has one."""
         return [*([] if self.bos is None else [self.bos]), *self.encode(text)]
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a Hugging Face folder holds a tokenizer's files."""
+    """Return whether a Hugging Face folder holds the files of a tokenizer."""
     return any((folder / name).is_file() for name in (*_HF_FILES, _SENTENCEPIECE))
 
 
@@ -62,28 +60,30 @@ def open_tokenizer(path: Path, *, flag: str) -> ModelTokenizer:
     """Open the tokenizer of a Hugging Face folder, or a sentencepiece `.model` file.
 
     Args:
-        path: of the folder or file.
-        flag: what the user gave `path` with, for messages.
+        path: the folder or file.
+        flag: flag of `path`, for messages.
 
     Raises:
-        UsageError: it is neither, or cannot be read.
+        UsageError: `path` is neither, or cannot be read.
     """
     if path.is_dir() and any((path / name).is_file() for name in _HF_FILES):
         kind = _HfTokenizer
-    elif path.is_dir() and (path / _SENTENCEPIECE).is_file():  # alone: transformers would have to guess
+    elif (
+        path.is_dir() and (path / _SENTENCEPIECE).is_file()
+    ):  # without Hugging Face files transformers would have to guess
         kind, path = _SentencePieceTokenizer, path / _SENTENCEPIECE
     elif path.is_file() and path.suffix == ".model":
         kind = _SentencePieceTokenizer
     else:
         raise UsageError(
-            f"{flag} {path}: no tokenizer there; --tokenizer takes a Hugging Face folder with one, or a "
-            "sentencepiece .model file"
+            f"{flag} {path}: no tokenizer there. --tokenizer takes a Hugging Face folder with one, or a "
+            "sentencepiece .model file."
         )
     try:
         return kind(path)
     except TokenIdMismatch as error:
         raise UsageError(f"{flag} {error}") from error
-    except Exception as error:  # each library raises its own kinds
+    except Exception as error:  # each library raises its own types
         raise UsageError(
             f"{flag} {path}: the tokenizer cannot be loaded: {one_line(error, 200) or type(error).__name__}"
         ) from error
@@ -91,12 +91,12 @@ def open_tokenizer(path: Path, *, flag: str) -> ModelTokenizer:
 
 class _HfTokenizer(ModelTokenizer):
     def __init__(self, folder: Path):
-        # Set before the library is loaded: a pool of threads forked later would hang.
+        # Must be set before the library is loaded: a fork after its thread pool starts would hang.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from transformers import AutoTokenizer
         from transformers.utils import logging
 
-        logging.set_verbosity_error()  # that a text is longer than the tokenizer's model_max_length
+        logging.set_verbosity_error()  # no warnings about texts longer than model_max_length
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         check_token_ids(folder, self._tokenizer)
         bos = self._tokenizer.bos_token_id
@@ -125,7 +125,7 @@ class _HfTokenizer(ModelTokenizer):
                 return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         except TemplateTimeout as error:
             raise UsageError(f"--chat: the model's chat template {error}") from None
-        except Exception as error:  # jinja's, or what the template itself raises
+        except Exception as error:  # jinja's exceptions, or those of the template itself
             raise UsageError(f"--chat: the model's chat template cannot be used: {one_line(error)}") from error
 
 
@@ -134,7 +134,7 @@ class _SentencePieceTokenizer(ModelTokenizer):
         from sentencepiece import SentencePieceProcessor
 
         self._model = SentencePieceProcessor(model_file=str(file))
-        # As Llama is trained: sentencepiece has a BOS and leaves it to its user to put it.
+        # Llama is trained with a BOS, which sentencepiece does not add itself.
         self.bos = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.stop_ids = frozenset([self._model.eos_id()] if self._model.eos_id() >= 0 else [])
 
@@ -143,11 +143,11 @@ class _SentencePieceTokenizer(ModelTokenizer):
 
     def decode(self, ids: list[int]) -> str:
         size = self._model.get_piece_size()
-        return self._model.decode([i for i in ids if i < size])  # ids beyond pad the model's vocabulary
+        return self._model.decode([i for i in ids if i < size])  # larger ids only pad the model's vocabulary
 
 
 class TrainingTokenizer(ModelTokenizer):
-    """Megatron's tokenizer of a run, with the BOS that the preprocessing puts before a document."""
+    """Megatron's tokenizer of a training run, with the BOS that preprocessing puts before a document."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer

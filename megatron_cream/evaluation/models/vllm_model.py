@@ -1,6 +1,6 @@
-"""A Hugging Face folder, run by vLLM where that is installed.
+"""The engine that runs a Hugging Face folder with vLLM.
 
-Run with vLLM 0.32 on a CPU: greedy answers are transformers' (tests/evaluation/test_vllm.py).
+Tested with vLLM 0.32 on a CPU: greedy answers equal those of transformers (tests/evaluation/test_vllm.py).
 """
 
 import math
@@ -16,7 +16,7 @@ from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 
 
 class VllmModel:
-    """A LanguageModel for generation; see language_model.py for the arguments.
+    """A LanguageModel that runs in vLLM and only generates; see language_model.py for the arguments.
 
     Raises:
         UsageError: vLLM is not installed.
@@ -45,7 +45,7 @@ class VllmModel:
         )
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        return ()  # they lie in vLLM's own processes
+        return ()  # the weights are in vLLM's own processes
 
     def generate(
         self,
@@ -58,8 +58,8 @@ class VllmModel:
     ) -> list[list[int]]:
         if (longest := max(map(len, prompts)) + max_new_tokens) > self.max_positions:
             raise UsageError(
-                f"--engine vllm: {longest} tokens, of a prompt and its answer, are beyond the model's "
-                f"max_position_embeddings {self.max_positions}; shorten the prompts, or leave --engine out"
+                f"--engine vllm: {longest} tokens of a prompt and its answer exceed the model's "
+                f"max_position_embeddings {self.max_positions}. Shorten the prompts, or leave --engine out."
             )
         settings = [
             self._sampling(
@@ -69,7 +69,7 @@ class VllmModel:
                 max_tokens=max_new_tokens,
                 stop_token_ids=self._stop_ids,
                 detokenize=False,
-                logprobs=0,  # of the chosen tokens, by which NaN logits show
+                logprobs=0,  # log-probabilities of the chosen tokens, which reveal NaN logits
             )
             for seed in seeds
         ]
@@ -82,19 +82,19 @@ class VllmModel:
         return [answer[:-1] if answer and answer[-1] in self._stop_ids else answer for answer in ids]
 
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:
-        raise UsageError("--engine vllm: generates only; leave it out for perplexity")
+        raise UsageError("--engine vllm: cannot measure perplexity. Leave --engine out.")
 
 
 def import_vllm():
-    """The module vllm.
+    """Import and return the module vllm.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: vLLM is not installed.
     """
     try:
         import vllm
     except ImportError as error:
         raise UsageError(
-            "--engine vllm: vLLM is not installed here: pip install vllm, or leave --engine out"
+            "--engine vllm: vLLM is not installed here. Run `pip install vllm`, or leave --engine out."
         ) from error
     return vllm

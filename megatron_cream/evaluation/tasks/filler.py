@@ -1,4 +1,4 @@
-"""Long filler text, and prompts that come as near to a length as their unit of filler allows."""
+"""Long filler text, and prompts that fill a context length as far as their unit of filler allows."""
 
 import ast
 import re
@@ -15,57 +15,55 @@ from megatron_cream.evaluation.tasks.task import Tokenizer
 
 
 class TooShort(UsageError):
-    """A context length that does not hold what a task needs."""
+    """A context length that is too short for a task."""
 
 
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
-# After a full stop, where the next word does not begin with a small letter.
+# A sentence ends after a full stop, unless the next word starts with a lower-case letter.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[^a-z\s])")
 
 
 def load_sentences(folder: Path | None = None) -> list[str]:
-    """The sentences of a folder's .txt files, in the order of their names; whitespace is single spaces.
+    """Return the sentences of a folder's .txt files, in the order of the files' names.
 
-    The published tests take Paul Graham's essays, which a user may put into such a folder. Without
-    one, the text is the prose of the standard library of the running Python: the docstrings and
+    Whitespace becomes single spaces. The published tests use Paul Graham's essays, which a user can put into
+    such a folder. Without a folder the text is prose of the running Python's standard library: docstrings and
     help texts of its modules, about 1.1 million characters, which need no download.
 
     Raises:
-        UsageError: the folder has no text.
+        UsageError: the folder does not exist or has no text.
     """
     return list(_read_standard_library()) if folder is None else _read_folder(Path(folder))
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, whose words with single spaces between them are the text's."""
+    """Split a text into sentences with single spaces between words; joined, they have the text's words."""
     return _SENTENCE_END.sub(lambda end: end.group().rstrip() + "\n", " ".join(text.split())).splitlines()
 
 
 class Haystack:
-    """Filler of any length: sentences one after the other, from the first again after the last."""
+    """Filler of any length: the sentences in order, repeated from the first after the last."""
 
     def __init__(self, tokenizer: Tokenizer, sentences: Sequence[str]):
         self._tokenizer = tokenizer
         self._sentences = sentences
         self._words: list[str] = []
-        # For each sentence taken so far, and the next: words before it, tokens before it.
+        # For each sentence taken so far and for the next one: words before it, tokens before it.
         self._starts, self._tokens = [0], [0]
 
     def estimate_words(self, tokens: int) -> int:
-        """About how many words have that many tokens."""
+        """Return approximately how many words have that many tokens."""
         while self._tokens[-1] < tokens:
             self._take_sentence()
         return self._starts[bisect_left(self._tokens, tokens)]
 
     def split(self, words: int, depths: Sequence[float]) -> list[str]:
-        """Cut the first `words` words between two sentences at each depth.
-
-        Returns len(depths) + 1 texts.
+        """Cut the first `words` words at a sentence boundary near each depth; return len(depths) + 1 texts.
 
         Args:
-            words: of all texts together.
-            depths: ascending, share of the tokens that lie before the cut. A cut is at the start of
-                the sentence that is nearest, or after the last word.
+            words: number of words in all texts together.
+            depths: share of the tokens before each cut, ascending. A cut is at the nearest start of a
+                sentence, or after the last word.
         """
         while self._starts[-1] < words:
             self._take_sentence()
@@ -86,18 +84,19 @@ class Haystack:
 
 
 class LazyList[T]:
-    """Items drawn one by one, so that any n of them begin with any fewer."""
+    """A list that draws its items on demand: `first(n)` always starts with the items of any smaller n."""
 
     def __init__(self, items: Iterator[T]):
         self._items, self._drawn = items, []
 
     def first(self, n: int) -> list[T]:
+        """Return the first `n` items."""
         self._drawn += islice(self._items, max(0, n - len(self._drawn)))
         return self._drawn[:n]
 
 
 def draw_distinct[T](draw: Callable[[], T]) -> Iterator[T]:
-    """What `draw` gives, without repetition, for ever."""
+    """Yield the values of `draw` without repetition, without end."""
     seen = set()
     while True:
         if (item := draw()) not in seen:
@@ -115,18 +114,18 @@ def fit(
     least: int,
     guess: int | None = None,
 ) -> int:
-    """Return the most units of filler with which a prompt and its answer fit in `length`.
+    """Return the maximum number of units of filler with which a prompt and its answer fit in `length`.
 
     Args:
-        tokenizer: of the model.
-        prompt: the prompt with n units of filler, which grows with n.
-        task: its name, for the message.
-        length: tokens of the prompt and of the longest answer together, at most.
-        max_new_tokens: of the longest answer.
-        least: units without which there is no prompt.
-        guess: about the answer, where it is known; it saves time only.
+        tokenizer: the model's tokenizer.
+        prompt: returns the prompt with n units of filler; it must grow with n.
+        task: the task's name, for the message.
+        length: maximum tokens of the prompt and the longest answer together.
+        max_new_tokens: tokens of the longest answer.
+        least: minimum number of units.
+        guess: approximate result, if known; it only saves time.
 
-    Returns: n >= least whose prompt fits, while n + 1 units do not.
+    Returns: n >= least for which the prompt fits, while that with n + 1 units does not.
 
     Raises:
         TooShort: not even `least` units fit.
@@ -155,7 +154,7 @@ def fit(
             n = fits + min(int((budget - fits_tokens) / slope) + 1, 8 * fits)
         else:
             share = (budget - fits_tokens) / (over_tokens - fits_tokens)
-            # Halving now and then bounds the number of tries, whatever the text.
+            # Halving at every fourth try limits the number of tries for any text.
             n = (fits + over) // 2 if tries % 4 == 0 else fits + int(share * (over - fits))
             n = min(max(n, fits + 1), over - 1)
     return fits
@@ -163,11 +162,11 @@ def fit(
 
 @cache
 def _read_standard_library() -> tuple[str, ...]:
-    found: dict[str, None] = {}  # once each, in order
+    found: dict[str, None] = {}  # a set that keeps the order
     for path in source_files(Path(sysconfig.get_path("stdlib"))):
         try:
             tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # files that show an error on purpose
+        except SyntaxError:  # test files with intentional errors
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -183,7 +182,7 @@ def _is_prose(text: str) -> bool:
 
 def _read_folder(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise UsageError(f"--haystack {folder}: no such folder; give one with .txt files")
+        raise UsageError(f"--haystack {folder}: no such folder. Give a folder with .txt files.")
     found = []
     for path in sorted(folder.glob("*.txt")):
         try:
@@ -196,7 +195,7 @@ def _read_folder(folder: Path) -> list[str]:
 
 
 def _find_nearest(ascending: Sequence[float], value: float) -> int:
-    """Index of the entry nearest to `value`."""
+    """Return the index of the entry nearest to `value`."""
     i = bisect_left(ascending, value)
     if i == len(ascending) or (i > 0 and value - ascending[i - 1] <= ascending[i] - value):
         return i - 1

@@ -1,10 +1,10 @@
-"""Lost in the Middle's key-value retrieval: the value of one key of a JSON object of UUIDs.
+"""Lost in the Middle's key-value retrieval: find the value of one key in a JSON object of UUIDs.
 
-Published: N. Liu and others, "Lost in the Middle" (arXiv 2307.03172): 75, 140 or 300 pairs, the
-pair that is asked for moved to chosen places, graded by whether its value is in the output. CREAM
-takes 75 and 140 pairs at five places and an answer of up to 50 tokens: `PUBLISHED` here.
+Published: N. Liu and others, "Lost in the Middle" (arXiv 2307.03172): 75, 140 or 300 pairs, with the
+requested (gold) pair moved to chosen places; an answer is correct if the value is in the output. CREAM uses
+75 and 140 pairs at five places and an answer of up to 50 tokens: `PUBLISHED` here.
 
-Ours: the words of the prompt.
+Different here: the wording of the prompt.
 """
 
 import random
@@ -19,7 +19,7 @@ from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 50
 PUBLISHED = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}
-"""Number of pairs -> places, from 0, of the pair that CREAM asks for."""
+"""Number of pairs -> places of the gold pair, counted from 0, in CREAM's paper."""
 
 _PLACES = 5
 
@@ -35,19 +35,19 @@ def examples(
 ) -> Iterator[Example]:
     """Yield `per_cell` examples for each number of pairs, or each length, and each place.
 
-    The i-th example asks for the same pair at every place, among the same others, as published.
+    The i-th example asks for the same pair at every place, among the same other pairs, as published.
 
     Args:
-        tokenizer: of the model.
-        keys: numbers of pairs, 2 or more; such examples are as long as that makes them.
-        lengths: tokens of prompt and answer together; as many pairs as they hold, at five places.
-        gold: places of the pair that is asked for, from 0, with `keys` alone; None is PUBLISHED,
-            and for other numbers five places from the first to the last.
-        seed: of the random pairs.
-        per_cell: examples of each number or length, and place.
+        tokenizer: the model's tokenizer.
+        keys: numbers of pairs, 2 or more.
+        lengths: tokens of prompt and answer together; each holds as many pairs as fit, at five places.
+        gold: places of the gold pair, counted from 0, only for `keys`; None takes PUBLISHED, and for other
+            numbers of pairs five places from the first to the last.
+        seed: seed of the random pairs.
+        per_cell: examples for each number or length, and place.
 
     Raises:
-        UsageError: too few pairs, a place that is not among them, a length that is too short.
+        UsageError: a number of pairs is below 2, a place does not exist, or a length is too short.
     """
     for count in keys:
         if count < 2:
@@ -68,16 +68,16 @@ def examples(
 def load(
     tokenizer: Tokenizer, files: Sequence[Path], *, gold: Sequence[int] | None = None, most: int | None = None
 ) -> Iterator[Example]:
-    """Yield each published example, once for each place of its pair.
+    """Yield each published example, once for each place of its gold pair.
 
     Args:
-        tokenizer: of the model.
-        files: the published kv-retrieval-N_keys.jsonl.gz, or .jsonl.
+        tokenizer: the model's tokenizer.
+        files: the published kv-retrieval-N_keys.jsonl.gz files, or .jsonl.
         gold: as in `examples`.
-        most: so many of a file's examples at most.
+        most: maximum examples per file; None takes all.
 
     Raises:
-        UsageError: a file that is not there, or not one of those, or two of one name.
+        UsageError: a file is missing or is not such a file, or two files have one name.
     """
     check_distinct_names("--data", files, _stem)
     for path in map(Path, files):
@@ -88,7 +88,7 @@ def load(
                 pairs = [(str(key), str(value)) for key, value in case["ordered_kv_records"]]
                 index = pairs.index((case["key"], case["value"]))
                 if len(pairs) < 2:
-                    raise ValueError("it has one pair only")
+                    raise ValueError("it has only one pair")
             except (TypeError, ValueError) as error:
                 raise UsageError(f"{where}: not an example of key-value retrieval ({one_line(error)})") from error
             _check_gold(len(pairs), gold)
@@ -98,17 +98,17 @@ def load(
 
 
 def score(example: Example, output: str) -> float:
-    """1 where the value is in the output, else 0."""
+    """Return 1 if the value is in the output, else 0."""
     return float(example.answers[0].lower() in output.lower())
 
 
 def choose_places(count: int) -> tuple[int, ...]:
-    """PUBLISHED, or five places from the first of `count` to the last."""
+    """Return the places of PUBLISHED, or five places from the first of `count` to the last."""
     return PUBLISHED.get(count) or tuple(dict.fromkeys(_choose_place(count, step) for step in range(_PLACES)))
 
 
 def _choose_place(count: int, step: int) -> int:
-    """The place of `step` (0 is the first, _PLACES - 1 the last) among `count`."""
+    """Return the place among `count` for `step`, where 0 is the first place and _PLACES - 1 the last."""
     return step * (count - 1) // (_PLACES - 1)
 
 
@@ -131,7 +131,7 @@ def _draw_pairs(seed: str) -> LazyList[tuple[str, str]]:
 def _fit_pairs(
     tokenizer: Tokenizer, pairs: LazyList[tuple[str, str]], length: int, step: int
 ) -> tuple[list[tuple[str, str]], int]:
-    """As many pairs as `length` holds, the first of them moved to a place; the place."""
+    """Return as many pairs as fit in `length`, with the first moved to the place of `step`, and that place."""
 
     def moved(count: int) -> tuple[list[tuple[str, str]], int]:
         place = _choose_place(count, step)

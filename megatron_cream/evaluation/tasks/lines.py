@@ -1,12 +1,12 @@
-"""LongChat-Lines: the number on one of many lines.
+"""LongChat-Lines: find the number on one of many lines.
 
 Published: D. Li and others, "How long can open-source LLMs truly promise on context length?"
-(LongChat, 2023), and its code's LRT-NL test: lines named by an adjective and a noun, each with a
-number up to 50,000, and the number on one line asked for. Grading is whether the number read from
-the output is the line's: CREAM's code reads the first of an output of 35 tokens, LongChat's the
-last of one of 100. This is CREAM's way, as a model without chat tuning goes on after its answer.
+(LongChat, 2023), and the LRT-NL test in its code: each line has a name of an adjective and a noun and a number
+up to 50,000, and the question is the number of one line. CREAM's code grades the first number in an output of
+35 tokens, LongChat's the last number in 100 tokens. This module grades as CREAM does, because a model without
+chat tuning continues after its answer.
 
-Ours: the words of the prompt, which ends with the start of the line asked for.
+Different here: the wording of the prompt, which ends with the start of the requested line.
 """
 
 import random
@@ -38,17 +38,15 @@ def examples(
 ) -> Iterator[Example]:
     """Yield `per_cell` examples for each length and each number of lines.
 
-    Those of a length have as many lines as it holds.
-
     Args:
-        tokenizer: of the model.
-        lengths: tokens of prompt and answer together.
-        lines: numbers of lines, 2 or more; such examples are as long as that makes them.
-        seed: of the random lines.
-        per_cell: examples of each length or number of lines.
+        tokenizer: the model's tokenizer.
+        lengths: tokens of prompt and answer together; each holds as many lines as fit.
+        lines: numbers of lines, 2 or more.
+        seed: seed of the random lines.
+        per_cell: examples for each length or number of lines.
 
     Raises:
-        UsageError: a length that is too short, too few lines, or `wonderwords` is not installed.
+        UsageError: a length is too short, a number of lines is below 2, or `wonderwords` is not installed.
     """
     for count in lines:
         if count < 2:
@@ -71,12 +69,12 @@ def load(tokenizer: Tokenizer, files: Sequence[Path], *, most: int | None = None
     """Yield the published tests, with their prompts unchanged.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         files: LongEval's JSONL files, N_lines.jsonl.
-        most: so many of a file's examples at most.
+        most: maximum examples per file; None takes all.
 
     Raises:
-        UsageError: a file that is not there, or not one of LongEval's, or two of one name.
+        UsageError: a file is missing or is not one of LongEval's, or two files have one name.
     """
     check_distinct_names("--data", files, lambda path: path.stem)
     for path in map(Path, files):
@@ -88,7 +86,7 @@ def load(tokenizer: Tokenizer, files: Sequence[Path], *, most: int | None = None
             try:
                 count, number, (_, index) = int(case["num_lines"]), int(case["expected_number"]), case["random_idx"]
                 if not isinstance(case["prompt"], str) or not case["prompt"].strip():
-                    raise TypeError("prompt must be a text that is not empty")
+                    raise TypeError("prompt must be a non-empty text")
                 length = len(tokenizer.encode(case["prompt"])) + MAX_NEW_TOKENS
                 depth = int(index) / max(1, count - 1)
             except (TypeError, ValueError, OverflowError) as error:
@@ -98,13 +96,13 @@ def load(tokenizer: Tokenizer, files: Sequence[Path], *, most: int | None = None
 
 
 def score(example: Example, output: str) -> float:
-    """1 where the first number in the output is the line's, else 0."""
+    """Return 1 if the first number in the output is the line's number, else 0."""
     numbers = re.findall(r"\d+", output)
     return float(bool(numbers) and int(numbers[0]) == int(example.answers[0]))
 
 
 class _Record:
-    """One example's lines: any number of them begins with the same ones."""
+    """The lines of one example; a longer record starts with the lines of a shorter one."""
 
     def __init__(self, seed: str):
         rng = random.Random(seed)
@@ -114,7 +112,7 @@ class _Record:
         self._lines = LazyList((name, rng.randint(1, _LARGEST)) for name in names)
 
     def gold(self, count: int) -> int:
-        """Which of `count` lines is asked for, from 0."""
+        """Return the index of the requested line among `count` lines, counted from 0."""
         return int(self._place * count)
 
     def prompt(self, count: int) -> str:

@@ -1,8 +1,8 @@
-"""LongBench (Y. Bai and others, arXiv 2308.14508): 21 data sets, which the user has downloaded.
+"""LongBench (Y. Bai and others, arXiv 2308.14508): 21 data sets, which the user downloads.
 
-Published (github.com/THUDM/LongBench): the data, the order of a prompt's parts and their labels, the
-longest answers, the metrics, and that a prompt which is too long loses its middle. Ours: the words
-of the instructions, so scores compare in kind, not digit for digit.
+As published (github.com/THUDM/LongBench): the data, the order of a prompt's parts and their labels, the maximum
+lengths of answers, the metrics, and that a prompt that is too long loses its middle. Different here: the wording
+of the instructions, so scores are similar to published ones but not equal.
 
 Metrics are in `longbench_metrics`.
 """
@@ -44,12 +44,12 @@ _CODE = "Please go on with the code below. \n"
 
 @dataclass(frozen=True)
 class Dataset:
-    """One of the data sets: how it is asked, and graded.
+    """The prompt and the scoring of one data set.
 
-    prompt: with {context} and {input}.
-    max_new_tokens: as published.
-    metric: of (output, answer, classes), 0 to 1.
-    first_line: only the output's first line is graded, as published.
+    prompt: template with {context} and {input}.
+    max_new_tokens: maximum tokens of an answer, as published.
+    metric: (output, answer, classes) -> 0 to 1.
+    first_line: whether only the output's first line is scored, as published.
     """
 
     prompt: str
@@ -164,12 +164,15 @@ DATASETS = {
     "lcc": Dataset(f"{_CODE}{{context}}Next line of code:\n", 64, metrics.code_similarity),
     "repobench-p": Dataset(f"{_CODE}{{context}}{{input}}Next line of code:\n", 64, metrics.code_similarity),
 }
-"""Name -> data set. LongBench-E's files, NAME_e.jsonl, are asked and graded as NAME."""
+"""Name -> data set. LongBench-E's files, NAME_e.jsonl, use the prompt and metric of NAME."""
 
 
 @dataclass(frozen=True)
 class LongBenchExample(Example):
-    """classes: what a classification chooses from, else empty."""
+    """An example of LongBench.
+
+    classes: the classes of a classification task, else empty.
+    """
 
     classes: tuple[str, ...] = ()
 
@@ -182,28 +185,28 @@ def examples(
     datasets: Sequence[str] | None = None,
     most: int | None = None,
 ) -> Iterator[LongBenchExample]:
-    """Yield the examples of the user's data; an example's part is its data set's name.
+    """Yield the examples of the user's data; an example's part is the name of its data set.
 
     Args:
-        tokenizer: of the model.
-        folder: with NAME.jsonl files, or the published data.zip.
+        tokenizer: the model's tokenizer.
+        folder: a folder with NAME.jsonl files, or the published data.zip.
         length: tokens of prompt and answer together; longer prompts lose their middle.
-        datasets: of DATASETS, or with _e; None is all that are there.
-        most: so many of a data set's examples at most, the first ones.
+        datasets: names from DATASETS, also with _e; None takes all data sets in `folder`.
+        most: maximum examples per data set, the first ones; None takes all.
 
     Raises:
-        UsageError: no data there, an unknown data set, a damaged file, a length that is too short,
-            or a package is not installed that grading needs.
+        UsageError: there is no data, a data set is unknown, a file is damaged, the length is too short, or a
+            package that a metric needs is not installed.
     """
     found = _find_readers(Path(folder))
     known = {name: read for name, read in found.items() if _base_name(name) in DATASETS}
     if not known:
-        raise UsageError(f"--data {folder}: there is no NAME.jsonl of its data sets, such as narrativeqa.jsonl")
+        raise UsageError(f"--data {folder}: there is no NAME.jsonl of LongBench's data sets, such as narrativeqa.jsonl")
     for name in datasets or ():
         if _base_name(name) not in DATASETS:
             raise UsageError(f"--datasets {name}: expected some of {', '.join(DATASETS)}")
         if name not in known:
-            raise UsageError(f"--datasets {name}: {folder} has {', '.join(sorted(known))}")
+            raise UsageError(f"--datasets {name}: {folder} has only {', '.join(sorted(known))}")
         if datasets.count(name) > 1:
             raise UsageError(f"--datasets {name}: given twice")
     chosen = datasets or sorted(known)
@@ -217,12 +220,12 @@ def examples(
                 break
             example = _build_example(tokenizer, name, where, record, length)
             if (other := places.setdefault(example.name, where)) != where:
-                raise UsageError(f"{where}: _id {record['_id']!r} is that of {other}")
+                raise UsageError(f"{where}: _id {record['_id']!r} is also that of {other}")
             yield example
 
 
 def score(example: Example, output: str) -> float:
-    """The data set's metric, the best over the answers."""
+    """Return the data set's metric for the best of the answers."""
     dataset = DATASETS[_base_name(example.part)]
     if dataset.first_line:
         output = output.lstrip("\n").split("\n")[0]
@@ -231,16 +234,16 @@ def score(example: Example, output: str) -> float:
 
 
 def cut_middle(tokenizer: Tokenizer, text: str, most: int) -> str:
-    """The text, less its middle where it has more than `most` tokens: as much of its start as of its end."""
+    """Return the text, cut to equal parts of its start and end if it has more than `most` tokens."""
     ids = tokenizer.encode(text)
     result, keep, over = text, most, len(ids) - most
     while over > 0:
         half = max(0, keep // 2)
         start, end = tokenizer.decode(ids[:half]), tokenizer.decode(ids[len(ids) - half :])
         if not text.startswith(" "):
-            start = start.removeprefix(" ")  # some tokenizers put one before all text
+            start = start.removeprefix(" ")  # some tokenizers decode a space before all text
         result = start + end
-        # The joint may take more tokens than its two sides did.
+        # Joining the parts may increase the number of tokens.
         over = len(tokenizer.encode(result)) - most
         keep -= over
     return result
@@ -256,7 +259,7 @@ def _build_example(
         if not isinstance(record[key], right):
             raise UsageError(f"{where}: {key} must be a list, not {one_line(repr(record[key]), 60)}")
     parts = {"context": str(record["context"]), "input": str(record["input"])}
-    # In one pass: what is filled in may itself have braces.
+    # One pass, because the inserted texts may contain such braces themselves.
     prompt = re.sub(r"\{(context|input)\}", lambda field: parts[field.group(1)], dataset.prompt)
     prompt = cut_middle(tokenizer, prompt, length - dataset.max_new_tokens)
     return LongBenchExample(
@@ -275,14 +278,14 @@ def _base_name(name: str) -> str:
 
 
 def _find_readers(folder: Path) -> dict[str, Callable[[], Iterator[tuple[str, dict[str, Any]]]]]:
-    """Name of each .jsonl file -> what reads its records."""
+    """Return the name of each .jsonl file with a function that reads its records."""
     if folder.suffix == ".zip":
         with report_read_errors(folder), zipfile.ZipFile(folder) as archive:
             members = [name for name in archive.namelist() if name.endswith(".jsonl")]
         check_distinct_names(f"--data {folder}:", map(Path, members), lambda member: member.stem)
         return {Path(member).stem: partial(_read_zip_member, folder, member) for member in members}
     if not folder.is_dir():
-        raise UsageError(f"--data {folder}: no such folder; give one with NAME.jsonl files, or data.zip")
+        raise UsageError(f"--data {folder}: no such folder. Give a folder with NAME.jsonl files, or data.zip.")
     return {path.stem: partial(read_json_lines, path, _FIELDS) for path in folder.glob("*.jsonl")}
 
 

@@ -1,13 +1,13 @@
-"""Needle in a Haystack: one fact in long filler, asked for at the end.
+"""Needle in a Haystack: one fact hidden in long filler, with a question about it at the end.
 
-Published: G. Kamradt's test (github.com/gkamradt/LLMTest_NeedleInAHaystack): a fact about San
-Francisco at a depth of essays, at a sentence's start, graded by a language model. CREAM's paper
-takes that fact at 10 lengths from 1,024 to 32,700 tokens by 6 depths, with an answer of up to 50
-tokens, and its released code grades by ROUGE-L: `sandwich` here, and `rouge_l`.
+Published: G. Kamradt's test (github.com/gkamradt/LLMTest_NeedleInAHaystack) puts a fact about San Francisco
+at the start of a sentence, at a given depth of essays, and a language model grades the answer. CREAM's paper
+uses that fact at 10 lengths from 1,024 to 32,700 tokens by 6 depths, with an answer of up to 50 tokens, and
+its released code grades by ROUGE-L. Here these are the kind `sandwich` and `rouge_l`.
 
-Ours: the fact is by default a random number of a random city (`number`), so that no judge is
-needed, no model has read the answer elsewhere, and several examples in a cell differ. `score` is
-the share of the answer's key words that are in the output: all or nothing for a number.
+Different here: the default fact is a random number of a random city (`number`). It needs no judge, no model
+has seen the answer in training, and the examples of a cell differ. `score` is the share of the answer's key
+words that are in the output; for a number it is 0 or 1.
 """
 
 import random
@@ -24,7 +24,7 @@ from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 50
 KINDS = ("number", "sandwich")
-"""What the needle is."""
+"""Kinds of needle."""
 
 _INTRODUCTION = "An important fact is hidden in the text below. Find it and remember it: you will be asked about it.\n"
 _CITIES = (
@@ -36,14 +36,15 @@ _SANDWICH_WORDS = ("eat", "sandwich", "sit", "Dolores", "Park", "sunny", "day")
 
 
 def grid(minimum: int, maximum: int, count: int, depths: int) -> tuple[list[int], list[float]]:
-    """`count` lengths from `minimum` to `maximum`, evenly, and `depths` depths from 0 to 1, evenly.
+    """Return `count` lengths from `minimum` to `maximum` and `depths` depths from 0 to 1, evenly spaced.
 
     Raises:
-        UsageError: they cannot be spaced so.
+        UsageError: a count is below 1, or `minimum` is not between 1 and `maximum`.
     """
     if not 0 < minimum <= maximum or count < 1 or depths < 1:
         raise UsageError(
-            f"{count} lengths from {minimum} to {maximum} by {depths} depths: give one of each or more, shorter first"
+            f"{count} lengths from {minimum} to {maximum} by {depths} depths: give at least one length and one depth, "
+            "and the shortest length first"
         )
     lengths = np.linspace(minimum, maximum, count).astype(int).tolist()
     return sorted(set(lengths)), np.linspace(0, 1, depths).tolist()
@@ -62,16 +63,16 @@ def examples(
     """Yield `per_cell` examples for each length and depth.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         lengths: tokens of prompt and answer together.
         depths: share of the filler's tokens before the needle, 0 to 1.
-        seed: of the random facts.
-        per_cell: examples of each length and depth.
-        needle: of KINDS.
-        haystack: folder of .txt files; None is the standard library's prose.
+        seed: seed of the random facts.
+        per_cell: examples for each length and depth.
+        needle: one of KINDS.
+        haystack: folder of .txt files; None takes the standard library's prose.
 
     Raises:
-        UsageError: a length that is too short, a depth or needle that does not exist, no filler.
+        UsageError: a length is too short, a depth is not in 0 to 1, the needle is unknown, or there is no filler.
     """
     if needle not in KINDS:
         raise UsageError(f"needle {needle}: expected one of {', '.join(KINDS)}")
@@ -89,18 +90,18 @@ def examples(
 
 
 def score(example: Example, output: str) -> float:
-    """Share of the answer's key words (for a number: the number) that are whole words of the output."""
+    """Return the share of the answer's key words (or number) that are whole words of the output."""
     found = [re.search(rf"\b{re.escape(answer)}\b", output, re.IGNORECASE) for answer in example.answers]
     return sum(map(bool, found)) / len(found)
 
 
 def rouge_l(output: str) -> float:
-    """ROUGE-L, F1, of the output's first line and the sentence about San Francisco, as CREAM's code grades it."""
+    """Return the ROUGE-L F1 of the output's first line and the San Francisco sentence, as in CREAM's code."""
     return longbench_metrics.rouge_l(output.split("\n")[0], _SANDWICH)
 
 
 def _draw_needle(kind: str, rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
-    """(the fact, the question with the start of its answer, key words of the answer)."""
+    """Return (the fact, the question with the start of its answer, key words of the answer)."""
     if kind == "sandwich":
         return _SANDWICH, "What is the best thing to do in San Francisco?\nAnswer:", _SANDWICH_WORDS
     city, number = rng.choice(_CITIES), str(rng.randint(1_000_000, 9_999_999))

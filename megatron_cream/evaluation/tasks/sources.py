@@ -1,4 +1,4 @@
-"""What tasks read: users' data files, and Python packages that only some tasks need."""
+"""Readers of users' data files, and imports of Python packages that only some tasks need."""
 
 import gzip
 import json
@@ -18,21 +18,24 @@ from megatron_cream.data.compressed import bounded_lines
 
 
 def import_package(module: str) -> ModuleType:
-    """The module, of a package that has its name on PyPI, imported.
+    """Import and return a module whose package has the same name on PyPI.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: the package is not installed.
     """
     try:
         return import_module(module)
     except ImportError as error:
         name = module.split(".")[0]
-        raise UsageError(f"this task needs the package {name}, which is not there: pip install {name}") from error
+        raise UsageError(f"this task needs the package {name}, which is not installed: pip install {name}") from error
 
 
 @cache
 def load_words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Adjectives, nouns, verbs of `wonderwords`, which LongChat and RULER take theirs from; plain small letters."""
+    """Return the adjectives, nouns and verbs of `wonderwords` that have only lower-case letters.
+
+    LongChat and RULER use the same source.
+    """
     source = import_package("wonderwords").RandomWord(enhanced_prefixes=False)
     return tuple(
         tuple(source.filter(include_categories=[kind], regex="[a-z]+")) for kind in ("adjective", "noun", "verb")
@@ -40,26 +43,30 @@ def load_words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
 
 
 def check_distinct_names(flag: str, files: Iterable[Path], name: Callable[[Path], str]) -> None:
-    """Raise UsageError where two of the files have the same `name`: a run knows their examples by it."""
+    """Raise UsageError if two files have the same `name`, because it identifies their examples."""
     seen: dict[str, Path] = {}
     for file in files:
         if (other := seen.get(name(file))) is not None:
-            raise UsageError(f"{flag} {other} {file}: two files of one name; rename one, or give each once")
+            raise UsageError(f"{flag} {other} {file}: two files with one name. Rename one, or give each file once.")
         seen[name(file)] = file
 
 
 def read_json_lines(path: Path, fields: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, for messages; the object there) of a .jsonl or .jsonl.gz file, each with `fields` at least.
+    """Yield ("FILE, line N" for messages, object) for each line of a .jsonl or .jsonl.gz file.
+
+    Args:
+        path: the file.
+        fields: keys that every object must have.
 
     Raises:
-        UsageError: no such file, none or not such lines; it names the first one.
+        UsageError: the file is missing or has no lines, or a line has no such object; names the first bad line.
     """
     with report_read_errors(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
         yield from parse_lines(bounded_lines(lines), str(path), fields)
 
 
 def parse_lines(lines: Iterable[bytes], where: str, fields: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As `read_json_lines`, from lines of UTF-8; `where` names the file."""
+    """Parse lines of UTF-8 as `read_json_lines` does; `where` names the file in messages."""
     empty = True
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -78,17 +85,17 @@ def parse_lines(lines: Iterable[bytes], where: str, fields: Iterable[str]) -> It
 
 
 def read_json_file(path: Path) -> Any:
-    """The value of a .json file.
+    """Return the value of a .json file.
 
     Raises:
-        UsageError: no such file, or not JSON.
+        UsageError: the file is missing or is not JSON.
     """
     with report_read_errors(path):
         return _parse_json(path.read_bytes())
 
 
 def _parse_json(data: bytes) -> Any:
-    """Raises ValueError also for lone surrogates, which JSON can spell and no tokenizer takes."""
+    """Parse JSON; raise ValueError also for lone surrogates, which JSON can spell but no tokenizer accepts."""
     value = json.loads(data)
     json.dumps(value, ensure_ascii=False).encode()
     return value
@@ -96,10 +103,10 @@ def _parse_json(data: bytes) -> Any:
 
 @contextmanager
 def report_read_errors(path: Path) -> Iterator[None]:
-    """Whatever fails in reading `path` is a UsageError."""
+    """Turn every error in reading `path` into a UsageError that names it."""
     try:
         yield
-    # RuntimeError: of an archive that is encrypted, or compressed in a way that zipfile does not know.
+    # zipfile raises RuntimeError for encrypted archives and for unknown compression methods.
     except (
         OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ValueError, RecursionError, RuntimeError,
     ) as error:  # fmt: skip

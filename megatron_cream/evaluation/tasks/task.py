@@ -1,4 +1,4 @@
-"""What a long-context task gives: examples with their gold answers, to be generated for and scored."""
+"""The types that every long-context task uses: an example with its gold answers, and the tokenizer interface."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,15 +6,15 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and what it should be answered with.
+    """One prompt with its gold answers.
 
-    name: unique within a task's examples and the same in every run: what a run resumes by.
-    prompt: the text the model continues.
-    answers: gold answers; what they mean is the task's score's to say.
-    max_new_tokens: how long an answer may be, in tokens.
-    length: the context length this example stands for, in tokens, prompt and answer together.
-    depth: where the gold lies in the context, 0 (start) to 1 (end), where there is one such place.
-    part: the part of the task it belongs to (a RULER task, a LongBench data set).
+    name: unique within a task's examples and the same in every run, so that a run can resume.
+    prompt: the text that the model continues.
+    answers: gold answers; the task's score defines how they count.
+    max_new_tokens: maximum tokens of an answer.
+    length: context length of this example in tokens, prompt and answer together.
+    depth: place of the gold in the context, 0 (start) to 1 (end); None if there is not exactly one place.
+    part: the part of the task (a RULER task, a LongBench data set).
     """
 
     name: str
@@ -27,10 +27,10 @@ class Example:
 
 
 class Tokenizer(Protocol):
-    """What tasks need of a tokenizer to fill a context of a given length."""
+    """The tokenizer interface with which tasks fill a context of a given length."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, without special tokens."""
+        """Return the token ids of a text, without special tokens."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Return the text of token ids, without special tokens."""

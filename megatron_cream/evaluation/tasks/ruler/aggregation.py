@@ -1,11 +1,11 @@
 """RULER's counting tasks: cwe, the most common words of a list, and fwe, the most frequent coded words.
 
-Published: cwe has ten common words, 30 times each, among others, 3 times each (6 and once below
-4,096 tokens), after a small solved list. fwe has random words of six letters, the one of rank k
-N k**-2 / zeta(2) times, rounded down; the first is shown as dots and ignored, the next three are
-asked for. Ours: cwe's solved list has words of its own, and where the words of `wonderwords` run
-out (past about 200K tokens) pairs of words are added; fwe is never so short that the fourth and
-fifth rank come equally often.
+Published: cwe has ten common words, 30 times each, among others, 3 times each (6 times and once below 4,096
+tokens), after a small solved list. fwe has random words of six letters, of which the word of rank k occurs
+N k**-2 / zeta(2) times, rounded down. The first is shown as dots and ignored, and the question is the next three.
+
+Different here: cwe's solved list has its own words, and when the words of `wonderwords` run out (past about 200K
+tokens) pairs of words follow. fwe is never so short that ranks four and five occur equally often.
 """
 
 import math
@@ -20,16 +20,16 @@ from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = {"cwe": 120, "fwe": 50}
 COMMON = 10
-"""How many words cwe asks for."""
+"""Number of words that cwe asks for."""
 
 _SHORT = 4096
 _ZETA_2 = math.pi**2 / 6
 _LEAST_CODED = 80
-"""From here on, each of the first four ranks comes more often than the next."""
+"""Minimum N of fwe: from here on, each of the first four ranks occurs more often than the next."""
 
 
 def build_common_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
-    """cwe: the example that is number `index` at `length`; `seed` is all that it depends on besides."""
+    """Build example number `index` of cwe at `length`; its random parts depend only on `seed`."""
     rng = random.Random(seed)
     vocabulary = LazyList(_draw_words(rng))
     solved_size, solved_times, times = (20, (3, 1), (6, 1)) if length < _SHORT else (40, (10, 3), (30, 3))
@@ -46,7 +46,7 @@ def build_common_words(tokenizer: Tokenizer, *, length: int, index: int, seed: s
 
 
 def build_frequent_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
-    """fwe: the example that is number `index` at `length`; `seed` is all that it depends on besides."""
+    """Build example number `index` of fwe at `length`; its random parts depend only on `seed`."""
     rng = random.Random(seed)
     vocabulary = LazyList(draw_distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6))))
 
@@ -78,7 +78,13 @@ def _draw_words(rng: random.Random) -> Iterator[str]:
 
 
 def _build_problem(vocabulary: Sequence[str], times: tuple[int, int], seed: str) -> str:
-    """The question up to its answer; times: of a common word and of another."""
+    """Build the question up to its answer.
+
+    Args:
+        vocabulary: the words; the first COMMON are the common ones.
+        times: occurrences of each common word and of each other word.
+        seed: seed of the order.
+    """
     listed = [*vocabulary[:COMMON]] * times[0] + [*vocabulary[COMMON:]] * times[1]
     random.Random(seed).shuffle(listed)
     return (

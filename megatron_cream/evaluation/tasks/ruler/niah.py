@@ -1,9 +1,9 @@
-"""RULER's retrieval tasks: needles, each a key and a value, in three kinds of haystack.
+"""RULER's retrieval tasks (niah): needles, each with a key and a value, in three kinds of haystack.
 
-Published: haystacks of one repeated line (noise), of essays, and of other needles; keys and values
-of adjective-noun words, numbers of seven digits, or UUIDs; four keys, values or queries in the
-tasks with several. Ours: no two keys are the same, and no two values, so that an answer is unique;
-a needle's depth is of the haystack's tokens where it is essays.
+Published: haystacks of one repeated line (noise), of essays, or of other needles; keys and values that are
+adjective-noun words, numbers of seven digits or UUIDs; four keys, values or queries in the tasks with several.
+Different here: no two keys and no two values are equal, so that an answer is unique, and in essays a needle's
+depth counts tokens.
 """
 
 import random
@@ -18,15 +18,23 @@ from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 MAX_NEW_TOKENS = 128
 NOISE = "The river is wide. The hill is green. The road is long. On we go. Day comes after night."
-"""The line that noise repeats."""
+"""The line that is repeated as noise."""
 
 _DEPTHS = 40
-"""Needles lie at distinct ones of so many depths, evenly from 0 to 1, as published."""
+"""Number of evenly spaced depths from 0 to 1; each needle has its own depth, as published."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the published configuration sets for a task; each key has `values` values, `queries` keys are asked for."""
+    """A task's published configuration.
+
+    haystack: "noise", "essay" or "needle".
+    key: kind of the keys: "words", "numbers" or "uuids".
+    value: kind of the values.
+    keys: number of keys.
+    values: values of each key.
+    queries: keys that the prompt asks for.
+    """
 
     haystack: str
     key: str = "words"
@@ -51,15 +59,15 @@ SETTINGS = {
 def build_example(
     task: str, essay: Haystack | None, tokenizer: Tokenizer, *, length: int, index: int, seed: str
 ) -> Example:
-    """Make example number `index` of `task` at `length`.
+    """Build example number `index` of `task` at `length`.
 
     Args:
-        task: of SETTINGS.
+        task: one of SETTINGS.
         essay: the haystack of the tasks with essays.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         length: tokens of prompt and answer together.
-        index: from 0, for the example's name.
-        seed: all that the example depends on besides.
+        index: number of the example, from 0; only its name depends on it.
+        seed: seed of everything random in the example.
     """
     setting, rng = SETTINGS[task], random.Random(seed)
     draw_key = draw_distinct(_make_drawer(setting.key, rng))

@@ -1,8 +1,7 @@
-"""RULER's qa_1 and qa_2: questions of SQuAD and HotpotQA among documents that do not answer them.
+"""RULER's tasks qa_1 and qa_2: questions of SQuAD and HotpotQA among documents that do not answer them.
 
-Published: the question's own documents, then others (for SQuAD, of the same article first), as
-many as fit, in random order; questions in the file's order; where the file has too few documents,
-all of them over and over.
+As published: a prompt has the question's own documents and as many others as fit (for SQuAD, those of the same
+article first), in random order. Questions are in the file's order. If the file has too few documents, they repeat.
 """
 
 import random
@@ -22,7 +21,11 @@ MAX_NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its right answers, and indices of documents: its own, and those of its article."""
+    """A question with its correct answers.
+
+    own: indices of its own documents.
+    related: indices of the other documents of its article.
+    """
 
     text: str
     answers: tuple[str, ...]
@@ -32,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """What a file holds."""
+    """The questions and documents of a file."""
 
     path: Path
     questions: Sequence[Question]
@@ -40,10 +43,10 @@ class Questions:
 
 
 def read_squad(path: Path) -> Questions:
-    """SQuAD's JSON, of version 1.1 or 2.0, less the questions without an answer.
+    """Read SQuAD's JSON of version 1.1 or 2.0, without the questions that have no answer.
 
     Raises:
-        UsageError: no such file, or not SQuAD's.
+        UsageError: the file is missing or is not SQuAD's.
     """
     data = read_json_file(path)
     try:
@@ -67,14 +70,14 @@ def read_squad(path: Path) -> Questions:
 
 
 def read_hotpotqa(path: Path) -> Questions:
-    """HotpotQA's JSON in the distractor setting.
+    """Read HotpotQA's JSON of the distractor setting.
 
     Raises:
-        UsageError: no such file, or not HotpotQA's.
+        UsageError: the file is missing or is not HotpotQA's.
     """
     data = read_json_file(path)
     if not isinstance(data, list):
-        raise UsageError(f"{path}: not HotpotQA's JSON: it is no list")
+        raise UsageError(f"{path}: not HotpotQA's JSON: it is not a list")
     read = []
     for number, case in enumerate(data, start=1):
         try:
@@ -93,10 +96,10 @@ def read_hotpotqa(path: Path) -> Questions:
 
 
 def build_example(task: str, data: Questions, tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
-    """The question that is number `index`, at `length`; `seed` is all that the example depends on besides.
+    """Build the example of question number `index` at `length`; its random parts depend only on `seed`.
 
     Raises:
-        UsageError: there are not so many questions.
+        UsageError: the file has too few questions.
     """
     if index >= len(data.questions):
         raise UsageError(f"{data.path}: has {len(data.questions)} questions, too few for {index + 1} examples")
@@ -125,12 +128,12 @@ def _build_prompt(documents: Sequence[str], question: str) -> str:
 
 def _read_text(record: dict[str, Any], key: str) -> str:
     if not isinstance(record[key], str) or not record[key]:
-        raise TypeError(f"{key} must be a text that is not empty, not {record[key]!r}")
+        raise TypeError(f"{key} must be a non-empty text, not {record[key]!r}")
     return record[key]
 
 
 def _index_documents(documents: Any) -> tuple[dict[str, int], list[str]]:
-    """(index of each document, the documents), once each, sorted."""
+    """Return (document -> index, documents) for the sorted documents without duplicates."""
     unique = sorted(set(documents))
     return {document: i for i, document in enumerate(unique)}, unique
 

@@ -1,9 +1,9 @@
 """RULER (C. Hsieh and others, arXiv 2404.06654): thirteen synthetic tasks at any length.
 
-The structure, sizes, lengths of answers and grading are the published ones (NVIDIA/RULER,
-scripts/synthetic.yaml and scripts/data/synthetic/), the words of the prompts and the code are
-ours, so scores compare in kind, not digit for digit, with published ones. What is drawn otherwise
-than there is said in each module. Prompts end with the start of the answer, as published.
+The structure, sizes, answer lengths and grading are as published (NVIDIA/RULER, scripts/synthetic.yaml and
+scripts/data/synthetic/). The wording of the prompts and the code are this project's, so scores are similar to
+published ones but not equal. Each module lists its other differences. Prompts end with the start of the answer,
+as published.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +16,10 @@ from megatron_cream.evaluation.tasks.ruler import aggregation, niah, qa, tracing
 from megatron_cream.evaluation.tasks.task import Example, Tokenizer
 
 TASKS = (*niah.SETTINGS, "vt", "cwe", "fwe", "qa_1", "qa_2")
-"""The thirteen. qa_1 takes SQuAD's file and qa_2 HotpotQA's, of the user."""
+"""RULER's thirteen tasks. qa_1 needs SQuAD's file and qa_2 HotpotQA's, which the user downloads."""
 
 THRESHOLD = 85.6
-"""Llama-2-7B-chat's score, in percent, at 4K: what the paper calls satisfactory."""
+"""Minimum satisfactory score in percent, as in the paper: Llama-2-7B-chat's score at 4K."""
 
 
 def examples(
@@ -33,23 +33,21 @@ def examples(
     squad: Path | None = None,
     hotpotqa: Path | None = None,
 ) -> Iterator[Example]:
-    """Yield `per_cell` examples of each task at each length.
-
-    An example's part is its task.
+    """Yield `per_cell` examples of each task at each length; an example's part is its task.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         lengths: tokens of prompt and answer together.
-        tasks: of TASKS; None is all whose data is there.
-        seed: of the random needles, words and questions.
-        per_cell: examples of each task and length.
-        haystack: folder of .txt files, for the tasks with essays; None is the standard library's prose.
+        tasks: names from TASKS; None takes all tasks whose data is given.
+        seed: seed of the random needles, words and questions.
+        per_cell: examples for each task and length.
+        haystack: folder of .txt files for the tasks with essays; None takes the standard library's prose.
         squad: SQuAD's dev-v2.0.json (or v1.1).
         hotpotqa: HotpotQA's hotpot_dev_distractor_v1.json.
 
     Raises:
-        UsageError: an unknown task, a file that is missing or not such a file, more examples than
-            questions, a length that is too short, or `wonderwords` is not installed.
+        UsageError: a task is unknown, a file is missing or of another format, there are fewer questions than
+            examples, a length is too short, or `wonderwords` is not installed.
     """
     files = {"qa_1": squad, "qa_2": hotpotqa}
     if tasks is None:
@@ -65,22 +63,22 @@ def examples(
 
 
 def score(example: Example, output: str) -> float:
-    """Share of the answers that are in the output, in any case; for questions (qa), 1 where any is."""
+    """Return the share of the answers in the output, ignoring case; for qa, 1 if any answer is in it."""
     found = [answer.lower() in output.lower() for answer in example.answers]
     return float(any(found)) if example.part.startswith("qa_") else sum(found) / len(found)
 
 
 def effective_length(scores_by_length: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:
-    """Return the longest length whose score, like all shorter ones', reaches `threshold`.
+    """Return the longest length up to which every score is at least `threshold`.
 
-    The paper's is the largest length that passes, whatever the shorter ones do: the same wherever
-    scores fall with length. Here a length at which a model fails is not passed over.
+    The paper takes the largest length that passes, even if a shorter one fails. The results are equal if
+    scores fall with length.
 
     Args:
         scores_by_length: context length -> mean score over the tasks, in percent.
         threshold: the lowest score that passes, in percent.
 
-    Returns: None where the shortest length fails, or there is none.
+    Returns: None if the shortest length fails, or there is no length.
     """
     longest = None
     for length in sorted(scores_by_length):

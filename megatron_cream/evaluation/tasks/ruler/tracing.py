@@ -1,8 +1,8 @@
-"""RULER's vt: a chain of variable assignments in noise; name all variables with the value.
+"""RULER's task vt: find all variables with a value in a chain of assignments among noise.
 
-Published: one chain of four hops, so five variables with names of five letters, each assigned on a
-line of its own, in order, among repeated noise; a solved example with names of three letters comes
-first. Ours: the solved example has five lines of noise, where the published one has 500 tokens.
+Published: one chain of four hops, so five variables with names of five letters, each assigned on its own line, in
+order, among repeated noise; a solved example with names of three letters comes first. Different here: the solved
+example has five lines of noise instead of 500 tokens.
 """
 
 import random
@@ -20,7 +20,7 @@ _SOLVED_NOISE = 5
 
 
 def build_example(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
-    """The example that is number `index` at `length`; `seed` is all that it depends on besides."""
+    """Build example number `index` at `length`; its random parts depend only on `seed`."""
     rng = random.Random(seed)
     solved, solved_names = _draw_chain(rng, letters=3)
     chain, names = _draw_chain(rng, letters=5)
@@ -36,14 +36,20 @@ def build_example(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -
 
 
 def _draw_chain(rng: random.Random, letters: int) -> tuple[list[str], list[str]]:
-    """(assignments in order, the variables' names)."""
+    """Draw a chain; return (assignments in order, the variables' names)."""
     names = list(islice(draw_distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters))), HOPS + 1))
     first = f"VAR {names[0]} = {rng.randint(10_000, 99_999)}"
     return [first] + [f"VAR {name} = VAR {before}" for before, name in pairwise(names)], names
 
 
 def _build_problem(chain: Sequence[str], places: Sequence[float], noise: int) -> str:
-    """The question up to its answer; places: of the assignments, ascending, share of the noise before each."""
+    """Build the question up to its answer.
+
+    Args:
+        chain: the assignments in order.
+        places: share of the noise before each assignment, ascending.
+        noise: lines of noise.
+    """
     lines, before = [], 0
     for assignment, place in zip(chain, places, strict=True):
         lines += [NOISE] * (round(place * noise) - before) + [assignment]
