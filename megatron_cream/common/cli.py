@@ -10,7 +10,7 @@ from megatron_cream.common.files import check_path
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line that begins with the tool's name, and exits with code 2."""
+    """An argument parser that reports errors in one line and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
         tool = self.prog.split()[0]  # a subcommand's prog is "tool subcommand"

@@ -15,7 +15,7 @@ from megatron_cream.common.errors import UsageError, reason
 
 @contextlib.contextmanager
 def redirect_output(mode: str, folder: str | None) -> Iterator[TextIO]:
-    """Send Megatron's output to a log file if `mode` asks for it; yield the stream for the user.
+    """Redirect Megatron's output as `mode` says; yield the stream for the user.
 
     Args:
         mode: `full` redirects nothing. `progress` sends this process's standard output,
@@ -51,7 +51,10 @@ def redirect_output(mode: str, folder: str | None) -> Iterator[TextIO]:
 
 
 class _Lossy(io.FileIO):
-    """A file that drops what it cannot write, so that a full disk or a closed pipe does not end the run."""
+    """A file that drops what it cannot write.
+
+    A full disk or a closed pipe must not end the run.
+    """
 
     def write(self, data) -> int:
         try:
@@ -83,7 +86,10 @@ def _use_log_handlers(*handlers: logging.Handler) -> Iterator[None]:
 
 
 def _terminal_handler() -> logging.Handler:
-    """Return a handler for warnings; from Megatron, which warns at every change of its state, for errors only."""
+    """Return a handler that prints warnings, but only errors from Megatron.
+
+    Megatron logs every change of its state as a warning.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.WARNING)
     handler.addFilter(lambda r: r.levelno >= logging.ERROR or not r.name.startswith("megatron."))

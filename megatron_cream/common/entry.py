@@ -1,4 +1,4 @@
-"""The start and the end of every command: Ctrl-C, output that cannot be written, Python without assertions.
+"""The start and the end of every command: Ctrl-C, unwritable output, disabled assertions.
 
 Scripts call `start` before their imports, which take seconds. So this module imports very little, not even `typing`.
 """
@@ -20,7 +20,7 @@ _pid = 0
 
 
 def start() -> None:
-    """Prepare the process. Call it in the first lines of a script, unless the script is imported."""
+    """Prepare the process; call this in the first lines of a script that is run, not imported."""
     global _pid
     _pid = os.getpid()
     gc.disable()  # until `run`: collections take a quarter of the imports' time and find nothing
@@ -67,7 +67,7 @@ def run(main) -> None:
 
 
 def ignore_lost_output() -> None:
-    """Drop output that cannot be written, from now on, so that a run survives a closed terminal or a full disk."""
+    """Drop unwritable output from now on, so that a run survives a closed terminal."""
     if raw := _raw(sys.__stdout__):
         raw.lossy = True
 
@@ -119,7 +119,7 @@ def _raw(stream: object) -> _Raw | None:
 
 
 def _open_closed_streams() -> None:
-    """Fill closed standard streams, so that the next opened file does not become standard output.
+    """Open closed standard streams, so that no other file gets their descriptors.
 
     Writes to them still fail, as before.
     """
@@ -143,7 +143,7 @@ def _interrupt(_number, _frame) -> None:
 
 
 def _exit_on_lost_interrupt(unraisable) -> None:
-    """Exit on an interrupt inside a destructor or callback, where nothing can be raised; a `sys.unraisablehook`."""
+    """Exit on an interrupt inside a destructor or callback; a `sys.unraisablehook`."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _report_interrupt()
         os._exit(INTERRUPTED)

@@ -14,7 +14,7 @@ _NO_SHARED_MEMORY = re.compile(r"(shared memory|/torch_\d).*No space left on dev
 
 
 class UsageError(Exception):
-    """A mistake in what the user set. The command prints its one-line message and exits with code 2."""
+    """A mistake in a setting or file. The command prints the message, one line, and exits with 2."""
 
     def __init__(self, message: str):
         # Names from a damaged file may contain terminal control codes.
@@ -22,7 +22,7 @@ class UsageError(Exception):
 
 
 def one_line(error: object, max_chars: int = 300) -> str:
-    """Return the text of another library's error as one line of at most `max_chars` characters."""
+    """Return an error's text as one line of at most `max_chars` characters."""
     return " ".join(str(error).split())[:max_chars]
 
 
@@ -34,7 +34,7 @@ def reason(error: OSError, path: object = None) -> str:
 
 @contextlib.contextmanager
 def convert_megatron_errors(prefix: str) -> Iterator[None]:
-    """Raise any error of Megatron's code in the block as a UsageError that begins with `prefix`."""
+    """Convert any error in the block, which calls Megatron, to a UsageError with `prefix`."""
     try:
         yield
     except UsageError:
@@ -47,7 +47,10 @@ def convert_megatron_errors(prefix: str) -> Iterator[None]:
 
 
 def is_dead_data_worker(error: Exception) -> bool:
-    """Return whether a data loader worker died; torch raises this error anywhere in the rank's code."""
+    """Return whether the error reports that a data loader worker died.
+
+    torch raises it from a signal handler, anywhere in the rank's code.
+    """
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
@@ -63,5 +66,8 @@ def is_full_shared_memory(error: Exception) -> bool:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Return whether the error only reports that a peer rank is gone; that rank's own error has the cause."""
+    """Return whether the error reports that a peer rank is gone.
+
+    That rank's own error has the cause.
+    """
     return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))

@@ -25,7 +25,9 @@ _locks: dict[Path, TextIO] = {}
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, binary: bool = False) -> Iterator[IO]:
-    """Yield a file, UTF-8 or binary, that replaces `path` when the block ends without an error.
+    """Yield a file that replaces `path` when the block ends without an error.
+
+    The file is UTF-8 text or binary.
 
     A symbolic link stays; its target is replaced.
 
@@ -53,7 +55,10 @@ def save_picture(figure, path: Path, dpi: int = 150) -> None:
 
 
 def _resolve_regular(path: Path, flag: str = "") -> Path:
-    """Return `path` without symbolic links; reject a device, pipe or folder, which a rename would replace."""
+    """Resolve symbolic links of `path`; reject a device, pipe or folder.
+
+    A rename would replace it.
+    """
     real = Path(os.path.realpath(path))
     if os.path.lexists(real) and not real.is_file():
         raise UsageError(f"{flag and flag + ' '}{path}: exists and is not a regular file")
@@ -61,7 +66,7 @@ def _resolve_regular(path: Path, flag: str = "") -> Path:
 
 
 def check_path(path: str | Path, flag: str) -> None:
-    """Raise UsageError if `path`, which the user gave with `flag`, cannot be the path of a file.
+    """Raise UsageError if `path`, given with `flag`, cannot be the path of a file.
 
     Check the text that the user gave: Path("") is the current folder.
     """
@@ -88,7 +93,7 @@ def check_new_path(path: Path, flag: str) -> None:
 
 
 def check_picture(path: Path, flag: str) -> None:
-    """Raise UsageError unless a picture can be written to `path`, which the user gave with `flag`."""
+    """Raise UsageError unless a picture can be written to `path`, given with `flag`."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{flag} {path}: must end in .png, .svg or .pdf")
     check_new_path(path, flag)
@@ -131,7 +136,7 @@ def convert_disk_errors(path: Path, flag: str, kept: str = "") -> Iterator[None]
 
 
 def lock_folder(folder: Path, flag: str) -> None:
-    """Lock `folder`, which the user gave with `flag`, until this process ends, however it ends.
+    """Lock `folder`, given with `flag`, until this process ends in any way.
 
     Ranks of a run whose launcher was killed save once more before they exit, so this waits LOCK_WAIT_SECONDS for the
     lock. On a file system without locks it does nothing.
@@ -156,7 +161,10 @@ def lock_folder(folder: Path, flag: str) -> None:
 
 
 def is_locked_folder(folder: Path) -> bool:
-    """Return whether `folder` is still the one that `lock_folder` locked, not unmounted, moved or deleted."""
+    """Return whether `folder` is still the one that `lock_folder` locked.
+
+    It may have been unmounted, moved or deleted.
+    """
     path = folder / ".lock"
     try:
         return os.path.samestat(os.fstat(_locks[path].fileno()), os.stat(path))
@@ -171,7 +179,7 @@ def check_regular(path: Path, what: str) -> None:
 
 
 def check_can_create(folder: Path, flag: str) -> None:
-    """Raise UsageError unless `folder`, which the user gave with `flag`, exists or can be created."""
+    """Raise UsageError unless `folder`, given with `flag`, exists or can be created."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UsageError(f"{flag} {folder}: {existing} is not a folder")

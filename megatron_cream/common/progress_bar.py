@@ -1,4 +1,4 @@
-"""The progress bar of every command: a bar on a terminal; elsewhere nothing, or a line from time to time."""
+"""The progress bars of all commands: a bar on a terminal, elsewhere lines or nothing."""
 
 import sys
 import threading

@@ -41,7 +41,7 @@ _REJECTED = "it names {}, which is not allowed there; none of it was run"
 
 
 class Placeholder:
-    """Replaces objects of Megatron's own classes (enums, recipes), whose content is not used here."""
+    """Replacement for objects of Megatron's classes, such as enums, whose content is not used."""
 
     def __init__(self, *_):
         pass
@@ -65,14 +65,14 @@ class _Unpickler(pickle._Unpickler):  # the C version allocates 64 GB for a dama
 
 
 class NameChecker(_Unpickler):
-    """An unpickler that rejects names outside its list and imports none: every object becomes a `Placeholder`."""
+    """An unpickler that only checks names; every object becomes a `Placeholder`."""
 
     def load_class(self, module: str, name: str) -> Any:
         return Placeholder
 
 
 def to_plain(value: Any) -> Any:
-    """Return a copy made of containers, numbers, strings, None and torch's dtypes, readable anywhere.
+    """Return a copy made of containers, numbers, strings, None and torch's dtypes.
 
     An object of a class can be read only where that class has the same name. Even the standard library's names change:
     pathlib's classes moved in Python 3.13. Paths become strings, enums their names, other objects their `str`.
@@ -96,7 +96,10 @@ def to_plain(value: Any) -> Any:
 
 
 def declare_names_of_other_versions() -> None:
-    """Let torch read classes that Megatron declares safe under their names in other Python and numpy versions."""
+    """Let torch load safe classes under their names in other Python and numpy versions.
+
+    These are classes that Megatron declares safe under their current names.
+    """
     from numpy._core.multiarray import _reconstruct
 
     others = [(cls, name) for name, cls in _PATHS.items()]

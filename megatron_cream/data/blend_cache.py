@@ -1,4 +1,4 @@
-"""Megatron's index of a blend (each sample's data set and its number there), in a cache that jobs can share.
+"""Megatron's index of a blend (data set and number of each sample), in a shared cache.
 
 Megatron writes three files directly under their final names, so another job that starts meanwhile maps partial files.
 If the first rank cannot write, or another node does not see the files, Megatron crashes. Here the files are replaced

@@ -19,7 +19,7 @@ _ROWS = 256
 
 
 def find_dataset_files(folder: Path) -> list[Path] | None:
-    """Return the Arrow files that `datasets.save_to_disk` wrote to `folder`, in order; None if it did not.
+    """Return the Arrow files of a folder that `datasets.save_to_disk` wrote; None for others.
 
     Raises:
         ValueError: the folder has a DatasetDict of several splits, or a file is missing.
@@ -190,7 +190,10 @@ def _column_name(path: Path, schema: Any, keys: tuple[str, ...], chats: bool) ->
 
 
 def _texts(column: Any) -> list[bytes | None]:
-    """Return texts as bytes, not decoded: Arrow does not check UTF-8, and one invalid text would fail the batch."""
+    """Return a column's texts as bytes.
+
+    They are not decoded: Arrow does not check UTF-8, and one invalid text would fail the batch.
+    """
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -202,7 +205,10 @@ def _texts(column: Any) -> list[bytes | None]:
 
 
 def _dictionary_texts(column: Any) -> list[bytes | None]:
-    """Return dictionary-encoded texts as bytes; decoded together they may exceed the size limit of an Arrow array."""
+    """Return dictionary-encoded texts as bytes.
+
+    Converted at once, they may exceed the size limit of an Arrow array.
+    """
     import pyarrow
 
     column.indices.validate(full=True)

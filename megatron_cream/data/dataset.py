@@ -144,7 +144,7 @@ class LongDocumentDataset(MegatronDataset):
 
     @staticmethod
     def _read(dataset: IndexedDataset, document: int, token_indices: np.ndarray) -> np.ndarray:
-        """Return the document's values at `token_indices`, int64 [n], with one read for each contiguous run."""
+        """Read a document's values at `token_indices`, int64 [n], one read per contiguous run."""
         breaks = np.flatnonzero(np.diff(token_indices) != 1) + 1
         runs = np.split(token_indices, breaks)
         reads = [dataset.get(document, offset=int(run[0]), length=len(run)) for run in runs]

@@ -132,7 +132,7 @@ def prepare(
 
 
 def source_files(root: Path) -> list[Path]:
-    """Return the non-empty Python files under `root`, sorted by path, without the excluded ones."""
+    """Return the non-empty, not excluded Python files under `root`, sorted by path."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not _is_excluded(name)]
@@ -265,7 +265,7 @@ def _is_excluded(name: str) -> bool:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold a file lock in the block, so that only one process builds; it ends with the process."""
+    """Hold a file lock in the block; the lock ends with the process."""
     check_regular(path, "--embedded-data")
     with path.open("w") as lock:
         with contextlib.suppress(OSError):  # some network file systems have no locks
@@ -274,7 +274,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
-    """Delete folders of killed builds; only after a day, as another node may still be building."""
+    """Delete folders of killed builds after a day; another node may still be building."""
     for folder in cache_dir.glob(f"{BUILDING}*"):
         if time.time() - folder.stat().st_mtime > 24 * 3600:
             shutil.rmtree(folder, ignore_errors=True)

@@ -32,7 +32,9 @@ class Encoded:
 
 
 class Encoder:
-    """A function from Batch to Encoded. Workers inherit it by fork, as tokenizers may not be picklable.
+    """A function from Batch to Encoded.
+
+    Workers inherit it by fork, as tokenizers may not be picklable.
 
     Args:
         json_key: key of a record's text or turns; None: `text`, or CHAT_KEYS.

@@ -93,7 +93,7 @@ def read_index(prefix: str | Path) -> Index:
 
 
 def open_index(prefix: str | Path) -> Index:
-    """Return the index after checking the header, the first and last entries and the files' sizes only.
+    """Return the index after checking the header, some entries and the files' sizes.
 
     Takes the same short time for any length.
 
@@ -196,7 +196,10 @@ def token_range(prefix: str | Path, index: Index, max_bytes: int) -> tuple[int, 
 
 
 def _map(idx_path: Path) -> tuple[type, np.ndarray, np.ndarray, np.ndarray]:
-    """Map an .idx and return token type, lengths, offsets and document ends; check the header and the file's size."""
+    """Map an .idx; return its token type, lengths, offsets and document ends.
+
+    Checks the header and the file's size.
+    """
     with idx_path.open("rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):

@@ -1,4 +1,4 @@
-"""Find the documents that are long enough, once in a job; every rank and worker maps the result from one file.
+"""Find the documents that are long enough, once per job, and share the result in a file.
 
 The numbers of 100 million documents take 400 MB, which each rank would hold otherwise. If all documents are long
 enough, or few are, no file is written. The file is a .npy array followed by its CRC-32, which each rank checks.
@@ -123,7 +123,10 @@ def _write(file: Path, count: int, parts: Iterator[np.ndarray]) -> None:
 
 
 def _open(file: Path, lengths: np.ndarray, begin: int, end: int, minimum: int) -> np.ndarray | None:
-    """Map the file if its checksum is right and a sample of its numbers fits these documents; else return None."""
+    """Map the file if it is intact and fits these documents; else return None.
+
+    Its CRC-32 is checked in full, its numbers in a few places.
+    """
     try:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # missing, truncated or another format

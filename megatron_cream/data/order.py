@@ -9,7 +9,7 @@ _MASK = (1 << 64) - 1
 
 
 def permute(index: int, n: int, key: tuple[int, int]) -> int:
-    """Return the document at place `index` (0 <= index < n) in the order of `key` (seed, epoch).
+    """Return the document at place `index`, 0 to n - 1, in the order of `key` (seed, epoch).
 
     A bijection of range(n) for every key.
 
@@ -31,7 +31,10 @@ def permute(index: int, n: int, key: tuple[int, int]) -> int:
 
 
 def _mix(x: int) -> int:
-    """Mix 64 bits by SplitMix64's finaliser (Steele, Lea & Flood 2014): each output bit depends on all input bits."""
+    """Mix 64 bits by SplitMix64's finaliser (Steele, Lea & Flood 2014).
+
+    Each output bit depends on all input bits.
+    """
     x &= _MASK
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK

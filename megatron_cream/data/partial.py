@@ -1,4 +1,4 @@
-"""Output that appears only when complete, and partial output from which a killed run resumes.
+"""Output that appears only when complete; a killed run resumes from partial output.
 
 A run writes into PREFIX.partial/. Every few seconds it atomically replaces a state file with
 the input position and the size and CRC-32 of the output so far. A killed run resumes from that state and
@@ -82,7 +82,7 @@ def check_output(prefix: Path, overwrite: bool) -> None:
 
 
 class PartialOutput:
-    """The output files of one run, until they have their final names. Created by `open_partial`."""
+    """The output files of one run until their final rename. Created by `open_partial`."""
 
     def __init__(self, prefix: Path, settings: dict[str, Any], dtype: type, masked: bool, overwrite: bool, keep: bool):
         self._prefix, self._settings, self._dtype = prefix, settings, dtype
@@ -159,7 +159,7 @@ class PartialOutput:
         self.discard()
 
     def _list_renames(self) -> list[tuple[Path, Path]]:
-        """Return (partial file, final path) of all output files; the .idx that makes it readable is last."""
+        """Return (partial file, final path) of all output files, the data's .idx last."""
         renames = []
         for name, prefix in ((_MASK, loss_mask_prefix(self._prefix)), (_TOKENS, self._prefix)):
             if name in self._itemsizes:
@@ -222,7 +222,7 @@ class PartialOutput:
         return state
 
     def _find_damaged_file(self, state: State | None = None) -> Path | None:
-        """Return the first file that is too short for `state` or has another CRC-32; None if all are right."""
+        """Return the first file that does not match the size or CRC-32 in `state`, or None."""
         state = state or self.state
         for name in self._itemsizes:
             path, size = self._folder / name, self._size(name, state)
@@ -235,7 +235,7 @@ class PartialOutput:
 def open_partial(
     prefix: Path, settings: dict[str, Any], dtype: type, masked: bool, overwrite: bool, keep: bool
 ) -> Iterator[PartialOutput]:
-    """Open the partial output at `prefix`: that of a killed run with equal settings, or a new one.
+    """Open the partial output at `prefix` of a killed run with equal settings, or a new one.
 
     Args:
         prefix: path of the output, PREFIX.bin and PREFIX.idx.

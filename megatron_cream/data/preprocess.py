@@ -1,4 +1,4 @@
-"""Convert text documents and chats to Megatron's indexed dataset: PREFIX.bin and PREFIX.idx.
+"""Convert text documents and chats to Megatron's PREFIX.bin and PREFIX.idx.
 
 The files are the same as those of Megatron's own tool, without the suffix that it adds to the
 prefix: `preprocess(..., output_prefix)` writes what `--data-path output_prefix` reads. Each
@@ -167,7 +167,7 @@ def _digest(files: list[Path]) -> str:
 
 @contextlib.contextmanager
 def _show_progress(files: list[Path], prefix: Path, state: State, enabled: bool) -> Iterator[Callable[[], None]]:
-    """Show the progress of `state` on stderr: a bar on a terminal, elsewhere a line at the start and the end.
+    """Show progress on stderr: a bar on a terminal, elsewhere a first and a last line.
 
     Yields the function to call after each change of `state`.
     """

@@ -67,7 +67,7 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: Path) -> Any:
 
 
 class TokenIdMismatch(ValueError):
-    """transformers' token ids differ from those of the folder's tokenizer.json. One line with the folder."""
+    """transformers' token ids differ from those of the tokenizer.json. One line with the folder."""
 
 
 def check_megatron_ids(tokenizer: Any, folder: str | Path) -> None:
@@ -77,7 +77,7 @@ def check_megatron_ids(tokenizer: Any, folder: str | Path) -> None:
 
 
 def check_token_ids(folder: Path, tokenizer: Any) -> None:
-    """Check that transformers' tokenizer gives the ids of the folder's tokenizer.json on a text.
+    """Check that transformers' tokenizer gives the ids of the folder's tokenizer.json.
 
     transformers rebuilds some tokenizer classes, not always with the same result: 5.3 drops all spaces for a
     byte-level tokenizer whose class is LlamaTokenizerFast, such as DeepSeek-R1-Distill-Llama's.

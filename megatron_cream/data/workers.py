@@ -16,7 +16,7 @@ _function: Callable[[Any], Any]
 
 
 def map_in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
-    """Yield `map(function, items)` in order, computed by processes a few items ahead of the caller.
+    """Yield `map(function, items)` in order, computed by processes a few items ahead.
 
     Workers inherit `function` by fork, so it need not be picklable; items and results must be. With
     more than one worker, the caller must not have started threads or used CUDA.

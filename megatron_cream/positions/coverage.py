@@ -1,4 +1,4 @@
-"""Count how often a sampler's samples contain each position and each distance between two tokens."""
+"""How often a sampler's samples contain each position and each distance of two tokens."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,10 @@ def coverage(sampler: Sampler, *, target: int, samples: int, document_length: in
 
 
 def distances(position_ids: np.ndarray, target: int) -> np.ndarray:
-    """Count pairs of tokens that are 0, 1, .. target - 1 apart, int64 [target], by an FFT autocorrelation."""
+    """Count the pairs of tokens that are 0, 1, .. target - 1 apart, int64 [target].
+
+    This is the autocorrelation, computed by FFT.
+    """
     present = np.zeros(2 * target)
     present[position_ids] = 1
     spectrum = np.fft.rfft(present)

@@ -41,7 +41,7 @@ _POINTS = 1000
 
 
 class CreamSampler(BlockSampler):
-    """The CREAM sampler; see the module's docstring, and `Sampler` for window, target and seed.
+    """The CREAM sampler. See the module, and `Sampler` for window, target and seed.
 
     Args:
         sigma: standard deviation of the Gaussian, in half steps of the middle's scale (3.0 in the paper); only for
@@ -109,7 +109,7 @@ class CreamSampler(BlockSampler):
 
 
 def scale_thresholds(factor: int, sigma: float, censored: bool, middle: str = "gaussian") -> list[float]:
-    """Return the CDF values at which the middle's scale changes by a half step (Algorithm 1, step 2).
+    """Return the CDF values at which the middle's scale steps up (Algorithm 1, step 2).
 
     x follows the law `middle` over [2, 2 factor], centered on 1 + factor. Its CDF is tabulated on
     1000 evenly spaced points and inverted by linear interpolation; k = floor(x). So k is 2 plus

@@ -5,7 +5,7 @@ from megatron_cream.positions.sampler import BlockSampler
 
 
 class PiSampler(BlockSampler):
-    """N consecutive tokens from a uniformly drawn place of the document, at positions 0 .. N-1 (Chen et al. 2023)."""
+    """N consecutive tokens from a random place, at positions 0 .. N-1 (Chen et al. 2023)."""
 
     name = "pi"
 

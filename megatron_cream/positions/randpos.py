@@ -11,7 +11,10 @@ from megatron_cream.positions.sampler import Integers, Sampler
 
 @dataclass(frozen=True, eq=False)
 class RandposPlan:
-    """A plan like `positions.plan.Plan` that stores the positions; its hundreds of segments are computed on access."""
+    """A plan like `positions.plan.Plan` that stores the positions.
+
+    Its hundreds of segments are computed only on access.
+    """
 
     token_indices: np.ndarray
     position_ids: np.ndarray
@@ -51,7 +54,7 @@ def _sorted_subset(source: np.random.Philox, population: int, size: int) -> np.n
 
 
 def _first_distinct(source: np.random.Philox, population: int, size: int) -> np.ndarray:
-    """Return the first `size` distinct values of uniform draws from 0 .. population-1, sorted, int64 [size].
+    """Return the first `size` distinct draws from 0 .. population-1, sorted, int64 [size].
 
     The result does not depend on the number of draws at a time. Requires size <= population / 2.
     """

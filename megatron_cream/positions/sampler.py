@@ -1,4 +1,4 @@
-"""Base classes of the samplers: window and target, argument checks, and plans of one or many samples."""
+"""Base classes of the samplers: argument checks, and plans of one sample or many."""
 
 import operator
 from abc import ABC, abstractmethod
@@ -40,7 +40,7 @@ class Arrays:
 
 
 def as_integer(name: str, value: int, low: int = 0) -> int:
-    """Return `value` as a Python integer in [low, 2**64); raise ValueError with `name` otherwise."""
+    """Return `value` as a Python integer in [low, 2**64), or raise ValueError with `name`."""
     try:
         integer = operator.index(value)
     except TypeError:
@@ -59,7 +59,9 @@ def _as_integers(name: str, values) -> np.ndarray:
 
 
 class Sampler(ABC):
-    """Base class of the samplers. A plan is a pure function of (seed, epoch, sample, document length).
+    """Base class of the samplers.
+
+    A plan is a pure function of (seed, epoch, sample, document length).
 
     Args:
         window: N, the tokens of a sample.
@@ -97,7 +99,10 @@ class Sampler(ABC):
         """
 
     def _check_arguments(self, epoch: int, sample: int, document_length: int) -> tuple[int, int, int]:
-        """Return the arguments of `plan` as Python integers: numpy integers would overflow in the generator."""
+        """Return the arguments of `plan` as Python integers.
+
+        numpy integers would overflow in the generator.
+        """
         document_length = as_integer("document_length", document_length)
         self._check_length(document_length)
         return as_integer("epoch", epoch), as_integer("sample", sample), document_length
