@@ -39,7 +39,7 @@ def start() -> None:
 def run(main) -> None:
     """Run `main()` and exit with its code; report an interrupt or a failed write in one line."""
     global _main_runs
-    gc.freeze()  # what was imported stays: later collections need not look at it
+    gc.freeze()  # imported objects stay alive: later collections skip them
     gc.enable()
     code: int | str | None = 0
     try:

@@ -1,7 +1,7 @@
 """Stream rows of Parquet files and of Hugging Face dataset folders with pyarrow.
 
 A text is returned as UTF-8 bytes; a chat as one JSON object, like a line of a JSON-lines file.
-Memory holds a few hundred rows of one column, whatever the size of a file.
+Only a few hundred rows of one column are in memory at a time, for any size of file.
 """
 
 import contextlib

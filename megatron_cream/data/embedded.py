@@ -62,7 +62,7 @@ class EmbeddedCorpus:
 
     train_prefix: Path
     valid_prefix: Path
-    """For --train-data-path and --valid-data-path. PREFIX.jsonl holds the same text."""
+    """For --train-data-path and --valid-data-path. PREFIX.jsonl contains the same text."""
 
     vocab_size: int
     train_documents: int
@@ -193,24 +193,24 @@ def train_tokenizer(texts: list[str], vocab_size: int, symbols: Sequence[str] = 
 
 
 def _build(folder: Path, root: Path, files: list[Path], vocab_size: int, seed: int, progress: bool) -> None:
-    say = _make_printer(progress)
-    say(f"{len(files)} source files of Python {platform.python_version()} in {root}")
+    log = _make_printer(progress)
+    log(f"{len(files)} source files of Python {platform.python_version()} in {root}")
     train_files, valid_files = split_files(root, files, seed)
     train = _write_documents(folder / "train.jsonl", root, train_files)
     _write_documents(folder / "valid.jsonl", root, valid_files)
-    say(f"training a tokenizer of {vocab_size} tokens on {sum(map(len, train)) / 1e6:.1f}M characters")
+    log(f"training a tokenizer of {vocab_size} tokens on {sum(map(len, train)) / 1e6:.1f}M characters")
     model = folder / "tokenizer.model"
     model.write_bytes(train_tokenizer(train, vocab_size))
-    say("tokenizer trained; loading it")
+    log("tokenizer trained; loading it")
     tokenizer = load_tokenizer("SentencePieceTokenizer", model)
     numbers: dict[str, object] = {"vocab_size": tokenizer.vocab_size}
     for split in ("train", "valid"):
-        say(f"tokenizing {split}.jsonl")
+        log(f"tokenizing {split}.jsonl")
         report = preprocess([folder / f"{split}.jsonl"], folder / split, tokenizer, progress=False)
         numbers |= _numbers(split, report)
     # Written last: it marks the corpus as complete.
     (folder / "corpus.json").write_text(json.dumps(numbers, indent=1))
-    say(
+    log(
         f"done: {numbers['train_documents']} documents, {numbers['train_tokens']:,} tokens to train on; "
         f"{numbers['valid_documents']} documents, {numbers['valid_tokens']:,} tokens held out"
     )
@@ -283,8 +283,8 @@ def _remove_leftovers(cache_dir: Path) -> None:
 def _make_printer(enabled: bool) -> Callable[[str], None]:
     started = time.perf_counter()
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         if enabled:
             print(f"embedded corpus [{time.perf_counter() - started:4.1f} s]: {text}", file=sys.stderr, flush=True)
 
-    return say
+    return log

@@ -1,6 +1,6 @@
 """Find the documents that are long enough, once per job, and share the result in a file.
 
-The numbers of 100 million documents take 400 MB, which each rank would hold otherwise. If all documents are long
+The numbers of 100 million documents take 400 MB, which otherwise each rank would keep. If all documents are long
 enough, or few are, no file is written. The file is a .npy array followed by its CRC-32, which each rank checks.
 """
 

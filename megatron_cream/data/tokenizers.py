@@ -94,14 +94,17 @@ def check_token_ids(folder: Path, tokenizer: Any) -> None:
     raw = tokenizers.Tokenizer.from_file(str(file))
     raw.no_truncation()
     raw.no_padding()
-    theirs, own = tokenizer(_PROBE, add_special_tokens=False)["input_ids"], raw.encode(_PROBE, add_special_tokens=False)
-    if theirs[1:] == own.ids[1:]:
+    actual, expected = (
+        tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
+        raw.encode(_PROBE, add_special_tokens=False),
+    )
+    if actual[1:] == expected.ids[1:]:
         return
-    place = next((i for i, (a, b) in enumerate(zip(theirs, own.ids)) if i and a != b), 1)
-    shown = [" ".join(map(str, ids[place : place + 4])) for ids in (theirs, own.ids)]
+    place = next((i for i, (a, b) in enumerate(zip(actual, expected.ids)) if i and a != b), 1)
+    shown = [" ".join(map(str, ids[place : place + 4])) for ids in (actual, expected.ids)]
     raise TokenIdMismatch(
         f"{folder}: transformers {transformers.__version__} tokenizes text differently from its tokenizer.json: "
-        f"{_PROBE[:13]!r} becomes {tokenizer.decode(theirs)[:13]!r}, and the ids from index {place} on are {shown[0]}, "
+        f"{_PROBE[:13]!r} becomes {tokenizer.decode(actual)[:13]!r}, and the ids from index {place} on are {shown[0]}, "
         f'not {shown[1]}. Set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json, or install '
         "another transformers"
     )

@@ -7,7 +7,7 @@ paper and the authors' released code differ in four points; both variants are im
 | point | variant `paper` | variant `released` |
 |---|---|---|
 | choice of head and tail lengths, N/3 or 4s | for each sample | for each batch of 3000 samples |
-| scale of the middle | truncated: CDF renormalised over [2, 2s] | censored: mass beyond lies on 2 and 2s |
+| scale of the middle | truncated: CDF renormalised over [2, 2s] | censored: mass outside is added at 2 and 2s |
 | middle near the document's end | moved before the tail: no token twice | may repeat tokens of the tail |
 | drawn | again in each epoch | once: all epochs are equal |
 """
