@@ -185,7 +185,7 @@ def megatron(flags: list[str]) -> None:
     values.model_config = stock_config
     # None of this project's optimizer, checks and shortcuts, nor Megatron's own checks, which cost it time.
     weight_gradients.install = single_rank_collectives.install = lambda: None
-    values.one_pass_optimizer = lambda args: False
+    values.can_use_one_pass_optimizer = lambda args: False
     finite.install = lambda *_: None
     real_parse = parse.parse
 

@@ -48,9 +48,9 @@ def page() -> str:
     """Return the text of docs/flags.md."""
     parser = build_parser(recipe=False)
     support = flag_support.sort_flags(parser)
-    counts = {kind: sum(each.kind == kind for each in support.values()) for kind in ("tested", "untested", "refused")}
+    counts = {kind: sum(each.kind == kind for each in support.values()) for kind in ("tested", "untested", "rejected")}
     parts = [HEAD, f"| tested | {counts['tested']} |\n| untested | {counts['untested']} |\n"]
-    parts.append(f"| rejected | {counts['refused']} |\n")
+    parts.append(f"| rejected | {counts['rejected']} |\n")
     groups = [(group.title, _accepted(group._group_actions, support)) for group in parser._action_groups]
     megatrons = _names_of_megatron()
     for is_ours in (True, False):
@@ -63,7 +63,7 @@ def page() -> str:
 
 def _accepted(actions: list[argparse.Action], support: dict[str, flag_support.Support]) -> list[argparse.Action]:
     named = [action for action in actions if action.dest != "help"]
-    return [action for action in named if support[flag_support.name_of(action)].kind != "refused"]
+    return [action for action in named if support[flag_support.name_of(action)].kind != "rejected"]
 
 
 def _names_of_megatron() -> set[str]:
@@ -86,14 +86,14 @@ def _section(title: str, actions: list[argparse.Action], support: dict[str, flag
 def _rejected(support: dict[str, flag_support.Support]) -> str:
     by_reason: dict[str, list[str]] = {}
     for name, each in support.items():
-        if each.kind == "refused":
-            by_reason.setdefault(each.words, []).append(f"`--{name}`")
+        if each.kind == "rejected":
+            by_reason.setdefault(each.note, []).append(f"`--{name}`")
     lines = [f"- {reason}: {', '.join(names)}" for reason, names in sorted(by_reason.items())]
     return "\n## Rejected\n\nEach reason, and its flags.\n\n" + "\n".join(lines) + "\n"
 
 
 def _row(action: argparse.Action, support: flag_support.Support) -> str:
-    test = f"`{support.words}`" if support.kind == "tested" else f"untested: {_escaped(support.words)}"
+    test = f"`{support.note}`" if support.kind == "tested" else f"untested: {_escaped(support.note)}"
     flags = ", ".join(f"`{option}`" for option in action.option_strings)
     return f"| {flags} | {_value(action)} | {_default(action)} | {_meaning(action)} | {test} |"
 

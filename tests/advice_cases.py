@@ -178,7 +178,7 @@ ADVICE = [
         ),
     ),
     Advice(
-        "or take --long-eval-best none", with_(LONG_EVALUATION, UNSAVED),
+        "or --long-eval-best none", with_(LONG_EVALUATION, UNSAVED),
         (with_(f"{LONG_EVALUATION} --long-eval-best none", UNSAVED), with_(LONG_EVALUATION)),
     ),
     trainer(
@@ -187,7 +187,7 @@ ADVICE = [
         LONG_EVALUATION.replace("96", "400") + " --max-position-embeddings 400",
         LONG_EVALUATION.replace("96", "400") + " --target-length 768",
     ),
-    trainer("reads no text; take perplexity alone", LONG_EVALUATION.replace("perplexity", "kv"), LONG_EVALUATION),
+    trainer("cannot encode text; use only perplexity", LONG_EVALUATION.replace("perplexity", "kv"), LONG_EVALUATION),
     trainer("{}: only with --long-eval-interval", "--long-eval-samples 1", LONG_EVALUATION),
     # ------------------------------------------------ the trainer: checkpoints
     Advice("{}: only with --save", with_("--most-recent-k 2", UNSAVED), (with_("--most-recent-k 2"),)),
@@ -311,4 +311,4 @@ INSTEAD = {
     "non_persistent_save_interval": ("--non-persistent-save-interval 1", "--save-interval 1"),
     "enable_ft_package": ("--enable-ft-package", "--timeout-minutes 5"),
 }
-"""Megatron's name -> its flag, and this project's, of `flag_support.REFUSED`."""
+"""Megatron's name -> its flag, and this project's, of `flag_support.REJECTED`."""

@@ -1,4 +1,4 @@
-"""--attention-backend auto on a GPU: the fastest kernel for this run's shapes, measured."""
+"""Choice of the attention kernel for --attention-backend auto on a GPU, by timing."""
 
 import json
 from argparse import Namespace
@@ -12,8 +12,11 @@ from megatron_cream.model import attention_speed
 from megatron_cream.model.attention import AttentionBackend, list_alternatives
 
 
-def take_fastest(args: Namespace) -> None:
-    """Measured by every rank at once, as kernels are compiled by it; decided by rank 0."""
+def choose_fastest_backend(args: Namespace) -> None:
+    """Time the attention kernels on this run's shapes and set the fastest in `args`.
+
+    Every rank measures, because the measurement also compiles the kernels. Rank 0's result is used on all ranks.
+    """
     first = AttentionBackend(**args.attention)
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     shape = attention_speed.Shape(

@@ -1,6 +1,6 @@
-"""Fill in what the flags leave open: from the model that the run starts from, from other flags, from the machine.
+"""Values of flags that were not given: from the model, other flags and the machine.
 
-Nothing is checked here, but that a value can be chosen at all.
+Nothing is checked here, except that a value can be chosen at all.
 """
 
 import math
@@ -29,8 +29,8 @@ from megatron_cream.model.rope_choice import Rope, RopeFlags, choose_rope, contr
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-def embedded_data(args: Namespace) -> None:
-    """Set data and tokenizer of --embedded-data."""
+def set_embedded_data(args: Namespace) -> None:
+    """Set the data and the tokenizer of --embedded-data."""
     if not args.embedded_data:
         return
     corpus = embedded.prepare()
@@ -38,24 +38,24 @@ def embedded_data(args: Namespace) -> None:
     args.train_data_path, args.valid_data_path = [str(corpus.train_prefix)], [str(corpus.valid_prefix)]
 
 
-def from_model(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
-    """Take the shape and the tokenizer of the model that the run starts from, where the user did not set them.
+def set_model_shape(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
+    """Set the shape and the tokenizer of the model that the run starts from.
 
-    Sets `args.model_folder`, which training, saving and export read.
+    A tokenizer that a flag sets is kept. `args.model_folder` is set too; training, saving and export read it.
     """
     args.model_folder = origin.model_folder
     if origin.shape is None or origin.model_folder is None:
         return
     for name, value in origin.shape.megatron_args().items():
-        if name != "rotary_base":  # `rope` chooses it
+        if name != "rotary_base":  # `set_rope` chooses it
             setattr(args, name, value)
     divisor, tp = args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
     args.padded_vocab_size = pad_vocab_size(origin.shape.vocab_size, divisor if divisor % tp == 0 else divisor * tp)
     if args.tokenizer_model is None and not args.embedded_data:
-        _tokenizer(args, origin.model_folder, defaults["tokenizer_type"])
+        _set_tokenizer(args, origin.model_folder, defaults["tokenizer_type"])
 
 
-def _tokenizer(args: Namespace, folder: Path, default_type: str) -> None:
+def _set_tokenizer(args: Namespace, folder: Path, default_type: str) -> None:
     if args.tokenizer_type == "Llama2Tokenizer":
         if (folder / "tokenizer.model").is_file():
             args.tokenizer_model = str(folder / "tokenizer.model")
@@ -63,17 +63,17 @@ def _tokenizer(args: Namespace, folder: Path, default_type: str) -> None:
         args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", str(folder)
 
 
-def derived(args: Namespace) -> None:
-    """Fill in what follows from other values and from what is installed."""
+def set_derived_values(args: Namespace) -> None:
+    """Set values that follow from other flags and from the installed software."""
     cuda = devices.has_cuda()
     if args.print_config and "WORLD_SIZE" not in os.environ:
-        # Planned without a launcher: the fewest ranks that the layout needs.
+        # Without a launcher, assume the fewest ranks that the layout needs.
         sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
         args.world_size = math.prod(sizes)
     if args.fp16 or args.fp32:
         args.bf16 = False
     if args.skip_train and args.train_iters is None and args.train_samples is None:
-        args.train_iters = 1  # Megatron sizes its data sets by it; no step is made
+        args.train_iters = 1  # Megatron sizes its data sets by it; no step is run
     if (args.train_data_path or args.per_split_data_args_path) and not args.data_args_path:
         args.split = None
     args.target_length = args.target_length or args.seq_length
@@ -81,7 +81,7 @@ def derived(args: Namespace) -> None:
     args.max_position_embeddings = max(
         args.max_position_embeddings or 0, args.target_length, *(args.eval_lengths or [0])
     )
-    _long_evaluation(args)
+    _set_long_evaluation(args)
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     try:
         backend = choose_backend(
@@ -92,24 +92,24 @@ def derived(args: Namespace) -> None:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    args.attention = asdict(backend)  # plain, as it is saved with every checkpoint
+    args.attention = asdict(backend)  # a plain dict, because every checkpoint stores it
     args.check_for_nan_in_loss_and_grad = args.nan_policy == "rerun"
     if args.nan_policy == "rerun" and args.rerun_mode == "disabled":
         args.rerun_mode = "validate_results"
     if not args.hidden_dropout:
-        # What Megatron compiles there is then the sum with the residual: one kernel also without a compiler, whose
-        # code takes the host much longer to enter.
+        # Without dropout the fused operation is only the residual sum. That is one kernel without torch.compile too,
+        # and entering compiled code takes the host much longer.
         args.bias_dropout_fusion = False
     if not cuda:
         args.gradient_accumulation_fusion = False
     elif support.HAS_TRITON:
-        # Megatron's name for "the MLP's activation is a module of the layer spec's".
+        # Megatron's flag for "the layer spec provides the MLP's activation as a module".
         args.use_te_activation_func, args.bias_swiglu_fusion = True, False
     args.transformer_impl = "transformer_engine" if args.attention["transformer_engine"] else "local"
 
 
-def _long_evaluation(args: Namespace) -> None:
-    """What follows from other flags: lengths, and what picks the best."""
+def _set_long_evaluation(args: Namespace) -> None:
+    """Set the default lengths of the long evaluation and the measure of its best checkpoint."""
     if args.long_eval_interval is None:
         return
     args.long_eval_lengths = sorted(set(args.long_eval_lengths or [args.target_length]))
@@ -117,8 +117,8 @@ def _long_evaluation(args: Namespace) -> None:
         args.long_eval_best = "perplexity" if long_eval_tasks(args) == ("perplexity",) else "accuracy"
 
 
-def rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
-    """Set the run's rotary embedding, from the flags and the model that it starts from, or came from."""
+def set_rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
+    """Set the rotary embedding from the flags and the run's model or checkpoint."""
     default_theta = float(defaults["rotary_base"])
     flags = RopeFlags(
         target=args.target_length,
@@ -142,8 +142,8 @@ def rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
     args.rope_lines = list(chosen.lines)
 
 
-def saving(args: Namespace) -> None:
-    """Fill in where and how often to save, and hide the words of --save-hook in what is saved and logged."""
+def set_saving(args: Namespace) -> None:
+    """Set where and how often to save, and hide --save-hook from checkpoints and logs."""
     if args.save_hook is not None:
         args.save_hook = save_hook.set_command(args.save_hook)
     if args.save_hf is not None and args.save is None:
@@ -152,34 +152,34 @@ def saving(args: Namespace) -> None:
         args.save_interval = args.train_iters or 1000
 
 
-def for_megatron(args: Namespace) -> None:
-    """Give Megatron's own flags the values that follow from ours, from the layout and from the machine."""
+def set_megatron_flags(args: Namespace) -> None:
+    """Set Megatron's own flags from this project's flags, the layout and the machine."""
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]
     args.deterministic_mode = args.deterministic_mode or args.deterministic
     shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-    args.overlap_grad_reduce, args.overlap_param_gather = overlaps(args, shared, devices.has_cuda())
+    args.overlap_grad_reduce, args.overlap_param_gather = choose_overlaps(args, shared, devices.has_cuda())
     user_buffers.fill_config(args)
     args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save  # else Megatron turns this off
     if args.distributed_timeout_minutes is None:
-        # A collective that times out says nothing of where the others stand: the watchdog goes first.
+        # The watchdog must report first: a timed-out collective does not show where the other ranks are.
         patient = math.ceil(watchdog.START_FACTOR * args.timeout_minutes) + 1
         args.distributed_timeout_minutes = patient if args.timeout_minutes else 10
-    # Megatron multiplies this by TP; divided first, a checkpoint's vocabulary is the same at any TP.
+    # Megatron multiplies this by TP. Dividing first keeps a checkpoint's vocabulary size the same at any TP.
     tp = args.tensor_model_parallel_size
     if args.make_vocab_size_divisible_by % tp == 0:
         args.make_vocab_size_divisible_by //= tp
 
 
-def overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:
+def choose_overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:
     """Return whether gradient reduction and weight gathering overlap with computation.
 
-    Gradients are reduced beside the backward pass, and weights gathered beside the forward pass. A flag or recipe
-    decides; else both overlap where a distributed optimizer's shards are on several GPUs.
+    Gradients are reduced during the backward pass, and weights are gathered during the forward pass. A flag or recipe
+    decides. By default both overlap if a distributed optimizer's shards are on several GPUs.
 
     Args:
-        args: Megatron's; None stands for an overlap flag that was not given.
-        ranks: that share the weights: data-parallel times context-parallel.
-        cuda: the run is on GPUs.
+        args: Megatron's namespace; an overlap flag that was not given is None.
+        ranks: number of ranks that share the weights: data-parallel times context-parallel.
+        cuda: whether the run is on GPUs.
     """
     sharded = args.use_distributed_optimizer and not (args.use_megatron_fsdp or args.use_torch_fsdp2)
     default = cuda and ranks > 1 and sharded and not args.skip_train
@@ -189,10 +189,11 @@ def overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:
 
 
 def use_expandable_segments(args: Namespace) -> None:
-    """Let torch's memory grow in segments, as in all of this project's figures, so that what was measured to fit does.
+    """Turn on expandable segments in torch's allocator, unless the environment configures it.
 
-    torch reads it at the first allocation. Megatron rejects it beside CUDA graphs and NCCL's own buffers.
+    All of this project's memory figures were measured with them. torch reads the setting at the first allocation.
+    Megatron rejects it together with CUDA graphs and with NCCL user buffers.
     """
-    alone = args.cuda_graph_impl == "none" and not args.nccl_ub
-    if alone and "PYTORCH_ALLOC_CONF" not in os.environ:
+    is_allowed = args.cuda_graph_impl == "none" and not args.nccl_ub
+    if is_allowed and "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -1,8 +1,8 @@
-"""What each flag of --help does with this project's Llama.
+"""Tables of how far this project supports each flag of --help.
 
-Every flag is in exactly one of three tables: TESTED works, and the named test runs it; UNTESTED is passed on to
-Megatron, and no test here runs it; REFUSED ends the run with one line that gives the reason. Names are without their
-dashes; `*` stands for any text. docs/flags.md is made from these tables by docs/make_flags.py.
+Every flag is in exactly one of three tables. TESTED flags work, and the named test runs them. UNTESTED flags are passed
+on to Megatron, and no test here runs them. REJECTED flags end the run with one line that gives the reason. Names are
+without leading dashes; `*` stands for any text. docs/make_flags.py generates docs/flags.md from these tables.
 """
 
 import argparse
@@ -13,13 +13,17 @@ from megatron_cream.common.errors import UsageError
 
 
 class Support(NamedTuple):
-    """kind: "tested", "untested" or "refused"; words: the test's file, a note, or the reason."""
+    """The support of one flag.
+
+    kind: "tested", "untested" or "rejected".
+    note: the test's file, why no test runs it, or why it is rejected.
+    """
 
     kind: str
-    words: str
+    note: str
 
 
-# The test file that runs each flag.
+# {test file: flags that it runs}
 TESTED = {
     "config/test_parse.py": """
         config print-config num-layers hidden-size num-attention-heads num-query-groups group-query-attention
@@ -75,9 +79,9 @@ TESTED = {
     "evaluation/test_long_evaluation.py": "long-eval-best",
 }
 
-# Why no test runs a flag that is passed on, or what the flag needs.
+# {why no test runs these flags, or what they need: flags that are passed on to Megatron}
 UNTESTED = {
-    "needs a GPU, and no test there gives it": """
+    "needs a GPU; no GPU test sets it": """
         fp16 loss-scale initial-loss-scale min-loss-scale loss-scale-window hysteresis fp16-lm-cross-entropy
         grad-reduce-in-bf16 attention-softmax-in-fp32 apply-query-key-layer-scaling fp32-residual-connection
         disable-bf16-reduced-precision-matmul distributed-backend record-memory-history memory-snapshot-path profile
@@ -93,14 +97,14 @@ UNTESTED = {
         reuse-grad-buf-for-mxfp8-param-ag symmetric-ar-type log-max-attention-logit use-precision-aware-optimizer
         main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype tp-comm-* no-tp-comm-*
         hierarchical-context-parallel-sizes use-grouped-gemm-for-dense-mlp use-te-activation-func""",
-    "read by tools/plan.py alone; training follows --attention-backend": "transformer-impl",
-    "changes what NCCL does, on GPUs": """
+    "only tools/plan.py reads it; training follows --attention-backend": "transformer-impl",
+    "configures NCCL, on GPUs": """
         nccl-communicator-config-path use-sharp sharp-enabled-group high-priority-stream-groups distributed-timeout-*
         flight-recorder-* no-flight-recorder-* use-nccl-ub disable-symmetric-registration create-all-gather-group
         ddp-reduce-scatter-with-fp32-accumulation ddp-param-name-patterns-for-fp32-local-accumulation
         ddp-average-in-collective no-gradient-reduce-div-fusion num-distributed-optimizer-instances
         disable-gloo-process-groups use-ring-exchange-p2p""",
-    "about pipeline parallelism": """
+    "tunes pipeline and tensor parallelism": """
         defer-embedding-wgrad-compute wgrad-deferral-limit overlap-p2p-communication-warmup-flush
         microbatch-group-size-per-virtual-pipeline-stage no-overlap-p2p-communication no-align-param-gather
         overlap-param-gather-with-optimizer-step distribute-saved-activations no-clone-scatter-output-in-embedding
@@ -108,12 +112,12 @@ UNTESTED = {
     "needs a package that no test installs": """
         muon-* lion-* log-straggler straggler-* disable-straggler-on-startup wandb-* one-logger-* app-tag-*
         run-workload-inspector-server enable-msc pytorch-profiler-collect-chakra""",
-    "tried by hand, in two steps of a small model": """
+    "run by hand, for two steps of a small model": """
         num-virtual-stages-per-pipeline-rank use-pytorch-profiler profile-step-start profile-step-end profile-ranks
         pytorch-profiler-collect-shapes pytorch-profiler-collect-callstack data-parallel-random-init
         inference-rng-tracker result-rejected-tracker-filename exit-signal-handler-for-training lazy-mpu-init
         null-tokenizer-eod-id null-tokenizer-pad-id local-rank""",
-    "about checkpoints, as Megatron writes and reads them": """
+    "changes how Megatron writes and reads checkpoints": """
         finetune use-checkpoint-args use-mp-args-from-checkpoint-args no-use-tokenizer-model-from-checkpoint-args
         exit-on-missing-checkpoint load-main-params-from-ckpt auto-detect-ckpt-format ckpt-convert-*
         no-ckpt-fully-parallel-save use-persistent-ckpt-worker async-ckpt-* ckpt-fully-parallel-load*
@@ -123,7 +127,7 @@ UNTESTED = {
         no-stream-ckpt-dequant no-save-rng override-ckpt-iteration dist-ckpt-workers save-params-interval
         save-activations-interval save-wgrads-interval save-dgrads-interval override-opt_param-scheduler
         use-checkpoint-opt_param-scheduler log-progress async-strategy ckpt-format""",
-    "passed on as Megatron has it": """
+    "passed on to Megatron unchanged": """
         calculate-per-token-loss exit-signal step-batch-size-schedule lr-wsd-decay-samples no-weight-decay-cond-type
         dump-param-to-param-group-map test-data-path multiple-validation-sets full-validation validation-set-names
         phase-transition-iterations padded-vocab-size no-pad-vocab-size vocab-file merge-file tokenizer-metadata
@@ -131,14 +135,14 @@ UNTESTED = {
         error-injection-* rerun-mode fault-injector-* fake-process-group""",
 }
 
-# The reason that the line gives.
-REFUSED = {
-    # What this project has in another place.
+# {reason in the error message: flags}
+REJECTED = {
+    # Flags that have a replacement here.
     "use --rope-scaling-type llama3": "use-rope-scaling",
     "use --rope-scaling-type linear": "rotary-seq-len-interpolation-factor",
     "use --rope-scaling-type yarn": "yarn-* no-yarn-correction-range-round-to-int rope-type",
     "use --position-sampler, which sets position ids": "reset-position-ids",
-    "use one document a sample, as this project's data always is": """
+    "use one document a sample, which this project's data always has": """
         reset-attention-mask dataloader-inter-document-masking""",
     "use --attention-backend, which chooses the layer spec": "spec use-flash-attn",
     "use --config": "yaml-cfg",
@@ -149,22 +153,22 @@ REFUSED = {
     "use --save-interval": "non-persistent-* replication replication-jump replication-factor",
     "use --cuda-graph-impl local": "enable-cuda-graph",
     "use --cuda-graph-impl local; this one cannot replay position ids that change": "external-cuda-graph",
-    "use a tokenizer that brings no code of its own": "trust-remote-code",
-    "use --use-distributed-optimizer; the checkpoints of FSDP are not those of this project": """
+    "use a tokenizer without custom code": "trust-remote-code",
+    "use --use-distributed-optimizer; this project does not support FSDP's checkpoints": """
         use-megatron-fsdp use-torch-fsdp2 torch-fsdp2-no-reshard-after-forward megatron-fsdp-* fsdp-*
         data-parallel-sharding-strategy outer-dp-sharding-strategy suggested-communication-unit-size
         keep-fp8-transpose-cache enable-full-sharding-in-hsdp no-strict-fsdp-dtensor-load""",
-    "works with Megatron's FSDP alone, which is not supported here; use --no-initialization": """
+    "it works only with Megatron's FSDP, which is not supported here; use --no-initialization": """
         init-model-with-meta-device""",
     "use --context-parallel-size; samples here have one length": "hybrid-context-parallel max-seqlen-per-dp-cp-rank",
-    "use --most-recent-k and the checkpoints of --save; Megatron's old names are gone": """
+    "use --save and --most-recent-k; this is an obsolete flag of Megatron": """
         use-dist-ckpt dist-ckpt-format ckpt-fully-parallel-save""",
     "use --micro-batch-size": "batch-size",
     "use --lr-warmup-iters or --lr-warmup-fraction": "warmup",
     "use --tensor-model-parallel-size": "model-parallel-size",
     "use --recompute-granularity": "checkpoint-activations",
     "megatron-core 0.19 no longer reads it": "rampup-batch-size",
-    "use tools/evaluate.py, which generates": """
+    "use tools/evaluate.py, which generates text": """
         inference-dynamic-* inference-batch-* inference-max-* inference-cuda-* inference-fuse-* inference-disable-*
         inference-grouped-* inference-moe-* inference-logging-* inference-text-* inference-wandb-*
         inference-coordinator-port inference-use-* inference-shards max-tokens-to-oom use-legacy-static-engine
@@ -175,8 +179,8 @@ REFUSED = {
         object-storage-cache-path mid-level-dataset-surplus allow-ambiguous-pad-tokens fim-*""",
     "use --seq-length and --num-layers; this is for encoders and decoders": """
         encoder-seq-length decoder-seq-length encoder-num-layers decoder-num-layers""",
-    # What a Llama does not have.
-    "Llama's rotary embedding turns halves, with the same angles in every layer": """
+    # Features that a Llama does not have.
+    "Llama's rotary embedding rotates the two halves of a head, with the same angles in every layer": """
         rotary-interleaved no-rope-freq mrope-section rotary-percent""",
     "Llama's positions are rotary": """
         no-position-embedding use-rotary-position-embeddings relative-attention-num-buckets
@@ -184,7 +188,7 @@ REFUSED = {
     "Llama's MLP is SwiGLU": """
         openai-gelu squared-relu quick-geglu glu-linear-offset activation-func-clamp-value
         use-fused-weighted-squared-relu""",
-    "Llama's layers norm before attention and MLP, by RMSNorm with plain weights": """
+    "Llama's layers apply RMSNorm with plain weights before attention and MLP": """
         apply-residual-connection-post-layernorm apply-layernorm-1p qk-l2-norm normalization""",
     "Llama's attention is a plain softmax over the whole context": """
         softmax-type window-size window-attn-skip-freq attention-output-gate qk-clip qk-clip-alpha qk-clip-threshold
@@ -193,17 +197,18 @@ REFUSED = {
         multi-latent-attention experimental-attention-variant dsa-* no-dsa-* linear-* q-lora-rank kv-lora-rank
         qk-head-dim qk-pos-emb-head-dim v-head-dim rotary-scaling-factor mscale mscale-all-dim cache-mla-latents
         mla-down-proj-fusion""",
-    "Llama has no multipliers of muP, nor has its config.json": "use-mup mup-*",
+    "Llama and its config.json have no muP multipliers": "use-mup mup-*",
     "Llama predicts one token ahead": "mtp-*",
     "this project's Llama is dense: it has no experts": """
         num-experts moe-* expert-* overlap-moe-expert-parallel-comm overlap-dispatch-backward-with-experts-wgrad
         ep-overlap-early-attn-memory-release high-priority-a2a-comm-stream use-grouped-gemm-for-shared-expert
         save-tokens-per-expert-interval""",
-    "this project's model is a Llama, without Mamba's or other layers": """
+    "this project's model is a Llama, without Mamba or other types of layers": """
         mamba-* disable-mamba-mem-eff-path is-hybrid-model hybrid-layer-pattern hybrid-override-pattern
         heterogeneous-*""",
-    "this is for reinforcement learning, which is not here": "rl-* grpo-* perform-rl-step langrl-* refit-method",
-    "this is for distillation, which is not here": "logits-*",
+    "this is for reinforcement learning, which this project does not have": """
+        rl-* grpo-* perform-rl-step langrl-* refit-method""",
+    "this is for distillation, which this project does not have": "logits-*",
     "this is for BERT, T5 and retrieval": """
         bert-* mask-prob short-seq-prob sample-rate vocab-extra-ids output-bert-embeddings ict-* biencoder-*
         titles-data-path query-in-block-prob use-one-sent-docs evidence-data-path retriever-* block-data-path
@@ -211,27 +216,28 @@ REFUSED = {
     "this is for vision": """
         num-classes img-h img-w num-channels patch-dim classes-fraction data-per-class-fraction no-data-sharding
         head-lr-mult vision-* swin-backbone-type mask-type mask-factor iter-per-epoch dino-*""",
-    # What breaks, or does nothing.
-    "freezes every weight, so that there is nothing to train; use --skip-train": "freeze-all-layers",
-    "megatron-core 0.19 cannot write it: it copies process groups": "config-logger-dir",
+    # Flags that break the run or do nothing.
+    "it freezes every weight, so nothing is trained; use --skip-train": "freeze-all-layers",
+    "megatron-core 0.19 cannot write it, because it copies process groups": "config-logger-dir",
     "use NCCL, the default": "pipeline-model-parallel-comm-backend",
-    "needs a package of NVIDIA's own clusters": "adlr-*",
-    "megatron-core 0.19 fails at it, as it sets what its configuration does not have": "init-method-xavier-uniform",
-    "is of use to Megatron's own tests alone": "test-mode",
-    "is for exports to ONNX, which are not here": "onnx-safe",
+    "it needs a package that only NVIDIA's own clusters have": "adlr-*",
+    "megatron-core 0.19 fails, because it sets a field that its configuration does not have": """
+        init-method-xavier-uniform""",
+    "only Megatron's own tests use it": "test-mode",
+    "this is for export to ONNX, which this project does not have": "onnx-safe",
 }
 
 
 def sort_flags(parser: argparse.ArgumentParser) -> dict[str, Support]:
-    """Return what the tables say of each of the parser's flags, by its first name without dashes.
+    """Return {flag: support} for all flags of the parser, by their first name without dashes.
 
     Raises:
         ValueError: a flag is in no table or in several, or an entry matches no flag.
     """
     entries = [
-        (Support(kind, words), pattern)
-        for kind, table in (("tested", TESTED), ("untested", UNTESTED), ("refused", REFUSED))
-        for words, patterns in table.items()
+        (Support(kind, note), pattern)
+        for kind, table in (("tested", TESTED), ("untested", UNTESTED), ("rejected", REJECTED))
+        for note, patterns in table.items()
         for pattern in patterns.split()
     ]
     names = [name_of(action) for action in parser._actions if action.dest != "help"]
@@ -239,9 +245,9 @@ def sort_flags(parser: argparse.ArgumentParser) -> dict[str, Support]:
     for support, pattern in entries:
         matches = fnmatch.filter(names, pattern)
         if not matches:
-            raise ValueError(f"{pattern} is no flag")
-        if twice := found.keys() & set(matches):
-            raise ValueError(f"{pattern}: {', '.join(sorted(twice))} is there already")
+            raise ValueError(f"{pattern} matches no flag")
+        if duplicates := found.keys() & set(matches):
+            raise ValueError(f"{pattern}: {', '.join(sorted(duplicates))} is in the tables already")
         found |= dict.fromkeys(matches, support)
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"not sorted: {' '.join(missing)}")
@@ -249,33 +255,34 @@ def sort_flags(parser: argparse.ArgumentParser) -> dict[str, Support]:
 
 
 def name_of(action: argparse.Action) -> str:
+    """Return the first name of a flag, without its dashes."""
     return action.option_strings[0].removeprefix("--")
 
 
-def refuse_when_parsing(parser: argparse.ArgumentParser) -> None:
-    """Make `parser.parse_args` raise UsageError at a refused flag whose value is not its default of now."""
-    refused = {}
-    for reason, patterns in REFUSED.items():
+def reject_when_parsing(parser: argparse.ArgumentParser) -> None:
+    """Make `parser.parse_args` raise UsageError for a rejected flag with a non-default value."""
+    rejected = {}
+    for reason, patterns in REJECTED.items():
         for pattern in patterns.split():
             for action in parser._actions:
                 if action.option_strings and fnmatch.fnmatch(name_of(action), pattern):
-                    refused[action] = reason
+                    rejected[action] = reason
     parse_args = parser.parse_args
     defaults = parse_args([])
 
     def parse(*args, **kwargs) -> argparse.Namespace:
         parsed = parse_args(*args, **kwargs)
-        for action, reason in refused.items():
+        for action, reason in rejected.items():
             value = getattr(parsed, action.dest)
             if value != getattr(defaults, action.dest) and action.const in (None, value):
-                raise UsageError(f"{_shown(action, value)}: not supported here; {reason}")
+                raise UsageError(f"{_format_flag(action, value)}: not supported here; {reason}")
         return parsed
 
     parser.parse_args = parse
 
 
-def _shown(action: argparse.Action, value: Any) -> str:
-    """The flag and its value, as a user would write them."""
+def _format_flag(action: argparse.Action, value: Any) -> str:
+    """Return the flag and its value as a user would write them."""
     words = [action.option_strings[0]]
     if action.nargs != 0:
         words += map(str, value) if isinstance(value, list) else [str(value)]

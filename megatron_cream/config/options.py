@@ -1,6 +1,6 @@
-"""Every flag of this project, with its meaning, unit and default, and the defaults that it gives Megatron's.
+"""Every flag of this project, and its defaults for Megatron's flags.
 
-docs/flags.md is made from this page.
+Each flag has its meaning, unit and default below it. docs/flags.md is generated from this file.
 """
 
 from dataclasses import dataclass, field
@@ -13,137 +13,141 @@ LONG_EVAL_TASKS = ("needle", "kv", "perplexity")
 
 @dataclass
 class CreamConfig:
-    """What this project adds to Megatron's flags."""
+    """The flags that this project adds to Megatron's."""
 
     config: str | None = None
-    """A YAML recipe: any flag by its name (dashes or underscores). The command line wins."""
+    """A YAML recipe, which sets any flag by its name (dashes or underscores): a path, or the name of one of this
+    project's recipes. The command line overrides it."""
 
     print_config: bool = False
-    """Print what would run, as a recipe, and exit."""
+    """Print the run as a recipe, and exit."""
 
     position_sampler: Literal["cream", "pose", "randpos", "pi", "full", "mix"] = "cream"
     """How position ids are drawn. cream: Wu et al. 2024; pose: Zhu et al. 2023; randpos: N sorted random
     positions; pi: 0 .. N-1 (position interpolation); full: 0 .. L-1 at the target length; mix: --position-mix."""
 
     position_mix: str | None = None
-    """Shares of samplers, such as cream=0.6,pose=0.2,pi=0.2: each sample is drawn by one of cream, pose, randpos and
-    pi, chosen at random. In place of --position-sampler."""
+    """Shares of samplers, such as cream=0.6,pose=0.2,pi=0.2. Each sample uses one of cream, pose, randpos and pi,
+    chosen at random by these shares. Replaces --position-sampler."""
 
     target_length: int | None = None
-    """L, the window to extend to, in tokens: a multiple of --seq-length. Default: --seq-length."""
+    """L, the window to extend to, in tokens; a multiple of --seq-length. Default: --seq-length."""
 
     cream_sigma: float | None = None
-    """Deviation of the truncated Gaussian that draws the middle's scale. Default: 3.0."""
+    """Standard deviation of the truncated Gaussian that the middle block's scale is drawn from. Default: 3.0."""
 
     cream_variant: str | None = None
-    """paper: as published; released: as in the code its authors released. Default: paper."""
+    """paper: as published; released: as in the code that the authors released. Default: paper."""
 
     cream_relativity: float | None = None
-    """Share of the samples whose head and tail are N/3 tokens, 0 to 1; the others have a long middle. Default: 0.5."""
+    """Share of samples whose head and tail have N/3 tokens, 0 to 1; the others have a long middle. Default: 0.5."""
 
     cream_middle: Literal["gaussian", "uniform"] | None = None
-    """What the middle's scale follows. gaussian: as published; uniform: an even draw, which has no --cream-sigma.
-    Default: gaussian."""
+    """Distribution of the middle block's scale. gaussian: as published; uniform: without --cream-sigma. Default:
+    gaussian."""
 
     pose_chunks: int | None = None
-    """Chunks of contiguous text in a sample of --position-sampler pose, 2 or more. Default: 2."""
+    """Number of chunks of contiguous text in a sample of --position-sampler pose, 2 or more. Default: 2."""
 
     mask_segment_starts: bool = False
-    """No loss on the first token of the middle and tail blocks, where the text jumps."""
+    """Compute no loss on the first token of the middle and tail blocks, where the text jumps."""
 
     rope_scaling_type: Literal["none", "linear", "ntk", "yarn", "llama3"] | None = None
-    """How the rotary embedding is scaled for --target-length. Default: the type of the model that training starts
-    from, widened where the target needs it; else none. --rope-scaling-factor defaults to --target-length divided by
-    the window that the model was pre-trained with."""
+    """How to scale the rotary embedding for --target-length. Default: the scaling of the model that training starts
+    from, widened if the target needs it; without a model, none. --rope-scaling-factor defaults to --target-length
+    divided by the model's pre-training window."""
 
     original_max_position_embeddings: int | None = None
-    """The window that the model was pre-trained with, before any scaling. Default: what the model says; without a
+    """The model's pre-training window in tokens, before any scaling. Default: from the model's configuration; without a
     model, --seq-length."""
 
     fp32: bool = False
-    """Train in float32 on a GPU too, where bf16 is the default."""
+    """Train in float32 on a GPU too; the default there is bf16."""
 
     load_hf: str | None = None
-    """Start from these Hugging Face weights: a folder, or a model's name on the Hub. Its shape, rotary
-    embedding and tokenizer are taken from there. --load of a checkpoint that exists goes before it."""
+    """Start from these Hugging Face weights: a folder, or a model's name on the Hub. Shape, rotary embedding and
+    tokenizer are taken from there. If --load has a checkpoint, the run resumes from that instead."""
 
     checkpoint_checksums: bool = True
-    """Write SHA-256 checksums with each checkpoint, and check those of what is loaded, if it has some."""
+    """Write SHA-256 checksums with each checkpoint, and verify those of a loaded checkpoint, if it has any."""
 
     save_hf: str | None = None
-    """When training ends, write a Hugging Face folder here, new, that transformers and vLLM load."""
+    """When training ends, write the model to this new folder in Hugging Face format, for transformers and vLLM."""
 
     embedded_data: bool = False
-    """Train on the Python standard library's own sources, with a tokenizer made from them."""
+    """Train on the sources of Python's standard library, with a tokenizer trained on them."""
 
     eval_lengths: list[int] | None = field(default=None)
-    """At every evaluation, measure held-out perplexity with this many tokens of context, for each."""
+    """At every evaluation, measure held-out perplexity at each of these context lengths, in tokens."""
 
     eval_documents: int = 32
-    """How many held-out documents --eval-lengths reads, at most."""
+    """Maximum number of held-out documents that --eval-lengths reads."""
 
     nan_policy: Literal["stop", "skip", "rerun"] = "stop"
-    """When a loss or a gradient is NaN or infinite. stop: end on all ranks, weights as before the step; skip:
-    leave the step out; rerun: Megatron's rerun state machine, which looks at every micro-batch and is slower."""
+    """What to do when a loss or a gradient is NaN or infinite. stop: end the run on all ranks, with the weights from
+    before the step; skip: skip the step; rerun: use Megatron's rerun state machine, which checks every micro-batch and
+    is slower."""
 
     timeout_minutes: float = 10.0
-    """End the job, with the stacks of every rank, when one finished no step, evaluation batch or checkpoint for so
-    long; six times as long for the start, the first step and a checkpoint. 0: never."""
+    """End the job, with stack traces of every rank, when a rank finishes no step, evaluation batch or checkpoint for
+    this many minutes. The start, the first step and a checkpoint may take six times as long. 0: never."""
 
     signal_exit_code: int = 0
-    """Exit code of a run that SIGTERM or SIGUSR1 ended, its checkpoint saved: 0 to 255. Kubernetes starts again what
-    ends with another than 0."""
+    """Exit code of a run that saved its checkpoint and ended because of SIGTERM or SIGUSR1, 0 to 255. Kubernetes
+    restarts a job that ends with a code other than 0."""
 
     deterministic: bool = False
-    """On a GPU: the same flags on the same GPUs give the same bits. Slower."""
+    """On GPUs: make runs with the same flags on the same GPUs bit-identical. Slower."""
 
     console: Literal["full", "progress"] = "full"
-    """full: Megatron's log and ours on the terminal; progress: ours only, Megatron's to megatron.log in --save."""
+    """full: this project's log and Megatron's on the terminal; progress: only this project's, with Megatron's in
+    megatron.log in --save."""
 
 
 @dataclass
 class LongEvalConfig:
-    """Watching a run at its target lengths."""
+    """Flags of the evaluation at long context lengths during training."""
 
     long_eval_interval: int | None = None
-    """Evaluate at the target lengths every so many steps, and at the last. Default: not at all."""
+    """Evaluate at long context lengths every this many steps, and at the last step. Default: never."""
 
     long_eval_tasks: str = "needle,kv"
-    """Of needle, kv (retrieval by teacher forcing) and perplexity (of held-out documents), with commas between."""
+    """Tasks, separated by commas: needle and kv (retrieval by teacher forcing), perplexity (of held-out documents)."""
 
     long_eval_lengths: list[int] | None = field(default=None)
     """Context lengths, in tokens. Default: --target-length."""
 
     long_eval_samples: int = 2
-    """Prompts of a task at each length, for each of five depths; of perplexity five times as many documents."""
+    """Prompts of a task for each length and each of five depths. Perplexity reads five times as many documents."""
 
     long_eval_share: float = 0.1
-    """Of the run's time, what this may take, 0 to 1, best checkpoints included: an evaluation beyond is left out."""
+    """Maximum share of the run's time for long evaluation and its best checkpoints, 0 to 1; evaluations beyond it are
+    skipped."""
 
     long_eval_best: Literal["accuracy", "perplexity", "none"] | None = None
-    """Keep the best checkpoint in best/ of --save by the mean accuracy of needle and kv, or the mean perplexity.
-    Default: accuracy where one of them is run, else perplexity."""
+    """Keep the best checkpoint in best/ of --save, by the mean accuracy of needle and kv or by the mean perplexity.
+    Default: accuracy if needle or kv runs, else perplexity."""
 
 
 @dataclass
 class SaveConfig:
-    """What this project adds to Megatron's flags of checkpoints."""
+    """The flags that this project adds to Megatron's flags for saving checkpoints."""
 
     most_recent_k: int | None = None
-    """Keep the newest K checkpoints in --save, and those that --save-retain-interval keeps; remove earlier ones when
-    a newer is whole. What the run was loaded from stays, and so does best/. Default: keep all."""
+    """Keep the newest K checkpoints in --save, and those that --save-retain-interval keeps; remove earlier ones when a
+    newer one is complete. The checkpoint that the run was loaded from and best/ stay. Default: keep all."""
 
     save_hook: str | None = None
-    """A command to run, in the background, for each whole checkpoint in --save: an upload. Its folder is added as the
-    last argument; CHECKPOINT_FOLDER and CHECKPOINT_STEP are set. Its output goes to save_hook.log in --save. A token
-    belongs into the environment or a file, as other users of the machine see a command's words."""
+    """A command to run in the background for each complete checkpoint in --save, such as an upload. The checkpoint's
+    folder is added as the last argument; CHECKPOINT_FOLDER and CHECKPOINT_STEP are set. Output goes to save_hook.log in
+    --save. Keep tokens in the environment or a file, because other users of the machine can see a command line."""
 
     save_hook_minutes: float = 30.0
-    """--save-hook is ended after so long, and the end of the run waits no longer for it."""
+    """End a --save-hook command after this many minutes; the end of the run waits no longer than that for it."""
 
 
 def project_defaults() -> dict[str, Any]:
-    """A Llama on Megatron, and switches whose Megatron default bites somebody new to it."""
+    """Return this project's defaults for Megatron's flags: a Llama, and safer settings."""
     cuda = devices.has_cuda()
     return dict(
         # Llama
@@ -155,7 +159,7 @@ def project_defaults() -> dict[str, Any]:
         attention_dropout=0.0,
         hidden_dropout=0.0,
         rope_scaling_factor=None,
-        # Kernels: what is not installed must not be asked for.
+        # Use no kernel that may not be installed.
         bf16=cuda,
         distributed_backend="nccl" if cuda else "gloo",
         attention_backend="auto",
@@ -163,22 +167,22 @@ def project_defaults() -> dict[str, Any]:
         masked_softmax_fusion=False,
         no_persist_layer_norm=True,
         use_cpu_initialization=not cuda,
-        # A checkpoint that any TP x PP x DP opens, optimizer included.
+        # Checkpoints that any TP x PP x DP can load, including the optimizer.
         dist_ckpt_optim_fully_reshardable=True,
-        # Every token of a global batch weighs the same, however the batch is split over ranks.
+        # Every token of a global batch has the same weight, however the batch is split over ranks.
         calculate_per_token_loss=True,
-        # Waits for the device at every step; --nan-policy rerun turns it on.
+        # It synchronizes with the device at every step; --nan-policy rerun turns it on.
         rerun_mode="disabled",
-        # SIGTERM, which clusters send before they take a machine away: save, then exit.
+        # Save and exit on SIGTERM, which clusters send before they take a machine away.
         exit_signal_handler=True,
-        # The attention is causal by construction: no mask of s x s is made.
+        # Attention is causal by construction and needs no mask of seq_length x seq_length.
         create_attention_mask_in_dataloader=False,
-        # Follows from --timeout-minutes.
+        # fill.set_megatron_flags derives it from --timeout-minutes.
         distributed_timeout_minutes=None,
-        # Follow from the layout: see overlaps().
+        # fill.choose_overlaps derives them from the layout.
         overlap_grad_reduce=None,
         overlap_param_gather=None,
-        # The other one is a package of its own, and nothing here is tested with it.
+        # The alternative, nvrx, needs another package, and no test here uses it.
         async_strategy="mcore",
         tokenizer_type="SentencePieceTokenizer",
         split="969,30,1",

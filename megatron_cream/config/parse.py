@@ -1,4 +1,4 @@
-"""From the command line to checked plain values, in one visible list.
+"""Parse the command line into checked plain values, in one visible list of steps.
 
 Nothing is started here, and no file is written.
 """
@@ -30,49 +30,50 @@ from megatron_cream.patches import safe_loading, tensorboard
 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
-    """Read, check and let Megatron validate the command line; set Megatron's global variables.
+    """Parse and check the command line on all ranks, and set Megatron's global variables.
 
     Args:
-        argv: the flags; None takes the process's own.
+        argv: the flags; None means those of the process.
 
-    Returns: the namespace, and what Megatron said meanwhile (its list of 800 arguments),
-        to be printed where the run's log goes.
+    Returns:
+        The namespace, and Megatron's output during validation (its list of 800 arguments), which belongs in the run's
+        log.
 
     Raises:
-        UsageError: one clear line about what is wrong. Nothing was started or written.
+        UsageError: a flag is wrong. Nothing was started or written.
         SystemExit: after --help or --print-config.
     """
-    args, origin, words, auto = nodes.run_on_all_ranks(lambda: _look(argv))
+    args, origin, output, auto = nodes.run_on_all_ranks(lambda: _check_on_one_rank(argv))
     rank, ranks = args.rank, args.world_size
-    rendezvous.check_on_all_ranks(lambda: _check_on_rank(args), rank, ranks)
+    rendezvous.check_on_all_ranks(lambda: _check_share_of_rank(args), rank, ranks)
     start.check_content(args, origin)
     nodes.check_shared({"--save": args.save, "--data-cache-path": args.data_cache_path}, rank, ranks)
     if rank == 0:
         for line in [*args.rope_lines, *filter(None, [start.resume_warning(args, origin.checkpoint)])]:
             print(line, file=sys.stderr, flush=True)
     if auto and devices.has_cuda() and not (args.deterministic_mode or args.skip_train):
-        attention_choice.take_fastest(args)
+        attention_choice.choose_fastest_backend(args)
     tensorboard.install()
     try:
-        with console.capture_output(words):
-            set_global_variables(args, build_tokenizer=False)  # last, as it opens log files
+        with console.capture_output(output):
+            set_global_variables(args, build_tokenizer=False)  # last, because it opens log files
     except OSError as error:
         if not args.tensorboard_dir:
             raise
         raise UsageError(f"--tensorboard-dir {args.tensorboard_dir}: {reason(error)}") from error
-    return args, words.getvalue()
+    return args, output.getvalue()
 
 
 def read(argv: list[str] | None = None) -> Namespace:
-    """Parse the flags, fill them in and check them, before Megatron has seen them.
+    """Parse, fill in and check the flags, without Megatron's own validation.
 
     Raises:
-        UsageError: as `parse`.
+        UsageError: a flag is wrong.
     """
-    return _read(argv)[0]
+    return _read_with_origin(argv)[0]
 
 
-def _read(argv: list[str] | None) -> tuple[Namespace, Origin]:
+def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
     args = parse_flags(argv)
     defaults = default_values()
 
@@ -84,11 +85,11 @@ def _read(argv: list[str] | None) -> tuple[Namespace, Origin]:
     if origin.shape is not None and origin.model_folder is not None:
         flag_checks.check_model_agrees(args, origin.shape, origin.model_folder, defaults)
 
-    fill.embedded_data(args)
-    fill.from_model(args, origin, defaults)
+    fill.set_embedded_data(args)
+    fill.set_model_shape(args, origin, defaults)
     flag_checks.check_required(args)
-    fill.derived(args)
-    fill.rope(args, origin, defaults)
+    fill.set_derived_values(args)
+    fill.set_rope(args, origin, defaults)
 
     flag_checks.check_together(args)
     evaluation_checks.check(args)
@@ -97,14 +98,18 @@ def _read(argv: list[str] | None) -> tuple[Namespace, Origin]:
     flag_checks.check_files(args)
     flag_checks.check_weights(args, from_checkpoint=origin.source is not None)
 
-    fill.saving(args)
+    fill.set_saving(args)
     pretrained.check_hf_folders(args)
     return args, origin
 
 
-def _look(argv: list[str] | None) -> tuple[Namespace, Origin, io.StringIO, bool]:
-    """All of `parse` that one rank can find out by itself; last, whether attention is to be measured."""
-    args, origin = _read(argv)
+def _check_on_one_rank(argv: list[str] | None) -> tuple[Namespace, Origin, io.StringIO, bool]:
+    """Run the part of `parse` that needs no other rank.
+
+    Returns:
+        The namespace, where the run starts from, Megatron's output, and whether --attention-backend is auto.
+    """
+    args, origin = _read_with_origin(argv)
     if args.print_config:
         if args.rank == 0:
             print(describe(args))
@@ -115,35 +120,36 @@ def _look(argv: list[str] | None) -> tuple[Namespace, Origin, io.StringIO, bool]
     data_checks.check_held_out(args, values.held_out_files(args))
     safe_loading.install()
     start.adopt_schedule(args, origin.checkpoint)
-    number_checks.learning_rates(args)
+    number_checks.check_learning_rates(args)
     auto = args.attention_backend == "auto"
-    fill.for_megatron(args)
-    words = _validate(args)
+    fill.set_megatron_flags(args)
+    output = _validate(args)
     data_checks.check_token_ids(args)
     start.check_model(args, origin.checkpoint)
-    return args, origin, words, auto
+    return args, origin, output, auto
 
 
 def _validate(args: Namespace) -> io.StringIO:
-    """Let Megatron check the flags and fill in its own; return what it said."""
-    words = io.StringIO()
-    with convert_megatron_errors(""), console.capture_output(words):
+    """Let Megatron check the flags and fill in its own, and return its output."""
+    output = io.StringIO()
+    with convert_megatron_errors(""), console.capture_output(output):
         if args.use_checkpoint_args:
-            theta = args.rotary_base  # chosen with the checkpoint's in view, which Megatron puts back
+            theta = args.rotary_base  # already chosen from flags and checkpoint; Megatron would undo that
             load_args_from_checkpoint(args)
             args.rotary_base = theta
         validate_args(args, {})
-    named = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "
-    with convert_megatron_errors(named), console.capture_output(words):
+    prefix = f"--tokenizer-type {args.tokenizer_type} {args.tokenizer_model or ''}: "
+    with convert_megatron_errors(prefix), console.capture_output(output):
         tokenizer = rebuild_tokenizer(args)
     data_checks.check_tokenizer(args, tokenizer)
-    args.vocab_size = args.vocab_size or tokenizer.vocab_size  # saved: what of the padded vocabulary is real
-    with convert_megatron_errors(""), console.capture_output(words):  # has checks of its own
+    args.vocab_size = args.vocab_size or tokenizer.vocab_size  # saved: the vocabulary size without padding
+    with convert_megatron_errors(""), console.capture_output(output):  # Megatron's configuration has checks of its own
         pretrain_cfg_container_from_args(args, values.model_config(args))
-    return words
+    return output
 
 
-def _check_on_rank(args: Namespace) -> None:
+def _check_share_of_rank(args: Namespace) -> None:
+    """Check the GPU, the save hook and the share of the data files that belong to this rank."""
     flag_checks.check_gpu_of_rank(args.local_rank)
     save_checks.check_on_rank(args)
     data_checks.check_whole(args, (args.rank, args.world_size))

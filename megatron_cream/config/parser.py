@@ -1,6 +1,6 @@
-"""Flags: Megatron's and ours, with this project's defaults, from YAML recipes and the command line.
+"""The argument parser of Megatron's and this project's flags, with YAML recipes.
 
-The order of authority, weakest first: Megatron's defaults, this project's, the recipe given with `--config`, the
+Later sources override earlier ones: Megatron's defaults, this project's defaults, the recipe of `--config`, the
 command line.
 """
 
@@ -21,11 +21,11 @@ from megatron_cream.config.recipe import find_action, read_recipe, recipe_path
 from megatron_cream.model.attention import ATTENTION_BACKENDS
 
 GROUPS = {"cream": CreamConfig, "long evaluation": LongEvalConfig, "after a checkpoint": SaveConfig}
-"""Titles of this project's groups of flags in --help, and their flags."""
+"""{title of a group in --help: dataclass of its flags}, for this project's flags."""
 
 
 def parse_flags(argv: list[str] | None) -> Namespace:
-    """The flags as they were given, recipe and command line; None takes the process's own.
+    """Parse the command line and its recipe; `argv` None means the flags of the process.
 
     Raises:
         UsageError: an unknown flag, or a value of the wrong type.
@@ -33,7 +33,7 @@ def parse_flags(argv: list[str] | None) -> Namespace:
     saved, sys.argv = sys.argv, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     try:
         args = parse_args(_add_arguments)
-    except RuntimeError as error:  # Megatron's own, at --enable-msc
+    except RuntimeError as error:  # raised by Megatron for --enable-msc
         raise UsageError(f"--enable-msc: {error}") from error
     finally:
         sys.argv = saved
@@ -43,7 +43,10 @@ def parse_flags(argv: list[str] | None) -> Namespace:
 
 
 def build_parser(recipe: bool = True) -> argparse.ArgumentParser:
-    """Megatron's parser with our flags and defaults, as `parse` uses it; `recipe`: and those of --config."""
+    """Return Megatron's parser with this project's flags and defaults.
+
+    With `recipe`, the values of the recipe in --config become defaults too.
+    """
     return _add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), recipe)
 
 
@@ -53,69 +56,73 @@ def _default_values() -> Namespace:
 
 
 def default_values() -> dict[str, Any]:
-    """Return {variable: value} of a command line without flags. Megatron's 800 flags are parsed once for a process."""
+    """Return {variable: value} for a command line without flags."""
     return dict(vars(_default_values()))
 
 
 def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argparse.ArgumentParser:
-    def one_line(message: str):
+    def raise_usage_error(message: str):
         raise UsageError(message)
 
-    parser.error = one_line  # not Megatron's 800 flags first
+    parser.error = raise_usage_error  # argparse would print the usage of 800 flags first
     for title, options in GROUPS.items():
         ArgumentGroupFactory(options).build_group(parser, title)
-    _show_first(parser, tuple(GROUPS))
-    # One flag for attention: Megatron's names (all of them Transformer Engine's) and ours.
-    attention = _action(parser, "attention_backend")
+    _move_groups_first(parser, tuple(GROUPS))
+    # One flag for all attention kernels: Megatron's names (all of Transformer Engine) and this project's.
+    attention = _require_action(parser, "attention_backend")
     attention.type, attention.choices = str, ATTENTION_BACKENDS
-    # So that the command line can undo a recipe's, and this project's default.
+    # Negative flags, so that the command line can undo a recipe and this project's default.
     parser.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable", dest="dist_ckpt_optim_fully_reshardable", action="store_false",
-        help="Save the distributed optimizer as it lies on the ranks: faster, in no host memory, and it resumes at "
-        "the same tensor and pipeline parallelism alone.",
+        help="Save the distributed optimizer as it is sharded over the ranks: faster and without host memory, but it "
+        "resumes only with the same tensor and pipeline parallelism.",
     )  # fmt: skip
-    _action(parser, "recompute_granularity").choices = ("full", "selective", "none")
+    _require_action(parser, "recompute_granularity").choices = ("full", "selective", "none")
     for name in ("overlap-grad-reduce", "overlap-param-gather"):
         parser.add_argument(
             f"--no-{name}", action="store_false", dest=name.replace("-", "_"), help=f"Turn off --{name}, which is on "
             "by default on GPUs with --use-distributed-optimizer and data or context parallelism.",
         )  # fmt: skip
-    _action(parser, "rotary_base").type = float  # an exported ntk scaling is no whole number
+    _require_action(parser, "rotary_base").type = float  # an exported ntk scaling has a fractional theta
     parser.set_defaults(**project_defaults())
     for action in parser._actions:
-        _mend_help(action)
+        _escape_help(action)
         if callable(action.type) and action.type not in (str, int, float):
-            action.type = functools.partial(_converted, action.type)
-    flag_support.refuse_when_parsing(parser)  # by the defaults before a recipe's
+            action.type = functools.partial(_convert, action.type)
+    flag_support.reject_when_parsing(parser)  # before the recipe, so that it compares with the real defaults
     path = recipe_path(sys.argv[1:]) if recipe else None
     if path is not None:
         parser.set_defaults(**read_recipe(path, parser))
     return parser
 
 
-def _action(parser: argparse.ArgumentParser, name: str) -> argparse.Action:
-    """Return the action of a flag that Megatron has; without it this is another Megatron."""
+def _require_action(parser: argparse.ArgumentParser, name: str) -> argparse.Action:
+    """Return the action of a Megatron flag.
+
+    Raises:
+        LookupError: this Megatron has no such flag.
+    """
     if (action := find_action(parser, name)) is None:
         raise LookupError(name)
     return action
 
 
-def _show_first(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
-    """Let --help show these groups before Megatron's 800 flags."""
+def _move_groups_first(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
+    """Make --help show these groups before Megatron's 800 flags."""
     groups = parser._action_groups
     groups.sort(key=lambda group: (group.title not in ("positional arguments", "options"), group.title not in names))
 
 
-def _converted(convert: Callable[[str], Any], text: str) -> Any:
-    """Some of Megatron's types raise what argparse does not expect of one."""
+def _convert(convert: Callable[[str], Any], text: str) -> Any:
+    """Convert a flag's text, with argparse's error where Megatron's type raises another."""
     try:
         return convert(text)
     except (LookupError, TypeError, AssertionError, SyntaxError) as error:
         raise argparse.ArgumentTypeError(f"invalid value {text!r}") from error
 
 
-def _mend_help(action: argparse.Action) -> None:
-    """Some of Megatron's help texts hold a bare %, on which argparse stops."""
+def _escape_help(action: argparse.Action) -> None:
+    """Escape a bare % in a help text; some of Megatron's have one, and argparse fails on it."""
     try:
         str((action.help or "") % vars(action))
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""YAML recipes: any flag by its name, parsed as the command line would parse it."""
+"""YAML recipes, which set any flag by its name and are parsed like the command line."""
 
 import argparse
 import re
@@ -14,14 +14,14 @@ from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_path, read_yaml
 
 RECIPES = Path(__file__).with_name("recipes")
-"""This project's own; `--config llama2_7b_32k` finds them from anywhere."""
+"""Folder of this project's recipes, which `--config llama2_7b_32k` finds from any working directory."""
 
 
 def recipe_path(argv: list[str]) -> Path | None:
     """Return the file that --config names on a command line; None without --config.
 
     Raises:
-        UsageError: no path that a file can have.
+        UsageError: --config has no value, or the path is not valid.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config")
@@ -36,22 +36,22 @@ def recipe_path(argv: list[str]) -> Path | None:
 
 
 def locate(given: str) -> Path:
-    """Return the file of a recipe: a path, or the name of one of this project's.
+    """Return the file of a recipe: a path, or the name of a recipe of this project.
 
     Raises:
-        UsageError: a plain name that is neither.
+        UsageError: a plain name that is neither a file nor a recipe of this project.
     """
     own = RECIPES / f"{given}.yaml"
     if Path(given).exists() or Path(given).suffix or len(Path(given).parts) != 1:
         return Path(given)
     if not own.is_file():
         names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-        raise UsageError(f"--config {given}: no such file, nor a recipe of this project: {names}")
+        raise UsageError(f"--config {given}: no such file or recipe; recipes of this project: {names}")
     return own
 
 
 def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """A flat YAML mapping of flag names to values, as defaults for `parser`.
+    """Return {variable: value} from a flat YAML mapping of flag names, for `parser`.
 
     Raises:
         UsageError: no such file, not a mapping, an unknown key, a value of the wrong type.
@@ -62,10 +62,10 @@ def read_recipe(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         name = key.replace("-", "_") if isinstance(key, str) else ""
         action = find_action(parser, name)
         if action is None or name in ("config", "help"):
-            raise UsageError(f"--config {path}: unknown key {_short(key)}; --help lists every flag")
+            raise UsageError(f"--config {path}: unknown key {_shorten(key)}; --help lists every flag")
         if action.dest in values:
             raise UsageError(f"--config {path}: {key}: is set twice")
-        values[action.dest] = _value(action, name, value, f"--config {path}: {key}: {_short(value)}")
+        values[action.dest] = _parse_value(action, name, value, f"--config {path}: {key}: {_shorten(value)}")
     return values
 
 
@@ -80,12 +80,15 @@ def _load(path: Path) -> dict[Any, Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only: no tags that make objects, no aliases (a few lines of them are gigabytes), no key twice."""
+    """A YAML loader that rejects tags for objects, aliases and duplicate keys.
+
+    A few lines of nested aliases can expand to gigabytes.
+    """
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise ComposerError(None, None, "aliases are not for recipes", event.start_mark)
+            raise ComposerError(None, None, "aliases are not allowed in recipes", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
@@ -97,40 +100,41 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _plain_number(loader: _PlainLoader, node: yaml.ScalarNode) -> int | float:
-    """Not what YAML 1.1 has besides: 1:30 for 90, 010 for 8."""
+def _construct_decimal(loader: _PlainLoader, node: yaml.ScalarNode) -> int | float:
+    """Return a number, and reject YAML 1.1's other notations: 1:30 for 90, 010 for 8."""
     if ":" in node.value or re.fullmatch(r"[-+]?0[0-7_]+", node.value):
-        raise ConstructorError(
-            None, None, f"{node.value} would be read to the base of {60 if ':' in node.value else 8}", node.start_mark
-        )
-    whole = node.tag.endswith(":int")
-    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+        base = 60 if ":" in node.value else 8
+        problem = f"YAML reads {node.value} as a number in base {base}; write it in decimal"
+        raise ConstructorError(None, None, problem, node.start_mark)
+    is_integer = node.tag.endswith(":int")
+    return loader.construct_yaml_int(node) if is_integer else loader.construct_yaml_float(node)
 
 
-for _kind_of_number in ("int", "float"):
-    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind_of_number}", _plain_number)
+for _number_type in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_number_type}", _construct_decimal)
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
+    """Return the value's repr in one line of at most 100 characters."""
     try:
         text = one_line(repr(value), 100)
-    except ValueError:  # Python writes no number of more than 4300 digits
+    except ValueError:  # Python does not convert integers of more than 4300 digits to text
         return "a number of thousands of digits"
     return text if len(text) < 100 else text[:97] + "..."
 
 
 def find_action(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
-    """The action of the flag `name`, or the one that sets the variable `name`."""
+    """Return the action of the flag `name`, or the one that sets the variable `name`."""
     flag = to_flag(name)
     by_flag = parser._option_string_actions.get(flag) or parser._option_string_actions.get("--" + name)
     return by_flag or next((a for a in parser._actions if a.dest == name), None)
 
 
-def _value(action: argparse.Action, name: str, value: Any, where: str) -> Any:
-    """`value` as the command line would have parsed it."""
+def _parse_value(action: argparse.Action, name: str, value: Any, where: str) -> Any:
+    """Convert a recipe's value as the command line would; `where` begins an error's message."""
     if value is None:
         if action.default is not None and (action.nargs == 0 or action.type in (int, float)):
-            raise UsageError(f"{where}: must be {'true or false' if action.nargs == 0 else _kind(action)}")
+            raise UsageError(f"{where}: must be {'true or false' if action.nargs == 0 else _describe_type(action)}")
         return None
     if action.nargs == 0:
         if not isinstance(value, bool):
@@ -140,24 +144,25 @@ def _value(action: argparse.Action, name: str, value: Any, where: str) -> Any:
             return value
         return action.const if value else not action.const
 
-    def one(item: Any) -> Any:
+    def parse_item(item: Any) -> Any:
         if isinstance(item, (dict, list)) or (isinstance(item, bool) and action.type is not bool):
-            raise UsageError(f"{where}: must be {_kind(action)}")
+            raise UsageError(f"{where}: must be {_describe_type(action)}")
         try:
             item = (action.type if callable(action.type) else str)(str(item))
         except (ValueError, LookupError, TypeError, ArithmeticError, argparse.ArgumentTypeError) as error:
-            raise UsageError(f"{where}: must be {_kind(action)}") from error
+            raise UsageError(f"{where}: must be {_describe_type(action)}") from error
         if action.choices is not None and item not in action.choices:
             choices = ", ".join(str(getattr(c, "name", c)) for c in action.choices)
             raise UsageError(f"{where}: choose from {choices}")
         return item
 
     if action.nargs in ("+", "*"):
-        return [one(item) for item in (value if isinstance(value, list) else str(value).split())]
-    return one(value)
+        return [parse_item(item) for item in (value if isinstance(value, list) else str(value).split())]
+    return parse_item(value)
 
 
-def _kind(action: argparse.Action) -> str:
+def _describe_type(action: argparse.Action) -> str:
+    """Return what a flag's value must be, for an error message."""
     one, many = {int: ("a whole number", "whole numbers"), float: ("a number", "numbers")}.get(
         action.type, ("one value", "values")
     )

@@ -1,4 +1,4 @@
-"""Flags of the position samplers: what follows from them, and the arguments of `build_sampler` that they are."""
+"""Flags of the position samplers: their defaults, and the arguments of `build_sampler`."""
 
 from argparse import Namespace
 from typing import Any
@@ -7,18 +7,18 @@ from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.positions.mix import read_shares
 
-OWN = {
+OWN_FLAGS = {
     "cream": ("cream_sigma", "cream_variant", "cream_relativity", "cream_middle"),
     "pose": ("pose_chunks",),
 }
-"""{sampler: flags that only it has}."""
+"""{sampler: variables of the flags that only this sampler has}."""
 
 
 def fill(args: Namespace) -> None:
-    """Fill in the defaults of the samplers that draw.
+    """Set the defaults of the flags of the run's samplers.
 
     Raises:
-        UsageError: --position-mix cannot be read, or contradicts --position-sampler.
+        UsageError: --position-mix cannot be parsed, or contradicts --position-sampler.
     """
     if args.position_mix is not None:
         if args.position_sampler not in ("cream", "mix"):  # cream is the default
@@ -26,7 +26,7 @@ def fill(args: Namespace) -> None:
         args.position_sampler = "mix"
     elif args.position_sampler == "mix":
         raise UsageError("--position-sampler mix: needs --position-mix, such as cream=0.6,pose=0.4")
-    names = drawing(args)
+    names = sampler_names(args)
     if "cream" in names:
         args.cream_middle = args.cream_middle or "gaussian"
         if args.cream_middle == "gaussian" and args.cream_sigma is None:
@@ -37,29 +37,29 @@ def fill(args: Namespace) -> None:
         args.pose_chunks = 2 if args.pose_chunks is None else args.pose_chunks
 
 
-def drawing(args: Namespace) -> tuple[str, ...]:
-    """Names of the samplers that draw: one, or those of the mixture."""
-    return tuple(_shares(args)) if args.position_sampler == "mix" else (args.position_sampler,)
+def sampler_names(args: Namespace) -> tuple[str, ...]:
+    """Return the names of the samplers that the run uses: one, or those of the mixture."""
+    return tuple(_read_mix(args)) if args.position_sampler == "mix" else (args.position_sampler,)
 
 
 def sampler_options(args: Namespace) -> dict[str, Any]:
-    """Keyword arguments of `build_sampler`, but for the seed."""
+    """Return the keyword arguments of `build_sampler`, without the seed."""
     options = dict(name=args.position_sampler, window=args.seq_length, target=args.target_length)
     if args.position_sampler == "mix":
-        own = {name: _own_options(args, name) for name in drawing(args)}
-        return options | dict(shares=_shares(args), options={name: own for name, own in own.items() if own})
+        own = {name: _own_options(args, name) for name in sampler_names(args)}
+        return options | dict(shares=_read_mix(args), options={name: own for name, own in own.items() if own})
     return options | _own_options(args, args.position_sampler)
 
 
 def check_own_flags(args: Namespace) -> None:
-    """Raises UsageError at a flag of a sampler that does not draw. After `fill`."""
-    drawn = drawing(args)
-    for sampler, names in OWN.items():
+    """Raise UsageError for a flag of a sampler that the run does not use, after `fill`."""
+    used = sampler_names(args)
+    for sampler, names in OWN_FLAGS.items():
         for name in names:
             value = getattr(args, name)
-            if value is not None and sampler not in drawn:
+            if value is not None and sampler not in used:
                 raise UsageError(
-                    f"{to_flag(name)} {value}: only with --position-sampler {sampler}, not {', '.join(drawn)}"
+                    f"{to_flag(name)} {value}: only with --position-sampler {sampler}, not {', '.join(used)}"
                 )
     if args.cream_sigma is not None and args.cream_middle != "gaussian":
         raise UsageError(
@@ -68,14 +68,15 @@ def check_own_flags(args: Namespace) -> None:
 
 
 def _own_options(args: Namespace, sampler: str) -> dict[str, Any]:
-    given = {name.partition("_")[2]: getattr(args, name) for name in OWN.get(sampler, ())}
-    # Only a middle other than the Gaussian is named: an option more would rename the data's cached index.
+    given = {name.partition("_")[2]: getattr(args, name) for name in OWN_FLAGS.get(sampler, ())}
+    # The default is left out, because the options are part of the name of the data's cached index.
     if given.get("middle") == "gaussian":
         del given["middle"]
     return {name: value for name, value in given.items() if value is not None and (name, value) != ("chunks", 2)}
 
 
-def _shares(args: Namespace) -> dict[str, float]:
+def _read_mix(args: Namespace) -> dict[str, float]:
+    """Return {sampler: share} from --position-mix."""
     try:
         return read_shares(args.position_mix)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Plain values out of the flags: configs for Megatron, dataclasses and numbers for the rest."""
+"""Values computed from the flags: Megatron's configurations, plain numbers and names."""
 
 from argparse import Namespace
 
@@ -21,21 +21,21 @@ from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.optimizer import finite
 
 
-def one_pass_optimizer(args: Namespace) -> bool:
-    """Whether the optimizer's step can be that of `optimizer.one_pass`: AdamW in float32 on a GPU."""
-    other = (
+def can_use_one_pass_optimizer(args: Namespace) -> bool:
+    """Return whether `optimizer.one_pass` supports this run: AdamW in float32 on a GPU."""
+    unsupported = (
         "use_precision_aware_optimizer",
         "optimizer_cpu_offload",
         "optimizer_cuda_graph",
         "use_megatron_fsdp",
         "use_torch_fsdp2",
     )
-    plain = args.optimizer == "adam" and not any(getattr(args, name, False) for name in other)
-    return devices.has_cuda() and support.HAS_TRITON and plain
+    is_plain_adam = args.optimizer == "adam" and not any(getattr(args, name, False) for name in unsupported)
+    return devices.has_cuda() and support.HAS_TRITON and is_plain_adam
 
 
 def model_config(args: Namespace) -> LlamaModelConfig:
-    """What the model builder needs."""
+    """Return the configuration of the model builder."""
     load = build_weights_hook(args)
     hooks = [*([load] if load else []), watchdog.report_forward_passes, finite.watch_model]
     options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": hooks}
@@ -49,7 +49,7 @@ def model_config(args: Namespace) -> LlamaModelConfig:
 
 
 def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
-    """What Megatron's dataset builder and our transform need."""
+    """Return the configuration of Megatron's dataset builder and of this project's transform."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return LongDocumentDatasetConfig(
         random_seed=args.seed,
@@ -71,6 +71,7 @@ def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
 
 
 def flops_per_token(args: Namespace) -> float:
+    """Return the model FLOPs of one training token, forward and backward."""
     return flops.flops_per_token(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -84,7 +85,10 @@ def flops_per_token(args: Namespace) -> float:
 
 
 def held_out_files(args: Namespace) -> list[tuple[str, tuple[float, float]]]:
-    """Prefixes of the validation data, each with the share of its documents that validation has."""
+    """Return [(prefix, (first, last))] of the validation data.
+
+    `first` and `last` are fractions of the file's documents, between which validation reads.
+    """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend_per_split is not None:
         return [(prefix, (0.0, 1.0)) for prefix in (blend_per_split[1] or ([],))[0]]
@@ -93,5 +97,5 @@ def held_out_files(args: Namespace) -> list[tuple[str, tuple[float, float]]]:
 
 
 def long_eval_tasks(args: Namespace) -> tuple[str, ...]:
-    """Return the names in --long-eval-tasks, once each."""
+    """Return the names in --long-eval-tasks, without duplicates."""
     return tuple(dict.fromkeys(name.strip() for name in args.long_eval_tasks.split(",")))

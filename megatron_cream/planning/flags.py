@@ -48,7 +48,7 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     model_folder, shape = start.find_model(args)
     if shape is not None:
         flag_checks.check_model_agrees(args, shape, model_folder, defaults)
-    fill.from_model(args, start.Origin(model_folder, shape, None, None), defaults)
+    fill.set_model_shape(args, start.Origin(model_folder, shape, None, None), defaults)
     steps = args.train_iters
     args.train_iters = args.train_iters or 1
     args.micro_batch_size = args.micro_batch_size or 1
@@ -134,7 +134,7 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         )
     if recompute == "full" and not (args.recompute_method and args.recompute_num_layers):
         raise UsageError("--recompute-granularity full: give --recompute-method and --recompute-num-layers with it")
-    reduce, gather = fill.overlaps(args, data * cp, cuda=True)
+    reduce, gather = fill.choose_overlaps(args, data * cp, cuda=True)
     return Layout(
         tensor=tp,
         pipeline=pp,

@@ -116,7 +116,7 @@ def _install_patches(args: Namespace) -> None:
     corrections.apply(args)
     schedule.install()
     optimizer_state.install()
-    if values.one_pass_optimizer(args):
+    if values.can_use_one_pass_optimizer(args):
         from megatron_cream.optimizer import one_pass  # imports Triton
 
         one_pass.install()

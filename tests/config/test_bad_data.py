@@ -169,13 +169,13 @@ def arguments_of(prefix: str, vocabulary: int):
 def test_token_ids_beyond_the_vocabulary(tmp_path):
     prefix = write(tmp_path / "x", LISTS)  # 0 to 199
     data_checks.check_token_ids(arguments_of(prefix, 200))
-    with pytest.raises(UsageError, match=r"--data-path .*x: holds token id 199, and the vocabulary .* has 199;"):
+    with pytest.raises(UsageError, match=r"--data-path .*x: contains token id 199, but the vocabulary .* has 199;"):
         data_checks.check_token_ids(arguments_of(prefix, 199))
     negative = write(tmp_path / "negative", [[1, -1, 2]])
-    with pytest.raises(UsageError, match="holds token id -1"):
+    with pytest.raises(UsageError, match="contains token id -1"):
         data_checks.check_token_ids(arguments_of(negative, 200))
     write(indexed.loss_mask_prefix(prefix), [[2] * len(tokens) for tokens in LISTS], np.uint8)
-    with pytest.raises(UsageError, match="_loss_mask.bin holds other values than 0 and 1"):
+    with pytest.raises(UsageError, match="_loss_mask.bin is not a loss mask: it has values other than 0 and 1"):
         data_checks.check_token_ids(arguments_of(prefix, 200))
 
 
@@ -218,7 +218,7 @@ def test_the_run_ends_with_exit_code_2_and_writes_nothing(tmp_path):
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     error = result.stderr.strip().splitlines()[-1]
-    assert error.startswith(f"pretrain_cream.py: error: --data-path {prefix}: holds token id ")
+    assert error.startswith(f"pretrain_cream.py: error: --data-path {prefix}: contains token id ")
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -1,4 +1,4 @@
-"""Every flag of --help is sorted once: tested, passed on untested, or refused with the reason.
+"""Every flag of --help is sorted once: tested, passed on untested, or rejected with the reason.
 
 Here too: runs of flags that no other test gives. Some must not change a loss, the others must.
 """
@@ -21,7 +21,7 @@ ACTIONS = {flag_support.name_of(action): action for action in PARSER._actions}
 
 def test_every_flag_is_classified_once():
     assert SORTED.keys() == ACTIONS.keys() - {"-h"}
-    assert {support.kind for support in SORTED.values()} == {"tested", "untested", "refused"}
+    assert {support.kind for support in SORTED.values()} == {"tested", "untested", "rejected"}
 
 
 def test_an_unclassified_flag_is_detected():
@@ -57,13 +57,13 @@ def _another_value(action: argparse.Action) -> list[str]:
     return [number] * (action.nargs if isinstance(action.nargs, int) else 1)
 
 
-@pytest.mark.parametrize("name", [name for name, support in SORTED.items() if support.kind == "refused"])
+@pytest.mark.parametrize("name", [name for name, support in SORTED.items() if support.kind == "rejected"])
 def test_a_rejected_flag_prints_its_reason(name):
     action = ACTIONS[name]
     with pytest.raises(UsageError) as caught:
         PARSER.parse_args([action.option_strings[0], *_another_value(action)])
     line = str(caught.value)
-    assert line.startswith(action.option_strings[0]) and line.endswith(f"not supported here; {SORTED[name].words}")
+    assert line.startswith(action.option_strings[0]) and line.endswith(f"not supported here; {SORTED[name].note}")
 
 
 def test_a_rejected_flag_at_its_default_changes_nothing():

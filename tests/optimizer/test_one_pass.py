@@ -34,7 +34,7 @@ if __name__ == "__main__":
             Kernel.scales += flags["HAS_SCALE"]
 
     adamw._adamw_kernel = Kernel()
-    values.one_pass_optimizer = lambda args: True
+    values.can_use_one_pass_optimizer = lambda args: True
     code = job.main()
     assert Kernel.launches and Kernel.scales == Kernel.launches
     assert Kernel.copies == (Kernel.launches if "--bf16" in sys.argv else 0)

@@ -132,7 +132,7 @@ if __name__ == "__main__":
     import sys
     import pretrain_cream as job
     from megatron_cream.config import values
-    values.one_pass_optimizer = lambda args: False
+    values.can_use_one_pass_optimizer = lambda args: False
     sys.exit(job.main())
 """
 

@@ -1,6 +1,6 @@
-"""Is the data that a run names there, whole, long enough, and of the run's vocabulary?
+"""Checks of the run's data: present, complete, long enough, and within the vocabulary.
 
-Before a process group or a GPU is touched, and before Megatron, which trusts what it reads, opens a file.
+They run before a process group or a GPU is touched, and before Megatron, which trusts its input, opens a file.
 """
 
 import json
@@ -25,18 +25,20 @@ from megatron_cream.data import indexed
 from megatron_cream.data.tokenizers import TokenIdMismatch, check_megatron_ids, has_eod
 
 SAMPLED_BYTES = 64 << 20
-"""Of all data, how much is looked at for token ids before a run."""
+"""Number of bytes of all data that are searched for invalid token ids before a run."""
 
 _SPLITS = ("train", "valid", "test")
 _CACHED = {"-dataset_index.npy": np.int16, "-dataset_sample_index.npy": np.int64}
-"""What Megatron keeps of a blend: which data set each sample is of, and which sample of it."""
+"""{suffix: dtype} of Megatron's cached indices of a blend: the data set of each sample, and its number there."""
 
 
 def check(args: Namespace) -> None:
-    """Every pair of files of its size, with documents that are long enough. `whole` has what takes reading.
+    """Check that all data exists, has the right size and has documents that are long enough.
+
+    `check_whole` has the checks that must read whole files.
 
     Raises:
-        UsageError: the first thing that is not so.
+        UsageError: the first problem found.
     """
     prefixes = _prefixes(args)
     if not prefixes:
@@ -46,13 +48,13 @@ def check(args: Namespace) -> None:
         )
     need = args.target_length if args.position_sampler == "full" else args.seq_length
     for name, prefix in prefixes:
-        lengths = _index(name, prefix, indexed.open_index).lengths
+        lengths = _read_index(name, prefix, indexed.open_index).lengths
         if not indexed.has_long_document(lengths, need):
             raise UsageError(
-                f"{name} {prefix}: none of its {len(lengths)} documents has {need} tokens, which a sample takes; "
+                f"{name} {prefix}: none of its {len(lengths)} documents has {need} tokens, the length of a sample; "
                 f"the longest has {lengths.max()}"
             )
-    _shares(args)
+    _split_shares(args)
     _check_cache(args.data_cache_path)
 
 
@@ -60,26 +62,29 @@ def check_whole(args: Namespace, share: tuple[int, int] = (0, 1)) -> None:
     """Check every entry of every index, 20 bytes a document.
 
     Args:
-        args: Megatron's.
-        share: (i, n): of n readers, this is the one at place i, and reads an n-th.
+        args: the parsed flags.
+        share: (i, n): this is reader i of n readers, and checks one n-th of each file.
 
     Raises:
-        UsageError: the first file that is damaged.
+        UsageError: a file is damaged.
     """
     for name, prefix in _prefixes(args):
-        _index(name, prefix, indexed.check_index, share)
-        _index(name, prefix, indexed.check_loss_mask, share)
+        _read_index(name, prefix, indexed.check_index, share)
+        _read_index(name, prefix, indexed.check_loss_mask, share)
 
 
 def check_splits(args: Namespace) -> None:
-    """Raise UsageError at data, found whole by `check`, of which a split that samples are taken of has too little."""
+    """Raise UsageError if a split that the run uses has no document that is long enough.
+
+    Call it after `check`.
+    """
     if args.split is None:
         return
     need = args.target_length if args.position_sampler == "full" else args.seq_length
     instead = {"train": "longer documents", "valid": "another share, or --eval-iters 0", "test": "a share of 0"}
     for name, prefix in _prefixes(args):
         lengths = indexed.open_index(prefix).lengths
-        for split, share in zip(_SPLITS, _shares(args), strict=True):
+        for split, share in zip(_SPLITS, _split_shares(args), strict=True):
             wanted = not args.skip_train if split == "train" else args.eval_iters
             if share is None or not wanted:
                 continue
@@ -92,23 +97,28 @@ def check_splits(args: Namespace) -> None:
 
 
 def check_held_out(args: Namespace, files: list[tuple[str, tuple[float, float]]]) -> None:
-    """Raise UsageError at --eval-lengths of which no document is as long, among those held out (prefix, share)."""
+    """Raise UsageError if no held-out document is as long as the longest of --eval-lengths.
+
+    Args:
+        args: the parsed flags.
+        files: prefixes of the validation data, each with the (first, last) fractions of its documents.
+    """
     longest = max(args.eval_lengths or [0])
     lengths = [(indexed.open_index(prefix).lengths, share) for prefix, share in files] if longest else []
     parts = [found[round(first * len(found)) : round(last * len(found))] for found, (first, last) in lengths]
     if longest and not any(indexed.has_long_document(part, longest) for part in parts):
         raise UsageError(
-            f"--eval-lengths {longest}: no held-out document has as many tokens; give less, or longer text"
+            f"--eval-lengths {longest}: no held-out document is that long; give a smaller length or longer documents"
         )
 
 
 def check_tokenizer(args: Namespace, found: Any) -> None:
-    """Raise UsageError at a tokenizer that contradicts its tokenizer.json or the flags.
+    """Raise UsageError if the tokenizer contradicts its tokenizer.json or the flags.
 
-    It must read text as its tokenizer.json does, and have the tokens that the flags ask for.
+    It must encode text as its tokenizer.json does, and have the tokens that the flags need.
 
     Args:
-        args: Megatron's.
+        args: the parsed flags.
         found: Megatron's tokenizer.
     """
     try:
@@ -121,35 +131,41 @@ def check_tokenizer(args: Namespace, found: Any) -> None:
 
 
 def check_token_ids(args: Namespace) -> None:
-    """Raise UsageError at data, found whole by `check`, whose token ids are beyond the vocabulary, `args.vocab_size`.
+    """Raise UsageError if the data has token ids outside the vocabulary, `args.vocab_size`.
 
-    Reads SAMPLED_BYTES at most, spread over the files; each sample of training is looked at too.
+    Call it after `check`. It reads at most SAMPLED_BYTES, spread over the files. Training checks each sample too.
     """
     prefixes = _prefixes(args)
     for name, prefix in prefixes:
         least, greatest = indexed.token_range(prefix, indexed.open_index(prefix), SAMPLED_BYTES // len(prefixes))
         if not 0 <= least <= greatest < args.vocab_size:
             raise UsageError(
-                f"{name} {prefix}: holds token id {least if least < 0 else greatest}, and the vocabulary of "
+                f"{name} {prefix}: contains token id {least if least < 0 else greatest}, but the vocabulary of "
                 f"--tokenizer-type {args.tokenizer_type} has {args.vocab_size}; give the tokenizer that the data was "
                 "made with"
             )
         if indexed.has_loss_mask(prefix):
             mask = indexed.loss_mask_prefix(prefix)
             if indexed.token_range(mask, indexed.open_index(mask), SAMPLED_BYTES // len(prefixes))[1] > 1:
-                raise UsageError(f"{name} {prefix}: {mask}.bin holds other values than 0 and 1, so it is no loss mask")
+                raise UsageError(f"{name} {prefix}: {mask}.bin is not a loss mask: it has values other than 0 and 1")
 
 
-def _shares(args: Namespace) -> list[tuple[float, float] | None]:
-    """The part of the documents that each split has; checks that there is something to validate on."""
+def _split_shares(args: Namespace) -> list[tuple[float, float] | None]:
+    """Return the (first, last) fractions of the documents that each split of --split has.
+
+    An empty split is None.
+
+    Raises:
+        UsageError: --split cannot be parsed, or leaves nothing to train on or to validate on.
+    """
     if args.split is None:
         if args.train_data_path and not args.valid_data_path and args.eval_iters:
             raise UsageError("--valid-data-path is missing beside --train-data-path: give it, or --eval-iters 0")
         return []
     try:
-        if not re.fullmatch(r"[.0-9]+([,/ ]+[.0-9]+){0,2}", args.split.strip()):  # Megatron takes -2 for 2
+        if not re.fullmatch(r"[.0-9]+([,/ ]+[.0-9]+){0,2}", args.split.strip()):  # Megatron reads -2 as 2
             raise ValueError
-        with np.errstate(invalid="raise"):  # no number at all is 0 / 0
+        with np.errstate(invalid="raise"):  # shares that are all 0 give 0 / 0
             shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
     except (AssertionError, ValueError, ArithmeticError) as error:
         raise UsageError(f"--split {args.split}: expected three numbers, such as 969,30,1") from error
@@ -163,11 +179,12 @@ def _shares(args: Namespace) -> list[tuple[float, float] | None]:
 
 
 def _prefixes(args: Namespace) -> list[tuple[str, str]]:
-    """(flag, prefix) of all data, weights of a blend left out."""
+    """Return (flag, prefix) of all data, without the weights of blends."""
     return [(name, prefix) for name, blend in _blends(args) for prefix in _blend_prefixes(name, blend)]
 
 
 def _blends(args: Namespace) -> Iterator[tuple[str, list[str]]]:
+    """Yield (flag, weights and prefixes as given) of each list of data."""
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         if getattr(args, name):
             yield to_flag(name), getattr(args, name)
@@ -184,14 +201,14 @@ def _blends(args: Namespace) -> Iterator[tuple[str, list[str]]]:
                 raise ValueError("must map train, valid and test to lists of text")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             where = f"{flag} {args.per_split_data_args_path}"
-            raise UsageError(f"{where}: not a list of data that can be read: {one_line(error)}") from error
+            raise UsageError(f"{where}: not a valid list of data: {one_line(error)}") from error
         for items in filter(None, lists):
             yield flag, items
 
 
 def _read_list(flag: str, path: str) -> str:
     try:
-        return read_text(Path(path), "a list of data that can be read")
+        return read_text(Path(path), "a readable list of data")
     except UsageError as error:
         raise UsageError(f"{flag} {error}") from error
 
@@ -200,7 +217,7 @@ def _blend_prefixes(flag: str, blend: list[str]) -> list[str]:
     try:
         prefixes, weights = get_blend_from_list(blend) or ([], None)
     except (AssertionError, ValueError) as error:
-        raise UsageError(f"{flag} {' '.join(blend)}: give a weight before each prefix, or before none") from error
+        raise UsageError(f"{flag} {' '.join(blend)}: give a weight before each prefix, or no weights") from error
     for weight in weights or []:
         if not (math.isfinite(weight) and weight >= 0):
             raise UsageError(f"{flag} {' '.join(blend)}: weight {weight}: must be a number of at least 0")
@@ -209,16 +226,16 @@ def _blend_prefixes(flag: str, blend: list[str]) -> list[str]:
     return prefixes
 
 
-def _index(name: str, prefix: str, look: Callable, *settings) -> Any:
-    """What `look` says of the data at `prefix`, which `name` gave."""
+def _read_index(flag: str, prefix: str, read: Callable, *settings) -> Any:
+    """Return `read(prefix, *settings)`, with its errors as UsageError that names the flag."""
     try:
-        return look(prefix, *settings)
+        return read(prefix, *settings)
     except (ValueError, OSError) as error:
-        raise UsageError(f"{name} {prefix}: {error}") from error
+        raise UsageError(f"{flag} {prefix}: {error}") from error
 
 
 def _check_cache(folder: str | None) -> None:
-    """Megatron maps what it finds in its cache, and takes its word."""
+    """Raise UsageError for a damaged index in the cache, which Megatron maps without checks."""
     for suffix, dtype in _CACHED.items():
         for file in sorted(Path(folder).glob(f"*{suffix}")) if folder else []:
             try:
@@ -226,7 +243,7 @@ def _check_cache(folder: str | None) -> None:
             except (ValueError, OSError, EOFError) as error:
                 reason = one_line(error, 100)
                 raise UsageError(
-                    f"--data-cache-path {folder}: {file.name} is damaged ({reason}); remove it, and it is made anew"
+                    f"--data-cache-path {folder}: {file.name} is damaged ({reason}); remove it, and it is built again"
                 ) from error
             if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype != dtype:
-                raise UsageError(f"--data-cache-path {folder}: {file.name} is not Megatron's; remove it")
+                raise UsageError(f"--data-cache-path {folder}: {file.name} is not an index of Megatron; remove it")

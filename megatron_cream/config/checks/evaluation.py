@@ -1,4 +1,4 @@
-"""Checks of the evaluation at long lengths inside a training job: --long-eval-*."""
+"""Checks of --long-eval-*, the evaluation at long context lengths during training."""
 
 from argparse import Namespace
 from dataclasses import fields
@@ -10,7 +10,7 @@ from megatron_cream.config.values import long_eval_tasks
 
 
 def check(args: Namespace) -> None:
-    """Raises UsageError at what cannot run. After `fill`."""
+    """Raise UsageError if the long evaluation cannot run; call it after `fill`."""
     if args.long_eval_interval is None:
         for given in fields(LongEvalConfig):
             if getattr(args, given.name) != given.default:
@@ -28,7 +28,7 @@ def check(args: Namespace) -> None:
         if length > args.max_position_embeddings:
             raise UsageError(
                 f"--long-eval-lengths {length}: beyond the {args.max_position_embeddings} positions of this run; "
-                "give less, or a larger --target-length or --max-position-embeddings"
+                "give a smaller length, or a larger --target-length or --max-position-embeddings"
             )
     _check_best(args)
 
@@ -37,11 +37,13 @@ def _check_tasks(args: Namespace) -> None:
     for name in long_eval_tasks(args):
         if name not in LONG_EVAL_TASKS:
             raise UsageError(
-                f"--long-eval-tasks {args.long_eval_tasks}: {name!r} is none of {', '.join(LONG_EVAL_TASKS)}"
+                f"--long-eval-tasks {args.long_eval_tasks}: unknown task {name!r}; choose from "
+                f"{', '.join(LONG_EVAL_TASKS)}"
             )
         if name != "perplexity" and args.tokenizer_type.startswith("Null"):
             raise UsageError(
-                f"--long-eval-tasks {name}: --tokenizer-type {args.tokenizer_type} reads no text; take perplexity alone"
+                f"--long-eval-tasks {name}: --tokenizer-type {args.tokenizer_type} cannot encode text; use only "
+                "perplexity"
             )
 
 
@@ -55,5 +57,5 @@ def _check_best(args: Namespace) -> None:
         return
     if args.save is None:
         raise UsageError(
-            "--save is missing: --long-eval-interval keeps the best checkpoint there; or take --long-eval-best none"
+            "--save is missing: --long-eval-interval keeps the best checkpoint there; give it, or --long-eval-best none"
         )

@@ -1,6 +1,6 @@
-"""Checks of flags, each by itself and together, before a process group or a GPU is touched.
+"""Checks of single flags and of combinations, before a process group or a GPU is touched.
 
-Each says, in one line, which flag, what value, and what would be right.
+Each error is one line with the flag, its value, and a valid value.
 """
 
 import importlib.util
@@ -30,31 +30,35 @@ _PATHS = (
 
 
 def check_each(args: Namespace) -> None:
-    """Raise UsageError at a flag that is wrong whatever the others say."""
+    """Raise UsageError for a flag that is wrong whatever the other flags are."""
     _check_paths(args)
     _check_supported(args)
     _check_embedded_data(args)
 
 
 def check_together(args: Namespace) -> None:
-    """Raise UsageError at flags that contradict each other. After filling in."""
+    """Raise UsageError for flags that contradict each other; call it after `fill`."""
     _check_positions(args, samplers.sampler_options(args))
     _check_rope(args)
 
 
 def check_graphs_with_segments(args: Namespace) -> None:
-    """NCCL registers what a graph sends, and memory in segments that grow cannot be: illegal accesses."""
+    """Raise UsageError for CUDA graphs with expandable segments.
+
+    NCCL registers the memory that a graph sends from, unless NCCL_GRAPH_REGISTER is 0. With expandable segments that
+    ends in illegal memory accesses.
+    """
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        grows = "expandable_segments:true" in os.environ.get(name, "").lower()
-        if args.cuda_graph_impl != "none" and grows and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+        is_expandable = "expandable_segments:true" in os.environ.get(name, "").lower()
+        if args.cuda_graph_impl != "none" and is_expandable and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
             raise UsageError(
                 f"--cuda-graph-impl {args.cuda_graph_impl} with {name}={os.environ[name]} in the environment: NCCL "
-                "cannot register such memory; unset one of them, or set NCCL_GRAPH_REGISTER=0"
+                "cannot register memory in expandable segments; remove one of them, or set NCCL_GRAPH_REGISTER=0"
             )
 
 
 def check_gpu_of_rank(local_rank: int) -> None:
-    """Raise UsageError if torchrun was given more ranks than this machine shows GPUs."""
+    """Raise UsageError if torchrun started more ranks here than there are visible GPUs."""
     if devices.has_cuda() and local_rank >= (gpus := torch.cuda.device_count()):
         raise UsageError(
             f"LOCAL_RANK={local_rank} in the environment: this machine has {gpus} visible GPUs; use torchrun "
@@ -63,23 +67,26 @@ def check_gpu_of_rank(local_rank: int) -> None:
 
 
 def _check_supported(args: Namespace) -> None:
-    """Raise UsageError at values that this project does not carry; whole flags are refused by flag_support.py."""
+    """Raise UsageError for values that this project does not support.
+
+    flag_support.py rejects whole flags.
+    """
     if args.async_save and args.async_strategy != "mcore":
         raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
     if args.cuda_graph_impl not in ("none", "local"):
-        # They record a layer with Megatron's own table of angles, or a data loader that hands out one buffer.
+        # The others record a layer with Megatron's table of angles, or need a data loader that reuses one buffer.
         raise UsageError(
             f"--cuda-graph-impl {args.cuda_graph_impl}: cannot replay position ids that change with each sample; "
             "use local"
         )
     if args.log_straggler and not args.print_config and not (devices.has_cuda() and importlib.util.find_spec("pynvml")):
         raise UsageError(
-            "--log-straggler: reads the temperature and power of GPUs through nvidia-ml-py; pip install nvidia-ml-py"
+            "--log-straggler: needs a GPU, and nvidia-ml-py to read its temperature and power; pip install nvidia-ml-py"
         )
     if args.fp16 and args.fp32:
         raise UsageError("--fp16 with --fp32: give one of the two")
     if args.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
-        raise UsageError(f"--exit-signal {args.exit_signal.name}: no process hears it; use SIGTERM")
+        raise UsageError(f"--exit-signal {args.exit_signal.name}: a process cannot handle it; use SIGTERM")
     if args.dataloader_type == "external":
         raise UsageError("--dataloader-type external: not supported here; use single or cyclic")
     if args.train_iters and args.train_samples:
@@ -88,23 +95,23 @@ def _check_supported(args: Namespace) -> None:
         raise UsageError(
             "--override-opt-param-scheduler with --use-checkpoint-opt-param-scheduler: give one of the two"
         )
-    _optimizer(args)
+    _check_optimizer(args)
     if args.position_embedding_type not in ("none", "rope"):
         raise UsageError(f"--position-embedding-type {args.position_embedding_type}: only rope is supported here")
     if not devices.has_cuda() and not args.print_config:
-        _on_a_gpu_alone(args)
+        _check_gpu_flags(args)
 
 
-def _on_a_gpu_alone(args: Namespace) -> None:
-    """What Megatron would fail at with a traceback, as it finds no CUDA device."""
+def _check_gpu_flags(args: Namespace) -> None:
+    """Raise UsageError for flags on which Megatron crashes without a CUDA device."""
     if args.profile and not args.use_pytorch_profiler:
-        raise UsageError("--profile: profiles GPUs, by nsys, and there is none; add --use-pytorch-profiler")
+        raise UsageError("--profile: nsys needs a GPU, and this machine has none; add --use-pytorch-profiler")
     for name in ("record_memory_history", "gpu_sniff_test_interval"):
         if value := getattr(args, name):
             raise UsageError(f"{to_flag(name)} {value}: needs a GPU; leave it out")
 
 
-def _optimizer(args: Namespace) -> None:
+def _check_optimizer(args: Namespace) -> None:
     if args.optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
         raise UsageError(f"--optimizer {args.optimizer}: needs the package emerging-optimizers; use adam")
     if args.use_distributed_optimizer and args.optimizer == "sgd":
@@ -112,7 +119,7 @@ def _optimizer(args: Namespace) -> None:
 
 
 def _check_paths(args: Namespace) -> None:
-    """Raise UsageError at a path that no file can have; later it would be an error of whatever reads it first."""
+    """Raise UsageError for a path that no file can have, while its flag is still known."""
     for name in _PATHS:
         value = getattr(args, name)
         for path in value if isinstance(value, list) else [value]:
@@ -121,48 +128,47 @@ def _check_paths(args: Namespace) -> None:
 
 
 def _check_embedded_data(args: Namespace) -> None:
-    """Raise UsageError at data or a tokenizer beside --embedded-data."""
+    """Raise UsageError for data or a tokenizer given with --embedded-data."""
     for name in ("data_path", "train_data_path", "valid_data_path", "tokenizer_model"):
         if args.embedded_data and getattr(args, name):
             raise UsageError(f"{to_flag(name)} with --embedded-data: give one of the two")
 
 
 def check_model_agrees(args: Namespace, shape: ModelShape, folder: Path, defaults: dict[str, Any]) -> None:
-    """Raise UsageError at a flag that contradicts the model that the run starts from.
+    """Raise UsageError for a flag that contradicts the model that the run starts from.
 
     Args:
-        args: Megatron's.
-        shape: of that model.
-        folder: of that model, for the message.
-        defaults: of all flags, which stand for flags that were not given.
+        args: the parsed flags.
+        shape: the model's shape.
+        folder: the model's folder, for the message.
+        defaults: default values of all flags; a flag that has its default may differ from the model.
     """
     for name, value in shape.megatron_args().items():
-        given, free = getattr(args, name), name == "num_query_groups" and not args.group_query_attention
-        if name != "rotary_base" and not free and given not in (defaults[name], value):
+        given, is_unused = getattr(args, name), name == "num_query_groups" and not args.group_query_attention
+        if name != "rotary_base" and not is_unused and given not in (defaults[name], value):
             raise UsageError(f"{to_flag(name)} {given}: the model in {folder} has {value}")
 
 
 def check_weights(args: Namespace, from_checkpoint: bool) -> None:
-    """Raise UsageError where weights are neither made nor loaded: they would be what the memory held before."""
+    """Raise UsageError if weights are neither initialized nor loaded."""
     if not (args.perform_initialization or from_checkpoint or args.load_hf):
         raise UsageError(
-            "--no-initialization: no weights are loaded in their place; give --load-hf, --pretrained-checkpoint or "
-            "--load"
+            "--no-initialization: the run loads no weights; give --load-hf, --pretrained-checkpoint or --load"
         )
 
 
 def check_required(args: Namespace) -> None:
-    """What has no default, and whole numbers that must be positive."""
+    """Raise UsageError for a missing flag without default, or for a size below 1."""
     needed = {
         "num_layers": "the number of transformer layers, 32 for Llama-2-7B",
         "hidden_size": "the width of the model, 4096 for Llama-2-7B",
         "num_attention_heads": "the number of query heads, 32 for Llama-2-7B",
         "seq_length": "N, the window the model was pre-trained with, 4096 for Llama 2",
-        "micro_batch_size": "samples a GPU takes at once, e.g. 1",
+        "micro_batch_size": "the number of samples that a GPU processes at once, e.g. 1",
     }
     for name, meaning in needed.items():
         if getattr(args, name) is None:
-            raise UsageError(f"{to_flag(name)} is missing: give {meaning}; or no flags at all for the embedded default")
+            raise UsageError(f"{to_flag(name)} is missing: give {meaning}; or give no flags, for the embedded default")
     if args.train_iters is None and args.train_samples is None and not args.skip_train:
         raise UsageError("--train-iters is missing: give the number of steps, 1000 in the paper")
     positive = [*needed, "target_length", "num_query_groups", "tensor_model_parallel_size"]
@@ -186,19 +192,19 @@ def _check_positions(args: Namespace, options: dict[str, Any]) -> None:
         )
     if sampler == "full" and target != window:
         raise UsageError(
-            f"--position-sampler full trains at the target length: --seq-length {window} must be "
+            f"--position-sampler full: trains at the target length; --seq-length {window} must equal "
             f"--target-length {target}"
         )
-    few_blocks = ("cream", "pose", "pi") if sampler == "mix" else ("cream", "pose")
-    for name in samplers.drawing(args):
-        if args.mask_segment_starts and name not in few_blocks:
+    with_segments = ("cream", "pose", "pi") if sampler == "mix" else ("cream", "pose")
+    for name in samplers.sampler_names(args):
+        if args.mask_segment_starts and name not in with_segments:
             raise UsageError(f"--mask-segment-starts: only with --position-sampler cream or pose, not {name}")
     try:
         build_sampler(**options, seed=args.seed)
     except ValueError as error:
         lengths = f"--seq-length {args.seq_length}, --target-length {args.target_length}"
-        named = f"--position-mix {args.position_mix}" if sampler == "mix" else f"--position-sampler {sampler}"
-        raise UsageError(f"{named} ({lengths}): {error}") from error
+        flag = f"--position-mix {args.position_mix}" if sampler == "mix" else f"--position-sampler {sampler}"
+        raise UsageError(f"{flag} ({lengths}): {error}") from error
 
 
 def _check_rope(args: Namespace) -> None:
@@ -214,6 +220,7 @@ def _check_rope(args: Namespace) -> None:
 
 
 def check_files(args: Namespace) -> None:
+    """Raise UsageError for missing or unusable data, tokenizer files and output folders."""
     data_checks.check(args)
     model = args.tokenizer_model
     if args.tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
@@ -233,6 +240,6 @@ def check_files(args: Namespace) -> None:
             check_can_create(Path(path), to_flag(name))
     if args.save and args.ckpt_format != "torch_dist":
         raise UsageError(
-            f"--ckpt-format {args.ckpt_format}: --save writes torch_dist, which has checksums and outlives faults; "
-            "mp_rank_XX files are loaded without this flag"
+            f"--ckpt-format {args.ckpt_format}: --save writes only torch_dist, which has checksums; mp_rank_XX files "
+            "are loaded without this flag"
         )

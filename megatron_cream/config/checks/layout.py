@@ -1,4 +1,4 @@
-"""Does the model divide over the ranks, and do the chosen layers carry what the flags ask of them?"""
+"""Checks that the model divides over the ranks, and that its layers support the flags."""
 
 from argparse import Namespace
 
@@ -9,7 +9,7 @@ from megatron_cream.model import user_buffers
 
 
 def check(args: Namespace) -> None:
-    """Raise UsageError where the model's shape or the parallel layout cannot run. After filling in."""
+    """Raise UsageError if the model's shape or the parallel layout cannot run, after `fill`."""
     _check_shapes(args)
     _check_parallel(args)
 
@@ -57,7 +57,8 @@ def _check_parallel(args: Namespace) -> None:
             raise UsageError(f"{name} {length}: must be a multiple of 2 x --context-parallel-size {cp}")
         if args.sequence_parallel and length % (tp * cp):
             raise UsageError(
-                f"{name} {length}: must be a multiple of --tensor-model-parallel-size {tp} under --sequence-parallel"
+                f"{name} {length}: must be a multiple of --tensor-model-parallel-size {tp} x --context-parallel-size "
+                f"{cp} with --sequence-parallel"
             )
     data_parallel = args.world_size // (tp * pp * cp)
     samples = args.micro_batch_size * data_parallel
@@ -81,24 +82,31 @@ def _check_parallel(args: Namespace) -> None:
     if args.attention["name"] == "local" and cp > 1:
         raise UsageError(f"--context-parallel-size {cp}: not with --attention-backend local; use auto")
     if not args.attention["transformer_engine"] and not args.print_config:
-        _transformer_engine_alone(args)
+        _check_transformer_engine_flags(args)
     if args.tp_comm_overlap:
-        _user_buffers(args)
+        _check_user_buffers(args)
 
 
-def _transformer_engine_alone(args: Namespace) -> None:
-    """What other layers do not look at: the run would be in another precision, or place, than it was asked for."""
+def _check_transformer_engine_flags(args: Namespace) -> None:
+    """Raise UsageError for flags that only Transformer Engine's layers read.
+
+    Other layers would ignore them, and train in another precision or memory than the user asked for.
+    """
     flags = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
     also = "cpu_offloading_num_layers hierarchical_context_parallel_sizes te_precision_config_file fp8_param_gather "
     also += "fused_residual_rmsnorm use_transformer_engine_op_fuser use_grouped_gemm_for_dense_mlp delay_wgrad_compute "
     also += "fine_grained_activation_offloading use_te_activation_func symmetric_ar_type log_max_attention_logit"
-    for name, given in (flags | {name: to_flag(name) for name in also.split()}).items():
+    for name, flag in (flags | {name: to_flag(name) for name in also.split()}).items():
         if (value := getattr(args, name)) and not (name == "use_te_activation_func" and devices.has_cuda()):
-            raise UsageError(f"{given} {value}: needs Transformer Engine's layers, which this run does not have")
+            raise UsageError(f"{flag} {value}: needs Transformer Engine's layers, which this run does not have")
 
 
-def _user_buffers(args: Namespace) -> None:
-    """Transformer Engine's, which send beside its products; of the size of a micro-batch."""
+def _check_user_buffers(args: Namespace) -> None:
+    """Raise UsageError if the run cannot use --tp-comm-overlap.
+
+    Transformer Engine's user buffers overlap transfers with matrix products. Their size is fixed to one micro-batch of
+    --seq-length tokens.
+    """
     if not args.sequence_parallel or args.tensor_model_parallel_size == 1:
         raise UsageError("--tp-comm-overlap: needs --tensor-model-parallel-size 2 or more and --sequence-parallel")
     if not args.attention["transformer_engine"]:
@@ -108,8 +116,8 @@ def _user_buffers(args: Namespace) -> None:
     for name in ("eval_lengths", "long_eval_interval"):
         if value := getattr(args, name):
             raise UsageError(
-                f"{to_flag(name)} {value}: not with --tp-comm-overlap, whose buffers hold samples of --seq-length "
-                f"{args.seq_length} tokens; leave one of them out (tools/evaluate.py reads a checkpoint at any length)"
+                f"{to_flag(name)} {value}: not with --tp-comm-overlap, whose buffers fit samples of --seq-length "
+                f"{args.seq_length} tokens; leave one of them out (tools/evaluate.py evaluates at any length)"
             )
     if args.tp_comm_overlap_cfg is not None:
         user_buffers.check_config(args.tp_comm_overlap_cfg)

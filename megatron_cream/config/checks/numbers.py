@@ -1,6 +1,6 @@
-"""Numbers that no run can use: found in the flags themselves, before anything follows from them.
+"""Checks of the numbers in the flags, before other values are computed from them.
 
-Megatron looks at few of its flags' values; a learning rate of NaN trains, and a negative interval divides.
+Megatron checks few of its flags' values: it trains with a learning rate of NaN, and divides by a negative interval.
 """
 
 import math
@@ -18,11 +18,12 @@ _POSITIVE = {
     "dist_ckpt_workers", "tensorboard_log_interval", "recompute_num_layers", "ckpt_step", "most_recent_k",
     "save_hook_minutes",
 }  # fmt: skip
-"""Of the others, those that are not here may be 0."""
+"""Variables that must be above 0. All others may be 0."""
 
 _BELOW_ONE = {"attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction"}
+"""Variables that must be below 1."""
 
-_MOST = {
+_MAXIMUM = {
     "num_layers": 10_000, "hidden_size": 1 << 20, "ffn_hidden_size": 1 << 24, "num_attention_heads": 1 << 16,
     "num_query_groups": 1 << 16, "kv_channels": 1 << 16, "vocab_size": 1 << 26, "seq_length": 1 << 30,
     "target_length": 1 << 40, "original_max_position_embeddings": 1 << 40, "max_position_embeddings": 1 << 40,
@@ -32,7 +33,8 @@ _MOST = {
     "timeout_minutes": 1 << 20,
     "signal_exit_code": 255,
 }  # fmt: skip
-"""Far beyond any model; larger is a slip of the keyboard, and would be asked of the memory."""
+"""{variable: largest accepted value}, far beyond any model. A larger value is a typing error, which would otherwise
+end in an attempt to allocate that much memory."""
 
 _MAY_BE_NEGATIVE = {
     "null_tokenizer_pad_id", "inference_batch_times_seqlen_threshold", "inference_dynamic_batching_num_cuda_graphs",
@@ -42,10 +44,10 @@ _MAY_BE_NEGATIVE = {
 
 
 def check(args: Namespace, defaults: dict[str, Any]) -> None:
-    """Look at every number that is not a default.
+    """Check every number that is not a default.
 
     Raises:
-        UsageError: one is not finite, negative, 0 where that means nothing, or beyond reason.
+        UsageError: a number is not finite, negative, 0 where it must be positive, or too large.
     """
     for name, value in vars(args).items():
         if value == defaults.get(name):
@@ -65,14 +67,14 @@ def _check_number(name: str, value: int | float) -> None:
         raise UsageError(f"{shown}: must not be negative")
     if name in _BELOW_ONE and value >= 1:
         raise UsageError(f"{shown}: must be below 1")
-    if value > _MOST.get(name, value):
-        raise UsageError(f"{shown}: must be at most {_MOST[name]}")
+    if value > _MAXIMUM.get(name, value):
+        raise UsageError(f"{shown}: must be at most {_MAXIMUM[name]}")
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise UsageError(f"{shown}: must fit into 64 bits")
 
 
-def learning_rates(args: Namespace) -> None:
-    """Raise UsageError at learning rates that contradict one another."""
+def check_learning_rates(args: Namespace) -> None:
+    """Raise UsageError for a missing learning rate, or for a contradictory schedule."""
     if args.skip_train:
         return
     if args.lr is None:
@@ -83,8 +85,8 @@ def learning_rates(args: Namespace) -> None:
             raise UsageError(f"{to_flag(name)} {value}: must be at most --lr {args.lr}")
     steps = args.lr_decay_iters or args.train_iters
     if args.lr_warmup_iters and steps and args.lr_warmup_iters >= steps:
-        of = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
-        raise UsageError(f"--lr-warmup-iters {args.lr_warmup_iters}: must be below {of} {steps}")
+        limit = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
+        raise UsageError(f"--lr-warmup-iters {args.lr_warmup_iters}: must be below {limit} {steps}")
     samples = args.lr_decay_samples or args.train_samples
     if args.lr_warmup_samples and samples and args.lr_warmup_samples >= samples:
-        raise UsageError(f"--lr-warmup-samples {args.lr_warmup_samples}: must be below {samples}, where the decay ends")
+        raise UsageError(f"--lr-warmup-samples {args.lr_warmup_samples}: must be below {samples}, the end of the decay")

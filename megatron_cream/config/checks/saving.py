@@ -1,4 +1,4 @@
-"""Checks of what is saved, and of what follows a checkpoint."""
+"""Checks of the flags for saving checkpoints, and of --save-hook."""
 
 from argparse import Namespace
 from dataclasses import fields
@@ -10,7 +10,7 @@ from megatron_cream.config.options import SaveConfig
 
 
 def check(args: Namespace) -> None:
-    """Raise UsageError at settings that cannot work together."""
+    """Raise UsageError for settings that cannot work together."""
     for given in fields(SaveConfig):
         value = getattr(args, given.name)
         if value == given.default:
@@ -30,6 +30,6 @@ def check(args: Namespace) -> None:
 
 
 def check_on_rank(args: Namespace) -> None:
-    """Raise UsageError on the rank that runs --save-hook, if it cannot."""
+    """Raise UsageError on the rank that runs --save-hook if it cannot run the command."""
     if args.save_hook is not None and args.rank == 0:
         save_hook.check_can_run()
