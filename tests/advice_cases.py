@@ -220,9 +220,9 @@ ADVICE = [
     Advice("--load-hf {} with --pretrained-checkpoint: give one of the two",
            with_("--pretrained-checkpoint {0}/ckpt", FROM_HF), (FROM_HF,)),
     # ------------------------------------------------ the tools
-    Advice("holds something already; give a new folder", with_("--output {0}/ckpt", IMPORT),
+    Advice("is not empty. Give a new folder, or --overwrite", with_("--output {0}/ckpt", IMPORT),
            (IMPORT, with_("--output {0}/ckpt --overwrite", IMPORT))),
-    Advice("--overwrite replaces what a conversion wrote", with_("--output {0}/ckpt --overwrite", IMPORT), (IMPORT,),
+    Advice("--overwrite replaces only files of a conversion", with_("--output {0}/ckpt --overwrite", IMPORT), (IMPORT,),
            put("ckpt/mine.txt", "mine")),
     Advice("only with --format torch", with_("--tensor-model-parallel-size 2", IMPORT),
            (with_("--tensor-model-parallel-size 2 --format torch", IMPORT),)),

@@ -172,10 +172,10 @@ CHECKPOINTS = {
     "mp_rank file of another layout": (
         remove(CLASSIC), FROM_CLASSIC, ["release has no mp_rank_00"],
     ),
-    "shard missing": (remove(SHARD), RESUME, ["--load", "__0_0.distcp is not there"]),
-    "shard cut": (cut(SHARD, 5000), RESUME, ["__0_0.distcp", "it is cut"]),
+    "shard missing": (remove(SHARD), RESUME, ["--load", "__0_0.distcp is missing"]),
+    "shard cut": (cut(SHARD, 5000), RESUME, ["__0_0.distcp", "is truncated"]),
     "shard empty": (put(SHARD, b""), RESUME, ["__0_0.distcp has 0 bytes"]),
-    "a bit of a shard": (flip(SHARD), RESUME, ["__0_0.distcp", "not those that were written"]),
+    "a bit of a shard": (flip(SHARD), RESUME, ["__0_0.distcp", "damaged or changed since it was written"]),
     "a bit of the other rank's shard": (flip(f"{STEP}/__1_0.distcp", 0.3), RESUME, ["__1_0.distcp", "SHA-256"]),
     "a bit of the metadata": (flip(f"{STEP}/.metadata", 0.5), RESUME, ["iter_0000002/.metadata", "SHA-256"]),
     "a bit of the common state": (FLIPPED, RESUME, ["--load", "__0_0.distcp", "SHA-256"]),
@@ -211,7 +211,7 @@ CHECKPOINTS = {
     "a manifest of a name that none can have": (
         put(f"{STEP}/integrity.json", '{"files": {"%s": "00"}}' % ("a" * 5000)), RESUME, ["names 'aaaa"],
     ),
-    "a manifest that is none": (put(f"{STEP}/integrity.json", "["), RESUME, ["integrity.json", "not a manifest"]),
+    "a manifest that is none": (put(f"{STEP}/integrity.json", "["), RESUME, ["integrity.json", "not a readable manifest"]),
     "a manifest of a file that is not there": (
         put(f"{STEP}/integrity.json", '{"files": {"x.distcp": "00"}}'), RESUME, ["x.distcp: missing"],
     ),
@@ -235,7 +235,7 @@ CHECKPOINTS = {
         put(f"{STEP}/metadata.json", '{"sharded_backend": "zarr"}'), RESUME, ["metadata.json", "torch_dist"],
     ),
     "no common state": (
-        metadata(STEP, without_common_state), RESUME, ["common state is missing"],
+        metadata(STEP, without_common_state), RESUME, ["common state with the saved flags is missing"],
     ),
     "common state without flags": (entry(STEP, "common_state", lambda w: [{"args": None}]), RESUME, ["common state"]),
     "common state is a number": (entry(STEP, "common_state", lambda w: [7]), RESUME, ["common state"]),
@@ -245,17 +245,17 @@ CHECKPOINTS = {
     "tracker huge": (put(f"run/{TRACKER}", "9" * 5000), RESUME, [TRACKER, "must be a number"]),
     "tracker negative": (put(f"run/{TRACKER}", "-2"), RESUME, ["'-2'", "must be a number"]),
     "tracker is no text": (put(f"run/{TRACKER}", b"\xff\xfe"), RESUME, [TRACKER, "must be a number"]),
-    "tracker names no folder": (put(f"run/{TRACKER}", "77"), RESUME, ["there is no iter_0000077"]),
+    "tracker names no folder": (put(f"run/{TRACKER}", "77"), RESUME, ["has no iter_0000077"]),
     "tracker missing": (remove(f"run/{TRACKER}"), RESUME, ["--load", f"it has no {TRACKER}"]),
     "tracker is a folder": (
         also(remove(f"run/{TRACKER}"), lambda w: (w / "run" / TRACKER).mkdir()), RESUME, [TRACKER],
     ),
-    "step folder missing": (remove(STEP), RESUME, ["there is no iter_0000002"]),
+    "step folder missing": (remove(STEP), RESUME, ["has no iter_0000002"]),
     "a step under another's name": (
         also(lambda w: (w / STEP).rename(w / "run/iter_0000004"), put(f"run/{TRACKER}", "4")),
         RESUME, ["--load", "contains step 2, but the folder is named iter_0000004"],
     ),
-    "step that is not there": (also(), (*RESUME, "--ckpt-step", "9"), ["there is no iter_0000009"]),
+    "step that is not there": (also(), (*RESUME, "--ckpt-step", "9"), ["has no iter_0000009"]),
     "tracker for export": (put(f"run/{TRACKER}", "1e5"), EXPORT_RUN, ["'1e5'", "must be a number"]),
     "load is a file": (also(), (*NEW, "--load", "{0}/data.bin"), ["--load", "data.bin: no such folder"]),
     "pretrained holds none": (also(), (*NEW, "--pretrained-checkpoint", "{0}/hf"), ["holds no checkpoint"]),
@@ -303,8 +303,8 @@ CHECKPOINTS = {
     "Megatron's own check without checksums": (
         remove(f"{STEP}/integrity.json"), (*RESUME, "--verify-integrity"), ["--verify-integrity", "integrity.json"],
     ),
-    "hf/config.json of another model": (config("ckpt/hf", vocab_size=9000), EXPORT, ["shape", "its flags make it"]),
-    "export into what is there": (also(), (*EXPORT[:-1], "{0}/hf"), ["holds something already"]),
+    "hf/config.json of another model": (config("ckpt/hf", vocab_size=9000), EXPORT, ["shape", "its flags require"]),
+    "export into what is there": (also(), (*EXPORT[:-1], "{0}/hf"), ["is not empty"]),
 }  # fmt: skip
 
 FOLDERS = {
@@ -406,5 +406,5 @@ FOLDERS = {
     "chat template with a fault": (put("hf/chat_template.jinja", "{% for"), (*EVALUATE, "--chat"), ["chat template"]),
     "no such folder": (also(), (*START, "--load-hf", "{0}/none"), ["--load-hf", "no such folder"]),
     "folder is a file": (also(), (*START, "--load-hf", "{0}/data.bin"), ["--load-hf", "no such folder"]),
-    "save into what is there": (also(), (*FROM_HF, "--save-hf", "{0}/exported"), ["--save-hf", "holds something"]),
+    "save into what is there": (also(), (*FROM_HF, "--save-hf", "{0}/exported"), ["--save-hf", "is not empty"]),
 }  # fmt: skip

@@ -1,8 +1,7 @@
-"""A Megatron checkpoint without a process group: tensors read one by one, or written as they come.
+"""Read and write a Megatron checkpoint one tensor at a time, without a process group.
 
-The format is Megatron's `torch_dist`, which is torch.distributed.checkpoint with keys and stacked
-layers as Megatron's sharded state dicts name them; reading and writing go through torch's own
-planner and storage interfaces.
+The format is Megatron's `torch_dist`: torch.distributed.checkpoint with the keys and stacked layers of
+Megatron's sharded state dicts. Reading and writing use torch's planner and storage interfaces.
 """
 
 import contextlib
@@ -36,7 +35,7 @@ from megatron_cream.checkpoint.opening import find_step_folder, open_step, read_
 from megatron_cream.checkpoint.output import HashingFile
 from megatron_cream.common.errors import UsageError, one_line
 
-HF = "hf"  # config.json, tokenizer and generation config of the model that a checkpoint came from
+HF = "hf"  # folder with config.json, tokenizer and generation config of the original model
 _COMMON_STATE = "common_state/shard_0_1"
 
 
@@ -44,23 +43,23 @@ _COMMON_STATE = "common_state/shard_0_1"
 
 
 class MegatronCheckpoint:
-    """Reads the parameters of one saved step, whatever layout it was saved at.
+    """The parameters of one saved step, of any layout.
 
     Attributes:
-        path: the folder of all steps, as given to --save.
-        step: the iteration, or "release" for a converted model that was not trained here.
-        folder: the step's own.
-        args: the flags that it was trained or converted with.
-        config: the config.json that came along with the model, or None.
-        shape: the model, with the rotary embedding that it was trained for.
+        path: folder of all steps, as given to --save.
+        step: the iteration, or "release" for a converted model.
+        folder: folder of the step.
+        args: flags that it was trained or converted with.
+        config: config.json of the original model, or None.
+        shape: shape of the model, with the rotary embedding that it was trained for.
 
     Args:
-        step: None is the newest.
-        flag: what the user gave `path` with, for messages.
-        checksums: as `open_step`'s.
+        step: the iteration or "release"; None is the newest.
+        flag: the flag that gave `path`, for messages.
+        checksums: as in `open_step`.
 
     Raises:
-        UsageError: one line that says what is missing or cannot be read.
+        UsageError: a file or parameter is missing or unreadable; the message names it.
     """
 
     def __init__(
@@ -86,16 +85,19 @@ class MegatronCheckpoint:
 
     @property
     def is_stretched(self) -> bool:
-        """Whether it is for more positions than the model that it came from, or came from none."""
+        """Whether its window is larger than the original model's, or there is no original model."""
         return self._original is None or self.shape.max_position_embeddings > self._original.window
 
     def dtype(self, row: Row, layer: int | None) -> torch.dtype:
         return self._tensors[self._find_key(row, layer)[0]].properties.dtype
 
     def read(self, row: Row, layer: int | None, out: Tensor) -> Tensor:
-        """Fill `out`, a whole parameter of one layer, cast to its dtype.
+        """Fill `out` with a whole parameter of one layer, cast to out's dtype, and return it.
 
-        A vocabulary's out may have fewer rows than were saved (their padding), or more (left as they are).
+        For a vocabulary, `out` may have fewer rows than the saved tensor (its padding), or more (left unchanged).
+
+        Raises:
+            UsageError: the parameter is incomplete or unreadable.
         """
         key, stacked = self._find_key(row, layer)
         stored = self._tensors[key]
@@ -109,9 +111,9 @@ class MegatronCheckpoint:
         if covered != target.numel():
             raise UsageError(f"{self._where}: {key}: {target.numel() - covered} elements were not saved")
         try:
-            slow = [item for item in items if not self._read_directly(item, stored, target)]
-            if slow:
-                self._reader.read_data(LoadPlan(slow), _TensorLoader(target)).wait()
+            indirect = [item for item in items if not self._read_directly(item, stored, target)]
+            if indirect:
+                self._reader.read_data(LoadPlan(indirect), _TensorLoader(target)).wait()
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             files = sorted({self._metadata.storage_data[item.storage_index].relative_path for item in items})
             where, reason = f"{self._where}: {self.folder.name}/{', '.join(files)}", one_line(error, 200)
@@ -119,9 +121,11 @@ class MegatronCheckpoint:
         return out
 
     def _read_directly(self, item: ReadItem, stored: TensorStorageMetadata, target: Tensor) -> bool:
-        """Read a saved chunk straight from the file into `target`, if the bytes lie there as they should here.
+        """Read a saved chunk straight from the file into `target` if the bytes have the same layout.
 
-        torch's own reader copies every chunk twice more.
+        torch's own reader copies every chunk twice.
+
+        Returns: whether the chunk was read.
         """
         info = self._metadata.storage_data[item.storage_index]
         place = _TensorLoader(target).resolve_tensor(item)
@@ -130,18 +134,18 @@ class MegatronCheckpoint:
         if not whole_rows or info.transform_descriptors or chunk.sizes[1:] != item.lengths[1:]:
             return False
         with open(self.folder / Path(info.relative_path).name, "rb") as file:
-            with FakeTensorMode():  # where in the file, without the bytes
+            with FakeTensorMode():  # only the offset in the file, not the data
                 view = _create_file_view(file, info.offset, info.length)
                 storage = torch.load(view, weights_only=True).untyped_storage()
             first = item.storage_offsets[0] * (storage.nbytes() // chunk.sizes[0])
             file.seek(info.offset + storage._checkpoint_offset + first)
             whole = file.readinto(place.view(torch.uint8).reshape(-1).numpy()) == place.nbytes
-            # Read once: its pages are worth more to what is being written.
+            # Each chunk is read once, so free its pages for the file that is being written.
             os.posix_fadvise(file.fileno(), info.offset, info.length, os.POSIX_FADV_DONTNEED)
             return whole
 
     def _find_key(self, row: Row, layer: int | None) -> tuple[str, bool]:
-        """The key in the checkpoint, and whether it holds all layers."""
+        """Return the key in the checkpoint, and whether its tensor has all layers."""
         if row.key in self._tensors:
             return row.key, row.is_layered
         return row.module_name(layer, transformer_engine=True), False
@@ -174,12 +178,12 @@ class MegatronCheckpoint:
         fits = saved[0] >= needed[0] and saved[1:] == needed[1:] if row.fusion == "vocabulary" else saved == needed
         if not fits:
             raise UsageError(
-                f"{self._where}: parameter {row.key} has shape {list(saved)}; its flags make it {list(needed)}"
+                f"{self._where}: parameter {row.key} has shape {list(saved)}; its flags require {list(needed)}"
             )
 
 
 class _TensorLoader(dcp.LoadPlanner):
-    """Copies what is read into one tensor."""
+    """Load planner that reads into parts of one tensor."""
 
     def __init__(self, target: Tensor):
         self._target = target
@@ -216,15 +220,15 @@ def write_torch_dist(
     """Write a `torch_dist` checkpoint step that Megatron loads at any layout.
 
     Args:
-        folder: empty.
-        shape: of the model.
+        folder: step folder, empty.
+        shape: shape of the model.
         padded_vocab_size: rows of the embedding, with padding.
-        dtypes: of each parameter, by its key.
-        produce: a whole parameter of a layer. Runs in `threads` threads at once; its tensor may be
-            reused once the thread asks for the next.
-        common_state: what Megatron keeps beside the tensors (args, iteration ...).
-        threads: that write, each a file of its own.
-        progress: is called with the number of bytes written.
+        dtypes: dtype of each parameter, by its key.
+        produce: returns a whole parameter of a layer. Runs in `threads` threads at the same time; a
+            thread may reuse the tensor in its next call.
+        common_state: Megatron's state beside the tensors (args, iteration ...).
+        threads: number of threads that write, each to its own file.
+        progress: called with the number of bytes written.
 
     Returns: SHA-256 of each file, by name.
     """
@@ -232,13 +236,13 @@ def write_torch_dist(
     planner = _StreamingPlanner(shape, padded_vocab_size, dtypes, produce, common_state, failure)
     writer = dcp.FileSystemWriter(folder, thread_count=threads)
     writer.fs = files = _HashingFileSystem(progress, failure)
-    with warnings.catch_warnings(action="ignore"):  # that there is no process group
+    with warnings.catch_warnings(action="ignore"):  # torch warns that there is no process group
         dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     if failure.error:
         raise failure.error
     if len(files.hashes) != threads + 1:  # and .metadata
         raise OSError(f"{folder}: a file could not be written")
-    # How Megatron knows its own format.
+    # Megatron recognises its format by this file.
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     return files.hashes
 
@@ -246,8 +250,8 @@ def write_torch_dist(
 class _Failure:
     """The first error while writing.
 
-    Neither torch's writer threads nor its zip writer can be relied on to pass an error on. So
-    errors are kept here, what follows is written to nowhere, and the caller raises at the end.
+    torch's writer threads and its zip writer may lose an error. So the first error is kept here, later
+    writes are discarded, and the caller raises it at the end.
     """
 
     error: BaseException | None = None
@@ -257,7 +261,7 @@ class _Failure:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Plans every parameter from its shape, and makes each when its turn to be written comes."""
+    """Save planner that plans every parameter from its shape, and produces it only when it is written."""
 
     def __init__(self, shape, padded_vocab_size, dtypes, produce, common_state, failure: _Failure):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -331,7 +335,7 @@ class _HashingFileSystem(FileSystem):
         try:
             with super().create_stream(path, mode) as stream:
                 yield (file := _ErrorKeepingFile(stream, self._progress, self._failure))
-        except OSError as error:  # at the end, of what the buffer still held
+        except OSError as error:  # from the last flush of the buffer
             self._failure.keep(error)
             return
         self.hashes[Path(path).name.removesuffix(".tmp")] = file.hexdigest()

@@ -1,4 +1,4 @@
-"""A checkpoint's model in this process, on one rank, without Megatron's command line."""
+"""Build and load a checkpoint's model on one rank, without Megatron's command line."""
 
 import torch
 from megatron.core import parallel_state
@@ -15,19 +15,19 @@ from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModel
 
 
 def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype, attention: str = "sdpa") -> LlamaModel:
-    """Load the whole model in evaluation mode, on this project's layers.
+    """Load the whole model in evaluation mode, with this project's layers and an unpadded vocabulary.
 
-    Its vocabulary is not padded. Starts a process group of one where there is none.
+    Starts a process group of one rank if there is none.
 
     Args:
-        checkpoint: whose weights are read.
-        dtype: of the parameters.
-        attention: of `ATTENTION_BACKENDS`.
+        checkpoint: checkpoint with the weights.
+        dtype: dtype of the parameters.
+        attention: one of `ATTENTION_BACKENDS`.
     """
     _start_single_rank()
     model = _build_model(checkpoint.shape, dtype, attention)
     if devices.has_cuda():
-        model.cuda()  # Megatron's own parts are there already, this project's norms are not
+        model.cuda()  # moves this project's norms; Megatron's layers are on the GPU already
     fill_model(model, checkpoint.shape, checkpoint.read)
     model.rotary = checkpoint.shape.rotary(by_length=True)
     return model.eval()
@@ -70,13 +70,13 @@ def _build_model(shape: ModelShape, dtype: torch.dtype, attention: str) -> Llama
 
 @torch.no_grad()
 def fill_model(model: LlamaModel, shape: ModelShape, produce) -> None:
-    """Put weights into this rank's part of a model.
+    """Fill this rank's part of a model with weights.
 
     Args:
-        model: this rank's part; its parameters are written over.
-        shape: of the whole model.
-        produce: (row, layer, out) fills out with a whole parameter: `MegatronCheckpoint.read`, or a
-            Hugging Face folder's `join`ed tensors.
+        model: this rank's part; its parameters are overwritten.
+        shape: shape of the whole model.
+        produce: function (row, layer, out) that fills `out` with a whole parameter and returns it:
+            `MegatronCheckpoint.read`, or `build_reader` of a Hugging Face folder.
     """
     parameters = dict(model.named_parameters())
     group = model.pg_collection.tp
@@ -91,7 +91,7 @@ def fill_model(model: LlamaModel, shape: ModelShape, produce) -> None:
                 parameter.copy_(tensor_parallel_shard(row, produce(row, layer, out), group.rank(), group.size()))
                 break
     tied_copy = parameters.pop("output_layer.weight", None)
-    if tied_copy is not None and shape.tied:  # the last pipeline stage's
+    if tied_copy is not None and shape.tied:  # on the last pipeline stage
         row, layer = next(list_parameters(shape))
         out = torch.zeros(_whole_shape(row, shape, tied_copy, group.size()), dtype=tied_copy.dtype, device="cpu")
         tied_copy.copy_(tensor_parallel_shard(row, produce(row, layer, out), group.rank(), group.size()))

@@ -1,7 +1,7 @@
-"""What is looked at before a saved step is opened: is it whole, and does it hold nothing but data?
+"""Check that a saved step is complete and contains only plain data, and open it.
 
 Reads the metadata and the common state, a few MB of a 7B checkpoint, never a tensor. The trainer, the
-converter and evaluation all come in here; what is wrong is one line that begins with the flag.
+converter and the evaluation use it; errors are one line that begins with the flag.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from megatron_cream.common.files import is_file_name
 from megatron_cream.common.safe_pickle import NameChecker, check_pickled_names, load_metadata, load_plain
 
 _FORMAT, _METADATA = "metadata.json", ".metadata"
-_COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the latter before megatron-core 0.16
+_COMMON_KEY, _COMMON_FILE = "common_state/shard_0_1", "common.pt"  # the file is from megatron-core before 0.16
 _CLASSIC_FILE = "model_optim_rng.pt"
 _MAX_BYTES = 1 << 30
-"""Of a metadata file or a common state: those of a thousand ranks are far smaller."""
+"""Largest size of a metadata file or a common state; those of a thousand ranks are far smaller."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A `torch_dist` step that is whole.
+    """A complete `torch_dist` step.
 
-    folder: its own, `iter_0000100` or `release`.
-    metadata: torch's, where each tensor lies.
-    common: what Megatron keeps beside the tensors; `args` is the flags it was saved with.
+    folder: folder of the step, `iter_0000100` or `release`.
+    metadata: torch's metadata, with the location of each tensor.
+    common: Megatron's state beside the tensors; `args` are the flags that it was saved with.
     """
 
     folder: Path
@@ -48,16 +48,16 @@ class Step:
         return self.common["args"]
 
     def pickled_keys(self) -> list[str]:
-        """The entries that are pickles: random states, extra states of layers, the common state."""
+        """Return the keys of pickled entries: random states, extra states of layers, the common state."""
         entries = self.metadata.state_dict_metadata.items()
         return sorted(key for key, entry in entries if isinstance(entry, BytesStorageMetadata))
 
 
 def read_newest_step(path: Path, flag: str) -> int | str:
-    """The iteration, or "release", that the tracker in `path` names.
+    """Return the iteration, or "release", that the tracker in `path` names.
 
     Raises:
-        UsageError: there is no such folder, no tracker, or something else in it.
+        UsageError: the folder or its tracker is missing, or the tracker is invalid.
     """
     tracker = path / TRACKER
     if not path.is_dir():
@@ -68,24 +68,24 @@ def read_newest_step(path: Path, flag: str) -> int | str:
         text = file.read(64).strip()
     if text != b"release" and not re.fullmatch(rb"[0-9]{1,15}", text):
         found = text.decode(errors="replace")
-        raise UsageError(f"{flag} {path}: {TRACKER} says {found!r}; must be a number or release")
+        raise UsageError(f"{flag} {path}: {TRACKER} contains {found!r}; must be a number or release")
     return "release" if text == b"release" else int(text)
 
 
 def find_step_folder(path: Path, step: int | str, flag: str) -> Path:
-    """The folder of a step; `flag path` is what the user gave.
+    """Return the folder of a step in `path`, which the user gave with `flag`.
 
     Raises:
-        UsageError: it is not there.
+        UsageError: the folder does not exist.
     """
     name = step if step == "release" else f"iter_{step:07d}"
     if not (path / name).is_dir():
-        raise UsageError(f"{flag} {path}: there is no {name} in it")
+        raise UsageError(f"{flag} {path}: has no {name}")
     return path / name
 
 
 def is_classic(folder: Path) -> bool:
-    """Whether a step has one `mp_rank_XX` file for each model-parallel rank, and is no `torch_dist` one."""
+    """Tell whether a step has one `mp_rank_XX` file per model-parallel rank, instead of `torch_dist` files."""
     return not (folder / _FORMAT).is_file() and any(folder.glob("mp_rank_*"))
 
 
@@ -93,17 +93,17 @@ def open_step(folder: Path, flag: str, *, checksums: bool = True) -> Step:
     """Open the step in `folder`.
 
     Args:
-        folder: of the step's files.
-        flag: what the user gave the folder's parent with, for messages.
-        checksums: compare each file with its sum in the manifest, if there is one, before a pickle in it is read.
+        folder: folder of the step.
+        flag: the flag that gave the folder's parent, for messages.
+        checksums: compare each file with its checksum in the manifest, if there is one, before unpickling it.
 
     Raises:
-        UsageError: something is missing, cut, damaged, or asks for code to be run.
+        UsageError: a file is missing, truncated or damaged, or a pickle would run code.
     """
     where = f"{flag} {folder.parent}"
     for name in (_METADATA, _FORMAT):
         if not (folder / name).is_file():
-            raise UsageError(f"{where}: {folder.name} is not a whole torch_dist checkpoint: it has no {name}")
+            raise UsageError(f"{where}: {folder.name} is not a complete torch_dist checkpoint: it has no {name}")
     with _as_usage_error(f"{where}: {folder.name}/{_FORMAT} cannot be read: "):
         _check_format(folder / _FORMAT)
     if checksums:
@@ -119,15 +119,15 @@ def open_step(folder: Path, flag: str, *, checksums: bool = True) -> Step:
         common = _read_common_state(folder, metadata)
     saved = common.get("iteration")
     if folder.name != "release" and saved != int(folder.name.removeprefix("iter_")):
-        raise UsageError(f"{where}: it contains step {saved}, but the folder is named {folder.name}")
+        raise UsageError(f"{where}: contains step {saved}, but the folder is named {folder.name}")
     return Step(folder, metadata, common)
 
 
 def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
-    """Reads the pickled entries `keys` as Megatron will, and lets nothing run that they name.
+    """Check that the pickled entries `keys` are readable plain data, without running code that they name.
 
     Raises:
-        UsageError: one of them is damaged, or asks for something that is no plain data.
+        UsageError: an entry is damaged, or is not plain data.
     """
     import megatron.core  # noqa: F401  (declares its classes)
 
@@ -144,18 +144,16 @@ def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
 
 
 def open_classic(folder: Path, flag: str, layout: tuple[int, int], *, checksums: bool = True) -> Namespace:
-    """Read the `mp_rank_XX` files of a step, all but the bytes of their tensors.
+    """Check the `mp_rank_XX` files of a step without reading tensor data, and return the saved flags.
 
     Args:
-        folder: of the step's files.
-        flag: what the user gave the folder's parent with, for messages.
-        layout: tensor- and pipeline-parallel ranks, each of which loads one file.
-        checksums: as `open_step`'s.
-
-    Returns: the flags that it was saved with.
+        folder: folder of the step.
+        flag: the flag that gave the folder's parent, for messages.
+        layout: numbers of tensor- and pipeline-parallel ranks, each of which loads one file.
+        checksums: as in `open_step`.
 
     Raises:
-        UsageError: a file is missing, cut, damaged, or asks for something that is no plain data.
+        UsageError: a file is missing, truncated or damaged, or is not plain data.
     """
     import megatron.core  # noqa: F401  (declares its classes)
 
@@ -176,36 +174,42 @@ def open_classic(folder: Path, flag: str, layout: tuple[int, int], *, checksums:
         with _as_usage_error(f"{flag} {folder.parent}: {file.relative_to(folder.parent)} cannot be read: "):
             check_pickled_names(file)
             if file.name == _CLASSIC_FILE and saved is None:
-                with FakeTensorMode():  # no tensor's bytes
+                with FakeTensorMode():  # without tensor data
                     saved = torch.load(file, weights_only=True)["args"]
     return saved
 
 
 @contextlib.contextmanager
 def _as_usage_error(beginning: str) -> Iterator[None]:
+    """Turn any error in the block into a UsageError that starts with `beginning`."""
     try:
         yield
     except UsageError:
         raise
-    except Exception as error:  # a damaged or foreign file, in one of many ways
+    except Exception as error:  # damaged files raise errors of many types
         raise UsageError(beginning + (one_line(error) or type(error).__name__)) from error
 
 
 def _check_format(file: Path) -> None:
     found = json.loads(_read(file))
     if not isinstance(found, dict) or found.get("sharded_backend") != "torch_dist":
-        raise UsageError(f"{file}: not that of a torch_dist checkpoint; must name it as sharded_backend")
+        raise UsageError(f"{file}: not from a torch_dist checkpoint: sharded_backend must be torch_dist")
 
 
 def _read_metadata(folder: Path) -> Metadata:
     metadata = load_metadata(_read(folder / _METADATA))
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(f"{_METADATA} is not torch's metadata")
+        raise ValueError(f"{_METADATA} is not a torch metadata file")
     return metadata
 
 
 def _check_shards(folder: Path, metadata: Metadata) -> None:
-    """Every file that the metadata names lies in the folder, as long as it has to be."""
+    """Check that every file in the metadata exists in the folder and is long enough.
+
+    Raises:
+        UsageError: the metadata names a file outside the folder.
+        ValueError: a file is missing or truncated, or an offset is invalid.
+    """
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
         name = info.relative_path
@@ -216,18 +220,18 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
         ends[name] = max(ends.get(name, 0), info.offset + info.length)
     for name, end in ends.items():
         if not (folder / name).is_file():
-            raise ValueError(f"{name} is not there")
+            raise ValueError(f"{name} is missing")
         if (folder / name).stat().st_size < end:
-            raise ValueError(f"{name} has {(folder / name).stat().st_size} bytes, and its data takes {end}: it is cut")
+            raise ValueError(f"{name} is truncated: it has {(folder / name).stat().st_size} of {end} bytes")
 
 
 def _find_common_file(folder: Path, metadata: Metadata) -> str:
-    """Return the name of the file that holds the common state."""
+    """Return the name of the file with the common state."""
     if (folder / _COMMON_FILE).is_file():
         return _COMMON_FILE
     places = _find_entries(metadata)
     if _COMMON_KEY not in places:
-        raise ValueError("its common state is missing, which holds the flags that it was saved with")
+        raise ValueError("its common state with the saved flags is missing")
     return places[_COMMON_KEY].relative_path
 
 
@@ -237,12 +241,12 @@ def _read_common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
     else:
         found = load_plain(io.BytesIO(_read_entry(folder, _find_entries(metadata)[_COMMON_KEY])))[0]
     if not isinstance(found, dict) or not isinstance(found.get("args"), Namespace):
-        raise ValueError("its common state does not hold the flags that it was saved with")
+        raise ValueError("its common state does not contain the saved flags")
     return found
 
 
 def _find_entries(metadata: Metadata) -> dict[str, Any]:
-    """Where each pickled entry lies."""
+    """Return the storage location of each pickled entry, by key."""
     return {
         index.fqn: info
         for index, info in metadata.storage_data.items()
@@ -253,7 +257,7 @@ def _find_entries(metadata: Metadata) -> dict[str, Any]:
 
 def _read_entry(folder: Path, info: Any) -> bytes:
     if info.length > _MAX_BYTES:
-        raise ValueError(f"an entry of {info.length} bytes is no common or random state")
+        raise ValueError(f"an entry of {info.length} bytes is too large for a common or random state")
     with open(folder / info.relative_path, "rb") as stream:
         stream.seek(info.offset)
         return stream.read(info.length)
@@ -261,18 +265,18 @@ def _read_entry(folder: Path, info: Any) -> bytes:
 
 def _read(file: Path) -> bytes:
     if file.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{file.name} has {file.stat().st_size} bytes, too many to be what its name says")
+        raise ValueError(f"{file.name} has {file.stat().st_size} bytes, which is too large for such a file")
     return file.read_bytes()
 
 
 def _check_extra_state(state: Any) -> None:
-    """Check the pickle that Transformer Engine keeps inside a tensor, and opens without looking.
+    """Check the pickle that Transformer Engine stores inside a tensor and loads unchecked.
 
     Args:
-        state: a layer's `_extra_state`, as `torch.load` gave it.
+        state: a layer's `_extra_state`, as returned by `torch.load`.
 
     Raises:
-        pickle.UnpicklingError: it is more than the scales and recipes that Megatron lets in there.
+        pickle.UnpicklingError: it has other classes than the scales and recipes that Megatron allows.
     """
     from megatron.core.safe_globals import SafeUnpickler
 

@@ -1,7 +1,7 @@
-"""Resume without the distributed optimizer that a checkpoint was saved with.
+"""Resume without the distributed optimizer from a checkpoint that was saved with it.
 
-Saved fully reshardable, this project's default, the moments have the names and shapes that the plain optimizers give
-them. What lies elsewhere is brought to its place: the master weights, the parameter groups, and the count of steps.
+If it was saved fully reshardable, this project's default, the moments have the same names and shapes as with the plain
+optimizers. The master weights, the parameter groups and the step count are stored elsewhere and are moved here.
 """
 
 import torch
@@ -11,7 +11,7 @@ from megatron_cream.patches import hooks, registry
 
 
 def install() -> None:
-    """Call before `pretrain`."""
+    """Install the replacements; call before `pretrain`."""
     registry.install(hooks.HALF_OPTIMIZER_SHARDS, _use_distributed_names)
     registry.install(hooks.HALF_OPTIMIZER_STATE, _load_half)
     registry.install(hooks.FLOAT32_OPTIMIZER_STATE, _load_float32)
@@ -31,7 +31,7 @@ def _load_half(original, self, state_dict) -> None:
 
 
 def _load_float32(original, self, state_dict) -> None:
-    if "optimizer" in state_dict:  # the distributed optimizer's parameter groups are one level further in
+    if "optimizer" in state_dict:  # the distributed optimizer nests its parameter groups one level deeper
         saved = state_dict.pop("optimizer")["param_groups"]
         ours = state_dict["param_groups"]
         state_dict["param_groups"] = [{**theirs, **group} for theirs, group in zip(saved, ours, strict=True)]
@@ -40,7 +40,10 @@ def _load_float32(original, self, state_dict) -> None:
 
 
 def _convert_step_count(self: MegatronOptimizer, state: dict) -> None:
-    """The distributed optimizer saves the count in each parameter group; torch's AdamW has it with each parameter."""
+    """Move the step count from the parameter groups, where the distributed optimizer saves it, to the state.
+
+    torch's AdamW has a step count for each parameter.
+    """
     if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in state["param_groups"]:
             if "step" in group:

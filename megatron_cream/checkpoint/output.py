@@ -1,4 +1,4 @@
-"""A folder written whole or not at all, with checksums of what it holds."""
+"""Write a folder atomically, and write and check the checksums of its files."""
 
 import contextlib
 import ctypes
@@ -22,9 +22,9 @@ from megatron_cream.common.files import (
     write_json,
 )
 
-# Megatron's own manifest, by its own name: its --verify-integrity reads it as well.
+# Megatron's name for its manifest, so that its --verify-integrity reads it too.
 MANIFEST = "integrity.json"
-TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's; training moves it on, so no manifest lists it
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's; training changes it, so no manifest lists it
 _READ_BYTES = 16 << 20
 _HASH_THREADS = 4
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, linux/fs.h
@@ -33,19 +33,20 @@ _EDITABLE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, flag: str, overwrite: bool, needs_bytes: int) -> Iterator[Path]:
-    """Yield an empty folder beside `path`, which becomes `path` if the block succeeds.
+    """Yield an empty folder beside `path` that is renamed to `path` if the block succeeds.
 
-    Until then `path` is as it was. A killed process leaves `.NAME.partial`, which the next one with the same `path`
-    removes, and on a file system that cannot exchange two folders perhaps `.NAME.replaced`, which it puts back.
+    Until then `path` is unchanged. A killed process leaves `.NAME.partial`, which the next one with the same `path`
+    removes. If the file system cannot exchange two folders, it may also leave `.NAME.replaced`, which the next one
+    renames back.
 
     Args:
         path: the folder to write.
-        flag: what the user gave `path` with, for the message.
-        overwrite: allow `path` to be what an earlier conversion wrote.
-        needs_bytes: refuse to start with less free space.
+        flag: the flag that gave `path`, for messages.
+        overwrite: allow `path` to be the output of an earlier conversion.
+        needs_bytes: free space that is required.
 
     Raises:
-        UsageError: one clear line; nothing was written.
+        UsageError: `path` must not be written, or has too little space; nothing was written.
     """
     path = path.absolute()
     check_target(path, flag=flag, overwrite=overwrite)
@@ -60,42 +61,44 @@ def new_folder(path: Path, *, flag: str, overwrite: bool, needs_bytes: int) -> I
         try:
             partial.mkdir()
             yield partial
-            check_target(path, flag=flag, overwrite=overwrite)  # somebody may have written meanwhile
+            check_target(path, flag=flag, overwrite=overwrite)  # another process may have written to it
             _replace(path, partial)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(path: Path, *, flag: str, overwrite: bool) -> None:
-    """Raises UsageError if `path` holds something that must not be replaced."""
+    """Raise UsageError if `path` contains anything that must not be replaced."""
     check_new_path(path, flag)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UsageError(f"{flag} {path}: exists and is not a folder; give a new one")
+        raise UsageError(f"{flag} {path}: exists and is not a folder. Give a new one.")
     check_can_create(path, flag)
     entries = {entry.name for entry in path.iterdir()} if path.exists() else set()
     if not entries:
         return
     if not overwrite:
-        if flag == "--save-hf":  # the trainer's, which has no --overwrite
-            raise UsageError(f"{flag} {path}: holds something already; give a new folder")
-        raise UsageError(f"{flag} {path}: holds something already; give a new folder, or --overwrite")
-    strangers = sorted(entries - _read_written_names(path))
-    if strangers:
+        if flag == "--save-hf":  # the trainer has no --overwrite
+            raise UsageError(f"{flag} {path}: is not empty. Give a new folder.")
+        raise UsageError(f"{flag} {path}: is not empty. Give a new folder, or --overwrite.")
+    foreign = sorted(entries - _read_written_names(path))
+    if foreign:
         raise UsageError(
-            f"{flag} {path}: --overwrite replaces what a conversion wrote, and {strangers[0]} is not; give a new folder"
+            f"{flag} {path}: --overwrite replaces only files of a conversion, and {foreign[0]} is not one; "
+            "give a new folder"
         )
 
 
 def check_space(path: Path, *, flag: str, needs_bytes: int) -> None:
+    """Raise UsageError if the file system of `path` has less than `needs_bytes` of free space."""
     free = shutil.disk_usage(path.parent).free
     if free < needs_bytes:
         raise UsageError(
-            f"{flag} {path}: needs {needs_bytes / 1e9:.1f} GB, and only {free / 1e9:.1f} GB are free there"
+            f"{flag} {path}: needs {needs_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free there"
         )
 
 
 def _read_written_names(path: Path) -> set[str]:
-    """The names directly in `path` that a conversion wrote, by its manifest."""
+    """Return the names directly in `path` that a conversion wrote, according to its manifest."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         names = json.loads((path / MANIFEST).read_text())["files"]
         return {MANIFEST, TRACKER} | {Path(name).parts[0] for name in names}
@@ -103,7 +106,7 @@ def _read_written_names(path: Path) -> set[str]:
 
 
 def _replace(path: Path, new: Path) -> None:
-    """Give `new` the name `path`; what was there has the name of `new` then, or is gone."""
+    """Rename `new` to `path`; an existing `path` is removed, or gets the name of `new`."""
     _sync(new)
     if not path.exists():
         new.rename(path)
@@ -120,8 +123,8 @@ def _replace(path: Path, new: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Let two folders change names, so that at no time one of the names is missing; False where that cannot be."""
-    with contextlib.suppress(OSError, AttributeError):  # no C library, or one without the function
+    """Exchange the names of two folders atomically; return False if the system cannot."""
+    with contextlib.suppress(OSError, AttributeError):  # the C library is missing, or lacks the function
         renameat2 = ctypes.CDLL(None).renameat2
         return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
     return False
@@ -132,7 +135,7 @@ def _replaced_path(path: Path) -> Path:
 
 
 def _restore_replaced(path: Path) -> None:
-    """Undo what a process left that was killed between two renames."""
+    """Rename back or remove the folder that a process left when it was killed between two renames."""
     old = _replaced_path(path)
     if old.is_symlink() or not old.is_dir():
         return
@@ -152,7 +155,7 @@ def _sync(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(file: Path, what: str) -> Iterator[None]:
-    """Held while two writers of one folder must not meet; the kernel frees it if the process dies."""
+    """Hold a lock that keeps other writers of a folder out; the kernel frees it if the process dies."""
     check_regular(file, what)
     with open(file, "w") as handle:
         try:
@@ -166,7 +169,7 @@ def _lock(file: Path, what: str) -> Iterator[None]:
 
 
 class HashingFile:
-    """A binary file for writing that hashes what passes (SHA-256) and reports how much."""
+    """A binary file for writing that computes the SHA-256 and reports the bytes written."""
 
     def __init__(self, file: BinaryIO, progress=None):
         self._file, self._hash, self._progress = file, hashlib.sha256(), progress
@@ -187,7 +190,7 @@ class HashingFile:
 
 
 def hash_file(path: Path, progress=None) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_READ_BYTES):
@@ -201,9 +204,9 @@ def write_manifest(folder: Path, hashes: dict[str, str]) -> None:
     """Write `integrity.json`: the SHA-256 of every file under `folder`.
 
     Args:
-        folder: of a step or an exported model; the manifest is written into it.
-        hashes: of the files that were hashed as they were written, by their path in `folder`; the
-            others are read again.
+        folder: folder of a step or an exported model; the manifest is written into it.
+        hashes: SHA-256 of the files that were hashed while they were written, by path in `folder`; the
+            other files are read.
     """
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
@@ -213,18 +216,18 @@ def write_manifest(folder: Path, hashes: dict[str, str]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name, as the manifest in `folder` lists them; none where there is no manifest.
+    """Return {path in `folder`: SHA-256} from the manifest; empty if there is no manifest.
 
     Raises:
-        UsageError: it cannot be read, or names a file that is not in the folder's tree.
+        UsageError: the manifest is unreadable, or names a file outside the folder.
     """
     manifest = folder / MANIFEST
-    if not os.path.lexists(manifest):  # a link to nothing is a manifest that was lost
+    if not os.path.lexists(manifest):  # a broken link is an error, because a manifest was lost
         return {}
-    found = read_json(manifest, "a manifest that can be read")
+    found = read_json(manifest, "a readable manifest")
     files = found.get("files") if isinstance(found, dict) else None
     if not isinstance(files, dict) or found.get("algorithm", "sha256") != "sha256":
-        raise UsageError(f"{manifest}: not a manifest that can be read: must give the sha256 of each of its files")
+        raise UsageError(f"{manifest}: not a readable manifest: must give the sha256 of each file")
     for name in files:
         if not all(is_file_name(part) for part in Path(name).parts):
             raise UsageError(f"{manifest}: names {repr(name)[:100]}: must be the path of a file below it")
@@ -234,24 +237,24 @@ def read_manifest(folder: Path) -> dict[str, str]:
 def check_manifest(
     folder: Path, progress=None, *, share: tuple[int, int] = (0, 1), include_texts: bool = False
 ) -> list[str]:
-    """Compare every data file that the manifest in `folder` lists with its checksum.
+    """Compare every data file in the manifest of `folder` with its checksum.
 
     Args:
-        folder: with the manifest.
-        progress: is called with the number of bytes read; None for no report.
-        share: (i, n): of n readers, this is the one at place i, and reads every n-th file.
-        include_texts: check the files that people edit too: configuration, tokenizer, chat template.
+        folder: folder with the manifest.
+        progress: called with the number of bytes read; None for no report.
+        share: (i, n) for reader i of n readers, which reads every n-th file.
+        include_texts: check the files that users edit too: configuration, tokenizer, chat template.
 
-    Returns: a line for each that is missing or differs; none if all is well, or there is no manifest.
+    Returns: a line for each file that is missing or differs; empty if there is no manifest.
 
     Raises:
-        UsageError: the manifest cannot be read.
+        UsageError: the manifest is unreadable.
     """
 
     files = {
         n: digest for n, digest in read_manifest(folder).items() if include_texts or Path(n).suffix not in _EDITABLE
     }
-    # The largest first, so that readers and threads end at about the same time.
+    # Largest first, so that readers and threads finish at about the same time.
     by_size = sorted(files, key=lambda name: (-_file_size(folder / name), name))[share[0] :: share[1]]
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         faults = pool.map(lambda name: _find_fault(folder / name, files[name], progress), by_size)
@@ -259,12 +262,12 @@ def check_manifest(
 
 
 def check_files(folder: Path, names: Iterable[str], flag: str) -> None:
-    """Raise UsageError if one of these files differs from its sum in the manifest.
+    """Raise UsageError if one of these files is missing or differs from its checksum in the manifest.
 
     Args:
-        folder: with the manifest.
-        names: of the files, as paths in `folder`; no other file is read.
-        flag: what the user gave the folder with, for the message.
+        folder: folder with the manifest.
+        names: paths of the files in `folder`; no other file is read.
+        flag: the flag that gave the folder, for messages.
     """
     sums = read_manifest(folder)
     for name in names:
@@ -273,7 +276,7 @@ def check_files(folder: Path, names: Iterable[str], flag: str) -> None:
 
 
 _verified: set[tuple[Path, int, int, str]] = set()
-"""Path, size, time of change and sum of files that this process has hashed: large ones are not hashed twice."""
+"""Path, size, modification time and SHA-256 of files that this process has verified, to hash each only once."""
 
 
 def _find_fault(file: Path, digest: str, progress: Callable[[int], None] | None = None) -> str | None:
@@ -285,13 +288,13 @@ def _find_fault(file: Path, digest: str, progress: Callable[[int], None] | None 
         if progress:
             progress(status.st_size)
     elif hash_file(file, progress) != digest:
-        return f"{file}: its bytes are not those that were written (SHA-256 differs)"
+        return f"{file}: damaged or changed since it was written (SHA-256 differs)"
     _verified.add(known)
     return None
 
 
 def check_unchanged(folder: Path, progress=None, *, include_texts: bool = False) -> None:
-    """Raise UsageError unless every file that a manifest in `folder` lists is as it was written; see check_manifest."""
+    """Raise UsageError unless every file in the manifest of `folder` is unchanged; see `check_manifest`."""
     if faults := check_manifest(folder, progress, include_texts=include_texts):
         raise UsageError(faults[0])
 

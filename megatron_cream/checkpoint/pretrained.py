@@ -1,7 +1,7 @@
-"""Where a run's model comes from and goes to: Hugging Face folders at both ends of a training run.
+"""Start a training run from a Hugging Face folder (--load-hf) and export to one at its end (--save-hf).
 
-A model's shape, tokenizer and generation config travel with it: in a Hugging Face folder, and in the
-`hf/` of a checkpoint that was converted from one, or trained from such a checkpoint.
+The original model's shape, tokenizer and generation config are kept in the `hf/` folder of a checkpoint that was
+converted from a Hugging Face folder, or trained from such a checkpoint.
 """
 
 import shutil
@@ -23,7 +23,7 @@ def check_hf_folders(args: Namespace) -> None:
     """Check the folders of --load-hf and --save-hf.
 
     Raises:
-        UsageError: one of them cannot be read or must not be written.
+        UsageError: --load-hf is unreadable, or --save-hf must not be written.
     """
     if args.load_hf is not None:
         hf_folder.HfFolder(args.model_folder)
@@ -38,7 +38,7 @@ def check_hf_folders(args: Namespace) -> None:
 
 
 def _check_outside_save(args: Namespace, target: Path) -> None:
-    """Where the run keeps its own files --save-hf would find something at the end."""
+    """Raise UsageError if --save-hf is a folder where --save keeps its files."""
     save, target = Path(args.save).resolve(), target.resolve()
     below = target.relative_to(save).parts[0] if save in target.parents else ""
     if target == save or target in save.parents or below in (HF, "runs", "best") or below.startswith("iter_"):
@@ -46,28 +46,31 @@ def _check_outside_save(args: Namespace, target: Path) -> None:
 
 
 def _reject_finished(args: Namespace, target: Path) -> None:
-    """A run that came to its end, and whose export failed, left its last checkpoint there."""
+    """Raise UsageError if an earlier run finished but its export failed: its last checkpoint is still there."""
     tracker = intermediate_folder(target) / output.TRACKER
     step = tracker.read_text().strip() if tracker.is_file() else ""
     if step.isdigit() and args.train_iters and int(step) >= args.train_iters:
         raise UsageError(
-            f"--save-hf {args.save_hf}: step {step} of an earlier run is in {tracker.parent}: python "
-            f"tools/convert_hf.py export --checkpoint {tracker.parent} --hf-path {args.save_hf}, or delete it"
+            f"--save-hf {args.save_hf}: step {step} of an earlier run is in {tracker.parent}. Export it with python "
+            f"tools/convert_hf.py export --checkpoint {tracker.parent} --hf-path {args.save_hf}, or delete it."
         )
 
 
 def intermediate_folder(target: Path) -> Path:
-    """Where the last checkpoint lies until it is exported, if the user keeps none."""
+    """Return the folder of the last checkpoint until it is exported, if the user gives no --save."""
     return target.with_name(f".{target.name}.checkpoint")
 
 
 def uses_intermediate_folder(args: Namespace) -> bool:
-    """Whether --save is a folder of --save-hf's own, written anew by each start."""
+    """Tell whether --save is the intermediate folder of --save-hf, which each start overwrites."""
     return args.save_hf is not None and Path(args.save) == intermediate_folder(Path(args.save_hf).absolute())
 
 
 def build_weights_hook(args: Namespace) -> Callable[[list], list] | None:
-    """For Megatron's `pre_wrap_hooks`: fills the model from --load-hf, unless --load has a checkpoint."""
+    """Return a hook for Megatron's `pre_wrap_hooks` that fills the model from --load-hf.
+
+    None without --load-hf, or if --load has a checkpoint.
+    """
     if args.load_hf is None or (args.load is not None and (Path(args.load) / output.TRACKER).is_file()):
         return None
 
@@ -81,9 +84,9 @@ def build_weights_hook(args: Namespace) -> Callable[[list], list] | None:
 
 
 def copy_model_files(args: Namespace) -> None:
-    """Put config.json, tokenizer and generation config of the model beside what this run will save.
+    """Copy the original model's config.json, tokenizer and generation config to `hf/` of --save.
 
-    Of a model that came from nowhere, the tokenizer.
+    Without an original model, copy only the tokenizer.
     """
     if args.save is None or args.rank != 0:
         return
@@ -92,7 +95,7 @@ def copy_model_files(args: Namespace) -> None:
         return
     target.mkdir(parents=True, exist_ok=True)
     if args.model_folder is not None:
-        carried.copy_files(args.model_folder, target, hf_folder.CONFIG)  # which makes it a model's folder
+        carried.copy_files(args.model_folder, target, hf_folder.CONFIG)  # last: it marks the folder as complete
     elif tokenizer.suffix == ".model" and tokenizer.is_file():
         shutil.copyfile(tokenizer, target / "tokenizer.model")
     elif tokenizer.is_dir() and args.tokenizer_type == "HuggingFaceTokenizer":
@@ -101,12 +104,12 @@ def copy_model_files(args: Namespace) -> None:
 
 
 def save_hf(args: Namespace) -> None:
-    """Export the newest checkpoint of a finished run to --save-hf; on one rank."""
+    """Export the newest checkpoint of a finished run to --save-hf, on the first rank."""
     if args.save_hf is None or args.rank != 0:
         return
     target = Path(args.save_hf).absolute()
     with TransferBar("exported") as progress:
         export_hf(MegatronCheckpoint(Path(args.save)), target, flag="--save-hf", progress=progress)
-    print(f"{args.save_hf}: for {args.target_length} positions", flush=True)
+    print(f"{args.save_hf}: model for {args.target_length} positions", flush=True)
     if uses_intermediate_folder(args):
         shutil.rmtree(args.save)

@@ -183,7 +183,7 @@ def test_a_folder_that_is_not_empty(hf, tmp_path):
     target = tmp_path / "ckpt"
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
-    for overwrite, message in [(False, "holds something already"), (True, "thesis.txt is not")]:
+    for overwrite, message in [(False, "is not empty"), (True, "thesis.txt is not")]:
         with pytest.raises(UsageError, match=message):
             import_hf(HfFolder(hf), target, overwrite=overwrite)
     assert (target / "thesis.txt").read_text() == "years of work"
@@ -202,7 +202,7 @@ def test_a_folder_that_is_not_empty(hf, tmp_path):
 def test_no_room(hf, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    with pytest.raises(UsageError, match=r"needs 0\.\d GB, and only 0\.0 GB are free"):
+    with pytest.raises(UsageError, match=r"needs 0\.\d GB, but only 0\.0 GB are free"):
         import_hf(HfFolder(hf), tmp_path / "ckpt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
@@ -305,7 +305,7 @@ def test_verify_finds_what_changed(hf, tmp_path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-2000] + bytes([whole[-2000] ^ 1]) + whole[-1999:])
     result = run_tool(*flags)
-    assert result.returncode == 2 and "__0_0.distcp: its bytes are not those that were written" in result.stderr
+    assert result.returncode == 2 and "__0_0.distcp: damaged or changed since it was written" in result.stderr
     shard.write_bytes(whole)
 
     (out / output.MANIFEST).unlink()  # which would tell it first
@@ -320,8 +320,8 @@ def test_verify_finds_what_changed(hf, tmp_path):
 BAD_CHECKPOINTS = {
     "no metadata": (lambda step: (step / ".metadata").unlink(), "it has no .metadata"),
     "metadata cut": (lambda step: (step / ".metadata").write_bytes(b"\x80\x04"), "cannot be read"),
-    "shard missing": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is not there"),
-    "step missing": (lambda step: shutil.rmtree(step), "there is no release in it"),
+    "shard missing": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "step missing": (lambda step: shutil.rmtree(step), "has no release"),
     "tracker": (lambda step: (step.parent / output.TRACKER).write_text("../x"), "must be a number or release"),
     "code in the metadata": (
         lambda step: (step / ".metadata").write_bytes(pickle.dumps(Malice(step / "pwned"))),
@@ -329,7 +329,7 @@ BAD_CHECKPOINTS = {
     ),
     "another model": (
         lambda step: config(vocab_size=900)(step.parent / "hf"),
-        "parameter embedding.word_embeddings.weight has shape [576, 64]; its flags make it [900, 64]",
+        "parameter embedding.word_embeddings.weight has shape [576, 64]; its flags require [900, 64]",
     ),
 }
 

@@ -73,7 +73,7 @@ BAD = {
     "--load-hf {0}/none": "--load-hf {0}/none: no such folder",
     "--load-hf {0}/ckpt": "{0}/ckpt: has no config.json",
     "--load-hf {0}/qwen2 --pretrained-checkpoint {0}/ckpt": "with --pretrained-checkpoint: give one of the two",
-    "--load-hf {0}/qwen2 --save-hf {0}/llama3": "--save-hf {0}/llama3: holds something already",
+    "--load-hf {0}/qwen2 --save-hf {0}/llama3": "--save-hf {0}/llama3: is not empty",
     "--load-hf {0}/qwen2 --save-hf {0}/documents.bin": "--save-hf {0}/documents.bin: exists and is not a folder",
 }
 

@@ -72,7 +72,7 @@ def test_without_a_swap_the_next_start_restores_it(tmp_path, call):
         replace_killed(path, "rename", "rename", call)
     assert path.exists() == (call != 2)
     with (
-        pytest.raises(UsageError, match="holds something already"),
+        pytest.raises(UsageError, match="is not empty"),
         output.new_folder(path, flag="--output", overwrite=False, needs_bytes=0),
     ):
         pass
