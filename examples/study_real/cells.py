@@ -149,7 +149,7 @@ def model_folder(scaling: str, data: Path, factor: int | None = None) -> Path:
 
 def write_models(settings: Settings, data: Path) -> None:
     """Folders to evaluate without training: the model as it came (`none`), and with another config.json, scaled."""
-    from megatron_cream.model.rotary import rope_scaling_dict
+    from megatron_cream.model.rotary import build_rope_scaling
 
     source = data / "hf"
     config = json.loads((source / "config.json").read_text())
@@ -159,7 +159,7 @@ def write_models(settings: Settings, data: Path) -> None:
     variants = {"none": {"rope_theta": theta}, "theta": {"rope_theta": settings.theta}}
     for factor in settings.factors:
         for scaling in ("yarn", "ntk", "linear"):
-            parameters = rope_scaling_dict(scaling, float(factor), settings.window)
+            parameters = build_rope_scaling(scaling, float(factor), settings.window)
             variants[f"{scaling}_{factor}"] = {"rope_theta": theta, "rope_scaling": parameters}
     for name, change in variants.items():
         folder = data / "models" / name

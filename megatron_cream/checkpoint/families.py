@@ -9,7 +9,7 @@ from typing import Any
 from megatron_cream.checkpoint import window
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import read_json
-from megatron_cream.model.rope_choice import ModelRope, reach
+from megatron_cream.model.rope_choice import ModelRope, count_served_positions
 from megatron_cream.model.rotary import RotaryEmbedding
 
 
@@ -112,7 +112,7 @@ class ModelShape:
     @property
     def window(self) -> int:
         """Positions that the model supports; max_position_embeddings may be the number before scaling."""
-        return max(self.max_position_embeddings, reach(self.rope()))
+        return max(self.max_position_embeddings, count_served_positions(self.rope()))
 
     def megatron_args(self) -> dict[str, Any]:
         """Return the shape as values of Megatron's flags."""

@@ -24,7 +24,7 @@ from megatron_cream.distributed import watchdog
 from megatron_cream.model import user_buffers
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.kernels import support
-from megatron_cream.model.rope_choice import Rope, RopeFlags, choose_rope, contradicts
+from megatron_cream.model.rope_choice import Rope, RopeFlags, choose_rope, has_other_rope
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -130,7 +130,7 @@ def set_rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
     )
     found, shape = origin.checkpoint, origin.shape
     saved = start.read_saved_rope(found)
-    if saved and start.is_resume(args, found) and not contradicts(flags, saved):
+    if saved and start.is_resume(args, found) and not has_other_rope(flags, saved):
         chosen = Rope(theta=saved.theta, scaling=saved.scaling, original=saved.original)
     else:
         model = saved if saved and not start.is_resume(args, found) else shape and shape.rope()

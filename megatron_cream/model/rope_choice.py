@@ -1,8 +1,7 @@
-"""Choose a run's rotary embedding from what its model says of itself and what the user asks for.
+"""Choose the rotary embedding of a run from the model's configuration and the user's flags.
 
-Pure functions of plain values: no file and no namespace is read here. The factor follows from the window that the
-*model* was pre-trained with; --seq-length is only the length of the training samples. docs/method.md has the rules
-and their reasons.
+Pure functions of plain values, which read no files. The factor follows from the window that the *model* was pre-trained
+with; --seq-length is only the length of the training samples. docs/method.md has the rules and their reasons.
 """
 
 import math
@@ -13,17 +12,17 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.model.rotary import dynamic_as_ntk, rope_scaling_dict, yarn_attention_factor
 
 _SHORTEST_WINDOW = 2048
-"""No Llama was pre-trained with less: a linear scaling that would mean so is read the other way."""
+"""No Llama was pre-trained with a shorter window, so a linear scaling that implies one is read the other way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRope:
-    """What a model says of its rotary embedding.
+    """The rotary embedding in a model's configuration.
 
-    theta: its base.
-    scaling: its checked `rope_scaling`, or None.
-    positions: its max_position_embeddings.
-    original: the window it was pre-trained with, where it says so outside of `scaling`.
+    theta: base of the frequencies.
+    scaling: checked `rope_scaling`, or None.
+    positions: max_position_embeddings.
+    original: pre-trained window in tokens, if the configuration has it outside of `scaling`.
     """
 
     theta: float
@@ -34,10 +33,14 @@ class ModelRope:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeFlags:
-    """What the user asks for; None where a flag was not given.
+    """The user's flags; None if a flag was not given.
 
     target: --target-length.
     window: --seq-length.
+    type: --rope-scaling-type.
+    factor: --rope-scaling-factor.
+    original: --original-max-position-embeddings.
+    theta: --rotary-base.
     """
 
     target: int
@@ -52,8 +55,8 @@ class RopeFlags:
 class Rope:
     """The rotary embedding of a run.
 
-    original: the pre-trained window that `scaling` stretches.
-    lines: what a user should read of it: changes to the model's own, and warnings.
+    original: pre-trained window in tokens, which `scaling` extends.
+    lines: messages for the user: changes to the model's rotary embedding, and warnings.
     """
 
     theta: float
@@ -64,8 +67,12 @@ class Rope:
 
 @dataclass(frozen=True)
 class _Windows:
-    """original: positions the model was pre-trained with. reach: positions its scaling serves. guessed: the config
-    may be read in two ways."""
+    """Numbers of positions that a model was trained for.
+
+    original: positions that the model was pre-trained with.
+    reach: positions that its scaling serves.
+    guessed: whether the configuration can be read in two ways.
+    """
 
     original: int
     reach: int
@@ -73,52 +80,52 @@ class _Windows:
 
 
 def choose_rope(flags: RopeFlags, model: ModelRope | None, *, head_dim: int, default_theta: float) -> Rope:
-    """Return the rotary embedding that the flags make of the model's own.
+    """Return the rotary embedding of a run: the model's, changed by the flags.
 
     Args:
-        flags: what the user asks for.
-        model: None where nothing is loaded.
-        head_dim: of the attention, for the warning of a target beyond the window.
-        default_theta: of a model that starts from nothing.
+        flags: the user's flags.
+        model: None if no model is loaded.
+        head_dim: dimensions of an attention head, for the warning about a target beyond the window.
+        default_theta: base of a model that is trained from scratch.
 
     Raises:
         UsageError: the flags contradict each other.
-        ValueError: a value that the type of scaling cannot take.
+        ValueError: a value is invalid for its type of scaling.
     """
     own = model.scaling["rope_type"] if model and model.scaling else None
     if (flags.type or own or "none") == "none":
-        _reject_details_of_nothing(flags)
+        _reject_flags_without_scaling(flags)
     if flags.theta is not None and not 1 < flags.theta < math.inf:
         raise UsageError(f"--rotary-base {flags.theta:g}: must be a number above 1")
     if model is None:
-        return _without_model(flags, default_theta)
-    windows = _windows(model, flags.original)
+        return _choose_without_model(flags, default_theta)
+    windows = _find_windows(model, flags.original)
     lines = []
     theta = model.theta if flags.theta is None else flags.theta
     if theta != model.theta:
         lines.append(f"rope: theta changes from the model's {model.theta:g} to {theta:g} (--rotary-base)")
     if own is None:
-        scaling, more = _new(flags, windows)
+        scaling, more = _add_scaling(flags, windows)
     elif flags.type in (None, own):
-        widen = _fixed if own == "dynamic" else _widened
+        widen = _convert_dynamic_scaling if own == "dynamic" else _widen_scaling
         scaling, more = widen(flags, model.scaling, windows)
     else:
-        scaling, more = _replaced(flags, model.scaling, windows)
+        scaling, more = _replace_scaling(flags, model.scaling, windows)
     lines += more
     if windows.guessed and (flags.target > model.positions or flags.type not in (None, own)):
-        lines.append(_guess(model, windows))
+        lines.append(_warn_of_guess(model, windows))
     if scaling is None:
-        lines += _unscaled(flags.target, windows.original, (model.theta, theta), head_dim)
+        lines += _warn_if_unscaled(flags.target, windows.original, (model.theta, theta), head_dim)
     return Rope(theta=theta, scaling=scaling, original=windows.original, lines=tuple(lines))
 
 
-def reach(model: ModelRope) -> int:
-    """Return how many positions a model's rotary embedding serves."""
-    return _windows(model, None).reach
+def count_served_positions(model: ModelRope) -> int:
+    """Return the number of positions that a model's rotary embedding serves."""
+    return _find_windows(model, None).reach
 
 
-def contradicts(flags: RopeFlags, saved: ModelRope) -> bool:
-    """Return whether a run that resumes asks for another rotary embedding than it was saved with."""
+def has_other_rope(flags: RopeFlags, saved: ModelRope) -> bool:
+    """Return whether the flags of a resumed run ask for another rotary embedding than the saved one."""
     scaling = saved.scaling or {"rope_type": "none", "factor": 1.0}
     given = (
         (flags.target, saved.positions),
@@ -127,95 +134,104 @@ def contradicts(flags: RopeFlags, saved: ModelRope) -> bool:
         (flags.original, scaling.get("original_max_position_embeddings", saved.original)),
         (flags.theta, saved.theta),
     )
-    return any(asked is not None and has is not None and asked != has for asked, has in given)
+    return any(wanted is not None and value is not None and wanted != value for wanted, value in given)
 
 
-def _reject_details_of_nothing(flags: RopeFlags) -> None:
+def _reject_flags_without_scaling(flags: RopeFlags) -> None:
     given = (("--rope-scaling-factor", flags.factor), ("--original-max-position-embeddings", flags.original))
     for flag, value in given:
         if value is not None:
             raise UsageError(f"{flag} {value}: only with --rope-scaling-type linear, ntk, yarn or llama3")
 
 
-def _without_model(flags: RopeFlags, default_theta: float) -> Rope:
+def _choose_without_model(flags: RopeFlags, default_theta: float) -> Rope:
     window = flags.original or flags.window
-    scaling, lines = _new(flags, _Windows(window, window))
+    scaling, lines = _add_scaling(flags, _Windows(window, window))
     warnings = tuple(line for line in lines if line.startswith("warning"))
     theta = default_theta if flags.theta is None else flags.theta
     return Rope(theta=theta, scaling=scaling, original=window, lines=warnings)
 
 
-def _new(flags: RopeFlags, windows: _Windows) -> tuple[dict[str, Any] | None, list[str]]:
-    """Scaling of a model that has none."""
+def _add_scaling(flags: RopeFlags, windows: _Windows) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the scaling of a model that has none, and its lines."""
     if flags.type in (None, "none"):
         return None, []
-    scaling = _scaling(flags, windows.original)
+    scaling = _build_scaling(flags, windows.original)
     if scaling is None:
         return None, [f"rope: not scaled: the target of {flags.target} positions fits the window of {windows.original}"]
-    line = f"rope: {_shown(scaling)} from a window of {windows.original}, for a target of {flags.target} positions"
-    return scaling, [line, *_too_short(flags, scaling["factor"] * windows.original)]
+    line = f"rope: {_describe(scaling)} from a window of {windows.original}, for a target of {flags.target} positions"
+    return scaling, [line, *_warn_if_short(flags, scaling["factor"] * windows.original)]
 
 
-def _replaced(flags: RopeFlags, own: dict[str, Any], windows: _Windows) -> tuple[dict[str, Any] | None, list[str]]:
-    """Scaling of another type than the model's, from the window that the model was pre-trained with."""
-    before = f"rope: the model's {_shown(own)} (window {windows.original}, {windows.reach} positions)"
+def _replace_scaling(
+    flags: RopeFlags, own: dict[str, Any], windows: _Windows
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return a scaling of another type than the model's, from its pre-trained window, and its lines."""
+    before = f"rope: the model's {_describe(own)} (window {windows.original}, {windows.reach} positions)"
     if flags.type == "none":
         return None, [f"{before} is removed (--rope-scaling-type none)"]
-    scaling = _scaling(flags, windows.original)
+    scaling = _build_scaling(flags, windows.original)
     if scaling is None:
         return None, [f"{before} is removed: the target of {flags.target} positions fits the window"]
     line = (
-        f"{before} is replaced by {_shown(scaling)} for a target of {flags.target} (--rope-scaling-type {flags.type})"
+        f"{before} is replaced by {_describe(scaling)} for a target of {flags.target} "
+        f"(--rope-scaling-type {flags.type})"
     )
-    return scaling, [line, *_too_short(flags, scaling["factor"] * windows.original)]
+    return scaling, [line, *_warn_if_short(flags, scaling["factor"] * windows.original)]
 
 
-def _scaling(flags: RopeFlags, original: int) -> dict[str, Any] | None:
-    """The dict of a type that the user names; None where the target needs none."""
+def _build_scaling(flags: RopeFlags, original: int) -> dict[str, Any] | None:
+    """Return the scaling of the type in the flags, or None if the target fits the original window."""
     factor = flags.target / original if flags.factor is None else flags.factor
     if factor == 1.0 or (factor < 1 and flags.factor is None):
         return None
     return rope_scaling_dict(flags.type, factor, original)
 
 
-def _widened(flags: RopeFlags, own: dict[str, Any], windows: _Windows) -> tuple[dict[str, Any], list[str]]:
-    """The model's own scaling: as it is where the target fits, else of the same type with a larger factor."""
+def _widen_scaling(flags: RopeFlags, own: dict[str, Any], windows: _Windows) -> tuple[dict[str, Any], list[str]]:
+    """Return the model's scaling, with a larger factor if the target needs it, and its lines."""
     before = own["factor"]
     factor = flags.factor
     if factor is None:
-        # For linear, ntk and yarn this is target / original. Llama 3.1 serves twice its factor x original: its
-        # ramp, which depends on the original window, stays, and all it divides is divided by as much again.
+        # For linear, ntk and yarn this is target / original. Llama 3.1 serves twice its factor x original: the ramp,
+        # which depends on the original window, stays the same, and the divisor grows in proportion to the target.
         factor = before if flags.target <= windows.reach else before * flags.target / windows.reach
     scaling = dict(own)
     if factor != before:
-        scaling |= {"factor": factor} | _attention(own, factor) | _divisors(own, factor / before)
+        scaling |= {"factor": factor} | _widen_attention_factor(own, factor) | _widen_divisors(own, factor / before)
     if flags.original is not None and "original_max_position_embeddings" in own:
         scaling["original_max_position_embeddings"] = flags.original
     if scaling == own:
-        return own, [f"rope: the model's own {_shown(own)} is kept: it serves {windows.reach} positions"]
+        return own, [f"rope: the model's own {_describe(own)} is kept: it serves {windows.reach} positions"]
     reach = windows.reach * factor / before
     return scaling, [
-        f"rope: the model's {own['rope_type']} scaling goes from factor {before:g} ({windows.reach} positions) to "
+        f"rope: the model's {own['rope_type']} scaling changes from factor {before:g} ({windows.reach} positions) to "
         f"factor {factor:g} ({reach:.0f} positions), window {windows.original}",
-        *_too_short(flags, reach),
+        *_warn_if_short(flags, reach),
     ]
 
 
-def _fixed(flags: RopeFlags, own: dict[str, Any], windows: _Windows) -> tuple[dict[str, Any] | None, list[str]]:
-    """Dynamic scaling, which has another base for each length: trained with that of the target."""
-    before = f"rope: the model's {_shown(own)} from a window of {windows.original}"
+def _convert_dynamic_scaling(
+    flags: RopeFlags, own: dict[str, Any], windows: _Windows
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the ntk scaling that dynamic scaling has at the target length, and its lines.
+
+    Dynamic scaling has another base for each length; training uses that of the target.
+    """
+    before = f"rope: the model's {_describe(own)} from a window of {windows.original}"
     if flags.factor is not None:
         scaling = rope_scaling_dict("ntk", flags.factor)
-        return scaling, [f"{before} becomes {_shown(scaling)}", *_too_short(flags, flags.factor * windows.original)]
+        warnings = _warn_if_short(flags, flags.factor * windows.original)
+        return scaling, [f"{before} becomes {_describe(scaling)}", *warnings]
     if flags.target <= windows.original:
         return None, [f"{before} has no effect at {flags.target} positions: trained and exported without it"]
     factor = dynamic_as_ntk(own | {"original_max_position_embeddings": windows.original}, flags.target)
     scaling = rope_scaling_dict("ntk", factor)
-    return scaling, [f"{before} becomes {_shown(scaling)}, which it amounts to at {flags.target} positions"]
+    return scaling, [f"{before} becomes {_describe(scaling)}, which is equivalent at {flags.target} positions"]
 
 
-def _attention(own: dict[str, Any], factor: float) -> dict[str, Any]:
-    """YaRN's temperature follows the factor, unless the model has one of its own making."""
+def _widen_attention_factor(own: dict[str, Any], factor: float) -> dict[str, Any]:
+    """Return YaRN's attention factor for a new factor, or {} if the model's does not follow the formula."""
     if "attention_factor" not in own or own["rope_type"] != "yarn":
         return {}
     rest = {key: value for key, value in own.items() if key != "attention_factor"}
@@ -224,10 +240,11 @@ def _attention(own: dict[str, Any], factor: float) -> dict[str, Any]:
     return {"attention_factor": yarn_attention_factor(rest | {"factor": factor})}
 
 
-def _divisors(own: dict[str, Any], ratio: float) -> dict[str, Any]:
-    """LongRoPE's long factors for a window that is `ratio` times as long: the largest is multiplied by it, a 1 stays.
+def _widen_divisors(own: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """Return LongRoPE's long factors for a window that is `ratio` times as long.
 
-    They come from a search, and no rule is published to widen them. This one takes the same power of each.
+    The factors come from a search, and no rule to widen them is published. Here each is raised to the same power: the
+    largest is multiplied by `ratio`, and a factor of 1 stays 1.
     """
     if own["rope_type"] != "longrope":
         return {}
@@ -238,8 +255,8 @@ def _divisors(own: dict[str, Any], ratio: float) -> dict[str, Any]:
     return {"long_factor": [max(divisor, 1.0) ** power for divisor in own["long_factor"]]}
 
 
-def _windows(model: ModelRope, original: int | None) -> _Windows:
-    """What the model was pre-trained with and what it serves; `original` is the user's word on the former."""
+def _find_windows(model: ModelRope, original: int | None) -> _Windows:
+    """Return the pre-trained and the served positions of a model; `original` is the user's flag for the former."""
     scaling, positions = model.scaling, model.positions
     if scaling is None:
         window = original or positions
@@ -250,23 +267,23 @@ def _windows(model: ModelRope, original: int | None) -> _Windows:
         return _Windows(own, reach)
     guessed = own is None and scaling["factor"] > 1
     if own is None:
-        # Folders disagree on whether max_position_embeddings is the window before linear scaling or after it.
+        # Published models disagree on whether max_position_embeddings is the window before or after linear scaling.
         before = positions / scaling["factor"] < _SHORTEST_WINDOW
         own = positions if before else round(positions / scaling["factor"])
     return _Windows(own, round(own * scaling["factor"]), guessed)
 
 
-def _guess(model: ModelRope, windows: _Windows) -> str:
+def _warn_of_guess(model: ModelRope, windows: _Windows) -> str:
     taken, other = ("before", "after") if windows.original == model.positions else ("after", "before")
     instead = model.positions if other == "before" else round(model.positions / model.scaling["factor"])
     return (
         f"warning: config.json does not say whether max_position_embeddings {model.positions} is the window before or "
-        f"after {_shown(model.scaling)}: taken as {taken}, a pre-trained window of {windows.original}. If it is "
+        f"after {_describe(model.scaling)}: taken as {taken}, a pre-trained window of {windows.original}. If it is "
         f"{other}: --original-max-position-embeddings {instead}"
     )
 
 
-def _too_short(flags: RopeFlags, reach: float) -> list[str]:
+def _warn_if_short(flags: RopeFlags, reach: float) -> list[str]:
     if flags.factor is None or reach >= flags.target:
         return []
     return [
@@ -275,8 +292,8 @@ def _too_short(flags: RopeFlags, reach: float) -> list[str]:
     ]
 
 
-def _unscaled(target: int, window: int, thetas: tuple[float, float], head_dim: int) -> list[str]:
-    """A target beyond the window, without scaling, is what a larger theta is for."""
+def _warn_if_unscaled(target: int, window: int, thetas: tuple[float, float], head_dim: int) -> list[str]:
+    """Return a warning if the target is beyond the window and neither scaling nor a larger theta extends it."""
     before, after = thetas
     exponent = head_dim / (head_dim - 2) if head_dim > 2 else 1.0
     reach = window * (after / before) ** (1 / exponent)
@@ -291,5 +308,5 @@ def _unscaled(target: int, window: int, thetas: tuple[float, float], head_dim: i
     ]
 
 
-def _shown(scaling: dict[str, Any]) -> str:
+def _describe(scaling: dict[str, Any]) -> str:
     return f"{scaling['rope_type']} scaling by {scaling['factor']:g}"

@@ -22,7 +22,7 @@ from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import list_parameters
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.model import load_model
-from megatron_cream.model.rotary import rope_scaling_dict
+from megatron_cream.model.rotary import build_rope_scaling
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import MODELS, logits_of, relative, save_model, some_tokens
 from tests.launch import ROOT, train, write_documents
@@ -80,7 +80,7 @@ def test_exported_rope_is_the_trained_one(tmp_path, name, rope_type):
     save_model(tmp_path / "hf", name)
     import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
     checkpoint = MegatronCheckpoint(tmp_path / "ckpt")
-    scaling = rope_scaling_dict(rope_type, 8.0, WINDOW)
+    scaling = build_rope_scaling(rope_type, 8.0, WINDOW)
     checkpoint.shape = replace(checkpoint.shape, rope_scaling=scaling, max_position_embeddings=8 * WINDOW)
     export_hf(checkpoint, tmp_path / "out")
 

@@ -19,7 +19,7 @@ from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.families import shape_from_config
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.model.rotary import rope_scaling_dict
+from megatron_cream.model.rotary import build_rope_scaling
 from tests.evaluation_models import save_llama
 
 BEFORE, AFTER = 512, 4096
@@ -78,7 +78,7 @@ def checkpoint(tmp_path_factory):
 def stretched(request, checkpoint):
     """Exported with each kind of scaling, for eight times the window."""
     source = MegatronCheckpoint(checkpoint)
-    scaling = rope_scaling_dict(request.param, 8.0, BEFORE)
+    scaling = build_rope_scaling(request.param, 8.0, BEFORE)
     source.shape = replace(source.shape, rope_scaling=scaling, max_position_embeddings=AFTER)
     export_hf(source, checkpoint.parent / request.param)
     return checkpoint.parent / request.param

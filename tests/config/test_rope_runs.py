@@ -36,7 +36,7 @@ def test_each_rope_change_prints_one_line(run):
     lines = [line for line in said.splitlines() if line.startswith("rope:")]
     assert lines == [
         "rope: theta changes from the model's 500000 to 1e+06 (--rotary-base)",
-        "rope: the model's llama3 scaling goes from factor 8 (512 positions) to factor 16 (1024 positions), window 64",
+        "rope: the model's llama3 scaling changes from factor 8 (512 positions) to factor 16 (1024 positions), window 64",
     ]
 
 

@@ -16,7 +16,7 @@ from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.evaluation.models import generation
 from megatron_cream.evaluation.models.hf_model import HfModel
 from megatron_cream.evaluation.models.megatron_model import MegatronModel
-from megatron_cream.model.rotary import rope_scaling_dict
+from megatron_cream.model.rotary import build_rope_scaling
 from tests.hf_models import save_model
 
 GREEDY = dict(temperature=0.0, top_p=1.0)
@@ -44,7 +44,7 @@ def pair(request, tmp_path_factory):
     save_model(folder / "hf", request.param)
     import_hf(HfFolder(folder / "hf"), folder / "ckpt")
     checkpoint = MegatronCheckpoint(folder / "ckpt")
-    scaling = rope_scaling_dict(*SCALINGS[request.param], 512)
+    scaling = build_rope_scaling(*SCALINGS[request.param], 512)
     checkpoint.shape = replace(checkpoint.shape, rope_scaling=scaling, max_position_embeddings=4096)
     export_hf(checkpoint, folder / "out")
     common = dict(dtype=torch.float32, tokenizer=None, stop_ids=frozenset(), max_positions=4096)

@@ -11,7 +11,7 @@ import pytest
 from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.model.rotary import rope_scaling_dict
+from megatron_cream.model.rotary import build_rope_scaling
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import save_model
 from tests.launch import ROOT
@@ -31,7 +31,7 @@ def folder(request, tmp_path_factory):
     save_tokenizer(folder / "hf")
     import_hf(HfFolder(folder / "hf"), folder / "plain")
     checkpoint = MegatronCheckpoint(folder / "plain")
-    scaling = rope_scaling_dict(*SCALINGS[request.param], 512)
+    scaling = build_rope_scaling(*SCALINGS[request.param], 512)
     checkpoint.shape = replace(checkpoint.shape, rope_scaling=scaling, max_position_embeddings=2048)
     export_hf(checkpoint, folder / "out")
     import_hf(HfFolder(folder / "out"), folder / "ckpt")

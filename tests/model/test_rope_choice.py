@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.model.rope_choice import ModelRope, RopeFlags, choose_rope, contradicts
-from megatron_cream.model.rotary import ROPE_SCALING_TYPES, rope_scaling_dict
+from megatron_cream.model.rope_choice import ModelRope, RopeFlags, choose_rope, has_other_rope
+from megatron_cream.model.rotary import ROPE_SCALING_TYPES, build_rope_scaling
 
 LLAMA2 = dict(theta=1e4, scaling=None, positions=4096)
 MODEL_8K = dict(theta=1e5, scaling=None, positions=8192)
-LLAMA31 = dict(theta=5e5, scaling=rope_scaling_dict("llama3", 8.0, 8192), positions=131072)
-VICUNA = dict(theta=1e4, scaling=rope_scaling_dict("linear", 4.0), positions=4096)  # the window before scaling
-TOGETHER = dict(theta=1e4, scaling=rope_scaling_dict("linear", 8.0), positions=32768)  # the window after it
-QWEN = dict(theta=1e6, scaling=rope_scaling_dict("yarn", 4.0, 32768), positions=32768)
+LLAMA31 = dict(theta=5e5, scaling=build_rope_scaling("llama3", 8.0, 8192), positions=131072)
+VICUNA = dict(theta=1e4, scaling=build_rope_scaling("linear", 4.0), positions=4096)  # the window before scaling
+TOGETHER = dict(theta=1e4, scaling=build_rope_scaling("linear", 8.0), positions=32768)  # the window after it
+QWEN = dict(theta=1e6, scaling=build_rope_scaling("yarn", 4.0, 32768), positions=32768)
 DYNAMIC = dict(theta=1e4, positions=4096)
 DYNAMIC |= {"scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4096}}
 LONGROPE = dict(
@@ -29,7 +29,7 @@ LONGROPE = dict(
         "long_factor": [1.0, *[4.0] * 62, 64.0],
     },
 )
-NTK = dict(theta=1e4, scaling=rope_scaling_dict("ntk", 8.0), positions=32768, original=4096)
+NTK = dict(theta=1e4, scaling=build_rope_scaling("ntk", 8.0), positions=32768, original=4096)
 
 
 def choose(model: dict | None, head_dim: int = 128, **flags):
@@ -67,19 +67,19 @@ TABLE = [
     (QWEN, dict(target=131072), ("yarn", 4, 32768), ["is kept: it serves 131072"]),
     (NTK, dict(target=16384), ("ntk", 8, None), ["is kept: it serves 32768"]),
     # .. and widened where it does not.
-    (LLAMA31, dict(target=262144), ("llama3", 16, 8192), ["llama3 scaling goes from factor 8 (131072", "16 (262144"]),
+    (LLAMA31, dict(target=262144), ("llama3", 16, 8192), ["llama3 scaling changes from factor 8 (131072", "16 (262144"]),
     (LLAMA31 | {"positions": 8192}, dict(target=131072), ("llama3", 16, 8192), ["factor 8 (65536", "16 (131072"]),
     (VICUNA | {"original": 4096}, dict(target=65536), ("linear", 16, None), ["factor 4 (16384", "16 (65536"]),
     (TOGETHER, dict(target=65536), ("linear", 16, None), ["factor 8 (32768", "16 (65536", "taken as after"]),
-    (QWEN, dict(target=262144), ("yarn", 8, 32768), ["yarn scaling goes from factor 4 (131072", "8 (262144"]),
-    (NTK, dict(target=65536), ("ntk", 16, None), ["ntk scaling goes from factor 8 (32768", "16 (65536"]),
+    (QWEN, dict(target=262144), ("yarn", 8, 32768), ["yarn scaling changes from factor 4 (131072", "8 (262144"]),
+    (NTK, dict(target=65536), ("ntk", 16, None), ["ntk scaling changes from factor 8 (32768", "16 (65536"]),
     (QWEN, dict(target=262144, factor=6.0), ("yarn", 6, 32768), ["to factor 6 (196608", "warning: --rope-scaling-fac"]),
     (QWEN, dict(target=65536, original=16384), ("yarn", 4, 16384), ["window 16384"]),
     (LONGROPE, dict(target=131072), ("longrope", 32, 4096), ["is kept: it serves 131072"]),
     (LONGROPE, dict(target=262144), ("longrope", 64, 4096), ["factor 32 (131072", "64 (262144"]),
     # Dynamic scaling has no frequencies of its own: it is trained as ntk's at the target.
     (DYNAMIC, dict(target=4096), None, ["dynamic scaling by 2 from a window of 4096 has no effect at 4096"]),
-    (DYNAMIC, dict(target=32768), ("ntk", 15, None), ["becomes ntk scaling by 15, which it amounts to at 32768"]),
+    (DYNAMIC, dict(target=32768), ("ntk", 15, None), ["becomes ntk scaling by 15, which is equivalent at 32768"]),
     (DYNAMIC, dict(target=32768, factor=4.0), ("ntk", 4, None), ["becomes ntk scaling by 4", "serves 16384"]),
     (DYNAMIC, dict(target=32768, type="yarn"), ("yarn", 8, 4096), ["replaced by yarn scaling by 8"]),
     # Another type replaces it, from the window that it was pre-trained with.
@@ -169,7 +169,7 @@ def test_contradicting_flags(model, flags, error):
 def test_every_model_gets_a_window_that_fits_the_target(own, asked, window, wider, samples, target):
     """And choosing again from the result, as from an exported model, changes nothing."""
     original, target = window * 1024, target * 1024
-    scaling = rope_scaling_dict(own, float(wider), original)
+    scaling = build_rope_scaling(own, float(wider), original)
     positions = original * wider if scaling else original
     model = ModelRope(theta=1e4, scaling=scaling, positions=positions, original=original)
     rope = choose_rope(RopeFlags(target=target, window=samples, type=asked), model, head_dim=128, default_theta=1e4)
@@ -183,8 +183,8 @@ def test_every_model_gets_a_window_that_fits_the_target(own, asked, window, wide
 
 
 def test_a_resumed_run_keeps_its_rope():
-    saved = ModelRope(theta=1e4, scaling=rope_scaling_dict("linear", 16.0), positions=65536, original=4096)
+    saved = ModelRope(theta=1e4, scaling=build_rope_scaling("linear", 16.0), positions=65536, original=4096)
     for flags in ({}, dict(type="linear"), dict(type="linear", factor=16.0), dict(original=4096)):
-        assert not contradicts(RopeFlags(target=65536, window=4096, **flags), saved)
+        assert not has_other_rope(RopeFlags(target=65536, window=4096, **flags), saved)
     for flags in (dict(type="yarn"), dict(factor=8.0), dict(original=8192), dict(theta=5e5), dict(target=32768)):
-        assert contradicts(RopeFlags(**{"target": 65536, "window": 4096} | flags), saved)
+        assert has_other_rope(RopeFlags(**{"target": 65536, "window": 4096} | flags), saved)

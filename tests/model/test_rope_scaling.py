@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from megatron_cream.model.rotary import RotaryEmbedding, rope_scaling_dict
+from megatron_cream.model.rotary import RotaryEmbedding, build_rope_scaling
 from tests.model.test_rotary import (
     LIMIT,
     ONE_OF_EACH,
@@ -61,10 +61,10 @@ def test_equivalent_rope_settings():
 
 
 def test_rope_scaling_dict():
-    assert rope_scaling_dict("none", 8.0, 4096) is None
-    assert rope_scaling_dict("linear", 8.0, 4096) == {"rope_type": "linear", "factor": 8.0}
-    assert rope_scaling_dict("ntk", 8.0) == {"rope_type": "ntk", "factor": 8.0}
-    assert rope_scaling_dict("yarn", 8.0, 4096) == {
+    assert build_rope_scaling("none", 8.0, 4096) is None
+    assert build_rope_scaling("linear", 8.0, 4096) == {"rope_type": "linear", "factor": 8.0}
+    assert build_rope_scaling("ntk", 8.0) == {"rope_type": "ntk", "factor": 8.0}
+    assert build_rope_scaling("yarn", 8.0, 4096) == {
         "rope_type": "yarn",
         "factor": 8.0,
         "original_max_position_embeddings": 4096,
@@ -72,7 +72,7 @@ def test_rope_scaling_dict():
         "beta_slow": 1,
         "attention_factor": 0.1 * math.log(8) + 1,
     }
-    assert rope_scaling_dict("llama3", 8.0, 4096, low_freq_factor=2.0) == {
+    assert build_rope_scaling("llama3", 8.0, 4096, low_freq_factor=2.0) == {
         "rope_type": "llama3",
         "factor": 8.0,
         "low_freq_factor": 2.0,
@@ -84,7 +84,7 @@ def test_rope_scaling_dict():
 # ------------------------------------------------------------------ errors
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
-LLAMA3 = rope_scaling_dict("llama3", 8.0, 4096)
+LLAMA3 = build_rope_scaling("llama3", 8.0, 4096)
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 LONGROPE |= {"original_max_position_embeddings": 4096}
 
@@ -142,7 +142,7 @@ def test_invalid_settings(settings_, message):
 )
 def test_invalid_rope_scaling_dicts(call, message):
     with pytest.raises(ValueError, match=message):
-        rope_scaling_dict(*call)
+        build_rope_scaling(*call)
 
 
 @pytest.mark.parametrize(

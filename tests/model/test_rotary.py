@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from megatron_cream.model.rotary import ROPE_SCALING_TYPES, RotaryEmbedding, apply_rotary, rope_scaling_dict
+from megatron_cream.model.rotary import ROPE_SCALING_TYPES, RotaryEmbedding, apply_rotary, build_rope_scaling
 
 LIMIT = 262_144  # 64 x 4096: the longest window of the paper
 COS_SIN_BOUND = 1e-7  # half a float32 ulp below 2 is 6e-8; the contract is 1e-6
@@ -32,12 +32,12 @@ EXTRAS = {
     "llama3": [{}, {"low_freq_factor": 2.0, "high_freq_factor": 6.5}],
 }
 SCALINGS = [None] + [
-    rope_scaling_dict(rope_type, factor, 4096, **extra)
+    build_rope_scaling(rope_type, factor, 4096, **extra)
     for rope_type, extras in EXTRAS.items()
     for factor in (1.0, 8.0, 64.0)
     for extra in extras
 ]
-ONE_OF_EACH = [rope_scaling_dict(rope_type, 8.0, 4096) for rope_type in ROPE_SCALING_TYPES]
+ONE_OF_EACH = [build_rope_scaling(rope_type, 8.0, 4096) for rope_type in ROPE_SCALING_TYPES]
 
 
 def name(scaling: dict | None) -> str:
@@ -101,7 +101,7 @@ def test_frequencies_are_transformers_bit_for_bit(scaling):
 )
 def test_frequencies_of_any_settings(rope_type, factor, window, head_dim, rope_theta):
     """Toy windows too, where yarn's ramp leaves the head or shrinks to a step."""
-    scaling = rope_scaling_dict(rope_type, factor, window)
+    scaling = build_rope_scaling(rope_type, factor, window)
     rope = build(scaling, head_dim, rope_theta)
     inv_freq, attention_factor = transformers_reference(scaling, head_dim, rope_theta)
     assert torch.equal(rope.inv_freq, inv_freq) and rope.attention_factor == attention_factor
@@ -109,7 +109,7 @@ def test_frequencies_of_any_settings(rope_type, factor, window, head_dim, rope_t
 
 @pytest.mark.parametrize("window", [5, 16, 200])  # a step at 0; cut off at 0; all of it inside
 def test_yarn_frequencies_of_toy_windows(window):
-    scaling = rope_scaling_dict("yarn", 8.0, window)
+    scaling = build_rope_scaling("yarn", 8.0, window)
     inv_freq, _ = transformers_reference(scaling, 16, 10000.0)
     assert torch.equal(build(scaling, 16).inv_freq, inv_freq) and inv_freq.isfinite().all()
 
@@ -202,7 +202,7 @@ def rotation_inputs(dtype: torch.dtype = torch.float32, heads: int = 3, kv_heads
     positions = some_positions(2, 40)
     query_SBHD = torch.randn(40, 2, heads, 64, dtype=dtype)
     key_SBHD = torch.randn(40, 2, kv_heads, 64, dtype=dtype)
-    return query_SBHD, key_SBHD, *build(rope_scaling_dict("yarn", 8.0, 4096), 64).cos_sin(positions)
+    return query_SBHD, key_SBHD, *build(build_rope_scaling("yarn", 8.0, 4096), 64).cos_sin(positions)
 
 
 def test_apply_rotary_is_transformers_rotation_with_its_gradients():

@@ -24,7 +24,7 @@ from megatron_cream.common.files import read_json
 from megatron_cream.evaluation.models.generation import NonFiniteLogits
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer, has_tokenizer, open_tokenizer
 from megatron_cream.evaluation.models.vllm_model import VllmModel, import_vllm
-from megatron_cream.model.rotary import FOLLOW_LENGTH
+from megatron_cream.model.rotary import LENGTH_DEPENDENT_TYPES
 from megatron_cream.patches import platform
 
 ENGINES = ("auto", "vllm")
@@ -229,7 +229,7 @@ class _CheckedModel:
 def _load(source: Source, prefill_chunk: int) -> LanguageModel:
     stop_ids = source.tokenizer.stop_ids | _read_stop_ids(source)
     common = dict(tokenizer=source.tokenizer, stop_ids=stop_ids, max_positions=source.max_positions)
-    if _read_rope_type(source) in FOLLOW_LENGTH:
+    if _read_rope_type(source) in LENGTH_DEPENDENT_TYPES:
         prefill_chunk = 1 << 40  # one chunk: the frequencies of all tokens depend on the longest position
     if source.engine == "vllm":
         with provide_hf_folder(source) as folder:
