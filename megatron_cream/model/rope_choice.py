@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.model.rotary import dynamic_as_ntk, rope_scaling_dict, yarn_attention_factor
+from megatron_cream.model.rotary import build_rope_scaling, compute_ntk_factor, compute_yarn_attention_factor
 
 _SHORTEST_WINDOW = 2048
 """No Llama was pre-trained with a shorter window, so a linear scaling that implies one is read the other way."""
@@ -185,7 +185,7 @@ def _build_scaling(flags: RopeFlags, original: int) -> dict[str, Any] | None:
     factor = flags.target / original if flags.factor is None else flags.factor
     if factor == 1.0 or (factor < 1 and flags.factor is None):
         return None
-    return rope_scaling_dict(flags.type, factor, original)
+    return build_rope_scaling(flags.type, factor, original)
 
 
 def _widen_scaling(flags: RopeFlags, own: dict[str, Any], windows: _Windows) -> tuple[dict[str, Any], list[str]]:
@@ -220,13 +220,13 @@ def _convert_dynamic_scaling(
     """
     before = f"rope: the model's {_describe(own)} from a window of {windows.original}"
     if flags.factor is not None:
-        scaling = rope_scaling_dict("ntk", flags.factor)
+        scaling = build_rope_scaling("ntk", flags.factor)
         warnings = _warn_if_short(flags, flags.factor * windows.original)
         return scaling, [f"{before} becomes {_describe(scaling)}", *warnings]
     if flags.target <= windows.original:
         return None, [f"{before} has no effect at {flags.target} positions: trained and exported without it"]
-    factor = dynamic_as_ntk(own | {"original_max_position_embeddings": windows.original}, flags.target)
-    scaling = rope_scaling_dict("ntk", factor)
+    factor = compute_ntk_factor(own | {"original_max_position_embeddings": windows.original}, flags.target)
+    scaling = build_rope_scaling("ntk", factor)
     return scaling, [f"{before} becomes {_describe(scaling)}, which is equivalent at {flags.target} positions"]
 
 
@@ -235,9 +235,9 @@ def _widen_attention_factor(own: dict[str, Any], factor: float) -> dict[str, Any
     if "attention_factor" not in own or own["rope_type"] != "yarn":
         return {}
     rest = {key: value for key, value in own.items() if key != "attention_factor"}
-    if abs(own["attention_factor"] - yarn_attention_factor(rest)) > 1e-3:
+    if abs(own["attention_factor"] - compute_yarn_attention_factor(rest)) > 1e-3:
         return {}
-    return {"attention_factor": yarn_attention_factor(rest | {"factor": factor})}
+    return {"attention_factor": compute_yarn_attention_factor(rest | {"factor": factor})}
 
 
 def _widen_divisors(own: dict[str, Any], ratio: float) -> dict[str, Any]:

@@ -148,8 +148,8 @@ def test_invalid_rope_scaling_dicts(call, message):
 @pytest.mark.parametrize(
     ("positions", "message"),
     [
-        (torch.tensor([[0, 100]]), r"from 0 to 100: must lie in 0 \.\. 99"),
-        (torch.tensor([[3, -1]]), r"from -1 to 3: must lie in 0 \.\. 99"),
+        (torch.tensor([[0, 100]]), r"from 0 to 100: must be in 0 \.\. 99"),
+        (torch.tensor([[3, -1]]), r"from -1 to 3: must be in 0 \.\. 99"),
         (torch.tensor([[0.0]]), "torch.float32: must be integers"),
     ],
 )
