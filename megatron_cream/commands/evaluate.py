@@ -75,7 +75,7 @@ def run_needle(args) -> None:
     longest = args.max_length or default_lengths(source)[-1]
     if args.min_length > longest:
         raise UsageError(f"--min-length {args.min_length}: must be at most --max-length, which is {longest}")
-    lengths, depths = needle.grid(args.min_length, longest, args.length_steps, args.depth_steps)
+    lengths, depths = needle.build_grid(args.min_length, longest, args.length_steps, args.depth_steps)
     options = dict(kind=args.needle, samples=args.samples, seed=args.seed, haystack=args.haystack)
     plan = plans.plan_needle(source.tokenizer, lengths=lengths, depths=depths, **options)
     run_examples(args, source, plan, {"lengths": lengths, "depths": depths, **options})

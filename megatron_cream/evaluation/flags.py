@@ -16,9 +16,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     A bad flag prints one line and exits with code 2.
     """
     main_parser = OneLineParser(
-        prog=program_name(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program_name(),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     commands = main_parser.add_subparsers(required=True, metavar="TASK", dest="command")
 
     def command(name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
@@ -28,15 +30,16 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         )
 
     added = command(
-        "perplexity", "perplexity by context length, and LongPPL",
+        "perplexity",
+        "perplexity by context length, and LongPPL",
         "A window of the context length slides over each document in steps of --stride and scores each token once. "
         "LongPPL (arXiv 2410.23771) is the perplexity of the tokens that a long context makes likelier.",
-    )  # fmt: skip
+    )
     add = added.add_argument
     add("--dataset", type=path, nargs="+", required=True, help=".jsonl, .txt (also .gz) or .parquet files, or folders")
     add("--json-key", default="text", help="key of a record's text")
     _add_lengths(add)
-    add("--stride", type=positive, default=256, help="tokens between two windows")
+    add("--stride", type=positive, default=256, help="tokens by which the window moves")
     add("--documents", type=positive, default=50, help="maximum number of documents; the first that are long enough")
     add("--min-tokens", type=positive, help="minimum tokens of a document (default: the longest of --lengths)")
     add("--longppl", action=argparse.BooleanOptionalAction, help="default: on if --lengths exceed --short-context")
@@ -49,9 +52,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     _add_prefill(added)
 
     added = command(
-        "needle", "needle in a haystack: one fact in long text, by length and depth",
+        "needle",
+        "needle in a haystack: one fact in long text, by length and depth",
         "The default grid is that of CREAM's paper: 10 lengths by 6 depths.",
-    )  # fmt: skip
+    )
     add = added.add_argument
     add("--min-length", type=positive, default=1024, help="tokens of prompt and answer together")
     add("--max-length", type=positive, help="default: the model's number of positions")
@@ -75,13 +79,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     _add_lengths(add, default="none")
     places = "places of the gold pair, counted from 0; for --keys or --data"
     add("--gold", type=int, nargs="+", action=_Ascending, metavar="PLACE", help=places)
-    add("--data", type=path, nargs="+", default=[], help="published kv-retrieval-N_keys.jsonl.gz files, instead")
+    add("--data", type=path, nargs="+", default=[], help="published kv-retrieval-N_keys.jsonl.gz, instead of both")
     _add_generation(added, samples=50, of="place")
 
     added = command(
-        "ruler", "RULER's 13 tasks, and the effective length",
+        "ruler",
+        "RULER's 13 tasks, and the effective length",
         f"Up to the effective length the mean over tasks is at least {ruler.THRESHOLD} percent at every tested length.",
-    )  # fmt: skip
+    )
     add = added.add_argument
     _add_lengths(add)
     add("--tasks", nargs="+", choices=ruler.TASKS, metavar="NAME", help=f"default: all of {', '.join(ruler.TASKS)}")
@@ -98,9 +103,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     _add_generation(added, samples=None, of="data set at most (default: all)")
 
     added = command(
-        "harness", "tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval accelerate)",
+        "harness",
+        "tasks of EleutherAI's lm-evaluation-harness (pip install lm_eval accelerate)",
         "A Megatron checkpoint is first exported to a temporary Hugging Face folder.",
-    )  # fmt: skip
+    )
     add = added.add_argument
     add("--tasks", required=True, help="task names, separated by commas")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's own)")

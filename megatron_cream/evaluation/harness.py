@@ -18,7 +18,7 @@ _CACHE = "requests"  # lm_eval adds _rank0.db
 
 
 def find_tasks(names: Sequence[str], include: Path | None) -> Any:
-    """Return lm_eval's task manager after checking that it knows `names` and finds their data.
+    """Check that lm_eval knows `names` and finds their data; return its task manager.
 
     Args:
         names: names of tasks or task groups.

@@ -61,7 +61,7 @@ class Result:
         return Score(name, _mean([r.accuracy for r in recalls]), _mean([r.loss for r in recalls]))
 
     def flatten(self) -> dict[str, float]:
-        """Return every measured value by a name such as "kv/4096", "kv loss/4096" or "perplexity/4096"."""
+        """Return every measured value by a name such as "kv/4096" or "kv loss/4096"."""
         found = {}
         for task, by_length in self.recalls.items():
             for length, value in by_length.items():
@@ -118,9 +118,9 @@ class LongEvaluation:
                 )
 
     def __call__(self, model: list[torch.nn.Module]) -> Result:
-        """Evaluate Megatron's model chunks; call it on every rank, and every rank gets the same result.
+        """Evaluate Megatron's model chunks, in evaluation mode and without gradients.
 
-        The model must be in evaluation mode, without gradients.
+        Call it on every rank; every rank gets the same result.
         """
         recalls = {
             task: {length: measure_recall(model, texts, length) for length, texts in by_length.items()}

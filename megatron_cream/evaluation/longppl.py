@@ -101,6 +101,6 @@ def find_tokens_in_spans(document: Document, tokenizer: ModelTokenizer, key: Seq
 
 
 def _find_token_spans(tokenizer: ModelTokenizer, text: str, count: int) -> list[tuple[int, int]]:
-    """Return the character spans of the first `count` tokens of a text; a BOS has the empty span (0, 0)."""
+    """Return the character spans of a text's first `count` tokens; (0, 0) for a BOS."""
     bos = [] if tokenizer.bos is None else [(0, 0)]
     return [*bos, *tokenizer.token_spans(text)][:count]

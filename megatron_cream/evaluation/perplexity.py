@@ -18,7 +18,7 @@ from megatron_cream.evaluation.teacher_forced import ScoredText, score_texts
 
 
 def read_held_out_documents(files: list[tuple[str, tuple[float, float]]], minimum: int, most: int) -> list[np.ndarray]:
-    """Read the first `minimum` tokens of at most `most` long documents, spread evenly over the files.
+    """Read the starts of up to `most` long documents, spread evenly over the files.
 
     Args:
         files: prefixes of .bin/.idx pairs, each with the held-out range of its documents as shares:

@@ -22,7 +22,7 @@ def plan_needle(
     seed: int,
     haystack: Path | None,
 ) -> Plan:
-    """Plan the task needle: `samples` examples for each length and depth. See needle.examples."""
+    """Plan needle: `samples` examples per length and depth. See needle.examples."""
 
     def examples(lengths: Sequence[int], per_cell: int) -> Iterable[Example]:
         options = dict(depths=depths, seed=seed, needle=kind, haystack=haystack)
@@ -107,7 +107,7 @@ def plan_ruler(
 def plan_longbench(
     tokenizer: Tokenizer, *, folder: Path, length: int, datasets: Sequence[str] | None, samples: int | None
 ) -> Plan:
-    """Plan LongBench: at most `samples` examples per data set, None for all. See longbench.examples."""
+    """Plan LongBench: at most `samples` examples per data set. See longbench.examples."""
     made = longbench.examples(tokenizer, folder=folder, length=length, datasets=datasets, most=samples)
     return _build_plan(made, _wrap_score(longbench.score))
 

@@ -110,7 +110,7 @@ def _means_by_two(records: Records, outer: Callable[[dict], Hashable], inner: Ca
     groups = defaultdict(list)
     for record in records:
         groups[str(outer(record))].append(record)
-    return {name: _means_by(some, inner) for name, some in groups.items()}
+    return {name: _means_by(group, inner) for name, group in groups.items()}
 
 
 def _means_by(records: Records, key: Callable[[dict], Hashable]) -> dict[str, float]:
@@ -130,7 +130,7 @@ def _depth_key(record: dict) -> str:
 
 
 def _size_key(record: dict) -> str:
-    """Return the requested size of an example: "75_keys" or "300_lines" if counts were requested, else its length."""
+    """Return an example's requested size: its part, such as "75_keys", or its length."""
     return record["part"] or str(record["length"])
 
 

@@ -79,7 +79,7 @@ def _parse_line(line: bytes, need_checksums: bool) -> dict[str, Any]:
 
 
 def is_record(record: Any) -> bool:
-    """Return whether `record` has the fields that `report.summarise` or `runner.summarise_perplexity` reads."""
+    """Return whether `record` has the fields that the summaries of tasks read."""
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         return False
     if "lengths" in record:  # a record of the perplexity task

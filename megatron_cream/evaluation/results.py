@@ -48,7 +48,7 @@ class Results:
         self._description, self._lines, self._overwrites = description, lines, overwrites
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append one example's result, with `record["name"]` as its key, and flush it to the file."""
+        """Append one example's result, with its name as the key, and flush the file."""
         line = format_line(record)
         if self._overwrites:
             self.begin(line)
@@ -58,7 +58,7 @@ class Results:
         self.records[record["name"]] = record
 
     def begin(self, line: str = "") -> None:
-        """Replace an earlier run's files after the new ones are on disk; do nothing unless overwriting.
+        """Replace an earlier run's files by new ones; do nothing unless overwriting.
 
         Args:
             line: the first line of the new results.
@@ -193,8 +193,8 @@ def _replace_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> Tex
         remove: names of files in the folder to remove just before the replacement.
     """
     path = Path(os.path.realpath(folder / RESULTS))
-    beside = path.with_name(f".{path.name}.partial")
-    lines = open(beside, "w", encoding="utf-8")  # noqa: SIM115
+    partial = path.with_name(f".{path.name}.partial")
+    lines = open(partial, "w", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lines.write(text)
@@ -202,10 +202,10 @@ def _replace_lines(folder: Path, text: str, remove: tuple[str, ...] = ()) -> Tex
         os.fsync(lines.fileno())
         for name in remove:
             (folder / name).unlink(missing_ok=True)
-        os.replace(beside, path)
+        os.replace(partial, path)
     except BaseException:
         lines.close()
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     return lines
 
@@ -232,7 +232,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
-    """Check that the folder has the same settings and model; return whether its lines have checksums.
+    """Check that settings and model are the same; return whether lines have checksums.
 
     Args:
         folder: the results folder, with a summary.json.

@@ -114,7 +114,7 @@ def run_perplexity(
         open_model: loads the model; called only if a document is missing.
         documents: tokenized texts.
         lengths: context lengths in tokens.
-        stride: tokens between two windows; a shorter context moves by its own length.
+        stride: tokens by which the window moves; at a shorter context, the context length.
         rule: LongPPL's rule for key tokens; None skips LongPPL.
         key: document name -> bool [n - 1], the key tokens that another model found. For other documents the model
             finds them itself, with the longest context.
@@ -218,7 +218,12 @@ def _answer_batch(model: LanguageModel, batch: list[tuple], plan: Plan, generati
 
 @contextlib.contextmanager
 def report_out_of_memory(tokens: int, samples: int) -> Iterator[None]:
-    """Turn out-of-memory errors of the block, which runs `samples` of `tokens` each, into OutOfMemory."""
+    """Turn out-of-memory errors of the block into OutOfMemory.
+
+    Args:
+        tokens: tokens of each sample, for the message.
+        samples: samples that the block runs at once, for the message.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -258,7 +263,7 @@ def _reject(name: str, reason: str, results: Results) -> NoReturn:
 
 
 def summarise_perplexity(records: list[dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:
-    """Return for each length the perplexity of all scored tokens, and LongPPL if the records have key tokens."""
+    """Return perplexity by length, and LongPPL if the records have key tokens."""
     summary = {}
     for length in sorted({length for record in records for length in record["lengths"]}, key=int):
         parts = [record["lengths"][length] for record in records]

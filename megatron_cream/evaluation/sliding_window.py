@@ -40,7 +40,7 @@ class Document:
     tokens: list[int]
 
 
-def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def iterate_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield (begin, first, end) of each window over `length` tokens.
 
     tokens[first:end] are scored given tokens[begin:]. Each of the tokens 1 .. length - 1 is scored once, with a
@@ -49,7 +49,7 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
     Args:
         length: tokens of the document.
         window: maximum context of a token, in tokens.
-        stride: tokens between two windows, 1 to window.
+        stride: tokens by which the window moves, 1 to window.
     """
     first, begin = 1, 0
     while first < length:
@@ -63,13 +63,17 @@ def log_probs(model: LanguageModel, tokens: Sequence[int], window: int, stride: 
     ids = torch.tensor([tokens])
     parts = [
         model.log_probs(ids[:, begin:end], first - begin)[0]
-        for begin, first, end in windows(len(tokens), window, stride)
+        for begin, first, end in iterate_windows(len(tokens), window, stride)
     ]
     return torch.cat(parts)
 
 
 def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of the documents in JSON lines, text or Parquet files, read as in preprocessing.
+    """Yield (name, text) of the documents in files, read as in preprocessing.
+
+    Args:
+        inputs: JSON lines, text or Parquet files, or folders of them.
+        json_key: key of a record's text.
 
     Raises:
         UsageError: a file is missing, or a document cannot be read.
@@ -90,7 +94,7 @@ def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str
 def select_long_documents(
     tokenizer: ModelTokenizer, texts: Iterator[tuple[str, str]], *, minimum: int, longest: int, most: int
 ) -> list[Document]:
-    """Return the first `most` documents of at least `minimum` tokens, cut to `longest` tokens.
+    """Return the first `most` documents of `minimum` tokens or more, cut to `longest`.
 
     Raises:
         UsageError: no document is long enough.

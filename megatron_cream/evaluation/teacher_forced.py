@@ -46,24 +46,24 @@ def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: i
         tokens, number of those that are the likeliest.
     """
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = list(range(rank, len(texts), ranks))
+    own = list(range(rank, len(texts), ranks))
     # The interleaved schedule takes micro-batches in groups of the pipeline's size.
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    padding = -len(mine) % stages if len(model) > 1 else 0
+    padding = -len(own) % stages if len(model) > 1 else 0
 
     def batches() -> Iterator[tuple[int, dict[str, Tensor]]]:
-        for i in mine:
+        for i in own:
             yield i, build_batch(texts[i], length)
         for _ in range(padding):
-            yield mine[0], build_batch(ScoredText(texts[mine[0]].tokens, first=len(texts[mine[0]].tokens)), length)
+            yield own[0], build_batch(ScoredText(texts[own[0]].tokens, first=len(texts[own[0]].tokens)), length)
 
     sums = torch.zeros(len(texts), 3, dtype=torch.float64, device=torch.cuda.current_device())
-    if mine:
+    if own:
         outputs = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=batches() if len(model) == 1 else [batches() for _ in model],
             model=model,
-            num_microbatches=len(mine) + padding,
+            num_microbatches=len(own) + padding,
             seq_length=length,
             micro_batch_size=1,
             decoder_seq_length=length,
@@ -78,7 +78,7 @@ def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: i
 
 
 def build_batch(text: ScoredText, length: int) -> dict[str, Tensor]:
-    """Build a batch of one text: tensors [1, length]; the loss mask is 1 where the label is a scored token."""
+    """Build a batch of one text: tensors [1, length]; the loss mask marks scored labels."""
     n = len(text.tokens)
     tokens, labels = np.zeros((2, length), dtype=np.int64)
     tokens[:n] = text.tokens[:length]
@@ -143,16 +143,15 @@ def _score(
         hidden_states = gather_from_sequence_parallel_region(hidden_states)
     scored_SB = loss_mask.transpose(0, 1).bool()
     labels_K = labels.transpose(0, 1)[scored_SB]
-    if not len(labels_K):  # none on this context-parallel rank
+    if not len(labels_K):  # no scored token on this context-parallel rank
         return hidden_states.new_zeros(2, 0, dtype=torch.float32)
     output_layer.sequence_parallel = False  # the hidden states are already gathered
     try:
         logits, _ = output_layer(hidden_states[scored_SB][:, None], weight=output_weight)  # [k, 1, v / TP]
     finally:
         output_layer.sequence_parallel = sequence_parallel
-    likeliest_K = find_likeliest_tokens(
-        logits[:, 0], real_vocab_size
-    )  # before the loss, which may overwrite the logits
+    # Before the loss, which may overwrite the logits.
+    likeliest_K = find_likeliest_tokens(logits[:, 0], real_vocab_size)
     losses_K = compute_language_model_loss(labels_K[None], logits)[0]
     return torch.stack([losses_K.float(), (likeliest_K == labels_K).float()])
 

@@ -14,7 +14,7 @@ from megatron_cream.evaluation.longppl import KeyTokenRule, find_key_spans, find
 from megatron_cream.evaluation.models.hf_model import HfModel
 from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 from megatron_cream.evaluation.runner import summarise_perplexity
-from megatron_cream.evaluation.sliding_window import Document, read_texts, select_long_documents, windows
+from megatron_cream.evaluation.sliding_window import Document, iterate_windows, read_texts, select_long_documents
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import save_model
 
@@ -44,7 +44,7 @@ def context_of(token: int, window: int, stride: int) -> int:
 def test_each_token_is_scored_once_with_the_most_context(length, window_stride):
     window, stride = window_stride
     scored = {}
-    for begin, first, end in windows(length, window, stride):
+    for begin, first, end in iterate_windows(length, window, stride):
         assert begin < first < end <= length and end - 1 - begin <= window
         for token in range(first, end):
             assert token not in scored

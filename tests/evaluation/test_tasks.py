@@ -196,11 +196,11 @@ def test_needle_rouge_l():
 
 
 def test_grid():
-    assert needle.grid(1024, 32700, 10, 6) == (
+    assert needle.build_grid(1024, 32700, 10, 6) == (
         [1024, 4543, 8063, 11582, 15102, 18621, 22141, 25660, 29180, 32700],
         pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]),
     )
-    assert needle.grid(100, 100, 5, 1) == ([100], [0])
+    assert needle.build_grid(100, 100, 5, 1) == ([100], [0])
 
 
 # lines and key-value pairs

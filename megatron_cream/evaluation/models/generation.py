@@ -16,10 +16,10 @@ class CachedBatch(Protocol):
     """A batch of sequences with a key-value cache that persists between calls."""
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts and return the logits [b, vocabulary] of the next token of each."""
+        """Read the prompts; return the logits [b, vocabulary] of the next tokens."""
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append one token to each sequence, int64 [b], and return the logits [b, vocabulary] of the next."""
+        """Append one token per sequence, int64 [b]; return the next logits [b, vocabulary]."""
 
 
 def generate(
@@ -69,7 +69,7 @@ def generate(
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """Return the generator seed of one example, derived from the run's seed and the example's name."""
+    """Derive the seed of one example from the run's seed and the example's name."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7])
 
 

@@ -85,12 +85,12 @@ class HfModel:
 
 
 def _pick_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the log-probabilities of `labels` [b, n] from logits [b, n, vocabulary]: float32 [b, n]."""
+    """Return log-probabilities [b, n] of labels [b, n] from logits [b, n, vocabulary]."""
     parts = []
     for begin in range(0, labels.shape[1], _ROWS):
-        some = logits[:, begin : begin + _ROWS].float()
-        chosen = some.gather(-1, labels[:, begin : begin + _ROWS, None]).squeeze(-1)
-        parts.append(chosen - some.logsumexp(-1))
+        rows = logits[:, begin : begin + _ROWS].float()
+        chosen = rows.gather(-1, labels[:, begin : begin + _ROWS, None]).squeeze(-1)
+        parts.append(chosen - rows.logsumexp(-1))
     return torch.cat(parts, 1)
 
 

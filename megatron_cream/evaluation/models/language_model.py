@@ -53,7 +53,7 @@ class LanguageModel(Protocol):
         """Return the new tokens of each prompt; arguments as in `generation.generate`."""
 
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:
-        """Return the natural log-probabilities of tokens[:, start:], each given all tokens before it.
+        """Return the natural log-probabilities of tokens[:, start:], given all before each.
 
         Args:
             tokens: int64 [b, s], without padding.
@@ -87,10 +87,11 @@ class Source:
 
     @property
     def max_positions(self) -> int:
+        """Positions in the model's configuration; 2**40 if it names none."""
         if self.checkpoint:
             return self.checkpoint.shape.max_position_embeddings
         file = self.path / "config.json"
-        config = read_json(file, "a model's configuration that can be read")
+        config = read_json(file, "a model configuration in JSON")
         with contextlib.suppress(UsageError):  # another family, which only transformers knows
             return shape_from_config(config, file).window
         positions = config.get("max_position_embeddings")
@@ -103,11 +104,11 @@ class Source:
         """Number of token ids that the model accepts, or None if its configuration does not say."""
         if self.checkpoint:
             return self.checkpoint.shape.vocab_size
-        size = read_json(self.path / "config.json", "a model's configuration that can be read").get("vocab_size")
+        size = read_json(self.path / "config.json", "a model configuration in JSON").get("vocab_size")
         return size if type(size) is int else None
 
     def identity(self) -> dict[str, Any]:
-        """Return what identifies the model's weights and engine, independent of the folder's path."""
+        """Return what identifies the model's weights and engine, whatever its path."""
         folders = [self.checkpoint.folder, self.checkpoint.hf_folder] if self.checkpoint else [self.path]
         return {
             "format": "megatron" if self.checkpoint else "huggingface",
@@ -182,7 +183,7 @@ def load(source: Source, *, prefill_chunk: int) -> LanguageModel:
 
 
 def non_finite_error(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageError:
-    """Return the error for NaN or infinite logits; it names the first such tensor of `weights`."""
+    """Return the error for NaN or infinite logits; it names the first bad weight."""
     bad = next((name for name, weight in weights if not weight.isfinite().all()), None)
     if bad:
         return UsageError(
@@ -218,7 +219,7 @@ class _CheckedModel:
         return found
 
     def _check_ids(self, largest: int) -> None:
-        """Raise UsageError for an id without an embedding, which would be a CUDA assertion on a GPU."""
+        """Raise UsageError for an id without embedding, before it is a CUDA assertion."""
         if self._vocab_size is not None and largest >= self._vocab_size:
             raise UsageError(
                 f"{self._source.flag} {self._source.path}: the tokenizer gives token id {largest}, but the model has "
@@ -247,7 +248,7 @@ def _load(source: Source, prefill_chunk: int) -> LanguageModel:
 def _read_rope_type(source: Source) -> str | None:
     if source.checkpoint:
         return (source.checkpoint.shape.rope_scaling or {}).get("rope_type")
-    config = read_json(source.path / "config.json", "a model's configuration that can be read")
+    config = read_json(source.path / "config.json", "a model configuration in JSON")
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
 
@@ -264,7 +265,7 @@ def provide_hf_folder(source: Source) -> Iterator[Path]:
 
 
 def _open_own_tokenizer(checkpoint: MegatronCheckpoint, flag: str) -> ModelTokenizer:
-    """Open the tokenizer of the checkpoint's original Hugging Face model, else the one it was trained with."""
+    """Open the tokenizer in the checkpoint, or else the one that it was trained with."""
     if checkpoint.hf_folder and has_tokenizer(checkpoint.hf_folder):
         return open_tokenizer(checkpoint.hf_folder, flag=flag)
     trained_with = getattr(checkpoint.args, "tokenizer_model", None)
@@ -287,14 +288,14 @@ def _read_stop_ids(source: Source) -> frozenset[int]:
     if file is None or not file.is_file():
         return frozenset()
     try:
-        ids = read_json(file, "a configuration that can be read").get("eos_token_id")
+        ids = read_json(file, "a configuration in JSON").get("eos_token_id")
         return frozenset(() if ids is None else [ids] if isinstance(ids, int) else map(int, ids))
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UsageError(f"{file}: cannot be read: {error}") from error
 
 
 def _compute_digest(folders: list[Path]) -> str:
-    """Return a SHA-256 of the names and sizes of a model's files, and of the first and last MiB of each."""
+    """Return a SHA-256 of the names, sizes, and first and last MiB of a model's files."""
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix not in _IGNORED_SUFFIXES]
     digest = hashlib.sha256()
     for file in (file for file in files if file.is_file()):

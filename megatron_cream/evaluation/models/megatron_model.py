@@ -122,7 +122,7 @@ class _RightAlignedBatch:
         return logits
 
     def _read(self, prompt: Sequence[int], row: int, padding: int) -> Tensor:
-        """Read one prompt into `row` of the cache, after `padding`; return the logits [1, vocabulary] after it."""
+        """Read one prompt into `row` of the cache, after `padding`; return its last logits."""
         context = self._context
         whole = context.key_value_memory_dict
         context.key_value_memory_dict = {

@@ -47,7 +47,7 @@ class ModelTokenizer(ABC):
         raise UsageError("--chat: the model's tokenizer has no chat template")
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of `text` as the model reads it, with the tokenizer's BOS first if it has one."""
+        """Return the ids of `text`, after the tokenizer's BOS if it has one."""
         return [*([] if self.bos is None else [self.bos]), *self.encode(text)]
 
 

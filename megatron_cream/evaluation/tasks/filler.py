@@ -37,7 +37,7 @@ def load_sentences(folder: Path | None = None) -> list[str]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text into sentences with single spaces between words; joined, they have the text's words."""
+    """Split a text into sentences with single spaces between words."""
     return _SENTENCE_END.sub(lambda end: end.group().rstrip() + "\n", " ".join(text.split())).splitlines()
 
 
@@ -58,7 +58,7 @@ class Haystack:
         return self._starts[bisect_left(self._tokens, tokens)]
 
     def split(self, words: int, depths: Sequence[float]) -> list[str]:
-        """Cut the first `words` words at a sentence boundary near each depth; return len(depths) + 1 texts.
+        """Cut the first `words` words near each depth; return len(depths) + 1 texts.
 
         Args:
             words: number of words in all texts together.
@@ -114,7 +114,7 @@ def fit(
     least: int,
     guess: int | None = None,
 ) -> int:
-    """Return the maximum number of units of filler with which a prompt and its answer fit in `length`.
+    """Return the most units of filler with which prompt and answer fit in `length`.
 
     Args:
         tokenizer: the model's tokenizer.

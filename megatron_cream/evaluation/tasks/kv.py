@@ -108,7 +108,7 @@ def choose_places(count: int) -> tuple[int, ...]:
 
 
 def _choose_place(count: int, step: int) -> int:
-    """Return the place among `count` for `step`, where 0 is the first place and _PLACES - 1 the last."""
+    """Return the place among `count` for `step`: 0 is the first, _PLACES - 1 the last."""
     return step * (count - 1) // (_PLACES - 1)
 
 
@@ -131,7 +131,7 @@ def _draw_pairs(seed: str) -> LazyList[tuple[str, str]]:
 def _fit_pairs(
     tokenizer: Tokenizer, pairs: LazyList[tuple[str, str]], length: int, step: int
 ) -> tuple[list[tuple[str, str]], int]:
-    """Return as many pairs as fit in `length`, with the first moved to the place of `step`, and that place."""
+    """Return as many pairs as fit in `length`, and the place of the gold pair."""
 
     def moved(count: int) -> tuple[list[tuple[str, str]], int]:
         place = _choose_place(count, step)

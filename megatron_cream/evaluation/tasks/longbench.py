@@ -204,7 +204,7 @@ def examples(
         raise UsageError(f"--data {folder}: there is no NAME.jsonl of LongBench's data sets, such as narrativeqa.jsonl")
     for name in datasets or ():
         if _base_name(name) not in DATASETS:
-            raise UsageError(f"--datasets {name}: expected some of {', '.join(DATASETS)}")
+            raise UsageError(f"--datasets {name}: must be one of {', '.join(DATASETS)}")
         if name not in known:
             raise UsageError(f"--datasets {name}: {folder} has only {', '.join(sorted(known))}")
         if datasets.count(name) > 1:
@@ -234,7 +234,7 @@ def score(example: Example, output: str) -> float:
 
 
 def cut_middle(tokenizer: Tokenizer, text: str, most: int) -> str:
-    """Return the text, cut to equal parts of its start and end if it has more than `most` tokens."""
+    """Cut the middle out of a text of more than `most` tokens; keep its start and end."""
     ids = tokenizer.encode(text)
     result, keep, over = text, most, len(ids) - most
     while over > 0:

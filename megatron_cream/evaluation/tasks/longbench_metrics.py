@@ -80,7 +80,10 @@ def paragraph(output: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 
 def code_similarity(output: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Return the edit similarity, to 2 digits, of the output's first line that is no comment or Markdown."""
+    """Return the edit similarity, to 2 digits, of the output's first line of code.
+
+    Skips lines of comments and Markdown.
+    """
     lines = output.lstrip("\n").split("\n")
     line = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
     return import_package("thefuzz.fuzz").ratio(line, answer) / 100
@@ -109,7 +112,7 @@ def _split_chinese(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def _raise_recursion_limit(more: int) -> Iterator[None]:
-    """Raise Python's recursion limit by `more` in the block: `rouge` recurses once per common word."""
+    """Raise Python's recursion limit: `rouge` recurses once per common word."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(limit + more)
     try:

@@ -35,8 +35,14 @@ _SANDWICH = "The best thing to do in San Francisco is eat a sandwich and sit in 
 _SANDWICH_WORDS = ("eat", "sandwich", "sit", "Dolores", "Park", "sunny", "day")
 
 
-def grid(minimum: int, maximum: int, count: int, depths: int) -> tuple[list[int], list[float]]:
-    """Return `count` lengths from `minimum` to `maximum` and `depths` depths from 0 to 1, evenly spaced.
+def build_grid(minimum: int, maximum: int, count: int, depths: int) -> tuple[list[int], list[float]]:
+    """Return evenly spaced lengths, and evenly spaced depths from 0 to 1.
+
+    Args:
+        minimum: shortest length in tokens.
+        maximum: longest length in tokens.
+        count: number of lengths.
+        depths: number of depths.
 
     Raises:
         UsageError: a count is below 1, or `minimum` is not between 1 and `maximum`.
@@ -75,7 +81,7 @@ def examples(
         UsageError: a length is too short, a depth is not in 0 to 1, the needle is unknown, or there is no filler.
     """
     if needle not in KINDS:
-        raise UsageError(f"needle {needle}: expected one of {', '.join(KINDS)}")
+        raise UsageError(f"needle {needle}: must be one of {', '.join(KINDS)}")
     for depth in depths:
         if not 0 <= depth <= 1:
             raise UsageError(f"needle depth {depth}: must be from 0 to 1")
@@ -90,13 +96,13 @@ def examples(
 
 
 def score(example: Example, output: str) -> float:
-    """Return the share of the answer's key words (or number) that are whole words of the output."""
+    """Return the share of the answer's key words that are whole words of the output."""
     found = [re.search(rf"\b{re.escape(answer)}\b", output, re.IGNORECASE) for answer in example.answers]
     return sum(map(bool, found)) / len(found)
 
 
 def rouge_l(output: str) -> float:
-    """Return the ROUGE-L F1 of the output's first line and the San Francisco sentence, as in CREAM's code."""
+    """Return the ROUGE-L F1 of the output's first line, as in CREAM's code."""
     return longbench_metrics.rouge_l(output.split("\n")[0], _SANDWICH)
 
 

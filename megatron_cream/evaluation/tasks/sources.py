@@ -32,7 +32,7 @@ def import_package(module: str) -> ModuleType:
 
 @cache
 def load_words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return the adjectives, nouns and verbs of `wonderwords` that have only lower-case letters.
+    """Return the adjectives, nouns and verbs of `wonderwords` in lower-case letters.
 
     LongChat and RULER use the same source.
     """
@@ -43,7 +43,7 @@ def load_words() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
 
 
 def check_distinct_names(flag: str, files: Iterable[Path], name: Callable[[Path], str]) -> None:
-    """Raise UsageError if two files have the same `name`, because it identifies their examples."""
+    """Raise UsageError if two files have one `name`, which identifies their examples."""
     seen: dict[str, Path] = {}
     for file in files:
         if (other := seen.get(name(file))) is not None:
@@ -52,7 +52,7 @@ def check_distinct_names(flag: str, files: Iterable[Path], name: Callable[[Path]
 
 
 def read_json_lines(path: Path, fields: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("FILE, line N" for messages, object) for each line of a .jsonl or .jsonl.gz file.
+    """Yield ("FILE, line N", object) for each line of a .jsonl or .jsonl.gz file.
 
     Args:
         path: the file.
@@ -95,7 +95,7 @@ def read_json_file(path: Path) -> Any:
 
 
 def _parse_json(data: bytes) -> Any:
-    """Parse JSON; raise ValueError also for lone surrogates, which JSON can spell but no tokenizer accepts."""
+    """Parse JSON; raise ValueError also for lone surrogates, which no tokenizer accepts."""
     value = json.loads(data)
     json.dumps(value, ensure_ascii=False).encode()
     return value

@@ -29,7 +29,7 @@ _LEAST_CODED = 80
 
 
 def build_common_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
-    """Build example number `index` of cwe at `length`; its random parts depend only on `seed`."""
+    """Build example number `index` of cwe at `length`; all randomness is from `seed`."""
     rng = random.Random(seed)
     vocabulary = LazyList(_draw_words(rng))
     solved_size, solved_times, times = (20, (3, 1), (6, 1)) if length < _SHORT else (40, (10, 3), (30, 3))
@@ -46,7 +46,7 @@ def build_common_words(tokenizer: Tokenizer, *, length: int, index: int, seed: s
 
 
 def build_frequent_words(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
-    """Build example number `index` of fwe at `length`; its random parts depend only on `seed`."""
+    """Build example number `index` of fwe at `length`; all randomness is from `seed`."""
     rng = random.Random(seed)
     vocabulary = LazyList(draw_distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6))))
 

@@ -96,7 +96,7 @@ def read_hotpotqa(path: Path) -> Questions:
 
 
 def build_example(task: str, data: Questions, tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
-    """Build the example of question number `index` at `length`; its random parts depend only on `seed`.
+    """Build the example of question `index` at `length`; all randomness is from `seed`.
 
     Raises:
         UsageError: the file has too few questions.

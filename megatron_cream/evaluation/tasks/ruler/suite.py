@@ -63,7 +63,7 @@ def examples(
 
 
 def score(example: Example, output: str) -> float:
-    """Return the share of the answers in the output, ignoring case; for qa, 1 if any answer is in it."""
+    """Return the share of the answers in the output; for qa, 1 if any is. Ignores case."""
     found = [answer.lower() in output.lower() for answer in example.answers]
     return float(any(found)) if example.part.startswith("qa_") else sum(found) / len(found)
 
@@ -106,5 +106,5 @@ def _find_builder(task: str, essay: Haystack | None, files: Mapping[str, Path | 
         "fwe": aggregation.build_frequent_words,
     }
     if task not in makers:
-        raise UsageError(f"--tasks {task}: expected some of {', '.join(TASKS)}")
+        raise UsageError(f"--tasks {task}: must be one of {', '.join(TASKS)}")
     return makers[task]

@@ -20,7 +20,7 @@ _SOLVED_NOISE = 5
 
 
 def build_example(tokenizer: Tokenizer, *, length: int, index: int, seed: str) -> Example:
-    """Build example number `index` at `length`; its random parts depend only on `seed`."""
+    """Build example number `index` at `length`; all randomness is from `seed`."""
     rng = random.Random(seed)
     solved, solved_names = _draw_chain(rng, letters=3)
     chain, names = _draw_chain(rng, letters=5)
