@@ -26,9 +26,10 @@ def end_with_launcher() -> None:
 
 @contextlib.contextmanager
 def waiting_for_peers() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the process while it waits for other ranks in C++, where no Python handler runs.
+    """Let SIGTERM and Ctrl-C end the process while it waits for other ranks.
 
-    Otherwise, when one rank fails, the waiting ranks ignore torchrun's SIGTERM until its SIGKILL 30 seconds later.
+    The wait is in C++, where no Python signal handler runs. Without this, when one rank fails, the waiting ranks ignore
+    torchrun's SIGTERM until its SIGKILL 30 seconds later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,7 +46,9 @@ def waiting_for_peers() -> Iterator[None]:
 
 
 def get_rank_and_world_size() -> tuple[int, int]:
-    """Return the rank and the world size. Without a launcher (0, 1), and set a free local address.
+    """Return the rank and the world size.
+
+    Without a launcher that is (0, 1), and MASTER_ADDR and MASTER_PORT are set to a free local address.
 
     Raises:
         UsageError: environment variables are invalid, or some are missing.

@@ -1,6 +1,7 @@
-"""Messages between the ranks of a job: through a store before the process group exists, through the group later.
+"""Messages between the ranks of a job.
 
-A rank that finds an error must not leave the other ranks waiting for it.
+They go through a store before the process group exists, and through the group later. A rank that finds an error must
+not leave the other ranks waiting for it.
 """
 
 import itertools
@@ -20,7 +21,9 @@ _store: torch.distributed.Store | None = None  # stays open: Megatron's own rend
 
 
 def check_on_all_ranks(check: Callable[[], None], rank: int, world_size: int) -> None:
-    """Call `check` on every rank; if it fails on one, raise its error on all. Needs no process group.
+    """Call `check` on every rank; if it fails on one, raise its error on all.
+
+    Needs no process group.
 
     Raises:
         UsageError: the error of the first rank whose `check` raised one.

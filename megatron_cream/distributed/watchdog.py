@@ -51,7 +51,7 @@ _watchdog: _Watchdog | None = None
 
 @contextlib.contextmanager
 def watch(minutes: float) -> Iterator[None]:
-    """End the process if it reports no progress for this long within the context; 0 disables this."""
+    """End the process if it reports no progress for `minutes` in the context; 0: never."""
     global _watchdog
     if not minutes:
         yield
@@ -105,7 +105,7 @@ def _get_folder_size(folder: Path) -> int:
 
 
 def report_forward_passes(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Report progress at each forward pass, in training and evaluation. For Megatron's `pre_wrap_hooks`."""
+    """Report progress at each forward pass. For Megatron's `pre_wrap_hooks`."""
     for chunk in chunks:
         chunk.register_forward_pre_hook(lambda *_: report_progress())
     return chunks

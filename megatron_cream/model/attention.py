@@ -1,4 +1,4 @@
-"""The choice of the attention implementation, and the modules used as Megatron's core attention.
+"""The choice of the attention implementation, and this project's core attentions.
 
 Only `choose_backend` chooses. No implementation builds the s x s matrix of scores, except
 `local`, Megatron's reference implementation, which is kept for comparison.
@@ -55,7 +55,10 @@ def has_transformer_engine() -> bool:
 
 @functools.cache
 def find_flash_attention():
-    """Return the installed flash-attention (4, else 2) as `f(q_bsnd, k, v, causal=True)`, or None."""
+    """Return the installed flash-attention, or None.
+
+    Version 4 if installed, else 2; called as `f(q_bsnd, k, v, causal=True)`.
+    """
     try:
         from flash_attn.cute import flash_attn_func
 
@@ -72,9 +75,10 @@ def find_flash_attention():
 
 
 def is_flash_attention_deterministic() -> bool:
-    """Return whether the installed flash-attention has a backward pass without atomic additions on this GPU.
+    """Return whether the installed flash-attention is deterministic on this GPU.
 
-    flash-attn 2 has. flash-attn 4 (4.0.0b36) has on Hopper and data-centre Blackwell, not on Ampere or SM 12.
+    Its backward pass must use no atomic additions. flash-attn 2 has such a pass; flash-attn 4 (4.0.0b36) has on Hopper
+    and data-centre Blackwell, not on Ampere or SM 12.
     """
     return not _has_flash_attention_4() or torch.cuda.get_device_capability()[0] in (9, 10, 11)
 
@@ -130,7 +134,7 @@ def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic:
 
 
 def list_alternatives(first: AttentionBackend, *, half: bool) -> list[AttentionBackend]:
-    """Return `first` and the other implementations that `auto` may choose in the same kind of layers."""
+    """Return `first` and what else `auto` may choose in the same kind of layers."""
     names = ["flash"] if half and find_flash_attention() is not None else []
     names += ["te"] if first.transformer_engine else []
     others = [choose_backend(name, has_cuda=True, half=half) for name in names if name != first.name]
@@ -167,7 +171,7 @@ class RotarySelfAttention(SelfAttention):
         return apply_rotary(query_SBND, cos, sin), apply_rotary(key_SBND, cos, sin), value_SBND
 
     def _can_split_in_kernel(self) -> bool:
-        """Return whether the rotation directly follows the projection: no norm, no group shared by ranks."""
+        """Return whether there is no norm before the rotation and no group shared by ranks."""
         return not self.config.qk_layernorm and self.config.num_query_groups >= self.world_size
 
 
@@ -221,7 +225,7 @@ class _CausalCoreAttention(MegatronModule):
 
 
 class SdpaCoreAttention(_CausalCoreAttention):
-    """Attention by `torch.nn.functional.scaled_dot_product_attention`: cuDNN or flash kernels on a GPU."""
+    """Attention by torch's scaled_dot_product_attention: cuDNN or flash kernels on a GPU."""
 
     def attend(self, query_SBND, key_SBND, value_SBND):
         q, k, v = (_fold_samples_into_heads(x).transpose(1, 2) for x in (query_SBND, key_SBND, value_SBND))
@@ -260,7 +264,10 @@ def _fold_samples_into_heads(x_SBND: Tensor) -> Tensor:
 
 
 def _attend_unpadded(query_1BND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, keys_BS: Tensor, scale) -> Tensor:
-    """Return the attention of one query for each sample to the keys that are not padding, [1, b, n, d]."""
+    """Return the attention of one query per sample to its real keys, [1, b, n, d].
+
+    keys_BS: bool [b, keys], False on padding.
+    """
     key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (key_SBGD, value_SBGD))
     # Query heads of a group become queries of its key head, so keys need not be repeated.
     query_BGND = query_1BND[0].unflatten(1, (key_SBGD.shape[2], -1))

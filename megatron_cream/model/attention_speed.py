@@ -1,4 +1,4 @@
-"""Measure which installed attention is fastest on this GPU at the run's sizes, for `--attention-backend auto`."""
+"""Find the fastest installed attention at a run's sizes (--attention-backend auto)."""
 
 import contextlib
 import math
@@ -27,7 +27,10 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Shape:
-    """Input sizes of one rank's attention: queries [tokens, samples, heads, head_dim]; keys have `groups` heads."""
+    """Input sizes of one rank's attention.
+
+    Queries are [tokens, samples, heads, head_dim]; keys and values have `groups` heads.
+    """
 
     tokens: int
     samples: int
@@ -43,7 +46,10 @@ class Shape:
 
 
 def choose_fastest(candidates: list[AttentionBackend], shape: Shape) -> AttentionBackend:
-    """Return the fastest candidate, with the times as its reason, or the first if there is little work."""
+    """Return the fastest candidate, or the first if there is little work.
+
+    The reason of the returned candidate has the times.
+    """
     if len(candidates) < 2:
         return candidates[0]
     if shape.flops < MIN_FLOPS:
@@ -71,10 +77,10 @@ def choose_by_times(
 
 
 def measure(candidates: list[AttentionBackend], shape: Shape) -> dict[str, float | None]:
-    """Return {name: milliseconds of one layer's attention, forward and backward, or None if it cannot run}.
+    """Return the milliseconds of one layer's attention, forward and backward, by name.
 
-    Candidates are measured in turns, so that changes of the GPU clock affect all of them. Runs on the current device
-    and frees its memory afterwards.
+    None for a candidate that cannot run. Candidates are measured in turns, so that changes of the GPU clock affect all
+    of them. Runs on the current device and frees its memory afterwards.
     """
     steps = {}
     for each in candidates:
@@ -136,7 +142,10 @@ def _build_attention(backend: AttentionBackend, shape: Shape) -> Callable[[Tenso
 
 @contextlib.contextmanager
 def _select_te_kernel(te_kernel: str) -> Iterator[None]:
-    """Select Transformer Engine's kernel by the environment variables that Megatron sets when it builds the model."""
+    """Select Transformer Engine's kernel by its environment variables in the context.
+
+    Megatron sets the same variables when it builds the model.
+    """
     names = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
     before = {name: os.environ.get(name) for name in names}
     if te_kernel != "auto":

@@ -1,8 +1,9 @@
-"""Causal attention over a sequence that is split over context-parallel ranks, with single-rank kernels.
+"""Causal attention over a sequence split over context-parallel ranks.
 
-Megatron's split: rank r of c holds chunks r and 2c-1-r of 2c, so that all ranks have the same work. Keys and values of
-all ranks are gathered, and each half of the queries attends to the keys up to its own end. The gathered tensors are not
-kept for the backward pass, which gathers them again: with 256K tokens they are 4 GiB for each layer of Llama-2-7B.
+The kernels are those for one rank. Megatron's split: rank r of c holds chunks r and 2c-1-r of 2c, so that all ranks
+have the same work. Keys and values of all ranks are gathered, and each half of the queries attends to the keys up to
+its own end. The gathered tensors are not kept for the backward pass, which gathers them again: with 256K tokens they
+are 4 GiB for each layer of Llama-2-7B.
 """
 
 from collections.abc import Callable
@@ -44,9 +45,10 @@ def context_parallel_attention(
 
 
 class _GatherKeysValues(torch.autograd.Function):
-    """This rank's keys and values [s, b, g, d] -> those visible to its first and to its second chunk of queries.
+    """This rank's keys and values [s, b, g, d] -> all that its queries attend to.
 
-    They are in the order of the sequence. The backward pass reduce-scatters the gradients over the ranks.
+    Returns keys and values for the first chunk of queries and those for the second, in the order of the sequence. The
+    backward pass reduce-scatters the gradients over the ranks.
     """
 
     @staticmethod
@@ -64,7 +66,7 @@ class _GatherKeysValues(torch.autograd.Function):
 
 
 class _Regather:
-    """Saved-tensor hooks that drop the gathered tensors, and gather them again in the backward pass."""
+    """Saved-tensor hooks that regather tensors in the backward pass and keep none."""
 
     def __init__(self, key: Tensor, value: Tensor):
         self._node = key.grad_fn  # the context of `_GatherKeysValues`, with this rank's part
@@ -86,18 +88,18 @@ class _Regather:
 
 
 def _find_chunk_order(ranks: int) -> list[int]:
-    """Return the index of each chunk of the sequence among the gathered chunks 0, 2c-1, 1, 2c-2, ..."""
+    """Return where each chunk of the sequence is among the gathered 0, 2c-1, 1, 2c-2, ..."""
     gathered = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
     return [gathered.index(chunk) for chunk in range(2 * ranks)]
 
 
 def _count_visible_keys(group: ProcessGroup, half: int) -> tuple[int, int]:
-    """Return the number of keys that each of this rank's two chunks of `half` queries attends to."""
+    """Return the number of keys for each of this rank's two chunks of `half` queries."""
     return (group.rank() + 1) * half, (2 * group.size() - group.rank()) * half
 
 
 def _gather(x_SBGD: Tensor, group: ProcessGroup) -> Tensor:
-    """Gather from all ranks, in the order of the sequence, up to the end of this rank's last query."""
+    """Gather from all ranks in sequence order, up to the end of this rank's last query."""
     half = x_SBGD.shape[0] // 2
     with torch.no_grad():
         chunks = gather_from_sequence_parallel_region(x_SBGD, group=group).split(half)
@@ -105,7 +107,7 @@ def _gather(x_SBGD: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _scatter(grad1: Tensor, grad2: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the gradient of this rank's part from those of both views of the gathered tensor."""
+    """Return the gradient of this rank's part from those of both gathered views."""
     half = grad1.shape[0] // (group.rank() + 1)
     chunks = grad2.new_zeros(2 * group.size(), half, *grad2.shape[1:])
     order = _find_chunk_order(group.size())

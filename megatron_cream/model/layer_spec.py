@@ -42,7 +42,10 @@ def build_block_spec(
 
 
 def _choose_activation():
-    """Return the MLP's activation class, used if `use_te_activation_func` is set, as it is on a GPU, or None."""
+    """Return the MLP's activation class, or None without Triton.
+
+    Megatron uses it if `use_te_activation_func` is set, as it is on a GPU.
+    """
     if not support.HAS_TRITON:
         return None
     from megatron_cream.model.kernels.swiglu import SwiGlu

@@ -62,9 +62,10 @@ class LlamaModel(GPTModel):
                 state_dict.setdefault(f"{prefix}{name}._extra_state", None)
 
     def compute_language_model_loss(self, labels, logits):
-        """Return the cross-entropy of each token [b, s]; padding rows of the vocabulary get no probability.
+        """Return the cross-entropy of each token, [b, s].
 
-        So the loss is the one that transformers computes, at any tensor-parallel size.
+        Padding rows of the vocabulary get no probability, so the loss is the one that transformers
+        computes, at any tensor-parallel size.
         """
         if support.can_use_kernels(logits) and not self.config.cross_entropy_loss_fusion:
             from megatron_cream.model.kernels.cross_entropy import cross_entropy
@@ -81,8 +82,9 @@ class LlamaModel(GPTModel):
 
 @dataclass(kw_only=True)
 class LlamaModelConfig(GPTModelConfig):
-    """Megatron's GPTModelConfig, whose `rotary_base` is rope_theta, and the settings that `LlamaModelBuilder` adds.
+    """Megatron's GPTModelConfig with the settings that `LlamaModelBuilder` adds.
 
+    rotary_base: Megatron's name of rope_theta.
     rope_scaling_config: the `rope_scaling` dict of a Hugging Face config.json, or None.
     rope_max_positions: position ids are in [0, rope_max_positions).
     attention: the chosen attention backend.
@@ -97,7 +99,7 @@ class LlamaModelConfig(GPTModelConfig):
 
 
 class LlamaModelBuilder(GPTModelBuilder):
-    """Builder of one pipeline stage. Megatron's base class wraps the stage for distributed training."""
+    """Builder of one pipeline stage. The base class wraps it for distributed training."""
 
     def build_model(
         self,

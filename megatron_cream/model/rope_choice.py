@@ -1,4 +1,4 @@
-"""Choose the rotary embedding of a run from the model's configuration and the user's flags.
+"""Choose the rotary embedding of a run from the model's config and the user's flags.
 
 Pure functions of plain values, which read no files. The factor follows from the window that the *model* was pre-trained
 with; --seq-length is only the length of the training samples. docs/method.md has the rules and their reasons.
@@ -125,7 +125,7 @@ def count_served_positions(model: ModelRope) -> int:
 
 
 def has_other_rope(flags: RopeFlags, saved: ModelRope) -> bool:
-    """Return whether the flags of a resumed run ask for another rotary embedding than the saved one."""
+    """Return whether the flags ask for another rotary embedding than the saved one."""
     scaling = saved.scaling or {"rope_type": "none", "factor": 1.0}
     given = (
         (flags.target, saved.positions),
@@ -166,7 +166,7 @@ def _add_scaling(flags: RopeFlags, windows: _Windows) -> tuple[dict[str, Any] | 
 def _replace_scaling(
     flags: RopeFlags, own: dict[str, Any], windows: _Windows
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return a scaling of another type than the model's, from its pre-trained window, and its lines."""
+    """Return the scaling of another type than the model's, and its lines."""
     before = f"rope: the model's {_describe(own)} (window {windows.original}, {windows.reach} positions)"
     if flags.type == "none":
         return None, [f"{before} is removed (--rope-scaling-type none)"]
@@ -181,7 +181,7 @@ def _replace_scaling(
 
 
 def _build_scaling(flags: RopeFlags, original: int) -> dict[str, Any] | None:
-    """Return the scaling of the type in the flags, or None if the target fits the original window."""
+    """Return the scaling that the flags name, or None if the target fits the window."""
     factor = flags.target / original if flags.factor is None else flags.factor
     if factor == 1.0 or (factor < 1 and flags.factor is None):
         return None
@@ -231,7 +231,7 @@ def _convert_dynamic_scaling(
 
 
 def _widen_attention_factor(own: dict[str, Any], factor: float) -> dict[str, Any]:
-    """Return YaRN's attention factor for a new factor, or {} if the model's does not follow the formula."""
+    """Return YaRN's attention factor for a new factor, or {} if the model has its own."""
     if "attention_factor" not in own or own["rope_type"] != "yarn":
         return {}
     rest = {key: value for key, value in own.items() if key != "attention_factor"}
@@ -256,7 +256,10 @@ def _widen_divisors(own: dict[str, Any], ratio: float) -> dict[str, Any]:
 
 
 def _find_windows(model: ModelRope, original: int | None) -> _Windows:
-    """Return the pre-trained and the served positions of a model; `original` is the user's flag for the former."""
+    """Return the pre-trained and the served positions of a model.
+
+    `original` is --original-max-position-embeddings, or None.
+    """
     scaling, positions = model.scaling, model.positions
     if scaling is None:
         window = original or positions
@@ -293,7 +296,7 @@ def _warn_if_short(flags: RopeFlags, reach: float) -> list[str]:
 
 
 def _warn_if_unscaled(target: int, window: int, thetas: tuple[float, float], head_dim: int) -> list[str]:
-    """Return a warning if the target is beyond the window and neither scaling nor a larger theta extends it."""
+    """Return a warning if neither scaling nor a larger theta reaches the target."""
     before, after = thetas
     exponent = head_dim / (head_dim - 2) if head_dim > 2 else 1.0
     reach = window * (after / before) ** (1 / exponent)

@@ -146,7 +146,7 @@ class RotaryEmbedding:
         return self._inv_freq_float64[device]
 
     def hf_config(self) -> dict[str, Any]:
-        """Return the keys of a Hugging Face config.json with which transformers computes the same inv_freq.
+        """Return the keys of a config.json with which transformers computes this inv_freq.
 
         transformers 5 moves them into `rope_parameters`; older releases and other loaders read
         them as they are. `ntk` is written as the rope_theta that it is equivalent to.
@@ -293,7 +293,7 @@ def _choose_theta(argument: float | None, in_scaling: float | None) -> float:
 
 
 def _compute_inv_freq(head_dim: int, theta: float, scaling: dict[str, Any], length: int) -> Tensor:
-    """Return the frequencies for `length` positions, float32 [head_dim / 2], always on the CPU."""
+    """Return the frequencies for `length` positions, float32 [head_dim / 2] on the CPU."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     base_freq = 1.0 / theta**exponents
     match scaling["rope_type"]:
@@ -314,15 +314,16 @@ def _compute_inv_freq(head_dim: int, theta: float, scaling: dict[str, Any], leng
 
 
 def _yarn_inv_freq(wavelengths: Tensor, theta: float, scaling: dict[str, Any]) -> Tensor:
-    """Return YaRN's frequencies: fast dimensions as pre-trained, slow ones divided by factor, a linear ramp between.
+    """Return YaRN's frequencies, float32 [head_dim / 2].
 
+    Fast dimensions stay as pre-trained, slow ones are divided by factor, with a linear ramp between.
     Source: Peng et al., "YaRN", arXiv 2309.00071, section 3.2. `wavelengths` [head_dim / 2] is
     in positions per radian.
     """
     head_dim = 2 * len(wavelengths)
 
     def find_dimension(rotations: float) -> float:
-        """Return the (fractional) dimension with this many rotations within the pre-trained window."""
+        """Return the (fractional) dimension with this many rotations in the window."""
         window = scaling["original_max_position_embeddings"]
         return (head_dim * math.log(window / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
@@ -339,7 +340,10 @@ def _yarn_inv_freq(wavelengths: Tensor, theta: float, scaling: dict[str, Any]) -
 
 
 def compute_ntk_factor(scaling: dict[str, Any], length: int) -> float:
-    """Return the ntk factor that dynamic scaling has at `length` positions; 1 within the pre-trained window."""
+    """Return the ntk factor of dynamic scaling at `length` positions.
+
+    It is 1 within the pre-trained window.
+    """
     factor, window = scaling["factor"], scaling["original_max_position_embeddings"]
     return factor * max(length, window) / window - (factor - 1)
 
@@ -356,7 +360,11 @@ def _compute_attention_factor(scaling: dict[str, Any]) -> float:
 
 
 def compute_yarn_attention_factor(scaling: dict[str, Any]) -> float:
-    """Return the multiplier of cos and sin: the one given, 0.1 ln(factor) + 1, or a ratio of two such terms."""
+    """Return the multiplier of cos and sin.
+
+    It is `attention_factor` if given, else 0.1 ln(factor) + 1, or with mscale and mscale_all_dim a ratio of two such
+    terms.
+    """
     if "attention_factor" in scaling:
         return float(scaling["attention_factor"])
 
@@ -370,7 +378,7 @@ def compute_yarn_attention_factor(scaling: dict[str, Any]) -> float:
 
 
 def _llama3_inv_freq(base_freq: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Return Llama 3.1's frequencies: like YaRN's, with a ramp that is linear in rotations per window."""
+    """Return Llama 3.1's frequencies: YaRN's with a ramp linear in rotations per window."""
     factor, window = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelengths = 2 * math.pi / base_freq  # positions per rotation

@@ -1,4 +1,4 @@
-"""Default settings of Transformer Engine's user buffers (--tp-comm-overlap without --tp-comm-overlap-cfg)."""
+"""Default settings of Transformer Engine's user buffers (--tp-comm-overlap)."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -12,12 +12,12 @@ RING_CONFIG = Path(__file__).with_suffix(".yaml")
 
 
 def is_ring_faster(tensor_model_parallel_size: int, fp8: bool) -> bool:
-    """Return whether ring exchange was measured to be faster than Transformer Engine's default."""
+    """Return whether ring exchange was measured to be faster than the default."""
     return tensor_model_parallel_size == 2 and not fp8
 
 
 def needs_ring_config(args: Namespace) -> bool:
-    """Return whether the run uses RING_CONFIG: overlap is on, no other file is given, and rings are faster."""
+    """Return whether the run uses RING_CONFIG: with overlap, no other file, faster rings."""
     has_config = args.tp_comm_overlap_cfg is not None
     return args.tp_comm_overlap and not has_config and is_ring_faster(args.tensor_model_parallel_size, bool(args.fp8))
 
@@ -30,7 +30,7 @@ def fill_config(args: Namespace) -> None:
 
 
 def check_config(path: str) -> None:
-    """Check that --tp-comm-overlap-cfg is a YAML mapping of matrix products to Transformer Engine's settings.
+    """Check that --tp-comm-overlap-cfg is a YAML mapping of matrix products to settings.
 
     Raises:
         UsageError: it is not.

@@ -1,1 +1,1 @@
-"""The optimizer step in one pass over memory, inside Megatron's optimizers, and the check for NaN gradients."""
+"""The optimizer step in one pass over memory, and the check for NaN gradients."""

@@ -1,4 +1,4 @@
-"""AdamW in one kernel that scales the gradient, updates the float32 master weight and writes the bf16 weight."""
+"""AdamW in one kernel: scales gradients, updates float32 weights, writes bf16 weights."""
 
 import math
 
@@ -11,7 +11,7 @@ _BLOCK = 2048
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019), or Adam with adam_w_mode=False, on float32 CUDA tensors.
+    """AdamW (Loshchilov & Hutter 2019) on float32 CUDA tensors; Adam if not adam_w_mode.
 
     Parameter groups and state have the format of Transformer Engine's and apex's FusedAdam, so that
     Megatron uses and saves it like these: `step` is in the group, `exp_avg` and `exp_avg_sq` are in

@@ -1,4 +1,4 @@
-"""Detect NaN and infinite gradients on all ranks in the step where they occur, before any weight changes.
+"""Detect NaN and infinite gradients on all ranks before any weight changes.
 
 Megatron checks the loss of every micro-batch and every gradient bucket, waits for the device each time, and raises
 only on the rank that has the NaN, while the others hang. Here the norm of the whole gradient is checked, which every
@@ -16,7 +16,7 @@ from megatron_cream.patches import hooks, registry
 
 
 class NonFiniteError(RuntimeError):
-    """A NaN or infinite gradient stopped training; the weights are those of the previous step."""
+    """A NaN or infinite gradient stopped training before its step changed any weight."""
 
 
 class _SkipStep(Exception):
@@ -46,15 +46,16 @@ def install(policy: str, report: Callable[[float], None]) -> None:
 
 
 def watch_model(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Set the model whose weights are checked when a gradient is non-finite. For Megatron's `pre_wrap_hooks`."""
+    """Set the model whose weights are checked. For Megatron's `pre_wrap_hooks`."""
     _guard.model = tuple(chunks)
     return chunks
 
 
 def find_bad_weight() -> str:
-    """Return the name of the first weight that is NaN or infinite, or "". All ranks must call it.
+    """Return the name of the first weight that is NaN or infinite, or "".
 
-    Weights are NaN if they were loaded or updated so. Then every gradient is NaN, and skipping steps does not help.
+    All ranks must call it, and get the same name. Weights are NaN if they were loaded or updated so. Then every
+    gradient is NaN, and skipping steps does not help.
     """
     names = [name for chunk in _guard.model for name, weight in chunk.named_parameters() if not weight.isfinite().all()]
     return find_first_reason(names[0] if names else "")

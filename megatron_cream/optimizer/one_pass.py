@@ -1,4 +1,4 @@
-"""Megatron's optimizer step in one pass over gradients, master weights, moments and bf16 weights.
+"""Megatron's optimizer step in one pass over gradients, moments and weights.
 
 Megatron divides the gradients by the number of tokens, clips them, updates the float32 weights and copies
 them to bf16 in four passes. Here the first two only compute a factor. `FusedAdamW` applies it when it
@@ -32,7 +32,7 @@ _factor = _GradientFactor()
 
 
 def install() -> None:
-    """Use FusedAdamW in Megatron's trainer and optimizers, for `--optimizer adam` on CUDA devices."""
+    """Use FusedAdamW in Megatron, for `--optimizer adam` on CUDA devices."""
     from megatron.core import optimizer as builder
 
     if builder.Adam is FusedAdamW:
@@ -59,7 +59,7 @@ def _finalize_model_grads(original, model, num_tokens=None, pg_collection=None, 
 
 
 def _reduce_tokens(num_tokens: Tensor, pg_collection) -> None:
-    """Sum the token counts of the last pipeline stages over the global batch, in place on every rank."""
+    """Set `num_tokens` to the tokens of the global batch, in place on every rank."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.utils import get_pp_last_rank
 
@@ -75,7 +75,7 @@ def _reduce_tokens(num_tokens: Tensor, pg_collection) -> None:
 
 
 def _grad_norm(original, grads: list[Tensor] | Tensor, norm_type: float = 2.0, grad_stats_parallel_group=None) -> float:
-    """Return the 2-norm of the whole gradient, divided by the number of tokens, before clipping."""
+    """Return the 2-norm of the whole gradient per token, before clipping."""
     assert norm_type == 2.0
     grads = [grads] if isinstance(grads, Tensor) else grads
     square = torch.zeros((), dtype=torch.float32, device="cuda")
@@ -105,7 +105,7 @@ def _step(original, self) -> bool:
 
 
 def _register_copies(original, self, *args, **kwargs) -> None:
-    """Pass the bf16 weights of a distributed optimizer's shards to its AdamW, which writes them."""
+    """Let the AdamW of a distributed optimizer write the bf16 weights of its shards."""
     original(self, *args, **kwargs)
     quantized = self.ddp_config.fp8_param_gather or getattr(self.ddp_config, "fp4_param_gather", False)
     if not isinstance(self.optimizer, FusedAdamW) or quantized:

@@ -1,4 +1,4 @@
-"""Keep checkpoint helper processes alive through a cluster's signals, and end them with their rank.
+"""Keep checkpoint helpers alive through SIGTERM and SIGUSR1; end them with their rank.
 
 Megatron's writer of --async-save dies of SIGTERM and SIGUSR1, and Slurm signals every process of a step: the
 checkpoint that the signal asks for is never written. If its rank is killed, the writer stays forever, with 0.7 GB of
@@ -149,7 +149,7 @@ def signals_blocked() -> Iterator[None]:
 
 
 def _write_for_rank(rank_pid: int, *args) -> None:
-    """Run Megatron's writer loop in the writer's process, where these patches are not installed."""
+    """Run Megatron's writer loop in the writer's process, which has no patches."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     end_with_parent(parent=rank_pid)

@@ -1,4 +1,4 @@
-"""Disable Megatron's CUDA graphs (--cuda-graph-impl local) in evaluations, and reset them when a run ends."""
+"""Disable CUDA graphs (--cuda-graph-impl local) in evaluations; reset them at the end."""
 
 import weakref
 

@@ -1,4 +1,4 @@
-"""Correct saving and resuming of Megatron's distributed optimizer: torch's AdamW, padded buckets, float32."""
+"""Save and resume the distributed optimizer: torch's AdamW, padded buckets, float32."""
 
 import torch
 
@@ -82,7 +82,7 @@ def _copy_step_per_parameter(original, self, state_dict) -> None:
 
 
 def _load_without_autograd(original, self, *args, **kwargs):
-    """Load a checkpoint that was saved with --no-dist-ckpt-optim-fully-reshardable in float32.
+    """Load a checkpoint of --no-dist-ckpt-optim-fully-reshardable in float32.
 
     In float32 the optimizer's weights are views of the model's parameters. Megatron loads its two other formats without
     autograd already.
@@ -92,7 +92,7 @@ def _load_without_autograd(original, self, *args, **kwargs):
 
 
 def _save_without_padding(original, self, *args, **kwargs):
-    """Save the optimizer state with parameter offsets that do not count the padding of buckets.
+    """Save the optimizer state with parameter offsets that exclude bucket padding.
 
     --overlap-grad-reduce makes several buckets. Megatron concatenates the ranks' state without the padding at the end
     of each bucket, and then cuts it at offsets that count the padding: every parameter after a padded bucket gets the

@@ -1,6 +1,7 @@
-"""Names of Megatron and Python that other packages of this project replace, because Megatron has no callback there.
+"""Names of Megatron and Python that other packages of this project replace.
 
-Each package installs its own behaviour, for example `registry.install(hooks.SAVE_CHECKPOINT, _save)`.
+Megatron has no callbacks there. Each package installs its own behaviour, for example
+`registry.install(hooks.SAVE_CHECKPOINT, _save)`.
 """
 
 from megatron_cream.patches.registry import Patch

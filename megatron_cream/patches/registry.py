@@ -1,4 +1,4 @@
-"""Replace names of other libraries, if they have the signature that the patch was written for.
+"""Replace names of other libraries whose signatures are as recorded.
 
 Each replacement is declared as a `Patch`: next to the correction that it belongs to, or in `hooks` if another package
 of this project has the replacement. `table` lists all of them. Only `platform` also assigns to names of other
@@ -59,9 +59,9 @@ _assigned: dict[str, Any] = {}
 
 
 def install(patch: Patch, wrapper: Callable) -> None:
-    """Replace a function or method by `wrapper`, which gets the original as its first argument.
+    """Replace a function or method by `wrapper`.
 
-    A second call for the same patch does nothing.
+    `wrapper` gets the original as its first argument. A second call for the same patch does nothing.
 
     Raises:
         UsageError: the target differs from the record.
@@ -153,7 +153,7 @@ def _look_up(owner: Any, name: str) -> Any:
 
 
 def _join(owner: Any, name: str, original: Any, steps: list[tuple[Patch, Callable]]) -> Any:
-    """Return a function that calls the last wrapper, which calls the one before it, down to the original."""
+    """Return a function that calls the wrappers, the last one first, and the original."""
     bound = isinstance(original, staticmethod | classmethod)
     innermost = original.__get__(None, owner) if bound else original
     call = innermost

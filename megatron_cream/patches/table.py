@@ -1,4 +1,7 @@
-"""List all patches. `python -m megatron_cream.patches.table` compares each with the installed releases."""
+"""List all patches.
+
+`python -m megatron_cream.patches.table` compares each with the installed releases.
+"""
 
 import importlib
 import pkgutil

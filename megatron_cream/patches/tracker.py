@@ -24,7 +24,7 @@ def install() -> None:
 
 
 class _AtomicTracker:
-    """Megatron's file functions, with a tracker file that is replaced only when it is completely written."""
+    """Megatron's file functions, which replace a tracker file once it is fully written."""
 
     def __init__(self, files):
         self._files = files

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary split by tensor parallelism, without float32 logits in memory."""
+"""Tensor-parallel cross-entropy without float32 logits in memory."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Split queries, keys and values of the fused projection and rotate them, in one pass forward and one backward."""
+"""Split and rotate the fused query-key-value projection in one pass each way."""
 
 import torch
 import triton

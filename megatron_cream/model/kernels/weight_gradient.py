@@ -16,5 +16,5 @@ def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor
 
 
 def wgrad_gemm_accum_fp16(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
-    """Add grad_output [t, out]^T inputs [t, in] to main_grad [out, in] of the inputs' half-precision dtype."""
+    """Add grad_output [t, out]^T inputs [t, in] to main_grad [out, in] of their dtype."""
     main_grad.addmm_(grad_output.t(), inputs)
