@@ -1,14 +1,14 @@
 """Extend a Llama's context window with CREAM, on NVIDIA Megatron.
 
-The embedded default: a tiny Llama and text that is already on this machine, CPU or GPU:
+Without flags, a tiny Llama is trained and extended on text that is already on this machine, on CPU or GPU:
 
     torchrun --nproc_per_node=2 pretrain_cream.py
 
-A recipe, and any flag of Megatron's or ours on top of it (--help lists them all):
+With a recipe, and any flag of Megatron or of this project on top of it (--help lists them all):
 
     torchrun --nproc_per_node=2 pretrain_cream.py --config llama2_7b_32k --data-path data/pile ...
 
-What would run, without running it:
+To print all settings and exit:
 
     python pretrain_cream.py --config llama2_7b_32k --print-config
 """
@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from megatron_cream.common import processes
 from megatron_cream.distributed import launcher
 
-if __name__ == "__mp_main__":  # the writer of --async-save, which imports this first
+if __name__ == "__mp_main__":  # the writer process of --async-save imports this file
     processes.end_with_parent()
 else:
     launcher.end_with_launcher()
@@ -54,11 +54,11 @@ recent_samples = RecentSamples()
 
 
 def get_batch(data_iterator, samples: int) -> dict[str, torch.Tensor]:
-    """The next micro-batch of this rank, [samples, n / context_parallel_size] each.
+    """Return the next micro-batch of this rank: tensors [samples, seq_length / context_parallel_size].
 
-    Every pipeline stage gets one, since rotary needs `position_ids` in every layer. Where tensor-parallel ranks share
-    it, the first sends it in one piece of known size: `broadcast_data` of Megatron sends the sizes first and waits for
-    the device to read them, at every micro-batch.
+    Every pipeline stage gets one, since the rotary embedding needs `position_ids` in every layer. The first
+    tensor-parallel rank broadcasts it in one tensor of known size. Megatron's `broadcast_data` sends the sizes first,
+    and waits for the device to read them, in every micro-batch.
     """
     names = ["tokens", "labels", "loss_mask", "position_ids"]
     packed = None
@@ -75,7 +75,7 @@ def get_batch(data_iterator, samples: int) -> dict[str, torch.Tensor]:
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
-    """The summed loss of a micro-batch, its number of tokens, and both to report.
+    """Return the summed loss of a micro-batch, its number of tokens, and both for the log.
 
     Args:
         loss_mask: [b, n], 1 where a token counts.
@@ -84,7 +84,7 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     if get_args().check_for_nan_in_loss_and_grad:
-        get_rerun_state_machine().validate_result(  # once: each look at the loss waits for the device
+        get_rerun_state_machine().validate_result(  # once, since each check waits for the device
             result=loss,
             rejection_func=lambda value: not torch.isfinite(value),
             message="found NaN or Inf in local forward loss calculation",
@@ -96,7 +96,7 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
 
 
 def forward_step(data_iterator, model):
-    """One micro-batch through this rank's part of the model."""
+    """Run one micro-batch through this rank's part of the model."""
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, args.micro_batch_size if model.training else args.eval_micro_batch_size)
@@ -106,11 +106,13 @@ def forward_step(data_iterator, model):
 
 
 def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None):
-    """Built on the first tensor-parallel rank of every pipeline stage."""
+    """Build the data sets, on the first tensor-parallel rank of every pipeline stage."""
     args, (train, valid, test) = get_args(), train_val_test_num_samples
     if args.start_eval_at_iter and valid is not None:
-        valid += args.eval_iters * args.eval_global_batch_size  # Megatron 0.19 forgets the evaluation at that very step
-    # An earlier start may have had larger batches, and has evaluated, perhaps more often than these flags say.
+        valid += (
+            args.eval_iters * args.eval_global_batch_size
+        )  # Megatron 0.19 does not count the evaluation at that step
+    # A resumed run may have used larger batches before, and evaluated more often.
     if train and args.train_iters:
         left = max(args.train_iters - args.iteration, 0) * args.global_batch_size
         train = max(train, args.consumed_train_samples + left)
@@ -121,7 +123,7 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
         lambda: parallel_state.get_tensor_model_parallel_rank() == 0,
         values.dataset_config(args, get_tokenizer()),
     ).build()
-    # Megatron's samplers take no empty data set, which --eval-iters 0 asks for.
+    # Megatron's samplers reject an empty data set, as with --eval-iters 0.
     return [None if count == 0 else data for data, count in zip(datasets, counts, strict=True)]
 
 
@@ -129,7 +131,7 @@ train_valid_test_datasets_provider.is_distributed = True
 
 
 def train(argv: list[str] | None = None) -> Namespace:
-    """Run one training, from flags to checkpoint; see `megatron_cream.training.run.train`."""
+    """Run one training; see `megatron_cream.training.run.train`."""
     return run.train(run.Job(train_valid_test_datasets_provider, forward_step, recent_samples), argv)
 
 

@@ -175,7 +175,7 @@ def megatron(flags: list[str]) -> None:
     from megatron_cream.optimizer import finite
     from megatron_cream.patches import single_rank_collectives, weight_gradients
 
-    values.weights_hook = lambda args: None
+    values.build_weights_hook = lambda args: None
     flags = [*flags, "--attention-backend", "te", "--position-sampler", "pi"]
 
     def stock_config(args):

@@ -29,7 +29,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.model.attention import has_transformer_engine
 from megatron_cream.planning import measured
 from megatron_cream.planning.hardware import GPUS
-from megatron_cream.training.quickstart import last_perplexity
+from megatron_cream.training.quickstart import read_last_perplexity
 from tests.faults import kill
 from tests.launch import write_documents
 
@@ -104,7 +104,7 @@ def default(runs: Runs) -> None:
     started = time.monotonic()
     if runs.launch("default", 2, []) is not None:
         folder = max((ROOT / "runs").glob("quickstart-*"))
-        before, after = (last_perplexity(folder / part) for part in ("base", "cream"))
+        before, after = (read_last_perplexity(folder / part) for part in ("base", "cream"))
         runs.keep("default", seconds=round(time.monotonic() - started, 1), before=before, after=after)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face weights in and out: one process, no GPU, no torchrun.
+"""Convert between Hugging Face folders and Megatron checkpoints: one process, no GPU, no torchrun.
 
 `python tools/convert_hf.py --help`; the code is megatron_cream/commands/convert.py.
 """
@@ -6,7 +6,7 @@
 import os
 import sys
 
-# So that the file runs from a checkout that is not installed.
+# Lets the file run from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream.common import entry

@@ -1,4 +1,4 @@
-"""Does a long window hold what it promises? Long-context tests of a Hugging Face folder or a Megatron checkpoint.
+"""Test a Hugging Face folder or a Megatron checkpoint on long contexts.
 
 `python tools/evaluate.py --help`; the code is megatron_cream/commands/evaluate.py.
 """
@@ -6,7 +6,7 @@
 import os
 import sys
 
-# So that the file runs from a checkout that is not installed.
+# Lets the file run from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream.common import entry

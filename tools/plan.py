@@ -1,4 +1,4 @@
-"""What a run will take before anything is started: GPU memory, time, cost, and the layouts that fit. No GPU is needed.
+"""Predict GPU memory, time and cost of a run, and the layouts that fit. No GPU is needed.
 
 `python tools/plan.py --help`; the code is megatron_cream/commands/plan.py.
 """
@@ -6,7 +6,7 @@
 import os
 import sys
 
-# So that the file runs from a checkout that is not installed.
+# Lets the file run from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream.common import entry

@@ -1,4 +1,4 @@
-"""What a position sampler trains, before paying for it: positions, the middle, distances between tokens.
+"""Draw which positions and distances between tokens a position sampler trains.
 
 `python tools/plot_positions.py --help`; the code is megatron_cream/commands/plot_positions.py.
 """
@@ -6,7 +6,7 @@
 import os
 import sys
 
-# So that the file runs from a checkout that is not installed.
+# Lets the file run from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream.common import entry

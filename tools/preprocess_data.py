@@ -6,7 +6,7 @@
 import os
 import sys
 
-# So that the file runs from a checkout that is not installed.
+# Lets the file run from a checkout that is not installed.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from megatron_cream.common import entry

@@ -1,4 +1,4 @@
-"""Hugging Face weights in and out: one process, no GPU, no torchrun.
+"""Convert between Hugging Face folders and Megatron checkpoints: one process, no GPU, no torchrun.
 
 python tools/convert_hf.py import --hf-path meta-llama/Llama-2-7b-hf --output ckpt/
 python tools/convert_hf.py export --checkpoint ckpt/ --hf-path out/
@@ -12,6 +12,8 @@ from pathlib import Path
 
 from megatron_cream.checkpoint import convert, hf_folder, hub, output
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.commands.next_step import training_command
+from megatron_cream.common.advice import evaluation_command
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import convert_disk_errors, read_text
@@ -21,7 +23,7 @@ TEXT = (
     "The window of a language model is the number of tokens it was trained to read at once. "
     "Positions beyond it are new to the model, unless they are made to look like old ones."
 )
-MOST_DIVISOR = 1 << 26  # as many tokens as a vocabulary has at most
+MAX_DIVISOR = 1 << 26  # the largest vocabulary, in tokens
 
 
 def main() -> int:
@@ -31,7 +33,7 @@ def main() -> int:
     except UsageError as error:
         print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a disk that filled up, a file that went away
+    except OSError as error:  # such as a full disk or a deleted file
         print(f"{program_name()}: error: {error}; nothing was changed", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -40,6 +42,7 @@ def main() -> int:
 
 
 def run_import(args) -> int:
+    """Convert a Hugging Face folder to a Megatron checkpoint."""
     parallel = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
     if args.format == "torch_dist" and parallel != (1, 1):
         raise UsageError(
@@ -63,11 +66,12 @@ def run_import(args) -> int:
             overwrite=args.overwrite,
             progress=progress,
         )
-    print(f"{args.output}: train from it with pretrain_cream.py --pretrained-checkpoint {args.output}")
+    print(f"Next: {training_command('--pretrained-checkpoint', args.output, 'DATA', source.shape)}")
     return 0
 
 
 def run_export(args) -> int:
+    """Convert a Megatron checkpoint to a Hugging Face folder."""
     source = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
     convert.check_no_overlap(source.path, Path(args.hf_path), flag="--hf-path")
     output.check_target(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
@@ -81,25 +85,32 @@ def run_export(args) -> int:
             overwrite=args.overwrite,
             progress=progress,
         )
-    print(f"{args.hf_path}: {source.folder.name}, for {source.shape.max_position_embeddings} positions")
+    positions = source.shape.max_position_embeddings
+    print(f"{args.hf_path}: {source.folder.name}, for {positions} positions")
+    print(f"Next: {evaluation_command(args.hf_path, positions)}")
     return 0
 
 
 def run_verify(args) -> int:
+    """Compare a checkpoint with a Hugging Face folder; return 1 if they differ."""
     text = read_text(args.text_file, "a text") if args.text_file else args.text
     if not text.strip():
-        raise UsageError("--text, --text-file: must hold some text")
+        raise UsageError("--text, --text-file: must contain text")
     checkpoint = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
     folder = hf_folder.HfFolder(hub.locate(args.hf_path, flag="--hf-path"))
     from megatron_cream.patches import platform
 
-    platform.setup()  # the comparison runs Megatron's model; the conversions need nothing of Megatron's code
+    platform.setup()  # only the comparison runs Megatron's model
     from megatron_cream.checkpoint import verify
 
-    return 0 if verify.verify(checkpoint, folder, text=text) else 1
+    same = verify.verify(checkpoint, folder, text=text)
+    if same:
+        print(f"Next: {evaluation_command(args.hf_path, checkpoint.shape.max_position_embeddings)}")
+    return 0 if same else 1
 
 
 def size(text: str) -> int:
+    """Return the bytes of a size such as 5GB; a type for `add_argument`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a size such as 5GB or 800MB")
@@ -110,8 +121,9 @@ def size(text: str) -> int:
 
 
 def divisor(text: str) -> int:
-    if positive(text) > MOST_DIVISOR:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be {MOST_DIVISOR} or less")
+    """Return a --make-vocab-size-divisible-by; a type for `add_argument`."""
+    if positive(text) > MAX_DIVISOR:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {MAX_DIVISOR} or less")
     return int(text)
 
 
@@ -121,8 +133,8 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )  # fmt: skip
     commands = main_parser.add_subparsers(required=True, metavar="import|export|verify")
-    dtypes = dict(choices=list(convert.DTYPES), help="cast the weights; default: as they are")
-    overwrite = dict(action="store_true", help="replace what an earlier conversion wrote there")
+    dtypes = dict(choices=list(convert.DTYPES), help="cast the weights; default: no cast")
+    overwrite = dict(action="store_true", help="replace the output of an earlier conversion")
     step = dict(type=int, metavar="ITERATION", help="default: the newest")
 
     command = commands.add_parser("import", help="Hugging Face folder -> Megatron checkpoint", allow_abbrev=False)
@@ -130,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--hf-path", type=path_or_name, required=True, help="a folder, or a model's name on the Hugging Face Hub"
     )
-    command.add_argument("--output", type=path, required=True, help="the checkpoint's folder, new")
+    command.add_argument("--output", type=path, required=True, help="the checkpoint folder to write; must not exist")
     command.add_argument("--dtype", **dtypes)
     command.add_argument(
         "--format", choices=["torch_dist", "torch"], default="torch_dist",
@@ -141,24 +153,24 @@ def parser() -> argparse.ArgumentParser:
         help="pad the vocabulary with zeros to a multiple of N (default 128)",
     )  # fmt: skip
     command.add_argument(
-        "--tensor-model-parallel-size", type=positive, default=1, metavar="TP", help="of --format torch"
+        "--tensor-model-parallel-size", type=positive, default=1, metavar="TP", help="for --format torch"
     )
     command.add_argument(
-        "--pipeline-model-parallel-size", type=positive, default=1, metavar="PP", help="of --format torch"
+        "--pipeline-model-parallel-size", type=positive, default=1, metavar="PP", help="for --format torch"
     )
     command.add_argument(
         "--transformer-impl", choices=["transformer_engine", "local"], default="transformer_engine",
-        help="whose names the parameters have in --format torch",
+        help="the implementation that names the parameters in --format torch",
     )  # fmt: skip
     command.add_argument("--overwrite", **overwrite)
 
     command = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face folder", allow_abbrev=False)
     command.set_defaults(run=run_export)
-    command.add_argument("--checkpoint", type=path, required=True, help="the folder given to --save or --output")
-    command.add_argument("--hf-path", type=path_or_name, required=True, help="the folder to write, new")
+    command.add_argument("--checkpoint", type=path, required=True, help="a folder that --save or --output named")
+    command.add_argument("--hf-path", type=path_or_name, required=True, help="the folder to write; must not exist")
     command.add_argument("--ckpt-step", **step)
     command.add_argument("--dtype", **dtypes)
-    command.add_argument("--max-shard-size", type=size, default="5GB", help="of a safetensors file (default 5GB)")
+    command.add_argument("--max-shard-size", type=size, default="5GB", help="largest safetensors file (default 5GB)")
     command.add_argument("--overwrite", **overwrite)
 
     command = commands.add_parser("verify", help="compare the two, by tensors and by logits", allow_abbrev=False)
@@ -166,6 +178,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=path, required=True)
     command.add_argument("--hf-path", type=path_or_name, required=True)
     command.add_argument("--ckpt-step", **step)
-    command.add_argument("--text", default=TEXT, help="what the logits are compared on")
-    command.add_argument("--text-file", type=path, help="the same, from a file")
+    command.add_argument("--text", default=TEXT, help="the text on which logits are compared")
+    command.add_argument("--text-file", type=path, help="a file with that text")
     return main_parser

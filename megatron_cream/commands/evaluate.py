@@ -1,4 +1,4 @@
-"""Does a long window hold what it promises? Long-context tests of a Hugging Face folder or a Megatron checkpoint.
+"""Test a Hugging Face folder or a Megatron checkpoint on long contexts.
 
 python tools/evaluate.py perplexity --model out/ --dataset books.jsonl --lengths 4096 8192 16384 32768
 python tools/evaluate.py needle     --model out/ --min-length 1024 --max-length 32768
@@ -8,8 +8,8 @@ python tools/evaluate.py ruler      --model out/ --lengths 4096 8192 16384 32768
 python tools/evaluate.py longbench  --model out/ --data LongBench/data/
 python tools/evaluate.py harness    --model out/ --tasks arc_challenge,hellaswag
 
-Each fills a folder (--output) with results.jsonl, a line an example as it comes, summary.json and
-picture.png, and prints a table. The same command again goes on where it was stopped.
+Each prints a table and writes results.jsonl (one line per example, as they finish), summary.json and picture.png into
+a folder (--output). After an interruption the same command resumes.
 """
 
 import sys
@@ -37,20 +37,18 @@ from megatron_cream.evaluation.runner import (
 from megatron_cream.evaluation.tasks import needle
 from megatron_cream.evaluation.tasks.filler import TooShort
 
-LONGEST_BY_DEFAULT = 131072
-"""Without --lengths, a model of more positions is tested up to here."""
+MAX_DEFAULT_LENGTH = 131072
+"""The longest context without --lengths, in tokens."""
 
 LENGTH_FLAGS = {"needle": "--min-length", "longbench": "--length"}
-"""Which flag sets the shortest context, where it is not --lengths."""
+"""{command: flag of the shortest context}; --lengths for all others."""
 
 
 def main() -> int:
     args = build_parser(__doc__).parse_args()
     args.output = args.output or Path("runs", "evaluation") / Path(args.model).resolve().name / args.command
     try:
-        with convert_disk_errors(
-            args.output, "--output", "what is done is kept, and the same command goes on from there"
-        ):
+        with convert_disk_errors(args.output, "--output", "finished results are kept, and the same command resumes"):
             RUNS[args.command](args)
         return 0
     except TooShort as error:
@@ -64,8 +62,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            f"{program_name()}: interrupted; what is done is kept, and the same command goes on from there",
-            file=sys.stderr,
+            f"{program_name()}: interrupted; finished results are kept, and the same command resumes", file=sys.stderr
         )
         return 130
 
@@ -114,14 +111,15 @@ def run_longbench(args) -> None:
 
 
 def run_examples(args, source: language_model.Source, plan: Plan, options: dict) -> None:
+    """Run the examples of a plan; `options` are the settings that identify its results."""
     if args.chat:
-        source.tokenizer.encode_chat("")  # has it a template?
+        source.tokenizer.encode_chat("")  # raises if there is no chat template
     generation = Generation(args.batch_size, args.temperature, args.top_p, args.seed, args.chat)
-    made = plan.examples if isinstance(plan.examples, list) else []  # by number of keys, say, or from files
+    made = plan.examples if isinstance(plan.examples, list) else []  # their lengths may come from keys or files
     lengths = [*(options.get("lengths") or []), options.get("length", 0), *(example.length for example in made)]
     warn_beyond(source, max(lengths))
     settings = {"temperature": args.temperature, "top_p": args.top_p, "chat": args.chat, **options}
-    with results_of(args, source, settings) as results:
+    with open_output(args, source, settings) as results:
         records = run_task(lambda: load(args, source), plan, generation, results)
         finish(args, results, report.summarise(args.command, records))
 
@@ -131,7 +129,7 @@ def run_perplexity_command(args) -> None:
     lengths = args.lengths or default_lengths(source)
     if lengths[-1] < 2 or args.min_tokens == 1:
         flag = f"--lengths {lengths[-1]}" if lengths[-1] < 2 else f"--min-tokens {args.min_tokens}"
-        raise UsageError(f"{flag}: must be 2 or more: a document's first token is not scored")
+        raise UsageError(f"{flag}: must be 2 or more: the first token of a document is not scored")
     rule = KeyTokenRule(args.alpha, args.beta, args.short_context, args.short_block)
     with_longppl = lengths[-1] > rule.short_context if args.longppl is None else args.longppl
     if with_longppl and lengths[-1] <= rule.short_context:
@@ -142,7 +140,7 @@ def run_perplexity_command(args) -> None:
         raise UsageError(f"--stride {args.stride}: must be at most the shortest of --lengths, {lengths[0]}")
     key_source = find_model(args, args.key_token_model) if args.key_token_model else None
     for tokenizer in (source.tokenizer, key_source.tokenizer) if key_source else ():
-        tokenizer.token_spans("")  # does it tell them?
+        tokenizer.token_spans("")  # raises if the tokenizer has no offsets
     documents = sliding_window.select_long_documents(
         source.tokenizer,
         sliding_window.read_texts(args.dataset, args.json_key),
@@ -156,7 +154,7 @@ def run_perplexity_command(args) -> None:
         "documents": args.documents, "min_tokens": args.min_tokens, "longppl": with_longppl and vars(rule),
         "key_token_model": key_source and key_source.identity(),
     }  # fmt: skip
-    with results_of(args, source, settings) as results:
+    with open_output(args, source, settings) as results:
         key = {}
         if key_source:
             missing = [document for document in documents if document.name not in results.records]
@@ -174,17 +172,17 @@ def run_harness(args) -> None:
     manager = harness.find_tasks(names, args.include_path)
     options = dict(num_fewshot=args.num_fewshot, limit=args.limit, chat=args.chat)
     settings = {"tasks": names, "include_path": args.include_path and str(args.include_path), **options}
-    with results_of(args, source, settings) as results:
+    with open_output(args, source, settings) as results:
         found = harness.run(
             source, names, manager, **options,
             batch_size=args.batch_size, tokenizer=args.tokenizer, results=results, overwrite=args.overwrite,
         )  # fmt: skip
         results.finish(found)
-        print(f"{results.folder}: {SUMMARY}, {harness.FULL_RESULTS}")
+        print(f"Results: {results.folder / SUMMARY}   lm-eval's own: {harness.FULL_RESULTS} beside it")
 
 
 def find_model(args, path: str | None = None) -> language_model.Source:
-    """The model of --model, or of --key-token-model."""
+    """Find the model of --model, or of --key-token-model if its path is given."""
     if path:
         return language_model.find_model(path, dtype=args.dtype, flag="--key-token-model")
     return language_model.find_model(
@@ -200,7 +198,7 @@ def load(args, source: language_model.Source) -> language_model.LanguageModel:
     return language_model.load(source, prefill_chunk=args.prefill_chunk)
 
 
-def results_of(args, source: language_model.Source, settings: dict):
+def open_output(args, source: language_model.Source, settings: dict):
     described = {"command": args.command, "tokenizer": args.tokenizer, **settings}
     return open_results(
         args.output,
@@ -212,28 +210,28 @@ def results_of(args, source: language_model.Source, settings: dict):
 
 
 def finish(args, results: Results, summary: dict) -> None:
+    """Write the summary and the picture, and print the table and their paths."""
     results.finish(summary)
     pictures.draw(args.command, summary, results.folder / PICTURE)
     Console().print(report.build_table(args.command, summary))
-    print(f"{results.folder}: {RESULTS}, {SUMMARY}, {PICTURE}")
+    print(f"Picture: {results.folder / PICTURE}   numbers: {SUMMARY} and {RESULTS} beside it")
 
 
 def default_lengths(source: language_model.Source) -> list[int]:
-    """Powers of two from 4096 up to the model's positions, or these alone if they are fewer."""
-    longest = min(source.max_positions, LONGEST_BY_DEFAULT)
+    """Return powers of two from 4096 to the model's positions; only the positions if they are fewer."""
+    longest = min(source.max_positions, MAX_DEFAULT_LENGTH)
     return [length for length in (1 << power for power in range(12, 18)) if length <= longest] or [longest]
 
 
 def warn_beyond(source: language_model.Source, length: int) -> None:
+    """Warn of a context longer than the model's positions."""
     if length > source.max_positions:
-        print(
-            f"{program_name()}: {length} tokens are more than the {source.max_positions} positions of {source.path}",
-            file=sys.stderr,
-        )
+        problem = f"{length} tokens are more than the {source.max_positions} positions of {source.path}"
+        print(f"{program_name()}: warning: {problem}", file=sys.stderr)
 
 
 def _plain(value):
-    """As JSON; of files and folders, also how much they hold, by which a change shows."""
+    """Return a value for JSON; a file or folder comes with its size in bytes, which shows changes."""
     if isinstance(value, Path):
         files = sorted(value.rglob("*")) if value.is_dir() else [value]
         return {str(value): sum(file.stat().st_size for file in files if file.is_file())}

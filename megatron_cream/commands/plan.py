@@ -1,13 +1,13 @@
-"""What a run will take before anything is started: GPU memory, time, cost, and the layouts that fit. No GPU is needed.
+"""Predict GPU memory, time and cost of a run, and the layouts that fit. No GPU is needed.
 
 python tools/plan.py --config llama2_7b_32k --gpus 2 --gpu A100
 python tools/plan.py --load-hf Llama-2-13b-hf --seq-length 4096 --global-batch-size 32 --gpus 8 --gpu H200 --json
 python tools/plan.py --config llama2_7b_256k --gpus 64 --gpu H100 --network 200 --price 2.5
 python tools/plan.py --check
 
-Every other flag is pretrain_cream.py's: the recipe's own layout is predicted first, then others with the same
+All other flags are those of pretrain_cream.py. The layout of the flags is predicted first, then others with the same
 sequence length and global batch, then training at the full --target-length. --transformer-impl local plans for
-GPUs without Transformer Engine. --check shows predictions beside every run that was measured.
+GPUs without Transformer Engine. --check compares predictions with all measured runs.
 """
 
 import argparse
@@ -21,6 +21,7 @@ platform.setup()  # before anything of Megatron is imported
 
 from rich.console import Console
 
+from megatron_cream.common.advice import command_line
 from megatron_cream.common.cli import path, program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import check_picture, convert_disk_errors, to_json
@@ -30,7 +31,7 @@ from megatron_cream.planning.hardware import GIB, GPUS, Cluster
 from megatron_cream.planning.layouts import Plan
 from megatron_cream.planning.run import Run
 
-MOST_GPUS = 1024
+MAX_GPUS = 1024
 
 
 def main() -> int:
@@ -50,6 +51,7 @@ def main() -> int:
 
 
 def plan(options: argparse.Namespace, flags: list[str]) -> int:
+    """Print the plan, and return the exit code: 1 if no layout fits."""
     run = run_from_flags(flags, options.gpus)
     misfit = run.misfit()
     reason = None if misfit else layouts.refused(run.model, run.layout)
@@ -75,12 +77,14 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
             report.print_own(terminal, run, own.memory, usable)
             report_time.print_own(terminal, run, own.speed, options.price)
         else:
-            terminal.print(f"the layout of these flags cannot run: {misfit}", soft_wrap=True, highlight=False)
+            terminal.print(f"The layout of these flags cannot run: {misfit}", soft_wrap=True, highlight=False)
         if plans:
             report.print_layouts(terminal, plans, run.layout, usable)
             report_time.print_user_buffers(terminal, run, plans[: report.SHOWN], around)
-            say_full_length(terminal, options, long, plans[0], full, usable, around)
+            print_full_length(terminal, options, long, plans[0], full, usable, around)
             report_time.print_assumptions(terminal, run, around)
+            if command := next_command(options, flags, run, plans[0]):
+                terminal.print(f"Next: {command}", soft_wrap=True, highlight=False)
     if options.picture and plans:
         shown = (
             f"{options.gpus} x {around.gpu.name}, {run.layout.global_batch} samples of {run.layout.seq_length:,} tokens"
@@ -88,23 +92,46 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
         with convert_disk_errors(options.picture, "--picture"):
             picture.draw(plans[: report.SHOWN], shown, options.picture)
     if not plans:
-        print(f"{program_name()}: {report.nothing_fits(run, usable, MOST_GPUS, around)}", file=sys.stderr)
+        print(f"{program_name()}: {report.nothing_fits(run, usable, MAX_GPUS, around)}", file=sys.stderr)
     return 0 if plans else 1
 
 
-def say_full_length(
+def next_command(options: argparse.Namespace, flags: list[str], run: Run, best: Plan) -> str:
+    """Return the command that trains with the fastest layout; "" if the recipe must be edited first."""
+    if layouts.undone(best.layout, run.layout):
+        return ""
+    words = [*flags, *layouts.flags(best.layout, run.layout)]
+    missing = ((("--load-hf", "--pretrained-checkpoint", "--load"), "HF_MODEL"), (("--data-path",), "DATA"))
+    for names, value in (*missing, (("--save", "--save-hf"), "extended")):
+        if not any(word.partition("=")[0] in names for word in words):
+            words += [names[0], value]
+    hosts = -(-options.gpus // options.gpus_per_host)
+    torchrun = (f"--nproc_per_node={options.gpus // hosts}",)
+    if hosts > 1:
+        torchrun = (
+            f"--nnodes={hosts}",
+            *torchrun,
+            "--rdzv_id=run1",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=node0:29500",
+        )
+    return command_line("pretrain_cream", *words, torchrun=torchrun)
+
+
+def print_full_length(
     terminal: Console, options: argparse.Namespace, long: Run, best: Plan, full: list[Plan], usable: float,
     around: Cluster,
 ) -> None:  # fmt: skip
-    """What training at the target length would take, where the run trains at less."""
+    """Print what training at the target length would need, if the run uses shorter samples."""
     if full:
         report_time.print_full(terminal, long, best, full, options.price)
     elif long.target_length > best.layout.seq_length:
-        why = report.nothing_fits(long, usable, MOST_GPUS, around)
+        why = report.nothing_fits(long, usable, MAX_GPUS, around)
         terminal.print(f"at full length ({long.target_length:,} tokens) {why}", soft_wrap=True, highlight=False)
 
 
 def console() -> Console:
+    """Return the console for tables; 120 columns wide if it is not a terminal."""
     result = Console()
     if not result.is_terminal:
         result.width = 120
@@ -112,6 +139,7 @@ def console() -> Console:
 
 
 def cluster(options: argparse.Namespace) -> Cluster:
+    """Return the GPUs and links that the flags describe."""
     gpu = GPUS[options.gpu]
     inside = {"nvlink": gpu.nvlink, "pcie": gpu.pcie}.get(options.host_link, options.host_link)
     between = options.network * 1e9 / 8 if options.network else gpu.network
@@ -119,6 +147,7 @@ def cluster(options: argparse.Namespace) -> Cluster:
 
 
 def size(text: str) -> float:
+    """Return the bytes of a size such as 80GiB; a type for `add_argument`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)?", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a number of GiB such as 80, or 80GiB, or 86GB")
@@ -126,12 +155,13 @@ def size(text: str) -> float:
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_GPUS:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 to {MOST_GPUS}")
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_GPUS:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1 to {MAX_GPUS}")
     return int(text)
 
 
 def link(text: str) -> str | float:
+    """Return the name of a link, or its bytes per second; a type for `add_argument`."""
     return text if text in ("nvlink", "pcie") else 1e9 * above_zero(text)
 
 
@@ -150,20 +180,26 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=layouts.RULES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    result.add_argument("--gpus", type=positive, metavar="N", help="in all")
-    result.add_argument("--gpu", choices=GPUS, default="H100", help="kind (default: %(default)s); sets all below")
-    result.add_argument("--gpu-memory", type=size, metavar="GIB", help="of each GPU; 140 of an H200, else 80")
+    result.add_argument("--gpus", type=positive, metavar="N", help="number of GPUs in total")
+    result.add_argument(
+        "--gpu", choices=GPUS, default="H100", help="GPU model (default: %(default)s); sets the defaults below"
+    )
+    result.add_argument(
+        "--gpu-memory", type=size, metavar="GIB", help="memory of each GPU (default: 140 for H200, else 80)"
+    )
     result.add_argument("--gpus-per-host", type=positive, default=8, metavar="N", help="default: %(default)s")
     result.add_argument(
         "--host-link", type=link, default="nvlink", metavar="LINK",
-        help="between the GPUs of a host: nvlink (default), pcie, or GB/s each way",
+        help="link between the GPUs of a host: nvlink (default), pcie, or GB/s per direction",
     )  # fmt: skip
     result.add_argument(
         "--network", type=above_zero, metavar="GBIT",
-        help="Gbit/s between hosts for each GPU; 400 (InfiniBand NDR) of H100 and H200, 200 (HDR) of A100",
+        help="Gbit/s between hosts for each GPU (default: 400 for H100 and H200, 200 for A100)",
     )  # fmt: skip
-    result.add_argument("--price", type=above_zero, help="of one GPU for an hour, for the cost of the run")
-    result.add_argument("--picture", type=path, metavar="FILE", help="where a step's time goes, of each layout listed")
-    result.add_argument("--check", action="store_true", help="predictions beside measured runs, and no plan")
-    result.add_argument("--json", action="store_true", help="all of it, in bytes, for a program")
+    result.add_argument("--price", type=above_zero, help="price of one GPU for an hour, to show the cost of the run")
+    result.add_argument(
+        "--picture", type=path, metavar="FILE", help="draw the parts of a step's time for each layout listed"
+    )
+    result.add_argument("--check", action="store_true", help="compare predictions with measured runs, and make no plan")
+    result.add_argument("--json", action="store_true", help="print the whole plan as JSON, memory in bytes")
     return result

@@ -1,12 +1,12 @@
-"""What a position sampler trains, before paying for it: positions, the middle, distances between tokens.
+"""Draw which positions and distances between tokens a position sampler trains.
 
 python tools/plot_positions.py --output positions.png
 python tools/plot_positions.py --seq-length 4096 --target-length 32768 --samplers cream pose randpos --sigmas 1 3 10
 python tools/plot_positions.py --middles gaussian uniform --pose-chunks 2 4 --mixes cream=0.6,pose=0.2,pi=0.2
 
-Draws many samples of each sampler (of cream: one curve for each middle, sigma and variant) and shows, over the target
-window, how often a position is trained, how often by the middle segment, and how often two tokens of a sample are
-so far apart. A distance that no sample has is one that the model never learns.
+Many samples are drawn from each sampler (for cream, one curve for each middle, sigma and variant). The picture shows,
+over the target window, how often each position is trained, how often by the middle segment, and how often each
+distance between two tokens occurs. The model never learns a distance that no sample has.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from megatron_cream.positions.coverage import Coverage, coverage
 from megatron_cream.positions.cream import MIDDLES
 from megatron_cream.positions.mix import read_shares
 
-MOST_SAMPLES = 10_000_000
+MAX_SAMPLES = 10_000_000
 
 
 def main() -> int:
     args = parser().parse_args()
     try:
         check_picture(args.output, "--output")
-        if args.samples > MOST_SAMPLES:
-            raise UsageError(f"--samples {args.samples}: must be {MOST_SAMPLES} or less")
+        if args.samples > MAX_SAMPLES:
+            raise UsageError(f"--samples {args.samples}: must be {MAX_SAMPLES} or less")
         measured = {name: measure(args, options) for name, options in curves(args).items()}
         draw(measured, args)
     except (UsageError, ValueError, OSError) as error:
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def curves(args) -> dict[str, dict]:
-    """{name of the curve: options of `build_sampler`}."""
+    """Return {name of the curve: options of `build_sampler`}."""
     result = {}
     for name in args.samplers:
         if name == "pose":
@@ -67,12 +67,14 @@ def curves(args) -> dict[str, dict]:
 
 
 def measure(args, options: dict) -> Coverage:
+    """Draw samples with these options of `build_sampler`, and count positions and distances."""
     sampler = build_sampler(**options, window=args.seq_length, target=args.target_length, seed=args.seed)
     length = args.document_length or args.target_length
     return coverage(sampler, target=args.target_length, samples=args.samples, document_length=length)
 
 
 def show(measured: dict[str, Coverage], args) -> None:
+    """Print the table of shares."""
     table = Table(title=f"{args.samples} samples of {args.seq_length} tokens, target window {args.target_length}")
     for column in ("sampler", "positions ever trained", "distances ever seen", "distances in 1 sample of 10"):
         table.add_column(column, justify="left" if column == "sampler" else "right")
@@ -83,6 +85,7 @@ def show(measured: dict[str, Coverage], args) -> None:
 
 
 def draw(measured: dict[str, Coverage], args) -> None:
+    """Draw the curves, and save the picture to --output."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,7 +118,7 @@ def draw(measured: dict[str, Coverage], args) -> None:
 
 
 def binned(values: np.ndarray, bins: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Means over equal stretches, at their centres."""
+    """Return the centres of equal parts of the positions, and the mean value in each."""
     parts = np.array_split(values, min(bins, len(values)))
     edges = np.cumsum([0, *map(len, parts)])
     return (edges[:-1] + edges[1:]) / 2, np.array([part.mean() for part in parts])
@@ -129,13 +132,13 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--seq-length", type=int, default=4096, metavar="N", help="the trained window (default 4096)")
     add("--target-length", type=int, default=32768, metavar="L", help="the window to extend to (default 32768)")
-    alone = [name for name in SAMPLERS if name != "mix"]
-    add("--samplers", nargs="+", choices=alone, default=["cream", "pose", "randpos", "pi"])
-    add("--sigmas", nargs="+", type=float, default=[3.0], help="of cream, a curve each (default 3)")
-    add("--middles", nargs="+", choices=list(MIDDLES), default=["gaussian"], help="of cream, a curve each")
-    add("--pose-chunks", nargs="+", type=int, default=[2], metavar="K", help="of pose, a curve each (default 2)")
-    add("--mixes", nargs="+", default=[], metavar="SHARES", help="mixtures, such as cream=0.6,pose=0.4; a curve each")
-    add("--variants", nargs="+", choices=["paper", "released"], default=["paper"], help="of cream, a curve each")
+    single = [name for name in SAMPLERS if name != "mix"]
+    add("--samplers", nargs="+", choices=single, default=["cream", "pose", "randpos", "pi"])
+    add("--sigmas", nargs="+", type=float, default=[3.0], help="of cream; one curve each (default 3)")
+    add("--middles", nargs="+", choices=list(MIDDLES), default=["gaussian"], help="of cream; one curve each")
+    add("--pose-chunks", nargs="+", type=int, default=[2], metavar="K", help="of pose; one curve each (default 2)")
+    add("--mixes", nargs="+", default=[], metavar="SHARES", help="mixtures, such as cream=0.6,pose=0.4; one curve each")
+    add("--variants", nargs="+", choices=["paper", "released"], default=["paper"], help="of cream; one curve each")
     add("--samples", type=positive, default=1000, help="drawn for each curve (default 1000)")
     add("--document-length", type=positive, help="of every document, in tokens (default: --target-length)")
     add("--seed", type=int, default=1234)

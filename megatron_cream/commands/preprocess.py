@@ -11,16 +11,16 @@
 
 Inputs are JSON lines (.jsonl, .ndjson, .json), text files (.txt), both also .gz or .zst; a .json
 that is one array; .parquet; folders of these, or folders that `datasets.save_to_disk` wrote. One
-document a line, row, element or text file; each becomes BOS, text, EOD.
+document per line, row, element or text file; each becomes BOS, text, EOD.
 
 With --chat-format the documents are chats, ShareGPT's {"conversations": [{"from", "value"}]} or
 OpenAI's {"messages": [{"role", "content"}]}. OUTPUT_PREFIX_loss_mask.bin/.idx is written too, and
-training finds it there: the loss counts on the assistant's answers alone. Answers before the first
-question and questions after the last answer are left out, as FastChat does; chats whose turns do
-not alternate, are empty, or have a role not known, are dropped and counted.
+training reads it there: only the assistant's answers count in the loss. Answers before the first
+question and questions after the last answer are removed, as in FastChat. Chats with turns that do
+not alternate, empty turns or unknown roles are dropped and counted.
 
-A run that was killed goes on where it was when it is started again with the same flags. Bad input
-ends with one line and exit code 2, and writes nothing.
+After an interruption the same command resumes. Bad input ends with one line and exit code 2, and
+nothing is written.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_files, load_tokenizer, tokenizer_id
 
 LONG_DOCUMENTS = (4096, 8192, 16384, 32768)
-"""Lengths in tokens that the report counts documents from."""
+"""The report counts documents of at least these lengths, in tokens."""
 
 
 def main() -> None:
@@ -55,12 +55,14 @@ def main() -> None:
         check(args)
         from megatron_cream.patches import platform
 
-        # Says that there is no GPU, where text is often prepared on a machine without.
+        # It reports a missing GPU, and text is often prepared on a machine without one.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         platform.setup()  # before anything of Megatron is imported
         with blame("--tokenizer-model"):
             tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
-        with convert_disk_errors(args.output_prefix, "--output-prefix", "with room the same command goes on from here"):
+        with convert_disk_errors(
+            args.output_prefix, "--output-prefix", "after freeing space, the same command resumes"
+        ):
             report = preprocess(
                 args.input,
                 args.output_prefix,
@@ -81,9 +83,12 @@ def main() -> None:
     except MemoryError:
         parser.error("out of memory; use fewer --workers, or split the largest documents")
     except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; the same command goes on from here", file=sys.stderr)
+        print(f"{parser.prog}: interrupted; the same command resumes", file=sys.stderr)
         sys.exit(130)
     print_report(report, args.output_prefix)
+    from megatron_cream.commands.next_step import training_on  # imports torch, which bad input need not wait for
+
+    print(f"Next: {training_on(args.output_prefix, args.tokenizer_model)}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", type=path, nargs="+", required=True, help="files and folders of text")
-    add("--glob", help="which files of an input folder are read (default: those of a known suffix, but for .json)")
+    add("--glob", help="which files of an input folder are read (default: all known suffixes but .json)")
     add(
         "--json-key",
         "--json-keys",
@@ -101,10 +106,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--chat-format",
         choices=CHAT_FORMATS,
-        help="documents are chats, written as Llama-2-chat's, or by the Hugging Face tokenizer's chat template",
+        help="documents are chats, formatted as for Llama-2-chat or by the tokenizer's chat template",
     )
     add("--output-prefix", type=path, required=True, help="writes OUTPUT_PREFIX.bin and OUTPUT_PREFIX.idx")
-    add("--overwrite", action="store_true", help="replace output that is there")
+    add("--overwrite", action="store_true", help="replace existing output")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="as for the trainer")
     add("--tokenizer-model", type=path, required=True, help="a sentencepiece .model, or a Hugging Face folder")
     add("--append-eod", action=argparse.BooleanOptionalAction, help="end documents with EOD (default: yes)")
@@ -113,31 +118,36 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="start documents with BOS (default: yes for sentencepiece; as the tokenizer does for Hugging Face)",
     )
-    add("--min-document-tokens", type=int, default=1, help="drop documents with less text (default: %(default)s)")
-    add("--workers", type=int, default=1, help="processes that tokenize (default: %(default)s)")
-    add("--strict", action="store_true", help="stop at the first document that cannot be read")
+    add(
+        "--min-document-tokens",
+        type=int,
+        default=1,
+        help="drop documents with fewer tokens of text (default: %(default)s)",
+    )
+    add("--workers", type=int, default=1, help="number of tokenizing processes (default: %(default)s)")
+    add("--strict", action="store_true", help="stop at the first unreadable document")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Everything that can be told before Megatron is imported, which takes seconds.
+    """Check all that can be checked before Megatron is imported, which takes seconds.
 
     Raises:
-        ValueError: one line with the flag, its value and what would be right.
+        ValueError: one line with the flag, its value and the problem.
     """
     for flag in ("workers", "min_document_tokens"):
         if getattr(args, flag) < 1:
-            raise ValueError(f"{to_flag(flag)} {getattr(args, flag)}: expected a whole number from 1")
+            raise ValueError(f"{to_flag(flag)} {getattr(args, flag)}: must be a whole number above 0")
     for flag in ("append_eod", "prepend_bos"):
         if args.chat_format and getattr(args, flag) is not None:
-            raise ValueError(f"{to_flag(flag)}: not with --chat-format, whose tokens these are")
+            raise ValueError(f"{to_flag(flag)}: cannot be used with --chat-format, which sets these tokens")
     with blame("--tokenizer-model"):
         check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
     with blame("--input"):
         find_files(args.input, args.glob, args.output_prefix)
     prefix = args.output_prefix
     if prefix.is_dir() or prefix.suffix in (".bin", ".idx"):
-        raise ValueError(f"--output-prefix {prefix}: expected a path up to .bin and .idx, such as data/pile")
+        raise ValueError(f"--output-prefix {prefix}: must be the path without .bin or .idx, such as data/pile")
     try:
         check_can_create(prefix.absolute().parent, f"--output-prefix {prefix}:")
         check_output(prefix, args.overwrite)
@@ -149,7 +159,7 @@ def check(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def blame(flag: str) -> Iterator[None]:
-    """Put the flag in front of the message of a ValueError that is raised inside."""
+    """Put the flag in front of the message of a ValueError raised in the block."""
     try:
         yield
     except ValueError as error:
@@ -157,8 +167,9 @@ def blame(flag: str) -> Iterator[None]:
 
 
 def print_report(report: PreprocessReport, prefix: Path) -> None:
+    """Print the table of documents and tokens, and the first dropped document of each reason."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="replace")  # file names may be other than UTF-8
     table = Table(title=escape(f"{prefix}.bin, {prefix}.idx"), show_header=False)
     table.add_row("documents", f"{report.documents:,}")
     table.add_row("tokens", f"{report.tokens:,}")
@@ -171,5 +182,5 @@ def print_report(report: PreprocessReport, prefix: Path) -> None:
         table.add_row(escape(f"dropped: {reason}"), f"{count:,}")
     table.add_row("seconds", f"{report.seconds:.1f}")
     Console().print(table)
-    for reason, where in report.first_dropped.items():  # below, where a path is not wrapped
+    for reason, where in report.first_dropped.items():  # below the table, which would wrap a path
         print(f"first dropped: {reason}: {where}")

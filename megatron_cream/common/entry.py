@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -31,6 +32,8 @@ def start() -> None:
         problem = "switches off the checks that Megatron makes with assert; run Python without it"
         print(f"{_name()}: error: python -O or PYTHONOPTIMIZE: {problem}", file=sys.stderr)
         os._exit(2)
+    # Of libraries that Python compiles at their first import.
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*[/\\](site|dist)-packages[/\\]")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell ignores it for a job started with &
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _exit_on_lost_interrupt

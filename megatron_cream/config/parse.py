@@ -49,7 +49,8 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
     start.check_content(args, origin)
     nodes.check_shared({"--save": args.save, "--data-cache-path": args.data_cache_path}, rank, ranks)
     if rank == 0:
-        for line in [*args.rope_lines, *filter(None, [start.resume_warning(args, origin.checkpoint)])]:
+        warnings = [line for line in args.rope_lines if line.startswith("warning")]  # the summary shows the others
+        for line in [*warnings, *filter(None, [start.resume_warning(args, origin.checkpoint)])]:
             print(line, file=sys.stderr, flush=True)
     if auto and devices.has_cuda() and not (args.deterministic_mode or args.skip_train):
         attention_choice.choose_fastest_backend(args)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a Llama model."""
+"""Floating-point operations and parameters of a Llama model."""
 
 
 def flops_per_token(
@@ -11,6 +11,26 @@ def flops_per_token(
     6 x layers x sequence length x attention width for causal attention.
     """
     attention_width = num_attention_heads * kv_channels
-    attention = hidden_size * (2 * attention_width + 2 * num_query_groups * kv_channels)
-    parameters = num_layers * (attention + 3 * hidden_size * ffn_hidden_size) + hidden_size * vocab_size
-    return 6.0 * parameters + 6.0 * num_layers * seq_length * attention_width
+    layer = _layer_weights(hidden_size, ffn_hidden_size, num_query_groups, kv_channels, num_attention_heads)
+    weights = num_layers * layer + hidden_size * vocab_size
+    return 6.0 * weights + 6.0 * num_layers * seq_length * attention_width
+
+
+def parameters(
+    *, num_layers: int, hidden_size: int, ffn_hidden_size: int, num_query_groups: int, kv_channels: int,
+    num_attention_heads: int, vocab_size: int, tied: bool,
+) -> int:  # fmt: skip
+    """Return the number of weights in linear layers and embeddings, without norms and biases.
+
+    A `tied` model has its embedding as output layer.
+    """
+    layer = _layer_weights(hidden_size, ffn_hidden_size, num_query_groups, kv_channels, num_attention_heads)
+    return num_layers * layer + (1 if tied else 2) * hidden_size * vocab_size
+
+
+def _layer_weights(
+    hidden_size: int, ffn_hidden_size: int, num_query_groups: int, kv_channels: int, num_attention_heads: int
+) -> int:
+    """Return the number of weights in the linear layers of one transformer layer."""
+    attention = hidden_size * (2 * num_attention_heads * kv_channels + 2 * num_query_groups * kv_channels)
+    return attention + 3 * hidden_size * ffn_hidden_size

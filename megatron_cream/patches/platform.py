@@ -52,7 +52,6 @@ def _silence_import_warnings() -> None:
     for module in ("megatron", "torch", "transformer_engine"):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=module)
-    warnings.filterwarnings("ignore", category=SyntaxWarning)  # when Python first compiles Megatron's files
     texts = ["Apex is not installed", "Transformer Engine", ".*ModelConfig.*instead"]
     texts += ["Detected a Jax installation", "Argument aux_data"]  # Transformer Engine's, flash-attn-4's
     for text in texts:

@@ -1,4 +1,4 @@
-"""The evaluations that a training run makes: at its target lengths, and perplexity at each length of --eval-lengths."""
+"""Evaluations during training: at the target lengths, and perplexity at each length of --eval-lengths."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from megatron_cream.training import progress
 from megatron_cream.training.watch import Watch, loaded_from
 
 
-def watch_from_flags(args: Namespace, step_line: progress.StepLine) -> Watch:
-    """Build the evaluation at the target lengths, --long-eval-interval."""
+def build_watch(args: Namespace, step_line: progress.StepLine) -> Watch:
+    """Build the evaluation at the target lengths (--long-eval-interval)."""
     names, lengths, best = values.long_eval_tasks(args), args.long_eval_lengths, None
     evaluation = LongEvaluation(
         TrainingTokenizer(get_tokenizer()) if names != ("perplexity",) else None,
@@ -45,8 +45,8 @@ def watch_from_flags(args: Namespace, step_line: progress.StepLine) -> Watch:
     )
 
 
-def perplexity_by_length(args: Namespace, terminal: TextIO) -> Callable:
-    """Return what Megatron calls at the end of every evaluation, with the model."""
+def build_perplexity_callback(args: Namespace, terminal: TextIO) -> Callable:
+    """Return the function that Megatron calls with the model at the end of every evaluation."""
     longest = max(args.eval_lengths)
     documents = perplexity.read_held_out_documents(values.held_out_files(args), longest, args.eval_documents)
 

@@ -1,4 +1,4 @@
-"""What a person watching a run reads: one line a step, and how fast the hardware is used."""
+"""The line of each logged step: loss, speed, hardware utilization, memory, time left."""
 
 import contextlib
 import math
@@ -22,11 +22,11 @@ from megatron_cream.patches import hooks, registry
 class StepLine:
     """Prints a line for each logged step: loss, lr, gradient norm, speed, memory, time left.
 
-    total_steps: the step the run ends at.
+    total_steps: the last step of the run.
     tokens_per_step: over all ranks.
-    ranks: GPUs (or CPU processes) that share the work.
-    flops_per_token: see `flops_per_token`.
-    stream: where to print.
+    ranks: GPUs (or CPU processes) of the run.
+    flops_per_token: floating-point operations, forward and backward.
+    stream: where to print; default: standard output.
     """
 
     total_steps: int
@@ -42,18 +42,26 @@ class StepLine:
         self.losses: deque[float] = deque(maxlen=100)
 
     def start(self, step: int) -> None:
-        """Measure from the end of `step`: before it, kernels were compiled and memory allocated."""
+        """Start measuring at the end of `step`, in which kernels were compiled and memory was allocated."""
         self.last_step, self.last_time = step, time.perf_counter()
 
-    def leave_out(self, seconds: float) -> None:
-        """Time that went by since `start` and was no training."""
+    def exclude(self, seconds: float) -> None:
+        """Exclude time since `start` that was not spent on training steps."""
         if self.last_time is not None:
             self.last_time += seconds
 
     def show(
         self, step: int, loss: float | None, learning_rate: float | None, grad_norm: float | None, memory: int
     ) -> None:
-        """Args: memory: bytes, as `peak_memory` has them."""
+        """Print the line of a step.
+
+        Args:
+            step: its number, from 1.
+            loss: None where this rank has none.
+            learning_rate: None where the optimizer reports none.
+            grad_norm: before clipping; None where the optimizer reports none.
+            memory: bytes, from `peak_memory`.
+        """
         parts = [f"step {step}/{self.total_steps}"]
         if loss is not None:
             parts.append(f"loss {loss:.4f}")
@@ -71,17 +79,20 @@ class StepLine:
         parts.append(f"{memory / 2**30:.1f} GiB")
         print(" | ".join(parts), file=self.stream, flush=True)
         if loss is not None:
-            self._watch(step, loss)
+            self._warn_of_spike(step, loss)
         self.start(step)
 
-    def _watch(self, step: int, loss: float) -> None:
-        """Warn of a loss far above the newest hundred: 8 of their median deviations, and a tenth of their median."""
+    def _warn_of_spike(self, step: int, loss: float) -> None:
+        """Warn of a loss that is far above the median of the last hundred.
+
+        Far is 8 times their median deviation, and at least a tenth of their median.
+        """
         if len(self.losses) >= 20:
             usual = statistics.median(self.losses)
             deviation = statistics.median(abs(x - usual) for x in self.losses)
             if loss > usual + max(8 * deviation, 0.1 * abs(usual)):
                 print(
-                    f"warning: step {step}: loss spike, {loss:.4f} where {usual:.4f} is usual",
+                    f"warning: step {step}: loss spike: {loss:.4f}, median {usual:.4f}",
                     file=self.stream,
                     flush=True,
                 )
@@ -90,9 +101,9 @@ class StepLine:
 
 
 def peak_memory() -> int:
-    """Bytes that torch held at most, on the pipeline stage that holds most; on CPUs what the process holds now.
+    """Return the peak bytes that torch allocated, of the largest pipeline stage; on CPUs, this process's memory.
 
-    Every rank calls this. What CUDA graphs use again and again counts to torch's allocator as reserved alone.
+    All ranks must call it. With CUDA graphs it is the reserved memory: torch does not count theirs as allocated.
     """
     from megatron.core import parallel_state
     from megatron.training import get_args
@@ -111,13 +122,14 @@ def peak_memory() -> int:
 
 
 def _duration(seconds: float) -> str:
+    """Return a time as h:mm:ss or m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def log_values(values: dict[str, float], step: int) -> None:
-    """To TensorBoard and W&B, on the rank that writes to them."""
+    """Write values to TensorBoard and W&B, on the rank that has their writers."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
     if writer := get_tensorboard_writer():
@@ -128,18 +140,18 @@ def log_values(values: dict[str, float], step: int) -> None:
 
 
 @contextlib.contextmanager
-def each_step(line: StepLine, interval: int) -> Iterator[None]:
-    """Show `line` after Megatron's own log, every `interval` steps, on the rank that has the loss.
+def print_steps(line: StepLine, interval: int) -> Iterator[None]:
+    """Print `line` after Megatron's own log, every `interval` steps, on the rank that has the loss.
 
-    Megatron has no call-back that is given the loss: its log function is wrapped while the run lasts.
+    Megatron has no callback that gets the loss, so its log function is wrapped while the run lasts.
     """
     from megatron.training.utils import is_last_rank
 
     def log(original, *args, **kwargs):
         loss_dict, _, learning_rate, iteration, _, _, _, grad_norm, *_ = args
         if iteration % interval == 0:
-            # Megatron would add a launch's first step to the next interval: the log of a resumed run would show
-            # another loss there than the log of a run that never stopped.
+            # Megatron adds the first step after a start to the next interval, so a resumed run would log a different
+            # loss there than an uninterrupted one.
             kwargs["is_first_iteration"] = False
         result = original(*args, **kwargs)
         watchdog.report_step()

@@ -1,8 +1,8 @@
-"""The embedded default: `torchrun --nproc_per_node=2 pretrain_cream.py`, with no flags.
+"""The run without flags: `torchrun --nproc_per_node=2 pretrain_cream.py`.
 
-Trains a tiny Llama at its window N on text that is already on the machine, extends it to
-L = sN with CREAM, and shows what that did to held-out perplexity at N, 2N .. sN.
-Both trainings are ordinary runs of two recipes.
+Trains a tiny Llama at its window N on text that is already on the machine, extends it to L = sN with CREAM, and
+shows held-out perplexity before and after at N, 2N .. sN.
+Both trainings are ordinary runs, of the recipes quickstart_base and quickstart.
 """
 
 import json
@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cream.common.advice import command_line
 from megatron_cream.common.files import save_picture
 from megatron_cream.config.recipe import locate
 from megatron_cream.distributed import nodes
@@ -25,16 +26,16 @@ BASE, EXTEND = "quickstart_base", "quickstart"
 
 
 def quickstart(train: Callable[[list[str]], None]) -> None:
-    """Train, extend, compare.
+    """Train a tiny model, extend it, and print its perplexity before and after.
 
     Args:
-        train: one training run from a list of flags.
+        train: runs one training from a list of flags.
     """
     from megatron.training.training import destroy_global_state
 
     started = time.monotonic()
     first = int(os.environ.get("RANK", 0)) == 0
-    folder = run_folder()
+    folder = choose_run_folder()
     recipe = yaml.safe_load(locate(EXTEND).read_text())
     window, target = recipe["seq_length"], recipe["target_length"]
 
@@ -48,31 +49,32 @@ def quickstart(train: Callable[[list[str]], None]) -> None:
     say(f"\n2/2  CREAM extends it from {window} to {target} tokens, training at {window} only.")
     train(["--config", EXTEND, "--save", str(folder / "cream"), "--pretrained-checkpoint", str(folder / "base")])
     if first:
-        before, after = (last_perplexity(folder / name) for name in ("base", "cream"))
+        before, after = (read_last_perplexity(folder / name) for name in ("base", "cream"))
         picture = plot(before, after, window, folder / "perplexity.png")
         show(before, after, window, folder, picture, time.monotonic() - started)
 
 
-def run_folder() -> Path:
-    """`runs/quickstart-<when the launcher started>`: new for each launch, the same on every rank.
+def choose_run_folder() -> Path:
+    """Return runs/quickstart-TIME, where TIME is the launcher's start: new for each launch, the same on all ranks.
 
-    On several nodes, whose launchers start when they do, `runs/quickstart-<torchrun's --rdzv_id>`.
+    On several nodes, whose launchers start at different times, return runs/quickstart-ID with torchrun's --rdzv_id.
     """
     if nodes.is_multi_node():
         return Path("runs") / f"quickstart-{os.environ['TORCHELASTIC_RUN_ID']}".replace("/", "_")  # --rdzv_id
-    launcher = os.getppid() if "RANK" in os.environ else 0
-    started = time.localtime(psutil.Process(launcher or os.getpid()).create_time())  # 0: outside this container
+    launcher = os.getppid() if "RANK" in os.environ else 0  # 0 too if it is outside this container
+    started = time.localtime(psutil.Process(launcher or os.getpid()).create_time())
     return Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S", started)
 
 
-def last_perplexity(folder: Path) -> dict[int, float]:
-    """Context length -> perplexity, from the newest line a run wrote."""
+def read_last_perplexity(folder: Path) -> dict[int, float]:
+    """Return {context length: perplexity} from the last line that a run wrote."""
     lines = (folder / "perplexity_by_length.jsonl").read_text().splitlines()
     # JSON has null for NaN
     return {int(n): float(value or "nan") for n, value in json.loads(lines[-1])["perplexity"].items()}
 
 
 def show(before: dict, after: dict, window: int, folder: Path, picture: Path, seconds: float) -> None:
+    """Print the table of perplexities, where the files are, and the next command."""
     table = Table(title=f"Held-out perplexity by context length (trained at {window} tokens)")
     for column in ("context", "before", "after CREAM"):
         table.add_column(column, justify="right")
@@ -83,20 +85,16 @@ def show(before: dict, after: dict, window: int, folder: Path, picture: Path, se
     console.print()
     console.print(table)
     console.print(f"Picture: {picture}   checkpoint: {folder / 'cream'}   {seconds:.0f} s in all", soft_wrap=True)
-    console.print(
-        "Try next, on your own long documents:\n"
-        "  python tools/preprocess_data.py --input docs.jsonl --output-prefix data/docs "
-        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model meta-llama/Llama-2-7b-hf\n"
-        "  python pretrain_cream.py --config llama2_7b_32k --data-path data/docs --print-config",
-        soft_wrap=True,
-        highlight=False,
-    )
+    flags = "--input TEXTS --output-prefix data/texts --tokenizer-type HuggingFaceTokenizer --tokenizer-model HF_MODEL"
+    command = command_line("preprocess_data", *flags.split())
+    console.print(f"Next, with your own texts and model: {command}", soft_wrap=True, highlight=False)
 
 
 def plot(before: dict, after: dict, window: int, path: Path) -> Path:
+    """Draw perplexity by context length, before and after; return the picture's path."""
     import matplotlib
 
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it announces its font cache
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # its INFO lines announce the font cache
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

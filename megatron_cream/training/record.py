@@ -1,4 +1,4 @@
-"""What a run was, kept in its folder: the command, every setting, versions, commit, machine, environment."""
+"""The record of a run in its folder: command, all settings, versions, commit, machine, environment."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ _PACKAGES = (
     "megatron-core", "torch", "triton", "transformer-engine", "flash-attn-4", "flash-attn", "transformers",
     "safetensors", "sentencepiece", "numpy",
 )  # fmt: skip
-# What of the environment changes how a run computes or talks.
+# Prefixes of the environment variables that change how a run computes or communicates.
 _ENVIRONMENT = (
     "CUDA", "CUBLAS", "CUDNN", "NCCL", "NVTE", "TORCH", "PYTORCH", "TRITON", "GLOO", "OMP", "MKL", "SLURM_JOB",
 )  # fmt: skip
@@ -34,7 +34,7 @@ _USER_OF_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def write(args: Namespace, argv: list[str]) -> Path:
-    """Write `--save`/runs/TIME.yaml, one for each start of the run.
+    """Write SAVE/runs/TIME.yaml, one file for each start of the run.
 
     Args:
         args: Megatron's.
@@ -43,7 +43,7 @@ def write(args: Namespace, argv: list[str]) -> Path:
     folder = Path(args.save) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     name = time.strftime("%Y%m%d-%H%M%S")
-    # Two starts in a second, or a clock that was set back.
+    # The name may exist: two starts within a second, or a clock that was set back.
     path = next(path for i in itertools.count() if not (path := folder / f"{name}{f'.{i}' if i else ''}.yaml").exists())
     with atomic_write(path) as file:
         yaml.safe_dump(describe(args, argv), file, sort_keys=False, default_flow_style=None)
@@ -51,6 +51,7 @@ def write(args: Namespace, argv: list[str]) -> Path:
 
 
 def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
+    """Return the record as plain values; arguments as for `write`."""
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": ["pretrain_cream.py", *_command(argv, args.save_hook)],
@@ -74,7 +75,7 @@ def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
 
 
 def _command(argv: list[str], hook: str | None) -> list[str]:
-    """The command line, but for the words of --save-hook, which may hold a token; its program stands for them."""
+    """Return the command line, with --save-hook cut to its program: the words after it may contain a token."""
     shown = []
     for word in argv:
         if shown and shown[-1] == "--save-hook":
@@ -86,7 +87,7 @@ def _command(argv: list[str], hook: str | None) -> list[str]:
 
 
 def _recipe(path: Path) -> str:
-    """The recipe's text; one that sets save_hook without it, written anew."""
+    """Return the text of the recipe; without save_hook, if it sets one."""
     text = path.read_text()
     values = yaml.safe_load(text)
     kept = {key: value for key, value in values.items() if key not in ("save_hook", "save-hook")}
@@ -94,7 +95,7 @@ def _recipe(path: Path) -> str:
 
 
 def _commit() -> dict[str, Any] | None:
-    """Of the checkout that this package runs from; None where it is no checkout."""
+    """Return the commit of the checkout that this package runs from; None if it is installed."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
@@ -107,8 +108,8 @@ def _commit() -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """As YAML writes it: numbers, texts without the passwords of URLs, lists and mappings; the rest by name."""
-    if isinstance(value, Enum):  # before numbers, which some are too
+    """Return a value that YAML can write; passwords in URLs are hidden, and unknown objects become text."""
+    if isinstance(value, Enum):  # first: some are numbers too
         return value.name
     if isinstance(value, str):
         return _USER_OF_URL.sub("***", value)

@@ -1,7 +1,8 @@
-"""One training run: what is put in place around Megatron's trainer, and how each way of ending looks to the user."""
+"""One training run: the setup around Megatron's trainer, and the message and exit code of each kind of failure."""
 
 import contextlib
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -29,22 +30,21 @@ from megatron_cream.common.files import lock_folder
 from megatron_cream.config import parse, values
 from megatron_cream.data.recent import RecentSamples
 from megatron_cream.distributed import launcher, rendezvous, watchdog
-from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.optimizer import finite
 from megatron_cream.patches import corrections, cuda_graphs, table
-from megatron_cream.training import evaluations, progress, record, signals
-from megatron_cream.training.watch import watching
+from megatron_cream.training import evaluations, progress, record, signals, summary
+from megatron_cream.training.watch import evaluate_during_training
 
 PROGRAM = "pretrain_cream.py"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and on what.
+    """The functions of a training, as Megatron's `pretrain` takes them.
 
-    datasets: Megatron's provider of the training, validation and test data.
-    forward_step: Megatron's forward step.
-    recent_samples: what the data loader read last, to be named when a gradient is not finite.
+    datasets: provides the training, validation and test data.
+    forward_step: computes the loss of one micro-batch.
+    recent_samples: the samples that the data loader read last, named in the log when a gradient is not finite.
     """
 
     datasets: Callable
@@ -56,13 +56,13 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
     """Run one training, from flags to checkpoint.
 
     Args:
-        job: what is trained, and on what.
-        argv: the flags; None takes the command line's.
+        job: data and forward step.
+        argv: the flags; None takes those of the command line.
 
-    Returns: what the flags came to.
+    Returns: the flags after all checks, with defaults filled in.
 
     Raises:
-        UsageError: the flags cannot run.
+        UsageError: the flags are wrong, or a file that they name is.
     """
     table.check_all()
     signals.install()
@@ -71,10 +71,10 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
         if args.rank == 0:
             print(message, flush=True)
         return args
-    args.curr_iteration = 0  # until Megatron's training sets it, which --skip-train has none of
+    args.curr_iteration = 0  # Megatron sets it in training, which --skip-train leaves out
     _install_patches(args)
     with console.redirect_output(args.console, args.save) as terminal:
-        print(words, end="")
+        print(words if args.console == "progress" else _shorten(words), end="")
         step_line = progress.StepLine(
             total_steps=args.train_iters or (args.train_samples or 0) // args.global_batch_size,
             tokens_per_step=args.global_batch_size * args.seq_length,
@@ -87,18 +87,18 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
             print(line, file=terminal, flush=True)
 
         saving.install(say, Path(args.save) if args.save else None)
-        watch = evaluations.watch_from_flags(args, step_line) if args.long_eval_interval else None
+        watch = evaluations.build_watch(args, step_line) if args.long_eval_interval else None
         if args.save:
             rendezvous.check_on_all_ranks(lambda: _open_folder(args, argv), args.rank, args.world_size)
         if args.ckpt_format == "torch_dist":
-            args.save_retain_interval = None  # `after_save` does it, in Megatron's place
-        finite.install(args.nan_policy, lambda norm: _say_not_finite(norm, job.recent_samples, terminal))
+            args.save_retain_interval = None  # `after_save` deletes old checkpoints instead of Megatron
+        finite.install(args.nan_policy, lambda norm: _log_non_finite(norm, job.recent_samples, terminal))
         if args.rank == 0:
-            say(f"attention: {AttentionBackend(**args.attention)}")
+            say(summary.describe_run(args))
         with (
-            signals.leaving(args, say),
-            progress.each_step(step_line, args.log_interval),
-            watching(watch, args),
+            signals.exit_on_signal(args, say),
+            progress.print_steps(step_line, args.log_interval),
+            evaluate_during_training(watch, args),
             watchdog.watch(args.timeout_minutes),
         ):
             pretrain(
@@ -106,10 +106,16 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
                 job.datasets,
                 ModelType.encoder_or_decoder,
                 job.forward_step,
-                non_loss_data_func=evaluations.perplexity_by_length(args, terminal) if args.eval_lengths else None,
+                non_loss_data_func=evaluations.build_perplexity_callback(args, terminal) if args.eval_lengths else None,
                 store=rendezvous.open_store(args.rank, args.world_size),
             )
     return args
+
+
+def _shorten(words: str) -> str:
+    """Remove Megatron's list of 800 arguments, which runs/TIME.yaml has too, and its note on NVIDIA's one_logger."""
+    words = re.sub(r"^-+ arguments -+\n.*?^-+ end of arguments -+\n", "", words, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^WARNING: one_logger package is required .*\n", "", words, flags=re.MULTILINE)
 
 
 def _install_patches(args: Namespace) -> None:
@@ -125,14 +131,14 @@ def _install_patches(args: Namespace) -> None:
 
 
 def _open_folder(args: Namespace, argv: list[str] | None) -> None:
-    """Make --save this run's own from here on, and write its first files."""
+    """Create and lock --save on rank 0, and write its first files."""
     if args.rank != 0:
         return
     try:
         Path(args.save).mkdir(parents=True, exist_ok=True)
         lock_folder(Path(args.save), "--save")
         if not pretrained.uses_intermediate_folder(args):
-            start.reject_other_run(args)  # one that had the folder until now
+            start.reject_other_run(args)  # it may have saved before the lock was taken
         pretrained.copy_model_files(args)
         record.write(args, sys.argv[1:] if argv is None else argv)
         loaded = start.find_checkpoint(args)
@@ -141,12 +147,12 @@ def _open_folder(args: Namespace, argv: list[str] | None) -> None:
         raise UsageError(f"--save {args.save}: {reason(error)}") from error
 
 
-def _say_not_finite(norm: float, recent_samples: RecentSamples, terminal: TextIO) -> None:
-    """On rank 0 that it is so, and on each data-parallel rank what it had read."""
+def _log_non_finite(norm: float, recent_samples: RecentSamples, terminal: TextIO) -> None:
+    """Log the gradient norm on rank 0, and the last samples on each data-parallel rank."""
     args = get_args()
     if args.rank == 0:
-        done = "is left out" if args.nan_policy == "skip" else "stops the run"
-        print(f"step {args.curr_iteration + 1}: the gradient's norm is {norm}: {done}", file=terminal, flush=True)
+        action = "the step is skipped" if args.nan_policy == "skip" else "the run stops"
+        print(f"step {args.curr_iteration + 1}: the gradient's norm is {norm}: {action}", file=terminal, flush=True)
     if parallel_state.is_pipeline_first_stage():
         for line in recent_samples.lines(args.curr_iteration):
             print(f"step {args.curr_iteration + 1}, rank {args.rank}: {line}", file=terminal, flush=True)
@@ -161,14 +167,14 @@ def _is_port_in_use(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run that failed ends.
+    """The message and exit code of one kind of failure.
 
-    matches: whether the error is of this kind.
-    message: the line, with {error} and {rank}; after the program's name.
-    code: of the process.
-    by: "rank 0", or another if rank 0 has not found it; "each" rank that meets it.
-    at_once: without Python's own end, which could wait for ever, for NCCL's collectives, which other ranks never
-        enter. torchrun ends those as soon as this one has ended.
+    matches: returns whether an error is of this kind.
+    message: the line after the program's name; may contain {error}, {line}, {rank} and {port}.
+    code: exit code of the process.
+    by: who prints it: "rank 0" (or another rank, if rank 0 has not failed), or "each" rank that fails.
+    at_once: exit without Python's own cleanup, which can hang in NCCL collectives that other ranks never enter.
+        torchrun then ends the other ranks.
     """
 
     matches: Callable[[BaseException], bool]
@@ -186,24 +192,24 @@ ENDINGS = (
     Ending(_of(UsageError), "error: {error}", 2, by="rank 0"),
     Ending(_of(finite.NonFiniteError), "stopped: {error}", 1),
     Ending(_of(saving.SaveFailed), "error: {error}", 1, by="rank 0"),
-    Ending(_is_port_in_use, "error: MASTER_PORT={port} in the environment: is taken; give another", 2),
-    Ending(is_lost_peer, "rank {rank}: another rank is gone: {line}", 1, at_once=True),
+    Ending(_is_port_in_use, "error: MASTER_PORT={port} in the environment: the port is in use. Set another", 2),
+    Ending(is_lost_peer, "rank {rank}: lost a peer rank: {line}", 1, at_once=True),
     Ending(
         is_full_shared_memory,
-        "error: rank {rank}: /dev/shm: No space left on device. Give it more (docker --shm-size), or have fewer "
+        "error: rank {rank}: /dev/shm: No space left on device. Make it larger (docker --shm-size), or use fewer "
         "processes: --num-workers 0, no --async-save",
         1,
         at_once=True,
     ),
     Ending(
         is_dead_data_worker,
-        "error: rank {rank}: what loads its data is gone: {line} Is there memory, room in /dev/shm (docker "
-        "--shm-size), and was no file of --data-path changed? Or --num-workers 0",
+        "error: rank {rank}: a data loader worker died: {line} Check free memory, room in /dev/shm (docker "
+        "--shm-size), and that no file of --data-path changed; or use --num-workers 0",
         1,
         at_once=True,
     ),
 )
-"""The first that matches; any other error is a bug, ends at once with its traceback, and has code 1."""
+"""The first match is used. Any other error is a bug: the process exits at once with a traceback and code 1."""
 
 INTERRUPTED = 130
 
@@ -212,7 +218,7 @@ def main(train: Callable[[list[str] | None], Namespace]) -> int:
     """Run the command line, and return the exit code.
 
     Args:
-        train: one training run from a list of flags, or from the command line's.
+        train: runs one training from a list of flags; from None, with the flags of the command line.
     """
     try:
         rank, ranks = launcher.get_rank_and_world_size()
@@ -240,16 +246,18 @@ def _run(train: Callable[[list[str] | None], Namespace]) -> None:
         finished = None
     else:
         finished = train(None)
-    # Rank 0 may write for long: no other waits for it in a collective.
+    # Rank 0 may write for a long time; without a process group no other rank times out waiting for it.
     if torch.distributed.is_initialized():
         cuda_graphs.reset_graphs()
         torch.distributed.destroy_process_group()
     if finished:
         pretrained.save_hf(finished)
+    if finished and finished.rank == 0 and (command := summary.next_command(finished)):
+        print(f"Next: {command}", flush=True)
 
 
 def _end(error: Exception, rank: int, ranks: int) -> int:
-    """Say why the run ends, and return its exit code, or end the process at once."""
+    """Print why the run ends, and return its exit code or exit at once."""
     ending = next((kind for kind in ENDINGS if kind.matches(error)), None)
     if ending is None:
         sys.excepthook(type(error), error, error.__traceback__)

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1 end a run at its next step, with a checkpoint; so does the end of its torchrun (`launcher`).
+"""SIGTERM and SIGUSR1 save a checkpoint after the current step and end the run; so does torchrun's death (`launcher`).
 
-A cluster gives a short time before it takes the machines away. Megatron's handler knows one signal
-(--exit-signal, SIGTERM); Slurm's warning is mostly SIGUSR1. torchrun passes SIGTERM on, and kills what is left 30
-seconds later; of SIGUSR1 it dies, unless it was told to pass that on too (--signals_to_handle).
+A cluster gives a short time before it takes the machines away. Megatron handles one signal (--exit-signal, SIGTERM);
+Slurm mostly warns with SIGUSR1. torchrun forwards SIGTERM and kills the remaining processes 30 seconds later. SIGUSR1
+kills torchrun itself unless --signals_to_handle names it.
 """
 
 import contextlib
@@ -28,22 +28,25 @@ _received = 0
 
 
 def install() -> None:
-    """Call before the flags are parsed, when Megatron makes its handler; each worker that loads data gets one too."""
-    registry.install(hooks.SIGNAL_HANDLER, _both_signals)
-    registry.install(hooks.SIGNALS_RECEIVED, _remember)
-    registry.install(hooks.RENDEZVOUS, _end_while_waiting)
+    """Install the handlers. Call it before the flags are parsed, when Megatron creates its own.
+
+    Data loader workers get one too.
+    """
+    registry.install(hooks.SIGNAL_HANDLER, _handle_sigusr1_too)
+    registry.install(hooks.SIGNALS_RECEIVED, _record_signal)
+    registry.install(hooks.RENDEZVOUS, _exit_while_waiting)
 
 
-def _end_while_waiting(original, *args, **kwargs):
+def _exit_while_waiting(original, *args, **kwargs):
     with waiting_for_peers():
         return original(*args, **kwargs)
 
 
-def _both_signals(original, self):
+def _handle_sigusr1_too(original, self):
     entered = original(self)
     if get_worker_info() is not None:
-        _hear_the_rank_alone({self.sig, signal.SIGUSR1})
-        registry.install(hooks.LOST_BATCH, _end_with_a_lost_batch)
+        _ignore_signals_of_others({self.sig, signal.SIGUSR1})
+        registry.install(hooks.LOST_BATCH, _exit_on_lost_batch)
         return entered
 
     def handler(number, _frame):
@@ -54,10 +57,10 @@ def _both_signals(original, self):
     return entered
 
 
-def _hear_the_rank_alone(signals: set[signal.Signals]) -> None:
-    """In a worker that loads data: a cluster's signals and Ctrl-C are nothing to it, as the rank needs it to the end.
+def _ignore_signals_of_others(signals: set[signal.Signals]) -> None:
+    """In a data loader worker, ignore Ctrl-C and signals of the cluster: the rank needs the worker until its end.
 
-    The rank's own signal ends it, which Python sends when that ends, and then waits; so does the rank's death.
+    The worker ends on a signal from its rank, which Python sends when the rank ends, and when the rank dies.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(parent=multiprocessing.parent_process().pid)
@@ -71,14 +74,14 @@ def _hear_the_rank_alone(signals: set[signal.Signals]) -> None:
     threading.Thread(target=listen, daemon=True).start()
 
 
-def _end_with_a_lost_batch(original, error: Exception, _batch) -> None:
-    """In a worker whose batch cannot be sent: by itself it would drop the batch, for which the rank waits for ever."""
+def _exit_on_lost_batch(original, error: Exception, _batch) -> None:
+    """End a data loader worker whose batch cannot be sent; torch would drop the batch, and the rank would hang."""
     if not is_full_shared_memory(error):
         traceback.print_exc()
-    os._exit(1)  # the rank says so
+    os._exit(1)  # the rank reports it
 
 
-def _remember(original, self):
+def _record_signal(original, self):
     global _received
     numbers = original(self)
     _received = max(numbers)
@@ -86,12 +89,12 @@ def _remember(original, self):
 
 
 @contextlib.contextmanager
-def leaving(args: Namespace, say: Callable[[str], None]) -> Iterator[None]:
-    """Check the last checkpoint at the end; after a signal, report and set the exit code.
+def exit_on_signal(args: Namespace, say: Callable[[str], None]) -> Iterator[None]:
+    """Check the last checkpoint at the end; after a signal, report it and set the exit code.
 
     Args:
         args: Megatron's.
-        say: prints a line where a person reads, on rank 0.
+        say: prints a line on the terminal; called on rank 0.
 
     Raises:
         SaveFailed: the last checkpoint could not be written.
@@ -100,20 +103,20 @@ def leaving(args: Namespace, say: Callable[[str], None]) -> Iterator[None]:
     _received = 0
     try:
         yield
-    except SystemExit as left:
+    except SystemExit as stop:
         saving.check_last_save()
-        if not left.code and _received and args.rank == 0:
-            say(f"{signal.Signals(_received).name}: {_what_is_saved(args)}")
-        if not left.code and _received:
-            raise SystemExit(args.signal_exit_code) from left
+        if not stop.code and _received and args.rank == 0:
+            say(f"{signal.Signals(_received).name}: {_describe_saved(args)}")
+        if not stop.code and _received:
+            raise SystemExit(args.signal_exit_code) from stop
         raise
     saving.check_last_save()
 
 
-def _what_is_saved(args: Namespace) -> str:
+def _describe_saved(args: Namespace) -> str:
     if not args.save:
-        return "ended; nothing is saved, as there is no --save"
+        return "ended; nothing is saved, since there is no --save"
     step = (Path(args.save) / TRACKER).read_text()
     same = args.load and Path(args.load) == Path(args.save)
     command = "the same command" if same else f"the same command with --load {args.save}"
-    return f"step {step} is saved in {args.save}; {command} goes on from there"
+    return f"step {step} is saved in {args.save}; {command} resumes from it"

@@ -1,4 +1,4 @@
-"""A training job evaluated at its target lengths: when, what that may cost, what is said, which checkpoint is kept."""
+"""Evaluation at the target lengths during training: when it is due, its time limit, its log, the best checkpoint."""
 
 import contextlib
 import time
@@ -23,17 +23,17 @@ RECORD = "long_evaluation.jsonl"
 
 
 class Watch:
-    """Of one run.
+    """The evaluations of one run.
 
     Args:
         interval: steps between two evaluations.
-        last_step: the run's, which is evaluated too.
-        share: of the time since this was made, what evaluations and best checkpoints may take. The first
-            evaluation, which tells what one costs, and the last step's are made in any case.
-        score: of Score, what checkpoints are compared by; None compares none.
-        best: where the best is kept.
+        last_step: of the run; it is evaluated too.
+        share: maximum share of the run's time for evaluations and best checkpoints. The first evaluation, which
+            measures the cost, and that of the last step are always made.
+        score: name of the Score that checkpoints are compared by; None compares none.
+        best: the best checkpoint; None keeps none.
         folder: where the record is written, or None.
-        step_line: what shows the speed of training, and where a person reads.
+        step_line: shows the speed of training, without the time of evaluations; its stream gets the results.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class Watch:
         self._score, self.best, self._folder, self._step_line = score, best, folder, step_line
         self._started, self._spent, self._cost = time.perf_counter(), 0.0, None
 
-    def due(self, step: int) -> bool:
-        """Whether to evaluate after this step; the same on every rank, all of which ask."""
+    def is_due(self, step: int) -> bool:
+        """Return whether to evaluate after this step. All ranks must call it, and get the same answer."""
         if step == self._last_step:
             return True
         if step % self._interval:
             return False
-        if not (affordable := _as_rank_0(self._affordable())):
+        if not (affordable := _broadcast_from_rank_0(self._is_affordable())):
             self._say(
-                f"step {step} | left out: {self._spent:.1f} s, {100 * self._share_so_far():.1f} % of the time so far, "
+                f"step {step} | skipped: {self._spent:.1f} s, {100 * self._share_so_far():.1f} % of the time so far, "
                 f"and --long-eval-share is {100 * self._share:g} %"
             )
         return affordable
@@ -72,22 +72,23 @@ class Watch:
         *,
         pause: AbstractContextManager | None = None,
         keep: Callable[[Score], None] | None = None,
-        must_be_finite: str = "",
+        weights_flag: str = "",
     ) -> None:
-        """Measure, keep, say and record; on every rank.
+        """Evaluate, keep the model if it is the best, log and record. All ranks must call it.
 
         Args:
             model: Megatron's model chunks.
-            step: training steps that the model has done.
-            pause: what training needs around the measurement.
-            keep: saves the model as the best checkpoint; None where none is kept.
-            must_be_finite: where given, a NaN raises UsageError, which begins so: the flag that named the model.
+            step: training steps that the model has had.
+            pause: pauses training during the evaluation.
+            keep: saves the model as the best checkpoint; None keeps none.
+            weights_flag: the flag and value that named the weights; if given, a NaN raises UsageError, which begins
+                with it.
         """
         began = time.perf_counter()
-        with pause or contextlib.nullcontext(), _evaluating(model):
+        with pause or contextlib.nullcontext(), _evaluation_mode(model):
             result = self._evaluation(model)
-        if must_be_finite:
-            finite.check_values(result.flatten().values(), must_be_finite)
+        if weights_flag:
+            finite.check_values(result.flatten().values(), weights_flag)
         self._cost = time.perf_counter() - began
         score = result.score(self._score) if self._score else None
         verdict, better = "", False
@@ -95,20 +96,20 @@ class Watch:
             self.best.undo_failed()
             best = Score(**self.best.score) if self.best.score else None
             known = f"{best} at step {self.best.step}" if best else "none"
-            # A step that is kept already would be written over.
-            better = _as_rank_0(step != self.best.step and score.is_better_than(best))
+            # Saving the same step again would overwrite its checkpoint.
+            better = _broadcast_from_rank_0(step != self.best.step and score.is_better_than(best))
             if better:
                 keep(score)
                 better = self.best.step == step
             verdict = f": kept in {self.best.folder} (best before: {known})" if better else f" (best: {known})"
         seconds = time.perf_counter() - began
         self._spent += seconds
-        self._step_line.leave_out(seconds)
+        self._step_line.exclude(seconds)
         parts = [f"step {step}", result.format_line(), *([f"mean {score}{verdict}"] if score else [])]
         self._say(" | ".join([*parts, f"{seconds:.1f} s, {100 * self._share_so_far():.1f} % of the time so far"]))
         self._record(step, result, score, better, seconds)
 
-    def _affordable(self) -> bool:
+    def _is_affordable(self) -> bool:
         if self._cost is None:
             return True
         elapsed = time.perf_counter() - self._started
@@ -136,7 +137,7 @@ class Watch:
 
 
 def loaded_from(args: Namespace) -> str:
-    """The flag and value that named a run's weights, for messages."""
+    """Return the flag and value that named a run's weights, for messages."""
     resumed = args.load and (Path(args.load) / TRACKER).is_file()
     for name in (["load"] if resumed else []) + ["load_hf", "pretrained_checkpoint"]:
         if value := getattr(args, name, None):
@@ -145,11 +146,11 @@ def loaded_from(args: Namespace) -> str:
 
 
 @contextlib.contextmanager
-def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
+def evaluate_during_training(watch: Watch | None, args: Namespace) -> Iterator[None]:
     """Evaluate while the block trains; with --skip-train, evaluate the loaded model.
 
-    Megatron's evaluation has its own interval, and its call-back does not get what a checkpoint holds; the
-    function that saves checkpoints at the end of each step does, and so that is wrapped while the run lasts.
+    Megatron's evaluation has its own interval, and its callback does not get the state that a checkpoint needs. The
+    function that saves checkpoints at the end of each step does, so it is wrapped while the run lasts.
 
     Args:
         watch: evaluates when it is due; None evaluates nothing.
@@ -162,11 +163,11 @@ def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
 
     def evaluate_after(original, model, optimizer, scheduler, step, flops, context, data_iterator):
         state = (model, optimizer, scheduler, flops, context)
-        # First the run's own checkpoint: a signal to end leaves little time.
-        leaves = original(model, optimizer, scheduler, step, flops, context, data_iterator)
+        # The run's own checkpoint comes first: after a signal there is little time.
+        exits = original(model, optimizer, scheduler, step, flops, context, data_iterator)
         if watch.best and args.rank == 0:
             watch.best.remove_earlier()
-        if not leaves and watch.due(step):
+        if not exits and watch.is_due(step):
 
             def keep(score: Score) -> None:
                 with watch.best.saving(args, step, asdict(score)):
@@ -176,12 +177,12 @@ def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
 
             pause = _paused(args, model, optimizer)
             watch.evaluate(model, step, pause=pause, keep=keep if watch.best else None)
-        return leaves
+        return exits
 
     def evaluate_loaded(original, *positional, **named):
         built = original(*positional, **named)
         if args.skip_train:
-            watch.evaluate(built[0], args.iteration, must_be_finite=loaded_from(args))
+            watch.evaluate(built[0], args.iteration, weights_flag=loaded_from(args))
         return built
 
     try:
@@ -197,7 +198,7 @@ def watching(watch: Watch | None, args: Namespace) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _paused(args: Namespace, model: list[torch.nn.Module], optimizer) -> Iterator[None]:
-    """As Megatron does around its own evaluation: the clock of its steps, and weights gathered while it computes."""
+    """Stop the step timer and the overlapped weight gathering, as Megatron does around its own evaluation."""
     from megatron.training import get_timers, training
 
     overlapped = training.should_disable_forward_pre_hook(args)
@@ -211,7 +212,8 @@ def _paused(args: Namespace, model: list[torch.nn.Module], optimizer) -> Iterato
 
 
 @contextlib.contextmanager
-def _evaluating(model: list[torch.nn.Module]) -> Iterator[None]:
+def _evaluation_mode(model: list[torch.nn.Module]) -> Iterator[None]:
+    """Put the model into evaluation mode, without gradients, and back at the end."""
     was_training = model[0].training
     for chunk in model:
         chunk.eval()
@@ -221,8 +223,8 @@ def _evaluating(model: list[torch.nn.Module]) -> Iterator[None]:
         chunk.train(was_training)
 
 
-def _as_rank_0(value: bool) -> bool:
-    """Clocks differ, and all ranks must do the same."""
+def _broadcast_from_rank_0(value: bool) -> bool:
+    """Return rank 0's value on all ranks; their clocks differ, and they must decide alike."""
     shared = torch.tensor([value], dtype=torch.int32, device=torch.cuda.current_device())
     torch.distributed.broadcast(shared, src=0)
     return bool(shared.item())

@@ -24,20 +24,32 @@ def run(tmp_path_factory):
     ends = ["--load-hf", folder / "hf", "--save", folder / "run", "--save-hf", folder / "out"]
     result = torchrun(1, *WIDER, "--data-path", documents, *ends, "--rotary-base", "1e6")
     assert result.returncode == 0, result.stderr[-4000:]
-    return folder, result.stderr
+    assert "rope" not in result.stderr
+    return folder, result.stdout
 
 
 def read(folder, *flags):
     return parse.read([*WIDER, "--data-path", str(folder / "documents"), *map(str, flags)])
 
 
-def test_each_rope_change_prints_one_line(run):
-    _, said = run
-    lines = [line for line in said.splitlines() if line.startswith("rope:")]
-    assert lines == [
-        "rope: theta changes from the model's 500000 to 1e+06 (--rotary-base)",
-        "rope: the model's llama3 scaling changes from factor 8 (512 positions) to factor 16 (1024 positions), window 64",
+def test_the_first_lines_say_what_the_run_does(run):
+    folder, said = run
+    lines = said[said.index("model   ") :].splitlines()
+    parts = [
+        ("model", "llama", "parameters", f"weights of {folder / 'hf'}"),
+        ("window", "1,024 tokens from a window of 64; samples of 128 tokens with positions by cream"),
+        ("rope", "theta changes from the model's 500000 to 1e+06 (--rotary-base)"),
+        (
+            "rope",
+            "the model's llama3 scaling changes from factor 8 (512 positions) to factor 16 (1024 positions), window 64",
+        ),
+        ("layout", "1 rank: TP 1, PP 1, CP 1, DP 1; micro-batch 1, global batch 2; float32"),
+        ("data", f"{folder / 'documents'}: 60 documents,", "split 90,10,0"),
+        ("train", "2 steps of 256 tokens, 512 in all"),
+        ("output", f"{folder / 'run'} (a checkpoint every 2 steps,", str(folder / "out")),
     ]
+    for line, (name, *words) in zip(lines, parts, strict=False):
+        assert line.startswith(f"{name:<8}") and all(word in line for word in words), line
 
 
 @pytest.mark.slow

@@ -309,7 +309,7 @@ def test_dropped_chats_are_counted_and_reported(tmp_path, chat_folder):
     before = written(tmp_path / "x")
 
     done = run_tool(*flags, "--overwrite", "--no-append-eod")
-    assert done.returncode == 2 and "--append-eod: not with --chat-format" in done.stderr
+    assert done.returncode == 2 and "--append-eod: cannot be used with --chat-format" in done.stderr
     (tmp_path / "b.txt").write_text("text")
     done = run_tool(*flags, "--overwrite", "--input", tmp_path / "b.txt")
     assert done.returncode == 2 and "b.txt: a chat is a JSON object or a row" in done.stderr

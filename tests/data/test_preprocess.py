@@ -256,11 +256,11 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path, sentencepiece_mo
         ({"--input": tmp_path / "empty"}, "file in this folder; name others with --glob"),
         ({"--input": tmp_path / "empty", "--glob": "*.md"}, "no file in this folder matches '*.md'"),
         ({"--output-prefix": tmp_path / "there"}, "there.bin already exists; give another prefix, or --overwrite"),
-        ({"--output-prefix": tmp_path / "x.bin"}, "x.bin: expected a path up to .bin and .idx"),
+        ({"--output-prefix": tmp_path / "x.bin"}, "x.bin: must be the path without .bin or .idx"),
         ({"--tokenizer-type": "BPE"}, "--tokenizer-type: invalid choice: 'BPE'"),
         ({"--tokenizer-model": tmp_path / "no.model"}, "--tokenizer-model"),
         ({"--tokenizer-model": path}, f"--tokenizer-model {path}: not a sentencepiece model"),  # imports Megatron
-        ({"--workers": 0}, "--workers 0: expected a whole number from 1"),
+        ({"--workers": 0}, "--workers 0: must be a whole number above 0"),
         ({"--min-document-tokens": "many"}, "--min-document-tokens: invalid int value: 'many'"),
     ]
     before = sorted(os.listdir(tmp_path))

@@ -87,7 +87,9 @@ def test_a_port_in_use_prints_one_line(tmp_path):
         given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         command = [sys.executable, str(ROOT / "pretrain_cream.py"), "--config", "quickstart"]
         result = subprocess.run(command, cwd=tmp_path, env=os.environ | given, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].endswith("is taken; give another"), result.stderr
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].endswith("the port is in use. Set another"), (
+        result.stderr
+    )
     assert f"MASTER_PORT={port}" in result.stderr and "Traceback" not in result.stderr
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +24,12 @@ def pythons() -> list[str]:
     return os.environ.get(PYTHONS, sys.executable).split(os.pathsep)
 
 
+def advised(said: str) -> list[str]:
+    """Return the script and the flags of the command that `said` ends by advising."""
+    words = shlex.split(re.findall(r"^Next: (.+)$", said, re.MULTILINE)[-1])
+    return words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
+
+
 class Chain:
     """Commands run one after the other in `folder`.
 
@@ -36,7 +44,7 @@ class Chain:
         self._environment = inherited | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def run(self, script: str, *flags, ranks: int = 0, timeout: int = 900) -> str:
-        """Run a command that must succeed, and return what it printed.
+        """Run a command that must succeed, and return what it printed; a tool prints no library's warnings.
 
         Args:
             script: a path in the project.
@@ -45,7 +53,8 @@ class Chain:
         with self.started(script, *flags, ranks=ranks) as (process, log):
             code = process.wait(timeout)
         said = log.read_text(errors="replace")
-        assert code == 0, f"{script} {' '.join(map(str, flags))}\n{said[-6000:]}"
+        warned = script != "-c" and re.search(r"[A-Za-z]Warning: ", said)
+        assert code == 0 and not warned, f"{script} {' '.join(map(str, flags))}\n{said[-6000:]}"
         return said
 
     def run_code(self, code: str, *arguments) -> str:

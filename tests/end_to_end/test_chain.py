@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.chain import ROOT, Chain
+from tests.end_to_end.chain import ROOT, Chain, advised
 from tests.faults.kill import newest
 
 TINY_MODEL = """
@@ -86,39 +86,39 @@ def test_real_model(tmp_path):
 
 
 def extend(chain: Chain, model: Model) -> None:
-    """Preprocess, import, train until killed, resume, export `run` as `extended`, and evaluate."""
+    """Preprocess, import, train until killed, resume, export and evaluate, as each command advises for the next."""
     folder = chain.folder
     write_texts(folder / "docs.jsonl")
     tokenizer = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model model".split()
     chain.run("tools/preprocess_data.py", "--input", "docs.jsonl", "--output-prefix", "data", *tokenizer)
-    chain.run("tools/convert_hf.py", "import", "--hf-path", "model", "--output", "imported")
+    imported = chain.run("tools/convert_hf.py", "import", "--hf-path", "model", "--output", "imported")
 
-    train = common_flags(model, model.targets[0])
-    train += f"--pretrained-checkpoint imported --train-iters {model.steps}".split()
+    script, *train = [word.replace("DATA", "data") for word in advised(imported)]
+    train += [*common_flags(model, model.targets[0]), "--train-iters", str(model.steps)]
     train += "--save run --load run --save-interval 2".split()
     train += f"--long-eval-interval 4 --long-eval-tasks kv --long-eval-lengths {model.length}".split()
     train += "--long-eval-samples 1 --long-eval-share 1".split()
-    killed = chain.kill_when(lambda: newest(folder / "run") >= 2, "pretrain_cream.py", *train, ranks=2)
+    killed = chain.kill_when(lambda: newest(folder / "run") >= 2, script, *train, ranks=2)
     before = newest(folder / "run")
     assert 2 <= before < model.steps, killed[-3000:]
-    resumed = chain.run("pretrain_cream.py", *train, ranks=2)
+    resumed = chain.run(script, *train, ranks=2)
     assert steps_of(resumed) == list(range(before + 1, model.steps + 1)), resumed[-3000:]
 
-    export(chain, "run", "extended", model, model.targets[0])
-    needle = f"needle --min-length {model.length} --max-length {model.length} --length-steps 1 --depth-steps 1".split()
-    chain.run("tools/evaluate.py", *needle, "--samples", 1, "--model", "run/best", "--output", "needle")
-    assert results(chain, "needle")["examples"] == 1
+    exported = chain.run(*advised(resumed))
+    check_exported(chain, "run", "run-hf", model, model.targets[0])
+    find_needle(chain, *advised(exported), length=model.length)
 
 
 def compare_formats_and_extend_again(chain: Chain, model: Model) -> None:
     """Export the best checkpoint, evaluate both formats, and train the exported folder to a second target."""
     assert_same(chain, "imported", "model")
     export(chain, "run/best", "best", model, model.targets[0])
-    scores = [perplexity(chain, name, model.length) for name in ("run", "extended")]
+    find_needle(chain, "tools/evaluate.py", "needle", "--model", "run/best", length=model.length)
+    scores = [perplexity(chain, name, model.length) for name in ("run", "run-hf")]
     assert scores[0] == pytest.approx(scores[1], rel=1e-3), "Megatron-Core and transformers give the same model"
 
     classic = "--format torch --transformer-impl local".split()
-    chain.run("tools/convert_hf.py", "import", "--hf-path", "extended", "--output", "classic", *classic)
+    chain.run("tools/convert_hf.py", "import", "--hf-path", "run-hf", "--output", "classic", *classic)
     again = common_flags(model, model.targets[1])
     again += "--pretrained-checkpoint classic --train-iters 2 --save further --save-hf ended".split()
     chain.run("pretrain_cream.py", *again, ranks=2)
@@ -143,9 +143,21 @@ def steps_of(log: str) -> list[int]:
     return [int(step) for step in re.findall(r"iteration +(\d+)/", log)]
 
 
+def find_needle(chain: Chain, *command: str, length: int) -> None:
+    """Run an evaluation with one needle at one length."""
+    flags = f"--min-length {length} --max-length {length} --length-steps 1 --depth-steps 1 --samples 1 --overwrite"
+    chain.run(*command, *flags.split(), "--output", "needle")
+    assert results(chain, "needle")["examples"] == 1
+
+
 def export(chain: Chain, checkpoint: str, name: str, model: Model, target: int) -> None:
-    """Export and verify a checkpoint, and let transformers open the folder."""
+    """Export a checkpoint and check the folder."""
     chain.run("tools/convert_hf.py", "export", "--checkpoint", checkpoint, "--hf-path", name)
+    check_exported(chain, checkpoint, name, model, target)
+
+
+def check_exported(chain: Chain, checkpoint: str, name: str, model: Model, target: int) -> None:
+    """Verify an exported folder, and let transformers open it."""
     assert_same(chain, checkpoint, name)
     assert "opened by transformers" in chain.run_code(OPEN_BY_TRANSFORMERS, name)
     config = json.loads((chain.folder / name / "config.json").read_text())

@@ -170,7 +170,7 @@ def test_evaluations_stay_within_their_share_of_time(share, interval, cost, seed
     rng, clock, stream = random.Random(seed), Clock(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch_module, "time", clock)
-        patch.setattr(watch_module, "_as_rank_0", bool)
+        patch.setattr(watch_module, "_broadcast_from_rank_0", bool)
         patch.setattr(watch_module, "_is_last_rank", lambda: True)
         patch.setattr(watch_module, "log_values", lambda *_: None)
 
@@ -187,14 +187,14 @@ def test_evaluations_stay_within_their_share_of_time(share, interval, cost, seed
         for step in range(1, 201):
             clock.now += rng.uniform(0.1, 2.0)
             room = (spent + cost) / (clock.now + cost) <= share
-            due = watch.due(step)
+            due = watch.is_due(step)
             assert due == (step == 200 or (step % interval == 0 and (first or room)))
             if due:
                 watch.evaluate([torch.nn.Linear(1, 1)], step)
                 spent, done, first = spent + cost, done + 1, False
         said = stream.getvalue().splitlines()
         assert len(said) == 200 // interval + (200 % interval != 0)
-        assert sum("left out" in line for line in said) == len(said) - done
+        assert sum("skipped" in line for line in said) == len(said) - done
         took, part = map(float, re.search(r"\| ([\d.]+) s, ([\d.]+) % of the time so far", said[-1]).groups())
         assert took == pytest.approx(cost, abs=0.051) and part == pytest.approx(100 * spent / clock.now, abs=0.051)
 

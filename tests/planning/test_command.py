@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,9 @@ def test_another_number_of_gpus_than_the_recipe_needs(monkeypatch, capsys):
     assert tool(monkeypatch, "--config", RECIPE, "--gpus", "1", "--gpu-memory", "140") == 0
     text = capsys.readouterr().out
     assert "--gpus 1: must be a multiple of --tensor-model-parallel-size 2" in text and "fastest first" in text
+    flags = shlex.split(re.search(r"^Next: torchrun --nproc_per_node=1 \S*pretrain_cream.py (.+)$", text, re.M)[1])
+    assert flags[flags.index("--load-hf") :] == "--load-hf HF_MODEL --data-path DATA --save extended".split()
+    assert run_from_flags(flags[: flags.index("--load-hf")], 1).misfit() is None
 
 
 @pytest.mark.parametrize("flags, said", [([], True), (["--tp-comm-overlap"], False), (["--host-link", "pcie"], False)])

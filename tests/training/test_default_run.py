@@ -67,7 +67,7 @@ def test_export(run):
 def test_what_a_newcomer_reads(run):
     folder, result = run
     out = result.stdout
-    assert "Held-out perplexity by context length" in out and "2048 = 8 N" in out and "Try next" in out
+    assert "Held-out perplexity by context length" in out and "2048 = 8 N" in out and "Next, with your own" in out
     assert "step 400/400" in out and "step 150/150" in out and "ETA" in out
     assert (folder / "perplexity.png").stat().st_size > 10_000
     assert (folder / "cream" / "latest_checkpointed_iteration.txt").read_text() == "150"

@@ -65,7 +65,7 @@ def test_a_signal_saves_and_exits(tmp_path, number, to, code):
     gone, left = psutil.wait_procs(running, timeout=30)
     log = (tmp_path / "log").read_text()
     assert not left and time.monotonic() - sent < 30
-    said = f"{number}: step {newest(save)} is saved in {save}; the same command goes on from there"
+    said = f"{number}: step {newest(save)} is saved in {save}; the same command resumes from it"
     assert said in log and (code != 0 or "Traceback" not in log), log[-3000:]
     assert not writing(save, newest(save))
 
@@ -144,7 +144,7 @@ def test_a_killed_data_worker_prints_one_line(tmp_path):
     assert process.wait(timeout=60) == 1
     assert not psutil.wait_procs(started, timeout=10)[1]
     log = (tmp_path / "log").read_text()
-    assert "pretrain_cream.py: error: rank 1: what loads its data is gone: DataLoader worker (pid" in log
+    assert "pretrain_cream.py: error: rank 1: a data loader worker died: DataLoader worker (pid" in log
     assert log.count("Traceback") == 1, "torchrun's"
 
 
@@ -196,7 +196,7 @@ def test_a_run_ended_by_a_signal_has_the_requested_exit_code(monkeypatch, code, 
     said = []
     with (
         pytest.raises(SystemExit) as left,
-        signals.leaving(Namespace(rank=0, save=None, signal_exit_code=given), said.append),
+        signals.exit_on_signal(Namespace(rank=0, save=None, signal_exit_code=given), said.append),
     ):
         monkeypatch.setattr(signals, "_received", signal.SIGTERM)
         raise SystemExit(code)

@@ -7,7 +7,7 @@ import pytest
 from megatron.training import training, utils
 
 from megatron_cream.training import progress
-from megatron_cream.training.progress import StepLine, each_step
+from megatron_cream.training.progress import StepLine, print_steps
 
 
 def shown(losses):
@@ -22,7 +22,7 @@ def test_a_loss_spike_is_reported_once():
     usual = [3.0 + 0.01 * (i % 5) for i in range(40)]
     text = shown([*usual, 4.5, *usual])
     assert text.count("warning:") == 1
-    assert "warning: step 41: loss spike, 4.5000 where 3.0200 is usual" in text
+    assert "warning: step 41: loss spike: 4.5000, median 3.0200" in text
 
 
 def test_no_warning_at_the_start_nor_of_noise():
@@ -48,6 +48,6 @@ def test_the_first_step_is_excluded_from_the_rate(step, interval, apart, monkeyp
     monkeypatch.setattr(utils, "is_last_rank", lambda: False)
     monkeypatch.setattr(progress, "peak_memory", lambda: 0)
     line = StepLine(total_steps=1000, tokens_per_step=1, ranks=1, flops_per_token=1.0, stream=io.StringIO())
-    with each_step(line, interval):
+    with print_steps(line, interval):
         training.training_log({}, {}, 1e-4, step, 1.0, False, 0, 1.0, is_first_iteration=True)
     assert told == [apart]

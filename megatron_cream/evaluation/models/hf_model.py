@@ -1,5 +1,6 @@
 """The engine that runs a Hugging Face folder with transformers."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -75,9 +76,9 @@ class HfModel:
                 inputs[:, begin:end],
                 attention_mask=torch.ones(len(tokens), end, dtype=torch.long, device=tokens.device),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=cache is not None,
                 logits_to_keep=max(1, end - scored),
+                **{_cache_argument(self._model): cache},
             ).logits
             if scored < end:
                 parts.append(_pick_log_probs(logits, tokens[:, scored + 1 : end + 1]))
@@ -94,6 +95,11 @@ def _pick_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
+def _cache_argument(model) -> str:
+    """Return the name of the cache among the model's arguments; newer releases of transformers rename it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _new_cache(model):
     from transformers import DynamicCache
 
@@ -105,7 +111,7 @@ class _LeftPaddedBatch:
 
     def __init__(self, model, chunk: int):
         self._model, self._chunk = model, chunk
-        self._cache = _new_cache(model)
+        self._cache, self._cache_argument = _new_cache(model), _cache_argument(model)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         width = max(map(len, prompts))
@@ -129,8 +135,8 @@ class _LeftPaddedBatch:
             tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self._cache},
         )
         return result.logits[:, -1]

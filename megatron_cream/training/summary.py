@@ -1,0 +1,137 @@
+"""The first lines that a run prints (model, window, layout, data, steps, output), and the last: the next command."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_cream.checkpoint import pretrained, start
+from megatron_cream.checkpoint.families import read_config
+from megatron_cream.common.advice import evaluation_command, export_command
+from megatron_cream.config.samplers import sampler_names
+from megatron_cream.data.indexed import open_index
+from megatron_cream.model import flops
+from megatron_cream.model.attention import AttentionBackend
+
+
+def describe_run(args: Namespace) -> str:
+    """Return the lines that say what the run will do.
+
+    Args:
+        args: Megatron's, after its validation.
+    """
+    rows = [
+        ("model", f"{_model(args)}, {_weights(args)}"),
+        ("window", _window(args)),
+        *(("rope", line) for line in _rope(args)),
+        ("layout", _layout(args)),
+        ("data", _data(args)),
+        ("train", _steps(args)),
+        ("output", _output(args)),
+    ]
+    return "".join(f"{name:<8}{text}\n" for name, text in rows)
+
+
+def next_command(args: Namespace) -> str:
+    """Return the command to run after this run; "" if it has written no weights."""
+    if args.skip_train:
+        return ""
+    if args.save_hf:
+        return evaluation_command(args.save_hf, args.target_length)
+    return export_command(Path(args.save)) if args.save else ""
+
+
+def _model(args: Namespace) -> str:
+    family = "llama" if args.model_folder is None else read_config(args.model_folder)[1].model_type
+    count = flops.parameters(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels,
+        num_attention_heads=args.num_attention_heads,
+        vocab_size=args.vocab_size,
+        tied=not args.untie_embeddings_and_output_weights,
+    )
+    return f"{family}, {_rounded(count)} parameters"
+
+
+def _weights(args: Namespace) -> str:
+    found = start.find_checkpoint(args)
+    if found is None:
+        return "random weights" if args.load_hf is None else f"weights of {args.load_hf}"
+    flag, folder = found
+    if flag == "--load" and not args.finetune and folder.name != "release":
+        return f"resumed from {args.load} at step {int(folder.name.removeprefix('iter_')):,}"
+    return f"weights of {folder.parent}"
+
+
+def _window(args: Namespace) -> str:
+    window = args.rope_window or args.seq_length
+    start = "" if window == args.target_length else f" from a window of {window:,}"
+    samples = f"samples of {args.seq_length:,} tokens with positions by {' and '.join(sampler_names(args))}"
+    return f"{args.target_length:,} tokens{start}; {samples}"
+
+
+def _rope(args: Namespace) -> list[str]:
+    """Return what changes in the rotary embedding, or else what it is."""
+    changes = [line.removeprefix("rope: ") for line in args.rope_lines if line.startswith("rope: ")]
+    scaling = args.rope_scaling_config
+    scaled = f"{scaling['rope_type']} scaling by {scaling['factor']:g}" if scaling else "not scaled"
+    return changes or [f"{scaled}, theta {args.rotary_base:g}"]
+
+
+def _layout(args: Namespace) -> str:
+    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "float32"
+    if args.fp8:
+        precision += f" with FP8 ({args.fp8})"
+    ranks = "1 rank" if args.world_size == 1 else f"{args.world_size} ranks"
+    return (
+        f"{ranks}: TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}, "
+        f"CP {args.context_parallel_size}, DP {args.data_parallel_size}; micro-batch {args.micro_batch_size}, "
+        f"global batch {args.global_batch_size}; {precision}; attention {AttentionBackend(**args.attention)}"
+    )
+
+
+def _data(args: Namespace) -> str:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    chosen = blend_per_split[0] if blend_per_split else blend
+    prefixes = list(dict.fromkeys(chosen[0])) if chosen else []
+    if not prefixes:
+        return "none"
+    indexes = [open_index(prefix) for prefix in prefixes]
+    documents, tokens = sum(len(index.lengths) for index in indexes), sum(index.tokens for index in indexes)
+    where = "the Python standard library" if args.embedded_data else prefixes[0]
+    where = where if len(prefixes) == 1 else f"{len(prefixes)} data sets, first {where}"
+    split = f", split {args.split}" if args.split and not blend_per_split else ""
+    return f"{where}: {documents:,} documents, {tokens:,} tokens{split}"
+
+
+def _steps(args: Namespace) -> str:
+    if args.skip_train:
+        return "none (--skip-train): the model is evaluated"
+    each = args.global_batch_size * args.seq_length
+    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    return (
+        f"{steps:,} steps of {each:,} tokens, {_rounded(steps * each)} in all; each step's line has the time left (ETA)"
+    )
+
+
+def _output(args: Namespace) -> str:
+    parts = []
+    if args.save and not pretrained.uses_intermediate_folder(args):
+        steps = "" if args.skip_train else f"a checkpoint every {args.save_interval:,} steps, "
+        parts.append(f"{args.save} ({steps}settings in {Path(args.save) / 'runs'})")
+    if args.save_hf:
+        parts.append(f"{args.save_hf} (Hugging Face folder, at the end)")
+    if args.tensorboard_dir:
+        parts.append(f"TensorBoard in {args.tensorboard_dir}")
+    return "; ".join(parts) or "none: no --save"
+
+
+def _rounded(count: float) -> str:
+    """Return a number in three digits, such as 6.74B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
