@@ -195,15 +195,15 @@ ADVICE = [
             "--most-recent-k 2 --ckpt-format torch_dist"),
     trainer("{}: only with --save-hook", "--save-hook-minutes 3", "--save-hook-minutes 3 --save-hook true"),
     Advice(
-        "add --load {} to go on from there, or give another folder", with_("--save {0}/run"),
+        "Add --load {} to resume from them, or give another folder", with_("--save {0}/run"),
         (with_(f"--save {{0}}/run --load {{0}}/run {LONGER}"), NEW),
     ),
-    Advice("--ckpt-step goes on from one of them", GO_ON, (with_(f"--ckpt-step 2 {LONGER}", GO_ON),), untracked),
+    Advice("Use --ckpt-step to resume from one of them", GO_ON, (with_(f"--ckpt-step 2 {LONGER}", GO_ON),), untracked),
     Advice(
-        "was saved with --no-save-optim: add --no-load-optim", with_("--train-iters 3", RESUME),
+        "was saved with --no-save-optim. To resume with the weights only, add --no-load-optim", with_("--train-iters 3", RESUME),
         (with_("--train-iters 3 --no-load-optim", RESUME),), common_args(no_save_optim=True),
     ),
-    Advice("these flags make it {}: add --no-load-optim", SGD, (with_("--train-iters 3 --no-load-optim", SGD),)),
+    Advice("these flags set {}. To resume with the weights only, add --no-load-optim", SGD, (with_("--train-iters 3 --no-load-optim", SGD),)),
     Advice(
         "--override-opt-param-scheduler for the schedule of these flags, or --use-checkpoint-opt-param-scheduler",
         with_("--train-iters 3", RESUME),

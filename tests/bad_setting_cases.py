@@ -152,7 +152,7 @@ FLAGS = {
         "--save {0}/new --save-interval 1 --save-hook no-such-program", 1, ["--save-hook no-such-program", "not found"],
     ),
     "hook that is no program": (
-        "--save {0}/new --save-interval 1 --save-hook {0}/data.bin", 1, ["--save-hook", "data.bin", "not a program"],
+        "--save {0}/new --save-interval 1 --save-hook {0}/data.bin", 1, ["--save-hook", "data.bin", "not executable"],
     ),
     "hook's quotation": ("--save {0}/new --save-hook 'up", 1, ["--save-hook: No closing quotation"]),
     "time of no hook": ("--save {0}/new --save-hook-minutes 3", 1, ["--save-hook-minutes 3.0: only with --save-hook"]),

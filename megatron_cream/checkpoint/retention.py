@@ -1,8 +1,8 @@
-"""Which checkpoints of a run are kept: the newest few, and every so many steps one.
+"""Remove older checkpoints of a run: keep the newest few, and one at every given number of steps.
 
-Megatron's own --save-retain-interval removes the checkpoint that a run was loaded from, and one that is being
-uploaded; killed meanwhile, it leaves half a folder under a checkpoint's name. Here a folder first takes a name that
-nothing loads, and is removed in the background.
+Megatron's own --save-retain-interval also removes the checkpoint that a run was loaded from, and one that is being
+uploaded. If it is killed, it leaves an incomplete folder under a checkpoint's name. Here a folder is first renamed to
+a name that nothing loads, and then removed in the background.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _CLOSE_SECONDS = 60
 
 
 def find_complete_steps(save: Path) -> dict[int, Path]:
-    """The checkpoints in a folder that were written to their end, whether the tracker names them or not."""
+    """Return {step: folder} of the complete checkpoints in a folder, whether or not the tracker names them."""
     steps = {}
     for folder in save.glob("iter_*"):
         named = _STEP.fullmatch(folder.name)
@@ -31,14 +31,14 @@ def find_complete_steps(save: Path) -> dict[int, Path]:
 
 
 class Retention:
-    """Of one run; on its first rank.
+    """The removal of older checkpoints of one run, on its first rank.
 
     Args:
         save: --save.
-        last: how many of the newest are kept, 1 or more.
-        every: a step that is a multiple of it is kept too; None: none is.
-        kept: folders that are not removed in any case: what the run was loaded from.
-        busy: says which folders are in use now.
+        last: number of newest checkpoints to keep, 1 or more.
+        every: keep each step that is a multiple of this too; None for no others.
+        protected: folders that are never removed, such as the one that the run was loaded from.
+        busy: returns the folders that are in use now.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Retention:
         self._save, self._last, self._every, self._busy = save, last, every, busy
         self._protected = {path.resolve() for path in protected}
         self._lock, self._removal = threading.Lock(), None
-        self._start_removal()  # what a run that was killed had begun to
+        self._start_removal()  # finish the removals of a killed run
 
     def prune(self) -> None:
-        """Remove what is to go: call when a checkpoint is whole, and again when one is no longer in use.
+        """Remove checkpoints; call it when a checkpoint is complete, and when one is no longer in use.
 
-        Raises nothing: what cannot be removed costs a line.
+        If a folder cannot be removed, it prints a warning and does not raise.
         """
         with self._lock:
             try:
@@ -69,16 +69,16 @@ class Retention:
             self._start_removal()
 
     def close(self) -> None:
-        """Wait for the last removal, but not for a file system that hangs; the next start goes on with it."""
+        """Wait up to a minute for the last removal; the next start of the run finishes an incomplete one."""
         if self._removal:
             self._removal.join(_CLOSE_SECONDS)
 
     def _find_removable(self) -> list[Path]:
-        """Whole checkpoints before the one that the tracker names; what is not whole counts for nothing, and stays."""
+        """Return the checkpoints to remove: complete ones, older than the one that the tracker names."""
         newest = int((self._save / TRACKER).read_text())
         steps = find_complete_steps(self._save)
         earlier = sorted(step for step in steps if step < newest)
-        last = earlier[1 - self._last :] if self._last > 1 else []  # beside the newest itself
+        last = earlier[1 - self._last :] if self._last > 1 else []  # the newest is kept anyway
         stays = set(last) | {step for step in earlier if self._every and step % self._every == 0}
         in_use = self._protected | {path.resolve() for path in self._busy()}
         return [steps[step] for step in earlier if step not in stays and steps[step].resolve() not in in_use]
@@ -104,4 +104,4 @@ class Retention:
 
 def _warn(place: Path, error: OSError) -> None:
     reason = error.strerror or error
-    print(f"warning: {place}: an earlier checkpoint is not removed: {reason}", file=sys.stderr, flush=True)
+    print(f"warning: {place}: cannot remove an older checkpoint: {reason}", file=sys.stderr, flush=True)

@@ -1,12 +1,12 @@
-"""The user's own command for each checkpoint that is whole: an upload, a message. It never holds training up.
+"""Run the user's command for each complete checkpoint, such as an upload, without delaying training.
 
-One after the other, in the background, on the first rank. It gets the checkpoint's folder as its last argument, and
-CHECKPOINT_FOLDER and CHECKPOINT_STEP in its environment; what it prints goes to `save_hook.log` in --save, which only
-the run's user may read.
+The commands run one after the other, in the background, on the first rank. The command gets the checkpoint's folder
+as its last argument, and CHECKPOINT_FOLDER and CHECKPOINT_STEP in its environment. Its output goes to `save_hook.log`
+in --save, which only the run's user can read.
 
-It outlives a rank that is killed, so that an upload under way comes to its end; then nothing ends it after
---save-hook-minutes. Its words may hold a token: they are kept here alone, and everything that is saved, printed or
-logged has the program's name.
+It survives a killed rank, so that a running upload can finish; after that, --save-hook-minutes no longer applies. The
+command may contain a token, so it is kept only in this module. Anything saved, printed or logged has only the
+program's name.
 """
 
 import os
@@ -26,30 +26,31 @@ from megatron_cream.common.errors import UsageError
 LOG = "save_hook.log"
 
 _command: list[str] = []
-"""Those of this run's --save-hook."""
+"""Program and arguments of this run's --save-hook."""
 
 
 def set_command(command: str) -> str:
-    """Keep the words of --save-hook for `words`, and return what may be shown: the program."""
+    """Keep --save-hook for `get_command`, and return the program's name, which may be shown."""
     global _command
     _command = parse_command(command)
     return program_name(_command)
 
 
 def get_command() -> list[str]:
-    """Return those that `take` was given."""
+    """Return the program and arguments that `set_command` kept."""
     return _command
 
 
 def program_name(words: list[str]) -> str:
-    return words[0].partition("=")[0]  # TOKEN=... program, which a shell would understand
+    """Return the name of the program, or of a variable that is set before it, as in a shell's TOKEN=... program."""
+    return words[0].partition("=")[0]
 
 
 def parse_command(command: str) -> list[str]:
-    """The words of --save-hook, as a shell would cut them; no shell runs it.
+    """Split --save-hook into program and arguments, as a shell would; no shell runs it.
 
     Raises:
-        UsageError: none, or a quotation that is not closed.
+        UsageError: the command is empty, or a quotation is not closed.
     """
     try:
         words = shlex.split(command)
@@ -61,20 +62,20 @@ def parse_command(command: str) -> list[str]:
 
 
 def check_can_run() -> None:
-    """Raise UsageError unless the command is there and can be run; on the rank that is to."""
+    """Raise UsageError unless the command is executable; call on the rank that runs it."""
     if shutil.which(_command[0]) is None:
-        hint = "; no shell runs it, so set the variable for the whole run" if "=" in _command[0] else ""
-        raise UsageError(f"--save-hook {program_name(_command)}: is not found, or not a program that can be run{hint}")
+        hint = ". No shell runs it, so set the variable for the whole run." if "=" in _command[0] else ""
+        raise UsageError(f"--save-hook {program_name(_command)}: not found or not executable{hint}")
 
 
 class SaveHook:
-    """Of one run; on its first rank.
+    """The background runs of the command for one training run, on its first rank.
 
     Args:
-        command: words.
-        log: where its output goes.
-        seconds: it is ended after so long.
-        after: called when a checkpoint is no longer in use.
+        command: program and arguments.
+        log: file that the command's output is appended to.
+        seconds: time limit of one command.
+        after: called when the command for a checkpoint has ended.
     """
 
     def __init__(self, command: list[str], log: Path, seconds: float, after: Callable[[], None] = lambda: None):
@@ -84,7 +85,7 @@ class SaveHook:
         self._thread: threading.Thread | None = None
 
     def start(self, step: int, folder: Path) -> None:
-        """Run the command for this checkpoint when those before are done. Returns at once."""
+        """Queue the command for this checkpoint, and return without waiting."""
         self._busy.append(folder)
         self._jobs.put((step, folder))
         if self._thread is None:
@@ -92,19 +93,17 @@ class SaveHook:
             self._thread.start()
 
     def busy(self) -> set[Path]:
-        """Checkpoints that the command is at, or still has to come to."""
+        """Return the checkpoints whose command is running or queued."""
         return set(self._busy)
 
     def close(self) -> None:
-        """At the run's end: wait until all are done, for as long as one may take."""
+        """Wait at the end of the run until all commands have ended, up to the time limit of one."""
         if self._thread is None:
             return
         self._jobs.put(None)
         self._thread.join(self._seconds)
         for folder in self._busy:
-            _warn(
-                f"{folder}: not done {self._seconds / 60:g} minutes after the end of the run; it may still be running"
-            )
+            _warn(f"{folder}: not finished {self._seconds / 60:g} minutes after the run; it may still be running")
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -115,13 +114,13 @@ class SaveHook:
             self._after()
 
     def _run(self, step: int, folder: Path) -> str:
-        """Returns what went wrong."""
+        """Run the command for one checkpoint, and return what went wrong, or ""."""
         environment = {**os.environ, "CHECKPOINT_FOLDER": str(folder), "CHECKPOINT_STEP": str(step)}
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
             with open(self._log, "a", opener=_open_private) as log:
                 print(f"{began} step {step}: {program_name(self._command)} ... {folder}", file=log, flush=True)
-                # A session of its own: what ends the run (Ctrl-C) does not end an upload.
+                # A new session, so that Ctrl-C ends the run but not an upload.
                 process = subprocess.Popen(
                     [*self._command, str(folder)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     env=environment, start_new_session=True,
@@ -130,7 +129,7 @@ class SaveHook:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return f"ended after {self._seconds / 60:g} minutes (--save-hook-minutes)"
+            return f"killed after {self._seconds / 60:g} minutes (--save-hook-minutes)"
         except OSError as error:
             return error.strerror or str(error)
         return f"exit code {code}" if code else ""

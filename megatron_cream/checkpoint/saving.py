@@ -1,8 +1,8 @@
-"""A checkpoint that cannot be written costs one line; training goes on, and the checkpoint before stays.
+"""Continue training with a one-line warning when a checkpoint cannot be written, and keep the previous one.
 
-Megatron by itself ends the run when a shard cannot be written, and hangs when one rank fails alone: at making the
-folder, `.metadata`, `metadata.json` or the tracker, the others wait for it in a collective. Here each rank keeps
-its error until all have come to where they can agree, and only then does the tracker name the step.
+Megatron ends the run when a shard cannot be written. It hangs when only one rank fails, at creating the folder,
+`.metadata`, `metadata.json` or the tracker, because the others wait for it in a collective. Here each rank keeps its
+error until all ranks reach a point where they can exchange errors. Only then is the step written to the tracker.
 """
 
 import contextlib
@@ -33,19 +33,21 @@ from megatron_cream.patches import async_writer, hooks, registry
 
 
 class SaveFailed(Exception):
-    """The last checkpoint of a run could not be written. The message is the line that a user reads."""
+    """A checkpoint could not be written; the message is the one line for the user."""
 
 
 @dataclass
 class _SaveState:
-    """say: prints a line where a person reads, on one rank.
-    home: --save, which the first rank holds.
-    whole: folder of checkpoints -> the step that this run has saved there last.
+    """The saves of one run.
+
+    report: prints a line for the user, on one rank.
+    save_folder: --save, which the first rank has locked.
+    saved_steps: folder of checkpoints -> the last step that this run saved there.
     failed: folder of checkpoints -> why its newest save failed.
-    left: half-written folders that could not be removed.
-    held: this rank's error in the save that goes on, until all ranks agree.
-    step, folder: of that save.
-    agreed: on this save, all ranks have, that all is written but the tracker.
+    leftovers: incomplete step folders that could not be removed.
+    error: this rank's error in the current save, until all ranks have exchanged errors.
+    step, folder: training step and step folder of the current save.
+    all_written: all ranks have written everything of the current save except the tracker.
     """
 
     report: Callable[[str], None] = print
@@ -63,7 +65,7 @@ _state = _SaveState()
 
 
 def install(report: Callable[[str], None], save_folder: Path | None) -> None:
-    """Call before `pretrain`; for each run anew.
+    """Install the replacements of Megatron's functions; call before `pretrain`, once for each run.
 
     Args:
         report: prints a line for the user.
@@ -84,28 +86,27 @@ def install(report: Callable[[str], None], save_folder: Path | None) -> None:
 
 
 def check_last_save() -> None:
-    """Call when training has ended, on every rank, all asynchronous saves being done.
+    """Raise SaveFailed on every rank if the last checkpoint could not be written.
 
-    Raises:
-        SaveFailed: on every rank, if the last checkpoint could not be written.
+    Call on every rank at the end of training, when all asynchronous saves have ended.
     """
     for why in _state.failed.values():
         raise SaveFailed(f"the last checkpoint is missing: {why}")
 
 
 def has_failed(folder: str) -> bool:
-    """Whether the newest save in this --save failed; of one that is still being written it is not known."""
+    """Tell whether the newest save in this folder failed; False while it is still being written."""
     return os.path.realpath(folder) in _state.failed
 
 
-# In training's process, on all ranks.
+# In the training process, on all ranks.
 
 
 def _save_checkpoint(original, iteration, *args, **kwargs):
-    training.maybe_finalize_async_save(blocking=True)  # all give their results into one queue: one at a time
+    training.maybe_finalize_async_save(blocking=True)  # all saves share one result queue, so run one at a time
     settings = checkpointing.get_args()
     if _is_already_saved(settings, iteration):
-        return None  # a finished run that was started again would write over its last checkpoint
+        return None  # a finished run that was restarted would overwrite its last checkpoint
     folder = _step_folder(settings.save, iteration)
     _state.step, _state.folder, _state.all_written = iteration, folder, False
     with watchdog.watch_save(folder):
@@ -120,33 +121,32 @@ def _save_checkpoint(original, iteration, *args, **kwargs):
                 mine = _reason(error)
             except OSError as error:
                 if not _state.all_written:
-                    raise  # the others are in a collective that this rank left: nothing can go on
-                mine = _reason_with_rank(
-                    error
-                )  # the tracker's; the others are at the barrier that ends Megatron's function
+                    raise  # this rank left a collective that the others wait in: the run cannot continue
+                # The tracker was not written; the other ranks wait at the last barrier of Megatron's function.
+                mine = _reason_with_rank(error)
                 torch.distributed.barrier()
             why = find_first_reason(mine)
             if settings.async_save and not why:
-                return None  # `_schedule` has the rest
+                return None  # `_schedule_save` does the rest
         _conclude_save(settings, iteration, why)
 
 
 def _make_args_plain(original, *args, **kwargs):
-    """Megatron saves the flags as they are in this process, with objects that another may have no class for."""
+    """Save the flags as plain values; Megatron's may be objects of classes that another process lacks."""
     state = original(*args, **kwargs)
     state["args"] = to_plain(state["args"])
     return state
 
 
 def _is_already_saved(settings, step: int) -> bool:
-    """Whether this very run has saved the step already, or was loaded from it."""
+    """Tell whether this run has saved the step already, or was loaded from it."""
     folder = os.path.realpath(settings.save)
     loaded = settings.load and os.path.realpath(settings.load) == folder and not settings.finetune
     return _state.saved_steps.get(folder) == step or bool(loaded and step and getattr(settings, "iteration", 0) == step)
 
 
 def _make_empty_folder(folder: Path) -> str:
-    """Make an empty folder. Returns why not."""
+    """Create an empty step folder; return why it failed, or ""."""
     if gone := _find_lost_folder():
         return gone
     try:
@@ -160,7 +160,10 @@ def _make_empty_folder(folder: Path) -> str:
 
 
 def _find_lost_folder() -> str:
-    """Why --save is not the folder that this run opened, if so. Another disk, or another run, may be there now."""
+    """Return an error if --save is no longer the folder that this run opened, or "".
+
+    Another disk or another run may be there now.
+    """
     if _state.save_folder is None or files.is_locked_folder(_state.save_folder):
         return ""
     return f"{_state.save_folder} is not the folder that this run opened: it was unmounted, moved or deleted"
@@ -175,7 +178,10 @@ def _remove_leftovers() -> None:
 
 
 def _probe_write(folder: Path, rank: int) -> str:
-    """Before the collectives of a save, as a rank that fails in them alone leaves the others there."""
+    """Write and remove a small file in the folder; return why it failed, or "".
+
+    It runs before the collectives of a save, because a rank that fails inside them leaves the others waiting.
+    """
     path = folder / f".writable.{rank}"
     try:
         path.write_bytes(b"\0" * 4096)
@@ -221,7 +227,7 @@ def _raise_kept_error() -> None:
 
 
 def _keep_error(original, *args, **kwargs):
-    """What the first rank does alone, while the others wait."""
+    """Keep an OSError of a function that only the first rank runs, because the other ranks wait for it."""
     try:
         return original(*args, **kwargs)
     except OSError as error:
@@ -229,7 +235,7 @@ def _keep_error(original, *args, **kwargs):
 
 
 def _schedule_save(original, request):
-    """All that is to be done when an asynchronous save ends, as one function that raises nothing."""
+    """Combine all final steps of an asynchronous save into one function that does not raise."""
     settings = checkpointing.get_args()
     steps, step = list(request.finalize_fns), _state.step
 
@@ -253,7 +259,13 @@ def _finalize_save(original, *args, **kwargs):
 
 
 def _conclude_save(settings, step: int, why: str) -> None:
-    """What follows from a save that has ended; the same on all ranks."""
+    """Record the result of a save, and report and remove a failed one; call on all ranks.
+
+    Args:
+        settings: Megatron's flags.
+        step: training step of the save.
+        why: why it failed, or ""; the same on all ranks.
+    """
     place, folder = os.path.realpath(settings.save), _step_folder(settings.save, step)
     if not why:
         _state.saved_steps[place] = step
@@ -276,12 +288,12 @@ def _conclude_save(settings, step: int, why: str) -> None:
 
 
 def _is_tracked(folder: Path) -> bool:
-    """Whether this is the checkpoint that a run would go on from."""
+    """Tell whether the tracker names this step folder, so that a run would resume from it."""
     return folder.name == f"iter_{_read_tracker(folder.parent):0>7}"
 
 
 def _read_tracker(save: Path) -> str:
-    """The step that the tracker names, or nothing."""
+    """Return the step that the tracker names, or ""."""
     tracker = save / TRACKER
     return tracker.read_text().strip() if tracker.is_file() else ""
 
@@ -295,10 +307,10 @@ def _reason_with_rank(error: OSError) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """In a few words: what the system said, if it is behind the error."""
+    """Return a short reason: the system's error message if there is one among the causes."""
     if isinstance(error, CheckpointException):
         said = [f"{_reason(wrapped[0])} (rank {rank})" for rank, wrapped in sorted(error.failures.items())]
-        return said[0] if said else ""  # ranks but the first are told nothing
+        return said[0] if said else ""  # only the first rank gets the failures
     behind = error
     while behind is not None:
         if isinstance(behind, OSError) and behind.strerror:
@@ -307,7 +319,7 @@ def _reason(error: BaseException) -> str:
     return one_line(error).removeprefix("Worker failure: ") or type(error).__name__
 
 
-# In the process that writes.
+# In the writer process.
 
 
 def _report_write_errors(original, self):
@@ -316,7 +328,10 @@ def _report_write_errors(original, self):
 
 
 def _write(write: Callable, rank: int, buckets: list, results) -> None:
-    """Megatron's answer to a failed write has its type only, or none comes; here one comes that says why."""
+    """Write shards, and put the result or the reason of a failure into `results`.
+
+    Megatron reports only the type of a failed write, or nothing at all.
+    """
     answer, errors = queue.SimpleQueue(), []
     with _keep_write_errors(errors):
         try:
@@ -328,15 +343,15 @@ def _write(write: Callable, rank: int, buckets: list, results) -> None:
 
 @contextlib.contextmanager
 def _keep_write_errors(errors: list[Exception]) -> Iterator[None]:
-    """Each failed write goes into `errors`, and torch does not see it.
+    """Collect failed writes in `errors` and hide them from torch.
 
-    It would raise while it holds the buffer of a BytesIO, in a cycle of references on whose collection CPython
-    3.12.1 has crashed.
+    torch would raise while it holds the buffer of a BytesIO, in a reference cycle; CPython 3.12.1 has crashed on
+    collecting it.
     """
 
     def write(original, *args, **kwargs):
         written = original(*args, **kwargs)
-        if isinstance(written[1], Exception):  # of the flush that ends a file
+        if isinstance(written[1], Exception):  # from the last flush of a file
             errors.append(written[1])
         return written
 
@@ -344,7 +359,7 @@ def _keep_write_errors(errors: list[Exception]) -> Iterator[None]:
         return io.BufferedWriter(_ErrorKeepingShard(path, mode, errors))
 
     logger = logging.getLogger(FileSystemWriterAsync.__module__)
-    logger.addFilter(_drop_record)  # it would say in four lines what is said in one
+    logger.addFilter(_drop_record)  # it would repeat the error in four lines
     try:
         with registry.override(hooks.WRITE_BUCKET, write), registry.override(hooks.OPEN_SHARD, open_shard):
             yield
@@ -357,7 +372,7 @@ def _drop_record(record: logging.LogRecord) -> bool:
 
 
 class _ErrorKeepingShard(io.FileIO):
-    """A file that takes everything once a write has failed."""
+    """A file that discards all data after a write has failed."""
 
     def __init__(self, path: str, mode: str, errors: list[Exception]):
         super().__init__(path, mode)
@@ -373,9 +388,9 @@ class _ErrorKeepingShard(io.FileIO):
 
 
 def _detect_dead_writer(original, self, blocking: bool = False, no_dist: bool = False):
-    """A writer that was killed answers never: its save has ended, with nothing."""
+    """End the save of a writer process that was killed, since it never answers."""
     while self.cur_item is None and self.process is not None:
-        alive = self.process.is_alive()  # first: what a writer that ended had put is there
+        alive = self.process.is_alive()  # before reading the queue: the result of a writer that ended is in it
         with contextlib.suppress(queue.Empty):
             self.cur_item = self._persistent_comp_q.get(timeout=0.1 if blocking else 0.001)
         if self.cur_item is None and not alive:

@@ -1,8 +1,8 @@
 """Resume with the saved schedule of learning rate and weight decay, or with that of this run's flags.
 
-Megatron fails at a schedule that differs from the saved one, unless told which of the two to take. But it also finds
-the saved optimizer state of a parameter by its group's learning rates, and with others finds none: either those of
-the saved groups or those of this run have to be changed before.
+Megatron fails on a schedule that differs from the saved one, unless a flag chooses one of the two. It also finds
+the saved optimizer state of a parameter by its group's learning rates, and finds none if they differ. So the learning
+rates of the saved groups, or those of this run, have to be changed before.
 """
 
 from argparse import Namespace
@@ -18,20 +18,20 @@ _ALWAYS = (
     "lr_wsd_decay_style", "weight_decay", "weight_decay_incr_style",
 )  # fmt: skip
 _LENGTHS = ("lr_decay", "lr_warmup", "lr_wsd_decay")
-"""Each is a flag in steps and one in samples: the run's own --train-iters or --train-samples decides which."""
+"""Each is one flag in steps and one in samples; --train-iters or --train-samples of the run decides which."""
 
 
 def check_schedule(args: Namespace, common: dict[str, Any], checkpoint: str, step: str) -> None:
     """Compare the schedule of these flags with the saved one.
 
     Args:
-        args: Megatron's, of this run.
-        common: what Megatron saved beside the tensors.
-        checkpoint: flag and folder, for the message.
-        step: the name of the step's folder.
+        args: Megatron's flags of this run.
+        common: Megatron's state beside the tensors.
+        checkpoint: flag and folder, for messages.
+        step: name of the step folder.
 
     Raises:
-        UsageError: they differ, and no flag says which to take.
+        UsageError: they differ, and no flag chooses one.
     """
     saved = common.get("opt_param_scheduler")
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler or not isinstance(saved, dict):
@@ -39,14 +39,14 @@ def check_schedule(args: Namespace, common: dict[str, Any], checkpoint: str, ste
     for (key, name), value in _schedule_of_flags(args).items():
         if key in saved and saved[key] != value:
             raise UsageError(
-                f"{checkpoint}: {to_flag(name)}: {step} was saved with {key} {saved[key]}, and these flags "
-                f"make it {value}. Give the saved value, or --override-opt-param-scheduler for the schedule of these "
-                "flags, or --use-checkpoint-opt-param-scheduler for the saved one"
+                f"{checkpoint}: {to_flag(name)}: {step} was saved with {key} {saved[key]}, but these flags "
+                f"set {value}. Give the saved value, or --override-opt-param-scheduler for the schedule of these "
+                "flags, or --use-checkpoint-opt-param-scheduler for the saved one."
             )
 
 
 def _schedule_of_flags(args: Namespace) -> dict[tuple[str, str], Any]:
-    """(Megatron's name in a checkpoint, the flag) -> value."""
+    """Return {(Megatron's key in a checkpoint, name of the flag): value}."""
     found = {
         ("max_lr", "lr"): args.lr,
         ("min_lr", "min_lr"): args.min_lr,
@@ -70,29 +70,32 @@ def _schedule_of_flags(args: Namespace) -> dict[tuple[str, str], Any]:
 
 
 def adopt_saved(args: Namespace, saved: Namespace) -> None:
-    """Set the flags of the schedule to those that the checkpoint was saved with."""
+    """Set the schedule flags of `args` to the saved ones."""
     kind = "iters" if args.train_iters else "samples"
     names = [*_ALWAYS, *(f"{name}_{kind}" for name in _LENGTHS if getattr(saved, f"train_{kind}", None))]
     for name in names:
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
-    # Megatron takes these two only where weight decay changes, and fills them in.
+    # Megatron accepts these two only if weight decay changes, and fills them in otherwise.
     changes = args.weight_decay_incr_style != "constant"
     for name in ("start_weight_decay", "end_weight_decay"):
         setattr(args, name, getattr(saved, name) if changes else None)
 
 
 def install() -> None:
-    """Call before `pretrain`."""
+    """Install the replacements; call before `pretrain`."""
     registry.install(hooks.LOAD_CHECKPOINT, _match_learning_rates)
     registry.install(hooks.LOAD_SCHEDULE, _load_and_apply)
 
 
 def _match_learning_rates(original, load_dir, args, *others, **kwargs):
-    """Megatron 0.19 matches parameter groups by learning rates too: `max_lr` and `min_lr`."""
+    """Set the learning rates of the saved parameter groups to this run's.
+
+    Megatron 0.19 matches parameter groups by `max_lr` and `min_lr` too.
+    """
     state, *rest = original(load_dir, args, *others, **kwargs)
     groups = list(_iterate_groups(state.get("optimizer"))) if state else []
-    if groups and state.get("args"):  # an imported checkpoint has weights alone, and flags without learning rates
+    if groups and state.get("args"):  # an imported checkpoint has no optimizer, and no learning rates
         ours = dict(zip(_learning_rates(state["args"]), _learning_rates(args), strict=True))
         for group in groups:
             pair = (group.get("max_lr"), group.get("min_lr"))
@@ -101,14 +104,14 @@ def _match_learning_rates(original, load_dir, args, *others, **kwargs):
 
 
 def _learning_rates(args: Namespace) -> Iterator[tuple[float, float]]:
-    """Of the embeddings, where they have their own, and of all other weights."""
+    """Yield (max_lr, min_lr) of the embeddings, if they have their own, then of all other weights."""
     least = args.min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
     yield args.decoupled_lr, least
     yield args.lr, args.min_lr
 
 
 def _iterate_groups(state: Any) -> Iterator[dict[str, Any]]:
-    """The parameter groups of one optimizer, or of several that are chained."""
+    """Yield the parameter groups of one optimizer, or of several chained ones."""
     if isinstance(state, dict):
         for key, value in state.items():
             if key == "param_groups":
@@ -118,6 +121,9 @@ def _iterate_groups(state: Any) -> Iterator[dict[str, Any]]:
 
 
 def _load_and_apply(original, self, state_dict) -> None:
-    """Megatron sets learning rate and weight decay before it has read all of the schedule; the next step has them."""
+    """Load the schedule, then apply its learning rate and weight decay.
+
+    Megatron applies them before it has read the whole schedule, so they would be right only one step later.
+    """
     original(self, state_dict)
     self.step(0)

@@ -1,7 +1,7 @@
-"""What a run will load, looked at before a process group, a GPU or a file of the run's own is touched.
+"""Find and check the model and checkpoint that a run loads, before it uses a process group, a GPU or its own files.
 
-Megatron finds out as it goes: a checkpoint that is cut, of another model, or made to run code ends it in
-tracebacks of all ranks, after the run's folders were made.
+Megatron checks while it loads: a checkpoint that is truncated, of another model, or that runs code ends it with
+tracebacks of all ranks, after the run's folders were created.
 """
 
 import os
@@ -20,7 +20,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.distributed.rendezvous import check_on_all_ranks
 from megatron_cream.model.rope_choice import ModelRope
 
-# What a checkpoint's weights were trained as.
+# Flags that describe the model of a checkpoint.
 _SHAPE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "vocab_size", "untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "add_bias_linear", "swiglu",
@@ -28,22 +28,22 @@ _SHAPE = (
 )  # fmt: skip
 _SET_BY = {"rope_scaling_config": "rope_scaling_type", "layernorm_epsilon": "norm_epsilon"}
 
-# What the saved state of an optimizer goes with: its kind and its own settings, which come from the checkpoint.
+# Flags that must agree with the saved optimizer state, because the state includes these settings.
 _OPTIMIZER = (
     "optimizer", "fp16", "bf16", "use_distributed_optimizer", "adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum",
     "apply_wd_to_qk_layernorm",
 )  # fmt: skip
-_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")  # and this, saved as it lies on the ranks
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")  # too, if the state is saved per rank
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
     """The checkpoint that a run starts from.
 
-    flag: that names it.
-    folder: of the step.
-    args: the flags that it was saved with.
-    step: None for `mp_rank_XX` files.
+    flag: the flag that names it.
+    folder: folder of the step.
+    args: flags that it was saved with.
+    step: the opened step; None for `mp_rank_XX` files.
     """
 
     flag: str
@@ -54,12 +54,12 @@ class FoundCheckpoint:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run's weights come from.
+    """The origin of a run's weights.
 
-    model_folder: the Hugging Face folder, or the `hf/` of a checkpoint; None for a model from nowhere.
-    shape: of the model in it.
+    model_folder: the Hugging Face folder, or the `hf/` of a checkpoint; None without an original model.
+    shape: shape of the model in that folder.
     source: (flag, folder of the step) that Megatron will load.
-    checkpoint: that one opened, if its format is one that this project writes.
+    checkpoint: the opened checkpoint of `source`, if its format is one that this project writes.
     """
 
     model_folder: Path | None
@@ -72,7 +72,7 @@ def find_origin(args: Namespace) -> Origin:
     """Find the model and the checkpoint that the flags name. No tensor is read.
 
     Raises:
-        UsageError: one of them cannot be read or carried.
+        UsageError: one of them is unreadable or unsupported.
     """
     folder, shape = find_model(args)
     found = find_checkpoint(args)
@@ -92,7 +92,8 @@ def _find_model_folder(args: Namespace) -> Path | None:
         folder = hub.locate(args.load_hf, flag="--load-hf")
         if not (folder / hf_folder.CONFIG).exists():
             raise UsageError(
-                f"--load-hf {args.load_hf}: has no {hf_folder.CONFIG}; give a Hugging Face model's folder, or its name"
+                f"--load-hf {args.load_hf}: has no {hf_folder.CONFIG}. Give the folder or the name of a Hugging Face "
+                "model."
             )
         return folder
     for name in (args.load, args.pretrained_checkpoint):
@@ -102,12 +103,12 @@ def _find_model_folder(args: Namespace) -> Path | None:
 
 
 def check_save_folder(args: Namespace) -> None:
-    """A --save that holds a checkpoint already: go on from it if torchrun restarted this job, else --load must.
+    """Check --save, and resume from a checkpoint in it if torchrun restarted this job.
 
-    torchrun starts its ranks again (--max-restarts) with the flags of the first start.
+    torchrun restarts its ranks (--max-restarts) with the flags of the first start. Otherwise only --load resumes.
 
     Raises:
-        UsageError: the run would write over an earlier one's checkpoints.
+        UsageError: the run would overwrite the checkpoints of an earlier one.
     """
     if args.save is None or args.skip_train:
         return
@@ -122,24 +123,24 @@ def check_save_folder(args: Namespace) -> None:
 
 
 def reject_other_run(args: Namespace) -> None:
-    """Raise UsageError where --save holds checkpoints that this run does not go on from."""
+    """Raise UsageError if --save contains checkpoints that this run does not resume from."""
     if not _is_load_equal_save(args) and not args.skip_train and os.path.lexists(Path(args.save) / output.TRACKER):
         raise UsageError(
-            f"--save {args.save}: holds the checkpoints of an earlier run: add --load {args.save} to go on from "
-            "there, or give another folder"
+            f"--save {args.save}: contains the checkpoints of an earlier run. Add --load {args.save} to resume from "
+            "them, or give another folder."
         )
 
 
 def _is_load_equal_save(args: Namespace) -> bool:
-    """Whether --load is what --save makes: how a job is written that may be started again."""
+    """Tell whether --load and --save are the same folder, as in a job that may be restarted."""
     return args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
 
 
 def find_checkpoint(args: Namespace) -> tuple[str, Path] | None:
-    """(flag, folder of the step) that Megatron will load, or None if it starts from nothing or Hugging Face weights.
+    """Return (flag, folder of the step) that Megatron will load, or None if it loads no checkpoint.
 
     Raises:
-        UsageError: a folder that holds no checkpoint, or not the step that was asked for.
+        UsageError: a folder has no checkpoint, or not the requested step.
     """
     for name in ("load", "pretrained_checkpoint"):
         if getattr(args, name) is None:
@@ -149,11 +150,11 @@ def find_checkpoint(args: Namespace) -> tuple[str, Path] | None:
         if has_tracker or (name == "load" and args.ckpt_step is not None):
             step = opening.read_newest_step(path, given) if has_tracker else None
             if step == "release" and args.ckpt_step is not None:
-                raise UsageError(f"--ckpt-step {args.ckpt_step}: {given} {path} holds a release, which has no steps")
+                raise UsageError(f"--ckpt-step {args.ckpt_step}: {given} {path} is a converted model without steps")
             step = step if args.ckpt_step is None else args.ckpt_step
             return given, opening.find_step_folder(path, step, given)
         if name != "load" or args.save is None or not _is_load_equal_save(args):
-            why = f"holds no checkpoint: it has no {output.TRACKER}" if path.is_dir() else "no such folder"
+            why = f"contains no checkpoint: it has no {output.TRACKER}" if path.is_dir() else "no such folder"
             if path.is_dir() and re.fullmatch(r"iter_\d{7}", path.absolute().name):
                 why += f". Give {given} {path.absolute().parent} --ckpt-step {int(path.absolute().name[5:])}"
             raise UsageError(f"{given} {path}: {why}")
@@ -162,9 +163,10 @@ def find_checkpoint(args: Namespace) -> tuple[str, Path] | None:
 
 
 def _find_untracked_step(path: Path) -> int | None:
-    """The step of a folder's only checkpoint, if that is whole by its checksums, which come last but for the tracker.
+    """Return the step of a folder's only checkpoint if it is complete and the tracker is missing; else None.
 
-    A run that was killed between the two goes on from there, and so does one that lost its tracker.
+    The manifest of checksums is written just before the tracker. So a run resumes that was killed between the two, or
+    that lost its tracker.
     """
     whole = {} if os.path.lexists(path / output.TRACKER) else find_complete_steps(path)
     steps = [step for step, folder in whole.items() if (folder / output.MANIFEST).is_file()]
@@ -172,17 +174,21 @@ def _find_untracked_step(path: Path) -> int | None:
 
 
 def _reject_lost_tracker(path: Path) -> None:
-    """The first checkpoint of a run that was killed may be there without one; no second comes before the tracker."""
+    """Raise UsageError if the folder has several complete checkpoints but no tracker.
+
+    A single one is allowed: a run that was killed in its first save has no tracker yet.
+    """
     whole = [folder.name for _, folder in sorted(find_complete_steps(path).items())]
     if len(whole) > 1 or (path / output.TRACKER).is_symlink():
         raise UsageError(
-            f"--load {path}: {output.TRACKER} is missing beside {', '.join(whole) or 'nothing'}, which training would "
-            "write over: --ckpt-step goes on from one of them; or give another folder"
+            f"--load {path}: {output.TRACKER} is missing. Training would overwrite "
+            f"{', '.join(whole) or 'its checkpoints'}. Use --ckpt-step to resume from one of them, or give another "
+            "folder."
         )
 
 
 def finished_message(args: Namespace) -> str | None:
-    """A line on a run that --load finds at its end already, as of a job that was queued again; None of any other."""
+    """Return a message if the checkpoint of --load is at the run's last step already; else None."""
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     found = None if args.skip_train or args.finetune else find_checkpoint(args)
     if found is None or found[0] != "--load" or found[1].name == "release" or not steps:
@@ -192,12 +198,12 @@ def finished_message(args: Namespace) -> str | None:
 
 
 def _open_checkpoint(args: Namespace, found: tuple[str, Path] | None) -> FoundCheckpoint | None:
-    """What will be loaded, if it is whole and its metadata and flags are plain data. No tensor is read.
+    """Open the checkpoint that will be loaded, without reading a tensor.
 
-    Of a format that this project does not write nothing is known here; None.
+    None if there is none, or if its format is one that this project does not write.
 
     Raises:
-        UsageError: one line that begins with the flag.
+        UsageError: the checkpoint is incomplete, damaged, or not plain data.
     """
     if found is None or args.ckpt_format not in ("torch", "torch_dist"):
         return None
@@ -211,14 +217,14 @@ def _open_checkpoint(args: Namespace, found: tuple[str, Path] | None) -> FoundCh
 
 
 def is_resume(args: Namespace, found: FoundCheckpoint | None) -> bool:
-    """Return whether the run continues the training that saved the checkpoint, and does not start from its weights."""
+    """Tell whether the run resumes the training that saved the checkpoint, not only starts from its weights."""
     return found is not None and found.flag == "--load" and found.folder.name != "release" and not args.finetune
 
 
 def read_saved_rope(found: FoundCheckpoint | None) -> ModelRope | None:
-    """Return the rotary embedding that a checkpoint of this project was trained with; None for any other.
+    """Return the rotary embedding that a checkpoint of this project was trained with; None for others.
 
-    A release is a converted model, whose config.json says more.
+    None for a converted model too, whose config.json has more details.
     """
     saved = found and found.args
     if saved is None or found.folder.name == "release" or not hasattr(saved, "rope_scaling_config"):
@@ -226,49 +232,49 @@ def read_saved_rope(found: FoundCheckpoint | None) -> ModelRope | None:
     scaling, positions = saved.rope_scaling_config, saved.target_length
     original = getattr(saved, "rope_window", None)
     if original is None and scaling and "original_max_position_embeddings" not in scaling:
-        original = round(positions / scaling["factor"])  # saved by a release that did not note it
+        original = round(positions / scaling["factor"])  # saved by an older release without rope_window
     return ModelRope(theta=float(saved.rotary_base), scaling=scaling, positions=positions, original=original)
 
 
 def check_model(args: Namespace, found: FoundCheckpoint | None) -> None:
-    """Do the flags make the model that was saved? A run that goes on must have its rotary embedding too.
+    """Check that the flags describe the saved model; a resumed run needs the same rotary embedding too.
 
     Raises:
-        UsageError: a flag does not.
+        UsageError: a flag differs from the saved one, or the checkpoint lacks a parameter.
     """
     if found is None:
         return
-    goes_on = is_resume(args, found)
-    for name in (*_SHAPE, *(["rotary_base", "rope_scaling_config"] if goes_on else [])):
+    resumed = is_resume(args, found)
+    for name in (*_SHAPE, *(["rotary_base", "rope_scaling_config"] if resumed else [])):
         saved, ours = _get_value(found.args, name), _get_value(args, name)
         if saved != ours and hasattr(found.args, name) and (saved is not None or name == "rope_scaling_config"):
             raise UsageError(
                 f"{found.flag} {found.folder.parent}: {found.folder.name} was saved with "
-                f"{to_flag(_SET_BY.get(name, name))} {saved}, and these flags make it {ours}"
+                f"{to_flag(_SET_BY.get(name, name))} {saved}, but these flags set {ours}"
             )
-    if goes_on:
+    if resumed:
         _check_optimizer(args, found)
         if found.step and not args.no_load_optim:
             schedule.check_schedule(args, found.step.common, f"{found.flag} {found.folder.parent}", found.folder.name)
     if found.step and _is_own_model(found.args):
-        MegatronCheckpoint(found.folder.parent, _parse_step(found.folder), flag=found.flag, checksums=False)  # done
+        MegatronCheckpoint(found.folder.parent, _parse_step(found.folder), flag=found.flag, checksums=False)
 
 
 def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
-    """Raise UsageError where this run's optimizer has no place for the saved state."""
+    """Raise UsageError if this run's optimizer cannot load the saved state."""
     if args.no_load_optim or found.step is None:
         return
     where, saved = f"{found.flag} {found.folder.parent}", found.args
     if getattr(saved, "no_save_optim", False):
         raise UsageError(
-            f"{where}: {found.folder.name} was saved with --no-save-optim: add --no-load-optim to resume with the "
-            "weights alone"
+            f"{where}: {found.folder.name} was saved with --no-save-optim. To resume with the weights only, add "
+            "--no-load-optim."
         )
     theirs, ours = getattr(saved, "decoupled_lr", None), args.decoupled_lr
     if (theirs is None) != (ours is None):
         raise UsageError(
-            f"{where}: {found.folder.name} was saved with --decoupled-lr {theirs}, and these flags make it {ours}: "
-            "add --no-load-optim to resume with the weights alone"
+            f"{where}: {found.folder.name} was saved with --decoupled-lr {theirs}, but these flags set {ours}. "
+            "To resume with the weights only, add --no-load-optim."
         )
     gathered = getattr(saved, "dist_ckpt_optim_fully_reshardable", False)
     tied = getattr(saved, "use_distributed_optimizer", False) and not gathered
@@ -277,20 +283,20 @@ def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
         if theirs is None or theirs == ours or (name == "use_distributed_optimizer" and theirs and gathered):
             continue
         raise UsageError(
-            f"{where}: {found.folder.name} was saved with {to_flag(name)} {theirs}, and these flags make it {ours}: "
-            "add --no-load-optim to resume with the weights alone"
+            f"{where}: {found.folder.name} was saved with {to_flag(name)} {theirs}, but these flags set {ours}. "
+            "To resume with the weights only, add --no-load-optim."
         )
 
 
 def adopt_schedule(args: Namespace, found: FoundCheckpoint | None) -> None:
-    """Take the saved schedule of learning rate and weight decay for this run's, if that is what its flags ask for."""
+    """Use the saved schedule of learning rate and weight decay if the flags of the resumed run ask for it."""
     wanted = args.use_checkpoint_opt_param_scheduler and not args.no_load_optim
     if wanted and is_resume(args, found) and found.step:
         schedule.adopt_saved(args, found.args)
 
 
 def _is_own_model(saved: Namespace) -> bool:
-    """Whether a checkpoint has the names and shapes that this project's models have: a Llama's, trained here."""
+    """Tell whether the flags in a checkpoint are those of a Llama that this project trained."""
     llama = {"swiglu": True, "normalization": "RMSNorm", "add_bias_linear": False}
     same = all(getattr(saved, name, None) == value for name, value in llama.items())
     return same and hasattr(saved, "rope_scaling_config")
@@ -314,22 +320,22 @@ _SAMPLES = (
 
 
 def resume_warning(args: Namespace, found: FoundCheckpoint | None) -> str:
-    """Return a line for each thing that a resumed run does differently, which is allowed and seldom meant.
+    """Return a note for each allowed but usually unintended difference of a resumed run, or "".
 
-    Data that only lie in another folder now are the same.
+    Data that only moved to another folder count as the same.
     """
     if not is_resume(args, found):
         return ""
     notes, changed = [], []
     if args.no_load_optim and not args.skip_train:
-        notes.append("note: --no-load-optim: the optimizer and the schedule of the learning rate start anew")
+        notes.append("note: --no-load-optim: the optimizer and the learning-rate schedule start from the beginning")
     for name in (*_SAMPLES, *(() if args.embedded_data else _DATA)):
         saved, ours = getattr(found.args, name, None), getattr(args, name)
         if hasattr(found.args, name) and _format_value(saved) != _format_value(ours):
             changed.append(f"{to_flag(name)} {_format_value(saved)}, now {_format_value(ours)}")
     if changed:
-        told = f"note: {found.flag} {found.folder.parent}: {found.folder.name} was saved with "
-        notes.append(f"{told}{'; '.join(changed)}: other samples come than would have")
+        saved_with = f"note: {found.flag} {found.folder.parent}: {found.folder.name} was saved with "
+        notes.append(f"{saved_with}{'; '.join(changed)}: the order or content of the samples changes")
     return "\n".join(notes)
 
 
@@ -339,12 +345,12 @@ def _format_value(value: Any) -> str:
 
 
 def check_content(args: Namespace, origin: Origin) -> None:
-    """What takes reading: checksums, where there are some, and the pickles of every rank. Each rank reads a share.
+    """Check the checksums, if there are any, and the pickles of a checkpoint; each rank reads a share.
 
-    All ranks must call it, and all raise the same.
+    All ranks must call it, and all raise the same error.
 
     Raises:
-        UsageError: one line that names the file.
+        UsageError: a file is damaged, missing or not plain data; the message names it.
     """
     share, found = (args.rank, args.world_size), origin.checkpoint
 
@@ -361,4 +367,4 @@ def check_content(args: Namespace, origin: Origin) -> None:
             opening.check_pickles(found.step, found.flag, keys=found.step.pickled_keys()[share[0] :: share[1]])
 
     check_on_all_ranks(check_sums, *share)
-    check_on_all_ranks(check_pickles, *share)  # of files whose sums other ranks may have read
+    check_on_all_ranks(check_pickles, *share)  # separate, because other ranks may have verified a file's checksum

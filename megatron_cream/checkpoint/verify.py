@@ -1,4 +1,4 @@
-"""A Megatron checkpoint and a Hugging Face folder, compared: checksums, tensors, logits."""
+"""Compare a Megatron checkpoint with a Hugging Face folder: checksums, tensors, logits."""
 
 import gc
 import os
@@ -17,16 +17,16 @@ from megatron_cream.checkpoint.model import load_model
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.progress_bar import TransferBar
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of logits, relative; bf16's is rounding alone
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative error of logits; that of bf16 is from rounding
 
 
 def verify(checkpoint: MegatronCheckpoint, folder: HfFolder, *, text: str) -> bool:
-    """Print what was compared and the largest differences.
+    """Compare both and print the largest differences.
 
-    Returns: whether the two hold the same model.
+    Returns: whether both are the same model.
 
     Raises:
-        UsageError: the two are not of one shape, or a file is not as it was written.
+        UsageError: the shapes differ, or a file has changed since it was written.
     """
     _verify_checksums(checkpoint, folder)
     same = _verify_tensors(checkpoint, folder)
@@ -35,7 +35,7 @@ def verify(checkpoint: MegatronCheckpoint, folder: HfFolder, *, text: str) -> bo
 
 def _verify_checksums(checkpoint: MegatronCheckpoint, folder: HfFolder) -> None:
     with TransferBar("checksums: read") as progress:
-        # What import wrote is listed by the checkpoint's own manifest too, with what came along.
+        # The manifest of an imported checkpoint is in its top folder.
         of_checkpoint = checkpoint.path if checkpoint.step == "release" else checkpoint.folder
         hf = [checkpoint.hf_folder] if checkpoint.hf_folder else []
         for place in (of_checkpoint, *hf, folder.path):
@@ -49,8 +49,8 @@ def _verify_checksums(checkpoint: MegatronCheckpoint, folder: HfFolder) -> None:
 def _verify_tensors(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
     if checkpoint.shape.vocab_size != folder.shape.vocab_size:
         raise UsageError(
-            f"--hf-path {folder.path}: a vocabulary of {folder.shape.vocab_size}, "
-            f"the checkpoint's is {checkpoint.shape.vocab_size}"
+            f"--hf-path {folder.path}: has a vocabulary of {folder.shape.vocab_size}, "
+            f"but the checkpoint's is {checkpoint.shape.vocab_size}"
         )
     kinds = {row.names(layer)[0] for row, layer in list_parameters(folder.shape)}
     groups = export_groups(checkpoint, None)
@@ -73,7 +73,7 @@ def _verify_tensors(checkpoint: MegatronCheckpoint, folder: HfFolder) -> bool:
                 if difference > largest:
                     largest, where = difference, name
                 progress(theirs.nbytes)
-    kind = f"; {cast} are of another type" if cast else ""
+    kind = f"; {cast} have another dtype" if cast else ""
     print(
         f"tensors: {equal} of {count} equal{kind}; largest difference {largest:.3g}"
         + (f", in {where}" if where else "")
@@ -87,20 +87,20 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
     ):
         return 0.0  # NaN equals NaN here
     parts = zip(ours.reshape(-1).split(1 << 24), theirs.reshape(-1).split(1 << 24))
-    # A cast down is compared as such: the wider of the two, rounded to the narrower.
+    # Compare in the narrower dtype, so that a cast down of the same values is equal.
     kind = min(ours.dtype, theirs.dtype, key=lambda d: d.itemsize)
     return max((_largest(a.to(kind).double(), b.to(kind).double()) for a, b in parts), default=0.0)
 
 
 def _largest(a: Tensor, b: Tensor) -> float:
-    """NaN equals NaN, and is infinitely far from all else."""
+    """Return the largest difference; NaN equals NaN, and is infinitely far from all other values."""
     same = (a == b) | (a.isnan() & b.isnan())
     infinity = float("inf")
     return (a - b).abs().nan_to_num_(nan=infinity, posinf=infinity).masked_fill_(same, 0.0).max().item()
 
 
 def _verify_logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) -> bool:
-    """Both models on the same tokens, one after the other."""
+    """Run both models on the same tokens, one after the other, and compare and print their logits."""
     tokens = _tokenize(folder.path, text, checkpoint.shape.vocab_size)
     limit = checkpoint.shape.max_position_embeddings
     tokens = tokens[:, : min(limit, 2048)]
@@ -123,7 +123,7 @@ def _verify_logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) 
 
 
 def _choose_dtype(checkpoint: MegatronCheckpoint) -> torch.dtype:
-    """float32 if a copy of the model fits into memory, else bfloat16."""
+    """Return float32 if a copy of the model fits into memory, else bfloat16."""
     groups = export_groups(checkpoint, None)
     elements = sum(torch.Size(size).numel() for group in groups for _, _, size in group.entries)
     return torch.float32 if 4 * elements + (2 << 30) < psutil.virtual_memory().available else torch.bfloat16
@@ -142,13 +142,13 @@ def _transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Te
 
 
 def _tokenize(folder: Path, text: str, vocab_size: int) -> Tensor:
-    """int64 [1, n]: by the folder's tokenizer, or else the text's bytes as token ids."""
+    """Return token ids, int64 [1, n], from the folder's tokenizer, or from the text's bytes without one."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
     try:
         ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(text)["input_ids"]
-    except Exception:  # there is none, or not a whole one
+    except Exception:  # the tokenizer is missing or incomplete
         ids = []
     if not ids:
         ids = list(text.encode())

@@ -1,8 +1,8 @@
-"""How many positions a Hugging Face folder is for: one fact that its readers look up in several files.
+"""Write the window of a Hugging Face folder into all files and keys where its readers look for it.
 
-transformers and lm-evaluation-harness read `max_position_embeddings` as it stands. vLLM takes the smallest of several
-keys and SGLang the first of its own, and both multiply it by the factor of a linear scaling. So a folder that was
-stretched linearly gets `max_position_embeddings`, the whole window, and `seq_length`, the window before stretching.
+transformers and lm-evaluation-harness read `max_position_embeddings` unchanged. vLLM takes the smallest of several
+keys and SGLang the first of its own list; both multiply it by the factor of a linear scaling. So a folder with linear
+scaling gets `max_position_embeddings`, the extended window, and `seq_length`, the window before scaling.
 """
 
 import math
@@ -11,18 +11,18 @@ from typing import Any
 
 from megatron_cream.common.files import read_json, write_json
 
-# Keys of config.json that some reader takes for a window: vLLM 0.32 (transformers_utils/model_arch_config_convertor.py,
+# Keys of config.json that some reader uses as window: vLLM 0.32 (transformers_utils/model_arch_config_convertor.py,
 # derive_max_model_len_and_key), SGLang (CONTEXT_LENGTH_KEYS), lm-evaluation-harness (n_positions, n_ctx), transformers
 # (the last one, for YaRN).
 OTHER_KEYS = (
     "n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
     "max_sequence_length", "max_seq_length", "seq_len", "original_max_position_embeddings",
 )  # fmt: skip
-# Where the other files of a folder hold a limit: (file, object in it, key).
+# Limits in other files of a folder: (file, object in it, key).
 _LIMITS = (
-    ("generation_config.json", None, "max_length"),  # generate() refuses longer prompts
-    ("tokenizer_config.json", None, "model_max_length"),  # truncation=True cuts there
-    ("tokenizer_config.json", None, "max_len"),  # its older name
+    ("generation_config.json", None, "max_length"),  # generate() rejects longer prompts
+    ("tokenizer_config.json", None, "model_max_length"),  # truncation=True truncates to it
+    ("tokenizer_config.json", None, "max_len"),  # older name of model_max_length
     ("tokenizer.json", "truncation", "max_length"),
 )
 
@@ -30,12 +30,12 @@ _LIMITS = (
 def build_keys(window: int, scaling: dict[str, Any] | None, before: int | None) -> dict[str, int]:
     """Return the config.json keys from which every reader derives `window`.
 
-    A reader that multiplies by the factor may derive more, by less than the factor: `seq_length` is rounded up.
+    A reader that multiplies by the factor may get up to one factor more, because `seq_length` is rounded up.
 
     Args:
-        window: positions that the model is for, after stretching.
+        window: positions of the model after scaling.
         scaling: `rope_scaling` of the config; None for no scaling.
-        before: the window before stretching, where it is known.
+        before: positions before scaling, if known.
     """
     found = {"max_position_embeddings": window}
     if scaling is not None and scaling["rope_type"] == "linear":
@@ -46,7 +46,7 @@ def build_keys(window: int, scaling: dict[str, Any] | None, before: int | None) 
 
 
 def raise_limits(folder: Path, window: int) -> None:
-    """Raise the limits of generation config and tokenizer to `window`, in the folder of a model that was stretched."""
+    """Raise the length limits in generation config and tokenizer files to `window`."""
     for name, inner, key in _LIMITS:
         file = folder / name
         whole = read_json(file, "a JSON object") if file.is_file() else None

@@ -89,7 +89,7 @@ def test_a_crash_during_removal_leaves_no_incomplete_checkpoint(tmp_path, monkey
         kept.close()
     assert left(save) == [2] and (save / ".iter_0000001.removed").is_dir()
     said = capfd.readouterr().err
-    assert "iter_0000001.removed: an earlier checkpoint is not removed: Input/output error" in said
+    assert "iter_0000001.removed: cannot remove an older checkpoint: Input/output error" in said
     assert said.count("\n") == 1
     Retention(save, last=1, every=None, protected=[]).close()  # the next start
     assert not (save / ".iter_0000001.removed").exists()
@@ -104,7 +104,7 @@ def test_a_failed_removal_prints_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(Path, "rename", refuses)
     Retention(save, last=1, every=None, protected=[]).prune()
     assert left(save) == [1, 2]
-    assert capfd.readouterr().err == f"warning: {save}: an earlier checkpoint is not removed: Permission denied\n"
+    assert capfd.readouterr().err == f"warning: {save}: cannot remove an older checkpoint: Permission denied\n"
 
 
 def command(code: str) -> list[str]:
@@ -135,7 +135,7 @@ print(json.dumps([sys.argv[1], os.environ["CHECKPOINT_FOLDER"], os.environ["CHEC
     [
         (command("import sys; sys.exit(3)"), 60, "exit code 3"),
         (command("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"), 60, "exit code -9"),
-        (command("import time; time.sleep(600)"), 0.3, "ended after 0.005 minutes (--save-hook-minutes)"),
+        (command("import time; time.sleep(600)"), 0.3, "killed after 0.005 minutes (--save-hook-minutes)"),
         (["/no/such/program"], 60, "No such file or directory"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_hook_may_outlive_the_run(tmp_path, capfd):
         time.sleep(0.01)
     hook._seconds = 0.05
     hook.close()
-    assert "iter_0000001: not done 0.000833333 minutes after the end of the run" in capfd.readouterr().err
+    assert "iter_0000001: not finished 0.000833333 minutes after the run" in capfd.readouterr().err
     os.kill(int((tmp_path / "log").read_text().splitlines()[1]), signal.SIGKILL)  # it lived
 
 

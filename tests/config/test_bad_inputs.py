@@ -128,7 +128,7 @@ def test_checkpoints_saved_by_another_run_are_not_overwritten(tmp_path):
     args = Namespace(save=str(tmp_path), load=None, skip_train=False)
     checkpoint_start.reject_other_run(args)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    with pytest.raises(UsageError, match=f"--save {tmp_path}: holds the checkpoints of an earlier run"):
+    with pytest.raises(UsageError, match=f"--save {tmp_path}: contains the checkpoints of an earlier run"):
         checkpoint_start.reject_other_run(args)
     args.load = f"{tmp_path}/."
     checkpoint_start.reject_other_run(args)
@@ -272,7 +272,11 @@ def test_the_only_checkpoint_is_found_without_its_tracker(world, checksums):
 
 @pytest.mark.parametrize(
     "flags, words",
-    [("", ""), ("--seed 99", ", now 99: other"), ("--position-sampler pose", "--position-sampler cream, now pose; ")],
+    [
+        ("", ""),
+        ("--seed 99", ", now 99: the order"),
+        ("--position-sampler pose", "--position-sampler cream, now pose; "),
+    ],
 )
 def test_resuming_with_other_samples_prints_a_warning(world, flags, words):
     given = [part.replace("{0}", str(world)) for part in (*RESUME, *LONGER)][1:]

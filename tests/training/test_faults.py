@@ -165,7 +165,7 @@ def test_an_earlier_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
     start.check_save_folder(flags())
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
     for load in (None, "elsewhere"):
-        with pytest.raises(UsageError, match=f"--save {tmp_path}: holds .* add --load {tmp_path}"):
+        with pytest.raises(UsageError, match=f"--save {tmp_path}: contains .* Add --load {tmp_path}"):
             start.check_save_folder(flags(load=load))
     start.check_save_folder(flags(load=str(tmp_path)))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
