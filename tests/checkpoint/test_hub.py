@@ -128,6 +128,7 @@ def test_weights_are_fetched_once(repository, tmp_path):
     assert ended.returncode == 2 and f"--hf-path {NAME}: no such folder, and cannot be downloaded from the" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["one file", "bin"])
 def test_other_weight_formats_are_fetched(repository, tmp_path, form):
     """One file before shards and .bin; .bin where there is nothing else."""

@@ -46,7 +46,7 @@ def write(path: Path, content: str) -> None:
 
 def replace_killed(path: Path, how: str, function: str, call: int) -> None:
     command = [sys.executable, "-c", REPLACE, path, how, function, call]
-    ended = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 

@@ -162,7 +162,7 @@ def test_processes_that_call_at_once_get_one_corpus(tmp_path, library, monkeypat
     children = [context.Process(target=call) for _ in range(2)]
     for child in children:
         child.start()
-    corpora = [results.get(timeout=60) for _ in children]
+    corpora = [results.get(timeout=300) for _ in children]
     for child in children:
         child.join()
     assert corpora[0] == corpora[1]

@@ -216,7 +216,7 @@ def test_progress_off_a_terminal_is_two_lines(tmp_path, capfd):
 
 
 def run_tool(*flags: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, TOOL, *map(str, flags)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, TOOL, *map(str, flags)], capture_output=True, text=True, timeout=300)
 
 
 def test_the_tool_writes_and_reports(tmp_path, sentencepiece_model):

@@ -254,7 +254,7 @@ def test_two_runs_do_not_write_one_output(tmp_path):
 
     process = context.Process(target=run, args=(inputs, prefix, Waiting()))
     process.start()
-    assert reached.wait(20)
+    assert reached.wait(300)
     with pytest.raises(BlockingIOError, match="x.partial: another process is writing this output"):
         run(inputs, prefix)
     process.kill()

@@ -131,7 +131,7 @@ def test_ranks_end_with_a_torchrun_that_was_killed_while_they_started(tmp_path):
     time.sleep(2)  # loaded, it is called at once, where the machine is not busy; imports go on for longer
     torchrun.send_signal(signal.SIGKILL)
     torchrun.wait()
-    _, left = psutil.wait_procs(ranks, timeout=30)
+    _, left = psutil.wait_procs(ranks, timeout=300)
     for rank in left:
         rank.kill()
     assert not left and not (tmp_path / "new").exists()

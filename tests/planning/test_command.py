@@ -94,7 +94,7 @@ def tool(monkeypatch, *arguments: str) -> int:
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:
     words = [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
