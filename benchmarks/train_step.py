@@ -104,8 +104,8 @@ def main() -> None:
                 results.setdefault(row, []).append(measured | {"losses": losses})
             seconds = time.monotonic() - started
             print(f"{row:16} {measured or 'failed: ' + error}  ({seconds:.0f} s)", flush=True)
-            if attention := re.search(r"^attention: .*", text, re.MULTILINE):
-                print(f"{'':16} {attention[0]}", flush=True)
+            if layout := re.search(r"^layout  .*", text, re.MULTILINE):
+                print(f"{'':16} {layout[0]}", flush=True)
     (args.output / "results.json").write_text(json.dumps(results))
     print("\n| row | tokens/s | MFU | peak GiB | loss, last tenth of the steps |\n|---|---|---|---|---|")
     for row, values in results.items():
