@@ -54,11 +54,12 @@ recent_samples = RecentSamples()
 
 
 def get_batch(data_iterator, samples: int) -> dict[str, torch.Tensor]:
-    """Return the next micro-batch of this rank: tensors [samples, seq_length / context_parallel_size].
+    """Return the next micro-batch of this rank.
 
-    Every pipeline stage gets one, since the rotary embedding needs `position_ids` in every layer. The first
-    tensor-parallel rank broadcasts it in one tensor of known size. Megatron's `broadcast_data` sends the sizes first,
-    and waits for the device to read them, in every micro-batch.
+    Each tensor is [samples, seq_length / context_parallel_size]. Every pipeline stage gets one, since the rotary
+    embedding needs `position_ids` in every layer. The first tensor-parallel rank broadcasts it in one tensor of known
+    size. Megatron's `broadcast_data` sends the sizes first, and waits for the device to read them, in every
+    micro-batch.
     """
     names = ["tokens", "labels", "loss_mask", "position_ids"]
     packed = None

@@ -1,4 +1,6 @@
-"""Convert between Hugging Face folders and Megatron checkpoints: one process, no GPU, no torchrun.
+"""Convert between Hugging Face folders and Megatron checkpoints.
+
+Runs in one process, without GPU and torchrun.
 
 `python tools/convert_hf.py --help`; the code is megatron_cream/commands/convert.py.
 """

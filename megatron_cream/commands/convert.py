@@ -1,4 +1,6 @@
-"""Convert between Hugging Face folders and Megatron checkpoints: one process, no GPU, no torchrun.
+"""Convert between Hugging Face folders and Megatron checkpoints.
+
+Runs in one process, without GPU and torchrun.
 
 python tools/convert_hf.py import --hf-path meta-llama/Llama-2-7b-hf --output ckpt/
 python tools/convert_hf.py export --checkpoint ckpt/ --hf-path out/

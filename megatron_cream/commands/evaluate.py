@@ -199,6 +199,7 @@ def load(args, source: language_model.Source) -> language_model.LanguageModel:
 
 
 def open_output(args, source: language_model.Source, settings: dict):
+    """Open --output for these settings: results of the same settings are continued."""
     described = {"command": args.command, "tokenizer": args.tokenizer, **settings}
     return open_results(
         args.output,
@@ -218,7 +219,7 @@ def finish(args, results: Results, summary: dict) -> None:
 
 
 def default_lengths(source: language_model.Source) -> list[int]:
-    """Return powers of two from 4096 to the model's positions; only the positions if they are fewer."""
+    """Return powers of two from 4096 to the model's positions; if they are fewer, only these."""
     longest = min(source.max_positions, MAX_DEFAULT_LENGTH)
     return [length for length in (1 << power for power in range(12, 18)) if length <= longest] or [longest]
 
@@ -231,7 +232,7 @@ def warn_beyond(source: language_model.Source, length: int) -> None:
 
 
 def _plain(value):
-    """Return a value for JSON; a file or folder comes with its size in bytes, which shows changes."""
+    """Return a value for JSON; paths come with their size in bytes, which shows changes."""
     if isinstance(value, Path):
         files = sorted(value.rglob("*")) if value.is_dir() else [value]
         return {str(value): sum(file.stat().st_size for file in files if file.is_file())}

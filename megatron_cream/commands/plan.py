@@ -97,7 +97,10 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def next_command(options: argparse.Namespace, flags: list[str], run: Run, best: Plan) -> str:
-    """Return the command that trains with the fastest layout; "" if the recipe must be edited first."""
+    """Return the command that trains with the fastest layout.
+
+    It is "" where the recipe must be edited first.
+    """
     if layouts.undone(best.layout, run.layout):
         return ""
     words = [*flags, *layouts.flags(best.layout, run.layout)]

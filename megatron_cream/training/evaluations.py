@@ -1,4 +1,4 @@
-"""Evaluations during training: at the target lengths, and perplexity at each length of --eval-lengths."""
+"""Evaluations during training: at target lengths, and perplexity at --eval-lengths."""
 
 from argparse import Namespace
 from collections.abc import Callable

@@ -42,7 +42,7 @@ class StepLine:
         self.losses: deque[float] = deque(maxlen=100)
 
     def start(self, step: int) -> None:
-        """Start measuring at the end of `step`, in which kernels were compiled and memory was allocated."""
+        """Start measuring after `step`, in which kernels were compiled and memory allocated."""
         self.last_step, self.last_time = step, time.perf_counter()
 
     def exclude(self, seconds: float) -> None:
@@ -101,9 +101,10 @@ class StepLine:
 
 
 def peak_memory() -> int:
-    """Return the peak bytes that torch allocated, of the largest pipeline stage; on CPUs, this process's memory.
+    """Return the peak bytes that torch allocated on the largest pipeline stage.
 
-    All ranks must call it. With CUDA graphs it is the reserved memory: torch does not count theirs as allocated.
+    On CPUs it is the memory of this process. All ranks must call it. With CUDA graphs it is the reserved memory: torch
+    does not count theirs as allocated.
     """
     from megatron.core import parallel_state
     from megatron.training import get_args
@@ -141,7 +142,7 @@ def log_values(values: dict[str, float], step: int) -> None:
 
 @contextlib.contextmanager
 def print_steps(line: StepLine, interval: int) -> Iterator[None]:
-    """Print `line` after Megatron's own log, every `interval` steps, on the rank that has the loss.
+    """Print `line` every `interval` steps, after Megatron's log, on the rank with the loss.
 
     Megatron has no callback that gets the loss, so its log function is wrapped while the run lasts.
     """

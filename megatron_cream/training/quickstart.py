@@ -55,9 +55,10 @@ def quickstart(train: Callable[[list[str]], None]) -> None:
 
 
 def choose_run_folder() -> Path:
-    """Return runs/quickstart-TIME, where TIME is the launcher's start: new for each launch, the same on all ranks.
+    """Return runs/quickstart-TIME: new for each launch, the same on all ranks.
 
-    On several nodes, whose launchers start at different times, return runs/quickstart-ID with torchrun's --rdzv_id.
+    TIME is the start of the launcher. On several nodes, whose launchers start at different times, return
+    runs/quickstart-ID with torchrun's --rdzv_id.
     """
     if nodes.is_multi_node():
         return Path("runs") / f"quickstart-{os.environ['TORCHELASTIC_RUN_ID']}".replace("/", "_")  # --rdzv_id

@@ -1,4 +1,4 @@
-"""The record of a run in its folder: command, all settings, versions, commit, machine, environment."""
+"""The record of a run: command, settings, versions, commit, machine, environment."""
 
 import itertools
 import os
@@ -75,7 +75,7 @@ def describe(args: Namespace, argv: list[str]) -> dict[str, Any]:
 
 
 def _command(argv: list[str], hook: str | None) -> list[str]:
-    """Return the command line, with --save-hook cut to its program: the words after it may contain a token."""
+    """Return the command line; of --save-hook only the program, as the rest may be secret."""
     shown = []
     for word in argv:
         if shown and shown[-1] == "--save-hook":
@@ -108,7 +108,7 @@ def _commit() -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that YAML can write; passwords in URLs are hidden, and unknown objects become text."""
+    """Return a value that YAML can write, without passwords in URLs; objects become text."""
     if isinstance(value, Enum):  # first: some are numbers too
         return value.name
     if isinstance(value, str):

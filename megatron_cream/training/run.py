@@ -1,4 +1,4 @@
-"""One training run: the setup around Megatron's trainer, and the message and exit code of each kind of failure."""
+"""One training run: the setup around Megatron's trainer, and the reports of failures."""
 
 import contextlib
 import os
@@ -113,12 +113,16 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
 
 
 def _shorten(words: str) -> str:
-    """Remove Megatron's list of 800 arguments, which runs/TIME.yaml has too, and its note on NVIDIA's one_logger."""
+    """Remove Megatron's list of 800 arguments and its note on NVIDIA's one_logger.
+
+    runs/TIME.yaml in --save has the arguments.
+    """
     words = re.sub(r"^-+ arguments -+\n.*?^-+ end of arguments -+\n", "", words, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"^WARNING: one_logger package is required .*\n", "", words, flags=re.MULTILINE)
 
 
 def _install_patches(args: Namespace) -> None:
+    """Install the replacements of Megatron's functions that this run needs."""
     corrections.apply(args)
     schedule.install()
     optimizer_state.install()
@@ -185,6 +189,7 @@ class Ending:
 
 
 def _of(*types: type[BaseException]) -> Callable[[BaseException], bool]:
+    """Return a function that tells whether an error is of one of these types."""
     return lambda error: isinstance(error, types)
 
 
@@ -239,6 +244,7 @@ def main(train: Callable[[list[str] | None], Namespace]) -> int:
 
 
 def _run(train: Callable[[list[str] | None], Namespace]) -> None:
+    """Run the quickstart (without flags) or one training, export, and print the next command."""
     if len(sys.argv) == 1:
         from megatron_cream.training.quickstart import quickstart
 

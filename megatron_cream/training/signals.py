@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1 save a checkpoint after the current step and end the run; so does torchrun's death (`launcher`).
+"""SIGTERM and SIGUSR1 save a checkpoint after the current step and end the run.
 
-A cluster gives a short time before it takes the machines away. Megatron handles one signal (--exit-signal, SIGTERM);
-Slurm mostly warns with SIGUSR1. torchrun forwards SIGTERM and kills the remaining processes 30 seconds later. SIGUSR1
-kills torchrun itself unless --signals_to_handle names it.
+So does the death of torchrun (`launcher`). A cluster gives a short time before it takes the machines away. Megatron
+handles one signal (--exit-signal, SIGTERM); Slurm mostly warns with SIGUSR1. torchrun forwards SIGTERM and kills the
+remaining processes 30 seconds later. SIGUSR1 kills torchrun itself unless --signals_to_handle names it.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ _received = 0
 
 
 def install() -> None:
-    """Install the handlers. Call it before the flags are parsed, when Megatron creates its own.
+    """Install the handlers, also in data loader workers.
 
-    Data loader workers get one too.
+    Call it before the flags are parsed, when Megatron creates its own handler.
     """
     registry.install(hooks.SIGNAL_HANDLER, _handle_sigusr1_too)
     registry.install(hooks.SIGNALS_RECEIVED, _record_signal)
@@ -38,11 +38,13 @@ def install() -> None:
 
 
 def _exit_while_waiting(original, *args, **kwargs):
+    """End on a signal while the rank waits for its peers."""
     with waiting_for_peers():
         return original(*args, **kwargs)
 
 
 def _handle_sigusr1_too(original, self):
+    """Handle SIGUSR1 like Megatron's own signal; in a data loader worker, ignore both."""
     entered = original(self)
     if get_worker_info() is not None:
         _ignore_signals_of_others({self.sig, signal.SIGUSR1})
@@ -58,9 +60,10 @@ def _handle_sigusr1_too(original, self):
 
 
 def _ignore_signals_of_others(signals: set[signal.Signals]) -> None:
-    """In a data loader worker, ignore Ctrl-C and signals of the cluster: the rank needs the worker until its end.
+    """Ignore Ctrl-C and signals of the cluster in a data loader worker.
 
-    The worker ends on a signal from its rank, which Python sends when the rank ends, and when the rank dies.
+    The rank needs the worker until its end. The worker ends on a signal from its rank, which Python sends when the rank
+    ends, and when the rank dies.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(parent=multiprocessing.parent_process().pid)
@@ -75,13 +78,17 @@ def _ignore_signals_of_others(signals: set[signal.Signals]) -> None:
 
 
 def _exit_on_lost_batch(original, error: Exception, _batch) -> None:
-    """End a data loader worker whose batch cannot be sent; torch would drop the batch, and the rank would hang."""
+    """End a data loader worker whose batch cannot be sent.
+
+    torch would drop the batch, and the rank would hang.
+    """
     if not is_full_shared_memory(error):
         traceback.print_exc()
     os._exit(1)  # the rank reports it
 
 
 def _record_signal(original, self):
+    """Remember the signals that Megatron has gathered from all ranks."""
     global _received
     numbers = original(self)
     _received = max(numbers)
@@ -114,6 +121,7 @@ def exit_on_signal(args: Namespace, say: Callable[[str], None]) -> Iterator[None
 
 
 def _describe_saved(args: Namespace) -> str:
+    """Return what is saved, and how to resume."""
     if not args.save:
         return "ended; nothing is saved, since there is no --save"
     step = (Path(args.save) / TRACKER).read_text()

@@ -1,4 +1,4 @@
-"""The first lines that a run prints (model, window, layout, data, steps, output), and the last: the next command."""
+"""The summary that a run prints first, and the next command that it prints last."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -42,6 +42,7 @@ def next_command(args: Namespace) -> str:
 
 
 def _model(args: Namespace) -> str:
+    """Return the family and the number of parameters."""
     family = "llama" if args.model_folder is None else read_config(args.model_folder)[1].model_type
     count = flops.parameters(
         num_layers=args.num_layers,
@@ -57,6 +58,7 @@ def _model(args: Namespace) -> str:
 
 
 def _weights(args: Namespace) -> str:
+    """Return where the weights come from."""
     found = start.find_checkpoint(args)
     if found is None:
         return "random weights" if args.load_hf is None else f"weights of {args.load_hf}"
@@ -67,6 +69,7 @@ def _weights(args: Namespace) -> str:
 
 
 def _window(args: Namespace) -> str:
+    """Return the target, the window before, and the samples."""
     window = args.rope_window or args.seq_length
     start = "" if window == args.target_length else f" from a window of {window:,}"
     samples = f"samples of {args.seq_length:,} tokens with positions by {' and '.join(sampler_names(args))}"
@@ -82,6 +85,7 @@ def _rope(args: Namespace) -> list[str]:
 
 
 def _layout(args: Namespace) -> str:
+    """Return the parallel sizes, the batch, the precision and the attention."""
     precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "float32"
     if args.fp8:
         precision += f" with FP8 ({args.fp8})"
@@ -94,6 +98,7 @@ def _layout(args: Namespace) -> str:
 
 
 def _data(args: Namespace) -> str:
+    """Return the path of the data, and its documents and tokens."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     chosen = blend_per_split[0] if blend_per_split else blend
     prefixes = list(dict.fromkeys(chosen[0])) if chosen else []
@@ -108,6 +113,7 @@ def _data(args: Namespace) -> str:
 
 
 def _steps(args: Namespace) -> str:
+    """Return the number of steps and tokens."""
     if args.skip_train:
         return "none (--skip-train): the model is evaluated"
     each = args.global_batch_size * args.seq_length
@@ -118,6 +124,7 @@ def _steps(args: Namespace) -> str:
 
 
 def _output(args: Namespace) -> str:
+    """Return where the run writes."""
     parts = []
     if args.save and not pretrained.uses_intermediate_folder(args):
         steps = "" if args.skip_train else f"a checkpoint every {args.save_interval:,} steps, "

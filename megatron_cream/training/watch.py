@@ -1,4 +1,4 @@
-"""Evaluation at the target lengths during training: when it is due, its time limit, its log, the best checkpoint."""
+"""Evaluation at the target lengths during training, and the best checkpoint."""
 
 import contextlib
 import time
@@ -53,7 +53,10 @@ class Watch:
         self._started, self._spent, self._cost = time.perf_counter(), 0.0, None
 
     def is_due(self, step: int) -> bool:
-        """Return whether to evaluate after this step. All ranks must call it, and get the same answer."""
+        """Return whether to evaluate after this step.
+
+        All ranks must call it, and get the same answer.
+        """
         if step == self._last_step:
             return True
         if step % self._interval:
@@ -110,12 +113,14 @@ class Watch:
         self._record(step, result, score, better, seconds)
 
     def _is_affordable(self) -> bool:
+        """Return whether one more evaluation stays within the share of time."""
         if self._cost is None:
             return True
         elapsed = time.perf_counter() - self._started
         return self._spent + self._cost <= self._share * (elapsed + self._cost)
 
     def _share_so_far(self) -> float:
+        """Return the share of the run's time that evaluations have taken."""
         return self._spent / (time.perf_counter() - self._started)
 
     def _say(self, text: str) -> None:
@@ -198,7 +203,7 @@ def evaluate_during_training(watch: Watch | None, args: Namespace) -> Iterator[N
 
 @contextlib.contextmanager
 def _paused(args: Namespace, model: list[torch.nn.Module], optimizer) -> Iterator[None]:
-    """Stop the step timer and the overlapped weight gathering, as Megatron does around its own evaluation."""
+    """Pause the step timer and overlapped weight gathering, as Megatron's evaluation does."""
     from megatron.training import get_timers, training
 
     overlapped = training.should_disable_forward_pre_hook(args)
