@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from megatron_cream.checkpoint.families import ModelShape, read_config
-from megatron_cream.checkpoint.hf_folder import CONFIG
 from megatron_cream.common.advice import command_line
 from megatron_cream.common.errors import UsageError
 
@@ -18,7 +17,7 @@ def training_command(flag: str, weights: str | Path, data: str | Path, shape: Mo
         flag: names the weights: --load-hf or --pretrained-checkpoint.
         weights: its value.
         data: value of --data-path.
-        shape: of the model; None where it is unknown.
+        shape: of the model; None if unknown.
     """
     window = shape.window if shape else 4096
     sample = window if window <= _LONGEST_SAMPLE else 4096
@@ -34,12 +33,9 @@ def training_on(data: Path, tokenizer: Path) -> str:
 
     Args:
         data: prefix of the .bin and .idx.
-        tokenizer: --tokenizer-model of the preprocessing. If it is a file, the user's model is unknown.
+        tokenizer: --tokenizer-model of the preprocessing, which may be the folder of a model.
     """
-    if tokenizer.is_file():
-        return training_command("--load-hf", "HF_MODEL", data, None)
     try:
-        shape = read_config(tokenizer)[1] if (tokenizer / CONFIG).is_file() else None
-    except UsageError:  # not a model that can be trained here
+        return training_command("--load-hf", tokenizer, data, read_config(tokenizer)[1])
+    except UsageError:  # it is a tokenizer alone, or no model that can be trained here
         return training_command("--load-hf", "HF_MODEL", data, None)
-    return training_command("--load-hf", tokenizer, data, shape)
