@@ -223,7 +223,7 @@ class _CheckedModel:
         if self._vocab_size is not None and largest >= self._vocab_size:
             raise UsageError(
                 f"{self._source.flag} {self._source.path}: the tokenizer gives token id {largest}, but the model has "
-                f"{self._vocab_size} ids. Give the model's tokenizer by --tokenizer."
+                f"{self._vocab_size} ids. Give the model's own tokenizer with --tokenizer."
             )
 
 
