@@ -1,4 +1,4 @@
-"""Run the user's hook and remove older checkpoints after each complete save, on the first rank."""
+"""Run the user's hook and remove older checkpoints after each save, on the first rank."""
 
 from argparse import Namespace
 from pathlib import Path

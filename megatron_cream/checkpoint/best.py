@@ -1,7 +1,7 @@
-"""Keep the best checkpoint of a run in `best/` of --save, a Megatron folder of one step with its own tracker.
+"""Keep the best checkpoint of a run in `best/` of --save.
 
-The checkpoint's score is saved among its flags, so a resumed run finds both or neither. Whenever a run is killed,
-the tracker names a complete checkpoint.
+The folder is a Megatron checkpoint folder of one step with its own tracker. The checkpoint's score is saved among its
+flags, so a resumed run finds both or neither. Whenever a run is killed, the tracker names a complete checkpoint.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class BestCheckpoint:
             (self.step, self.score), self._writing = self._before, None
 
     def remove_earlier(self) -> None:
-        """Remove the earlier checkpoint if the new one is complete; call on one rank, as often as needed."""
+        """Remove the earlier checkpoint if the new one is complete; call on one rank."""
         tracker = self.folder / TRACKER
         if self._writing is not None and tracker.is_file() and tracker.read_text() == str(self._writing):
             self._remove_all_but(self._writing)

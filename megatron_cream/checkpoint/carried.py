@@ -1,4 +1,7 @@
-"""Copy and check the files beside a model's weights: tokenizer, chat templates, generation config, license."""
+"""Copy and check the files beside a model's weights.
+
+These are the tokenizer, chat templates, generation config and license.
+"""
 
 import contextlib
 import json
@@ -42,7 +45,7 @@ def is_carried(name: str) -> bool:
 
 
 def list_files(folder: Path) -> list[str]:
-    """List the files in `folder` that are copied with the weights, by their names relative to it."""
+    """Return the relative names of the files in `folder` that are copied with the weights."""
     there = [file for place in (folder, folder / _TEMPLATES) if place.is_dir() for file in place.iterdir()]
     names = {file.relative_to(folder).as_posix(): file for file in there if file.is_file()}
     return sorted(name for name, file in names.items() if is_carried(name) and file.stat().st_size < _MAX_BYTES)
@@ -96,7 +99,7 @@ def _find_edited(folder: Path) -> list[str]:
         UsageError: a file that the manifest lists is missing.
     """
     sums, inside = output.read_manifest(folder), ""
-    if not sums and folder.name == "hf":  # imports listed it with the weights
+    if not sums and folder.name == "hf":  # an import lists these files in the parent's manifest
         sums, inside = output.read_manifest(folder.parent), "hf/"
     edited = []
     for name in sorted(sums):
@@ -114,7 +117,7 @@ def _find_edited(folder: Path) -> list[str]:
 
 
 def _check_json(file: Path) -> None:
-    content = read_json(file, "JSON that can be read")
+    content = read_json(file, "readable JSON")
     if not isinstance(content, dict):
         raise UsageError(f"{file}: must be a JSON object")
     if file.name in (*_TOKENIZER, GENERATION_CONFIG, "special_tokens_map.json"):
@@ -126,7 +129,7 @@ def _check_json(file: Path) -> None:
 
 
 def _list_templates(value: Any) -> list[tuple[str, Any]]:
-    """Return (place, template) for each entry of chat_template, which is text or a list of named templates."""
+    """Return (place, template) for each template in a chat_template, text or a list."""
     if isinstance(value, list):
         return [(f"[{i}]", t.get("template") if isinstance(t, dict) else None) for i, t in enumerate(value)]
     return [] if value is None else [("", value)]
@@ -182,7 +185,7 @@ def _check_generation(folder: Path) -> None:
     from transformers import GenerationConfig
 
     file = folder / GENERATION_CONFIG
-    content = read_json(file, "a configuration that can be read")
+    content = read_json(file, "a readable configuration")
     for key in _TOKEN_IDS:
         value = content.get(key)
         if not all(type(i) is int for i in (value if isinstance(value, list) else [] if value is None else [value])):

@@ -1,7 +1,7 @@
-"""Write the SHA-256 of each saved checkpoint's files into the same manifest that a conversion writes.
+"""Write the SHA-256 of the files of each saved checkpoint into its manifest.
 
-Each writer hashes its shard right after writing it, while it is still in the page cache; with `--async-save` in the
-background. When all ranks have written, the first rank merges the checksums.
+A conversion writes the same manifest. Each writer hashes its shard right after writing it, while it is still in the
+page cache; with `--async-save` in the background. When all ranks have written, the first rank merges the checksums.
 """
 
 import contextlib
@@ -28,7 +28,10 @@ def _hash_shards(original, self):
 
 
 def _write_and_hash(write: Callable, rank: int, buckets: list, results) -> None:
-    """Write the shards, then `.sha256.RANK` beside them for the first rank; runs in the writer process."""
+    """Write the shards and their checksums, in the writer process.
+
+    The checksums are in `.sha256.RANK`, which the first rank reads.
+    """
     first = Path(buckets[0][0])
     sums = first.with_name(f".sha256.{rank}")
     write(rank, buckets, results)

@@ -1,4 +1,4 @@
-"""Write Megatron's older checkpoint format, one `mp_rank_XX` file per tensor- and pipeline-parallel rank."""
+"""Write Megatron's older checkpoint format, one `mp_rank_XX` file per model-parallel rank."""
 
 import contextlib
 import os

@@ -1,4 +1,7 @@
-"""Convert a Hugging Face folder to a Megatron checkpoint and back: streamed, in one process, without a GPU."""
+"""Convert a Hugging Face folder to a Megatron checkpoint and back.
+
+The conversion is streamed, in one process, without a GPU.
+"""
 
 import threading
 from argparse import Namespace
@@ -124,7 +127,13 @@ def import_hf(
 
 
 def check_no_overlap(source: Path, target: Path, *, flag: str) -> None:
-    """Raise UsageError if writing `target`, given with `flag`, would remove all or part of `source`."""
+    """Raise UsageError if writing `target` would remove all or part of `source`.
+
+    Args:
+        source: the folder that is read.
+        target: the folder to write.
+        flag: the flag that gave `target`, for messages.
+    """
     read, written = source.resolve(), target.resolve()
     if read == written or written in read.parents or (read in written.parents and target.exists()):
         raise UsageError(f"{flag} {target}: must not overlap the source folder, {source}")
@@ -149,7 +158,7 @@ def _check_range(out: Tensor, before: Iterable[torch.dtype], again: Callable[[],
 
 
 def build_reader(source: HfFolder) -> Callable[[Row, int | None, Tensor], Tensor]:
-    """Return a function (row, layer, out) that fills `out` with the Megatron parameter and returns it."""
+    """Return a function (row, layer, out) that fills and returns the Megatron parameter."""
     return lambda row, layer, out: join(row, [source.get(name) for name in row.names(layer)], source.shape, out)
 
 
@@ -223,7 +232,7 @@ def export_hf(
 
 
 def export_groups(source: MegatronCheckpoint, dtype: torch.dtype | None) -> list[Group]:
-    """Return the Hugging Face model's tensors, grouped by the Megatron parameter they come from."""
+    """Return the Hugging Face model's tensors, grouped by their Megatron parameter."""
     scratch = _Scratch()
     shape = source.shape
 

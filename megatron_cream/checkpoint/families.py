@@ -1,4 +1,4 @@
-"""Describe the supported Hugging Face models, and convert between config.json and Megatron's flags."""
+"""Describe the supported models, and convert between config.json and Megatron's flags."""
 
 import json
 from argparse import Namespace
@@ -111,7 +111,7 @@ class ModelShape:
 
     @property
     def window(self) -> int:
-        """Positions that the model supports; max_position_embeddings may be the number before scaling."""
+        """Positions that the model supports, after scaling."""
         return max(self.max_position_embeddings, count_served_positions(self.rope()))
 
     def megatron_args(self) -> dict[str, Any]:
@@ -262,8 +262,9 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
 
 
 def _original_window(raw: dict[str, Any], scaling: dict[str, Any]) -> int | None:
-    """Return the window before a linear scaling, and remove it from `scaling`; None if config.json has none.
+    """Return the window before a linear scaling, and remove it from `scaling`.
 
+    None if config.json does not have it, or the scaling is not linear.
     FastChat's folders (Vicuna, LongChat) store the scaled window as max_sequence_length.
     """
     if scaling.get("rope_type") != "linear":
@@ -279,9 +280,9 @@ def _original_window(raw: dict[str, Any], scaling: dict[str, Any]) -> int | None
 
 
 def check_types(raw: Any, path: Path) -> None:
-    """Check types and sizes in config.json that transformers accepts unchecked, such as a billion layers.
+    """Check types and sizes in config.json that transformers accepts unchecked.
 
-    The configuration of an unsupported family only has to be a JSON object.
+    An example is a billion layers. The configuration of an unsupported family only has to be a JSON object.
 
     Raises:
         UsageError: a value has the wrong type or is out of range.

@@ -56,7 +56,10 @@ class HfFolder:
         self._check()
 
     def get(self, name: str) -> Tensor:
-        """Return a tensor on the CPU, a view into the mapped file; copy it before reading many more."""
+        """Return a tensor on the CPU, a view into the mapped file.
+
+        Copy it before reading many more.
+        """
         mappings = self._open.__dict__.setdefault("mappings", {})
         if sum(mapping.bytes_read for mapping in mappings.values()) > _REMAP_BYTES:
             mappings.clear()
@@ -69,7 +72,10 @@ class HfFolder:
         return self._files[self.weights[name]].dtypes[name]
 
     def _check(self) -> None:
-        """Raise UsageError unless the folder has exactly the model's tensors, in their shapes and a float dtype."""
+        """Raise UsageError unless the folder has exactly the model's tensors.
+
+        Their shapes must be right, and their dtypes floating-point.
+        """
         expected = set()
         for row, layer in list_parameters(self.shape):
             for name, shape in zip(row.names(layer), hf_shapes(row, self.shape), strict=True):
@@ -142,10 +148,10 @@ def read_index(index: Path, *, complete: bool = True) -> dict[str, Path]:
 
 
 def check_model(folder: Path) -> None:
-    """Check that every weight file is readable and inside the folder, before transformers loads it.
+    """Check the weight files before transformers loads them.
 
-    transformers itself would follow any path in an index. If the model's family is supported, the tensors are
-    checked too.
+    Every file must be readable and inside the folder. transformers itself would follow any path in an index. If the
+    model's family is supported, the tensors are checked too.
 
     Raises:
         UsageError: a file is missing, unreadable or outside the folder, or a tensor is wrong.
@@ -271,7 +277,10 @@ def write_weights(
 
 
 def _write_shard(path: Path, groups: list[Group], progress: Callable[[int], None]) -> str:
-    """Write one safetensors file: header, then the bytes in order (format: github.com/huggingface/safetensors)."""
+    """Write one safetensors file: header, then the bytes in order.
+
+    Format: github.com/huggingface/safetensors.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for group in groups:

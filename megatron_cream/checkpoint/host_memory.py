@@ -1,8 +1,9 @@
-"""Check before a save that the host has enough memory; otherwise the OOM killer or a SIGBUS ends the run.
+"""Check before a save that the host has enough memory.
 
-A fully reshardable checkpoint of the distributed optimizer is gathered in host memory: three float32 values for each
-parameter of a rank's model, on every rank, or with --distrib-optim-fully-reshardable-mem-efficient on the first rank
-of each data-parallel group. An asynchronous save passes each rank's part to the writer process in shared memory.
+Otherwise the OOM killer or a SIGBUS would end the run. A fully reshardable checkpoint of the distributed optimizer is
+gathered in host memory: three float32 values for each parameter of a rank's model, on every rank, or with
+--distrib-optim-fully-reshardable-mem-efficient on the first rank of each data-parallel group. An asynchronous save
+passes each rank's part to the writer process in shared memory.
 """
 
 import os

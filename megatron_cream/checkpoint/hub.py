@@ -1,4 +1,4 @@
-"""Download a model from the Hugging Face Hub by its name, only the files that a conversion reads."""
+"""Download the files of a model that a conversion reads from the Hugging Face Hub."""
 
 from pathlib import Path
 

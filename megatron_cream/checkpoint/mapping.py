@@ -161,7 +161,10 @@ def split(row: Row, parameter: Tensor, shape: ModelShape) -> list[Tensor]:
 
 
 def _split_groups(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-    """Return views of the query, key and value rows, each [num_query_groups, heads, kv_channels, ...]."""
+    """Return views of the query, key and value rows of `qkv`.
+
+    Each is [num_query_groups, heads, kv_channels, ...], with one head for keys and one for values.
+    """
     per_group = shape.num_attention_heads // shape.num_query_groups
     grouped = qkv.view(shape.num_query_groups, per_group + 2, shape.kv_channels, *qkv.shape[1:])
     return grouped.split([per_group, 1, 1], dim=1)

@@ -121,7 +121,7 @@ class MegatronCheckpoint:
         return out
 
     def _read_directly(self, item: ReadItem, stored: TensorStorageMetadata, target: Tensor) -> bool:
-        """Read a saved chunk straight from the file into `target` if the bytes have the same layout.
+        """Read a saved chunk straight from the file into `target`, if both have the same layout.
 
         torch's own reader copies every chunk twice.
 
@@ -261,7 +261,7 @@ class _Failure:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Save planner that plans every parameter from its shape, and produces it only when it is written."""
+    """Save planner that produces each parameter only when it is written."""
 
     def __init__(self, shape, padded_vocab_size, dtypes, produce, common_state, failure: _Failure):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -15,9 +15,9 @@ from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModel
 
 
 def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype, attention: str = "sdpa") -> LlamaModel:
-    """Load the whole model in evaluation mode, with this project's layers and an unpadded vocabulary.
+    """Load the whole model in evaluation mode, with this project's layers.
 
-    Starts a process group of one rank if there is none.
+    The vocabulary is not padded. Starts a process group of one rank if there is none.
 
     Args:
         checkpoint: checkpoint with the weights.

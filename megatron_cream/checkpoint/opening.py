@@ -48,7 +48,7 @@ class Step:
         return self.common["args"]
 
     def pickled_keys(self) -> list[str]:
-        """Return the keys of pickled entries: random states, extra states of layers, the common state."""
+        """Return the keys of pickled entries: random states, extra states, the common state."""
         entries = self.metadata.state_dict_metadata.items()
         return sorted(key for key, entry in entries if isinstance(entry, BytesStorageMetadata))
 
@@ -85,7 +85,7 @@ def find_step_folder(path: Path, step: int | str, flag: str) -> Path:
 
 
 def is_classic(folder: Path) -> bool:
-    """Tell whether a step has one `mp_rank_XX` file per model-parallel rank, instead of `torch_dist` files."""
+    """Tell whether a step has `mp_rank_XX` files instead of `torch_dist` files."""
     return not (folder / _FORMAT).is_file() and any(folder.glob("mp_rank_*"))
 
 
@@ -124,7 +124,7 @@ def open_step(folder: Path, flag: str, *, checksums: bool = True) -> Step:
 
 
 def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
-    """Check that the pickled entries `keys` are readable plain data, without running code that they name.
+    """Check that the pickled entries `keys` are plain data, without running code from them.
 
     Raises:
         UsageError: an entry is damaged, or is not plain data.
@@ -144,7 +144,9 @@ def check_pickles(step: Step, flag: str, *, keys: list[str]) -> None:
 
 
 def open_classic(folder: Path, flag: str, layout: tuple[int, int], *, checksums: bool = True) -> Namespace:
-    """Check the `mp_rank_XX` files of a step without reading tensor data, and return the saved flags.
+    """Check the `mp_rank_XX` files of a step and return the saved flags.
+
+    No tensor data is read.
 
     Args:
         folder: folder of the step.

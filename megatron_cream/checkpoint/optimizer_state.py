@@ -40,9 +40,9 @@ def _load_float32(original, self, state_dict) -> None:
 
 
 def _convert_step_count(self: MegatronOptimizer, state: dict) -> None:
-    """Move the step count from the parameter groups, where the distributed optimizer saves it, to the state.
+    """Move the step count from the parameter groups to the state, for torch's AdamW.
 
-    torch's AdamW has a step count for each parameter.
+    The distributed optimizer saves it in each parameter group; torch's AdamW has it for each parameter.
     """
     if isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in state["param_groups"]:

@@ -135,7 +135,7 @@ def _replaced_path(path: Path) -> Path:
 
 
 def _restore_replaced(path: Path) -> None:
-    """Rename back or remove the folder that a process left when it was killed between two renames."""
+    """Restore or remove the `.NAME.replaced` folder of a process killed between two renames."""
     old = _replaced_path(path)
     if old.is_symlink() or not old.is_dir():
         return
@@ -155,7 +155,7 @@ def _sync(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(file: Path, what: str) -> Iterator[None]:
-    """Hold a lock that keeps other writers of a folder out; the kernel frees it if the process dies."""
+    """Hold a lock against other writers of a folder; the kernel frees it if the process dies."""
     check_regular(file, what)
     with open(file, "w") as handle:
         try:
@@ -262,7 +262,7 @@ def check_manifest(
 
 
 def check_files(folder: Path, names: Iterable[str], flag: str) -> None:
-    """Raise UsageError if one of these files is missing or differs from its checksum in the manifest.
+    """Raise UsageError if one of these files is missing or differs from the manifest.
 
     Args:
         folder: folder with the manifest.
@@ -294,7 +294,7 @@ def _find_fault(file: Path, digest: str, progress: Callable[[int], None] | None 
 
 
 def check_unchanged(folder: Path, progress=None, *, include_texts: bool = False) -> None:
-    """Raise UsageError unless every file in the manifest of `folder` is unchanged; see `check_manifest`."""
+    """Raise UsageError if a file in the manifest of `folder` is missing or changed."""
     if faults := check_manifest(folder, progress, include_texts=include_texts):
         raise UsageError(faults[0])
 

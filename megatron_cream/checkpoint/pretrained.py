@@ -1,4 +1,4 @@
-"""Start a training run from a Hugging Face folder (--load-hf) and export to one at its end (--save-hf).
+"""Start a run from a Hugging Face folder (--load-hf) and export to one (--save-hf).
 
 The original model's shape, tokenizer and generation config are kept in the `hf/` folder of a checkpoint that was
 converted from a Hugging Face folder, or trained from such a checkpoint.
@@ -46,7 +46,7 @@ def _check_outside_save(args: Namespace, target: Path) -> None:
 
 
 def _reject_finished(args: Namespace, target: Path) -> None:
-    """Raise UsageError if an earlier run finished but its export failed: its last checkpoint is still there."""
+    """Raise UsageError if an earlier run finished, but its checkpoint was not exported."""
     tracker = intermediate_folder(target) / output.TRACKER
     step = tracker.read_text().strip() if tracker.is_file() else ""
     if step.isdigit() and args.train_iters and int(step) >= args.train_iters:
@@ -57,12 +57,12 @@ def _reject_finished(args: Namespace, target: Path) -> None:
 
 
 def intermediate_folder(target: Path) -> Path:
-    """Return the folder of the last checkpoint until it is exported, if the user gives no --save."""
+    """Return the folder for checkpoints before the export, if the user gives no --save."""
     return target.with_name(f".{target.name}.checkpoint")
 
 
 def uses_intermediate_folder(args: Namespace) -> bool:
-    """Tell whether --save is the intermediate folder of --save-hf, which each start overwrites."""
+    """Tell whether --save is the intermediate folder of --save-hf."""
     return args.save_hf is not None and Path(args.save) == intermediate_folder(Path(args.save_hf).absolute())
 
 
@@ -84,7 +84,7 @@ def build_weights_hook(args: Namespace) -> Callable[[list], list] | None:
 
 
 def copy_model_files(args: Namespace) -> None:
-    """Copy the original model's config.json, tokenizer and generation config to `hf/` of --save.
+    """Copy the original model's config, tokenizer and generation config to `hf/` of --save.
 
     Without an original model, copy only the tokenizer.
     """

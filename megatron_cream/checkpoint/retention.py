@@ -1,4 +1,4 @@
-"""Remove older checkpoints of a run: keep the newest few, and one at every given number of steps.
+"""Remove older checkpoints of a run, except the newest few and every n-th step.
 
 Megatron's own --save-retain-interval also removes the checkpoint that a run was loaded from, and one that is being
 uploaded. If it is killed, it leaves an incomplete folder under a checkpoint's name. Here a folder is first renamed to
@@ -21,7 +21,7 @@ _CLOSE_SECONDS = 60
 
 
 def find_complete_steps(save: Path) -> dict[int, Path]:
-    """Return {step: folder} of the complete checkpoints in a folder, whether or not the tracker names them."""
+    """Return {step: folder} of all complete checkpoints in a folder."""
     steps = {}
     for folder in save.glob("iter_*"):
         named = _STEP.fullmatch(folder.name)
@@ -56,9 +56,10 @@ class Retention:
         self._start_removal()  # finish the removals of a killed run
 
     def prune(self) -> None:
-        """Remove checkpoints; call it when a checkpoint is complete, and when one is no longer in use.
+        """Remove older checkpoints that are not in use.
 
-        If a folder cannot be removed, it prints a warning and does not raise.
+        Call it when a checkpoint is complete, and when one is no longer in use. If a folder cannot be removed, it
+        prints a warning and does not raise.
         """
         with self._lock:
             try:
@@ -69,12 +70,15 @@ class Retention:
             self._start_removal()
 
     def close(self) -> None:
-        """Wait up to a minute for the last removal; the next start of the run finishes an incomplete one."""
+        """Wait up to a minute for the last removal.
+
+        The next start of the run finishes an incomplete one.
+        """
         if self._removal:
             self._removal.join(_CLOSE_SECONDS)
 
     def _find_removable(self) -> list[Path]:
-        """Return the checkpoints to remove: complete ones, older than the one that the tracker names."""
+        """Return the checkpoints to remove: complete ones, older than the tracker's."""
         newest = int((self._save / TRACKER).read_text())
         steps = find_complete_steps(self._save)
         earlier = sorted(step for step in steps if step < newest)

@@ -1,8 +1,8 @@
-"""Run the user's command for each complete checkpoint, such as an upload, without delaying training.
+"""Run the user's command, such as an upload, for each complete checkpoint.
 
-The commands run one after the other, in the background, on the first rank. The command gets the checkpoint's folder
-as its last argument, and CHECKPOINT_FOLDER and CHECKPOINT_STEP in its environment. Its output goes to `save_hook.log`
-in --save, which only the run's user can read.
+The commands do not delay training: they run one after the other, in the background, on the first rank. The command
+gets the checkpoint's folder as its last argument, and CHECKPOINT_FOLDER and CHECKPOINT_STEP in its environment. Its
+output goes to `save_hook.log` in --save, which only the run's user can read.
 
 It survives a killed rank, so that a running upload can finish; after that, --save-hook-minutes no longer applies. The
 command may contain a token, so it is kept only in this module. Anything saved, printed or logged has only the
@@ -42,8 +42,8 @@ def get_command() -> list[str]:
 
 
 def program_name(words: list[str]) -> str:
-    """Return the name of the program, or of a variable that is set before it, as in a shell's TOKEN=... program."""
-    return words[0].partition("=")[0]
+    """Return the first word of a command, without the value of a variable."""
+    return words[0].partition("=")[0]  # from TOKEN=... program, which a shell would accept
 
 
 def parse_command(command: str) -> list[str]:
@@ -97,7 +97,7 @@ class SaveHook:
         return set(self._busy)
 
     def close(self) -> None:
-        """Wait at the end of the run until all commands have ended, up to the time limit of one."""
+        """Wait until all commands have ended, up to the time limit of one."""
         if self._thread is None:
             return
         self._jobs.put(None)

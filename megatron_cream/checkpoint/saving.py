@@ -1,8 +1,9 @@
-"""Continue training with a one-line warning when a checkpoint cannot be written, and keep the previous one.
+"""Continue training with a one-line warning when a checkpoint cannot be written.
 
-Megatron ends the run when a shard cannot be written. It hangs when only one rank fails, at creating the folder,
-`.metadata`, `metadata.json` or the tracker, because the others wait for it in a collective. Here each rank keeps its
-error until all ranks reach a point where they can exchange errors. Only then is the step written to the tracker.
+The previous checkpoint is kept. Megatron ends the run when a shard cannot be written. It hangs when only one rank
+fails, at creating the folder, `.metadata`, `metadata.json` or the tracker, because the others wait for it in a
+collective. Here each rank keeps its error until all ranks reach a point where they can exchange errors. Only then is
+the step written to the tracker.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ _state = _SaveState()
 
 
 def install(report: Callable[[str], None], save_folder: Path | None) -> None:
-    """Install the replacements of Megatron's functions; call before `pretrain`, once for each run.
+    """Install the replacements of Megatron's functions; call before each run's `pretrain`.
 
     Args:
         report: prints a line for the user.
@@ -95,7 +96,7 @@ def check_last_save() -> None:
 
 
 def has_failed(folder: str) -> bool:
-    """Tell whether the newest save in this folder failed; False while it is still being written."""
+    """Tell whether the last finished save in this folder failed."""
     return os.path.realpath(folder) in _state.failed
 
 
@@ -132,7 +133,7 @@ def _save_checkpoint(original, iteration, *args, **kwargs):
 
 
 def _make_args_plain(original, *args, **kwargs):
-    """Save the flags as plain values; Megatron's may be objects of classes that another process lacks."""
+    """Save the flags as plain values, which need no classes of this process."""
     state = original(*args, **kwargs)
     state["args"] = to_plain(state["args"])
     return state
@@ -160,10 +161,7 @@ def _make_empty_folder(folder: Path) -> str:
 
 
 def _find_lost_folder() -> str:
-    """Return an error if --save is no longer the folder that this run opened, or "".
-
-    Another disk or another run may be there now.
-    """
+    """Return an error if --save is no longer the folder that this run opened, or ""."""
     if _state.save_folder is None or files.is_locked_folder(_state.save_folder):
         return ""
     return f"{_state.save_folder} is not the folder that this run opened: it was unmounted, moved or deleted"
@@ -227,7 +225,7 @@ def _raise_kept_error() -> None:
 
 
 def _keep_error(original, *args, **kwargs):
-    """Keep an OSError of a function that only the first rank runs, because the other ranks wait for it."""
+    """Keep the OSError of a function that only the first rank runs while the others wait."""
     try:
         return original(*args, **kwargs)
     except OSError as error:
@@ -259,13 +257,7 @@ def _finalize_save(original, *args, **kwargs):
 
 
 def _conclude_save(settings, step: int, why: str) -> None:
-    """Record the result of a save, and report and remove a failed one; call on all ranks.
-
-    Args:
-        settings: Megatron's flags.
-        step: training step of the save.
-        why: why it failed, or ""; the same on all ranks.
-    """
+    """Record a save on all ranks, and report and remove it if it failed; `why` is "" if not."""
     place, folder = os.path.realpath(settings.save), _step_folder(settings.save, step)
     if not why:
         _state.saved_steps[place] = step

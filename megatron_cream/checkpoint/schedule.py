@@ -1,4 +1,4 @@
-"""Resume with the saved schedule of learning rate and weight decay, or with that of this run's flags.
+"""Resume with the saved schedule of learning rate and weight decay, or with this run's.
 
 Megatron fails on a schedule that differs from the saved one, unless a flag chooses one of the two. It also finds
 the saved optimizer state of a parameter by its group's learning rates, and finds none if they differ. So the learning
@@ -104,7 +104,7 @@ def _match_learning_rates(original, load_dir, args, *others, **kwargs):
 
 
 def _learning_rates(args: Namespace) -> Iterator[tuple[float, float]]:
-    """Yield (max_lr, min_lr) of the embeddings, if they have their own, then of all other weights."""
+    """Yield (max_lr, min_lr) of the embeddings, which may have their own, then of the rest."""
     least = args.min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
     yield args.decoupled_lr, least
     yield args.lr, args.min_lr

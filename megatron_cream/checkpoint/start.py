@@ -1,7 +1,8 @@
-"""Find and check the model and checkpoint that a run loads, before it uses a process group, a GPU or its own files.
+"""Find and check the model and the checkpoint that a run loads.
 
-Megatron checks while it loads: a checkpoint that is truncated, of another model, or that runs code ends it with
-tracebacks of all ranks, after the run's folders were created.
+This comes before the run starts a process group, uses a GPU or writes files. Megatron checks while it loads: a
+checkpoint that is truncated, of another model, or that runs code ends it with tracebacks of all ranks, after the
+run's folders were created.
 """
 
 import os
@@ -80,7 +81,7 @@ def find_origin(args: Namespace) -> Origin:
 
 
 def find_model(args: Namespace) -> tuple[Path | None, ModelShape | None]:
-    """Return the Hugging Face folder of the model that the run starts from, and the model's shape."""
+    """Return the Hugging Face folder of the run's original model, and the model's shape."""
     folder = _find_model_folder(args)
     return folder, None if folder is None else read_config(folder)[1]
 
@@ -137,7 +138,7 @@ def _is_load_equal_save(args: Namespace) -> bool:
 
 
 def find_checkpoint(args: Namespace) -> tuple[str, Path] | None:
-    """Return (flag, folder of the step) that Megatron will load, or None if it loads no checkpoint.
+    """Return (flag, folder of the step) that Megatron will load, or None.
 
     Raises:
         UsageError: a folder has no checkpoint, or not the requested step.
@@ -163,10 +164,10 @@ def find_checkpoint(args: Namespace) -> tuple[str, Path] | None:
 
 
 def _find_untracked_step(path: Path) -> int | None:
-    """Return the step of a folder's only checkpoint if it is complete and the tracker is missing; else None.
+    """Return the step of a folder's only complete checkpoint if the tracker is missing.
 
-    The manifest of checksums is written just before the tracker. So a run resumes that was killed between the two, or
-    that lost its tracker.
+    None otherwise. The manifest of checksums is written just before the tracker. So a run resumes that was killed
+    between the two, or that lost its tracker.
     """
     whole = {} if os.path.lexists(path / output.TRACKER) else find_complete_steps(path)
     steps = [step for step, folder in whole.items() if (folder / output.MANIFEST).is_file()]
@@ -188,7 +189,7 @@ def _reject_lost_tracker(path: Path) -> None:
 
 
 def finished_message(args: Namespace) -> str | None:
-    """Return a message if the checkpoint of --load is at the run's last step already; else None."""
+    """Return a message if the checkpoint of --load is at the run's last step, else None."""
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     found = None if args.skip_train or args.finetune else find_checkpoint(args)
     if found is None or found[0] != "--load" or found[1].name == "release" or not steps:
@@ -217,14 +218,14 @@ def _open_checkpoint(args: Namespace, found: tuple[str, Path] | None) -> FoundCh
 
 
 def is_resume(args: Namespace, found: FoundCheckpoint | None) -> bool:
-    """Tell whether the run resumes the training that saved the checkpoint, not only starts from its weights."""
+    """Tell whether the run resumes a training, instead of only starting from its weights."""
     return found is not None and found.flag == "--load" and found.folder.name != "release" and not args.finetune
 
 
 def read_saved_rope(found: FoundCheckpoint | None) -> ModelRope | None:
-    """Return the rotary embedding that a checkpoint of this project was trained with; None for others.
+    """Return the rotary embedding that a checkpoint was trained with.
 
-    None for a converted model too, whose config.json has more details.
+    None if this project did not save it, and for a converted model, whose config.json has more details.
     """
     saved = found and found.args
     if saved is None or found.folder.name == "release" or not hasattr(saved, "rope_scaling_config"):
@@ -237,7 +238,9 @@ def read_saved_rope(found: FoundCheckpoint | None) -> ModelRope | None:
 
 
 def check_model(args: Namespace, found: FoundCheckpoint | None) -> None:
-    """Check that the flags describe the saved model; a resumed run needs the same rotary embedding too.
+    """Check that the flags describe the saved model.
+
+    A resumed run needs the same rotary embedding too.
 
     Raises:
         UsageError: a flag differs from the saved one, or the checkpoint lacks a parameter.
@@ -289,7 +292,7 @@ def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
 
 
 def adopt_schedule(args: Namespace, found: FoundCheckpoint | None) -> None:
-    """Use the saved schedule of learning rate and weight decay if the flags of the resumed run ask for it."""
+    """Use the saved schedule of learning rate and weight decay if the flags ask for it."""
     wanted = args.use_checkpoint_opt_param_scheduler and not args.no_load_optim
     if wanted and is_resume(args, found) and found.step:
         schedule.adopt_saved(args, found.args)
@@ -320,7 +323,7 @@ _SAMPLES = (
 
 
 def resume_warning(args: Namespace, found: FoundCheckpoint | None) -> str:
-    """Return a note for each allowed but usually unintended difference of a resumed run, or "".
+    """Return notes on allowed but usually unintended differences of a resumed run, or "".
 
     Data that only moved to another folder count as the same.
     """
@@ -345,9 +348,9 @@ def _format_value(value: Any) -> str:
 
 
 def check_content(args: Namespace, origin: Origin) -> None:
-    """Check the checksums, if there are any, and the pickles of a checkpoint; each rank reads a share.
+    """Check the checksums, if there are any, and the pickles of a checkpoint.
 
-    All ranks must call it, and all raise the same error.
+    Each rank reads a share. All ranks must call it, and all raise the same error.
 
     Raises:
         UsageError: a file is damaged, missing or not plain data; the message names it.

@@ -93,14 +93,14 @@ def _largest_difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _largest(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference; NaN equals NaN, and is infinitely far from all other values."""
+    """Return the largest difference; that of NaN and another value is infinite, of two NaN 0."""
     same = (a == b) | (a.isnan() & b.isnan())
     infinity = float("inf")
     return (a - b).abs().nan_to_num_(nan=infinity, posinf=infinity).masked_fill_(same, 0.0).max().item()
 
 
 def _verify_logits(checkpoint: MegatronCheckpoint, folder: HfFolder, text: str) -> bool:
-    """Run both models on the same tokens, one after the other, and compare and print their logits."""
+    """Compare and print the logits of both models on the same tokens."""
     tokens = _tokenize(folder.path, text, checkpoint.shape.vocab_size)
     limit = checkpoint.shape.max_position_embeddings
     tokens = tokens[:, : min(limit, 2048)]
@@ -142,7 +142,7 @@ def _transformers_logits(folder: Path, tokens: Tensor, dtype: torch.dtype) -> Te
 
 
 def _tokenize(folder: Path, text: str, vocab_size: int) -> Tensor:
-    """Return token ids, int64 [1, n], from the folder's tokenizer, or from the text's bytes without one."""
+    """Return token ids, int64 [1, n]; without a tokenizer, the bytes of the text."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Write the window of a Hugging Face folder into all files and keys where its readers look for it.
+"""Write the window of a Hugging Face folder into all files and keys that readers use.
 
 transformers and lm-evaluation-harness read `max_position_embeddings` unchanged. vLLM takes the smallest of several
 keys and SGLang the first of its own list; both multiply it by the factor of a linear scaling. So a folder with linear
