@@ -1,4 +1,4 @@
-"""What follows a whole checkpoint: which earlier ones go, and the user's command, which never holds training up."""
+"""After a complete checkpoint: the removal of older ones, and the user's command in the background."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def left(save: Path) -> list[int]:
     every=st.none() | st.integers(1, 7), data=st.data(),
 )  # fmt: skip
 def test_kept_checkpoints(tmp_path_factory, steps, last, every, data):
-    """Against the rule, said in another way; steps beyond the tracker's are of a run that went back."""
+    """Compare with the rule, written in another way; steps after the tracker's are from before a step back."""
     newest = data.draw(st.sampled_from(sorted(steps)))
     loaded, busy = (data.draw(st.none() | st.sampled_from(sorted(steps))) for _ in range(2))
     save = put(tmp_path_factory.mktemp("save"), *steps, newest=newest)
@@ -157,11 +157,11 @@ def test_a_hook_may_outlive_the_run(tmp_path, capfd):
     hook._seconds = 0.05
     hook.close()
     assert "iter_0000001: not finished 0.000833333 minutes after the run" in capfd.readouterr().err
-    os.kill(int((tmp_path / "log").read_text().splitlines()[1]), signal.SIGKILL)  # it lived
+    os.kill(int((tmp_path / "log").read_text().splitlines()[1]), signal.SIGKILL)  # it is still alive
 
 
 def test_asynchronous_saves_run_hooks_and_resume_at_another_layout(tmp_path):
-    """Two ranks: at step 8 the newest two are left, and step 4; the hook has seen each whole, and holds step 2."""
+    """The newest two steps and every fourth one are kept, and each hook gets a complete checkpoint."""
     documents, save = write_documents(tmp_path / "documents"), tmp_path / "save"
     hook = tmp_path / "hook"
     hook.write_text(
@@ -179,7 +179,7 @@ def test_asynchronous_saves_run_hooks_and_resume_at_another_layout(tmp_path):
     assert left(save) == [4, 8, 10] and not list(save.glob(".iter_*"))
     lines = [line for line in (save / "save_hook.log").read_text().splitlines() if line.startswith("two words ")]
     assert lines == [f"two words {step} True True" for step in (2, 4, 6, 8, 10)]
-    # What may be a token is nowhere but in what the command itself has printed, which is its user's alone.
+    # A possible token is only in the output of the command itself, which only the user can read.
     assert (save / "save_hook.log").stat().st_mode & 0o777 == 0o600
     written = [path for path in (*save.rglob("*"), *(tmp_path / "whole").rglob("*")) if path.is_file()]
     assert [path.name for path in written if b"two words" in path.read_bytes()] == ["save_hook.log"]

@@ -1,4 +1,4 @@
-"""What travels beside the weights: a damaged file is found before it is passed on."""
+"""Damaged files beside the weights are found before they are copied."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def flip(file: Path) -> None:
 
 
 def swap(file: Path) -> None:
-    """With a file of another kind."""
+    """Replace the file by one of another kind."""
     other = {"tokenizer_config.json": "config.json"}.get(file.name, "tokenizer_config.json")
     file.write_bytes((file.parent / other if (file.parent / other).exists() else file.parents[1] / other).read_bytes())
 
@@ -78,7 +78,7 @@ def test_an_intact_folder_prints_nothing(folder, capsys):
 
 @pytest.mark.parametrize("name, damage", DAMAGES)
 def test_damage_is_rejected_or_harmless(folder, name, damage):
-    """Without sums: one line that names the file, or transformers reads what was passed on."""
+    """Without checksums, an error names the file, or transformers can read the copy."""
     damage(folder / name)
     try:
         carried.check_files(folder)
@@ -98,7 +98,7 @@ def test_damage_is_rejected_or_harmless(folder, name, damage):
 
 @pytest.mark.parametrize("name, damage", DAMAGES)
 def test_checksums_find_every_change(folder, capsys, name, damage):
-    """People may edit these files: what can still be read gets a warning. Nobody may lose one."""
+    """Users may edit these files: a readable edited file gives a warning, a missing one an error."""
     output.write_manifest(folder, {})
     damage(folder / name)
     try:
@@ -146,7 +146,7 @@ def test_a_tokenizer_of_a_larger_vocabulary(folder, capsys):
 
 
 def test_templates_are_not_executed(folder):
-    """One that would run for ever, and one that reaches for the machine."""
+    """One template would run forever, and one tries to access Python's classes."""
     (folder / "chat_template.jinja").write_text(
         "{% for i in range(10**9) %}{% for j in range(10**9) %}{{ i }}{% endfor %}{% endfor %}"
     )
@@ -167,7 +167,7 @@ def test_copied_files(folder):
 
 
 def test_checking_does_not_contact_the_hub(folder):
-    """In a process of its own that has no way out: transformers would ask for files that are not there."""
+    """Run in a process without network: transformers would ask the Hub for missing files."""
     script = "import socket, sys\ndef none(*a): raise SystemExit('asked the network')\nsocket.socket.connect = none\n"
     script += "from pathlib import Path\nfrom megatron_cream.checkpoint import carried\ncarried.check_files(Path(sys.argv[1]))"
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, with transformers as the oracle."""
+"""Import and export of Hugging Face folders, compared with transformers."""
 
 import json
 import subprocess
@@ -55,7 +55,7 @@ def assert_bit_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip(tmp_path, name):
-    """Our logits are transformers'; the exported folder is bit-equal to the imported one, and has the same config."""
+    """Our logits match transformers', and the exported weights and config equal the imported ones bit for bit."""
     theirs = save_model(tmp_path / "hf", name)
     import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
     checkpoint = MegatronCheckpoint(tmp_path / "ckpt")
@@ -69,14 +69,14 @@ def test_round_trip(tmp_path, name):
     export_hf(checkpoint, tmp_path / "out")
     assert_bit_equal(weights(tmp_path / "out"), weights(tmp_path / "hf"))
     before, after = (AutoConfig.from_pretrained(tmp_path / folder).to_dict() for folder in ("hf", "out"))
-    before.pop("head_dim", None), after.pop("head_dim", None)  # written out where it was implied
+    before.pop("head_dim", None), after.pop("head_dim", None)  # explicit after the export
     assert after == before | {"_name_or_path": after.get("_name_or_path")} or after == before
 
 
 @pytest.mark.parametrize("rope_type", ["none", "linear", "ntk", "yarn", "llama3"])
 @pytest.mark.parametrize("name", ["llama-mha", "llama-gqa-odd-vocabulary"])
 def test_exported_rope_is_the_trained_one(tmp_path, name, rope_type):
-    """transformers' logits of an exported extension are ours, at positions up to the new length."""
+    """Our logits match those of transformers for an extended model, at positions up to the new length."""
     save_model(tmp_path / "hf", name)
     import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
     checkpoint = MegatronCheckpoint(tmp_path / "ckpt")
@@ -112,7 +112,7 @@ def test_types_are_kept_or_cast(tmp_path, dtype):
 
 
 def test_shards_in_and_out(tmp_path):
-    """Sharded safetensors, and pytorch_model.bin in one file or several, read alike; shards are written as asked."""
+    """Sharded safetensors and pytorch_model.bin, one file or several, give the same; shard sizes are respected."""
     model = save_model(tmp_path / "hf", "qwen2", torch.bfloat16, shard_size="100KB")
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     for folder in ("one", "many"):
@@ -138,7 +138,7 @@ def test_shards_in_and_out(tmp_path):
 
 
 def test_files_copied_along(tmp_path):
-    """Tokenizer, templates and generation config go through a checkpoint; code and adapters do not."""
+    """Tokenizer, templates and generation config are copied through a checkpoint; code and adapters are not."""
     save_model(tmp_path / "hf", "llama-mha", vocab_size=2048)
     save_tokenizer(tmp_path / "hf")
     (tmp_path / "hf" / "additional_chat_templates").mkdir()
@@ -154,8 +154,8 @@ def test_files_copied_along(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
 
 
-# As found in folders on the Hub: what to load weights as; a rope that says twice that it is none; Llama 1's names, and
-# keys that it did not have yet; code that a model came with.
+# From folders on the Hub: the dtype to load; a default rope given twice; the names of Llama 1 without newer keys;
+# a model with code.
 WORDS = [
     {"torch_dtype": "auto"}, {"dtype": "auto", "torch_dtype": None}, {"dtype": "torch.half"},
     {"rope_parameters": None, "rope_scaling": {"type": "default", "rope_type": "default"}}, {"rope_scaling": {}},
@@ -178,7 +178,7 @@ def test_config_values_without_effect(tmp_path, words):
 
 
 def test_old_buffers_and_tied_heads(tmp_path):
-    """Buffers of old releases are passed over, and a tied head that was saved too, if it is the embedding."""
+    """Buffers of old releases are ignored, and so is a saved tied head that equals the embedding."""
     model = save_model(tmp_path / "hf", "llama-mqa-tied")
     (tmp_path / "hf" / "model.safetensors").unlink()
     state = dict(model.state_dict())
@@ -192,7 +192,7 @@ def test_old_buffers_and_tied_heads(tmp_path):
 
 
 def test_keys_are_those_of_the_model(tmp_path):
-    """The table's names and shapes are those that Megatron's model gives a distributed checkpoint."""
+    """The table has the names and shapes of Megatron's distributed checkpoint of the model."""
     save_model(tmp_path / "hf", "qwen3")
     import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
     checkpoint = MegatronCheckpoint(tmp_path / "ckpt")
@@ -216,14 +216,14 @@ def test_keys_are_those_of_the_model(tmp_path):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A model, its import, and the flags and losses of a run that starts from that."""
+    """A model, its import, and the flags and losses of a run that starts from the import."""
     folder = tmp_path_factory.mktemp("start")
-    # Tied, with biases: every kind of parameter under TP and PP.
+    # Tied and with biases, to cover every kind of parameter under TP and PP.
     save_model(folder / "hf", "qwen2", max_position_embeddings=96)
     result = run_tool("import", "--hf-path", folder / "hf", "--output", folder / "ckpt")
     assert result.returncode == 0, result.stderr
     documents = write_documents(folder / "documents")
-    # What follows from the model is not repeated: the shape in these flags is the fixture's other half.
+    # The shape is not among these flags, because it comes from the model.
     flags = f"--data-path {documents} --split 90,10,0 --train-iters 3 --num-workers 0 --eval-iters 1"
     flags += " --seq-length 96 --target-length 384 --rope-scaling-type linear --micro-batch-size 2"
     flags += " --global-batch-size 4 --lr 1e-3 --tokenizer-type NullTokenizer --seed 7"
@@ -247,7 +247,7 @@ def test_any_layout_starts_from_an_import(start, layout, source):
 
 
 def test_from_hugging_face_to_hugging_face(start):
-    """--load-hf and --save-hf in one run, without a Megatron checkpoint to be seen; PP by the way."""
+    """--load-hf and --save-hf in one run, without a visible Megatron checkpoint, and with PP."""
     folder, flags, reference = start
     flags = [*flags, "--num-layers", 3, "--decoder-first-pipeline-num-layers", 1, "--pipeline-model-parallel-size", 2]
     losses = train(2, folder / "pp2", *flags, "--load-hf", folder / "hf", "--save-hf", folder / "out", base=())
@@ -264,7 +264,7 @@ def test_from_hugging_face_to_hugging_face(start):
 
 
 def test_classic_format(start):
-    """`--format torch` opens as Megatron's older checkpoint at the layout it was written for."""
+    """`--format torch` loads as Megatron's older checkpoint at the layout it was written for."""
     folder, flags, reference = start
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1".split()
     options = [*layout, "--format", "torch", "--transformer-impl", "local"]

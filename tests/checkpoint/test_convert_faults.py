@@ -1,4 +1,4 @@
-"""What a conversion refuses, in one line; and that it writes a whole folder or nothing."""
+"""A conversion rejects bad inputs with one line, and writes a complete folder or nothing."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def hf(model, tmp_path):
 
 
 class Malice:
-    """Unpickled, it leaves a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -188,13 +188,13 @@ def test_a_folder_that_is_not_empty(hf, tmp_path):
             import_hf(HfFolder(hf), target, overwrite=overwrite)
     assert (target / "thesis.txt").read_text() == "years of work"
     (target / "thesis.txt").unlink()
-    import_hf(HfFolder(hf), target)  # an empty folder is fine
+    import_hf(HfFolder(hf), target)  # an empty folder is accepted
     with pytest.raises(UsageError, match="or --overwrite"):
         import_hf(HfFolder(hf), target)
     import_hf(HfFolder(hf), target, dtype=torch.bfloat16, overwrite=True)
     checkpoint = MegatronCheckpoint(target)
     assert {checkpoint.dtype(row, layer) for row, layer in list_parameters(checkpoint.shape)} == {torch.bfloat16}
-    (target / "iter_0000100").mkdir()  # training went on there
+    (target / "iter_0000100").mkdir()  # from training in this folder
     with pytest.raises(UsageError, match="iter_0000100 is not"):
         import_hf(HfFolder(hf), target, overwrite=True)
 
@@ -209,7 +209,7 @@ def test_no_room(hf, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["import-write", "import-read", "export-write"])
 def test_an_error_halfway_leaves_no_output(hf, tmp_path, monkeypatch, what):
-    """A full disk, a shard that cannot be read: at every 7th write or read, in either thread, nothing is swallowed."""
+    """Errors of a full disk or an unreadable shard, at every 7th write or read in either thread, are raised."""
     source, ckpt, out = HfFolder(hf), tmp_path / "ckpt", tmp_path / "out"
     import_hf(source, ckpt)
     checkpoint = MegatronCheckpoint(ckpt)
@@ -237,7 +237,7 @@ def test_an_error_halfway_leaves_no_output(hf, tmp_path, monkeypatch, what):
 
 
 def test_killed_conversion(tmp_path):
-    """SIGKILL in the middle: no folder that looks whole; the next conversion cleans up and succeeds."""
+    """After a SIGKILL no folder looks complete; the next conversion cleans up and succeeds."""
     state = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 32000}
     save_model(tmp_path / "hf", **state)
     command = [sys.executable, str(ROOT / "tools" / "convert_hf.py"), "import"]
@@ -308,7 +308,7 @@ def test_verify_finds_what_changed(hf, tmp_path):
     assert result.returncode == 2 and "__0_0.distcp: damaged or changed since it was written" in result.stderr
     shard.write_bytes(whole)
 
-    (out / output.MANIFEST).unlink()  # which would tell it first
+    (out / output.MANIFEST).unlink()  # its checksums would fail first
     state = load_file(out / "model.safetensors")
     state[Q_PROJ][0, 0] += 0.5
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
@@ -338,7 +338,7 @@ BAD_CHECKPOINTS = {
 def test_bad_checkpoints(hf, tmp_path, case):
     import_hf(HfFolder(hf), tmp_path / "ckpt", vocabulary_divisor=64)
     edit, message = BAD_CHECKPOINTS[case]
-    (tmp_path / "ckpt" / "release" / output.MANIFEST).unlink()  # which would tell it first
+    (tmp_path / "ckpt" / "release" / output.MANIFEST).unlink()  # its checksums would fail first
     edit(tmp_path / "ckpt" / "release")
     with pytest.raises(UsageError) as error:
         export_hf(MegatronCheckpoint(tmp_path / "ckpt"), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A model by its name: what is asked of a Hub that stands on this machine, and what is done without one."""
+"""A model by its name: requests to a Hub on this machine, and the cache without one."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ class Hub:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
-    """The weights three times, as in Llama-2-7b-chat-hf; and what changes a model that is loaded beside it."""
+    """The weights in three formats, as in Llama-2-7b-chat-hf, and files that would change the loaded model."""
     folder = tmp_path_factory.mktemp("repository")
     save_model(folder, "llama-mha", shard_size="200KB", vocab_size=2048)
     save_tokenizer(folder)
@@ -120,7 +120,7 @@ def test_weights_are_fetched_once(repository, tmp_path):
     assert len(hub.fetched) == len(set(hub.fetched))
     assert (tmp_path / "ckpt/hf/additional_chat_templates/tool_use.jinja").is_file()
 
-    # The Hub is gone: what was fetched is found.
+    # Without the Hub, the cached files are found.
     ended = import_by_name(hub.endpoint, tmp_path / "cache", tmp_path / "again")
     assert ended.returncode == 0, ended.stderr
     ended = import_by_name(hub.endpoint, tmp_path / "empty", tmp_path / "none")
@@ -131,7 +131,7 @@ def test_weights_are_fetched_once(repository, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["one file", "bin"])
 def test_other_weight_formats_are_fetched(repository, tmp_path, form):
-    """One file before shards and .bin; .bin where there is nothing else."""
+    """A single file is preferred to shards and .bin; .bin is fetched if there is nothing else."""
     import torch
 
     folder = shutil.copytree(repository, tmp_path / "repository")

@@ -1,4 +1,4 @@
-"""What a run takes from the model that it starts from, and what it refuses."""
+"""What a run takes from its original model, and which models it rejects."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A folder takes another's place: whatever moment the process is killed at, one of the two has the name, whole."""
+"""A folder replaces another: whenever the process is killed, one of the two has the name and is complete."""
 
 import signal
 import subprocess
@@ -11,7 +11,7 @@ from megatron_cream.checkpoint import output
 from megatron_cream.common.errors import UsageError
 from tests.launch import ROOT
 
-# Writes a folder over `name`, and kills itself in the place of the call that {kill} names.
+# Overwrites the folder `name`, and kills itself instead of the call that {kill} names.
 REPLACE = """
 import os, signal, sys
 from pathlib import Path
@@ -63,10 +63,10 @@ def test_a_swapped_folder_is_never_missing(tmp_path, function, call):
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_without_a_swap_the_next_start_restores_it(tmp_path, call):
-    """The calls of rename: the manifest's is none of them; away, into place."""
+    """The calls of rename move the old folder away, then the new one into place; the manifest has none."""
     path = tmp_path / "out"
     write(path, "old")
-    if call == 3:  # killed after both
+    if call == 3:  # killed after both renames
         replace_killed(path, "rename", "_sync", 2)
     else:
         replace_killed(path, "rename", "rename", call)

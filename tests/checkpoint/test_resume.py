@@ -1,4 +1,4 @@
-"""Resume with another schedule, and with or without the distributed optimizer."""
+"""Runs resume with another schedule, and with or without the distributed optimizer."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ def alone(runs):
 
 
 def run(ranks: int, folder: Path, name: str, *flags, fp32: bool = True) -> dict[int, tuple[float, float]]:
-    """Train. Returns step -> loss and learning rate."""
+    """Train, and return step -> loss and learning rate."""
     data = ["--data-path", folder / "documents", "--split", "90,10,0", "--eval-iters", 0, "--train-iters", STEPS]
     losses = train(ranks, folder / f"events {name}", *data, *flags, fp32=fp32)
     events = EventAccumulator(str(folder / f"events {name}")).Reload()
@@ -58,7 +58,7 @@ def saved_groups(folder: Path, step: int) -> list[dict]:
 
 @pytest.mark.parametrize("layout", slow_but(LAYOUTS, "1 rank", "TP 2, sharded"))
 def test_both_schedule_flags_resume(runs, alone, tmp_path, layout):
-    """--use-checkpoint-opt-param-scheduler goes on as if nothing else was given, the other as the flags say."""
+    """--use-checkpoint-opt-param-scheduler keeps the saved schedule, the other flag takes that of the flags."""
     ranks, flags = LAYOUTS[layout]
     flags = [*flags, "--load", runs / ("sharded" if flags[-1:] == SHARDED else "plain"), *OTHER]
     resumed = run(ranks, runs, f"{layout} saved", *flags, "--use-checkpoint-opt-param-scheduler")
@@ -82,7 +82,7 @@ def test_resuming_without_the_distributed_optimizer(runs, alone, layout):
 
 
 def test_resuming_without_the_distributed_optimizer_in_half_precision(runs, tmp_path):
-    """Its master weights have another name, too: the losses are those of the run that kept it."""
+    """The master weights have another name too; the losses equal those of a run with the distributed optimizer."""
     half = dict(fp32=False)
     flags = ["--exit-interval", SAVED, "--save-interval", SAVED, "--save", tmp_path / "half"]
     run(2, runs, "half", "--bf16", *flags, *SHARDED, **half)
@@ -94,6 +94,6 @@ def test_resuming_without_the_distributed_optimizer_in_half_precision(runs, tmp_
 
 
 def test_smaller_batches_do_not_run_out_of_data(runs):
-    """Megatron counts the samples of a run as if all its batches were of this size."""
+    """Megatron counts the samples of a run as if all batches had this size."""
     flags = ["--load", runs / "plain", "--override-opt-param-scheduler", "--global-batch-size", 4]
     assert run(1, runs, "smaller", *flags).keys() == {4, 5, 6}

@@ -1,4 +1,4 @@
-"""A run whose --save goes away under it: a mount that is lost, a folder that is moved or deleted."""
+"""A run whose --save disappears: a lost mount, or a moved or deleted folder."""
 
 import shutil
 import signal
@@ -8,7 +8,7 @@ from tests.launch import write_documents
 
 
 def test_a_deleted_save_folder_loses_checkpoints_but_no_step(tmp_path):
-    """Nothing is written in its place; when it is back, checkpoints are. If it never is, the run ends with 1."""
+    """Checkpoints are written again when the folder is back; if it stays away, the exit code is 1."""
     documents, save, away = write_documents(tmp_path / "documents", documents=20), tmp_path / "run", tmp_path / "away"
     log = tmp_path / "log"
     process = launch(documents, save, 100_000, log, flags=["--save", save, "--save-interval", 2])
@@ -22,7 +22,7 @@ def test_a_deleted_save_folder_loses_checkpoints_but_no_step(tmp_path):
     save.rename(away)
     wait_for_failures(2)
     assert not save.exists()
-    save.mkdir()  # as a mount point is when its disk is gone
+    save.mkdir()  # like a mount point whose disk is gone
     wait_for_failures(4)
     assert not list(save.iterdir())
     save.rmdir()

@@ -1,4 +1,4 @@
-"""The window of a Hugging Face folder, as the readers of the folder come to it."""
+"""The window of a Hugging Face folder, as its readers derive it."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def yarn(positions, original):
         (linear(32768, 8.0, seq_length=4096), 32768),  # ours
         (linear(512, 8.0, seq_length=512), 4096),
         (linear(4096, 4.0, max_sequence_length=16384), 16384),
-        (yarn(32768, 32768), 131072),  # Qwen2.5, with what its model card says to add
+        (yarn(32768, 32768), 131072),  # Qwen2.5, with the scaling from its model card
         (yarn(40960, 32768), 131072),  # Qwen3
         (yarn(131072, 32768), 131072),
     ],
@@ -59,7 +59,7 @@ def test_window_of_a_config(config, expected):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of a model whose files name its window in every place that some reader looks at."""
+    """A checkpoint of a model whose files have the window in every place where a reader looks."""
     folder = tmp_path_factory.mktemp("window")
     save_llama(folder / "hf")
     for name, keys in {
@@ -76,7 +76,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=TYPES)
 def stretched(request, checkpoint):
-    """Exported with each kind of scaling, for eight times the window."""
+    """The model, exported with each kind of scaling for eight times the window."""
     source = MegatronCheckpoint(checkpoint)
     scaling = build_rope_scaling(request.param, 8.0, BEFORE)
     source.shape = replace(source.shape, rope_scaling=scaling, max_position_embeddings=AFTER)
@@ -97,7 +97,7 @@ def test_transformers(stretched):
 def test_lm_evaluation_harness(stretched):
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM.__new__(HFLM)  # without its weights
+    model = HFLM.__new__(HFLM)  # without the model's weights
     model._max_length, model.tokenizer = None, AutoTokenizer.from_pretrained(stretched)
     model._model = SimpleNamespace(config=AutoConfig.from_pretrained(stretched))
     assert model.max_length == AFTER
@@ -132,7 +132,7 @@ def test_servers(stretched):
     config = json.loads((stretched / "config.json").read_text())
     assert vllm_window(config) == sglang_window(config) == AFTER
     factor = (config["rope_scaling"] or {}).get("factor", 1.0)
-    assert type(factor) is float  # vLLM takes a whole number for a list of factors
+    assert type(factor) is float  # vLLM takes an integer for a list of factors
 
 
 def test_an_import_has_the_same_window(stretched, tmp_path):
