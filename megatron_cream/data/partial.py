@@ -1,9 +1,9 @@
 """Output that appears only when complete; a killed run resumes from partial output.
 
-A run writes into PREFIX.partial/. Every few seconds it atomically replaces a state file with
-the input position and the size and CRC-32 of the output so far. A killed run resumes from that state and
-truncates the files to it. A file whose CRC-32 differs is neither resumed from nor published. When all is
-written, the files are renamed, the .idx last, so that no reader finds an .idx that belongs to another .bin.
+A run writes into PREFIX.partial/. Every few seconds it atomically replaces a state file with the
+input position and the size and CRC-32 of the output so far. A killed run resumes from that state and
+truncates the files to it. A file whose CRC-32 differs is neither resumed from nor published. When all
+is written, the files are renamed, the .idx last, so that no .idx stands beside another run's .bin.
 """
 
 import contextlib
