@@ -302,7 +302,7 @@ def fits(runs: Runs, name: str, gpus: int, flags: list[str]) -> bool:
 
 def planned(name: str, gpus: int, flags: list[str]) -> measured.Checked:
     with _PLANNING:  # the parser of flags is Megatron's, which reads sys.argv
-        return measured.check(
+        return measured.check_run(
             dict(what=name, gpu=_kind(), config=CONFIG, flags=flags, gpus=gpus, tokens_per_second=1, peak_gib=1.0)
         )
 

@@ -53,8 +53,8 @@ def main() -> int:
 def plan(options: argparse.Namespace, flags: list[str]) -> int:
     """Print the plan, and return the exit code: 1 if no layout fits."""
     run = run_from_flags(flags, options.gpus)
-    misfit = run.misfit()
-    reason = None if misfit else layouts.refused(run.model, run.layout)
+    misfit = run.find_misfit()
+    reason = None if misfit else layouts.find_conflict(run.model, run.layout)
     if reason is not None:
         raise UsageError(reason)
     gpu_memory = options.gpu_memory or GPUS[options.gpu].memory
@@ -64,23 +64,23 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
     if not misfit:
         needed = memory.predict(run.model, run.layout, run.engine)
         own = Plan(run.layout, needed, step_time.predict(run.model, run.layout, run.engine, around))
-    plans = layouts.fitting(run.model, run.layout, run.engine, options.gpus, usable, around)
+    plans = layouts.find_fitting(run.model, run.layout, run.engine, options.gpus, usable, around)
     long = replace(run, layout=replace(run.layout, seq_length=run.target_length))
     full = []
     if plans and run.target_length > run.layout.seq_length:
-        full = layouts.fitting(long.model, long.layout, long.engine, options.gpus, usable, around)
+        full = layouts.find_fitting(long.model, long.layout, long.engine, options.gpus, usable, around)
     if options.json:
         print(to_json(report.as_dict(run, around, own, plans, full, gpu_memory, usable), indent=2))
     else:
         terminal = console()
         if own:
-            report.print_own(terminal, run, own.memory, usable)
-            report_time.print_own(terminal, run, own.speed, options.price)
+            report.print_memory(terminal, run, own.memory, usable)
+            report_time.print_time(terminal, run, own.speed, options.price)
         else:
             terminal.print(f"The layout of these flags cannot run: {misfit}", soft_wrap=True, highlight=False)
         if plans:
             report.print_layouts(terminal, plans, run.layout, usable)
-            report_time.print_user_buffers(terminal, run, plans[: report.SHOWN], around)
+            report_time.print_user_buffers(terminal, run, plans[: report.MAX_LAYOUTS], around)
             print_full_length(terminal, options, long, plans[0], full, usable, around)
             report_time.print_assumptions(terminal, run, around)
             if command := next_command(options, flags, run, plans[0]):
@@ -90,9 +90,9 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
             f"{options.gpus} x {around.gpu.name}, {run.layout.global_batch} samples of {run.layout.seq_length:,} tokens"
         )
         with convert_disk_errors(options.picture, "--picture"):
-            picture.draw(plans[: report.SHOWN], shown, options.picture)
+            picture.draw(plans[: report.MAX_LAYOUTS], shown, options.picture)
     if not plans:
-        print(f"{program_name()}: {report.nothing_fits(run, usable, MAX_GPUS, around)}", file=sys.stderr)
+        print(f"{program_name()}: {report.explain_no_fit(run, usable, MAX_GPUS, around)}", file=sys.stderr)
     return 0 if plans else 1
 
 
@@ -101,7 +101,7 @@ def next_command(options: argparse.Namespace, flags: list[str], run: Run, best: 
 
     It is "" where the recipe must be edited first.
     """
-    if layouts.undone(best.layout, run.layout):
+    if layouts.keys_to_remove(best.layout, run.layout):
         return ""
     words = [*flags, *layouts.flags(best.layout, run.layout)]
     missing = ((("--load-hf", "--pretrained-checkpoint", "--load"), "HF_MODEL"), (("--data-path",), "DATA"))
@@ -129,7 +129,7 @@ def print_full_length(
     if full:
         report_time.print_full(terminal, long, best, full, options.price)
     elif long.target_length > best.layout.seq_length:
-        why = report.nothing_fits(long, usable, MAX_GPUS, around)
+        why = report.explain_no_fit(long, usable, MAX_GPUS, around)
         terminal.print(f"at full length ({long.target_length:,} tokens) {why}", soft_wrap=True, highlight=False)
 
 

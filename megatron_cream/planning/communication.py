@@ -1,7 +1,7 @@
-"""What the GPUs of a run say to each other, in bytes, and how long that takes over given links.
+"""The communication between the GPUs of a run: bytes, and seconds over given links.
 
-Ranks are numbered as Megatron does it (tp-cp-ep-dp-pp): tensor-parallel ranks are neighbours, then come
-context-, data- and pipeline-parallel ones. tests/planning/test_traffic.py counts the same bytes in real runs.
+Ranks are numbered as in Megatron (tp-cp-ep-dp-pp): tensor-parallel ranks are neighbours, followed by context-, data-
+and pipeline-parallel ones. tests/planning/test_traffic.py counts the same bytes in real runs.
 """
 
 from collections import Counter
@@ -13,104 +13,116 @@ from megatron_cream.planning.run import Engine, Layout, Model
 from megatron_cream.planning.work import repeated_layers
 
 BUCKET = 40e6
-"""Parameters of one bucket of gradients, at least, and 1e6 for each rank: Megatron's default."""
+"""Minimum number of parameters in a bucket of gradients; at least 1e6 for each rank. Megatron's defaults."""
 
 
 @dataclass(frozen=True)
 class Transfer:
     """One operation among the ranks of a group.
 
-    group: tp, cp, pp; dp, the data-parallel ranks with the context-parallel ones; ends, first and last stage.
+    group: tp; cp; pp; dp, data-parallel and context-parallel ranks together; ends, the first and the last stage.
     operation: all_gather, reduce_scatter, all_reduce, broadcast or send.
-    nbytes: of the whole tensor: gathered, to be scattered, reduced, or sent.
-    at: the module it belongs to.
-    beside: it runs beside the computation of `at`, which waits only if that is done first.
+    nbytes: bytes of the whole tensor that is gathered, scattered, reduced or sent.
+    at: the module that it belongs to.
+    overlapped: whether it overlaps with the computation of `at`, which waits only for the rest.
     """
 
     group: str
     operation: str
     nbytes: float
     at: str
-    beside: bool = False
+    overlapped: bool = False
 
 
-def layer_forward(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
-    """Of one layer's forward pass, for a micro-batch."""
+def layer_forward_transfers(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
+    """Return the transfers of one layer's forward pass, for a micro-batch."""
     return [*_layer_tp(model, layout, engine), *_layer_cp(model, layout, engine, backward=False)]
 
 
-def layer_backward(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
-    """Of one layer's backward pass; what recompute or `gathered_again` repeats of the forward pass is not in it."""
+def layer_backward_transfers(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
+    """Return the transfers of one layer's backward pass, for a micro-batch.
+
+    Forward transfers that recompute or `regather_transfers` repeats are not included.
+    """
     cp = _layer_cp(model, layout, engine, backward=True)
     if layout.tensor == 1:
         return cp
-    hidden = _hidden(model, layout, engine)
+    hidden = _hidden_bytes(model, layout, engine)
     if not layout.sequence_parallel:
-        tp = [Transfer("tp", "all_reduce", hidden, at, beside=True) for at in ("qkv", "fc1")]
+        tp = [Transfer("tp", "all_reduce", hidden, at, overlapped=True) for at in ("qkv", "fc1")]
     else:
         tp = [Transfer("tp", "all_gather", hidden, at, layout.overlap_tensor) for at in ("proj", "fc2")]
-        # The input, kept in parts, for the weight's gradient; and the input's gradient.
+        # Gather the input, which each rank keeps a part of, for the weight's gradient; scatter the input's gradient.
         for operation in ("all_gather", "reduce_scatter"):
-            tp += [Transfer("tp", operation, hidden, at, beside=True) for at in ("qkv", "fc1")]
+            tp += [Transfer("tp", operation, hidden, at, overlapped=True) for at in ("qkv", "fc1")]
     if model.num_query_groups < layout.tensor:
-        tp.append(Transfer("tp", "reduce_scatter", _all_heads(model, layout, engine), "qkv"))
+        tp.append(Transfer("tp", "reduce_scatter", _all_heads_bytes(model, layout, engine), "qkv"))
     return [*tp, *cp]
 
 
-def gathered_again(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
-    """Keys and values, which no layer keeps, in the backward pass of one that full recompute leaves alone."""
+def regather_transfers(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
+    """Return the transfers that gather keys and values again in a layer's backward pass.
+
+    No layer keeps them. Layers under full recompute repeat all of their forward transfers instead.
+    """
     return _layer_cp(model, layout, engine, backward=False) if engine.gathers_keys else []
 
 
-def ends_forward(model: Model, layout: Layout, engine: Engine, first: bool, last: bool) -> list[Transfer]:
-    """Of data, embedding (first stage), head and loss (last stage), for a micro-batch."""
+def end_forward_transfers(model: Model, layout: Layout, engine: Engine, first: bool, last: bool) -> list[Transfer]:
+    """Return the forward transfers of data, embedding, head and loss, for a micro-batch.
+
+    The first stage has the embedding, the last has head and loss.
+    """
     if layout.tensor == 1:
         return []
     tokens, _ = tokens_of_rank(layout)
-    hidden = _hidden(model, layout, engine)
-    # Tokens, labels, mask and positions, int64, before context parallelism takes its part.
+    hidden = _hidden_bytes(model, layout, engine)
+    # Tokens, labels, mask and positions in int64, before context parallelism splits them.
     transfers = [Transfer("tp", "broadcast", 4 * 8 * tokens * layout.context, "data")]
     if first:
-        transfers.append(Transfer("tp", _joined(layout), hidden, "embedding"))
+        transfers.append(Transfer("tp", _reduce_operation(layout), hidden, "embedding"))
     if last:
         if layout.sequence_parallel:
             transfers.append(Transfer("tp", "all_gather", hidden, "head"))
-        # Of each token the largest logit, the sum of exponentials, and the label's.
+        # For each token: the largest logit, the sum of exponentials, and the label's logit.
         transfers.append(Transfer("tp", "all_reduce", 3 * 4 * tokens, "loss"))
     return transfers
 
 
-def ends_backward(model: Model, layout: Layout, engine: Engine, first: bool, last: bool) -> list[Transfer]:
-    """The same of the backward pass."""
+def end_backward_transfers(model: Model, layout: Layout, engine: Engine, first: bool, last: bool) -> list[Transfer]:
+    """Return the backward transfers of head and embedding, for a micro-batch."""
     if layout.tensor == 1:
         return []
-    hidden = _hidden(model, layout, engine)
+    hidden = _hidden_bytes(model, layout, engine)
     transfers = []
     if last:
         operations = ["all_gather", "reduce_scatter"] if layout.sequence_parallel else ["all_reduce"]
-        transfers += [Transfer("tp", operation, hidden, "head", beside=True) for operation in operations]
+        transfers += [Transfer("tp", operation, hidden, "head", overlapped=True) for operation in operations]
     if first and layout.sequence_parallel:
         transfers.append(Transfer("tp", "all_gather", hidden, "embedding"))
     return transfers
 
 
-def between_stages(model: Model, layout: Layout, engine: Engine) -> Transfer:
-    """One activation, or one gradient, from a stage to its neighbour. Interleaved stages send while they compute."""
+def stage_transfer(model: Model, layout: Layout, engine: Engine) -> Transfer:
+    """Return the transfer of one activation or gradient from a stage to its neighbour.
+
+    Interleaved stages send while they compute.
+    """
     _, between = tokens_of_rank(layout)
     nbytes = engine.element * between * model.hidden_size
-    return Transfer("pp", "send", nbytes, "stage", beside=layout.virtual_pipeline > 1)
+    return Transfer("pp", "send", nbytes, "stage", overlapped=layout.virtual_pipeline > 1)
 
 
-def sends(layout: Layout, stage: int) -> int:
-    """How many activations and gradients a rank of `stage` sends for each micro-batch."""
+def count_sends(layout: Layout, stage: int) -> int:
+    """Return how many activations and gradients a rank of `stage` sends for each micro-batch."""
     if layout.pipeline == 1:
         return 0
     first, last = stage == 0, stage == layout.pipeline - 1
     return 2 * layout.virtual_pipeline - first - last
 
 
-def step(model: Model, layout: Layout, engine: Engine, stage: int) -> list[Transfer]:
-    """Once a step: gradients and weights of a stage's rank."""
+def step_transfers(model: Model, layout: Layout, engine: Engine, stage: int) -> list[Transfer]:
+    """Return the transfers of a stage's rank that happen once a step: gradients and weights."""
     transfers = []
     count = parameters(model, layout, stage)
     last = stage == layout.pipeline - 1
@@ -137,15 +149,16 @@ def step(model: Model, layout: Layout, engine: Engine, stage: int) -> list[Trans
     return transfers
 
 
-def of_mlp(transfers: list[Transfer]) -> list[Transfer]:
-    """Those that recompute of the MLP repeats."""
+def select_mlp(transfers: list[Transfer]) -> list[Transfer]:
+    """Return the transfers of the MLP, which recompute of the MLP repeats."""
     return [transfer for transfer in transfers if transfer.at in ("fc1", "fc2")]
 
 
-def volumes(model: Model, layout: Layout, engine: Engine, stage: int) -> Counter[tuple[str, str]]:
-    """(group, operation) -> bytes of the whole tensors that a rank of `stage` gathers, reduces and sends in a step.
+def count_bytes(model: Model, layout: Layout, engine: Engine, stage: int) -> Counter[tuple[str, str]]:
+    """Return {(group, operation): bytes} of a rank of `stage` in a step.
 
-    Of an operation among n ranks each rank sends (n - 1) / n of the bytes, and twice that to reduce them for all.
+    The bytes are those of the whole tensors. In an operation among n ranks each rank sends (n - 1) / n of them, and
+    twice as many in an all_reduce.
     """
     layers = stage_layers(model, layout)[stage]
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -155,29 +168,29 @@ def volumes(model: Model, layout: Layout, engine: Engine, stage: int) -> Counter
         for transfer in transfers:
             total[transfer.group, transfer.operation] += times * transfer.nbytes
 
-    ahead = layer_forward(model, layout, engine)
+    ahead = layer_forward_transfers(model, layout, engine)
     each = layout.micro_batches
     add(ahead, each * (layers + repeated_layers(layout, layers)))
-    add(gathered_again(model, layout, engine), each * (layers - repeated_layers(layout, layers)))
-    add(of_mlp(ahead), each * layers * ("mlp" in layout.recompute_modules))
-    add(layer_backward(model, layout, engine), each * layers)
-    add(ends_forward(model, layout, engine, first, last), each)
-    add(ends_backward(model, layout, engine, first, last), each)
-    add([between_stages(model, layout, engine)], each * sends(layout, stage))
-    add(step(model, layout, engine, stage), 1)
+    add(regather_transfers(model, layout, engine), each * (layers - repeated_layers(layout, layers)))
+    add(select_mlp(ahead), each * layers * ("mlp" in layout.recompute_modules))
+    add(layer_backward_transfers(model, layout, engine), each * layers)
+    add(end_forward_transfers(model, layout, engine, first, last), each)
+    add(end_backward_transfers(model, layout, engine, first, last), each)
+    add([stage_transfer(model, layout, engine)], each * count_sends(layout, stage))
+    add(step_transfers(model, layout, engine, stage), 1)
     return +total
 
 
 def _layer_tp(model: Model, layout: Layout, engine: Engine) -> list[Transfer]:
     if layout.tensor == 1:
         return []
-    hidden = _hidden(model, layout, engine)
-    beside = layout.overlap_tensor
-    transfers = [Transfer("tp", _joined(layout), hidden, at, beside) for at in ("proj", "fc2")]
+    hidden = _hidden_bytes(model, layout, engine)
+    overlapped = layout.overlap_tensor
+    transfers = [Transfer("tp", _reduce_operation(layout), hidden, at, overlapped) for at in ("proj", "fc2")]
     if layout.sequence_parallel:
-        transfers += [Transfer("tp", "all_gather", hidden, at, beside) for at in ("qkv", "fc1")]
-    if model.num_query_groups < layout.tensor:  # each rank computes a part of a head, and all are put together
-        transfers.append(Transfer("tp", "all_gather", _all_heads(model, layout, engine), "qkv"))
+        transfers += [Transfer("tp", "all_gather", hidden, at, overlapped) for at in ("qkv", "fc1")]
+    if model.num_query_groups < layout.tensor:  # each rank computes a part of a head, so the parts are gathered
+        transfers.append(Transfer("tp", "all_gather", _all_heads_bytes(model, layout, engine), "qkv"))
     return transfers
 
 
@@ -190,30 +203,31 @@ def _layer_cp(model: Model, layout: Layout, engine: Engine, backward: bool) -> l
     if engine.gathers_keys:
         operation = "reduce_scatter" if backward else "all_gather"
         return [Transfer("cp", operation, whole, "attention") for _ in ("key", "value")]
-    # Around the ring beside the attention; on the way back with their gradients.
+    # Keys and values travel around the ring during attention, in the backward pass together with their gradients.
     part = 2 * whole * (layout.context - 1) / layout.context
-    return [Transfer("cp", "send", 2 * part if backward else part, "attention", beside=True)]
+    return [Transfer("cp", "send", 2 * part if backward else part, "attention", overlapped=True)]
 
 
-def _hidden(model: Model, layout: Layout, engine: Engine) -> int:
+def _hidden_bytes(model: Model, layout: Layout, engine: Engine) -> int:
     tokens, _ = tokens_of_rank(layout)
     return engine.element * tokens * model.hidden_size
 
 
-def _all_heads(model: Model, layout: Layout, engine: Engine) -> int:
+def _all_heads_bytes(model: Model, layout: Layout, engine: Engine) -> int:
     tokens, _ = tokens_of_rank(layout)
     return engine.element * tokens * (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
 
 
-def _joined(layout: Layout) -> str:
+def _reduce_operation(layout: Layout) -> str:
+    """Return the operation that sums the outputs of a row-parallel linear."""
     return "reduce_scatter" if layout.sequence_parallel else "all_reduce"
 
 
-# How long it takes.
+# Durations.
 
 
 def group_shape(layout: Layout, group: str) -> tuple[int, int]:
-    """(number of ranks, distance from one to the next) of a group."""
+    """Return (number of ranks, distance between neighbouring ranks) of a group."""
     tp, cp, dp = layout.tensor, layout.context, layout.data
     stage = tp * cp * dp
     return {
@@ -225,11 +239,11 @@ def group_shape(layout: Layout, group: str) -> tuple[int, int]:
     }[group]
 
 
-def seconds(transfer: Transfer, layout: Layout, cluster: Cluster) -> float:
-    """Duration of one transfer that has its links for itself: a ring over the ranks of its group.
+def transfer_seconds(transfer: Transfer, layout: Layout, cluster: Cluster) -> float:
+    """Return the seconds of one transfer in a ring over its group, without other traffic.
 
-    Within a host a ring runs at the speed of the links inside; across hosts it can use the network adapters of
-    all its ranks in a host.
+    Within a host a ring runs at the speed of the host's links. Across hosts it can use the network adapters of all its
+    ranks in a host.
     """
     size, distance = group_shape(layout, transfer.group)
     in_a_host = max(min(size, cluster.host // distance), 1)
@@ -244,5 +258,5 @@ def seconds(transfer: Transfer, layout: Layout, cluster: Cluster) -> float:
 
 
 def bucket_share(layout: Layout, count: int) -> float:
-    """Share of a stage's `count` parameters in the one bucket that nothing can hide."""
+    """Return the share of a stage's `count` parameters in the one bucket that cannot overlap."""
     return min(max(BUCKET, 1e6 * layout.data * layout.context) / count, 1.0)

@@ -1,4 +1,4 @@
-"""A run to plan, from pretrain_cream.py's flags. Nothing is started."""
+"""The run to plan, from the flags of pretrain_cream.py. Nothing is started."""
 
 import sys
 from argparse import Namespace
@@ -15,7 +15,7 @@ from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.model import user_buffers
 from megatron_cream.planning.run import Engine, Layout, Model, Run
 
-# Flags that change what is stored in ways that `memory` does not know.
+# Flags whose effect on memory `memory` does not model.
 _NOT_PLANNED = (
     "use_megatron_fsdp", "use_torch_fsdp2", "optimizer_cpu_offload", "cpu_offloading_num_layers",
     "fine_grained_activation_offloading", "fp4", "mtp_num_layers", "pipeline_model_parallel_layout",
@@ -30,18 +30,18 @@ _RECOMPUTED = {"core_attn", "layernorm", "mlp"}
 def run_from_flags(argv: list[str], gpus: int) -> Run:
     """Return the run that pretrain_cream.py would start with these flags on `gpus` GPUs.
 
-    Data, tokenizer and optimization flags may be missing. Nothing is started, written, or asked of a GPU: the
-    machine that plans need not be the one that trains, so Transformer Engine's layers are assumed unless
-    --transformer-impl local or an --attention-backend says otherwise.
+    Data, tokenizer and optimization flags may be missing. Nothing is started or written, and no GPU is used. The
+    planning machine need not be the training machine, so Transformer Engine's layers are assumed unless
+    --transformer-impl local or --attention-backend selects others.
 
     Args:
         argv: the flags.
-        gpus: of the whole job.
+        gpus: number of GPUs of the whole job.
 
     Raises:
-        UsageError: one line about what is missing or cannot run.
+        UsageError: a flag is missing or wrong, or the run cannot be planned.
     """
-    args = _parsed(argv)
+    args = _parse(argv)
     defaults = default_values()
     flag_checks.check_each(args)
     number_checks.check(args, defaults)
@@ -57,7 +57,7 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
         if getattr(args, name):
             raise UsageError(f"{cli.to_flag(name)} {getattr(args, name)}: its memory is not modelled; leave it out")
     if args.optimizer != "adam":
-        raise UsageError(f"--optimizer {args.optimizer}: only adam's memory is modelled")
+        raise UsageError(f"--optimizer {args.optimizer}: the planner models only the memory of adam")
     target = args.target_length or args.seq_length
     if target % args.seq_length:
         raise UsageError(f"--target-length {target}: must be a multiple of --seq-length {args.seq_length}")
@@ -68,8 +68,8 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     return Run(_model(args), layout, engine, gpus, target, steps)
 
 
-def _parsed(argv: list[str]) -> Namespace:
-    saved, sys.argv = sys.argv, [sys.argv[0], *argv]  # where the parser looks for --config
+def _parse(argv: list[str]) -> Namespace:
+    saved, sys.argv = sys.argv, [sys.argv[0], *argv]  # the parser looks for --config there
     try:
         return build_parser().parse_args(argv)
     finally:
@@ -86,7 +86,7 @@ def _model(args: Namespace) -> Model:
     return Model(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
-        # As Megatron fills it in for SwiGLU.
+        # Megatron's default for SwiGLU.
         ffn_hidden_size=args.ffn_hidden_size or int(4 * args.hidden_size * 2 / 3 / 64) * 64,
         num_attention_heads=heads,
         num_query_groups=groups,
@@ -127,10 +127,10 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
     modules = tuple(args.recompute_modules or ["core_attn"]) if recompute == "selective" else ()
     for module in modules:
         if module not in _RECOMPUTED:
-            raise UsageError(f"--recompute-modules {module}: a Llama has {', '.join(sorted(_RECOMPUTED))}")
+            raise UsageError(f"--recompute-modules {module}: choose from {', '.join(sorted(_RECOMPUTED))}")
     if "layernorm" in modules and not engine.transformer_engine:
         raise UsageError(
-            "--recompute-modules layernorm: megatron-core 0.19 stops at it without Transformer Engine; leave it out"
+            "--recompute-modules layernorm: megatron-core 0.19 rejects it without Transformer Engine; leave it out"
         )
     if recompute == "full" and not (args.recompute_method and args.recompute_num_layers):
         raise UsageError("--recompute-granularity full: give --recompute-method and --recompute-num-layers with it")
@@ -177,7 +177,7 @@ def _virtual_stages(args: Namespace, pipeline: int) -> int:
 def _engine(args: Namespace) -> Engine:
     backend = args.attention_backend
     if backend in ("local", "unfused"):
-        raise UsageError(f"--attention-backend {backend}: stores its scores, which is not modelled; use flash")
+        raise UsageError(f"--attention-backend {backend}: stores attention scores, which are not modelled; use flash")
     local = args.transformer_impl == "local" or backend == "sdpa"
     if local and backend in ("te", "fused"):
         raise UsageError(f"--attention-backend {backend}: needs --transformer-impl transformer_engine")
@@ -211,9 +211,9 @@ def _optimizer_bytes(args: Namespace, element: int, local: bool) -> int:
         )
     moments = _DTYPE_BYTES[args.exp_avg_dtype] + _DTYPE_BYTES[args.exp_avg_sq_dtype]
     if element == 4:
-        return moments  # the parameter is its own master
+        return moments  # a float32 parameter needs no master copy
     master = _DTYPE_BYTES[args.main_params_dtype]
     tensorwise = args.fp8 is not None and args.fp8_recipe != "delayed"
     if args.use_precision_aware_optimizer and not args.fp16 and not tensorwise and master == 4:
-        master = 2  # the bits of the float32 weight that its bf16 copy lacks
+        master = 2  # only the bits of the float32 weight that the bf16 weight does not have
     return master + moments

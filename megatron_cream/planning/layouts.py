@@ -1,4 +1,4 @@
-"""Layouts that fit: enumerated, checked by what Megatron accepts, ordered by the time that a step should take."""
+"""Search for layouts that Megatron accepts and that fit, ordered by predicted step time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,29 +13,31 @@ from megatron_cream.planning.step_time import Speed
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
-OF_DRIVER = 0.01
-"""Share of a GPU's memory that its driver keeps; an "80 GB" A100 or H100 gives programs 79.2 GiB."""
+DRIVER_SHARE = 0.01
+"""Share of a GPU's memory that the driver keeps; an "80 GB" A100 or H100 leaves 79.2 GiB for programs."""
 
 RULES = """\
-Layouts are ordered by the predicted time of a step. Of each TP x PP x CP the fastest stands here, of all
-micro-batches with no recompute, --recompute-modules mlp, or full recompute of as few layers as needed. TP stays
-within a host and always has --sequence-parallel; gradients and weights travel beside computation."""
+Layouts are ordered by predicted step time. For each TP x PP x CP the fastest is listed, among all micro-batches with
+no recompute, --recompute-modules mlp, or full recompute of as few layers as needed. TP stays within a host and always
+has --sequence-parallel; transfers of gradients and weights overlap with computation."""
 
 
 @dataclass(frozen=True)
 class Plan:
+    """A layout with its predicted memory and speed."""
+
     layout: Layout
     memory: Memory
     speed: Speed
 
 
 def usable(gpu_memory: float) -> float:
-    """What of a GPU's memory a process can have; both in bytes."""
-    return gpu_memory * (1 - OF_DRIVER)
+    """Return the bytes of a GPU's memory that a process can use, from its bytes in all."""
+    return gpu_memory * (1 - DRIVER_SHARE)
 
 
-def refused(model: Model, layout: Layout) -> str | None:
-    """Why Megatron would not run this layout, naming the flag; None if it would."""
+def find_conflict(model: Model, layout: Layout) -> str | None:
+    """Return why Megatron rejects this layout, beginning with the flag, or None."""
     tp, pp, cp, virtual = layout.tensor, layout.pipeline, layout.context, layout.virtual_pipeline
     heads, groups = model.num_attention_heads, model.num_query_groups
     if heads % tp or (groups % tp and tp % groups):
@@ -50,15 +52,15 @@ def refused(model: Model, layout: Layout) -> str | None:
     rest = model.num_layers - sum(ends)
     if rest < 0 or (rest % (others * virtual) if others else rest):
         return (
-            f"--pipeline-model-parallel-size {pp}: --num-layers {model.num_layers} cannot be shared evenly by its "
+            f"--pipeline-model-parallel-size {pp}: --num-layers {model.num_layers} cannot be divided evenly over its "
             f"{others * virtual} stages"
         )
     if layout.seq_length % (2 * cp if cp > 1 else 1):
         return f"--seq-length {layout.seq_length}: must be a multiple of 2 x --context-parallel-size {cp}"
     if layout.sequence_parallel and layout.seq_length % (tp * cp):
         return (
-            f"--seq-length {layout.seq_length}: must be a multiple of --tensor-model-parallel-size {tp} under "
-            "--sequence-parallel"
+            f"--seq-length {layout.seq_length}: must be a multiple of --tensor-model-parallel-size {tp} x "
+            f"--context-parallel-size {cp} with --sequence-parallel"
         )
     samples = layout.micro_batch * layout.data
     if layout.global_batch % samples:
@@ -74,30 +76,33 @@ def refused(model: Model, layout: Layout) -> str | None:
     return None
 
 
-def fitting(
+def find_fitting(
     model: Model, base: Layout, engine: Engine, gpus: int, usable_memory: float, cluster: Cluster
 ) -> list[Plan]:
-    """Return layouts that fit, fastest first: the best of each TP x PP x CP.
+    """Return the layouts that fit, fastest first: the best of each TP x PP x CP.
 
     Args:
         model: sizes of the model.
-        base: gives sequence length and global batch.
+        base: layout with the sequence length and the global batch.
         engine: the layers, kernels and number formats that the run uses.
-        gpus: of the whole job.
-        usable_memory: bytes of each GPU.
-        cluster: speeds of GPUs and links, and GPUs of a host.
+        gpus: number of GPUs of the whole job.
+        usable_memory: bytes that a process can use on each GPU.
+        cluster: speeds of GPUs and links, and GPUs in a host.
     """
     best: dict[tuple[int, int, int], Plan] = {}
     for split in _splits(model, base, gpus, cluster.host):
         for layout, needed in _fits(model, split, engine, usable_memory):
             plan = Plan(layout, needed, step_time.predict(model, layout, engine, cluster))
             key = layout.tensor, layout.pipeline, layout.context
-            best[key] = min(best.get(key, plan), plan, key=preference)
-    return sorted(best.values(), key=preference)
+            best[key] = min(best.get(key, plan), plan, key=rank_plan)
+    return sorted(best.values(), key=rank_plan)
 
 
-def least(model: Model, base: Layout, engine: Engine, gpus: int, host: int) -> tuple[Layout, Memory] | None:
-    """Of all layouts the one that needs least of each GPU; None if no layout divides this model and batch."""
+def find_smallest(model: Model, base: Layout, engine: Engine, gpus: int, host: int) -> tuple[Layout, Memory] | None:
+    """Return the layout that needs the least memory of a GPU, and its memory.
+
+    The result is None if no layout divides this model and batch.
+    """
     found = (
         (layout, memory.predict(model, layout, engine))
         for split in _splits(model, base, gpus, host)
@@ -107,7 +112,10 @@ def least(model: Model, base: Layout, engine: Engine, gpus: int, host: int) -> t
 
 
 def with_user_buffers(plan: Plan, model: Model, engine: Engine, cluster: Cluster) -> Plan | None:
-    """The same with Transformer Engine's (--tp-comm-overlap), which need NVLink; None where they are no use."""
+    """Return the plan with --tp-comm-overlap, or None if user buffers cannot help.
+
+    Transformer Engine's user buffers need tensor parallelism and NVLink.
+    """
     layout = plan.layout
     if layout.tensor == 1 or layout.overlap_tensor or not engine.transformer_engine:
         return None
@@ -118,13 +126,13 @@ def with_user_buffers(plan: Plan, model: Model, engine: Engine, cluster: Cluster
     return Plan(layout, memory.predict(model, layout, engine), step_time.predict(model, layout, engine, cluster))
 
 
-def preference(plan: Plan) -> tuple[float, int]:
-    """Sorts plans, the fastest first."""
+def rank_plan(plan: Plan) -> tuple[float, int]:
+    """Return a sort key that puts the fastest plan first, then the smallest."""
     return plan.speed.time.step, plan.memory.device
 
 
 def _fits(model: Model, split: Layout, engine: Engine, usable_memory: float) -> Iterator[tuple[Layout, Memory]]:
-    """The split as it is if it fits, else each way of recompute with the least that does."""
+    """Yield the split if it fits, else with each kind of recompute, as little as fits."""
     for layout in (split, *_recomputed(model, split)):
         needed = memory.predict(model, layout, engine)
         if needed.device <= usable_memory:
@@ -134,27 +142,27 @@ def _fits(model: Model, split: Layout, engine: Engine, usable_memory: float) -> 
 
 
 def _splits(model: Model, base: Layout, gpus: int, host: int) -> Iterator[Layout]:
-    """Every split of `gpus` GPUs that Megatron accepts, by every micro-batch."""
+    """Yield every split of `gpus` GPUs that Megatron accepts, with every micro-batch size."""
     for tp in _divisors(gpus):
         if tp > host:
             continue
         for pp in _divisors(gpus // tp):
             for cp in _divisors(gpus // (tp * pp)):
                 for micro_batch in MICRO_BATCHES:
-                    several = gpus > tp * pp
+                    is_sharded = gpus > tp * pp
                     layout = Layout(
                         tensor=tp, pipeline=pp, context=cp, data=gpus // (tp * pp * cp), sequence_parallel=tp > 1,
                         seq_length=base.seq_length, micro_batch=micro_batch, global_batch=base.global_batch,
-                        overlap_grad_reduce=several, overlap_param_gather=several,
+                        overlap_grad_reduce=is_sharded, overlap_param_gather=is_sharded,
                         overlap_tensor=base.overlap_tensor and tp > 1,
                         rings=base.rings and tp == 2,
                     )  # fmt: skip
-                    if refused(model, layout) is None:
+                    if find_conflict(model, layout) is None:
                         yield layout
 
 
 def _recomputed(model: Model, layout: Layout) -> Iterator[Layout]:
-    """By selective, then by full recompute of ever more layers."""
+    """Yield the layout with selective recompute, then full recompute of ever more layers."""
     yield replace(layout, recompute="selective", recompute_modules=("mlp",))
     for layers in range(1, model.num_layers // layout.pipeline + 1):
         yield replace(layout, recompute="full", recompute_method="block", recompute_layers=layers)
@@ -164,11 +172,11 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-# As a user writes it.
+# Layouts as recipes and flags.
 
 
 def settings(layout: Layout) -> dict[str, int | bool | str | list[str] | None]:
-    """The layout as lines of a recipe; None undoes what a recipe says."""
+    """Return the layout as {key: value} of a recipe; None removes a setting of a recipe."""
     selective, full = layout.recompute == "selective", layout.recompute == "full"
     return {
         "tensor_model_parallel_size": layout.tensor,
@@ -188,7 +196,7 @@ def settings(layout: Layout) -> dict[str, int | bool | str | list[str] | None]:
 
 
 def flags(layout: Layout, base: Layout | None = None) -> list[str]:
-    """The layout as flags; those in which it differs from `base`, if that is given."""
+    """Return the layout as flags; with `base`, only the flags in which the two differ."""
     given = settings(base) if base else {}
     words = []
     for name, value in settings(layout).items():
@@ -200,7 +208,7 @@ def flags(layout: Layout, base: Layout | None = None) -> list[str]:
     return words
 
 
-def undone(layout: Layout, base: Layout) -> list[str]:
-    """Names that the recipe of `base` sets and `layout` must not have; no flag takes them back."""
+def keys_to_remove(layout: Layout, base: Layout) -> list[str]:
+    """Return the recipe keys of `base` that `layout` must not have and no flag can undo."""
     wanted, given = settings(layout), settings(base)
     return [name for name in wanted if wanted[name] is None and given[name] is not None]

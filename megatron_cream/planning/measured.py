@@ -1,4 +1,4 @@
-"""Predictions beside what was measured: the runs of megatron_cream/planning/measured_runs.json."""
+"""Comparison of predictions with the measured runs of measured_runs.json."""
 
 import json
 from dataclasses import dataclass, replace
@@ -18,14 +18,17 @@ RUNS = Path(__file__).with_name("measured_runs.json")
 
 @dataclass(frozen=True)
 class Checked:
-    """One measured run.
+    """One measured run and its prediction.
 
-    row: as the file has it. config, flags: what was started; gpus (default: 1) of the kind gpu; engine: fields of
-        `Engine` that no flag sets, for Megatron's own model and this project's earlier kernels;
-        tokens_per_second: of each GPU; peak_gib: of torch's allocator, on the fullest pipeline stage or on `stage`;
-        fits: the constants of `hardware` that it gave, beside: where they are of two runs, the other one; off: why
-        the time predicted is; profile: milliseconds of a traced step by kind of kernel.
-    speed, peak_gib: predicted.
+    row: the entry of the file, with these keys.
+        config, flags: the command line; gpus: number of GPUs (default: 1); gpu: their kind.
+        engine: fields of `Engine` that no flag sets, for Megatron's own model and this project's earlier kernels.
+        tokens_per_second: of each GPU.
+        peak_gib: peak of torch's allocator, on the fullest pipeline stage or on `stage`.
+        fits: the constants of `hardware` that were fitted on it; beside: the same on the second run of such a fit.
+        off: why the predicted time is wrong.
+        profile: milliseconds of a traced step by kind of kernel.
+    speed, peak_gib: the prediction.
     """
 
     row: dict
@@ -34,46 +37,48 @@ class Checked:
 
     @property
     def memory_error(self) -> float:
+        """Relative error of the predicted peak memory."""
         return self.peak_gib / self.row["peak_gib"] - 1
 
     @property
     def time_error(self) -> float:
-        """Of the tokens a second."""
+        """Relative error of the predicted tokens per second."""
         return self.speed.tokens_per_second / self.row["tokens_per_second"] - 1
 
 
-def load() -> list[dict]:
+def load_runs() -> list[dict]:
+    """Return the rows of measured_runs.json."""
     return json.loads(RUNS.read_text())
 
 
-def run(row: dict) -> Run:
-    """What ran, from its flags."""
-    flagged = run_from_flags(["--config", row["config"], *row["flags"]], row.get("gpus", 1))
-    return replace(flagged, engine=replace(flagged.engine, **row.get("engine", {})))
+def build_run(row: dict) -> Run:
+    """Return the run of a row, from its flags and its `engine`."""
+    found = run_from_flags(["--config", row["config"], *row["flags"]], row.get("gpus", 1))
+    return replace(found, engine=replace(found.engine, **row.get("engine", {})))
 
 
-def cluster(row: dict) -> Cluster:
-    """Where it ran."""
+def build_cluster(row: dict) -> Cluster:
+    """Return the cluster of a row: hosts of eight GPUs with NVLink."""
     gpu = GPUS[row["gpu"]]
     return Cluster(gpu=gpu, host=8, inside=gpu.nvlink, between=gpu.network)
 
 
-def check(row: dict) -> Checked:
+def check_run(row: dict) -> Checked:
     """Predict a measured run."""
-    ran, around = run(row), cluster(row)
+    ran, around = build_run(row), build_cluster(row)
     needed = memory.predict(ran.model, ran.layout, ran.engine, row.get("stage"))
     return Checked(row, step_time.predict(ran.model, ran.layout, ran.engine, around), needed.allocated / GIB)
 
 
 def print_check(console: Console) -> None:
-    """Every measured run: tokens a second of each GPU and torch's peak, predicted and measured."""
-    table = Table(title="predicted beside measured", title_justify="left")
+    """Print predicted and measured tokens/s of each GPU and peak memory of every run."""
+    table = Table(title="predicted and measured", title_justify="left")
     table.add_column("run")
     for name in ("tokens/s", "measured", "error", "GiB", "measured", "error"):
         table.add_column(name, justify="right")
-    table.add_column("gave", style="dim")
-    for row in load():
-        found = check(row)
+    table.add_column("fitted", style="dim")
+    for row in load_runs():
+        found = check_run(row)
         time = (
             f"{found.speed.tokens_per_second:,.0f}", f"{row['tokens_per_second']:,}", f"{found.time_error:+.1%}"
         )  # fmt: skip
@@ -84,5 +89,6 @@ def print_check(console: Console) -> None:
         table.add_row(row["what"], *time, *space, note)
     console.print(table)
     console.print(
-        "gave: the constants of megatron_cream/planning/hardware.py fitted on that run; all others are checks"
+        "fitted: the constants of megatron_cream/planning/hardware.py that were fitted on that run; the other runs are "
+        "checks"
     )

@@ -1,12 +1,12 @@
-"""How much GPU memory a training run takes: plain arithmetic over a model, a layout and what the software stores.
+"""Prediction of a training run's GPU memory from its model, layout and software.
 
-What is predicted is the peak of torch's allocator (`torch.cuda.max_memory_allocated`, the GiB of the progress
-line) on one rank of each pipeline stage, and from it what the device must hold. Every tensor kept for the
-backward pass is named in `saved_by_layer` and `saved_at_loss`; tests/planning/test_memory.py counts the same tensors in
-the real model; tests/planning/test_measured.py compares whole predictions with the peaks of measured_runs.json.
+It predicts the peak of torch's allocator (`torch.cuda.max_memory_allocated`, the GiB of the progress line) on one rank
+of each pipeline stage, and from it the memory of the device. `saved_by_layer` and `saved_at_loss` name every tensor
+kept for the backward pass; tests/planning/test_memory.py counts the same tensors in the real model.
+tests/planning/test_measured.py compares whole predictions with the peaks of measured_runs.json.
 
-The optimizer's step is never the peak: it works in place, and activations are gone by then. Not in here:
-saving and loading checkpoints, evaluation at lengths beyond --seq-length, attention that stores its scores.
+The optimizer's step is never the peak, because it works in place after the activations are freed. Not included: saving
+and loading checkpoints, evaluation at lengths beyond --seq-length, attention that stores its scores.
 """
 
 import math
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from megatron_cream.planning.hardware import GIB
 from megatron_cream.planning.run import Engine, Layout, Model
 
-# On the device beside what torch allocates. Assumed, not measured: the caching allocator's unused pieces as a
-# share of its peak; the CUDA context with the kernels; the communicators' buffers of one run on several GPUs.
+# Device memory besides torch's allocations. Assumed, not measured: the caching allocator's unused pieces as a share of
+# its peak; the CUDA context with the kernels; the communicators' buffers of a run on several GPUs.
 FRAGMENTATION = 0.04
 CONTEXT = int(0.6 * GIB)
 COMMUNICATORS = int(0.8 * GIB)
 
-# cuBLAS's workspaces on a Hopper GPU, of the forward and the backward thread and of cublasLt.
+# cuBLAS's workspaces on a Hopper GPU: of the forward thread, the backward thread and cublasLt.
 WORKSPACE = 3 * 32 * 2**20
 
 
@@ -29,10 +29,10 @@ WORKSPACE = 3 * 32 * 2**20
 class Memory:
     """Bytes on each rank of one pipeline stage at its peak.
 
-    activations: kept for the backward pass, by the layers, of all micro-batches in flight.
-    loss: final norm, logits and their gradient, where the peak lies there.
-    working: what the running backward pass adds, else.
-    buffers: held throughout: FP8 weights, workspaces, gathered sequences, stand-ins for gradients.
+    activations: tensors that the layers keep for the backward pass, of all micro-batches in flight.
+    loss: final norm, logits and their gradient, if the peak is at the loss.
+    working: temporary tensors of the backward pass, if the peak is there.
+    buffers: permanent buffers: FP8 weights, workspaces, gathered sequences, placeholders for gradients.
     peak_at: the moment of the peak.
     """
 
@@ -55,22 +55,22 @@ class Memory:
 
     @property
     def device(self) -> int:
-        """What nvidia-smi shows: with the allocator's unused pieces, CUDA's context and NCCL's buffers."""
+        """Bytes that nvidia-smi shows, with unused pieces, CUDA's context and NCCL's buffers."""
         outside = CONTEXT + (COMMUNICATORS if self.several_gpus else 0)
         return round(self.allocated * (1 + FRAGMENTATION)) + outside
 
 
 def predict(model: Model, layout: Layout, engine: Engine, stage: int | None = None) -> Memory:
-    """The memory of a pipeline stage, or of the one that needs most."""
+    """Return the memory of a pipeline stage, or of the stage that needs most."""
     stages = range(layout.pipeline) if stage is None else [stage]
     return max((_stage(model, layout, engine, each) for each in stages), key=lambda memory: memory.allocated)
 
 
-# Which stage has what.
+# Layers and parameters of each stage.
 
 
 def stage_layers(model: Model, layout: Layout) -> list[int]:
-    """Number of layers of each pipeline stage."""
+    """Return the number of layers of each pipeline stage."""
     ends = {}
     if layout.pipeline > 1:
         if layout.first_stage is not None:
@@ -83,7 +83,7 @@ def stage_layers(model: Model, layout: Layout) -> list[int]:
 
 
 def layer_weights(model: Model, tensor: int) -> dict[str, int]:
-    """Elements of the four linears of one layer, on one tensor-parallel rank."""
+    """Return the number of elements of a layer's four linears, on one tensor-parallel rank."""
     heads = model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups * model.kv_channels
     return {
@@ -95,8 +95,11 @@ def layer_weights(model: Model, tensor: int) -> dict[str, int]:
 
 
 def parameters(model: Model, layout: Layout, stage: int) -> int:
-    """Elements on one rank of a stage. The first has the embedding, the last the final norm and the head; a tied
-    head on another stage than the embedding is a copy of it."""
+    """Return the number of parameters on one rank of a stage.
+
+    The first stage has the embedding, the last has the final norm and the head. A tied head on another stage than the
+    embedding is a copy of it.
+    """
     heads, groups = model.num_attention_heads, model.num_query_groups
     layer = sum(layer_weights(model, layout.tensor).values()) + 2 * model.hidden_size
     if model.qkv_bias:
@@ -113,10 +116,11 @@ def parameters(model: Model, layout: Layout, stage: int) -> int:
 
 
 def in_flight(layout: Layout, stage: int) -> float:
-    """Micro-batches whose activations a stage keeps at most, as shares of all its layers.
+    """Return the maximum number of micro-batches whose activations a stage keeps.
 
-    Megatron's schedules: 1F1B starts with pipeline - stage micro-batches; interleaved with
-    2 (pipeline - stage - 1) + (virtual - 1) pipeline + 1 of a chunk each.
+    A micro-batch in one chunk of interleaved stages counts as a fraction. In Megatron's schedules, 1F1B starts with
+    pipeline - stage micro-batches, and the interleaved schedule with 2 (pipeline - stage - 1) + (virtual - 1) pipeline
+    + 1 chunks.
     """
     p, v = layout.pipeline, layout.virtual_pipeline
     if v == 1:
@@ -125,20 +129,20 @@ def in_flight(layout: Layout, stage: int) -> float:
     return min(layout.micro_batches * v, chunks) / v
 
 
-# What is kept for the backward pass.
+# Tensors kept for the backward pass.
 
 
 def tokens_of_rank(layout: Layout) -> tuple[int, int]:
-    """Tokens of a micro-batch on one rank: inside attention and MLP, and between them."""
+    """Return the tokens of a micro-batch on one rank: in attention and MLP, and between them."""
     tokens = layout.seq_length * layout.micro_batch // layout.context
     return tokens, tokens // layout.tensor if layout.sequence_parallel else tokens
 
 
 def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, int]:
-    """Bytes of the tensors that one layer keeps of one micro-batch, without recompute.
+    """Return {tensor: bytes} that one layer keeps of one micro-batch, without recompute.
 
-    The residual stream is kept where a norm reads it; a norm keeps 1 / rms of each token in float32. The
-    attention's output is also the next linear's input. In FP8 the linears keep inputs of their own.
+    The residual stream is kept as the input of each norm, which also keeps 1 / rms of each token in float32. The
+    attention's output is also the input of the next linear. In FP8 the linears keep their own inputs.
     """
     tokens, between = tokens_of_rank(layout)
     a, linear = engine.element, 1 if engine.fp8 else engine.element
@@ -147,8 +151,8 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
     groups = max(model.num_query_groups // layout.tensor, 1)
     query, key = tokens * heads * model.kv_channels, tokens * groups * model.kv_channels
     ffn = tokens * model.ffn_hidden_size // layout.tensor
-    # Of two halves, which are what attention keeps; unless it keeps nothing but what it was given.
-    joined = gathers(layout, engine) and "core_attn" not in layout.recompute_modules
+    # With gathered keys attention keeps its output as two halves, so the joined output is another tensor.
+    joined = gathers_all_keys(layout, engine) and "core_attn" not in layout.recompute_modules
     saved = {
         "attention norm input": a * hidden + 4 * between,
         "qkv input": linear * hidden,
@@ -162,15 +166,15 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
         "fc1 output": a * 2 * ffn,
         "fc2 input": linear * ffn,
     }
-    if engine.fp8 or joined:  # quantized, or the halves joined: apart from what attention keeps
+    if engine.fp8 or joined:  # a quantized copy, or the joined halves: not a tensor that attention keeps
         saved["proj input"] = linear * query
-    # Where the kernel does not split the projection's output, key and value are views that keep the whole of it;
-    # with fewer groups than ranks that is the output of all ranks.
+    # If the kernel does not split the projection's output, key and value are views that keep the whole output. With
+    # fewer groups than ranks that is the output of all ranks.
     everywhere = model.num_query_groups < layout.tensor
     whole = a * tokens * (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
     whole //= 1 if everywhere else layout.tensor
     if model.qk_norm:
-        saved["query norm input"] = a * query if groups > 1 else 0  # a copy, if it is no view as well
+        saved["query norm input"] = a * query if groups > 1 else 0  # a copy, or a view with one group
         saved["key norm input"] = whole + 4 * tokens * (heads + groups)
         if not joined:
             saved["value"] = 0
@@ -179,14 +183,16 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
     return saved
 
 
-def gathers(layout: Layout, engine: Engine) -> bool:
-    """Whether a layer gathers the keys and values of all context-parallel ranks: where they are used, to be
-    gathered again in the backward pass; not to be kept."""
+def gathers_all_keys(layout: Layout, engine: Engine) -> bool:
+    """Return whether a layer gathers the keys and values of all context-parallel ranks.
+
+    It does not keep them, and gathers them again in the backward pass.
+    """
     return engine.gathers_keys and layout.context > 1
 
 
 def dropped_by_recompute(layout: Layout, engine: Engine) -> set[str]:
-    """Names in `saved_by_layer` that selective recompute does not keep."""
+    """Return the names in `saved_by_layer` that selective recompute does not keep."""
     if layout.recompute != "selective":
         return set()
     dropped = set()
@@ -196,13 +202,13 @@ def dropped_by_recompute(layout: Layout, engine: Engine) -> set[str]:
         dropped |= {"qkv input", "fc1 input"}
     if "mlp" in layout.recompute_modules:
         dropped |= {"fc1 output", "fc2 input"}
-        # Its checkpoint keeps the MLP's input: with the norm inside fc1, the residual stream, kept anyway.
+        # The checkpoint keeps the MLP's input. With the norm inside fc1 that is the residual stream, kept anyway.
         dropped |= {"fc1 input"} if engine.transformer_engine else set()
     return dropped
 
 
 def saved_by_layers(model: Model, layout: Layout, engine: Engine, layers: int) -> int:
-    """Bytes that `layers` layers of a stage keep of one micro-batch."""
+    """Return the bytes that `layers` layers of a stage keep of one micro-batch."""
     saved = saved_by_layer(model, layout, engine)
     if layout.recompute == "full":
         _, between = tokens_of_rank(layout)
@@ -217,13 +223,13 @@ def saved_by_layers(model: Model, layout: Layout, engine: Engine, layers: int) -
     return layers * sum(value for name, value in saved.items() if name not in dropped)
 
 
-def angles(model: Model, layout: Layout) -> int:
-    """Bytes of a micro-batch's cosines and sines, which all layers share."""
+def angle_bytes(model: Model, layout: Layout) -> int:
+    """Return the bytes of a micro-batch's cosines and sines, which all layers share."""
     return 2 * 4 * tokens_of_rank(layout)[0] * model.kv_channels
 
 
 def saved_at_loss(model: Model, layout: Layout, engine: Engine) -> dict[str, int]:
-    """Bytes of the tensors that final norm, head and cross-entropy keep."""
+    """Return {tensor: bytes} that final norm, head and cross-entropy keep."""
     tokens, between = tokens_of_rank(layout)
     logits = tokens * model.padded_vocab_size // layout.tensor
     saved = {
@@ -242,13 +248,13 @@ def _stage(model: Model, layout: Layout, engine: Engine, stage: int) -> Memory:
     count = parameters(model, layout, stage)
     layers = stage_layers(model, layout)[stage]
     micro_batches = in_flight(layout, stage)
-    one = saved_by_layers(model, layout, engine, layers) + angles(model, layout)
+    one = saved_by_layers(model, layout, engine, layers) + angle_bytes(model, layout)
     kept = round(micro_batches * one)
 
     last = stage == layout.pipeline - 1
-    moments = [("backward pass of a layer", kept, 0, _working(model, layout, engine, layers, last))]
+    moments = [("backward pass of a layer", kept, 0, _backward_bytes(model, layout, engine, layers, last))]
     if last:
-        moments.append(("loss", kept, _at_loss(model, layout, engine), 0))
+        moments.append(("loss", kept, _loss_bytes(model, layout, engine), 0))
     if stage == 0:
         gradient = engine.element * model.padded_vocab_size * model.hidden_size // layout.tensor
         moments.append(("gradient of the embedding", max(kept - one, 0), 0, gradient))
@@ -267,60 +273,60 @@ def _stage(model: Model, layout: Layout, engine: Engine, stage: int) -> Memory:
         activations=activations,
         loss=loss,
         working=working,
-        buffers=_buffers(model, layout, engine, linears, last),
+        buffers=_buffer_bytes(model, layout, engine, linears, last),
         peak_at=peak_at,
         several_gpus=layout.gpus > 1,
     )
 
 
-def _working(model: Model, layout: Layout, engine: Engine, layers: int, last: bool) -> int:
-    """The most that the backward pass through one layer adds: at its MLP, or where it gathers keys, there."""
+def _backward_bytes(model: Model, layout: Layout, engine: Engine, layers: int, last: bool) -> int:
+    """Return the most bytes that one layer's backward pass adds, in its MLP or its attention."""
     tokens, between = tokens_of_rank(layout)
     hidden, residual = tokens * model.hidden_size, between * model.hidden_size
     ffn = tokens * model.ffn_hidden_size // layout.tensor
     gathered = hidden + residual if layout.sequence_parallel else hidden
     weights = layer_weights(model, layout.tensor)
     if engine.transformer_engine and engine.fused_weight_gradients:
-        weights = dict.fromkeys(weights, 0)  # one of each is held throughout
-    # On top of what was kept: the residual stream's gradient, and the module's own. What a module has run
-    # through is gone: fc2's input before SwiGLU's gradient is made, fc1's output before fc1's.
+        weights = dict.fromkeys(weights, 0)  # `_buffer_bytes` counts one of each
+    # Besides the kept tensors there are the residual stream's gradient and the module's gradients. A module's tensors
+    # are freed when it is done: fc2's input before SwiGLU's gradient, fc1's output before fc1's gradient.
     fc2 = (hidden if layout.sequence_parallel else 0) + ffn + weights["fc2"]
     swiglu = 2 * ffn
     fc1 = gathered + weights["fc1"] - ffn
     working = engine.element * (residual + max(fc2, swiglu, fc1))
     saved = saved_by_layer(model, layout, engine)
-    # Keys and values of all ranks; on the first, whose queries see them all.
-    everything = 2 * saved["key"] * layout.context if gathers(layout, engine) else 0
+    # Keys and values of all ranks.
+    everything = 2 * saved["key"] * layout.context if gathers_all_keys(layout, engine) else 0
     if layout.recompute == "full":
         uniform = layout.recompute_method == "uniform"
-        # By the time block's recomputed layers run backward, the others' activations are gone.
+        # With the block method, the other layers' activations are freed before the recomputed layers run backward.
         keeps_others = not uniform and layers > layout.recompute_layers
         again = min(layout.recompute_layers, layers) if uniform else 0 if keeps_others else 1
         working += again * (sum(saved.values()) + everything)
         if again and layout.scatter_saved:
-            working += engine.element * residual  # the output; the first input, else kept, is gathered
+            working += engine.element * residual  # the layer's output; the scattered first input is gathered
     else:
         dropped = dropped_by_recompute(layout, engine)
         working += sum(saved[name] for name in dropped)
         working += engine.element * residual if "fc1 output" in dropped else 0  # the MLP's output
     if everything:
-        # The MLP's tensors are gone; those gathered come with their gradients by halves, queries and output too.
+        # The MLP's tensors are freed. The gathered tensors, queries and output have gradients, one half at a time.
         at_mlp = engine.element * max(fc2, swiglu, fc1)
         gone = sum(saved[name] for name in saved if name.startswith(("mlp", "fc", "proj")))
         at_attention = 5 * saved["query"] // 2 + saved["key"] - gone
         at_attention += everything * (1 if layout.recompute == "full" and again else 2)
         working += max(at_attention - at_mlp, 0)
     if not last:
-        working += engine.element * residual  # the gradient that came from the next stage
+        working += engine.element * residual  # the gradient from the next stage
     return working
 
 
-def _at_loss(model: Model, layout: Layout, engine: Engine) -> int:
-    """The most that final norm, head and cross-entropy hold at a time, gradients among it."""
+def _loss_bytes(model: Model, layout: Layout, engine: Engine) -> int:
+    """Return the most bytes that final norm, head and cross-entropy hold, with gradients."""
     tokens, between = tokens_of_rank(layout)
     saved, a = saved_at_loss(model, layout, engine), engine.element
     logits = tokens * model.padded_vocab_size // layout.tensor
-    # The head's backward: logits' gradient, the hidden states' and (unless it has a buffer) the weight's.
+    # The head's backward pass has gradients of the logits, the hidden states and, without a buffer, the weight.
     head = a * (logits + tokens * model.hidden_size)
     head += a * between * model.hidden_size if layout.sequence_parallel else 0
     if not (engine.transformer_engine and engine.fused_weight_gradients):
@@ -330,14 +336,14 @@ def _at_loss(model: Model, layout: Layout, engine: Engine) -> int:
     return saved["final norm input"] + saved["head input"] + head
 
 
-def _buffers(model: Model, layout: Layout, engine: Engine, linears: int, last: bool) -> int:
-    """Bytes held from the first step on."""
+def _buffer_bytes(model: Model, layout: Layout, engine: Engine, linears: int, last: bool) -> int:
+    """Return the bytes that are held from the first step on."""
     total = WORKSPACE
     tokens, _ = tokens_of_rank(layout)
     if layout.sequence_parallel and layout.tensor > 1 and (last or not engine.transformer_engine):
-        total += engine.element * tokens * model.hidden_size  # where Megatron's linears gather their input
+        total += engine.element * tokens * model.hidden_size  # Megatron's linears gather their input there
     if engine.transformer_engine and engine.fused_weight_gradients:
-        # Autograd is handed a gradient that nobody reads, one of each shape.
+        # Autograd gets a placeholder for each weight gradient, one of each shape.
         shapes = sum(layer_weights(model, layout.tensor).values())
         shapes += model.padded_vocab_size * model.hidden_size // layout.tensor if last else 0
         total += engine.element * shapes

@@ -1,17 +1,17 @@
-"""A picture of where a step's time goes in each layout: a bar a layout, waiting in warm colours."""
+"""Bar chart of the parts of a step's time in each layout, with waiting in warm colours."""
 
 from pathlib import Path
 
 from megatron_cream.common.files import save_picture
 from megatron_cream.planning.layouts import Plan
 
-# Label, parts of `Time`, colour.
+# (label, fields of `Time`, colour)
 PIECES = [
     ("matrix products", ("products",), "#1d3f5e"),
     ("attention", ("attention",), "#2a6f97"),
     ("norms, SwiGLU, loss, ...", ("passes",), "#7fb2cf"),
     ("optimizer, host", ("optimizer", "idle"), "#bcd4e0"),
-    ("done again (recompute)", ("recompute",), "#9a9a9a"),
+    ("recompute", ("recompute",), "#9a9a9a"),
     ("waiting for TP", ("tensor",), "#f2c14e"),
     ("waiting for CP", ("context",), "#ec9a29"),
     ("waiting for DP", ("data",), "#d1603d"),
@@ -20,12 +20,12 @@ PIECES = [
 
 
 def draw(plans: list[Plan], title: str, path: Path) -> None:
-    """Draw bars of seconds a step, in the order given.
+    """Draw the predicted seconds of a step as one bar for each plan, in the given order.
 
     Args:
-        plans: a bar each.
-        title: above the bars.
-        path: a .png, .svg or .pdf.
+        plans: the layouts, from top to bottom.
+        title: the title above the bars.
+        path: the file to write: .png, .svg or .pdf.
     """
     import matplotlib
 
@@ -47,7 +47,7 @@ def draw(plans: list[Plan], title: str, path: Path) -> None:
     axes.set_yticks(range(len(plans)), [_name(plan) for plan in plans])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * max(ends))
-    axes.set_xlabel("predicted seconds a step")
+    axes.set_xlabel("predicted seconds per step")
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)

@@ -1,4 +1,7 @@
-"""What the planner found: tables for a person, a dict for a program. `report_time` has those of time."""
+"""The planner's report: tables of memory and layouts, and a dict for --json.
+
+`report_time` has the tables of time.
+"""
 
 from dataclasses import asdict
 from typing import Any
@@ -8,15 +11,16 @@ from rich.table import Table
 
 from megatron_cream.planning import layouts
 from megatron_cream.planning.hardware import GIB, Cluster
-from megatron_cream.planning.layouts import Plan, flags, settings, undone
+from megatron_cream.planning.layouts import Plan, flags, keys_to_remove, settings
 from megatron_cream.planning.memory import COMMUNICATORS, CONTEXT, FRAGMENTATION, Memory, parameters
 from megatron_cream.planning.run import Layout, Run
 
-SHOWN = 8
+MAX_LAYOUTS = 8
+"""Maximum number of layouts that are printed and drawn."""
 
 
-def print_own(console: Console, run: Run, own: Memory, usable: float) -> None:
-    """The run's own layout, part by part."""
+def print_memory(console: Console, run: Run, own: Memory, usable: float) -> None:
+    """Print the memory of the run's own layout, part by part."""
     model, layout, engine = run.model, run.layout, run.engine
     whole = parameters(model, Layout(seq_length=1, micro_batch=1, global_batch=1), 0)
     console.print(
@@ -32,29 +36,29 @@ def print_own(console: Console, run: Run, own: Memory, usable: float) -> None:
         ("optimizer", own.optimizer, f"{engine.optimizer} bytes a parameter" + f" / {shards}" * (shards > 1)),
         ("activations", own.activations, f"kept for the backward pass; recompute {_recompute(layout)}"),
         ("logits and loss", own.loss, "with their gradients"),
-        ("working", own.working, "what the backward pass adds"),
-        ("buffers", own.buffers, "workspaces, stand-ins for gradients, gathered sequences, FP8 weights"),
+        ("working", own.working, "temporary tensors of the backward pass"),
+        ("buffers", own.buffers, "workspaces, placeholders for gradients, gathered sequences, FP8 weights"),
         ("torch's peak", own.allocated, f"at: {own.peak_at}"),
         ("on the device", own.device, _outside(own)),
     ]
-    table = Table(title="this layout, of each GPU", title_justify="left")
+    table = Table(title="memory of each GPU in this layout", title_justify="left")
     table.add_column("")
     table.add_column("GiB", justify="right")
     table.add_column("", style="dim")
-    for name, value, remark in rows:
+    for name, value, note in rows:
         if value:
-            table.add_row(name, f"{value / GIB:.1f}", remark)
+            table.add_row(name, f"{value / GIB:.1f}", note)
     console.print(table)
     console.print(_verdict(own, usable))
 
 
 def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: float) -> None:
-    """The layouts that fit, fastest first, with the flags of each."""
+    """Print the layouts that fit, fastest first, with the flags of each."""
     table = Table(title="layouts that fit, fastest first", title_justify="left")
     names = ("", "TP", "PP", "CP", "DP", "micro-batch", "recompute", "GiB", "left", "s/step", "tokens/s/GPU", "MFU")
     for name in names:
         table.add_column(name, justify="left" if name == "recompute" else "right")
-    for number, plan in enumerate(plans[:SHOWN], 1):
+    for number, plan in enumerate(plans[:MAX_LAYOUTS], 1):
         layout, needed, speed = plan.layout, plan.memory.device, plan.speed
         sizes = (number, layout.tensor, layout.pipeline, layout.context, layout.data, layout.micro_batch)
         values = (needed / GIB, (usable - needed) / GIB)
@@ -63,25 +67,25 @@ def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: flo
             f"{speed.tokens_per_second:,.0f}", f"{speed.utilization:.1%}",
         )  # fmt: skip
     console.print(table)
-    console.print("what to add to the flags given:")
-    for number, plan in enumerate(plans[:SHOWN], 1):
+    console.print("flags to add for each layout:")
+    for number, plan in enumerate(plans[:MAX_LAYOUTS], 1):
         console.print(f"{number}: {_difference(plan.layout, base)}", soft_wrap=True, highlight=False)
-    if len(plans) > SHOWN:
-        console.print(f"{len(plans) - SHOWN} more fit (--json lists all)")
+    if len(plans) > MAX_LAYOUTS:
+        console.print(f"{len(plans) - MAX_LAYOUTS} more fit (--json lists all)")
 
 
-def nothing_fits(run: Run, usable: float, most_gpus: int, cluster: Cluster) -> str:
-    """One line: what the GPUs would have to have, or how many of them would do."""
+def explain_no_fit(run: Run, usable: float, max_gpus: int, cluster: Cluster) -> str:
+    """Return one line with the memory or the number of GPUs that the run would need."""
     line = f"no layout fits into {usable / GIB:.1f} usable GiB of each of {run.gpus} GPU{'s' * (run.gpus > 1)}"
-    least = layouts.least(run.model, run.layout, run.engine, run.gpus, cluster.host)
-    if least:
-        line += f"; the least is {least[1].device / GIB:.1f} GiB, with {words(least[0])}"
+    smallest = layouts.find_smallest(run.model, run.layout, run.engine, run.gpus, cluster.host)
+    if smallest:
+        line += f"; the smallest needs {smallest[1].device / GIB:.1f} GiB, with {format_layout(smallest[0])}"
     more = 1 << (run.gpus.bit_length() - 1)
-    while (more := 2 * more) <= most_gpus:
-        found = layouts.fitting(run.model, run.layout, run.engine, more, usable, cluster)
+    while (more := 2 * more) <= max_gpus:
+        found = layouts.find_fitting(run.model, run.layout, run.engine, more, usable, cluster)
         if found:
-            return f"{line}; {more} GPUs would do, with {words(found[0].layout)}"
-    return f"{line}; at this global batch and length no number of GPUs up to {most_gpus} would do"
+            return f"{line}; {more} GPUs are enough, with {format_layout(found[0].layout)}"
+    return f"{line}; at this global batch and length even {max_gpus} GPUs are not enough"
 
 
 def as_dict(
@@ -90,13 +94,13 @@ def as_dict(
     """Return the whole plan as plain values, memory in bytes and times in seconds.
 
     Args:
-        run: what the flags ask for.
-        cluster: that was assumed.
-        own: the run's own layout; None if that needs another number of GPUs.
+        run: the run of the flags.
+        cluster: the assumed cluster.
+        own: the run's own layout; None if it needs another number of GPUs.
         plans: layouts that fit, fastest first.
         full: layouts for training at the target length.
         gpu_memory: bytes of a GPU.
-        usable: bytes of it that a layout may take.
+        usable: bytes of it that a layout may use.
     """
     return {
         "gpus": run.gpus,
@@ -126,20 +130,20 @@ def _plan(plan: Plan) -> dict[str, Any]:
 
 def _difference(layout: Layout, base: Layout) -> str:
     parts = [" ".join(flags(layout, base))] if flags(layout, base) else []
-    if undone(layout, base):
-        parts.append(f"in the recipe, {', '.join(f'{name}: null' for name in undone(layout, base))}")
-    return "; ".join(parts) or "nothing: this is the layout above"
+    if removed := keys_to_remove(layout, base):
+        parts.append(f"in the recipe, {', '.join(f'{name}: null' for name in removed)}")
+    return "; ".join(parts) or "none: this is the layout above"
 
 
 def _verdict(own: Memory, usable: float) -> str:
     left = (usable - own.device) / GIB
     if left >= 0:
         return f"fits: {left:.1f} of {usable / GIB:.1f} GiB are left"
-    return f"does not fit: {-left:.1f} GiB more than the {usable / GIB:.1f} GiB that a GPU gives"
+    return f"does not fit: needs {-left:.1f} GiB more than the {usable / GIB:.1f} usable GiB of a GPU"
 
 
-def words(layout: Layout) -> str:
-    """The layout for a person."""
+def format_layout(layout: Layout) -> str:
+    """Return the layout as text for a person."""
     return f"{_split(layout)}, micro-batch {layout.micro_batch}, recompute {_recompute(layout)}"
 
 

@@ -1,4 +1,4 @@
-"""What the planner says about time: parts of a step, what a run costs, and what it assumed."""
+"""The planner's report of time: parts of a step, cost of a run, and assumptions."""
 
 from dataclasses import fields
 
@@ -6,30 +6,30 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cream.planning import communication, layouts
-from megatron_cream.planning.hardware import BESIDE, FP8_PARAMETERS, GIB, LINKS, PASSES, RING, Cluster
-from megatron_cream.planning.layouts import Plan, preference
-from megatron_cream.planning.report import words
+from megatron_cream.planning.hardware import FP8_PARAMETERS, GIB, LINKS, OVERLAP_COST, PASSES, RING, Cluster
+from megatron_cream.planning.layouts import Plan, rank_plan
+from megatron_cream.planning.report import format_layout
 from megatron_cream.planning.run import Run
 from megatron_cream.planning.step_time import Speed, Time, attention_share, launch_seconds, product_share
 
-REMARKS = {
+NOTES = {
     "products": "the linears' matrix products, forward and backward",
     "attention": "forward and backward",
     "passes": "norms, residual sums, rotary, SwiGLU, loss, embedding, casts",
-    "recompute": "done again in the backward pass",
+    "recompute": "forward passes repeated in the backward pass",
     "tensor": "waiting for tensor-parallel ranks",
     "context": "waiting for context-parallel ranks",
     "pipeline": "waiting for activations and gradients between stages",
-    "bubble": "stages waiting at both ends of a step",
+    "bubble": "stages waiting at the beginning and end of a step",
     "data": "waiting for gradients and weights",
-    "optimizer": "AdamW, gradients set to zero",
+    "optimizer": "AdamW, setting gradients to zero",
     "idle": "waiting for the host",
 }
 
 
-def print_own(console: Console, run: Run, speed: Speed, price: float | None) -> None:
-    """Where a step's time goes in the run's own layout, and what all steps come to."""
-    table = Table(title="a step of this layout", title_justify="left")
+def print_time(console: Console, run: Run, speed: Speed, price: float | None) -> None:
+    """Print the parts of a step in the run's own layout, and the time and cost of all steps."""
+    table = Table(title="time of a step in this layout", title_justify="left")
     table.add_column("")
     table.add_column("ms", justify="right")
     table.add_column("share", justify="right")
@@ -37,35 +37,36 @@ def print_own(console: Console, run: Run, speed: Speed, price: float | None) -> 
     for field in fields(Time):
         value = getattr(speed.time, field.name)
         if value > 0.5e-4:
-            remark = REMARKS[field.name] + _said(run, field.name)
-            table.add_row(field.name, f"{1e3 * value:,.1f}", f"{value / speed.time.step:.1%}", remark)
+            note = NOTES[field.name] + _format_volume(run, field.name)
+            table.add_row(field.name, f"{1e3 * value:,.1f}", f"{value / speed.time.step:.1%}", note)
     table.add_row("step", f"{1e3 * speed.time.step:,.1f}", "", rates(speed))
     console.print(table)
     console.print(cost(run, speed, run.layout.gpus, price), soft_wrap=True, highlight=False)
 
 
-def _said(run: Run, part: str) -> str:
-    """How much the ranks of a part's group exchange in a step, waited for or not."""
+def _format_volume(run: Run, part: str) -> str:
+    """Return the gigabytes that a rank's group exchanges in a step, overlapped or not."""
     group = {"tensor": "tp", "context": "cp", "pipeline": "pp", "data": "dp"}.get(part)
     if group is None:
         return ""
-    volumes = communication.volumes(run.model, run.layout, run.engine, 0)
+    volumes = communication.count_bytes(run.model, run.layout, run.engine, 0)
     nbytes = sum(value for (where, _), value in volumes.items() if where == group)
     return f"; {nbytes / 1e9:,.1f} GB in all"
 
 
 def rates(speed: Speed) -> str:
+    """Return tokens/s of each GPU and MFU as text."""
     return f"{speed.tokens_per_second:,.0f} tokens/s/GPU, MFU {speed.utilization:.1%}"
 
 
 def cost(run: Run, speed: Speed, gpus: int, price: float | None) -> str:
-    """Return one line: how long the run's steps take, and what that costs.
+    """Return one line with the time of the run's steps and their cost.
 
     Args:
-        run: gives the number of steps; 1000 where it has none.
-        speed: of a step.
-        gpus: that are paid for.
-        price: of one GPU for an hour, in any currency; None to leave it out.
+        run: the run; without a number of steps, 1000 are assumed.
+        speed: the speed of a step.
+        gpus: number of GPUs that are paid for.
+        price: price of one GPU for an hour, in any currency; None to omit it.
     """
     steps = run.steps or 1000
     hours = steps * speed.time.step / 3600
@@ -74,10 +75,10 @@ def cost(run: Run, speed: Speed, gpus: int, price: float | None) -> str:
 
 
 def print_user_buffers(console: Console, run: Run, plans: list[Plan], cluster: Cluster) -> None:
-    """What they would gain the fastest layout with tensor parallelism, of those that are shown."""
+    """Print the gain of --tp-comm-overlap for the fastest plan that it makes faster."""
     for number, plan in enumerate(plans, 1):
         faster = layouts.with_user_buffers(plan, run.model, run.engine, cluster)
-        if faster and preference(faster) < preference(plan):
+        if faster and rank_plan(faster) < rank_plan(plan):
             console.print(
                 f"{number} with --tp-comm-overlap: {faster.speed.time.step:.2f} s a step, {rates(faster.speed)}, "
                 f"{faster.memory.device / GIB:.1f} GiB (Transformer Engine's user buffers, over NVLink)",
@@ -88,21 +89,21 @@ def print_user_buffers(console: Console, run: Run, plans: list[Plan], cluster: C
 
 
 def print_full(console: Console, run: Run, best: Plan, full: list[Plan], price: float | None) -> None:
-    """Training at the target length, which CREAM avoids, beside the fastest layout of the run itself."""
+    """Print the cost of training at the target length, relative to the run's best layout."""
     plan = full[0]
     ratio = plan.speed.time.step / best.speed.time.step
     flags = f"--position-sampler full --seq-length {plan.layout.seq_length}"
     console.print(
         f"as many samples at full length ({flags}): {ratio:,.1f} times as long as layout 1, on the same GPUs\n"
         f"  {cost(run, plan.speed, plan.layout.gpus, price)}\n"
-        f"  {words(plan.layout)}: {plan.speed.time.step:,.1f} s a step, {rates(plan.speed)}",
+        f"  {format_layout(plan.layout)}: {plan.speed.time.step:,.1f} s a step, {rates(plan.speed)}",
         soft_wrap=True,
         highlight=False,
     )  # fmt: skip
 
 
 def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
-    """What the times rest on."""
+    """Print the assumptions behind the predicted times."""
     length = run.layout.seq_length
     gpu, attention = cluster.gpu, attention_share(run.engine.attention, length)
     peaks = f"{gpu.bf16 / 1e12:,.0f} TFLOP/s in bf16" + (f", {gpu.fp8 / 1e12:,.0f} in FP8" if gpu.fp8 else "")
@@ -111,17 +112,16 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         links += f", {cluster.between / 1e9:g} GB/s of network for each GPU"
     lines = [
         f"{gpu.name}: {peaks}, {gpu.bandwidth / 1e12:g} TB/s ({gpu.source})",
-        f"of these peaks, fitted on runs of {'one H100' if gpu.products != 1 else 'one H200'}: products "
+        f"shares of these peaks, fitted on runs of {'one H100' if gpu.products != 1 else 'one H200'}: products "
         f"{product_share(gpu, None):.0%} (FP8 {product_share(gpu, run.engine.fp8 or 'delayed'):.0%}); fitted on one "
-        "H200 "
-        f"and taken for every GPU: attention {attention:.0%} at {length:,} tokens, bytes {PASSES:.0%}",
+        f"H200 and used for every GPU: attention {attention:.0%} at {length:,} tokens, memory bandwidth {PASSES:.0%}",
     ]
-    seen = "as in runs with TP 2 on two hosts" if run.layout.tensor > 1 else "as in one run on an H100"
+    source = "as in runs with TP 2 on two hosts" if run.layout.tensor > 1 else "as in one run on an H100"
     host = 1e3 * launch_seconds(run.layout, run.engine)
     if run.engine.graphs:
-        lines.append("the host launches a layer's CUDA graph in no time that counts; their memory is not modelled")
+        lines.append("the host launches a layer's CUDA graphs in negligible time; their memory is not modelled")
     else:
-        lines.append(f"the host takes {host:.1f} ms to launch a layer, forward and backward, {seen}")
+        lines.append(f"the host takes {host:.1f} ms to launch a layer, forward and backward, {source}")
     if run.layout.context > 1 and not run.engine.gathers_keys:
         lines.append(f"attention in Transformer Engine's ring at {RING:.0%} of its rate, as in one run on two H100s")
     if run.engine.fp8_parameters:
@@ -130,12 +130,11 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         )
     if run.gpus > 1:
         lines += [
-            f"{links}; in a ring {LINKS['inside']:.0%} of it inside a host (one run on two H200s), "
-            f"{LINKS['between']:.0%} "
-            "between hosts (not measured)",
-            f"what travels beside computation costs it {BESIDE:.0%} of that time, as in one run with TP 2; no GPU is "
-            "slower than another",
-            f"gradients travel in buckets of {communication.BUCKET / 1e6:g} million parameters or more",
+            f"{links}; a ring reaches {LINKS['inside']:.0%} of it inside a host (one run on two H200s), and "
+            f"{LINKS['between']:.0%} between hosts (not measured)",
+            f"overlapped transfers slow computation by {OVERLAP_COST:.0%} of their time, as in one run with TP 2; all "
+            "GPUs have the same speed",
+            f"gradients are reduced in buckets of {communication.BUCKET / 1e6:g} million parameters or more",
         ]
-    lines.append("not in it: start, data that come late, evaluation, checkpoints")
+    lines.append("not included: start, waiting for data, evaluation, checkpoints")
     console.print("assumed:\n" + "\n".join(f"- {line}" for line in lines), soft_wrap=True, highlight=False)

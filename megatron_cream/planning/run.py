@@ -1,4 +1,4 @@
-"""The plain values that the planner works on: a model, a layout of ranks, an engine."""
+"""The planner's input: a model, a layout of ranks, and an engine (the software)."""
 
 from dataclasses import dataclass
 
@@ -21,16 +21,17 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the work is split.
+    """The split of the work over ranks, micro-batches and recompute.
 
-    first_stage, last_stage: layers of these pipeline stages where they are given; the others share the rest.
+    first_stage, last_stage: number of layers of these pipeline stages, if given; the other stages share the rest.
     recompute: none, selective (of `recompute_modules`), or full by `recompute_method`: uniform keeps the input
         of every `recompute_layers` layers, block recomputes the first `recompute_layers` layers of each stage.
-    scatter_saved: the inputs kept under full recompute are split over the tensor-parallel ranks.
-    overlap_grad_reduce, overlap_param_gather: gradients are reduced beside the backward pass, weights gathered
-        beside the forward pass.
-    overlap_tensor: Transformer Engine's user buffers send beside every product of a layer (--tp-comm-overlap).
-    rings: they send in the rings of model/user_buffers.yaml, where that is the default.
+    scatter_saved: whether the inputs kept under full recompute are split over the tensor-parallel ranks.
+    overlap_grad_reduce, overlap_param_gather: whether the reduction of gradients overlaps with the backward pass, and
+        the gathering of weights with the forward pass.
+    overlap_tensor: whether Transformer Engine's user buffers overlap transfers with every product of a layer
+        (--tp-comm-overlap).
+    rings: whether user buffers send in the rings of model/user_buffers.yaml.
     """
 
     tensor: int = 1
@@ -57,30 +58,33 @@ class Layout:
 
     @property
     def gpus(self) -> int:
+        """Number of GPUs of the layout."""
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
     def micro_batches(self) -> int:
-        """In a step, for each data-parallel rank."""
+        """Number of micro-batches in a step, for each data-parallel rank."""
         return self.global_batch // (self.micro_batch * self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What the software stores, how wide, and with which kernels it computes.
+    """The software of a run: its number formats and kernels.
 
+    transformer_engine: whether its layers are used, which compute the norm inside their linears.
     element: bytes of a parameter and of an activation.
     gradient: bytes of a gradient in Megatron's buffer.
     optimizer: bytes of optimizer state for a parameter: master weight and both moments.
-    transformer_engine: its layers, which norm inside their linears.
-    own_kernels: this project's Triton kernels: the projection is split as it is rotated, the loss stays in
-        `element` and its gradient takes the logits' place. te_rotation: without them, Transformer Engine's kernel
-        rotates, as in Megatron's own model; otherwise torch's operations.
-    fused_weight_gradients: added to the buffer inside the GEMM.
-    one_pass_optimizer: the gradient's scaling, AdamW and the rounding to bf16 are one kernel.
+    own_kernels: whether this project's Triton kernels are used: they split the projection while they rotate it, and
+        the loss stays in `element` and overwrites the logits with their gradient.
+    te_rotation: whether Transformer Engine's kernel rotates, as in Megatron's own model, if own_kernels is off;
+        otherwise torch's operations do.
+    fused_weight_gradients: whether the GEMM adds weight gradients to the buffer.
+    one_pass_optimizer: whether scaling the gradient, AdamW and rounding to bf16 are one kernel.
     attention: flash, sdpa or te.
-    fp8: recipe of the layers' linears in FP8, as --fp8-recipe has it; fp8_parameters: their weights are kept in it.
-    graphs: each layer is one CUDA graph (--cuda-graph-impl local), which the host launches at once.
+    fp8: recipe of the layers' linears in FP8, as in --fp8-recipe; None without FP8.
+    fp8_parameters: whether the weights of those linears are stored in FP8.
+    graphs: whether each layer is a CUDA graph (--cuda-graph-impl local), which the host launches at once.
     """
 
     transformer_engine: bool
@@ -98,18 +102,20 @@ class Engine:
 
     @property
     def gathers_keys(self) -> bool:
-        """Under context parallelism each rank holds the keys and values of the whole sequence; Transformer
-        Engine's attention passes them around."""
+        """Whether each context-parallel rank gathers the keys and values of the whole sequence.
+
+        Transformer Engine's attention passes them around a ring instead.
+        """
         return self.attention != "te"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its flags describe it.
+    """A run as described by its flags.
 
-    gpus: what it is planned for; `layout` may need another number.
+    gpus: number of GPUs to plan for; `layout` may need another number.
     target_length: the window that positions are drawn from, in tokens; `layout.seq_length` for full-length training.
-    steps: how many it trains; None where the flags do not say.
+    steps: number of training steps; None if the flags do not set it.
     """
 
     model: Model
@@ -119,8 +125,8 @@ class Run:
     target_length: int
     steps: int | None
 
-    def misfit(self) -> str | None:
-        """Why the layout cannot be spread over the GPUs; None if it can."""
+    def find_misfit(self) -> str | None:
+        """Return why the layout cannot be spread over the GPUs; None if it can."""
         layout = self.layout
         if self.gpus % (layout.tensor * layout.pipeline * layout.context):
             return (

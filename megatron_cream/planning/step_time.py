@@ -1,7 +1,9 @@
-"""How long a training step takes: arithmetic over what the GPUs compute, move and send, at rates that were measured.
+"""Prediction of a training step's time from computation, memory traffic and transfers.
 
-`predict` adds up the parts of the slowest pipeline stage. Rates, and what they were fitted on, stand in
-`hardware`; megatron_cream/planning/measured_runs.json has the runs that it is compared with.
+All rates are measured.
+
+`predict` adds up the parts of the slowest pipeline stage. `hardware` has the rates and the runs that they were fitted
+on; megatron_cream/planning/measured_runs.json has the runs that predictions are compared with.
 """
 
 from dataclasses import dataclass, fields
@@ -12,15 +14,15 @@ from megatron_cream.planning import communication, work
 from megatron_cream.planning.communication import Transfer
 from megatron_cream.planning.hardware import (
     ATTENTION,
-    BESIDE,
     FP8_PARAMETERS,
     HALF_RATE,
     HOST,
     IDLE,
-    IN_RINGS,
+    OVERLAP_COST,
     PASSES,
     PRODUCTS,
     RING,
+    RINGS_OVERLAP_COST,
     Cluster,
     Gpu,
 )
@@ -30,14 +32,14 @@ from megatron_cream.planning.run import Engine, Layout, Model
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """Seconds of one step, part by part, of the stage that needs most.
+    """Seconds of one step of the slowest stage, part by part.
 
     passes: kernels that only move bytes: norms, residual sums, rotary, SwiGLU, loss, embedding, casts to FP8.
-    recompute: the forward pass's parts that are done again.
-    tensor, context, pipeline, data: waiting for these ranks' transfers, and what those beside computation cost it.
-    bubble: a stage waits for the others at the beginning and end of a step.
-    optimizer: its update, and setting gradients to zero.
-    idle: the GPU waits for the host.
+    recompute: repeated parts of the forward pass.
+    tensor, context, pipeline, data: waiting for transfers among these ranks, and the slowdown by overlapped ones.
+    bubble: waiting for other stages at the beginning and end of a step.
+    optimizer: the update, and setting gradients to zero.
+    idle: waiting for the host.
     """
 
     products: float = 0.0
@@ -54,15 +56,16 @@ class Time:
 
     @property
     def step(self) -> float:
+        """Seconds of the whole step."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A step's time and what follows from it.
+    """A step's time, and the speed that follows from it.
 
     tokens_per_second: of each GPU.
-    utilization: MFU, model FLOPs (recompute not counted) over the GPU's dense bf16 peak.
+    utilization: MFU, model FLOPs (without recompute) over the GPU's dense bf16 peak.
     """
 
     time: Time
@@ -71,7 +74,7 @@ class Speed:
 
 
 def predict(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Speed:
-    """Time of a training step.
+    """Return the predicted speed of a training step.
 
     Raises:
         UsageError: the GPU has no FP8.
@@ -88,16 +91,20 @@ def predict(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> S
 
 
 def launch_seconds(layout: Layout, engine: Engine) -> float:
-    """In which the host launches a layer's kernels, forward and backward; two graphs take it no time that counts."""
+    """Return the seconds in which the host launches a layer's kernels, forward and backward.
+
+    The time to launch two CUDA graphs is negligible.
+    """
     if engine.graphs:
         return 0.0
     return HOST["tensor parallel" if layout.tensor > 1 else "FP8" if engine.fp8 else "alone"]
 
 
 def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: str | None) -> dict[str, float]:
-    """Of a linear's three products: forward, input (its gradient) and weight (its gradient, added up in float32).
+    """Return the seconds of a linear's three products: forward, input and weight.
 
-    FLOPs at the rate of large products, and the operands' bytes once.
+    input and weight are the products of their gradients; the weight's gradient is accumulated in float32. The time is
+    that of the FLOPs at the rate of large products, plus that of moving each operand once.
     """
     m, n, k = shape
     if fp8 and gpu.fp8 is None:
@@ -115,19 +122,19 @@ def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: 
 
 
 def product_share(gpu: Gpu, fp8: str | None) -> float:
-    """Of the peak, that matrix products reach: in bf16, or in FP8 with this recipe."""
+    """Return the share of the peak that matrix products reach, in bf16 or this FP8 recipe."""
     kind = "bf16" if fp8 is None else "fp8 blockwise" if fp8 == "blockwise" else "fp8"
     return PRODUCTS[kind] * gpu.products
 
 
 def attention_share(kernel: str, seq_length: int) -> float:
-    """Of the bf16 peak, that attention reaches."""
+    """Return the share of the bf16 peak that attention reaches."""
     return ATTENTION[kernel] * (1 + HALF_RATE / 4096) / (1 + HALF_RATE / seq_length)
 
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Seconds of a micro-batch on one stage; parts as `Time` names them."""
+    """Seconds of a micro-batch on one stage, by the fields of `Time`."""
 
     forward: dict[str, float]
     backward: dict[str, float]
@@ -139,7 +146,7 @@ class _MicroBatch:
 
 def _step(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Time:
     last = layout.pipeline - 1
-    kinds = [0] + [1] * (last - 1) + [last] * (last > 0)  # those between first and last are alike
+    kinds = [0] + [1] * (last - 1) + [last] * (last > 0)  # all stages between the first and the last are equal
     known = {stage: _micro_batch(model, layout, engine, cluster, stage) for stage in set(kinds)}
     slowest = max(known, key=lambda stage: known[stage].total)
     one = known[slowest]
@@ -155,43 +162,46 @@ def _step(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Tim
     layers = stage_layers(model, layout)[slowest]
     if engine.fp8_parameters:
         parts["optimizer"] += layers * FP8_PARAMETERS
-    passes = layers + work.repeated_layers(layout, layers) / 2  # a forward pass is about half of what is launched
+    passes = layers + work.repeated_layers(layout, layers) / 2  # a forward pass has about half of the launches
     launched = passes * launch_seconds(layout, engine)
     parts["idle"] = IDLE + layout.micro_batches * max(launched - one.total, 0.0)
-    for transfer in communication.step(model, layout, engine, slowest):
+    for transfer in communication.step_transfers(model, layout, engine, slowest):
         name = "data" if transfer.group == "dp" else "tensor" if transfer.group == "tp" else "pipeline"
-        parts[name] = parts.get(name, 0.0) + _waited_in_step(transfer, model, layout, cluster, slowest, one)
+        parts[name] = parts.get(name, 0.0) + _step_transfer_cost(transfer, model, layout, cluster, slowest, one)
     return Time(**parts)
 
 
 def bubble(stages: list[float], virtual: int) -> float:
-    """How long the slowest stage has nothing to do in a step.
+    """Return the seconds in which the slowest stage has nothing to do in a step.
 
-    One micro-batch goes through all stages and back; the others follow at the pace of the slowest one. With
-    interleaved stages each of its ways is shorter by as many chunks as a stage has.
+    One micro-batch passes through all stages and back, and the others follow at the pace of the slowest stage. With
+    interleaved stages the waiting time is divided by the number of chunks in a stage.
 
     Args:
         stages: seconds of a micro-batch on each stage, forward and backward.
-        virtual: chunks of each stage.
+        virtual: number of chunks in each stage.
     """
     return (sum(stages) - max(stages)) / virtual
 
 
-def _waited_in_step(
+def _step_transfer_cost(
     transfer: Transfer, model: Model, layout: Layout, cluster: Cluster, stage: int, one: _MicroBatch
 ) -> float:
-    """Gradients hide behind the last micro-batch's backward pass, weights behind the first one's forward pass."""
-    duration = communication.seconds(transfer, layout, cluster)
-    if not transfer.beside:
+    """Return the seconds that a transfer of gradients or weights adds to a step.
+
+    Gradients overlap with the last micro-batch's backward pass, weights with the first micro-batch's forward pass.
+    """
+    duration = communication.transfer_seconds(transfer, layout, cluster)
+    if not transfer.overlapped:
         return duration
-    bare = communication.bucket_share(layout, parameters(model, layout, stage)) * duration
+    exposed = communication.bucket_share(layout, parameters(model, layout, stage)) * duration
     computed = sum((one.backward if transfer.at == "gradients" else one.forward).values())
-    return _cost(duration, min(computed, duration - bare))
+    return _cost(duration, min(computed, duration - exposed))
 
 
-def _cost(duration: float, beside: float, rings: bool = False) -> float:
-    """Seconds that a transfer costs of which so many are beside computation."""
-    return duration - beside + (IN_RINGS if rings else BESIDE) * beside
+def _cost(duration: float, overlapped: float, rings: bool = False) -> float:
+    """Return the seconds that a transfer adds if `overlapped` seconds of it overlap."""
+    return duration - overlapped + (RINGS_OVERLAP_COST if rings else OVERLAP_COST) * overlapped
 
 
 def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster, stage: int) -> _MicroBatch:
@@ -201,8 +211,8 @@ def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster,
     backward = {name: layers * value for name, value in one.backward.items()}
     repeated = work.repeated_layers(layout, layers)
     backward["recompute"] += repeated * sum(one.forward.values())
-    again = communication.gathered_again(model, layout, engine)
-    backward["context"] += (layers - repeated) * _waited(again, "cp", {}, layout, cluster)
+    again = communication.regather_transfers(model, layout, engine)
+    backward["context"] += (layers - repeated) * _total_cost(again, "cp", {}, layout, cluster)
 
     first, last = stage == 0, stage == layout.pipeline - 1
     through_memory = cluster.gpu.bandwidth * PASSES
@@ -215,19 +225,19 @@ def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster,
         head = products["input"] + products["weight"]
         forward["products"] += products["forward"]
         backward["products"] += head
-    sent = communication.ends_forward(model, layout, engine, first, last)
-    sent_back = communication.ends_backward(model, layout, engine, first, last)
-    forward["tensor"] += _waited(sent, "tp", {}, layout, cluster)
-    backward["tensor"] += _waited(sent_back, "tp", {"head": head}, layout, cluster)
+    sent = communication.end_forward_transfers(model, layout, engine, first, last)
+    sent_back = communication.end_backward_transfers(model, layout, engine, first, last)
+    forward["tensor"] += _total_cost(sent, "tp", {}, layout, cluster)
+    backward["tensor"] += _total_cost(sent_back, "tp", {"head": head}, layout, cluster)
     if layout.pipeline > 1:
-        transfer = communication.between_stages(model, layout, engine)
-        duration = communication.seconds(transfer, layout, cluster)
-        forward["pipeline"] = backward["pipeline"] = _cost(duration, duration if transfer.beside else 0.0)
+        transfer = communication.stage_transfer(model, layout, engine)
+        duration = communication.transfer_seconds(transfer, layout, cluster)
+        forward["pipeline"] = backward["pipeline"] = _cost(duration, duration if transfer.overlapped else 0.0)
     return _MicroBatch(forward, backward)
 
 
 def _layer(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> _MicroBatch:
-    """One layer's part of a micro-batch, with selective recompute."""
+    """Return the seconds of one layer for a micro-batch, with selective recompute."""
     gpu, through_memory = cluster.gpu, cluster.gpu.bandwidth * PASSES
     shapes = work.layer_products(model, layout)
     products = {at: product_seconds(shape, engine, gpu, engine.fp8) for at, shape in shapes.items()}
@@ -236,50 +246,51 @@ def _layer(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> _M
     if layout.context > 1 and not engine.gathers_keys:
         attention /= RING
     moved = work.layer_bytes(model, layout, engine)
-    sent = communication.layer_forward(model, layout, engine)
-    sent_back = communication.layer_backward(model, layout, engine)
+    sent = communication.layer_forward_transfers(model, layout, engine)
+    sent_back = communication.layer_backward_transfers(model, layout, engine)
 
     ahead = {at: each["forward"] for at, each in products.items()}
     back = {at: each["input"] + each["weight"] for at, each in products.items()}
     repeated = attention if "core_attn" in layout.recompute_modules else 0.0
     if "mlp" in layout.recompute_modules:
         repeated += ahead["fc1"] + ahead["fc2"] + moved["SwiGLU"][0] / through_memory
-        repeated += _waited(communication.of_mlp(sent), "tp", ahead, layout, cluster)
+        repeated += _total_cost(communication.select_mlp(sent), "tp", ahead, layout, cluster)
     forward = {
         "products": sum(ahead.values()),
         "attention": attention,
         "passes": sum(a for a, _ in moved.values()) / through_memory,
-        "tensor": _waited(sent, "tp", ahead, layout, cluster),
-        "context": _waited(sent, "cp", {"attention": attention}, layout, cluster),
+        "tensor": _total_cost(sent, "tp", ahead, layout, cluster),
+        "context": _total_cost(sent, "cp", {"attention": attention}, layout, cluster),
     }
     backward = {
         "products": sum(back.values()),
         "attention": 2 * attention,
         "passes": sum(b for _, b in moved.values()) / through_memory,
-        "tensor": _waited(sent_back, "tp", back, layout, cluster),
-        "context": _waited(sent_back, "cp", {"attention": 2 * attention}, layout, cluster),
+        "tensor": _total_cost(sent_back, "tp", back, layout, cluster),
+        "context": _total_cost(sent_back, "cp", {"attention": 2 * attention}, layout, cluster),
         "recompute": repeated,
     }
     return _MicroBatch(forward, backward)
 
 
-def _waited(
+def _total_cost(
     transfers: list[Transfer], group: str, computed: dict[str, float], layout: Layout, cluster: Cluster
 ) -> float:
-    """Return the seconds that the transfers of a group cost.
+    """Return the seconds that the transfers of a group add.
 
     Args:
-        transfers: of all groups.
+        transfers: the transfers of all groups.
         group: "tp" or "cp".
-        computed: how long each module computes. Of a linear's backward pass one product hides one transfer: the
-            input's gradient the gathering of the input, the weight's gradient the reduction of the input's.
-        layout: of the run.
-        cluster: speeds of its links.
+        computed: seconds that each module computes. In a linear's backward pass each of the two products overlaps with
+            one transfer: the input's gradient with gathering the input, the weight's gradient with reducing the
+            input's gradient.
+        layout: the layout of the run.
+        cluster: the speeds of its links.
     """
     total = 0.0
     for transfer in transfers:
         if transfer.group == group:
-            duration = communication.seconds(transfer, layout, cluster)
-            hidden = computed[transfer.at] / (2 if group == "tp" else 1) if transfer.beside else 0.0
+            duration = communication.transfer_seconds(transfer, layout, cluster)
+            hidden = computed[transfer.at] / (2 if group == "tp" else 1) if transfer.overlapped else 0.0
             total += _cost(duration, min(hidden, duration), rings=layout.rings and group == "tp")
     return total

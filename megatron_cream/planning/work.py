@@ -1,17 +1,21 @@
-"""What the GPUs compute in a step: shapes of matrix products, FLOPs of attention, bytes that other kernels move."""
+"""The work of a step: matrix products, FLOPs of attention, bytes of other kernels."""
 
 from megatron_cream.planning.memory import layer_weights, parameters, stage_layers, tokens_of_rank
 from megatron_cream.planning.run import Engine, Layout, Model
 
-# Bytes that a logit costs in Megatron's unfused cross-entropy: the cast, maximum, difference, exponential, sum and
-# quotient in float32, and the gradient, scaled and rounded; each read or written apart.
+# Bytes moved for a logit by Megatron's unfused cross-entropy: the cast, maximum, difference, exponential, sum and
+# quotient in float32, and the scaled and rounded gradient, each read or written separately.
 _UNFUSED_LOSS = 52
-# A rotation by torch's own operations: the cast, four products and two sums in float32, two roundings, a concatenation.
+# Bytes moved for an element by a rotation with torch's operations: the cast, four products and two sums in float32, two
+# roundings and a concatenation.
 _UNFUSED_ROTATION = 44
 
 
 def layer_products(model: Model, layout: Layout) -> dict[str, tuple[int, int, int]]:
-    """The four linears of a layer on one rank: name -> (rows m, outputs n, inputs k) of the forward product."""
+    """Return {linear: (rows m, outputs n, inputs k)} of a layer's products on one rank.
+
+    The shapes are those of the forward pass.
+    """
     tokens, _ = tokens_of_rank(layout)
     heads = model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups * model.kv_channels
@@ -25,26 +29,32 @@ def layer_products(model: Model, layout: Layout) -> dict[str, tuple[int, int, in
 
 
 def head_product(model: Model, layout: Layout) -> tuple[int, int, int]:
-    """The same of the output layer."""
+    """Return (rows m, outputs n, inputs k) of the output layer's forward product on one rank."""
     tokens, _ = tokens_of_rank(layout)
     return tokens, model.padded_vocab_size // layout.tensor, model.hidden_size
 
 
 def repeated_layers(layout: Layout, layers: int) -> int:
-    """Of a stage's layers those whose whole forward pass is done again."""
+    """Return how many of a stage's layers repeat their whole forward pass."""
     if layout.recompute != "full":
         return 0
     return layers if layout.recompute_method == "uniform" else min(layout.recompute_layers, layers)
 
 
 def attention_flops(model: Model, layout: Layout) -> float:
-    """Of one layer's attention forward, on one rank: causal, so half of all pairs; the backward pass has twice that."""
+    """Return the FLOPs of one layer's attention in the forward pass, on one rank.
+
+    Attention is causal, so half of all pairs count. The backward pass has twice as many FLOPs.
+    """
     width = model.num_attention_heads * model.kv_channels / layout.tensor
     return 2.0 * layout.micro_batch * layout.seq_length**2 / layout.context * width
 
 
 def layer_bytes(model: Model, layout: Layout, engine: Engine) -> dict[str, tuple[float, float]]:
-    """Bytes that a layer's other kernels read and write of one micro-batch, (forward, backward)."""
+    """Return {kernel: (forward, backward)} bytes of a layer's other kernels.
+
+    The bytes are those of one micro-batch.
+    """
     tokens, between = tokens_of_rank(layout)
     a, tp = engine.element, layout.tensor
     residual = a * between * model.hidden_size
@@ -61,21 +71,24 @@ def layer_bytes(model: Model, layout: Layout, engine: Engine) -> dict[str, tuple
     if not engine.own_kernels:
         rotation = split + 2 * a * (query + key) if engine.te_rotation else _UNFUSED_ROTATION * (query + key)
         moved["rotary and split"] = (rotation, rotation)
-        moved["SwiGLU"] = (3 * ffn, 10 * ffn)  # torch.compile's backward pass goes twice
+        moved["SwiGLU"] = (3 * ffn, 10 * ffn)  # torch.compile's backward kernel makes two passes
     if engine.fp8:
-        # Each linear's input, and the gradient of its output, quantized with their transposes.
+        # Each linear's input and the gradient of its output are quantized, together with their transposes.
         shapes = layer_products(model, layout).values()
         moved["cast to FP8"] = (4 * sum(m * k for m, n, k in shapes), 4 * sum(m * n for m, n, k in shapes))
     return moved
 
 
 def end_bytes(model: Model, layout: Layout, engine: Engine, first: bool, last: bool) -> dict[str, tuple[float, float]]:
-    """The same of the embedding (on the first stage), and of final norm and loss (on the last)."""
+    """Return {kernel: (forward, backward)} bytes of embedding, final norm and loss.
+
+    The first stage has the embedding, the last has the final norm and the loss.
+    """
     tokens, between = tokens_of_rank(layout)
     residual = engine.element * between * model.hidden_size
     moved = {}
     if first:
-        # Backward: gradients summed by token into zeros, which are then added to the float32 buffer.
+        # Backward: gradients are summed by token into a zeroed tensor, which is then added to the float32 buffer.
         table = model.padded_vocab_size * model.hidden_size / layout.tensor
         moved["embedding"] = (2 * residual, 2 * residual + (2 * engine.element + 2 * engine.gradient) * table)
     if last:
@@ -87,13 +100,13 @@ def end_bytes(model: Model, layout: Layout, engine: Engine, first: bool, last: b
 
 
 def step_bytes(model: Model, layout: Layout, engine: Engine, stage: int) -> dict[str, float]:
-    """Bytes that the optimizer and what goes with it move once a step on a rank of one stage."""
+    """Return {kernel: bytes} that the optimizer moves once a step, on a rank of one stage."""
     count = parameters(model, layout, stage)
     shard = count / (layout.data * layout.context if layout.distributed_optimizer else 1)
-    # The gradient, for its norm and for the update; the state there and back; the weight.
+    # Read the gradient for its norm and for the update; read and write the state; write the weight.
     each = 2 * engine.gradient + 2 * engine.optimizer + engine.element
     if not engine.one_pass_optimizer:
-        # Scaled by tokens and clipped in passes of their own; the master weight read once more to be rounded.
+        # Scaling by tokens and clipping are separate passes, and the master weight is read once more to round it.
         each += 4 * engine.gradient + 4
     moved = {"optimizer": each * shard, "zero gradients": engine.gradient * float(count)}
     if engine.fp8:

@@ -65,7 +65,7 @@ def test_another_number_of_gpus_than_the_recipe_needs(monkeypatch, capsys):
     assert "--gpus 1: must be a multiple of --tensor-model-parallel-size 2" in text and "fastest first" in text
     flags = shlex.split(re.search(r"^Next: torchrun --nproc_per_node=1 \S*pretrain_cream.py (.+)$", text, re.M)[1])
     assert flags[flags.index("--load-hf") :] == "--load-hf HF_MODEL --data-path DATA --save extended".split()
-    assert run_from_flags(flags[: flags.index("--load-hf")], 1).misfit() is None
+    assert run_from_flags(flags[: flags.index("--load-hf")], 1).find_misfit() is None
 
 
 @pytest.mark.parametrize("flags, said", [([], True), (["--tp-comm-overlap"], False), (["--host-link", "pcie"], False)])
@@ -83,7 +83,7 @@ def test_gain_of_user_buffers(monkeypatch, capsys, flags, said):
 def test_nothing_fits(monkeypatch, capsys):
     assert tool(monkeypatch, "--config", RECIPE, "--gpus", "1", "--gpu-memory", "40GiB") == 1
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "4 GPUs would do" in error
+    assert len(error.splitlines()) == 1 and "4 GPUs are enough" in error
 
 
 def tool(monkeypatch, *arguments: str) -> int:

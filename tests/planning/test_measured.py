@@ -10,13 +10,13 @@ from megatron_cream.planning.step_time import Time, predict
 from tests.planning.test_command import tool
 from tests.planning.test_step_time import CLUSTER
 
-MEASURED = measured.load()
+MEASURED = measured.load_runs()
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: row["what"])
 def test_measured_runs(row):
     """Tokens a second and torch's peak of every measured run, within a tenth, but for time where the row says why."""
-    found = measured.check(row)
+    found = measured.check_run(row)
     assert abs(found.memory_error) < 0.1
     assert (abs(found.time_error) < 0.1) is ("off" not in row)
 
@@ -54,7 +54,7 @@ def test_constants_are_the_profiles(monkeypatch):
         return lambda x: monkeypatch.setitem(table, key, x)
 
     def part(row: dict, *names: str):
-        run = measured.run(row)
+        run = measured.build_run(row)
         assert run.layout.global_batch * run.layout.seq_length == 8 * 4096
 
         def value() -> float:
@@ -86,10 +86,10 @@ def test_constants_are_the_profiles(monkeypatch):
 
     def a_step(row: dict):
         """(as predicted now, as measured), in seconds."""
-        run = measured.run(row)
+        run = measured.build_run(row)
         tokens = run.layout.global_batch * run.layout.seq_length
         return (
-            lambda: predict(run.model, run.layout, run.engine, measured.cluster(row)).time.step,
+            lambda: predict(run.model, run.layout, run.engine, measured.build_cluster(row)).time.step,
             tokens / row["tokens_per_second"] / row.get("gpus", 1),
         )
 
@@ -109,11 +109,15 @@ def test_constants_are_the_profiles(monkeypatch):
     gained = rings["tokens_per_second"] / beside["tokens_per_second"]
 
     def gain() -> float:
-        return measured.check(rings).speed.tokens_per_second / measured.check(beside).speed.tokens_per_second
+        return measured.check_run(rings).speed.tokens_per_second / measured.check_run(beside).speed.tokens_per_second
 
-    in_rings = fitted(lambda x: monkeypatch.setattr(step_time, "IN_RINGS", x), gain, gained)
-    assert in_rings == pytest.approx(hardware.IN_RINGS, rel=0.01)
-    totals = {"BESIDE": "transfers beside products", "HALF_RATE": "attention at 32K", "RING": "attention in a ring"}
+    in_rings = fitted(lambda x: monkeypatch.setattr(step_time, "RINGS_OVERLAP_COST", x), gain, gained)
+    assert in_rings == pytest.approx(hardware.RINGS_OVERLAP_COST, rel=0.01)
+    totals = {
+        "OVERLAP_COST": "transfers beside products",
+        "HALF_RATE": "attention at 32K",
+        "RING": "attention in a ring",
+    }
     for name, fits in totals.items():
         found = fitted(lambda x: monkeypatch.setattr(step_time, name, x), *a_step(named(fits)), most=1e4)
         assert found == pytest.approx(getattr(hardware, name), rel=0.01)

@@ -73,7 +73,7 @@ def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, len
     assert sum(p.numel() for p in net.parameters()) == parameters(model, layout, stage)
     saved, peak = run(monkeypatch, net, model, layout, stage)
     layers = planned.stage_layers(model, layout)[stage]
-    expected = planned.saved_by_layers(model, layout, engine, layers) + planned.angles(model, layout)
+    expected = planned.saved_by_layers(model, layout, engine, layers) + planned.angle_bytes(model, layout)
     if stage == layout.pipeline - 1:
         expected += sum(planned.saved_at_loss(model, layout, engine).values())
     assert saved == expected
@@ -361,17 +361,17 @@ H100 = Cluster(gpu=GPUS["H100"], host=8, inside=GPUS["H100"].nvlink, between=GPU
 @given(MODELS, ENGINES, st.sampled_from([1, 2, 4, 6, 8, 16]), st.sampled_from([8, 32, 48]), st.floats(0.0, 1.0))
 def test_layouts_that_fit(model, engine, gpus, global_batch, share):
     base = Layout(seq_length=256, micro_batch=1, global_batch=global_batch)
-    everything = layouts.fitting(model, base, engine, gpus, float("inf"), H100)
+    everything = layouts.find_fitting(model, base, engine, gpus, float("inf"), H100)
     limit = GIB * 1.4 + share * max((plan.memory.device for plan in everything), default=0) / 8
-    found = layouts.fitting(model, base, engine, gpus, limit, H100)
-    order = [layouts.preference(plan) for plan in found]
+    found = layouts.find_fitting(model, base, engine, gpus, limit, H100)
+    order = [layouts.rank_plan(plan) for plan in found]
     assert order == sorted(order)
     for plan in found:
         layout = plan.layout
-        assert layout.gpus == gpus and layouts.refused(model, layout) is None
+        assert layout.gpus == gpus and layouts.find_conflict(model, layout) is None
         assert plan.memory == predict(model, layout, engine) and plan.memory.device <= limit
         assert layout.micro_batches * layout.micro_batch * layout.data == global_batch
-    least = layouts.least(model, base, engine, gpus, H100.host)
+    least = layouts.find_smallest(model, base, engine, gpus, H100.host)
     assert bool(found) == (least is not None and least[1].device <= limit)
 
 

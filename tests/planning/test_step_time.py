@@ -137,9 +137,9 @@ def test_a_ring_by_hand():
     """Eight ranks gather 8 GB: each link carries seven parts of 1 GB."""
     gather = Transfer("dp", "all_gather", 8e9, "weights")
     speed = hardware.LINKS["inside"] * H200.nvlink
-    inside = communication.seconds(gather, replace(BASE, data=8), CLUSTER)
+    inside = communication.transfer_seconds(gather, replace(BASE, data=8), CLUSTER)
     assert inside == pytest.approx(7 * 1e9 / speed + 7 * hardware.HOP_INSIDE)
-    reduced = communication.seconds(replace(gather, operation="all_reduce"), replace(BASE, data=8), CLUSTER)
+    reduced = communication.transfer_seconds(replace(gather, operation="all_reduce"), replace(BASE, data=8), CLUSTER)
     assert reduced == pytest.approx(2 * inside)
 
 
@@ -149,7 +149,7 @@ def test_a_ring_by_hand():
 )
 def test_a_ring_across_hosts_uses_the_adapters_of_its_ranks(tensor, adapters):
     layout = replace(BASE, tensor=tensor, data=64 // tensor)
-    found = communication.seconds(Transfer("dp", "all_gather", 64e9, "weights"), layout, CLUSTER)
+    found = communication.transfer_seconds(Transfer("dp", "all_gather", 64e9, "weights"), layout, CLUSTER)
     speed = min(hardware.LINKS["inside"] * H200.nvlink, adapters * hardware.LINKS["between"] * H200.network)
     others = layout.data - 1
     assert found == pytest.approx(others * (64e9 / layout.data / speed + hardware.HOP_BETWEEN))
@@ -208,7 +208,7 @@ def test_fp8_needs_a_gpu_that_has_it():
 
 
 def test_the_fastest_layout_is_first():
-    found = layouts.fitting(LLAMA2_7B, BASE, ENGINE, 16, layouts.usable(80 * hardware.GIB), CLUSTER)
+    found = layouts.find_fitting(LLAMA2_7B, BASE, ENGINE, 16, layouts.usable(80 * hardware.GIB), CLUSTER)
     times = [plan.speed.time.step for plan in found]
     assert len(times) > 5 and times == sorted(times)
     for plan in found:

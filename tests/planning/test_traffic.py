@@ -65,7 +65,7 @@ def test_bytes_of_a_step(heard, name):
     for rank in (0, 1):
         stage = rank if run.layout.pipeline == 2 else 0
         expected = Counter()
-        for (_, operation), nbytes in communication.volumes(run.model, run.layout, run.engine, stage).items():
+        for (_, operation), nbytes in communication.count_bytes(run.model, run.layout, run.engine, stage).items():
             expected[operation] += nbytes
         padded = 0.01 if name.startswith(("DP", "CP")) else 0.0
         assert found[name, rank] == pytest.approx(expected, rel=padded)

@@ -160,7 +160,7 @@ def _split_shares(args: Namespace) -> list[tuple[float, float] | None]:
     """
     if args.split is None:
         if args.train_data_path and not args.valid_data_path and args.eval_iters:
-            raise UsageError("--valid-data-path is missing beside --train-data-path: give it, or --eval-iters 0")
+            raise UsageError("--valid-data-path is missing: --train-data-path needs it; give it, or --eval-iters 0")
         return []
     try:
         if not re.fullmatch(r"[.0-9]+([,/ ]+[.0-9]+){0,2}", args.split.strip()):  # Megatron reads -2 as 2
