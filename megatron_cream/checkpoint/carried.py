@@ -182,6 +182,7 @@ def _check_token_model(file: Path) -> None:
 
 
 def _check_generation(folder: Path) -> None:
+    """Raise UsageError unless transformers can load the generation config."""
     from transformers import GenerationConfig
 
     file = folder / GENERATION_CONFIG

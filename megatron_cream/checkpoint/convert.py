@@ -244,10 +244,10 @@ def export_groups(source: MegatronCheckpoint, dtype: torch.dtype | None) -> list
             out = scratch.get(out_shape, kind)
             source.read(row, layer, out)
             if dtype is not None:
-                _check_range(out, [own], lambda: zip(row.names(layer), whole()))
+                _check_range(out, [own], lambda: zip(row.names(layer), read_again()))
             return split(row, out, shape)
 
-        def whole() -> list[Tensor]:
+        def read_again() -> list[Tensor]:
             return split(row, source.read(row, layer, torch.empty(out_shape, dtype=own)), shape)
 
         names = zip(row.names(layer), hf_shapes(row, shape), strict=True)

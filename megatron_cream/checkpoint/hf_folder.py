@@ -69,6 +69,7 @@ class HfFolder:
         return mappings[file].get(name)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
         return self._files[self.weights[name]].dtypes[name]
 
     def _check(self) -> None:

@@ -81,6 +81,7 @@ class MegatronCheckpoint:
 
     @property
     def hf_folder(self) -> Path | None:
+        """Folder with the original model's config.json and tokenizer, or None."""
         return self.path / HF if (self.path / HF).is_dir() else None
 
     @property
@@ -89,6 +90,7 @@ class MegatronCheckpoint:
         return self._original is None or self.shape.max_position_embeddings > self._original.window
 
     def dtype(self, row: Row, layer: int | None) -> torch.dtype:
+        """Return the saved dtype of a parameter."""
         return self._tensors[self._find_key(row, layer)[0]].properties.dtype
 
     def read(self, row: Row, layer: int | None, out: Tensor) -> Tensor:
@@ -139,10 +141,10 @@ class MegatronCheckpoint:
                 storage = torch.load(view, weights_only=True).untyped_storage()
             first = item.storage_offsets[0] * (storage.nbytes() // chunk.sizes[0])
             file.seek(info.offset + storage._checkpoint_offset + first)
-            whole = file.readinto(place.view(torch.uint8).reshape(-1).numpy()) == place.nbytes
+            is_complete = file.readinto(place.view(torch.uint8).reshape(-1).numpy()) == place.nbytes
             # Each chunk is read once, so free its pages for the file that is being written.
             os.posix_fadvise(file.fileno(), info.offset, info.length, os.POSIX_FADV_DONTNEED)
-            return whole
+            return is_complete
 
     def _find_key(self, row: Row, layer: int | None) -> tuple[str, bool]:
         """Return the key in the checkpoint, and whether its tensor has all layers."""

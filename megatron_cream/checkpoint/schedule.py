@@ -56,12 +56,12 @@ def _schedule_of_flags(args: Namespace) -> dict[tuple[str, str], Any]:
         ("wd_incr_style", "weight_decay_incr_style"): args.weight_decay_incr_style,
     }
     kind, samples = ("iters", args.global_batch_size) if args.train_iters else ("samples", 1)
-    whole = getattr(args, f"train_{kind}")
-    if not whole or not samples:
+    total = getattr(args, f"train_{kind}")
+    if not total or not samples:
         return found
-    decay = getattr(args, f"lr_decay_{kind}") or whole
+    decay = getattr(args, f"lr_decay_{kind}") or total
     found["lr_decay_steps", f"lr_decay_{kind}"] = decay * samples
-    found["wd_incr_steps", f"train_{kind}"] = whole * samples
+    found["wd_incr_steps", f"train_{kind}"] = total * samples
     if args.lr_warmup_fraction is None:
         found["lr_warmup_steps", f"lr_warmup_{kind}"] = getattr(args, f"lr_warmup_{kind}") * samples
     else:

@@ -169,9 +169,9 @@ def _find_untracked_step(path: Path) -> int | None:
     None otherwise. The manifest of checksums is written just before the tracker. So a run resumes that was killed
     between the two, or that lost its tracker.
     """
-    whole = {} if os.path.lexists(path / output.TRACKER) else find_complete_steps(path)
-    steps = [step for step, folder in whole.items() if (folder / output.MANIFEST).is_file()]
-    return steps[0] if len(steps) == len(whole) == 1 else None
+    complete = {} if os.path.lexists(path / output.TRACKER) else find_complete_steps(path)
+    steps = [step for step, folder in complete.items() if (folder / output.MANIFEST).is_file()]
+    return steps[0] if len(steps) == len(complete) == 1 else None
 
 
 def _reject_lost_tracker(path: Path) -> None:
@@ -179,11 +179,11 @@ def _reject_lost_tracker(path: Path) -> None:
 
     A single one is allowed: a run that was killed in its first save has no tracker yet.
     """
-    whole = [folder.name for _, folder in sorted(find_complete_steps(path).items())]
-    if len(whole) > 1 or (path / output.TRACKER).is_symlink():
+    complete = [folder.name for _, folder in sorted(find_complete_steps(path).items())]
+    if len(complete) > 1 or (path / output.TRACKER).is_symlink():
         raise UsageError(
             f"--load {path}: {output.TRACKER} is missing. Training would overwrite "
-            f"{', '.join(whole) or 'its checkpoints'}. Use --ckpt-step to resume from one of them, or give another "
+            f"{', '.join(complete) or 'its checkpoints'}. Use --ckpt-step to resume from one of them, or give another "
             "folder."
         )
 
