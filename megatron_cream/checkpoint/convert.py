@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_cream.checkpoint import carried, output, window
+from megatron_cream.checkpoint import card, carried, output, window
 from megatron_cream.checkpoint.classic import write_classic
 from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.checkpoint.hf_folder import CONFIG, Group, HfFolder, write_config, write_weights
@@ -196,6 +196,7 @@ def export_hf(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     flag: str = "--hf-path",
+    with_card: bool = False,
     progress: TransferBar | None = None,
 ) -> None:
     """Export a checkpoint of any layout to a folder that transformers and vLLM load.
@@ -207,6 +208,7 @@ def export_hf(
         max_shard_bytes: largest size of a shard with several parameters.
         overwrite: replace an earlier conversion in `target`.
         flag: the flag that gave `target`, for messages.
+        with_card: write a model card, if a run saved the checkpoint.
         progress: called with the number of bytes written.
 
     Raises:
@@ -228,6 +230,8 @@ def export_hf(
             carried.copy_files(source.hf_folder, folder)
             if source.is_stretched:
                 window.raise_limits(folder, source.shape.max_position_embeddings)
+        if with_card and card.is_trained(source):
+            card.write_card(folder, source, target.name)
         output.write_manifest(folder, hashes)
 
 

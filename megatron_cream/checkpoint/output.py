@@ -28,6 +28,7 @@ TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's; training changes it
 _READ_BYTES = 16 << 20
 _HASH_THREADS = 4
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux: fcntl.h, linux/fs.h
+_CARDS = (".md",)
 _EDITABLE = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 
 
@@ -244,6 +245,7 @@ def check_manifest(
         progress: called with the number of bytes read; None for no report.
         share: (i, n) for reader i of n readers, which reads every n-th file.
         include_texts: check the files that users edit too: configuration, tokenizer, chat template.
+            Model cards (.md) are never compared.
 
     Returns: a line for each file that is missing or differs; empty if there is no manifest.
 
@@ -251,9 +253,8 @@ def check_manifest(
         UsageError: the manifest is unreadable.
     """
 
-    files = {
-        n: digest for n, digest in read_manifest(folder).items() if include_texts or Path(n).suffix not in _EDITABLE
-    }
+    ignored = _CARDS if include_texts else _EDITABLE
+    files = {n: digest for n, digest in read_manifest(folder).items() if Path(n).suffix not in ignored}
     # Largest first, so that readers and threads finish at about the same time.
     by_size = sorted(files, key=lambda name: (-_file_size(folder / name), name))[share[0] :: share[1]]
     with ThreadPoolExecutor(_HASH_THREADS) as pool:

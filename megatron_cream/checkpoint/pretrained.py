@@ -109,7 +109,7 @@ def save_hf(args: Namespace) -> None:
         return
     target = Path(args.save_hf).absolute()
     with TransferBar("exported") as progress:
-        export_hf(MegatronCheckpoint(Path(args.save)), target, flag="--save-hf", progress=progress)
+        export_hf(MegatronCheckpoint(Path(args.save)), target, flag="--save-hf", with_card=True, progress=progress)
     print(f"{args.save_hf}: model for {args.target_length} positions", flush=True)
     if uses_intermediate_folder(args):
         shutil.rmtree(args.save)

@@ -85,6 +85,7 @@ def run_export(args) -> int:
             dtype=convert.DTYPES.get(args.dtype),
             max_shard_bytes=args.max_shard_size,
             overwrite=args.overwrite,
+            with_card=True,
             progress=progress,
         )
     positions = source.shape.max_position_embeddings

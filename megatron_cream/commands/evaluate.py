@@ -7,6 +7,7 @@ python tools/evaluate.py kv         --model out/ --keys 75 140
 python tools/evaluate.py ruler      --model out/ --lengths 4096 8192 16384 32768
 python tools/evaluate.py longbench  --model out/ --data LongBench/data/
 python tools/evaluate.py harness    --model out/ --tasks arc_challenge,hellaswag
+python tools/evaluate.py compare    runs/evaluation/base runs/evaluation/out
 
 Each prints a table and writes results.jsonl (one line per example, as they finish), summary.json and picture.png into
 a folder (--output). After an interruption the same command resumes.
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_cream.commands import compare
 from megatron_cream.common.cli import program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import convert_disk_errors
@@ -46,9 +48,12 @@ LENGTH_FLAGS = {"needle": "--min-length", "longbench": "--length"}
 
 def main() -> int:
     args = build_parser(__doc__).parse_args()
-    args.output = args.output or Path("runs", "evaluation") / Path(args.model).resolve().name / args.command
+    args.output = args.output or default_output(args)
+    kept = "finished results are kept, and the same command resumes"
+    if args.command == "compare":
+        kept = "nothing was written"
     try:
-        with convert_disk_errors(args.output, "--output", "finished results are kept, and the same command resumes"):
+        with convert_disk_errors(args.output, "--output", kept):
             RUNS[args.command](args)
         return 0
     except TooShort as error:
@@ -61,9 +66,7 @@ def main() -> int:
         print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            f"{program_name()}: interrupted; finished results are kept, and the same command resumes", file=sys.stderr
-        )
+        print(f"{program_name()}: interrupted; {kept}", file=sys.stderr)
         return 130
 
 
@@ -207,6 +210,7 @@ def open_output(args, source: language_model.Source, settings: dict):
         model=source.identity(),
         model_path=source.path,
         overwrite=args.overwrite,
+        facts={"positions": source.max_positions, "tokenizer": source.tokenizer.fingerprint()},
     )
 
 
@@ -216,6 +220,12 @@ def finish(args, results: Results, summary: dict) -> None:
     pictures.draw(args.command, summary, results.folder / PICTURE)
     Console().print(report.build_table(args.command, summary))
     print(f"Picture: {results.folder / PICTURE}   numbers: {SUMMARY} and {RESULTS} beside it")
+
+
+def default_output(args) -> Path:
+    if args.command == "compare":
+        return args.extended / args.command
+    return Path("runs", "evaluation") / Path(args.model).resolve().name / args.command
 
 
 def default_lengths(source: language_model.Source) -> list[int]:
@@ -249,4 +259,5 @@ RUNS = {
     "ruler": run_ruler,
     "longbench": run_longbench,
     "harness": run_harness,
+    "compare": compare.run_compare,
 }

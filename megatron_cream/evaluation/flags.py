@@ -115,6 +115,22 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     add("--batch-size", type=positive, default=8, help="prompts per batch")
     _add_model(added)
+
+    tasks = list(commands.choices)
+    added = command(
+        "compare", "what an extension gained and cost, from the results of two models",
+        "Pairs the examples of both models and writes a page with intervals: comparison.md, comparison.html, which "
+        "holds its pictures, and comparison.json. No model is run.",
+    )  # fmt: skip
+    add = added.add_argument
+    about = "results of the {} model: a folder that a task has filled, or a folder of such folders"
+    add("base", type=path, metavar="BASE", help=about.format("base"))
+    add("extended", type=path, metavar="EXTENDED", help=about.format("extended"))
+    add("--tasks", nargs="+", choices=tasks, metavar="TASK", help=f"of {', '.join(tasks)}; default: all that are there")
+    about = "fill the results into the model card in this folder (default: the extended model's own, if it has one)"
+    add("--card", type=path, metavar="FOLDER", help=about)
+    add("--output", type=path, metavar="FOLDER", help="of the page, new (default: EXTENDED/compare)")
+    add("--overwrite", action="store_true", help="replace an earlier comparison in --output")
     return main_parser
 
 

@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness, to check that a longer window does not cost quality on short texts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from megatron_cream.evaluation.results import Results
 
 FULL_RESULTS = "harness.json"
 _CACHE = "requests"  # lm_eval adds _rank0.db
+_METRICS = ("acc_norm", "acc", "exact_match", "f1", "em", "mc2")
+"""Scores of a question, the one to compare first."""
 
 
 def find_tasks(names: Sequence[str], include: Path | None) -> Any:
@@ -62,8 +64,8 @@ def run(
     """Run lm_eval.simple_evaluate with its transformers backend.
 
     A Megatron checkpoint is exported to a temporary folder. Everything that lm_eval returns except the samples
-    is written to harness.json. Answers are cached in the results' folder, and an interrupted run resumes from
-    the cache.
+    is written to harness.json, and each question's score to results.jsonl. Answers are cached in the results' folder,
+    and an interrupted run resumes from the cache.
 
     Args:
         source: the model.
@@ -107,10 +109,37 @@ def run(
             limit=limit,
             apply_chat_template=chat,
             use_cache=str(results.folder / _CACHE),
-            log_samples=False,
+            log_samples=True,
         )
+    for record in sample_records(full.pop("samples", None) or {}):
+        if record["name"] not in results.records:
+            results.add(record)
     text = to_json(full, indent=2, ensure_ascii=False, default=handle_non_serializable)
     with atomic_write(results.folder / FULL_RESULTS) as file:
         file.write(text + "\n")
     print(make_table(full))
     return json.loads(text)["results"]
+
+
+def sample_records(samples: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield a record for each question that has a score from 0 to 1, which `evaluate.py compare` pairs.
+
+    Args:
+        samples: {task: samples}, as lm_eval logs them.
+    """
+    for task, some in samples.items():
+        for sample in some:
+            metric = next((name for name in _METRICS if name in sample.get("metrics", ())), None)
+            score = sample[metric] if metric else None
+            if not isinstance(score, int | float) or not 0 <= score <= 1:
+                continue
+            suffix = "" if sample["filter"] == "none" else f"/{sample['filter']}"
+            yield {
+                "name": f"{task}/{sample['doc_id']}{suffix}",
+                "part": f"{task}{suffix}",
+                "length": 0,
+                "depth": None,
+                "prompt": sample["prompt_hash"],
+                "metric": metric,
+                "score": float(score),
+            }

@@ -92,7 +92,13 @@ class Results:
 
 @contextlib.contextmanager
 def open_results(
-    folder: Path, *, settings: dict[str, Any], model: dict[str, Any], model_path: Path, overwrite: bool
+    folder: Path,
+    *,
+    settings: dict[str, Any],
+    model: dict[str, Any],
+    model_path: Path,
+    overwrite: bool,
+    facts: dict[str, Any] | None = None,
 ) -> Iterator[Results]:
     """Open a results folder, and resume if its settings and model are the same.
 
@@ -104,6 +110,7 @@ def open_results(
         model: the model's `Source.identity()`.
         model_path: the model's current path, for readers of summary.json.
         overwrite: start again; an earlier run's files stay until the first new result is on disk.
+        facts: further values for summary.json, which resuming does not compare.
 
     Raises:
         UsageError: the folder has other settings or another model, is damaged, is in use by another run, or holds
@@ -120,7 +127,7 @@ def open_results(
         _check_replaceable(folder)
     new = missing_folders(folder)
     description = {"settings": settings, "model": model, "model_path": str(model_path), "versions": _versions()}
-    description = json.loads(json.dumps(description))
+    description = json.loads(json.dumps(description | (facts or {})))
     with _open_locked(folder) as lines:
         records: dict[str, dict[str, Any]] = {}
         try:

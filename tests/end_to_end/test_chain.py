@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
+from megatron_cream.checkpoint import card
+from megatron_cream.evaluation.comparison.measures import format_tokens
 from tests.end_to_end.chain import ROOT, Chain, advised
 from tests.faults.kill import newest
 
@@ -114,8 +117,11 @@ def compare_formats_and_extend_again(chain: Chain, model: Model) -> None:
     assert_same(chain, "imported", "model")
     export(chain, "run/best", "best", model, model.targets[0])
     find_needle(chain, "tools/evaluate.py", "needle", "--model", "run/best", length=model.length)
-    scores = [perplexity(chain, name, model.length) for name in ("run", "run-hf")]
+    scores = [perplexity(chain, name, model.length) for name in ("run", "run-hf", "model")]
     assert scores[0] == pytest.approx(scores[1], rel=1e-3), "Megatron-Core and transformers give the same model"
+    chain.run("tools/evaluate.py", "compare", "model.score", "run-hf.score", "--output", "compared")
+    assert f"context {format_tokens(model.length)} |" in (chain.folder / "run-hf" / "README.md").read_text()
+    assert_same(chain, "run", "run-hf")
 
     classic = "--format torch --transformer-impl local".split()
     chain.run("tools/convert_hf.py", "import", "--hf-path", "run-hf", "--output", "classic", *classic)
@@ -160,6 +166,9 @@ def check_exported(chain: Chain, checkpoint: str, name: str, model: Model, targe
     """Verify an exported folder, and let transformers open it."""
     assert_same(chain, checkpoint, name)
     assert "opened by transformers" in chain.run_code(OPEN_BY_TRANSFORMERS, name)
+    read = ModelCard.load(chain.folder / name / "README.md")
+    assert read.data.library_name == "transformers" and f"context window of {target:,} tokens" in read.text
+    assert "data.bin" in read.text and card.has_place_for_results(chain.folder / name)
     config = json.loads((chain.folder / name / "config.json").read_text())
     rope = config.get("rope_parameters") or config["rope_scaling"]
     assert config["max_position_embeddings"] == target and rope["rope_type"] == "yarn"

@@ -93,6 +93,7 @@ def test_both_formats_of_a_model_give_the_same_results(monkeypatch, models, tmp_
     assert summary["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert all(record["prompt_tokens"] <= record["length"] for record in hf.values())
     assert len({record["output"] for record in hf.values()}) > 1
+    assert summary["positions"] == POSITIONS and summary["tokenizer"] == summary_of(tmp_path / "ckpt")["tokenizer"]
     assert is_picture(tmp_path / "hf" / "picture.png")
 
 
@@ -279,6 +280,8 @@ def test_a_tokenizer_without_bos_has_none(tmp_path):
         tokenizer = open_tokenizer(tmp_path / str(bos), flag="")
         assert tokenizer.bos == (0 if bos else None) and tokenizer.stop_ids == {1}
         assert tokenizer.encode_prompt("a b")[bos:] == tokenizer.encode("a b")
+    first, second = (open_tokenizer(tmp_path / name, flag="").fingerprint() for name in ("True", "False"))
+    assert first != second and first == open_tokenizer(tmp_path / "True", flag="").fingerprint()
 
 
 def test_a_trained_checkpoint_brings_its_tokenizer(tmp_path):
@@ -318,6 +321,9 @@ def test_harness_on_a_custom_task(monkeypatch, models, tmp_path, capsys):
         assert run(monkeypatch, *flags, tmp_path / name, "--model", models[name]) == 0
     hf, ckpt = (summary_of(tmp_path / name)["results"]["own"]["acc,none"] for name in ("hf", "ckpt"))
     assert hf == ckpt and 0 <= hf <= 1
+    records = records_of(tmp_path / "hf")  # one for each question, which `compare` pairs
+    assert [record["name"] for record in records] == [f"own/{i}" for i in range(10)]
+    assert sum(record["score"] for record in records) / 10 == pytest.approx(hf)
     capsys.readouterr()
     assert (
         run(monkeypatch, "harness", "--tasks", "nothing_such", "--output", tmp_path / "x", "--model", models["hf"]) == 2

@@ -113,7 +113,7 @@ class Source:
         return {
             "format": "megatron" if self.checkpoint else "huggingface",
             "step": self.checkpoint.step if self.checkpoint else None,
-            "digest": _compute_digest([folder for folder in folders if folder]),
+            "digest": compute_digest([folder for folder in folders if folder]),
             "engine": self.engine,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -294,7 +294,7 @@ def _read_stop_ids(source: Source) -> frozenset[int]:
         raise UsageError(f"{file}: cannot be read: {error}") from error
 
 
-def _compute_digest(folders: list[Path]) -> str:
+def compute_digest(folders: list[Path]) -> str:
     """Return a SHA-256 of the names, sizes, and first and last MiB of a model's files."""
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix not in _IGNORED_SUFFIXES]
     digest = hashlib.sha256()

@@ -1,5 +1,7 @@
 """The tokenizers of evaluation: from a Hugging Face folder, a sentencepiece `.model` file or a training run."""
 
+import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -11,6 +13,11 @@ from megatron_cream.data.tokenizers import TokenIdMismatch, bos_to_prepend, chec
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 _SENTENCEPIECE = "tokenizer.model"
+_FINGERPRINT_TEXT = (
+    "The special magic number of Lisbon is 4096731. Extending a window from 8,192 to 65,536 tokens:\n\n"
+    "    def extend(window: int, factor: float = 8.0) -> int:  # naïve\n\treturn round(window * factor)\n"
+    "Zürich, Łódź, Αθήνα, Москва, 東京, Καλημέρα κόσμε; 'quoted', \"doubly\", e-mail@example.org, 3.14e-10"
+)
 
 
 class ModelTokenizer(ABC):
@@ -49,6 +56,11 @@ class ModelTokenizer(ABC):
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of `text`, after the tokenizer's BOS if it has one."""
         return [*([] if self.bos is None else [self.bos]), *self.encode(text)]
+
+    def fingerprint(self) -> str:
+        """Hash the ids of a fixed text: tokenizers that read it alike have the same value."""
+        ids = [self.bos, *self.encode(_FINGERPRINT_TEXT)]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def has_tokenizer(folder: Path) -> bool:
