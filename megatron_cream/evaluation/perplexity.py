@@ -30,16 +30,16 @@ def read_held_out_documents(files: list[tuple[str, tuple[float, float]]], minimu
     """
     held_out = [(IndexedDataset(prefix), share) for prefix, share in files]
 
-    def long() -> Iterator[tuple[IndexedDataset, np.ndarray]]:
+    def find_long() -> Iterator[tuple[IndexedDataset, np.ndarray]]:
         for dataset, share in held_out:
             first, last = (round(bound * len(dataset)) for bound in share)
             for numbers in iterate_long_documents(dataset.sequence_lengths, first, last, minimum):
                 yield dataset, numbers
 
-    count = sum(len(numbers) for _, numbers in long())
+    count = sum(len(numbers) for _, numbers in find_long())
     chosen = np.unique(np.linspace(0, count - 1, num=min(most, count), dtype=np.int64))
     documents, at = [], 0
-    for dataset, numbers in long():
+    for dataset, numbers in find_long():
         for i in numbers[chosen[(chosen >= at) & (chosen < at + len(numbers))] - at]:
             documents.append(dataset.get(int(i), offset=0, length=minimum).astype(np.int64))
         at += len(numbers)
