@@ -112,9 +112,9 @@ class _Gzip(_ForwardStream):
         try:
             data = self._file.read1(size)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DamagedFile(f"not a whole gzip file ({error})") from error
+            raise DamagedFile(f"not a complete gzip file ({error})") from error
         if not data and not self._raw.tell():  # gzip of nothing still has a header
-            raise DamagedFile("not a whole gzip file (it is empty)")
+            raise DamagedFile("not a complete gzip file (it is empty)")
         return data
 
 
@@ -141,9 +141,9 @@ class _Zstandard(_ForwardStream):
             self._compressed = self._compressed or self._raw.read(_CHUNK)
             if not self._compressed:
                 if self._frame is not None:
-                    raise DamagedFile("not a whole zstd file (it ends within a frame)")
+                    raise DamagedFile("not a complete zstd file (it ends within a frame)")
                 if not self._raw.tell():
-                    raise DamagedFile("not a whole zstd file (it is empty)")
+                    raise DamagedFile("not a complete zstd file (it is empty)")
                 return b""
             self._frame = self._frame or self._new_frame()
             try:

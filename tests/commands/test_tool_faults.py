@@ -213,7 +213,7 @@ def test_white_space_in_a_column_is_text_as_in_json(tmp_path):
 def test_an_empty_compressed_file_is_truncated(tmp_path, name, kind):
     (tmp_path / name).write_bytes(b"")
     good = write_lines(tmp_path / "good.jsonl", ["good"])
-    with pytest.raises(ValueError, match=f"{name}: not a whole {kind} file"):
+    with pytest.raises(ValueError, match=f"{name}: not a complete {kind} file"):
         preprocess([good, tmp_path / name], tmp_path / "x", ByteTokenizer(), progress=False)
     write_lines(tmp_path / f"none.jsonl.{name.split('.')[-1]}", [])  # whole, and of no line
     inputs = [good, tmp_path / f"none.jsonl.{name.split('.')[-1]}"]

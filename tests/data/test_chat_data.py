@@ -144,7 +144,7 @@ def test_templates_that_mark_nothing(chat_folder, template, answers):
 
 def test_templates_that_cannot_carry_a_chat(chat_folder):
     refuses = TemplateChat(load_tokenizer("HuggingFaceTokenizer", chat_folder(LLAMA2)))
-    with pytest.raises(BadDocument, match="refuses"):
+    with pytest.raises(BadDocument, match="rejects"):
         refuses([{"role": "system", "content": "s"}, *talk("q", "a")])
     rewrites = TemplateChat(load_tokenizer("HuggingFaceTokenizer", chat_folder(CHATML.replace(".strip()", " | upper"))))
     with pytest.raises(BadDocument, match="rewrites"):

@@ -131,14 +131,14 @@ def test_unreadable_documents_are_counted_by_reason(tmp_path):
 def test_a_truncated_compressed_file_is_an_error(tmp_path, name, kind, kept):
     path = write_lines(tmp_path / name, some_texts(50))
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(ValueError, match=f"{name}: not a whole {kind} file"):
+    with pytest.raises(ValueError, match=f"{name}: not a complete {kind} file"):
         preprocess([path], tmp_path / "x", ByteTokenizer(), progress=False)
     assert os.listdir(tmp_path) == [name]
     text = tmp_path / f"a.txt.{name.split('.')[-1]}"
     text.write_bytes(path.read_bytes())
     good = write_lines(tmp_path / "good.jsonl", ["good"])
     report = preprocess([text, good], tmp_path / "x", ByteTokenizer(), progress=False)
-    assert report.documents == 1 and [reason for reason in report.dropped if f"not a whole {kind} file" in reason]
+    assert report.documents == 1 and [reason for reason in report.dropped if f"not a complete {kind} file" in reason]
 
 
 def test_rows_without_text_are_counted(tmp_path):
