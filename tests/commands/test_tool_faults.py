@@ -144,7 +144,7 @@ def test_a_cast_that_overflows(hf, tmp_path, checkpoint_format):
     assert not (tmp_path / "ckpt").exists()
     if checkpoint_format == "torch_dist":
         import_hf(HfFolder(hf), tmp_path / "ckpt", dtype=torch.bfloat16)
-        with pytest.raises(UsageError, match=f"--dtype fp16: {Q_PROJ} holds"):
+        with pytest.raises(UsageError, match=f"--dtype fp16: {Q_PROJ} contains"):
             export_hf(MegatronCheckpoint(tmp_path / "ckpt"), tmp_path / "out", dtype=torch.float16)
 
 
