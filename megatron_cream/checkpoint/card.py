@@ -19,6 +19,7 @@ from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import atomic_write, read_text, read_yaml
+from megatron_cream.common.markdown import escape_markdown, format_row
 
 CARD = "README.md"
 BEGIN = "<!-- results: `evaluate.py compare` writes between these two lines -->"
@@ -109,10 +110,10 @@ def _make_sections(
 ) -> Iterator[str]:
     args, shape = source.args, source.shape
     window, target = args.seq_length, shape.max_position_embeddings
-    yield f"# {_escape(name)}"
+    yield f"# {escape_markdown(name)}"
     origin = "A model trained from random weights"
     if base or source.config:  # which comes along with a model that training started from
-        origin = f"{_escape(base) if base else 'A model whose name was not recorded'}, fine-tuned"
+        origin = f"{escape_markdown(base) if base else 'A model whose name was not recorded'}, fine-tuned"
     yield (
         f"{origin} for a context window of {target:,} tokens on samples of {window:,} tokens, with "
         "megatron_cream. It loads in transformers and vLLM as it is."
@@ -129,10 +130,10 @@ def _make_sections(
             "architecture": shape.family.architecture,
         }
     )
-    yield "## Training\n\n" + _format_table(_describe_training(source))
+    yield "## Training\n\n" + _format_table(_describe_training(source), markdown=("method",))
     yield "Flags that decide what was trained:\n\n" + _format_flags(args)
     if command := next((each["command"] for each in reversed(records) if _is_command(each.get("command"))), None):
-        words = " ".join(_cut_folders(word) for word in command)
+        words = " ".join(" ".join(map(_cut_folders, command)).split())
         yield f"Command line of the last start, folders left out:\n\n```text\n{words.replace('`', ' ')}\n```"
     yield "## Data\n\n" + _describe_data(args)
     yield "## Versions\n\n" + _describe_versions(records)
@@ -142,7 +143,7 @@ def _make_sections(
 
 def _describe_training(source: MegatronCheckpoint) -> dict[str, str]:
     args = source.args
-    method = _SAMPLERS.get(args.position_sampler, args.position_sampler)
+    method = _SAMPLERS.get(args.position_sampler) or escape_markdown(str(args.position_sampler))
     found = {"method": method, "steps": f"{source.step:,}"}
     samples = getattr(args, "consumed_train_samples", 0) or 0
     if samples:
@@ -172,7 +173,7 @@ def _describe_data(args: Namespace) -> str:
             size, digest = f"{count:,}", "not taken, too large"
             if count <= left:
                 digest, left = f"`{output.hash_file(file)}`", left - count
-        lines.append(f"| {_escape(file.name)} | {size} | {digest} |")
+        lines.append(format_row([escape_markdown(file.name), size, digest]))
     return "\n".join(lines) + "\n\nAn `.idx` file holds the lengths of all documents, its `.bin` file their tokens."
 
 
@@ -208,8 +209,9 @@ def _find_base(args: Namespace, records: list[dict[str, Any]]) -> tuple[str | No
         for flag in ("load_hf", "pretrained_checkpoint"):
             value = settings.get(flag)
             if isinstance(value, str) and value:
-                is_on_hub = flag == "load_hf" and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value))
-                is_on_hub = is_on_hub and not Path(value).exists()
+                # The hub's cache names its folders so; a folder of the user's own may look like a name on the hub.
+                cached = f"models--{value.replace('/', '--')}"
+                is_on_hub = flag == "load_hf" and cached in Path(str(settings.get("model_folder"))).parts
                 return (value if is_on_hub else Path(value).absolute().name), is_on_hub
     return None, False
 
@@ -259,11 +261,10 @@ def _to_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _format_table(values: dict[str, str]) -> str:
-    rows = [f"| {_escape(name)} | {value if '](http' in value else _escape(value)} |" for name, value in values.items()]
+def _format_table(values: dict[str, str], markdown: tuple[str, ...] = ()) -> str:
+    """Return a table of two columns; the values of the names in `markdown` are Markdown already."""
+    rows = [
+        format_row([escape_markdown(name), value if name in markdown else escape_markdown(value)])
+        for name, value in values.items()
+    ]
     return "\n".join(["| | |", "|---|---|", *rows])
-
-
-def _escape(text: str) -> str:
-    """Make text of a file safe as Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split()))

@@ -38,7 +38,8 @@ def run(tmp_path):
     folder.mkdir()
     (tmp_path / "books.bin").write_bytes(b"tokens")
     (tmp_path / "books.idx").write_bytes(b"lengths")
-    settings = dict(load_hf="owner/base-7b", lr=2e-5)
+    cached = "/home/me/.cache/huggingface/hub/models--owner--base-7b/snapshots/0123"
+    settings = dict(load_hf="owner/base-7b", lr=2e-5, model_folder=cached)
     record = dict(
         command=["pretrain_cream.py", "--load-hf", "owner/base-7b", "--data-path", "/home/me/books", "--save=/home/me/x"],
         versions={"python": "3.12.1", "torch": "2.14.1"}, commit={"id": "0123abcd", "changed": True},
@@ -92,7 +93,7 @@ def test_a_base_without_a_name_on_the_hub_or_a_license(run, base_card):
     folder, source = run
     for file in (source.path / "runs").iterdir():
         file.unlink()
-    source.args.load_hf = str(source.path.parent / "local" / "base")
+    source.args.load_hf, source.args.model_folder = "local/base", "local/base"
     data = base_card.encode() if isinstance(base_card, str) else base_card
     if data is not None:
         (folder / "README.md").write_bytes(data)

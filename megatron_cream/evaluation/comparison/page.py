@@ -9,6 +9,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from megatron_cream.common.files import atomic_write, to_json
+from megatron_cream.common.markdown import escape_markdown, format_row
 from megatron_cream.evaluation.comparison import pictures
 from megatron_cream.evaluation.comparison.bootstrap import LEVEL, RESAMPLES, SEED, Interval
 from megatron_cream.evaluation.comparison.measures import FEW, Comparison, Row, format_tokens
@@ -52,14 +53,14 @@ def format_results(comparison: Comparison) -> str:
 
 def format_card_results(comparison: Comparison) -> str:
     """Return the results as Markdown for the extended model's card: the models, how they ran, gain and cost."""
-    first = comparison.pairs[0]
-    devices = sorted({pair.extended.gpu for pair in comparison.pairs})
+    base, extended = comparison.pairs[0].base, comparison.pairs[0].extended
+    devices = ", ".join(sorted({pair.extended.gpu for pair in comparison.pairs}))
+    how = escape_markdown(f"{extended.model.get('engine')} in {extended.model.get('dtype')} on {devices}")
     about = (
-        f"Compared with {escape(first.base.model_name)} (digest `{str(first.base.model['digest'])[:12]}`) on the same "
-        f"examples. The extended model ran with {escape(str(first.extended.model.get('engine')))} in "
-        f"{escape(str(first.extended.model.get('dtype')))} on {escape(', '.join(devices))}."
+        f"Compared with {escape_markdown(base.model_name)} (digest `{str(base.model['digest'])[:12]}`) on the same "
+        f"examples. The extended model ran with {how}."
     )
-    notes = [escape(sentence) for sentence in describe_differences(comparison.pairs)]
+    notes = [escape_markdown(sentence) for sentence in describe_differences(comparison.pairs)]
     return "\n\n".join([" ".join([about, *notes]), format_results(comparison)])
 
 
@@ -75,8 +76,8 @@ _HOW_TO_READ = (
 def format_table(headings: tuple[str, ...], rows: list[Row]) -> str:
     """Return a Markdown table of rows."""
     names = [*headings, "examples", "base", "extended", "change", f"{LEVEL:.0%} interval", ""]
-    lines = [_join_cells(names), _join_cells(["---"] * len(headings) + ["---:"] * 5 + ["---"])]
-    lines += [_join_cells([escape(cell) for cell in format_cells(row)]) for row in rows]
+    lines = [format_row(names), format_row(["---"] * len(headings) + ["---:"] * 5 + ["---"])]
+    lines += [format_row([escape_markdown(cell) for cell in format_cells(row)]) for row in rows]
     return "\n".join(lines)
 
 
@@ -92,36 +93,32 @@ def format_cells(row: Row) -> list[str]:
     return [*row.names, f"{row.examples:,}", *means, f"{_format_change(row.change.mean)}{unit}", interval, row.verdict]
 
 
-def escape(text: str) -> str:
-    """Make text of a file safe as Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split()))
-
-
 def _build_page(comparison: Comparison, drawn: dict[str, list[str]]) -> str:
     pairs = comparison.pairs
     parts = [
-        f"# {escape(_make_title(comparison))}",
+        f"# {escape_markdown(_make_title(comparison))}",
         "The same examples, answered by the base model and by the extended model.",
         _build_model_table(comparison),
-        *(f"Note: {escape(sentence)}" for sentence in describe_differences(pairs)),
+        *(f"Note: {escape_markdown(sentence)}" for sentence in describe_differences(pairs)),
         "## In short",
         format_results(comparison),
         *_link_pictures(drawn[""]),
     ]
     for pair in pairs:
-        parts.append(f"## {escape(pair.title)}")
+        parts.append(f"## {escape_markdown(pair.title)}")
         parts += _link_pictures(drawn[pair.title])
         for table in comparison.tables[pair.title]:
             parts.append(f"### {pair.task} {table.title}\n\n{format_table(table.headings, table.rows)}")
         if left_out := _find_left_out(pair):
-            names = escape(", ".join(left_out))
+            names = escape_markdown(", ".join(left_out))
             parts.append(f"Not compared, as they have no score from 0 to 1 for each question: {names}.")
         settings = {name: value for name, value in pair.base.settings.items() if name != "command" and _is_set(value)}
         listed = ", ".join(f"{name} {to_json(value, ensure_ascii=False)}" for name, value in settings.items())
-        parts.append(f"Settings of both: {escape(listed)}")
+        parts.append(f"Settings of both: {escape_markdown(listed)}")
     newest = pairs[0].extended.summary.get("versions", {})
     versions = ", ".join(f"{name} {version}" for name, version in newest.items())
-    parts.append(f"## Versions\n\nThe extended model's results of {escape(pairs[0].title)}: {escape(versions)}.")
+    versions = escape_markdown(f"The extended model's results of {pairs[0].title}: {versions}.")
+    parts.append(f"## Versions\n\n{versions}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -133,15 +130,15 @@ def _build_model_table(comparison: Comparison) -> str:
     first, several = comparison.pairs[0], len(comparison.pairs) > 1
     sides, windows = (first.base, first.extended), (comparison.window, comparison.extended_window)
     cells = {
-        "model": [escape(side.model_name) for side in sides],
+        "model": [escape_markdown(side.model_name) for side in sides],
         "window": [f"{window:,} tokens" if window else "unknown" for window in windows],
-        "step": [escape(str(side.model.get("step") or "-")) for side in sides],
+        "step": [escape_markdown(str(side.model.get("step") or "-")) for side in sides],
         "digest": [f"`{str(side.model['digest'])[:12]}`" for side in sides],
-        "ran with": [escape(f"{side.model.get('engine')}, {side.model.get('dtype')}") for side in sides],
-        "results": [escape(str(side.folder.parent if several else side.folder)) for side in sides],
+        "ran with": [escape_markdown(f"{side.model.get('engine')}, {side.model.get('dtype')}") for side in sides],
+        "results": [escape_markdown(str(side.folder.parent if several else side.folder)) for side in sides],
     }
-    rows = [_join_cells(["", "base", "extended"]), _join_cells(["---"] * 3)]
-    return "\n".join(rows + [_join_cells([name, *values]) for name, values in cells.items()])
+    rows = [format_row(["", "base", "extended"]), format_row(["---"] * 3)]
+    return "\n".join(rows + [format_row([name, *values]) for name, values in cells.items()])
 
 
 def _find_left_out(pair: Pair) -> list[str]:
@@ -216,10 +213,6 @@ def _to_data(comparison: Comparison) -> str:
 def _make_title(comparison: Comparison) -> str:
     first = comparison.pairs[0]
     return f"Before and after: {first.base.model_name} and {first.extended.model_name}"
-
-
-def _join_cells(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _format_mean(row: Row, interval: Interval) -> str:
