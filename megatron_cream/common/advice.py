@@ -32,7 +32,7 @@ def command_line(tool: str, *words: str | Path, torchrun: tuple[str, ...] = ("--
     return shlex.join(map(str, [*start, *words]))
 
 
-def export_command(checkpoint: Path) -> str:
+def export_command(checkpoint: str | Path) -> str:
     """Return the command that writes a checkpoint as a Hugging Face folder beside it."""
     return command_line("convert_hf", "export", "--checkpoint", checkpoint, "--hf-path", f"{checkpoint}-hf")
 
