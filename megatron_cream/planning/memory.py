@@ -151,7 +151,7 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
     groups = max(model.num_query_groups // layout.tensor, 1)
     query, key = tokens * heads * model.kv_channels, tokens * groups * model.kv_channels
     ffn = tokens * model.ffn_hidden_size // layout.tensor
-    # With gathered keys attention keeps its output as two halves, so the joined output is another tensor.
+    # With gathered keys attention keeps its output as two halves, unless it is recomputed; the joined output is extra.
     joined = gathers_all_keys(layout, engine) and "core_attn" not in layout.recompute_modules
     saved = {
         "attention norm input": a * hidden + 4 * between,
@@ -295,7 +295,7 @@ def _backward_bytes(model: Model, layout: Layout, engine: Engine, layers: int, l
     fc1 = gathered + weights["fc1"] - ffn
     working = engine.element * (residual + max(fc2, swiglu, fc1))
     saved = saved_by_layer(model, layout, engine)
-    # Keys and values of all ranks.
+    # Keys and values of all ranks, as on the first rank, whose queries see all of them.
     everything = 2 * saved["key"] * layout.context if gathers_all_keys(layout, engine) else 0
     if layout.recompute == "full":
         uniform = layout.recompute_method == "uniform"

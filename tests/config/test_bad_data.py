@@ -145,7 +145,7 @@ def test_damaged_data_is_rejected_for_every_data_flag(monkeypatch, tmp_path, kin
         ({"data_path": None, "data_args_path": "no/list"}, ["--data-args-path no/list", "No such file"]),
         (
             {"data_path": None, "per_split_data_args_path": __file__},
-            ["--per-split-data-args-path", "not a list of data"],
+            ["--per-split-data-args-path", "not a valid list of data"],
         ),
     ],
 )
