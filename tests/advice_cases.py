@@ -299,6 +299,7 @@ NOT_FOLLOWED = {
     "which --chat-format llama2 needs": "names no way on: another tokenizer",
     "which --chat-format tokenizer needs": "names no way on: another tokenizer",
     "which this layout needs": "names no way on: the layout is that of the files",
+    "has no place for results": "needs a model card of an export; evaluation/test_comparison.py has the line",
     "or --long-eval-tasks without perplexity": "needs a tokenizer of text: evaluation/test_long_evaluation.py",
 }
 """A piece of the line -> why its advice is not followed here."""
