@@ -375,12 +375,12 @@ FOLDERS = {
         also(remove("hf/tokenizer.json"), remove("hf/tokenizer_config.json")), EVALUATE, ["no tokenizer"],
     ),
     "tokenizer is no JSON": (put("hf/tokenizer.json", "{"), EVALUATE, ["the tokenizer cannot be loaded"]),
-    "tokenizer cut, training": (cut("hf/tokenizer.json", 9000), FROM_HF, ["hf/tokenizer.json: not JSON"]),
-    "tokenizer cut, imported": (cut("hf/tokenizer.json", 9000), IMPORT, ["hf/tokenizer.json: not JSON"]),
-    "tokenizer cut, exported": (cut("ckpt/hf/tokenizer.json", 9000), EXPORT, ["ckpt/hf/tokenizer.json: not JSON"]),
+    "tokenizer cut, training": (cut("hf/tokenizer.json", 9000), FROM_HF, ["hf/tokenizer.json: not readable JSON"]),
+    "tokenizer cut, imported": (cut("hf/tokenizer.json", 9000), IMPORT, ["hf/tokenizer.json: not readable JSON"]),
+    "tokenizer cut, exported": (cut("ckpt/hf/tokenizer.json", 9000), EXPORT, ["ckpt/hf/tokenizer.json: not readable JSON"]),
     "tokenizer lost, exported": (remove("ckpt/hf/tokenizer.json"), EXPORT, ["ckpt/hf/tokenizer.json: missing"]),
     "tokenizer cut, verified": (
-        without_checksums(cut("exported/tokenizer.json", 9000)), VERIFY, ["exported/tokenizer.json: not JSON"],
+        without_checksums(cut("exported/tokenizer.json", 9000)), VERIFY, ["exported/tokenizer.json: not readable JSON"],
     ),
     "chat template cut, trained from": (
         put("ckpt/hf/chat_template.jinja", "{% for m in"), FROM_CKPT, ["chat_template.jinja: not a chat template"],
