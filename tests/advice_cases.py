@@ -229,6 +229,11 @@ ADVICE = [
     Advice("{}: only with --longppl", with_("--key-token-model {0}/hf --short-context 32", PERPLEXITY_OF_LONG)
            + ("--no-longppl",),
            (with_("--key-token-model {0}/hf --short-context 32 --longppl", PERPLEXITY_OF_LONG),), LONG_TEXTS),
+    Advice("--longppl-bos: only with --longppl", with_("--longppl-bos --no-longppl", PERPLEXITY_OF_LONG),
+           (with_("--longppl-bos --longppl --short-context 32", PERPLEXITY_OF_LONG),), LONG_TEXTS),
+    Advice("puts no BOS before a text. Use --convention ours", with_("--convention pose", PERPLEXITY_OF_LONG),
+           (with_("--convention ours", PERPLEXITY_OF_LONG),),
+           also(LONG_TEXTS, lambda w: save_tokenizer(w / "hf", bos=False))),
     Advice("must be above --short-context", with_("--longppl", PERPLEXITY_OF_LONG),
            (with_("--longppl --short-context 32", PERPLEXITY_OF_LONG),), LONG_TEXTS),
     Advice("another folder, or --overwrite", with_("--seed 5", EVALUATE),

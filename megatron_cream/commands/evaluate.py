@@ -38,6 +38,7 @@ from megatron_cream.evaluation.runner import (
 )
 from megatron_cream.evaluation.tasks import needle
 from megatron_cream.evaluation.tasks.filler import TooShort
+from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
 MAX_DEFAULT_LENGTH = 131072
 """The longest context without --lengths, in tokens."""
@@ -103,14 +104,27 @@ def run_ruler(args) -> None:
         lengths=args.lengths or default_lengths(source), tasks=args.tasks, samples=args.samples, seed=args.seed,
         haystack=args.haystack, squad=args.squad, hotpotqa=args.hotpotqa,
     )  # fmt: skip
-    run_examples(args, source, plans.plan_ruler(source.tokenizer, **options), options)
+    plan = plans.plan_ruler(source.tokenizer, **options)
+    given = set(args.tasks or ruler.list_default_tasks(args.squad, args.hotpotqa))
+    if missing := [task for task in ruler.TASKS if task not in given]:
+        print(
+            f"{program_name()}: {len(given)} of RULER's {len(ruler.TASKS)} tasks are run, so no effective length is "
+            f"reported; left out: {', '.join(missing)}",
+            file=sys.stderr,
+        )
+    run_examples(args, source, plan, options | {"answers_stripped": True})
 
 
 def run_longbench(args) -> None:
     source = find_model(args)
     length = args.length or default_lengths(source)[-1]
-    options = dict(folder=args.data, length=length, datasets=args.datasets, samples=args.samples)
-    run_examples(args, source, plans.plan_longbench(source.tokenizer, **options), options)
+    options = dict(
+        folder=args.data, length=length, datasets=args.datasets, samples=args.samples,
+        code_similarity=args.code_similarity,
+    )  # fmt: skip
+    plan = plans.plan_longbench(source.tokenizer, **options)
+    plain = sorted({example.part for example in plan.examples if args.chat and not example.chat})
+    run_examples(args, source, plan, options | {"plain_datasets": plain})
 
 
 def run_examples(args, source: language_model.Source, plan: Plan, options: dict) -> None:
@@ -139,8 +153,11 @@ def run_perplexity_command(args) -> None:
         raise UsageError(f"--longppl: the longest of --lengths, {lengths[-1]}, must be above --short-context")
     if args.key_token_model and not with_longppl:
         raise UsageError(f"--key-token-model {args.key_token_model}: only with --longppl")
-    if args.stride > lengths[0]:
-        raise UsageError(f"--stride {args.stride}: must be at most the shortest of --lengths, {lengths[0]}")
+    if args.longppl_bos and not with_longppl:
+        raise UsageError("--longppl-bos: only with --longppl")
+    stride = args.stride or 256
+    slides = with_longppl or args.convention != "cream"
+    check_convention(args, source, lengths[0], stride, slides)
     key_source = find_model(args, args.key_token_model) if args.key_token_model else None
     for tokenizer in (source.tokenizer, key_source.tokenizer) if key_source else ():
         tokenizer.token_spans("")  # raises if the tokenizer has no offsets
@@ -153,10 +170,14 @@ def run_perplexity_command(args) -> None:
     )
     warn_beyond(source, lengths[-1])
     settings = {
-        "dataset": args.dataset, "json_key": args.json_key, "lengths": lengths, "stride": args.stride,
+        "dataset": args.dataset, "json_key": args.json_key, "convention": args.convention,
+        "lengths": lengths, "stride": stride if slides else None,
         "documents": args.documents, "min_tokens": args.min_tokens, "longppl": with_longppl and vars(rule),
         "key_token_model": key_source and key_source.identity(),
     }  # fmt: skip
+    longppl_bos = args.longppl_bos and source.tokenizer.bos is not None
+    if with_longppl and source.tokenizer.bos is not None:
+        settings["longppl_bos"] = longppl_bos
     with open_output(args, source, settings) as results:
         key = {}
         if key_source:
@@ -164,9 +185,27 @@ def run_perplexity_command(args) -> None:
             key = find_key_tokens_by_model(lambda: load(args, key_source), missing, source.tokenizer, rule)
         records = run_perplexity(
             lambda: load(args, source), documents,
-            lengths=lengths, stride=args.stride, rule=rule if with_longppl else None, key=key, results=results,
+            convention=args.convention, lengths=lengths, stride=stride, rule=rule if with_longppl else None,
+            longppl_bos=longppl_bos, key=key, results=results,
         )  # fmt: skip
-        finish(args, results, summarise_perplexity(records))
+        described = {"convention": args.convention} | ({"longppl_bos": longppl_bos} if with_longppl else {})
+        finish(args, results, {length: row | described for length, row in summarise_perplexity(records).items()})
+
+
+def check_convention(args, source: language_model.Source, shortest: int, stride: int, slides: bool) -> None:
+    """Raise UsageError where --convention does not go with --stride, --lengths or the tokenizer."""
+    if args.stride and not slides:
+        raise UsageError(f"--stride {stride}: --convention cream scores one window, which does not move")
+    if args.convention == "ours" and stride > shortest:
+        raise UsageError(f"--stride {stride}: must be at most the shortest of --lengths, {shortest}")
+    if args.convention == "pose" and stride >= shortest:
+        raise UsageError(f"--stride {stride}: must be less than the shortest of --lengths, {shortest}")
+    if args.convention == "cream" and shortest < 2:
+        raise UsageError(f"--lengths {shortest}: must be 2 or more: a document's first token is not scored")
+    if args.convention != "ours" and source.tokenizer.bos is None:
+        raise UsageError(
+            f"--convention {args.convention}: the tokenizer of --model puts no BOS before a text. Use --convention ours"
+        )
 
 
 def run_harness(args) -> None:

@@ -5,8 +5,9 @@ import math
 
 from megatron_cream.checkpoint.convert import DTYPES
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
+from megatron_cream.evaluation.conventions import CONVENTIONS
 from megatron_cream.evaluation.models.language_model import ENGINES
-from megatron_cream.evaluation.tasks import needle
+from megatron_cream.evaluation.tasks import longbench, needle
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
 
@@ -33,13 +34,16 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "perplexity",
         "perplexity by context length, and LongPPL",
         "A window of the context length slides over each document in steps of --stride and scores each token once. "
-        "LongPPL (arXiv 2410.23771) is the perplexity of the tokens that a long context makes likelier.",
+        "LongPPL (arXiv 2410.23771) is the perplexity of the tokens that a long context makes likelier. "
+        "docs/evaluation.md defines the conventions.",
     )
     add = added.add_argument
     add("--dataset", type=path, nargs="+", required=True, help=".jsonl, .txt (also .gz) or .parquet files, or folders")
     add("--json-key", default="text", help="key of a record's text")
     _add_lengths(add)
-    add("--stride", type=positive, default=256, help="tokens by which the window moves")
+    about = "whose definition; cream: the first N - 1 tokens in one window; pose: a BOS before each window"
+    add("--convention", choices=CONVENTIONS, default="ours", help=about)
+    add("--stride", type=positive, help="tokens by which the window moves (default: 256)")
     add("--documents", type=positive, default=50, help="maximum number of documents; the first that are long enough")
     add("--min-tokens", type=positive, help="minimum tokens of a document (default: the longest of --lengths)")
     add("--longppl", action=argparse.BooleanOptionalAction, help="default: on if --lengths exceed --short-context")
@@ -47,6 +51,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--short-block", type=positive, default=1024, help="LongPPL: tokens that share a short context")
     add("--alpha", type=_finite, default=2.0, help="LongPPL: minimum log-probability gain of a key token")
     add("--beta", type=_finite, default=-2.0, help="LongPPL: minimum log-probability of a key token")
+    add("--longppl-bos", action="store_true", help="LongPPL: score the text after a BOS; its authors do not")
     about = "LongPPL: another model that finds the key tokens"
     add("--key-token-model", type=path_or_name, metavar="MODEL", help=about)
     _add_prefill(added)
@@ -85,7 +90,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     added = command(
         "ruler",
         "RULER's 13 tasks, and the effective length",
-        f"Up to the effective length the mean over tasks is at least {ruler.THRESHOLD} percent at every tested length.",
+        f"Up to the effective length the mean over all 13 tasks is at least {ruler.THRESHOLD} percent at every tested "
+        "length. It is not reported if tasks are skipped.",
     )
     add = added.add_argument
     _add_lengths(add)
@@ -100,7 +106,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--data", type=path, required=True, help="folder with NAME.jsonl files, or data.zip")
     add("--length", type=positive, help="longer prompts lose their middle (default: the model's positions)")
     add("--datasets", nargs="+", metavar="NAME", help="default: all in --data")
-    _add_generation(added, samples=None, of="data set at most (default: all)")
+    about = "of lcc and repobench-p: as fuzzywuzzy computes it with python-Levenshtein (indel) or without (difflib)"
+    add("--code-similarity", choices=longbench.CODE_SIMILARITIES, default="indel", help=about)
+    plain = ", ".join(name for name, dataset in longbench.DATASETS.items() if not dataset.chat)
+    _add_generation(added, samples=None, of="data set at most (default: all)", chat=f"; not those of {plain}")
 
     added = command(
         "harness",
@@ -143,7 +152,7 @@ def _add_haystack(add) -> None:
     add("--haystack", type=path, help="folder of .txt files; default: prose of Python's standard library")
 
 
-def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of: str) -> None:
+def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of: str, chat: str = "") -> None:
     add = command.add_argument
     add("--samples", type=positive, default=samples, help=f"examples per {of}")
     add("--seed", type=int, default=0, help="seed of the examples and of sampling")
@@ -154,7 +163,8 @@ def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of
         default=1.0,
         help="draw from the likeliest tokens that have this probability together",
     )
-    add("--chat", action="store_true", help="put prompts into the tokenizer's chat template, which adds tokens")
+    about = f"put prompts into the tokenizer's chat template, which adds tokens{chat}"
+    add("--chat", action="store_true", help=about)
     add("--batch-size", type=positive, default=4, help="prompts per batch; changes answers only by rounding")
     engine = "auto: transformers for a Hugging Face folder, Megatron-Core for a checkpoint"
     add("--engine", choices=ENGINES, default="auto", help=engine)

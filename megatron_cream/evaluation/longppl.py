@@ -5,6 +5,8 @@ alpha over a short context (LSD > alpha), and its log-probability with the long 
 (LCL > beta). The paper uses alpha 2, beta -2, a short context of 4096 tokens and blocks of 1024
 tokens that share a short context, so each token's short context has 4096 to 5119 tokens. Tokens
 before the 4097th are never key tokens.
+
+As in the authors' code, key tokens are found in the text with the tokenizer's BOS and scored in the text without it.
 """
 
 from bisect import bisect_right

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from megatron_cream.common.files import save_picture
-from megatron_cream.evaluation.tasks.ruler import suite as ruler
+from megatron_cream.evaluation import report
 
 
 def draw(task: str, summary: dict[str, Any], file: Path) -> None:
@@ -59,11 +59,10 @@ def _draw_lines(axes: Axes, summary: dict[str, Any]) -> None:
 def _draw_ruler(axes: Axes, summary: dict[str, Any]) -> None:
     _draw_by_length(axes, summary["by_task"], alpha=0.35)
     _draw_by_length(axes, {"mean": summary["by_length"]}, color="black", linewidth=2.5)
-    axes.axhline(ruler.THRESHOLD, color="gray", linestyle="--", linewidth=1)
+    if summary["threshold"]:
+        axes.axhline(100 * summary["threshold"], color="gray", linestyle="--", linewidth=1)
     axes.legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    effective = summary["effective_length"]
-    reached = f"effective length {effective:,}" if effective else "effective length below the shortest"
-    axes.set(title=f"{_title('RULER', summary)}; {reached}")
+    axes.set(title=f"{_title('RULER', summary)}; {report.describe_effective_length(summary)}")
 
 
 def _draw_longbench(axes: Axes, summary: dict[str, Any]) -> None:
@@ -81,7 +80,8 @@ def _draw_perplexity(axes: Axes, summary: dict[str, Any]) -> None:
             axes.plot(lengths, [float("nan") if v is None else v for v in values], marker="o", label=label)
             drawn += [value for value in values if value is not None]
     axes.set_xticks(lengths, [f"{int(length):,}" for length in summary])
-    axes.set(title="Perplexity by context length", xlabel="context length (tokens)")
+    convention = next(iter(summary.values())).get("convention", "ours")
+    axes.set(title=f"Perplexity by context length, convention {convention}", xlabel="context length (tokens)")
     if max(drawn) > 10 * min(drawn):
         axes.set(yscale="log")
     axes.legend()

@@ -4,6 +4,7 @@ A length that is too short, a missing file or a missing package raises UsageErro
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_cream.evaluation.runner import Plan
@@ -105,11 +106,18 @@ def plan_ruler(
 
 
 def plan_longbench(
-    tokenizer: Tokenizer, *, folder: Path, length: int, datasets: Sequence[str] | None, samples: int | None
+    tokenizer: Tokenizer,
+    *,
+    folder: Path,
+    length: int,
+    datasets: Sequence[str] | None,
+    samples: int | None,
+    code_similarity: str,
 ) -> Plan:
     """Plan LongBench: at most `samples` examples per data set. See longbench.examples."""
-    made = longbench.examples(tokenizer, folder=folder, length=length, datasets=datasets, most=samples)
-    return _build_plan(made, _wrap_score(longbench.score))
+    options = dict(length=length, datasets=datasets, most=samples, code_similarity=code_similarity)
+    made = longbench.examples(tokenizer, folder=folder, **options)
+    return _build_plan(made, _wrap_score(partial(longbench.score, code_similarity=code_similarity)))
 
 
 def _build_plan(examples: Iterable[Example], score: Callable[[Example, str], dict[str, float]]) -> Plan:

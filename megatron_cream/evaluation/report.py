@@ -21,7 +21,8 @@ def summarise(task: str, records: Records) -> dict[str, Any]:
         needle: by_length_and_depth {length: {depth: mean}}; rouge_l if the records have it.
         lines: by_length {length or number of lines: mean}.
         kv: by_position {number of keys or length: {depth: mean}}.
-        ruler: by_task {task: {length: mean}}, by_length {length: mean over tasks}, threshold, effective_length.
+        ruler: by_task {task: {length: mean}}, by_length {length: mean over tasks}, tasks (their number),
+            missing_tasks, threshold, effective_length; the last two are None if tasks are missing.
         longbench: by_dataset {name: mean}; score is the mean over data sets, as published.
     """
     summary: dict[str, Any] = {"score": _mean(r["score"] for r in records), "examples": len(records)}
@@ -39,12 +40,15 @@ def summarise(task: str, records: Records) -> dict[str, Any]:
         by_length = {
             length: _mean(means[length] for means in by_task.values() if length in means) for length in lengths
         }
+        missing = [task for task in ruler.TASKS if not by_task.get(task, {}).keys() >= set(lengths)]
         percent = {int(length): 100 * mean for length, mean in by_length.items()}
         summary |= {
             "by_task": by_task,
             "by_length": by_length,
-            "threshold": ruler.THRESHOLD / 100,
-            "effective_length": ruler.effective_length(percent),
+            "tasks": len(ruler.TASKS) - len(missing),
+            "missing_tasks": missing,
+            "threshold": None if missing else ruler.THRESHOLD / 100,
+            "effective_length": None if missing else ruler.effective_length(percent),
         }
     elif task == "longbench":
         summary["by_dataset"] = _means_by(records, lambda r: r["part"])
@@ -69,16 +73,27 @@ def build_table(task: str, summary: dict[str, Any]) -> Table:
     if task == "kv":
         return _build_grid(title, "", summary["by_position"], column_name=lambda depth: f"at {_format_depth(depth)}")
     if task == "ruler":
-        effective = summary["effective_length"] or "below the shortest"
-        title += f"; effective length {effective} (at least {ruler.THRESHOLD} %)"
+        title += f"; {describe_effective_length(summary)}"
         return _build_grid(title, "task \\ length", summary["by_task"] | {"mean": summary["by_length"]})
     rows = summary["by_length"] if task == "lines" else summary["by_dataset"]
     return _build_grid(title, "", {name: {"%": mean} for name, mean in rows.items()})
 
 
+def describe_effective_length(summary: dict[str, Any]) -> str:
+    """Say the effective length of a RULER summary, or why there is none."""
+    if summary["missing_tasks"]:
+        return f"mean over {summary['tasks']} of {len(ruler.TASKS)} tasks, no effective length"
+    length = summary["effective_length"]
+    return f"effective length {f'{length:,}' if length else 'below the shortest'} (at least {ruler.THRESHOLD} %)"
+
+
 def _build_perplexity_table(summary: dict[str, Any]) -> Table:
-    result = Table(title="perplexity by context length")
     with_longppl = any("longppl" in row for row in summary.values())
+    first = next(iter(summary.values()))
+    title = f"perplexity by context length, convention {first.get('convention', 'ours')}"
+    if with_longppl:
+        title += f"; LongPPL {'after a BOS' if first.get('longppl_bos') else 'without BOS'}"
+    result = Table(title=title, min_width=len(title))
     for name in ("context", "perplexity", "tokens", *(("LongPPL", "key tokens") if with_longppl else ())):
         result.add_column(name, justify="right")
     for length, row in summary.items():

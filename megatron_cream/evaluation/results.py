@@ -27,6 +27,12 @@ RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
 _PACKAGES = ("torch", "transformers", "megatron-core", "tokenizers", "vllm", "lm_eval")
 _CHECKSUMS = "line_checksums"
 
+# Settings that runs of earlier versions did not write down, and what they did.
+_FORMER = {
+    "answers_stripped": False, "code_similarity": "indel", "convention": "ours", "longppl_bos": True,
+    "plain_datasets": [],
+}  # fmt: skip
+
 
 class Results:
     """The open results folder of one run; `open_results` makes it.
@@ -250,7 +256,8 @@ def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
     """
     try:
         before = read_json(folder / SUMMARY, "a summary")
-        old, new = dict(before["settings"]), now["settings"]
+        new = now["settings"]
+        old = {key: value for key, value in _FORMER.items() if key in new} | before["settings"]
         same_model = before["model"] == now["model"]
     except (UsageError, ValueError, KeyError, TypeError) as error:
         raise UsageError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.evaluation import sliding_window
+from megatron_cream.evaluation import conventions
 from megatron_cream.evaluation.longppl import KeyTokenRule, find_key_spans, find_key_tokens, find_tokens_in_spans
 from megatron_cream.evaluation.models.generation import derive_seed
 from megatron_cream.evaluation.models.language_model import LanguageModel
@@ -49,7 +49,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Generation:
-    """Settings of generation: see `generation.generate`; `chat` puts prompts into the chat template."""
+    """Settings of generation: see `generation.generate`; `chat` puts prompts that allow it into the chat template."""
 
     batch_size: int
     temperature: float = 0.0
@@ -100,9 +100,11 @@ def run_perplexity(
     open_model: Callable[[], LanguageModel],
     documents: list[Document],
     *,
+    convention: str,
     lengths: list[int],
     stride: int,
     rule: KeyTokenRule | None,
+    longppl_bos: bool,
     key: dict[str, Tensor],
     results: Results,
 ) -> list[dict[str, Any]]:
@@ -113,9 +115,11 @@ def run_perplexity(
     Args:
         open_model: loads the model; called only if a document is missing.
         documents: tokenized texts.
+        convention: one of conventions.CONVENTIONS, for the perplexity. LongPPL slides as `ours` does.
         lengths: context lengths in tokens.
         stride: tokens by which the window moves; at a shorter context, the context length.
         rule: LongPPL's rule for key tokens; None skips LongPPL.
+        longppl_bos: LongPPL scores the text after a BOS; its authors do not. Key tokens are found with a BOS.
         key: document name -> bool [n - 1], the key tokens that another model found. For other documents the model
             finds them itself, with the longest context.
         results: receives each record as soon as it is made.
@@ -136,11 +140,19 @@ def run_perplexity(
             model = model or open_model()
             with report_out_of_memory(len(document.tokens), 1):
                 is_key = key.get(document.name)
+                bos_left_out = int(not longppl_bos and model.tokenizer.bos is not None)
                 for length in by_length:
-                    log_probs = sliding_window.log_probs(model, document.tokens, length, min(stride, length))
-                    if rule and is_key is None:
-                        is_key = find_key_tokens(model, document.tokens, log_probs, rule)
-                    record["lengths"][str(length)] = _sum_losses(log_probs, is_key)
+                    moves = min(stride, length)
+                    log_probs = conventions.log_probs(convention, model, document.tokens, length, moves)
+                    sums = _sum_losses(log_probs)
+                    if rule:
+                        if is_key is None:  # by the longest context, which holds the document by any convention
+                            is_key = find_key_tokens(model, document.tokens, log_probs, rule)
+                        if bos_left_out or convention != "ours":
+                            text = document.tokens[bos_left_out:]
+                            log_probs = conventions.log_probs("ours", model, text, length, moves)
+                        sums |= _sum_losses(log_probs[is_key[bos_left_out:]], "key_")
+                    record["lengths"][str(length)] = sums
             results.add(record)
             bar.add(len(document.tokens), len(document.tokens))
     return [results.records[document.name] for document in documents]
@@ -171,18 +183,14 @@ def find_key_tokens_by_model(
     return found
 
 
-def _sum_losses(log_probs: Tensor, is_key: Tensor | None) -> dict[str, float]:
-    values = log_probs.double()
-    sums = {"nll": -values.sum().item(), "tokens": len(values)}
-    if is_key is not None:
-        sums |= {"key_nll": -values[is_key].sum().item(), "key_tokens": int(is_key.sum())}
-    return sums
+def _sum_losses(log_probs: Tensor, prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}nll": -log_probs.double().sum().item(), f"{prefix}tokens": len(log_probs)}
 
 
 def _make_batches(model: LanguageModel, examples: list[Example], generation: Generation) -> Iterator[list[tuple]]:
     """Yield batches of (example, prompt ids) with similar lengths."""
-    encode = model.tokenizer.encode_chat if generation.chat else model.tokenizer.encode_prompt
-    pairs = [(example, encode(example.prompt)) for example in examples]
+    plain, chat = model.tokenizer.encode_prompt, model.tokenizer.encode_chat
+    pairs = [(example, (chat if generation.chat and example.chat else plain)(example.prompt)) for example in examples]
     pairs.sort(key=lambda pair: (pair[0].max_new_tokens, len(pair[1])))
     for first in range(0, len(pairs), generation.batch_size):
         yield pairs[first : first + generation.batch_size]
@@ -262,7 +270,7 @@ def _reject(name: str, reason: str, results: Results) -> NoReturn:
     )
 
 
-def summarise_perplexity(records: list[dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:
+def summarise_perplexity(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return perplexity by length, and LongPPL if the records have key tokens."""
     summary = {}
     for length in sorted({length for record in records for length in record["lengths"]}, key=int):

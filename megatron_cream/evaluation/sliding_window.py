@@ -1,17 +1,14 @@
 """Sliding-window perplexity of long documents, in which each token is scored exactly once.
 
-As in ALiBi, LongLoRA, PoSE and CREAM, a window of the context length slides over a document, and each
-token is scored in the first window that reaches it: the first window scores all its tokens but the
-first, every later window its last `stride` tokens.
+A window of the context length slides over a document, and each token is scored in the first window that
+reaches it: the first window scores all its tokens but the first, every later window its last `stride`
+tokens. What others do instead is in `conventions`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.data.documents import (
@@ -22,7 +19,6 @@ from megatron_cream.data.documents import (
     read_batches,
     read_documents,
 )
-from megatron_cream.evaluation.models.language_model import LanguageModel
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.tasks.sources import check_distinct_names
 
@@ -56,16 +52,6 @@ def iterate_windows(length: int, window: int, stride: int) -> Iterator[tuple[int
         end = min(begin + window + 1, length)
         yield begin, first, end
         first, begin = end, begin + stride
-
-
-def log_probs(model: LanguageModel, tokens: Sequence[int], window: int, stride: int) -> Tensor:
-    """Return the natural log-probabilities of tokens[1:]: float32 [n - 1]."""
-    ids = torch.tensor([tokens])
-    parts = [
-        model.log_probs(ids[:, begin:end], first - begin)[0]
-        for begin, first, end in iterate_windows(len(tokens), window, stride)
-    ]
-    return torch.cat(parts)
 
 
 def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str]]:

@@ -51,7 +51,7 @@ def test_gold_answers_score_one(tokenizer, tmp_path, task):
         summary = report.summarise(task, records)
         assert summary["score"] == expected and summary["examples"] == plan.count
         if task == "ruler":
-            assert summary["effective_length"] == (1800 if expected else None)
+            assert summary["effective_length"] is None and summary["missing_tasks"] == ["qa_1", "qa_2"]
             assert set(summary["by_task"]) == {e.part for e in examples} and len(summary["by_task"]) == 11
         pictures.draw(task, summary, tmp_path / f"{name}.png")
         assert is_picture(tmp_path / f"{name}.png")
@@ -121,17 +121,17 @@ def test_means_are_grouped_by_task_parameter():
         "kv", [record(1.0, "75_keys", 9, 0.0), record(0.0, "75_keys", 8, 0.0), record(0.5, "", 30, 1)]
     )
     assert kv["by_position"] == {"75_keys": {"0": 0.5}, "30": {"1": 0.5}}
-    # Means over tasks, not over examples; 10 passes and 20 does not, so 40 does not count.
+    # Means over tasks, not over examples.
     scores = {
-        ("a", 10): [1, 1, 1],
-        ("b", 10): [0.8],
-        ("a", 20): [0.8],
-        ("b", 20): [0.8],
-        ("a", 40): [1],
-        ("b", 40): [1],
+        ("vt", 10): [1, 1, 1],
+        ("cwe", 10): [0.8],
+        ("vt", 20): [0.8],
+        ("cwe", 20): [0.8],
+        ("vt", 40): [1],
+        ("cwe", 40): [1],
     }
     ruler = report.summarise("ruler", [record(s, part, n) for (part, n), many in scores.items() for s in many])
-    assert ruler["by_length"] == {"10": 0.9, "20": 0.8, "40": 1.0} and ruler["effective_length"] == 10
+    assert ruler["by_length"] == {"10": 0.9, "20": 0.8, "40": 1.0} and ruler["tasks"] == 2
     longbench = report.summarise("longbench", [record(1.0, "a"), record(0.0, "a"), record(0.0, "a"), record(1.0, "b")])
     assert longbench["score"] == pytest.approx((1 / 3 + 1) / 2)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.evaluation import sliding_window
+from megatron_cream.evaluation import conventions
 from megatron_cream.evaluation.longppl import KeyTokenRule, find_key_spans, find_key_tokens, find_tokens_in_spans
 from megatron_cream.evaluation.models.hf_model import HfModel
 from megatron_cream.evaluation.models.tokenizer import open_tokenizer
@@ -72,7 +72,7 @@ def test_log_probs_are_those_of_each_context_alone(llama, length, window_stride,
         context = tokens[context_of(token, window, stride) : token]
         with torch.inference_mode():
             expected.append(theirs(context[None]).logits[0, -1].log_softmax(-1)[tokens[token]])
-    ours = sliding_window.log_probs(model, tokens.tolist(), window, stride)
+    ours = conventions.log_probs("ours", model, tokens.tolist(), window, stride)
     assert torch.allclose(ours, torch.stack(expected), atol=2e-4)
 
 

@@ -342,7 +342,7 @@ def text_file(path: Path, text: str) -> Path:
         ("bench zip", r"data\.zip: cannot be read"),
         ("bench empty", "there is no NAME.jsonl"),
         ("bench name", "--datasets squad: must be one of narrativeqa"),
-        ("bench absent", "--datasets trec: .* has narrativeqa"),
+        ("bench absent", "--datasets trec: .* has only narrativeqa"),
         ("bench length", "context length 128: too short for narrativeqa"),
         ("bench answers", r"narrativeqa\.jsonl, line 1: answers must be a list, not 'gold'"),
     ],

@@ -50,12 +50,14 @@ class Dataset:
     max_new_tokens: maximum tokens of an answer, as published.
     metric: (output, answer, classes) -> 0 to 1.
     first_line: whether only the output's first line is scored, as published.
+    chat: whether `--chat` puts the prompt into the chat template; as published, not for few-shot prompts and code.
     """
 
     prompt: str
     max_new_tokens: int
-    metric: Callable[[str, str, Sequence[str]], float]
+    metric: metrics.Metric
     first_line: bool = False
+    chat: bool = True
 
 
 DATASETS = {
@@ -121,6 +123,7 @@ DATASETS = {
         64,
         metrics.classification,
         first_line=True,
+        chat=False,
     ),
     "triviaqa": Dataset(
         f"Answer the question from the passage that is given. {_ONLY} Some examples come first.\n\n"
@@ -128,18 +131,21 @@ DATASETS = {
         32,
         metrics.f1,
         first_line=True,
+        chat=False,
     ),
     "samsum": Dataset(
         "Summarize the dialogue in a few short sentences. Some examples come first.\n\n{context}\n\n{input}",
         128,
         metrics.rouge_l,
         first_line=True,
+        chat=False,
     ),
     "lsht": Dataset(
         "请给出最后一则新闻的类别，前面是一些例子。\n\n{context}\n{input}",
         64,
         metrics.classification,
         first_line=True,
+        chat=False,
     ),
     "passage_count": Dataset(
         "Below are paragraphs from Wikipedia, some of them more than once. Read them with care and find out how many "
@@ -161,10 +167,13 @@ DATASETS = {
         32,
         metrics.paragraph,
     ),
-    "lcc": Dataset(f"{_CODE}{{context}}Next line of code:\n", 64, metrics.code_similarity),
-    "repobench-p": Dataset(f"{_CODE}{{context}}{{input}}Next line of code:\n", 64, metrics.code_similarity),
+    "lcc": Dataset(f"{_CODE}{{context}}Next line of code:\n", 64, metrics.code_similarity, chat=False),
+    "repobench-p": Dataset(f"{_CODE}{{context}}{{input}}Next line of code:\n", 64, metrics.code_similarity, chat=False),
 }
 """Name -> data set. LongBench-E's files, NAME_e.jsonl, use the prompt and metric of NAME."""
+
+CODE_SIMILARITIES = {"indel": metrics.code_similarity, "difflib": metrics.code_similarity_by_difflib}
+"""Name -> metric of lcc and repobench-p."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +193,7 @@ def examples(
     length: int,
     datasets: Sequence[str] | None = None,
     most: int | None = None,
+    code_similarity: str = "indel",
 ) -> Iterator[LongBenchExample]:
     """Yield the examples of the user's data; an example's part is the name of its data set.
 
@@ -193,6 +203,7 @@ def examples(
         length: tokens of prompt and answer together; longer prompts lose their middle.
         datasets: names from DATASETS, also with _e; None takes all data sets in `folder`.
         most: maximum examples per data set, the first ones; None takes all.
+        code_similarity: a name from CODE_SIMILARITIES; `score` will be called with it.
 
     Raises:
         UsageError: there is no data, a data set is unknown, a file is damaged, the length is too short, or a
@@ -211,7 +222,7 @@ def examples(
             raise UsageError(f"--datasets {name}: given twice")
     chosen = datasets or sorted(known)
     for name in chosen:
-        for module in metrics.MODULES.get(DATASETS[_base_name(name)].metric, ()):
+        for module in metrics.MODULES.get(_metric(name, code_similarity), ()):
             import_package(module)
     for name in chosen:
         places: dict[str, str] = {}
@@ -224,13 +235,20 @@ def examples(
             yield example
 
 
-def score(example: Example, output: str) -> float:
-    """Return the data set's metric for the best of the answers."""
+def score(example: Example, output: str, code_similarity: str = "indel") -> float:
+    """Return the data set's metric for the best of the answers.
+
+    Args:
+        example: made by `examples`.
+        output: the model's answer.
+        code_similarity: a name from CODE_SIMILARITIES, for lcc and repobench-p.
+    """
     dataset = DATASETS[_base_name(example.part)]
     if dataset.first_line:
         output = output.lstrip("\n").split("\n")[0]
     classes = example.classes if isinstance(example, LongBenchExample) else ()
-    return max((dataset.metric(output, answer, classes) for answer in example.answers), default=0.0)
+    metric = _metric(example.part, code_similarity)
+    return max((metric(output, answer, classes) for answer in example.answers), default=0.0)
 
 
 def cut_middle(tokenizer: Tokenizer, text: str, most: int) -> str:
@@ -269,8 +287,14 @@ def _build_example(
         dataset.max_new_tokens,
         length,
         part=name,
+        chat=dataset.chat,
         classes=tuple(map(str, record["all_classes"] or ())),
     )
+
+
+def _metric(name: str, code_similarity: str) -> metrics.Metric:
+    metric = DATASETS[_base_name(name)].metric
+    return CODE_SIMILARITIES[code_similarity] if metric is metrics.code_similarity else metric
 
 
 def _base_name(name: str) -> str:

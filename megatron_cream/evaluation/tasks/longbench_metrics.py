@@ -13,9 +13,12 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from difflib import SequenceMatcher
 
 from megatron_cream.evaluation.tasks.sources import import_package
+
+Metric = Callable[[str, str, Sequence[str]], float]
 
 _CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､"
@@ -80,13 +83,18 @@ def paragraph(output: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 
 def code_similarity(output: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Return the edit similarity, to 2 digits, of the output's first line of code.
+    """Return the Indel similarity, to 2 digits, of the output's first line of code and the answer.
 
-    Skips lines of comments and Markdown.
+    1 - (insertions and deletions) / (characters of both). The published code calls fuzzywuzzy, which computes this
+    if python-Levenshtein is installed, and `code_similarity_by_difflib` if not; thefuzz always computes this.
     """
-    lines = output.lstrip("\n").split("\n")
-    line = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
-    return import_package("thefuzz.fuzz").ratio(line, answer) / 100
+    return import_package("thefuzz.fuzz").ratio(_first_line_of_code(output), answer) / 100
+
+
+def code_similarity_by_difflib(output: str, answer: str, classes: Sequence[str] = ()) -> float:
+    """Return the same by Python's difflib (Ratcliff and Obershelp): never higher than `code_similarity`."""
+    line = _first_line_of_code(output)
+    return round(100 * SequenceMatcher(None, line, answer).ratio()) / 100
 
 
 MODULES = {
@@ -96,6 +104,12 @@ MODULES = {
     code_similarity: ("thefuzz.fuzz",),
 }
 """Metric -> modules that it needs, to check before generation starts."""
+
+
+def _first_line_of_code(output: str) -> str:
+    """The first line that is neither comment nor Markdown."""
+    lines = output.lstrip("\n").split("\n")
+    return next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
 
 
 def _overlap(output: Sequence[str], answer: Sequence[str]) -> float:

@@ -15,6 +15,7 @@ class Example:
     length: context length of this example in tokens, prompt and answer together.
     depth: place of the gold in the context, 0 (start) to 1 (end); None if there is not exactly one place.
     part: the part of the task (a RULER task, a LongBench data set).
+    chat: whether `--chat` puts the prompt into the chat template; False if the benchmark's authors do not.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Example:
     length: int
     depth: float | None = None
     part: str = ""
+    chat: bool = True
 
 
 class Tokenizer(Protocol):
