@@ -305,6 +305,9 @@ NOT_FOLLOWED = {
     "which --chat-format tokenizer needs": "names no way on: another tokenizer",
     "which this layout needs": "names no way on: the layout is that of the files",
     "has no place for results": "needs a model card of an export; evaluation/test_comparison.py has the line",
+    "Leave the flag out for a factor that fits": "model/test_rope_choice.py",
+    "--convention cream scores one window": "names no way on: CREAM's convention has no stride",
+    "Give the model's own tokenizer with --tokenizer": "evaluation/test_evaluate_faults.py has the line",
     "or --long-eval-tasks without perplexity": "needs a tokenizer of text: evaluation/test_long_evaluation.py",
 }
 """A piece of the line -> why its advice is not followed here."""

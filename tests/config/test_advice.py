@@ -18,7 +18,8 @@ from tests.launch import ROOT
 
 WORDS = re.compile(
     r"\b(above|add|append|choose|export|give|goes on|instead|leave|lists|names?|needs?|only with|or|prepend|takes?|use"
-    r"|without)\b"
+    r"|without|try|start again|move|put|delete|run|set)\b",
+    re.IGNORECASE,
 )
 # Of two flags' values, which says no more than what is right: "must divide --num-layers".
 RELATION = re.compile(r"must (be (?!above)|divide)[^.;]*$")
