@@ -45,7 +45,8 @@ ROWS = {
     "async": ("--async-save", ["--async-save"]),
     "sync-dp": ("synchronous, optimizer as it lies on the ranks", ["--no-dist-ckpt-optim-fully-reshardable"]),
     "async-dp": (
-        "--async-save, optimizer as it lies on the ranks", ["--async-save", "--no-dist-ckpt-optim-fully-reshardable"],
+        "--async-save, optimizer as it lies on the ranks",
+        ["--async-save", "--no-dist-ckpt-optim-fully-reshardable"],
     ),
     "sync-gloo": ("synchronous, optimizer gathered by gloo", ["--distrib-optim-fully-reshardable-mem-efficient"]),
     "async-gloo": (
@@ -54,7 +55,7 @@ ROWS = {
     ),
     "sync-plain": ("synchronous, no checksums", ["--no-checkpoint-checksums"]),
     "async-plain": ("--async-save, no checksums", ["--async-save", "--no-checkpoint-checksums"]),
-}  # fmt: skip
+}
 SMALL = """--num-layers 8 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 8 --seq-length 64
 --micro-batch-size 1 --global-batch-size 2 --lr 1e-4 --use-distributed-optimizer --embedded-data --vocab-size 32000
 --padded-vocab-size 32000 --eval-iters 1 --eval-interval 100000 --log-interval 1 --console progress"""
@@ -104,8 +105,10 @@ def main() -> int:
         size = f"{saves[-1]['bytes'] / 1e9:.2f}" if saves else "failed"
         print(f"| {ROWS[row][0]} | {still} | {whole} | {size} | {rate} |")
     if loaded:
-        print(f"\nloaded with {loaded['layout']} in {loaded['load']:.1f} s; looked at before (checksums, pickles) in "
-              f"{loaded['check']:.1f} s")  # fmt: skip
+        print(
+            f"\nloaded with {loaded['layout']} in {loaded['load']:.1f} s; looked at before (checksums, pickles) in "
+            f"{loaded['check']:.1f} s"
+        )
     shutil.rmtree(args.folder / "checkpoints", ignore_errors=True)
     return 0 if all(results.values()) and loaded else 1
 

@@ -138,10 +138,19 @@ def write_llama(folder: Path, layers: int) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", hidden_size=hidden,
-        intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=32,
-        vocab_size=vocabulary, max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False,
-    )  # fmt: skip
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        hidden_act="silu",
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    )
     (folder / "config.json").write_text(json.dumps(config))
     return total
 

@@ -161,9 +161,13 @@ def build_and_read(settings: dict) -> list[str]:
 
     prefixes = settings["prefixes"]
     config = LongDocumentDatasetConfig(
-        random_seed=1, sequence_length=WINDOW, blend=(prefixes, [1.0] * len(prefixes)), split="969,30,1",
-        path_to_cache=settings["cache"], sampler=dict(name="cream", window=WINDOW, target=8 * WINDOW),
-    )  # fmt: skip
+        random_seed=1,
+        sequence_length=WINDOW,
+        blend=(prefixes, [1.0] * len(prefixes)),
+        split="969,30,1",
+        path_to_cache=settings["cache"],
+        sampler=dict(name="cream", window=WINDOW, target=8 * WINDOW),
+    )
     sizes = [settings["samples"], 3200, 320]
     with Memory() as memory:
         started = time.monotonic()

@@ -52,9 +52,12 @@ def main() -> None:
     recipe["num_layers"] = args.layers or recipe["num_layers"]
     hf, checkpoint = make(args.folder, recipe, max(args.lengths))
     common = dict(
-        dtype=torch.bfloat16 if CUDA else torch.float32, prefill_chunk=args.prefill_chunk, tokenizer=None,
-        stop_ids=frozenset(), max_positions=max(args.lengths),
-    )  # fmt: skip
+        dtype=torch.bfloat16 if CUDA else torch.float32,
+        prefill_chunk=args.prefill_chunk,
+        tokenizer=None,
+        stop_ids=frozenset(),
+        max_positions=max(args.lengths),
+    )
     print("| engine | tokens | read in, s | tokens/s | ms each token after | mean log-probability | peak GiB |")
     print("|---|---|---|---|---|---|---|")
     for engine in args.engines:

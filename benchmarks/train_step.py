@@ -53,16 +53,17 @@ RECIPES = {
 }
 ROWS |= {
     "flash-plain": (
-        "this project, Transformer Engine's layers, flash-attn-4, plain positions", "ours",
+        "this project, Transformer Engine's layers, flash-attn-4, plain positions",
+        "ours",
         ["--attention-backend", "flash", "--position-sampler", "pi"],
     ),
-    "flash-fp8": (
-        "this project, FP8 delayed scaling, flash-attn-4", "ours", ["--attention-backend", "flash", *FP8]
-    ),
+    "flash-fp8": ("this project, FP8 delayed scaling, flash-attn-4", "ours", ["--attention-backend", "flash", *FP8]),
     "megatron-te-fp8": ("megatron-core + Transformer Engine, FP8 delayed scaling", "megatron", FP8),
     **{
         f"flash-fp8-{name}": (
-            f"this project, FP8 {name} scaling, flash-attn-4", "ours", ["--attention-backend", "flash", *flags]
+            f"this project, FP8 {name} scaling, flash-attn-4",
+            "ours",
+            ["--attention-backend", "flash", *flags],
         )
         for name, flags in RECIPES.items()
     },
@@ -73,7 +74,7 @@ ROWS |= {
     "auto": ("this project, as it is installed, attention as measured", "ours", []),
     "compile": ("transformers + torch.compile", "compile", []),
     "compile-fp8": ("transformers + torch.compile + torchao float8 (tensorwise)", "compile-fp8", []),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -232,10 +233,15 @@ def transformers(flags: list[str], kind: str) -> None:
     micro, accumulate = c["micro_batch_size"], c["global_batch_size"] // c["micro_batch_size"]
     tokens = micro * accumulate * c["seq_length"]
     flops = flops_per_token(
-        num_layers=c["num_layers"], hidden_size=c["hidden_size"], ffn_hidden_size=c["ffn_hidden_size"],
-        num_query_groups=config.num_key_value_heads, kv_channels=c["hidden_size"] // c["num_attention_heads"],
-        num_attention_heads=c["num_attention_heads"], vocab_size=c["vocab_size"], seq_length=c["seq_length"],
-    )  # fmt: skip
+        num_layers=c["num_layers"],
+        hidden_size=c["hidden_size"],
+        ffn_hidden_size=c["ffn_hidden_size"],
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=c["hidden_size"] // c["num_attention_heads"],
+        num_attention_heads=c["num_attention_heads"],
+        vocab_size=c["vocab_size"],
+        seq_length=c["seq_length"],
+    )
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(c["train_iters"]):
         begin.record()

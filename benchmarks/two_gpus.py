@@ -328,10 +328,17 @@ def timed(runs: Runs, name: str, gpus: int, flags: list[str], **how) -> None:
     loss = float(re.findall(r"\| loss ([\d.]+)", text)[-1])
     plan = planned(name, gpus, flags)
     runs.keep(
-        name, gpus=gpus, gpu=_kind(), tokens_per_second=statistics.median(rates), mfu=statistics.median(shares),
-        peak_gib=max(peaks), loss=loss, planned_tokens_per_second=round(plan.speed.tokens_per_second),
-        planned_gib=round(plan.peak_gib, 1), flags=flags,
-    )  # fmt: skip
+        name,
+        gpus=gpus,
+        gpu=_kind(),
+        tokens_per_second=statistics.median(rates),
+        mfu=statistics.median(shares),
+        peak_gib=max(peaks),
+        loss=loss,
+        planned_tokens_per_second=round(plan.speed.tokens_per_second),
+        planned_gib=round(plan.peak_gib, 1),
+        flags=flags,
+    )
 
 
 STAGES = {"default": default, "parity": parity, "faults": faults, "7b": seven_b, "full": full}

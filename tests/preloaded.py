@@ -52,9 +52,16 @@ def _launch(job: dict) -> None:
         os.chdir(job["cwd"])
         os.environ |= job["environment"]
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=job["ranks"], run_id=str(uuid.uuid4()), rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0", start_method="fork", max_restarts=0, monitor_interval=0.1,
-        )  # fmt: skip
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=job["ranks"],
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            start_method="fork",
+            max_restarts=0,
+            monitor_interval=0.1,
+        )
         elastic_launch(config, _rank)(job["script"], job["flags"])
         code = 0
     except ChildFailedError as error:

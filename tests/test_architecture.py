@@ -22,8 +22,13 @@ def test_functions_of_the_tours_exist(file, name):
     found = [path for path in (ROOT / file, PACKAGE / file, *PACKAGE.glob(f"*/{file}")) if path.is_file()]
     assert found, file
     names = {node.name for node in ast.walk(ast.parse(found[0].read_text())) if hasattr(node, "name")}
-    names |= {target.id for node in ast.walk(ast.parse(found[0].read_text())) if isinstance(node, ast.Assign)
-              for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+    names |= {
+        target.id
+        for node in ast.walk(ast.parse(found[0].read_text()))
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     assert name in names
 
 

@@ -39,8 +39,14 @@ MODEL = "SmolLM2-135M-Instruct"
 TINY = dict(MODEL=MODEL, WINDOW="512", TARGET="1024", STEPS="4", BATCH="2", LR="1e-4", GPUS="1")
 """In place of the tutorial's settings."""
 
-TINY_README = {"8192": "512", "65536": "1024", "--train-iters 115": "--train-iters 2", "batch-size 32": "batch-size 4",
-               "warmup-iters 10": "warmup-iters 1", "--length-steps 4": "--length-steps 2 --samples 1"}  # fmt: skip
+TINY_README = {
+    "8192": "512",
+    "65536": "1024",
+    "--train-iters 115": "--train-iters 2",
+    "batch-size 32": "batch-size 4",
+    "warmup-iters 10": "warmup-iters 1",
+    "--length-steps 4": "--length-steps 2 --samples 1",
+}
 
 
 def blocks(page: Path, language: str = "bash") -> list[tuple[str, str]]:

@@ -13,9 +13,15 @@ OPENING = 8
 
 
 def recall_by_depth(
-    model, haystack: np.ndarray, symbols: tuple[np.ndarray, np.ndarray], length: int, depths: list[float],
-    samples: int, seed: int = 0, batch_tokens: int = 1 << 17,
-) -> dict[float, float]:  # fmt: skip
+    model,
+    haystack: np.ndarray,
+    symbols: tuple[np.ndarray, np.ndarray],
+    length: int,
+    depths: list[float],
+    samples: int,
+    seed: int = 0,
+    batch_tokens: int = 1 << 17,
+) -> dict[float, float]:
     """Share of contexts after which the likeliest token is the value of the key that the context ends with.
 
     A context is `length` tokens of held-out text with PAIRS statements in it, one of them `depth` of the

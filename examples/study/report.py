@@ -11,10 +11,16 @@ from megatron_cream.common.files import save_picture
 COMPARED = ("pi", "randpos", "pose", "cream", "full")
 ABLATED = ("cream", "cream, released", "cream, no Gaussian", "cream, no continuity", "cream, no relativity")
 _COLOURS = {
-    "cream": "#2a6f97", "pose": "#d08c2e", "randpos": "#8a6fb0", "pi": "#b04a3a", "full": "0.35",
-    "cream, released": "#57a0a8", "cream, no Gaussian": "#d08c2e", "cream, no continuity": "#8a6fb0",
+    "cream": "#2a6f97",
+    "pose": "#d08c2e",
+    "randpos": "#8a6fb0",
+    "pi": "#b04a3a",
+    "full": "0.35",
+    "cream, released": "#57a0a8",
+    "cream, no Gaussian": "#d08c2e",
+    "cream, no continuity": "#8a6fb0",
     "cream, no relativity": "#b04a3a",
-}  # fmt: skip
+}
 
 
 def write(results: list[dict], folder: Path) -> None:

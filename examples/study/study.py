@@ -169,9 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="folder for the corpus, the runs, and what they found")
     add("--minutes", type=float, default=60.0, help="stop after so long; the same command goes on")
     add(
-        "--jobs", type=int, default=_jobs(),
+        "--jobs",
+        type=int,
+        default=_jobs(),
         help="runs at a time on a GPU, but for those that are timed; `full` counts as three. Default: by the GPU's memory",
-    )  # fmt: skip
+    )
     gpus = torch.cuda.device_count() if devices.has_cuda() else 1
     add("--gpus", type=int, default=gpus, help="GPUs of this machine to use; default: all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -20,7 +20,7 @@ DEPTHS = [i / 8 for i in range(9)]
 
 def do(
     run: methods.Run, gpu: int, folder: Path, corpus: Corpus, lengths: list[int], samples: int, extra: list[str]
-) -> dict:  # fmt: skip
+) -> dict:
     """Train, measure recall and perplexity, and delete an extension's checkpoint. Gives what is kept of the run.
 
     Args:
@@ -47,7 +47,11 @@ def do(
     export_hf(MegatronCheckpoint(saved), exported)
     model, haystack, symbols = recall.load(exported), corpus.held_out(), corpus.symbols()
     result = {
-        "run": run.name, "method": run.method, "factor": run.factor, "seed": run.seed, "alone": run.alone,
+        "run": run.name,
+        "method": run.method,
+        "factor": run.factor,
+        "seed": run.seed,
+        "alone": run.alone,
         # Of the GPU in training steps: the median time a step, times the steps.
         "seconds": round(statistics.median(float(ms) for *_, ms in steps) * int(steps[-1][1]) / 1000, 2),
         "recall": {
@@ -55,7 +59,7 @@ def do(
             for n in lengths
         },
         "perplexity": {} if run.method == "base" else _perplexity(saved),
-    }  # fmt: skip
+    }
     del model
     shutil.rmtree(exported)
     if run.method != "base":

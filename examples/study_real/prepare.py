@@ -36,10 +36,17 @@ def main() -> int:
     data = flags.output.resolve()
     (data / "tokens").mkdir(parents=True, exist_ok=True)
     settings = cells.Settings(
-        window=flags.window, factors=tuple(flags.factors), steps=flags.steps, batch=flags.batch,
-        micro_batch=flags.micro_batch, theta=flags.theta, rates=tuple(flags.rates), seeds=tuple(flags.seeds),
-        lengths=tuple(flags.window * 2**i for i in range(max(flags.factors).bit_length())), extra=tuple(flags.extra),
-    )  # fmt: skip
+        window=flags.window,
+        factors=tuple(flags.factors),
+        steps=flags.steps,
+        batch=flags.batch,
+        micro_batch=flags.micro_batch,
+        theta=flags.theta,
+        rates=tuple(flags.rates),
+        seeds=tuple(flags.seeds),
+        lengths=tuple(flags.window * 2**i for i in range(max(flags.factors).bit_length())),
+        extra=tuple(flags.extra),
+    )
     settings.write(data)
     if not (data / "hf").exists():
         (data / "hf").symlink_to(flags.hf.resolve())

@@ -24,9 +24,15 @@ SAMPLERS = ("base", *cells.SAMPLERS)
 SCALINGS = ("none", *cells.SCALINGS)
 TASKS = {"needle": "needle", "multikey": "16 facts in text", "lines": "16 of many lines"}
 _COLOURS = {
-    "cream": "#2a6f97", "pose": "#d08c2e", "pi": "#b04a3a", "cream even": "#57a0a8", "mix": "#4f8f4f",
-    "randpos": "#8a6fb0", "full": "0.35", "base": "0.65",
-}  # fmt: skip
+    "cream": "#2a6f97",
+    "pose": "#d08c2e",
+    "pi": "#b04a3a",
+    "cream even": "#57a0a8",
+    "mix": "#4f8f4f",
+    "randpos": "#8a6fb0",
+    "full": "0.35",
+    "base": "0.65",
+}
 Value = Callable[[dict], float]
 
 
@@ -123,8 +129,9 @@ def _pairs(results: Results, factor: int) -> list[str]:
     lengths = results.lengths(factor)[1:]
     lines = [
         "**Pairs of samplers**, mean over tasks and the lengths beyond the window: the first less the second. "
-        "`yes`: more than twice the standard error that the seeds' deviations give.", "",
-    ]  # fmt: skip
+        "`yes`: more than twice the standard error that the seeds' deviations give.",
+        "",
+    ]
     lines += _row(["scaling", "pair", "found, points", "beyond", "loss", "beyond"]) + _row(["---"] * 6)
     for scaling in SCALINGS:
         there = {sampler: found for s, sampler, found in results.groups(factor) if s == scaling and len(found) > 1}
@@ -197,9 +204,14 @@ def _picture(results: Results, factor: int, rows: dict, x: str, path: Path, log:
         s for s in cells.SCALINGS if any(group[0] == s and group[1] != "base" for group in results.groups(factor))
     ]
     figure, axes = plt.subplots(
-        len(rows), len(scalings), figsize=(3.6 * len(scalings) + 1.2, 2.8 * len(rows)), layout="constrained",
-        sharex=True, sharey="row", squeeze=False,
-    )  # fmt: skip
+        len(rows),
+        len(scalings),
+        figsize=(3.6 * len(scalings) + 1.2, 2.8 * len(rows)),
+        layout="constrained",
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
     for line, (title, points) in zip(axes, rows.items()):
         line[0].set_ylabel(title)
         for panel, scaling in zip(line, scalings):

@@ -193,10 +193,12 @@ def _of_prompts(model, prompts: Prompts) -> dict:
     tenths, numbers = sorted({row[1] for row in rows}), range(len(prompts.tokens))
     mean = lambda values: round(statistics.fmean(values), 4)
     return {
-        "accuracy": mean([row[2] for row in rows]), "loss": mean([row[3] for row in rows]), "answers": len(rows),
+        "accuracy": mean([row[2] for row in rows]),
+        "loss": mean([row[3] for row in rows]),
+        "answers": len(rows),
         "by_depth": {str(d): [mean(by(1, d, 2)), mean(by(1, d, 3)), len(by(1, d, 2))] for d in tenths},
         "by_prompt": [[mean(by(0, i, 2)), mean(by(0, i, 3))] for i in numbers],
-    }  # fmt: skip
+    }
 
 
 def _perplexity(model, texts: np.ndarray, scored: int) -> float:

@@ -39,9 +39,14 @@ class Worker:
             "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
         }
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), str(data)], stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, str(HERE / "worker.py"), str(data)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
         self.cell: cells.Cell | None = None
         self.began = 0.0
 
@@ -220,14 +225,19 @@ def main() -> int:
     add("--seconds", type=float, default=3600.0, help="start no run that would end later")
     add("--run-seconds", type=float, default=240.0, help="what a run is expected to take before one has ended")
     add(
-        "--cells", nargs="+", default=[], metavar="WORDS",
+        "--cells",
+        nargs="+",
+        default=[],
+        metavar="WORDS",
         help="only cells that have all words of one of these, such as yarn,s8 or 'ntk,cream even', and those that choose "
         "their learning rates",
-    )  # fmt: skip
+    )
     add(
-        "--ahead", action=argparse.BooleanOptionalAction, default=True,
+        "--ahead",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="start the process of a GPU's next run beside the run that it has, so that imports cost no GPU time",
-    )  # fmt: skip
+    )
     add("--list", action="store_true", help="print the cells in their order, and exit")
     flags = parser.parse_args()
     flags.data, flags.output = flags.data.resolve(), flags.output.resolve()

@@ -22,10 +22,22 @@ _TEMPLATES = "additional_chat_templates"
 # An allowlist: an adapter_config.json would change what transformers loads, a params.json what vLLM loads, and
 # code is never copied.
 _NAMES = (
-    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tekken.json",
-    GENERATION_CONFIG, "chat_template.json", f"{_TEMPLATES}/*.jinja",
-    "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*",
-)  # fmt: skip
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "tekken.json",
+    GENERATION_CONFIG,
+    "chat_template.json",
+    f"{_TEMPLATES}/*.jinja",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "*.md",
+    "LICENSE*",
+    "NOTICE*",
+)
 _MAX_BYTES = 1 << 28
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -108,15 +108,28 @@ def import_hf(
         step.mkdir()
         if checkpoint_format == "torch":
             hashes = write_classic(
-                step, shape, padded_vocab_size=padded, dtypes=kinds, produce=produce, common_state=common_state,
-                tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel,
-                transformer_engine=transformer_engine, progress=progress,
-            )  # fmt: skip
+                step,
+                shape,
+                padded_vocab_size=padded,
+                dtypes=kinds,
+                produce=produce,
+                common_state=common_state,
+                tensor_parallel=tensor_parallel,
+                pipeline_parallel=pipeline_parallel,
+                transformer_engine=transformer_engine,
+                progress=progress,
+            )
         else:
             hashes = write_torch_dist(
-                step, shape, padded_vocab_size=padded, dtypes=kinds, produce=produce, common_state=common_state,
-                threads=_IMPORT_THREADS, progress=progress,
-            )  # fmt: skip
+                step,
+                shape,
+                padded_vocab_size=padded,
+                dtypes=kinds,
+                produce=produce,
+                common_state=common_state,
+                threads=_IMPORT_THREADS,
+                progress=progress,
+            )
         output.write_manifest(step, hashes)
         (folder / HF).mkdir()
         write_json(folder / HF / CONFIG, source.config)

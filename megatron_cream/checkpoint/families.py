@@ -46,15 +46,30 @@ _REQUIRED_VALUES = (
 
 
 _SIZES = {
-    "num_hidden_layers": 10_000, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 26, "max_position_embeddings": 1 << 40,
-}  # fmt: skip
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 26,
+    "max_position_embeddings": 1 << 40,
+}
 """Sizes in config.json, with upper limits that no model of these families reaches."""
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # ignored, because each tensor has its own dtype
 _DTYPE_WORDS = (
-    "auto", "float64", "double", "float32", "float", "bfloat16", "float16", "half", "float8_e4m3fn", "float8_e5m2",
-)  # fmt: skip
+    "auto",
+    "float64",
+    "double",
+    "float32",
+    "float",
+    "bfloat16",
+    "float16",
+    "half",
+    "float8_e4m3fn",
+    "float8_e5m2",
+)
 
 _KINDS = (
     ("model_type", str, "text"),

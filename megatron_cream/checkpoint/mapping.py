@@ -103,13 +103,21 @@ def hf_shapes(row: Row, shape: ModelShape) -> list[tuple[int, ...]]:
     queries = shape.num_attention_heads * shape.kv_channels
     keys = shape.num_query_groups * shape.kv_channels
     sizes = {
-        "q_proj.weight": (queries, hidden), "k_proj.weight": (keys, hidden), "v_proj.weight": (keys, hidden),
-        "q_proj.bias": (queries,), "k_proj.bias": (keys,), "v_proj.bias": (keys,),
-        "q_norm.weight": (shape.kv_channels,), "k_norm.weight": (shape.kv_channels,),
+        "q_proj.weight": (queries, hidden),
+        "k_proj.weight": (keys, hidden),
+        "v_proj.weight": (keys, hidden),
+        "q_proj.bias": (queries,),
+        "k_proj.bias": (keys,),
+        "v_proj.bias": (keys,),
+        "q_norm.weight": (shape.kv_channels,),
+        "k_norm.weight": (shape.kv_channels,),
         "o_proj.weight": (hidden, queries),
-        "gate_proj.weight": (ffn, hidden), "up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn),
-        "embed_tokens.weight": (shape.vocab_size, hidden), "lm_head.weight": (shape.vocab_size, hidden),
-    }  # fmt: skip
+        "gate_proj.weight": (ffn, hidden),
+        "up_proj.weight": (ffn, hidden),
+        "down_proj.weight": (hidden, ffn),
+        "embed_tokens.weight": (shape.vocab_size, hidden),
+        "lm_head.weight": (shape.vocab_size, hidden),
+    }
     return [sizes.get(".".join(name.split(".")[-2:]), (hidden,)) for name in row.hf]  # the others are norm weights
 
 

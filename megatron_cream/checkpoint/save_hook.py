@@ -122,9 +122,13 @@ class SaveHook:
                 print(f"{began} step {step}: {program_name(self._command)} ... {folder}", file=log, flush=True)
                 # A new session, so that Ctrl-C ends the run but not an upload.
                 process = subprocess.Popen(
-                    [*self._command, str(folder)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    env=environment, start_new_session=True,
-                )  # fmt: skip
+                    [*self._command, str(folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                )
             code = process.wait(self._seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)

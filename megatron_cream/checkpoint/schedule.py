@@ -14,9 +14,17 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.patches import hooks, registry
 
 _ALWAYS = (
-    "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style", "lr_warmup_init", "lr_warmup_fraction",
-    "lr_wsd_decay_style", "weight_decay", "weight_decay_incr_style",
-)  # fmt: skip
+    "lr",
+    "min_lr",
+    "decoupled_lr",
+    "decoupled_min_lr",
+    "lr_decay_style",
+    "lr_warmup_init",
+    "lr_warmup_fraction",
+    "lr_wsd_decay_style",
+    "weight_decay",
+    "weight_decay_incr_style",
+)
 _LENGTHS = ("lr_decay", "lr_warmup", "lr_wsd_decay")
 """Each is one flag in steps and one in samples; --train-iters or --train-samples of the run decides which."""
 

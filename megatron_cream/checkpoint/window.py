@@ -15,9 +15,17 @@ from megatron_cream.common.files import read_json, write_json
 # derive_max_model_len_and_key), SGLang (CONTEXT_LENGTH_KEYS), lm-evaluation-harness (n_positions, n_ctx), transformers
 # (the last one, for YaRN).
 OTHER_KEYS = (
-    "n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
-    "max_sequence_length", "max_seq_length", "seq_len", "original_max_position_embeddings",
-)  # fmt: skip
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_target_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+    "original_max_position_embeddings",
+)
 # Limits in other files of a folder: (file, object in it, key).
 _LIMITS = (
     ("generation_config.json", None, "max_length"),  # generate() rejects longer prompts

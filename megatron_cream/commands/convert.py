@@ -132,9 +132,11 @@ def divisor(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     main_parser = OneLineParser(
-        prog=program_name(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program_name(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     commands = main_parser.add_subparsers(required=True, metavar="import|export|verify")
     dtypes = dict(choices=list(convert.DTYPES), help="cast the weights; default: no cast")
     overwrite = dict(action="store_true", help="replace the output of an earlier conversion")
@@ -148,13 +150,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=path, required=True, help="the checkpoint folder to write; must not exist")
     command.add_argument("--dtype", **dtypes)
     command.add_argument(
-        "--format", choices=["torch_dist", "torch"], default="torch_dist",
+        "--format",
+        choices=["torch_dist", "torch"],
+        default="torch_dist",
         help="torch_dist opens at any layout; torch writes mp_rank_XX files for another Megatron",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--make-vocab-size-divisible-by", type=divisor, default=128, metavar="N",
+        "--make-vocab-size-divisible-by",
+        type=divisor,
+        default=128,
+        metavar="N",
         help="pad the vocabulary with zeros to a multiple of N (default 128)",
-    )  # fmt: skip
+    )
     command.add_argument(
         "--tensor-model-parallel-size", type=positive, default=1, metavar="TP", help="for --format torch"
     )
@@ -162,9 +169,11 @@ def parser() -> argparse.ArgumentParser:
         "--pipeline-model-parallel-size", type=positive, default=1, metavar="PP", help="for --format torch"
     )
     command.add_argument(
-        "--transformer-impl", choices=["transformer_engine", "local"], default="transformer_engine",
+        "--transformer-impl",
+        choices=["transformer_engine", "local"],
+        default="transformer_engine",
         help="the implementation that names the parameters in --format torch",
-    )  # fmt: skip
+    )
     command.add_argument("--overwrite", **overwrite)
 
     command = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face folder", allow_abbrev=False)

@@ -101,9 +101,14 @@ def run_kv(args) -> None:
 def run_ruler(args) -> None:
     source = find_model(args)
     options = dict(
-        lengths=args.lengths or default_lengths(source), tasks=args.tasks, samples=args.samples, seed=args.seed,
-        haystack=args.haystack, squad=args.squad, hotpotqa=args.hotpotqa,
-    )  # fmt: skip
+        lengths=args.lengths or default_lengths(source),
+        tasks=args.tasks,
+        samples=args.samples,
+        seed=args.seed,
+        haystack=args.haystack,
+        squad=args.squad,
+        hotpotqa=args.hotpotqa,
+    )
     plan = plans.plan_ruler(source.tokenizer, **options)
     given = set(args.tasks or ruler.list_default_tasks(args.squad, args.hotpotqa))
     if missing := [task for task in ruler.TASKS if task not in given]:
@@ -119,9 +124,12 @@ def run_longbench(args) -> None:
     source = find_model(args)
     length = args.length or default_lengths(source)[-1]
     options = dict(
-        folder=args.data, length=length, datasets=args.datasets, samples=args.samples,
+        folder=args.data,
+        length=length,
+        datasets=args.datasets,
+        samples=args.samples,
         code_similarity=args.code_similarity,
-    )  # fmt: skip
+    )
     plan = plans.plan_longbench(source.tokenizer, **options)
     plain = sorted({example.part for example in plan.examples if args.chat and not example.chat})
     run_examples(args, source, plan, options | {"plain_datasets": plain})
@@ -170,11 +178,16 @@ def run_perplexity_command(args) -> None:
     )
     warn_beyond(source, lengths[-1])
     settings = {
-        "dataset": args.dataset, "json_key": args.json_key, "convention": args.convention,
-        "lengths": lengths, "stride": stride if slides else None,
-        "documents": args.documents, "min_tokens": args.min_tokens, "longppl": with_longppl and vars(rule),
+        "dataset": args.dataset,
+        "json_key": args.json_key,
+        "convention": args.convention,
+        "lengths": lengths,
+        "stride": stride if slides else None,
+        "documents": args.documents,
+        "min_tokens": args.min_tokens,
+        "longppl": with_longppl and vars(rule),
         "key_token_model": key_source and key_source.identity(),
-    }  # fmt: skip
+    }
     longppl_bos = args.longppl_bos and source.tokenizer.bos is not None
     if with_longppl and source.tokenizer.bos is not None:
         settings["longppl_bos"] = longppl_bos
@@ -184,10 +197,16 @@ def run_perplexity_command(args) -> None:
             missing = [document for document in documents if document.name not in results.records]
             key = find_key_tokens_by_model(lambda: load(args, key_source), missing, source.tokenizer, rule)
         records = run_perplexity(
-            lambda: load(args, source), documents,
-            convention=args.convention, lengths=lengths, stride=stride, rule=rule if with_longppl else None,
-            longppl_bos=longppl_bos, key=key, results=results,
-        )  # fmt: skip
+            lambda: load(args, source),
+            documents,
+            convention=args.convention,
+            lengths=lengths,
+            stride=stride,
+            rule=rule if with_longppl else None,
+            longppl_bos=longppl_bos,
+            key=key,
+            results=results,
+        )
         described = {"convention": args.convention} | ({"longppl_bos": longppl_bos} if with_longppl else {})
         finish(args, results, {length: row | described for length, row in summarise_perplexity(records).items()})
 
@@ -216,9 +235,15 @@ def run_harness(args) -> None:
     settings = {"tasks": names, "include_path": args.include_path and str(args.include_path), **options}
     with open_output(args, source, settings) as results:
         found = harness.run(
-            source, names, manager, **options,
-            batch_size=args.batch_size, tokenizer=args.tokenizer, results=results, overwrite=args.overwrite,
-        )  # fmt: skip
+            source,
+            names,
+            manager,
+            **options,
+            batch_size=args.batch_size,
+            tokenizer=args.tokenizer,
+            results=results,
+            overwrite=args.overwrite,
+        )
         results.finish(found)
         print(f"Results: {results.folder / SUMMARY}   lm-eval's own: {harness.FULL_RESULTS} beside it")
 

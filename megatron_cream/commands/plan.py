@@ -122,9 +122,14 @@ def next_command(options: argparse.Namespace, flags: list[str], run: Run, best: 
 
 
 def print_full_length(
-    terminal: Console, options: argparse.Namespace, long: Run, best: Plan, full: list[Plan], usable: float,
+    terminal: Console,
+    options: argparse.Namespace,
+    long: Run,
+    best: Plan,
+    full: list[Plan],
+    usable: float,
     around: Cluster,
-) -> None:  # fmt: skip
+) -> None:
     """Print what training at the target length would need, if the run uses shorter samples."""
     if full:
         report_time.print_full(terminal, long, best, full, options.price)
@@ -180,9 +185,11 @@ def parser() -> argparse.ArgumentParser:
             raise UsageError(message)
 
     result = OneLine(
-        description=__doc__, epilog=layouts.RULES, allow_abbrev=False,
+        description=__doc__,
+        epilog=layouts.RULES,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     result.add_argument("--gpus", type=positive, metavar="N", help="number of GPUs in total")
     result.add_argument(
         "--gpu", choices=GPUS, default="H100", help="GPU model (default: %(default)s); sets the defaults below"
@@ -192,13 +199,18 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--gpus-per-host", type=positive, default=8, metavar="N", help="default: %(default)s")
     result.add_argument(
-        "--host-link", type=link, default="nvlink", metavar="LINK",
+        "--host-link",
+        type=link,
+        default="nvlink",
+        metavar="LINK",
         help="link between the GPUs of a host: nvlink (default), pcie, or GB/s per direction",
-    )  # fmt: skip
+    )
     result.add_argument(
-        "--network", type=above_zero, metavar="GBIT",
+        "--network",
+        type=above_zero,
+        metavar="GBIT",
         help="Gbit/s between hosts for each GPU (default: 400 for H100 and H200, 200 for A100)",
-    )  # fmt: skip
+    )
     result.add_argument("--price", type=above_zero, help="price of one GPU for an hour, to show the cost of the run")
     result.add_argument(
         "--picture", type=path, metavar="FILE", help="draw the parts of a step's time for each layout listed"

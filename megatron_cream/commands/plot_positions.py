@@ -126,9 +126,11 @@ def binned(values: np.ndarray, bins: int = 256) -> tuple[np.ndarray, np.ndarray]
 
 def parser() -> argparse.ArgumentParser:
     result = OneLineParser(
-        prog=program_name(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=program_name(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     add = result.add_argument
     add("--seq-length", type=int, default=4096, metavar="N", help="the trained window (default 4096)")
     add("--target-length", type=int, default=32768, metavar="L", help="the window to extend to (default 32768)")

@@ -73,16 +73,21 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
     attention.type, attention.choices = str, ATTENTION_BACKENDS
     # Negative flags, so that the command line can undo a recipe and this project's default.
     parser.add_argument(
-        "--no-dist-ckpt-optim-fully-reshardable", dest="dist_ckpt_optim_fully_reshardable", action="store_false",
+        "--no-dist-ckpt-optim-fully-reshardable",
+        dest="dist_ckpt_optim_fully_reshardable",
+        action="store_false",
         help="Save the distributed optimizer as it is sharded over the ranks: faster and without host memory, but it "
         "resumes only with the same tensor and pipeline parallelism.",
-    )  # fmt: skip
+    )
     _require_action(parser, "recompute_granularity").choices = ("full", "selective", "none")
     for name in ("overlap-grad-reduce", "overlap-param-gather"):
         parser.add_argument(
-            f"--no-{name}", action="store_false", dest=name.replace("-", "_"), help=f"Turn off --{name}, which is on "
+            f"--no-{name}",
+            action="store_false",
+            dest=name.replace("-", "_"),
+            help=f"Turn off --{name}, which is on "
             "by default on GPUs with --use-distributed-optimizer and data or context parallelism.",
-        )  # fmt: skip
+        )
     _require_action(parser, "rotary_base").type = float  # an exported ntk scaling has a fractional theta
     parser.set_defaults(**project_defaults())
     for action in parser._actions:

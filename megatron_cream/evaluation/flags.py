@@ -127,10 +127,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
     tasks = list(commands.choices)
     added = command(
-        "compare", "what an extension gained and cost, from the results of two models",
+        "compare",
+        "what an extension gained and cost, from the results of two models",
         "Pairs the examples of both models and writes a page with intervals: comparison.md, comparison.html, which "
         "holds its pictures, and comparison.json. No model is run.",
-    )  # fmt: skip
+    )
     add = added.add_argument
     about = "results of the {} model: a folder that a task has filled, or a folder of such folders"
     add("base", type=path, metavar="BASE", help=about.format("base"))

@@ -29,9 +29,12 @@ _CHECKSUMS = "line_checksums"
 
 # Settings that runs of earlier versions did not write down, and what they did.
 _FORMER = {
-    "answers_stripped": False, "code_similarity": "indel", "convention": "ours", "longppl_bos": True,
+    "answers_stripped": False,
+    "code_similarity": "indel",
+    "convention": "ours",
+    "longppl_bos": True,
     "plain_datasets": [],
-}  # fmt: skip
+}
 
 
 class Results:

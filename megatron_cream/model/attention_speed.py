@@ -132,9 +132,13 @@ def _build_attention(backend: AttentionBackend, shape: Shape) -> Callable[[Tenso
         from transformer_engine.pytorch import DotProductAttention
 
         return DotProductAttention(
-            shape.heads, shape.head_dim, num_gqa_groups=shape.groups, attention_dropout=0.0,
-            attn_mask_type="causal", qkv_format="sbhd",
-        )  # fmt: skip
+            shape.heads,
+            shape.head_dim,
+            num_gqa_groups=shape.groups,
+            attention_dropout=0.0,
+            attn_mask_type="causal",
+            qkv_format="sbhd",
+        )
     module = CORE_ATTENTIONS[backend.name]
     shell = type("Shell", (), {"softmax_scale": None})()
     return lambda query, key, value: module.attend(shell, query, key, value)

@@ -2,9 +2,16 @@
 
 
 def flops_per_token(
-    *, num_layers: int, hidden_size: int, ffn_hidden_size: int, num_query_groups: int, kv_channels: int,
-    num_attention_heads: int, vocab_size: int, seq_length: int,
-) -> float:  # fmt: skip
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_query_groups: int,
+    kv_channels: int,
+    num_attention_heads: int,
+    vocab_size: int,
+    seq_length: int,
+) -> float:
     """Return the floating-point operations of training on one token, forward and backward.
 
     6 x the parameters in matrix products (without the embedding look-up), plus
@@ -17,9 +24,16 @@ def flops_per_token(
 
 
 def parameters(
-    *, num_layers: int, hidden_size: int, ffn_hidden_size: int, num_query_groups: int, kv_channels: int,
-    num_attention_heads: int, vocab_size: int, tied: bool,
-) -> int:  # fmt: skip
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_query_groups: int,
+    kv_channels: int,
+    num_attention_heads: int,
+    vocab_size: int,
+    tied: bool,
+) -> int:
     """Return the number of weights in linear layers and embeddings, without norms and biases.
 
     A `tied` model has its embedding as output layer.

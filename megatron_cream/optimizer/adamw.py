@@ -43,9 +43,14 @@ class FusedAdamW(torch.optim.Optimizer):
             # The kernel computes sqrt(v / correction2) as sqrt(v) / sqrt(correction2).
             correction1, correction2 = 1 - beta1 ** group["step"], 1 - beta2 ** group["step"]
             numbers = (
-                float(group["lr"]), beta1, beta2, group["eps"], float(group["weight_decay"]),
-                1 / correction1, 1 / math.sqrt(correction2),
-            )  # fmt: skip
+                float(group["lr"]),
+                beta1,
+                beta2,
+                group["eps"],
+                float(group["weight_decay"]),
+                1 / correction1,
+                1 / math.sqrt(correction2),
+            )
             for param in group["params"]:
                 if param.grad is not None:
                     self._update(param, numbers)
@@ -59,19 +64,43 @@ class FusedAdamW(torch.optim.Optimizer):
         scale = self.gradient_scale
         count = param.numel()
         _adamw_kernel[(triton.cdiv(count, _BLOCK),)](
-            param, param.grad, state["exp_avg"], state["exp_avg_sq"],
-            param if copy is None else copy, param if scale is None else scale, count, *numbers,
-            HAS_COPY=copy is not None, HAS_SCALE=scale is not None, DECOUPLED=self.adam_w_mode,
-            BLOCK=_BLOCK, num_warps=8,
-        )  # fmt: skip
+            param,
+            param.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            param if copy is None else copy,
+            param if scale is None else scale,
+            count,
+            *numbers,
+            HAS_COPY=copy is not None,
+            HAS_SCALE=scale is not None,
+            DECOUPLED=self.adam_w_mode,
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
 
 
 @triton.jit
 def _adamw_kernel(
-    param, grad, exp_avg, exp_avg_sq, copy, scale, count,
-    lr, beta1, beta2, eps, weight_decay, factor1, factor2,
-    HAS_COPY: tl.constexpr, HAS_SCALE: tl.constexpr, DECOUPLED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    copy,
+    scale,
+    count,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    factor1,
+    factor2,
+    HAS_COPY: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     p = tl.load(param + at, mask=mask, other=0.0)

@@ -176,9 +176,13 @@ def _replace_torch_cuda() -> None:
     cuda = torch.cuda
     stream = _Stream()
     properties = types.SimpleNamespace(
-        name="cpu", major=0, minor=0, multi_processor_count=1, warp_size=32,
+        name="cpu",
+        major=0,
+        minor=0,
+        multi_processor_count=1,
+        warp_size=32,
         total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )  # fmt: skip
+    )
 
     def nothing(*_, **__):
         return None

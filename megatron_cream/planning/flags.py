@@ -17,11 +17,19 @@ from megatron_cream.planning.run import Engine, Layout, Model, Run
 
 # Flags whose effect on memory `memory` does not model.
 _NOT_PLANNED = (
-    "use_megatron_fsdp", "use_torch_fsdp2", "optimizer_cpu_offload", "cpu_offloading_num_layers",
-    "fine_grained_activation_offloading", "fp4", "mtp_num_layers", "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "fp32_residual_connection",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+    "optimizer_cpu_offload",
+    "cpu_offloading_num_layers",
+    "fine_grained_activation_offloading",
+    "fp4",
+    "mtp_num_layers",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "fp32_residual_connection",
     "cross_entropy_loss_fusion",
-)  # fmt: skip
+)
 _DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 _LLAMA2_VOCABULARY = 32000
 _RECOMPUTED = {"core_attn", "layernorm", "mlp"}

@@ -151,12 +151,19 @@ def _splits(model: Model, base: Layout, gpus: int, host: int) -> Iterator[Layout
                 for micro_batch in MICRO_BATCHES:
                     is_sharded = gpus > tp * pp
                     layout = Layout(
-                        tensor=tp, pipeline=pp, context=cp, data=gpus // (tp * pp * cp), sequence_parallel=tp > 1,
-                        seq_length=base.seq_length, micro_batch=micro_batch, global_batch=base.global_batch,
-                        overlap_grad_reduce=is_sharded, overlap_param_gather=is_sharded,
+                        tensor=tp,
+                        pipeline=pp,
+                        context=cp,
+                        data=gpus // (tp * pp * cp),
+                        sequence_parallel=tp > 1,
+                        seq_length=base.seq_length,
+                        micro_batch=micro_batch,
+                        global_batch=base.global_batch,
+                        overlap_grad_reduce=is_sharded,
+                        overlap_param_gather=is_sharded,
                         overlap_tensor=base.overlap_tensor and tp > 1,
                         rings=base.rings and tp == 2,
-                    )  # fmt: skip
+                    )
                     if find_conflict(model, layout) is None:
                         yield layout
 

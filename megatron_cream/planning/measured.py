@@ -79,12 +79,8 @@ def print_check(console: Console) -> None:
     table.add_column("fitted", style="dim")
     for row in load_runs():
         found = check_run(row)
-        time = (
-            f"{found.speed.tokens_per_second:,.0f}", f"{row['tokens_per_second']:,}", f"{found.time_error:+.1%}"
-        )  # fmt: skip
-        space = (
-            f"{found.peak_gib:.1f}", f"{row['peak_gib']:.1f}", f"{found.memory_error:+.1%}"
-        )  # fmt: skip
+        time = (f"{found.speed.tokens_per_second:,.0f}", f"{row['tokens_per_second']:,}", f"{found.time_error:+.1%}")
+        space = (f"{found.peak_gib:.1f}", f"{row['peak_gib']:.1f}", f"{found.memory_error:+.1%}")
         note = f"off: {row['off']}" if "off" in row else row.get("fits", "")
         table.add_row(row["what"], *time, *space, note)
     console.print(table)

@@ -41,9 +41,14 @@ def draw(plans: list[Plan], title: str, path: Path) -> None:
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     for place, plan in enumerate(plans):
         axes.annotate(
-            f"MFU {plan.speed.utilization:.0%}", (ends[place], place), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=9, color="0.35",
-        )  # fmt: skip
+            f"MFU {plan.speed.utilization:.0%}",
+            (ends[place], place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color="0.35",
+        )
     axes.set_yticks(range(len(plans)), [_name(plan) for plan in plans])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * max(ends))

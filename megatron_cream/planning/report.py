@@ -63,9 +63,13 @@ def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: flo
         sizes = (number, layout.tensor, layout.pipeline, layout.context, layout.data, layout.micro_batch)
         values = (needed / GIB, (usable - needed) / GIB)
         table.add_row(
-            *map(str, sizes), _recompute(layout), *(f"{value:.1f}" for value in values), f"{speed.time.step:.2f}",
-            f"{speed.tokens_per_second:,.0f}", f"{speed.utilization:.1%}",
-        )  # fmt: skip
+            *map(str, sizes),
+            _recompute(layout),
+            *(f"{value:.1f}" for value in values),
+            f"{speed.time.step:.2f}",
+            f"{speed.tokens_per_second:,.0f}",
+            f"{speed.utilization:.1%}",
+        )
     console.print(table)
     console.print("flags to add for each layout:")
     for number, plan in enumerate(plans[:MAX_LAYOUTS], 1):

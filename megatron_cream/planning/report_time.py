@@ -99,7 +99,7 @@ def print_full(console: Console, run: Run, best: Plan, full: list[Plan], price: 
         f"  {format_layout(plan.layout)}: {plan.speed.time.step:,.1f} s a step, {rates(plan.speed)}",
         soft_wrap=True,
         highlight=False,
-    )  # fmt: skip
+    )
 
 
 def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:

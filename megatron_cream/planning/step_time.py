@@ -82,11 +82,15 @@ def predict(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> S
     time = _step(model, layout, engine, cluster)
     rate = layout.global_batch * layout.seq_length / time.step / layout.gpus
     flops = flops_per_token(
-        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
-        num_query_groups=model.num_query_groups, kv_channels=model.kv_channels,
-        num_attention_heads=model.num_attention_heads, vocab_size=model.padded_vocab_size,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        num_attention_heads=model.num_attention_heads,
+        vocab_size=model.padded_vocab_size,
         seq_length=layout.seq_length,
-    )  # fmt: skip
+    )
     return Speed(time, rate, rate * flops / cluster.gpu.bf16)
 
 

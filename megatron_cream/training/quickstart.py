@@ -105,9 +105,14 @@ def plot(before: dict, after: dict, window: int, path: Path) -> Path:
     axes.plot(lengths, [after[n] for n in lengths], "o-", color="#2a6f97", label="after CREAM")
     axes.axvline(window, color="0.6", linewidth=1, zorder=0)
     axes.annotate(
-        "trained window N", (window, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -12),
-        textcoords="offset points", color="0.4", fontsize=9,
-    )  # fmt: skip
+        "trained window N",
+        (window, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -12),
+        textcoords="offset points",
+        color="0.4",
+        fontsize=9,
+    )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [str(n) for n in lengths])

@@ -20,13 +20,32 @@ from megatron_cream.common.versions import find_versions
 from megatron_cream.config.recipe import locate
 
 _PACKAGES = (
-    "megatron-core", "torch", "triton", "transformer-engine", "flash-attn-4", "flash-attn", "transformers",
-    "safetensors", "sentencepiece", "numpy",
-)  # fmt: skip
+    "megatron-core",
+    "torch",
+    "triton",
+    "transformer-engine",
+    "flash-attn-4",
+    "flash-attn",
+    "transformers",
+    "safetensors",
+    "sentencepiece",
+    "numpy",
+)
 # Prefixes of the environment variables that change how a run computes or communicates.
 _ENVIRONMENT = (
-    "CUDA", "CUBLAS", "CUDNN", "NCCL", "NVTE", "TORCH", "PYTORCH", "TRITON", "GLOO", "OMP", "MKL", "SLURM_JOB",
-)  # fmt: skip
+    "CUDA",
+    "CUBLAS",
+    "CUDNN",
+    "NCCL",
+    "NVTE",
+    "TORCH",
+    "PYTORCH",
+    "TRITON",
+    "GLOO",
+    "OMP",
+    "MKL",
+    "SLURM_JOB",
+)
 
 
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)

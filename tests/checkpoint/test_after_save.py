@@ -36,9 +36,11 @@ def left(save: Path) -> list[int]:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    steps=st.sets(st.integers(1, 30), min_size=1, max_size=12), last=st.integers(1, 4),
-    every=st.none() | st.integers(1, 7), data=st.data(),
-)  # fmt: skip
+    steps=st.sets(st.integers(1, 30), min_size=1, max_size=12),
+    last=st.integers(1, 4),
+    every=st.none() | st.integers(1, 7),
+    data=st.data(),
+)
 def test_kept_checkpoints(tmp_path_factory, steps, last, every, data):
     """Compare with the rule, written in another way; steps after the tracker's are from before a step back."""
     newest = data.draw(st.sampled_from(sorted(steps)))
@@ -46,16 +48,18 @@ def test_kept_checkpoints(tmp_path_factory, steps, last, every, data):
     save = put(tmp_path_factory.mktemp("save"), *steps, newest=newest)
     folder = {step: save / f"iter_{step:07d}" for step in steps}
     kept = Retention(
-        save, last=last, every=every, protected=[folder[loaded]] if loaded else [],
+        save,
+        last=last,
+        every=every,
+        protected=[folder[loaded]] if loaded else [],
         busy=lambda: {folder[busy]} if busy else set(),
-    )  # fmt: skip
+    )
     kept.prune()
     kept.close()
     rank = {step: sum(step < other <= newest for other in steps) for step in steps}
     wanted = [
-        s for s in sorted(steps)
-        if s >= newest or rank[s] < last or (every and s % every == 0) or s in (loaded, busy)
-    ]  # fmt: skip
+        s for s in sorted(steps) if s >= newest or rank[s] < last or (every and s % every == 0) or s in (loaded, busy)
+    ]
     assert left(save) == wanted and not list(save.glob(".iter_*"))
 
 
@@ -185,9 +189,19 @@ def test_asynchronous_saves_run_hooks_and_resume_at_another_layout(tmp_path):
     assert [path.name for path in written if b"two words" in path.read_bytes()] == ["save_hook.log"]
     assert any(str(hook).encode() in path.read_bytes() for path in (save / "runs").iterdir())
     rest = train(
-        2, tmp_path / "rest", *flags[:-2], "--save", tmp_path / "other", "--load", save, "--ckpt-step", 8,
-        "--tensor-model-parallel-size", 2, "--sequence-parallel",
-    )  # fmt: skip
+        2,
+        tmp_path / "rest",
+        *flags[:-2],
+        "--save",
+        tmp_path / "other",
+        "--load",
+        save,
+        "--ckpt-step",
+        8,
+        "--tensor-model-parallel-size",
+        2,
+        "--sequence-parallel",
+    )
     assert list(rest) == [9, 10]
     assert max(abs(rest[step] - whole[step]) / whole[step] for step in rest) < 1e-5
 

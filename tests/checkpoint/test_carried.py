@@ -63,9 +63,14 @@ def swap(file: Path) -> None:
 
 
 NAMES = (
-    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.model",
-    "chat_template.jinja", TOOL_USE,
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    TOOL_USE,
+)
 DAMAGES = [(name, damage) for name in NAMES for damage in (cut, empty, flip, swap, Path.unlink)]
 
 

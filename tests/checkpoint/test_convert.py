@@ -157,11 +157,14 @@ def test_files_copied_along(tmp_path):
 # From folders on the Hub: the dtype to load; a default rope given twice; the names of Llama 1 without newer keys;
 # a model with code.
 WORDS = [
-    {"torch_dtype": "auto"}, {"dtype": "auto", "torch_dtype": None}, {"dtype": "torch.half"},
-    {"rope_parameters": None, "rope_scaling": {"type": "default", "rope_type": "default"}}, {"rope_scaling": {}},
+    {"torch_dtype": "auto"},
+    {"dtype": "auto", "torch_dtype": None},
+    {"dtype": "torch.half"},
+    {"rope_parameters": None, "rope_scaling": {"type": "default", "rope_type": "default"}},
+    {"rope_scaling": {}},
     {"architectures": ["LLaMAForCausalLM"], "num_key_value_heads": None, "head_dim": None, "pad_token_id": -1},
     {"auto_map": {"AutoModelForCausalLM": "modeling_flash_llama.LlamaForCausalLM"}},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("words", WORDS)

@@ -114,9 +114,14 @@ def test_weights_are_fetched_once(repository, tmp_path):
     shards = {file.name for file in repository.glob("model-*.safetensors")}
     assert len(shards) > 1
     assert set(hub.fetched) == shards | {
-        "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+    }
     assert len(hub.fetched) == len(set(hub.fetched))
     assert (tmp_path / "ckpt/hf/additional_chat_templates/tool_use.jinja").is_file()
 

@@ -110,9 +110,16 @@ def vllm_window(config: dict) -> int:
     _get_and_verify_max_len: the smallest of these keys, model_max_length before all, times the factor.
     """
     keys = (
-        "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
-        "max_target_positions", "max_sequence_length", "max_seq_length", "seq_len",
-    )  # fmt: skip
+        "max_position_embeddings",
+        "n_positions",
+        "max_seq_len",
+        "seq_length",
+        "model_max_length",
+        "max_target_positions",
+        "max_sequence_length",
+        "max_seq_length",
+        "seq_len",
+    )
     length = config.get("model_max_length") or min(config[key] for key in keys if config.get(key) is not None)
     scaling = config["rope_scaling"] or {}
     multiplied = scaling.get("rope_type") not in (None, "su", "longrope", "llama3", "yarn", "deepseek_yarn")

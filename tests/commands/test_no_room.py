@@ -51,12 +51,10 @@ def test_pictures_on_a_full_disk(name, tmp_path):
     [
         ("plan", "--config llama2_7b_32k --gpus 2 --picture {out}", "out.png"),
         ("plot_positions", "--samples 5 --output {out}", "out.png"),
-        (
-            "evaluate", "kv --model {model} --keys 3 --samples 1 --output {out}", "out/summary.json"
-        ),
+        ("evaluate", "kv --model {model} --keys 3 --samples 1 --output {out}", "out/summary.json"),
     ],
     ids=lambda value: value.split()[0],
-)  # fmt: skip
+)
 def test_tools_print_one_line_when_the_disk_is_full(tool, flags, written, tmp_path):
     full(tmp_path / written)
     out = tmp_path / Path(written).parts[0]

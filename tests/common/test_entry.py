@@ -10,9 +10,13 @@ import pytest
 from tests.launch import ROOT
 
 COMMANDS = [
-    "pretrain_cream.py", "tools/convert_hf.py", "tools/evaluate.py", "tools/plan.py", "tools/plot_positions.py",
+    "pretrain_cream.py",
+    "tools/convert_hf.py",
+    "tools/evaluate.py",
+    "tools/plan.py",
+    "tools/plot_positions.py",
     "tools/preprocess_data.py",
-]  # fmt: skip
+]
 # Loaded by Python before a script begins: sends this process Ctrl-C when the script imports a module.
 INTERRUPT_AT_IMPORT = """
 import os, signal, sys
@@ -51,10 +55,12 @@ def script(tmp_path, body: str):
 @pytest.mark.parametrize(
     "command, module",
     [
-        *((command, "torch") for command in COMMANDS[:4]), ("tools/plot_positions.py", "numpy"),
-        ("tools/plot_positions.py", "matplotlib"), ("tools/preprocess_data.py", "numpy"),
+        *((command, "torch") for command in COMMANDS[:4]),
+        ("tools/plot_positions.py", "numpy"),
+        ("tools/plot_positions.py", "matplotlib"),
+        ("tools/preprocess_data.py", "numpy"),
     ],
-)  # fmt: skip
+)
 def test_ctrl_c_during_imports_prints_one_line(tmp_path, command, module):
     (tmp_path / "sitecustomize.py").write_text(INTERRUPT_AT_IMPORT)
     flags = ["--samples", 10, "--output", tmp_path / "x.png"] if module == "matplotlib" else []
@@ -104,10 +110,16 @@ CLOSED = "tool.py: error: standard output: Bad file descriptor\n"
 @pytest.mark.parametrize(
     "redirect, code, error",
     [
-        (">/dev/full", 2, FULL), (">/dev/full 2>&1", 2, ""), (">&-", 2, CLOSED), (">&- 2>&-", 2, ""),
-        ("| true; exit ${PIPESTATUS[0]}", 141, ""), ("2>/dev/full", 0, ""), ("2>&-", 0, ""), ("<&-", 0, "said\n"),
+        (">/dev/full", 2, FULL),
+        (">/dev/full 2>&1", 2, ""),
+        (">&-", 2, CLOSED),
+        (">&- 2>&-", 2, ""),
+        ("| true; exit ${PIPESTATUS[0]}", 141, ""),
+        ("2>/dev/full", 0, ""),
+        ("2>&-", 0, ""),
+        ("<&-", 0, "said\n"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("unbuffered", [(), ("-u",)])
 def test_unwritable_standard_output(tmp_path, redirect, code, error, unbuffered):
     """Unwritten words are an error like that of any other output; words on standard error can be done without."""

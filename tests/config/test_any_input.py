@@ -128,11 +128,30 @@ def test_any_index_of_shards(hf, tmp_path_factory, content):
 
 
 CONFIG_KEYS = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-    "intermediate_size", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "architectures", "hidden_act",
-    "tie_word_embeddings", "max_position_embeddings", "sliding_window", "layer_types", "use_sliding_window",
-    "attention_bias", "quantization_config", "partial_rotary_factor", "torch_dtype", "dtype",
-)  # fmt: skip
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "intermediate_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "architectures",
+    "hidden_act",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+    "sliding_window",
+    "layer_types",
+    "use_sliding_window",
+    "attention_bias",
+    "quantization_config",
+    "partial_rotary_factor",
+    "torch_dtype",
+    "dtype",
+)
 ROPES = st.dictionaries(
     st.sampled_from(["rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "beta_fast"]),
     PLAIN | st.sampled_from(["linear", "yarn", "llama3", "dynamic", "longrope", "default"]),
@@ -250,9 +269,12 @@ def test_short_documents_are_rejected_as_the_data_set_does(tmp_path_factory, len
     flags = ["--data-path", prefix, "--split", ",".join(map(str, split)), "--seq-length", "96"]
     args = PARSER.parse_args([str(flag) for flag in [*flags, "--eval-iters", int(evaluated)]])
     config = LongDocumentDatasetConfig(
-        random_seed=5, sequence_length=96, blend=([str(prefix)], None), split=args.split,
+        random_seed=5,
+        sequence_length=96,
+        blend=([str(prefix)], None),
+        split=args.split,
         sampler=dict(name="cream", window=96, target=384, sigma=3.0, variant="paper"),
-    )  # fmt: skip
+    )
     samples = [4, 4 * evaluated, 4 * evaluated]
     try:
         built = BlendedMegatronDatasetBuilder(LongDocumentDataset, samples, lambda: True, config).build()

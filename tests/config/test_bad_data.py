@@ -109,7 +109,7 @@ DAMAGE = {
         lambda b, i: write(f"{b.with_suffix('')}_loss_mask", [[1] * 200, [1] * 3, [0] * 99], np.int32),
         ["is not the loss mask of"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -212,10 +212,21 @@ def test_the_run_ends_with_exit_code_2_and_writes_nothing(tmp_path):
     recipe = GOOD | {"vocab_size": 50, "lr": 1e-3, "split": "8,1,1"}
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in recipe.items()]
     result = subprocess.run(
-        [sys.executable, ROOT / "pretrain_cream.py", *flags, "--data-path", prefix,
-         "--save", tmp_path / "save", "--tensorboard-dir", tmp_path / "tensorboard"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "pretrain_cream.py",
+            *flags,
+            "--data-path",
+            prefix,
+            "--save",
+            tmp_path / "save",
+            "--tensorboard-dir",
+            tmp_path / "tensorboard",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert result.returncode == 2, result.stderr
     error = result.stderr.strip().splitlines()[-1]
     assert error.startswith(f"pretrain_cream.py: error: --data-path {prefix}: contains token id ")
@@ -288,9 +299,13 @@ VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["text", "a"]) | TEXT, inner),
 )
-LINE = st.binary() | VALUE.map(lambda value: json.dumps(value).encode()) | st.dictionaries(
-    st.sampled_from(["text", "b"]), VALUE
-).map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))  # fmt: skip
+LINE = (
+    st.binary()
+    | VALUE.map(lambda value: json.dumps(value).encode())
+    | st.dictionaries(st.sampled_from(["text", "b"]), VALUE).map(
+        lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    )
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -312,8 +327,12 @@ def test_any_line_gives_a_text_or_a_reason(lines):
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.binary(max_size=300), name=st.sampled_from(["a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.txt.gz",
-       "a.jsonl.zst", "a.txt.zst", "a.parquet", "a.arrow"]))  # fmt: skip
+@given(
+    data=st.binary(max_size=300),
+    name=st.sampled_from(
+        ["a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.txt.gz", "a.jsonl.zst", "a.txt.zst", "a.parquet", "a.arrow"]
+    ),
+)
 def test_any_bytes_give_documents_or_one_error_line(tmp_path_factory, data, name):
     path = tmp_path_factory.mktemp("any") / name
     for content in (data, b'[{"text": "a"},' + data, b'{"text": "a"}\n' + data, b"ARROW1\0\0" + data):

@@ -22,10 +22,17 @@ from tests.launch import ROOT, torchrun, write_documents
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 GOOD = {
-    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 128, "target_length": 512,
-    "micro_batch_size": 1, "train_iters": 2, "rope_scaling_type": "linear", "tokenizer_type": "NullTokenizer",
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "seq_length": 128,
+    "target_length": 512,
+    "micro_batch_size": 1,
+    "train_iters": 2,
+    "rope_scaling_type": "linear",
+    "tokenizer_type": "NullTokenizer",
     "vocab_size": 100,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +76,12 @@ def test_recipe_values_are_parsed_as_the_command_line_would(tmp_path):
     path.write_text("lr: 1e-5\nnum-layers: 3\nadd_bias_linear: false\nno_bias_swiglu_fusion: true\neval_lengths: 64\n")
     values = read_recipe(path, build_parser())
     assert values == {
-        "lr": 1e-5, "num_layers": 3, "add_bias_linear": False, "bias_swiglu_fusion": False, "eval_lengths": [64],
-    }  # fmt: skip
+        "lr": 1e-5,
+        "num_layers": 3,
+        "add_bias_linear": False,
+        "bias_swiglu_fusion": False,
+        "eval_lengths": [64],
+    }
 
 
 def test_recipes_by_name(monkeypatch, tmp_path):
@@ -328,8 +339,10 @@ def test_exit_code_2_comes_before_any_process_group(tmp_path, data):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in (GOOD | {"target_length": 500}).items()]
     result = subprocess.run(
         [sys.executable, ROOT / "pretrain_cream.py", *flags, "--data-path", data, "--save", tmp_path / "save"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert result.returncode == 2
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("pretrain_cream.py: error: --target-length 500"), result.stderr

@@ -85,8 +85,13 @@ def test_an_import_is_read_like_its_source_folder(run):
     result = run_tool("import", "--hf-path", folder / "hf", "--output", folder / "ckpt")
     assert result.returncode == 0, result.stderr
     for flags in ([], ["--rope-scaling-type", "yarn"], ["--rotary-base", "2e6"]):
-        found = [read(folder, *source, *flags) for source in (
-            ["--load-hf", folder / "hf"], ["--pretrained-checkpoint", folder / "ckpt"], ["--load", folder / "ckpt"],
-        )]  # fmt: skip
+        found = [
+            read(folder, *source, *flags)
+            for source in (
+                ["--load-hf", folder / "hf"],
+                ["--pretrained-checkpoint", folder / "ckpt"],
+                ["--load", folder / "ckpt"],
+            )
+        ]
         ropes = [(args.rotary_base, args.rope_scaling_config, args.rope_lines) for args in found]
         assert ropes[0][2] and ropes == [ropes[0]] * 3

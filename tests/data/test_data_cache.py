@@ -43,9 +43,11 @@ def find(file: Path, said: list[str] | None = None, lengths=LENGTHS):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 9), max_size=80), cut=st.tuples(st.integers(0, 80), st.integers(0, 80)),
-    minimum=st.integers(1, 9), turns=st.integers(1, 2),
-)  # fmt: skip
+    lengths=st.lists(st.integers(0, 9), max_size=80),
+    cut=st.tuples(st.integers(0, 80), st.integers(0, 80)),
+    minimum=st.integers(1, 9),
+    turns=st.integers(1, 2),
+)
 def test_the_index_matches_a_direct_scan(tmp_path_factory, lengths, cut, minimum, turns):
     lengths, (begin, end) = np.array(lengths, dtype=np.int32), sorted(min(c, len(lengths)) for c in cut)
     file = tmp_path_factory.mktemp("cache") / "x.npy"
@@ -159,9 +161,13 @@ def write(prefix: Path, lengths: list[int]) -> str:
 
 def blend(prefixes: list[str], cache: str | None):
     config = LongDocumentDatasetConfig(
-        random_seed=5, sequence_length=96, blend=(prefixes, [0.7, 0.3]), split="100,0,0", path_to_cache=cache,
+        random_seed=5,
+        sequence_length=96,
+        blend=(prefixes, [0.7, 0.3]),
+        split="100,0,0",
+        path_to_cache=cache,
         sampler={"name": "pi", "window": 96, "target": 384},
-    )  # fmt: skip
+    )
     return BlendedMegatronDatasetBuilder(LongDocumentDataset, [300, 0, 0], lambda: True, config).build()[0]
 
 

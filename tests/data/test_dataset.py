@@ -33,9 +33,13 @@ def prefix(tmp_path_factory):
 def config(prefixes, sampler=SAMPLER, seed=5, **options) -> LongDocumentDatasetConfig:
     blend = (prefixes, options.pop("weights", None))
     return LongDocumentDatasetConfig(
-        random_seed=seed, sequence_length=N, blend=blend, split=options.pop("split", "80,20,0"), sampler=sampler,
+        random_seed=seed,
+        sequence_length=N,
+        blend=blend,
+        split=options.pop("split", "80,20,0"),
+        sampler=sampler,
         **options,
-    )  # fmt: skip
+    )
 
 
 def build(prefix, samples=(200, 40, 0), **options):
@@ -63,9 +67,13 @@ def test_samples_are_what_the_sampler_planned(prefix):
     for index in range(len(train)):
         item = train[index]
         assert {k: (v.shape, v.dtype) for k, v in item.items()} == {
-            "tokens": ((N,), np.int64), "labels": ((N,), np.int64), "position_ids": ((N,), np.int64),
-            "loss_mask": ((N,), np.float32), "sample": ((), np.int64), "document": ((), np.int64),
-        }  # fmt: skip
+            "tokens": ((N,), np.int64),
+            "labels": ((N,), np.int64),
+            "position_ids": ((N,), np.int64),
+            "loss_mask": ((N,), np.float32),
+            "sample": ((), np.int64),
+            "document": ((), np.int64),
+        }
         epoch, place = divmod(index, len(long))
         sample = permute(place, len(long), (5, epoch))
         document = int(item["tokens"][0]) // 1000

@@ -69,9 +69,13 @@ def sentencepiece_model(tmp_path_factory) -> Path:
 
     prefix = tmp_path_factory.mktemp("spm") / "tokenizer"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(some_texts(50)), model_prefix=str(prefix), vocab_size=300, model_type="bpe",
-        byte_fallback=True, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(some_texts(50)),
+        model_prefix=str(prefix),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
     return prefix.with_suffix(".model")
 
 
@@ -224,9 +228,19 @@ def test_the_tool_writes_and_reports(tmp_path, sentencepiece_model):
     with path.open("a") as file:
         file.write("{broken\n")
     done = run_tool(
-        "--input", path, "--output-prefix", tmp_path / "x", "--json-keys", "text", "--workers", 2,
-        "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", sentencepiece_model,
-    )  # fmt: skip
+        "--input",
+        path,
+        "--output-prefix",
+        tmp_path / "x",
+        "--json-keys",
+        "text",
+        "--workers",
+        2,
+        "--tokenizer-type",
+        "SentencePieceTokenizer",
+        "--tokenizer-model",
+        sentencepiece_model,
+    )
     assert done.returncode == 0, done.stderr
     lengths = [len(ids) for ids in read_back(tmp_path / "x")]
     rows = {cells[1].strip(): cells[2].strip() for row in done.stdout.splitlines() if len(cells := row.split("│")) > 2}

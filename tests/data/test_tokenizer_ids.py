@@ -67,9 +67,14 @@ def without_eos(folder: Path) -> Path:
 def sentencepiece_without_eos(file: Path) -> Path:
     with file.open("wb") as writer:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(Path(__file__).read_text().splitlines()), model_writer=writer, vocab_size=400,
-            bos_id=1, eos_id=-1, byte_fallback=True, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(Path(__file__).read_text().splitlines()),
+            model_writer=writer,
+            vocab_size=400,
+            bos_id=1,
+            eos_id=-1,
+            byte_fallback=True,
+            minloglevel=2,
+        )
     return file
 
 

@@ -24,10 +24,18 @@ from tests.launch import ROOT
 from tests.processes import ending_with_test
 
 ALL = {
-    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500",
-    "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "run",
-    "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "3",
-}  # fmt: skip
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "0",
+    "GROUP_WORLD_SIZE": "1",
+    "TORCHELASTIC_RUN_ID": "run",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCHELASTIC_MAX_RESTARTS": "3",
+}
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -51,9 +59,12 @@ def test_incomplete_torchrun_variables(names):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        *(({name: value}, f"{name}={value} in the environment: must be a whole number")
-          for name in ALL if name not in ("MASTER_ADDR", "TORCHELASTIC_RUN_ID")
-          for value in ("x", "", "-1", "1e3", " 1", "9" * 5000, "\u0663")),
+        *(
+            ({name: value}, f"{name}={value} in the environment: must be a whole number")
+            for name in ALL
+            if name not in ("MASTER_ADDR", "TORCHELASTIC_RUN_ID")
+            for value in ("x", "", "-1", "1e3", " 1", "9" * 5000, "\u0663")
+        ),
         ({"RANK": "2"}, "RANK=2 in the environment: must be below WORLD_SIZE=2"),
         ({"WORLD_SIZE": "0"}, "RANK=1 in the environment: must be below WORLD_SIZE=0"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 in the environment: must be below LOCAL_WORLD_SIZE=2"),
@@ -63,7 +74,7 @@ def test_incomplete_torchrun_variables(names):
         ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 in the environment: must be 65535 or less"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is missing"),
     ],
-)  # fmt: skip
+)
 def test_impossible_torchrun_variables(changes, words):
     assert launcher.read_environment(ALL) == (1, 2)
     given = {name: value for name, value in (ALL | changes).items() if value is not None}

@@ -60,9 +60,13 @@ def launch(log: Path, flags: list, options: list, prefix: tuple = (), cwd: Path 
     command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, ROOT / "pretrain_cream.py", *flags]
     with open(log, "w") as out:
         return subprocess.Popen(
-            ending_with_test(command), stdout=out, stderr=subprocess.STDOUT, cwd=cwd, start_new_session=True,
+            ending_with_test(command),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        )  # fmt: skip
+        )
 
 
 def node(port: int, first: bool, address: str = "127.0.0.1", ranks: int = 2) -> list:

@@ -64,9 +64,13 @@ class Model:
 TINY = Model(window=256, seq_length=256, targets=(1024, 2048), steps=10, length=512)
 # The optimizer is saved as it lies: to gather it would take 7 GB of memory on each of the two ranks.
 REAL = Model(
-    window=8192, seq_length=512, targets=(16384, 24576), steps=4, length=1024,
+    window=8192,
+    seq_length=512,
+    targets=(16384, 24576),
+    steps=4,
+    length=1024,
     train="--no-dist-ckpt-optim-fully-reshardable --most-recent-k 1",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "twice"])

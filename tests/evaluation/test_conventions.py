@@ -43,9 +43,16 @@ def measure(llama, tmp_path, convention: str, rule: KeyTokenRule | None = None, 
     _, model, document = llama
     with open_results(tmp_path, settings={}, model={}, model_path=tmp_path, overwrite=False) as results:
         records = run_perplexity(
-            lambda: model, [document], convention=convention, lengths=LENGTHS, stride=STRIDE, rule=rule,
-            longppl_bos=longppl_bos, key={}, results=results,
-        )  # fmt: skip
+            lambda: model,
+            [document],
+            convention=convention,
+            lengths=LENGTHS,
+            stride=STRIDE,
+            rule=rule,
+            longppl_bos=longppl_bos,
+            key={},
+            results=results,
+        )
     return summarise_perplexity(records)
 
 

@@ -226,7 +226,7 @@ def bad_inputs(models: dict[str, Path], texts: Path, folder: Path):
         ([*perplexity, texts, "--lengths", 100, 200, "--stride", 101], "--stride 101: must be at most the shortest"),
         ([*perplexity, texts, "--lengths", 200, "--stride", 9, "--longppl"], "must be above --short-context"),
         ([*perplexity, texts, "--lengths", 200, "--stride", 9, "--key-token-model", cut], "only with --longppl"),
-    ]  # fmt: skip
+    ]
 
 
 def test_bad_inputs_print_one_line(monkeypatch, models, texts, tmp_path, capsys):

@@ -113,8 +113,10 @@ def test_means_are_grouped_by_task_parameter():
     def record(score, part="", length=0, depth=None):
         return {"score": score, "part": part, "length": length, "depth": depth}
 
-    needle = report.summarise("needle", [record(1.0, length=10, depth=0.25), record(0.0, length=10, depth=0.25),
-                                         record(1.0, length=20, depth=1.0)])  # fmt: skip
+    needle = report.summarise(
+        "needle",
+        [record(1.0, length=10, depth=0.25), record(0.0, length=10, depth=0.25), record(1.0, length=20, depth=1.0)],
+    )
     assert needle["by_length_and_depth"] == {"10": {"0.25": 0.5}, "20": {"1": 1.0}}
     assert needle["score"] == 2 / 3
     kv = report.summarise(
@@ -160,11 +162,19 @@ def test_damaged_results_are_rejected(tmp_path):
         results.finish({})
     line = (tmp_path / "out" / RESULTS).read_text()
     wrong = [
-        "not json", '{"name": "b"}', "[" * 100_000, json.dumps(good | {"name": 5}), json.dumps(good | {"score": "1"}),
-        json.dumps(good | {"score": 2}), json.dumps(good | {"depth": "x"}), json.dumps(good | {"length": None}),
-        '{"name": "b", "lengths": 5}', '{"name": "b", "lengths": {"x": {"nll": 1, "tokens": 1}}}',
-        '{"name": "b", "lengths": {"8": {"nll": 1}}}', '{"name": "b", "lengths": {"8": {"nll": "1", "tokens": 1}}}',
-    ]  # fmt: skip
+        "not json",
+        '{"name": "b"}',
+        "[" * 100_000,
+        json.dumps(good | {"name": 5}),
+        json.dumps(good | {"score": "1"}),
+        json.dumps(good | {"score": 2}),
+        json.dumps(good | {"depth": "x"}),
+        json.dumps(good | {"length": None}),
+        '{"name": "b", "lengths": 5}',
+        '{"name": "b", "lengths": {"x": {"nll": 1, "tokens": 1}}}',
+        '{"name": "b", "lengths": {"8": {"nll": 1}}}',
+        '{"name": "b", "lengths": {"8": {"nll": "1", "tokens": 1}}}',
+    ]
     for name, text, reason in [
         *((RESULTS, f"{line}{text}\n{line}", "line 2: not a result") for text in wrong),
         (SUMMARY, "{", "summary.json cannot be read"),

@@ -43,9 +43,13 @@ def models(tmp_path_factory):
     save_model(folder / "hf", "llama-gqa-odd-vocabulary")
     import_hf(HfFolder(folder / "hf"), folder / "ckpt")
     ours = MegatronModel(
-        MegatronCheckpoint(folder / "ckpt"), dtype=torch.float32, prefill_chunk=64, tokenizer=None,
-        stop_ids=frozenset(), max_positions=512,
-    )  # fmt: skip
+        MegatronCheckpoint(folder / "ckpt"),
+        dtype=torch.float32,
+        prefill_chunk=64,
+        tokenizer=None,
+        stop_ids=frozenset(),
+        max_positions=512,
+    )
     yield ours, AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="eager").eval()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
@@ -114,8 +118,10 @@ def test_prompts_end_with_their_answers(tokenizer, task):
         assert 600 < len(text.tokens) <= 701
     again = build_recall_texts(tokenizer, task, 700, samples=2)
     assert all(np.array_equal(one.tokens, other.tokens) for one, other in zip(texts, again, strict=True))
-    places = [tokenizer.decode(t.tokens.tolist()).index(tokenizer.decode(t.tokens[t.first :].tolist()).strip(' "'))
-              for t in texts]  # fmt: skip
+    places = [
+        tokenizer.decode(t.tokens.tolist()).index(tokenizer.decode(t.tokens[t.first :].tolist()).strip(' "'))
+        for t in texts
+    ]
     assert places[-1] > 5 * places[0]
 
 
@@ -180,9 +186,15 @@ def test_evaluations_stay_within_their_share_of_time(share, interval, cost, seed
 
         line = progress.StepLine(total_steps=200, tokens_per_step=1, ranks=1, flops_per_token=1.0, stream=stream)
         watch = watch_module.Watch(
-            evaluation, interval=interval, last_step=200, share=share, score=None, best=None, folder=None,
+            evaluation,
+            interval=interval,
+            last_step=200,
+            share=share,
+            score=None,
+            best=None,
+            folder=None,
             step_line=line,
-        )  # fmt: skip
+        )
         clock.now, spent, done, first = 0.0, 0.0, 0, True
         for step in range(1, 201):
             clock.now += rng.uniform(0.1, 2.0)
@@ -211,10 +223,20 @@ def test_values_go_to_tensorboard_and_to_wandb(monkeypatch):
 
 
 GOOD = {
-    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 128, "target_length": 512,
-    "micro_batch_size": 1, "train_iters": 2, "rope_scaling_type": "linear", "tokenizer_type": "NullTokenizer",
-    "vocab_size": 100, "long_eval_interval": 10, "long_eval_tasks": "perplexity", "save": "somewhere",
-}  # fmt: skip
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "seq_length": 128,
+    "target_length": 512,
+    "micro_batch_size": 1,
+    "train_iters": 2,
+    "rope_scaling_type": "linear",
+    "tokenizer_type": "NullTokenizer",
+    "vocab_size": 100,
+    "long_eval_interval": 10,
+    "long_eval_tasks": "perplexity",
+    "save": "somewhere",
+}
 BAD = [
     ({"long_eval_interval": 0}, ["--long-eval-interval 0", "1 or more"]),
     ({"long_eval_samples": 0}, ["--long-eval-samples 0", "1 or more"]),

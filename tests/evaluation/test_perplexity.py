@@ -52,8 +52,20 @@ def test_perplexity_is_equal_at_every_layout(data, tmp_path):
     def measured(name, ranks, *extra):
         save = tmp_path / name
         # A learning rate of next to nothing: what is measured is the checkpoint.
-        train(ranks, tmp_path / f"tb-{name}", *flags, "--lr", 1e-20, "--pretrained-checkpoint", tmp_path / "start",
-              "--save", save, "--save-interval", 1, *extra)  # fmt: skip
+        train(
+            ranks,
+            tmp_path / f"tb-{name}",
+            *flags,
+            "--lr",
+            1e-20,
+            "--pretrained-checkpoint",
+            tmp_path / "start",
+            "--save",
+            save,
+            "--save-interval",
+            1,
+            *extra,
+        )
         line = (save / "perplexity_by_length.jsonl").read_text().splitlines()[-1]
         return {int(n): value for n, value in json.loads(line)["perplexity"].items()}
 

@@ -159,7 +159,7 @@ PERPLEXITY = "perplexity --dataset {0}/texts.jsonl --lengths 60 --stride 30 --sh
         ([*PERPLEXITY, "20"], "longppl_bos true, not false", [*PERPLEXITY, "20", "--longppl-bos"]),
         ([*PERPLEXITY, "99", "--convention", "pose"], 'convention "ours", not "pose"', [*PERPLEXITY, "99"]),
     ],
-)  # fmt: skip
+)
 def test_results_of_earlier_versions_are_not_mixed(monkeypatch, capsys, tmp_path, model, flags, refusal, same):
     """A folder whose settings lack what is new: resumed where nothing changed, else refused by that setting's name."""
     (tmp_path / "data").mkdir()

@@ -14,10 +14,16 @@ from tests.evaluation_models import save_llama
 
 SCALINGS = {
     "dynamic": {"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
-    "longrope": {"max_position_embeddings": 256, "rope_scaling": {
-        "type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0, 1, 2, 2, 3, 3, 4, 4],
-        "original_max_position_embeddings": 64}},
-}  # fmt: skip
+    "longrope": {
+        "max_position_embeddings": 256,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0, 1, 2, 2, 3, 3, 4, 4],
+            "original_max_position_embeddings": 64,
+        },
+    },
+}
 
 
 @pytest.fixture(autouse=True)

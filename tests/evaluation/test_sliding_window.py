@@ -94,9 +94,12 @@ def gain_of_context(token: int, context: int) -> float:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    length=st.integers(2, 300), short=st.integers(1, 60), block=st.integers(1, 80),
-    alpha=st.floats(-1, 3), beta=st.floats(-4, 1),
-)  # fmt: skip
+    length=st.integers(2, 300),
+    short=st.integers(1, 60),
+    block=st.integers(1, 80),
+    alpha=st.floats(-1, 3),
+    beta=st.floats(-4, 1),
+)
 def test_key_tokens_are_those_of_the_definition(length, short, block, alpha, beta):
     """Gain above alpha over a context of `short` tokens and up to a block more, and likely enough with all."""
     tokens = list(range(length))

@@ -53,7 +53,7 @@ DEEP = "[" * 100_000
         # The same name twice.
         ("longbench", f"{json.dumps(record())}\n" * 2, r"jsonl, line 2: _id 'id0' is also that of .*jsonl, line 1"),
     ],
-)  # fmt: skip
+)
 def test_bad_data_prints_one_line(tmp_path, task, text, told):
     (tmp_path / "bench").mkdir()
     path = text_file(tmp_path / ("bench/narrativeqa.jsonl" if task == "longbench" else "data.jsonl"), text)

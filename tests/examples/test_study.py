@@ -168,10 +168,15 @@ def test_the_command_resumes_and_writes_a_table_and_pictures(finished):
 def test_the_table_holds_means_and_deviations(study):
     def result(method, factor, seed, recall, perplexity):
         return dict(
-            run=f"{method}{seed}", method=method, factor=factor, seed=seed, alone=seed == 0, seconds=7.0,
+            run=f"{method}{seed}",
+            method=method,
+            factor=factor,
+            seed=seed,
+            alone=seed == 0,
+            seconds=7.0,
             recall={n: {"0.0": recall - 0.1, "1.0": recall + 0.1} for n in ("256", "1024")},
             perplexity={n: perplexity for n in ("256", "1024")},
-        )  # fmt: skip
+        )
 
     results = [result("base", 1, 0, 0.9, 1.0), result("cream", 4, 0, 0.5, 4.0), result("cream", 4, 1, 0.7, 6.0)]
     table = study.report.table(results)

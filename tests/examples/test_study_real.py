@@ -42,9 +42,10 @@ def test_the_grid_starts_with_prerequisites(study):
     assert study.study.wanted(settings, []) == order
     some = study.study.wanted(settings, ["ntk,pose,s8", "none,base"])
     assert {cell.name for cell in some} == {
-        *(f"ntk_pose_s8_seed_{seed}" for seed in (1, 2, 3)), "none_base_s8_seed_0",
+        *(f"ntk_pose_s8_seed_{seed}" for seed in (1, 2, 3)),
+        "none_base_s8_seed_0",
         *(f"ntk_cream_s8_seed_1_lr_{rate}" for rate in ("5e5", "0.0002", "0.0008")),
-    }  # fmt: skip
+    }
 
 
 def test_every_run_has_the_same_tokens(study, tmp_path):
@@ -65,9 +66,16 @@ def result(study, scaling, sampler, seed, rate, loss, accuracy=0.5):
     )
     tasks = {task: {n: of_length for n in ("256", "1024")} for task in study.retrieval.TASKS}
     return dict(
-        run=cell.name, what="evaluation", scaling=scaling, sampler=sampler, factor=4, seed=seed, rate=rate,
-        tasks=tasks, perplexity={"text": {"256": math.e, "1024": math.e}},
-    )  # fmt: skip
+        run=cell.name,
+        what="evaluation",
+        scaling=scaling,
+        sampler=sampler,
+        factor=4,
+        seed=seed,
+        rate=rate,
+        tasks=tasks,
+        perplexity={"text": {"256": math.e, "1024": math.e}},
+    )
 
 
 def test_the_best_learning_rate_is_kept(study):
@@ -171,8 +179,10 @@ def test_the_command_resumes_at_what_is_missing(prepared):
     assert "over: 2 cells have results, 0 are left" in second.stdout, second.stdout + second.stderr
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [(line["what"], line["sampler"]) for line in lines] == [
-        ("training", "cream"), ("evaluation", "cream"), ("evaluation", "base"),
-    ]  # fmt: skip
+        ("training", "cream"),
+        ("evaluation", "cream"),
+        ("evaluation", "base"),
+    ]
     assert set(lines[0]["losses"]) == {"1", "2"} and lines[0]["seconds"] > 0
     for line in lines[1:]:
         assert set(line["tasks"]) == {"needle", "multikey", "lines"} and set(line["perplexity"]) == {"code", "manual"}

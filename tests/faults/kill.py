@@ -136,9 +136,14 @@ def kill_under_torchrun(folder: Path, *, kills: int, seed: int, steps: int) -> N
 
 
 def launch(
-    documents: Path, save: Path, steps: int, log: Path, *options, flags: list | None = None,
+    documents: Path,
+    save: Path,
+    steps: int,
+    log: Path,
+    *options,
+    flags: list | None = None,
     script: tuple = (ROOT / "pretrain_cream.py",),
-) -> subprocess.Popen:  # fmt: skip
+) -> subprocess.Popen:
     """Two ranks; `options` are torchrun's, `flags` stand in for --save and --load."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *options]
     command += [*script, *TINY, "--fp32", "--data-path", documents, "--split", "90,10,0"]
@@ -146,9 +151,13 @@ def launch(
     command += ["--save", save, "--load", save, "--save-interval", 2] if flags is None else flags
     with open(log, "w") as out:
         return subprocess.Popen(
-            ending_with_test(command), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+            ending_with_test(command),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", _OF: str(save)},
-        )  # fmt: skip
+        )
 
 
 def newest(save: Path) -> int:

@@ -33,16 +33,31 @@ def one_rank(tmp_path_factory):
 
 def megatron_llama(groups, *, kv_heads, tied, backend, scaling):
     config = TransformerConfig(
-        **SHAPE, num_query_groups=kv_heads, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm", add_bias_linear=False, attention_dropout=0.0, hidden_dropout=0.0,
-        use_cpu_initialization=True, bias_activation_fusion=True, masked_softmax_fusion=False,
-    )  # fmt: skip
+        **SHAPE,
+        num_query_groups=kv_heads,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        bias_activation_fusion=True,
+        masked_softmax_fusion=False,
+    )
     model = LlamaModelConfig(
-        transformer=config, vocab_size=VOCABULARY, should_pad_vocab=True, make_vocab_size_divisible_by=128,
-        share_embeddings_and_output_weights=tied, position_embedding_type="none", rotary_base=10000,
-        rope_scaling_config=scaling, rope_max_positions=TARGET, real_vocab_size=VOCABULARY,
+        transformer=config,
+        vocab_size=VOCABULARY,
+        should_pad_vocab=True,
+        make_vocab_size_divisible_by=128,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="none",
+        rotary_base=10000,
+        rope_scaling_config=scaling,
+        rope_max_positions=TARGET,
+        real_vocab_size=VOCABULARY,
         attention=choose_backend(backend, has_cuda=False, half=False),
-    )  # fmt: skip
+    )
     return LlamaModelBuilder(model).build_model(groups, pre_process=True, post_process=True)
 
 
@@ -50,14 +65,24 @@ def transformers_llama(ours, *, kv_heads, tied, scaling) -> LlamaForCausalLM:
     """transformers' Llama with our weights."""
     parameters = {"rope_type": "default", "rope_theta": 10000.0} | (scaling or {})
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=kv_heads, rms_norm_eps=1e-5, tie_word_embeddings=tied, max_position_embeddings=TARGET,
-        rope_parameters=parameters, attn_implementation="eager",
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        max_position_embeddings=TARGET,
+        rope_parameters=parameters,
+        attn_implementation="eager",
+    )
     model = LlamaForCausalLM(config).eval()
     ours = dict(ours.named_parameters())
-    theirs = {"model.embed_tokens.weight": ours["embedding.word_embeddings.weight"][:VOCABULARY],
-              "model.norm.weight": ours["decoder.final_layernorm.weight"]}  # fmt: skip
+    theirs = {
+        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"][:VOCABULARY],
+        "model.norm.weight": ours["decoder.final_layernorm.weight"],
+    }
     if not tied:
         theirs["lm_head.weight"] = ours["output_layer.weight"][:VOCABULARY]
     for i in range(3):
@@ -67,14 +92,16 @@ def transformers_llama(ours, *, kv_heads, tied, scaling) -> LlamaForCausalLM:
         q, k, v = qkv.split([4 // kv_heads, 1, 1], dim=1)
         gate, up = ours[a + "mlp.linear_fc1.weight"].chunk(2)
         theirs |= {
-            b + "self_attn.q_proj.weight": q.reshape(-1, 64), b + "self_attn.k_proj.weight": k.reshape(-1, 64),
+            b + "self_attn.q_proj.weight": q.reshape(-1, 64),
+            b + "self_attn.k_proj.weight": k.reshape(-1, 64),
             b + "self_attn.v_proj.weight": v.reshape(-1, 64),
             b + "self_attn.o_proj.weight": ours[a + "self_attention.linear_proj.weight"],
-            b + "mlp.gate_proj.weight": gate, b + "mlp.up_proj.weight": up,
+            b + "mlp.gate_proj.weight": gate,
+            b + "mlp.up_proj.weight": up,
             b + "mlp.down_proj.weight": ours[a + "mlp.linear_fc2.weight"],
             b + "input_layernorm.weight": ours[a + "input_layernorm.weight"],
             b + "post_attention_layernorm.weight": ours[a + "pre_mlp_layernorm.weight"],
-        }  # fmt: skip
+        }
     missing, unexpected = model.load_state_dict({k: v.detach().clone() for k, v in theirs.items()}, strict=False)
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if tied else set())
     return model

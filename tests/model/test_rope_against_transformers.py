@@ -18,9 +18,11 @@ from tests.model.test_rope_real_configs import SIZES
 HEAD_DIM = SIZES["head_dim"]
 DYNAMIC = {"type": "dynamic", "factor": 2.5}
 LONGROPE = {
-    "type": "longrope", "short_factor": [1 + i / 100 for i in range(64)], "long_factor": [1 + i for i in range(64)],
+    "type": "longrope",
+    "short_factor": [1 + i / 100 for i in range(64)],
+    "long_factor": [1 + i for i in range(64)],
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 
 
 def maybe(**values):
@@ -32,10 +34,15 @@ FACTOR = st.floats(1, 100) | st.integers(1, 64)
 WINDOW = st.integers(16, 1 << 17)
 DIVISORS = st.lists(st.floats(0.5, 70), min_size=HEAD_DIM // 2, max_size=HEAD_DIM // 2)
 YARN = maybe(
-    original_max_position_embeddings=WINDOW, attention_factor=st.floats(0.5, 2) | st.none(), finetuned=st.booleans(),
-    mscale=st.floats(0.1, 2), mscale_all_dim=st.floats(0.1, 2), truncate=st.booleans(),
-    beta_fast=st.floats(16, 64) | st.none(), beta_slow=st.floats(0.5, 4) | st.none(),
-)  # fmt: skip
+    original_max_position_embeddings=WINDOW,
+    attention_factor=st.floats(0.5, 2) | st.none(),
+    finetuned=st.booleans(),
+    mscale=st.floats(0.1, 2),
+    mscale_all_dim=st.floats(0.1, 2),
+    truncate=st.booleans(),
+    beta_fast=st.floats(16, 64) | st.none(),
+    beta_slow=st.floats(0.5, 4) | st.none(),
+)
 SCALINGS = st.one_of(
     st.just({"rope_type": "default"}),
     st.builds(lambda factor: {"rope_type": "linear", "factor": factor}, FACTOR),
@@ -43,16 +50,22 @@ SCALINGS = st.one_of(
     st.builds(lambda factor, more: {"rope_type": "yarn", "factor": factor} | more, FACTOR, YARN),
     st.builds(
         lambda factor, window: {
-            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": window,
-        }, FACTOR, WINDOW,
+        },
+        FACTOR,
+        WINDOW,
     ),
     st.builds(
         lambda short, long, more: {"rope_type": "longrope", "short_factor": short, "long_factor": long} | more,
-        DIVISORS, DIVISORS,
+        DIVISORS,
+        DIVISORS,
         maybe(factor=FACTOR, attention_factor=st.floats(0.5, 2), original_max_position_embeddings=WINDOW),
     ),
-)  # fmt: skip
+)
 
 
 @st.composite

@@ -62,10 +62,14 @@ def transformers_reference(scaling: dict | None, head_dim: int, rope_theta: floa
         rope_theta, scaling = rope_theta * scaling["factor"] ** (head_dim / (head_dim - 2)), None
     return transformers_rope(
         LlamaConfig(
-            hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim, max_position_embeddings=LIMIT,
-            rope_theta=rope_theta, rope_scaling=scaling,
+            hidden_size=2 * head_dim,
+            num_attention_heads=2,
+            head_dim=head_dim,
+            max_position_embeddings=LIMIT,
+            rope_theta=rope_theta,
+            rope_scaling=scaling,
         )
-    )  # fmt: skip
+    )
 
 
 def some_positions(batch: int = 3, length: int = 500) -> torch.Tensor:

@@ -24,8 +24,14 @@ ALL = table.collect_patches()
 CODE = [*(ROOT / OURS).rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "pretrain_cream.py"]
 
 ALLOWED = {
-    "os.environ", "sys.argv", "sys.stdout", "sys.__stdout__", "sys.stderr", "sys.__stderr__", "sys.unraisablehook",
-}  # fmt: skip
+    "os.environ",
+    "sys.argv",
+    "sys.stdout",
+    "sys.__stdout__",
+    "sys.stderr",
+    "sys.__stderr__",
+    "sys.unraisablehook",
+}
 """The process's own: its streams, its command line and its environment."""
 
 

@@ -123,16 +123,27 @@ def test_bad_input_prints_one_line(monkeypatch, capsys, arguments, message):
 
 def test_shape_of_a_hugging_face_folder(tmp_path):
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=300, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        tie_word_embeddings=True,
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
     run = run_from_flags(["--load-hf", str(tmp_path), "--seq-length", "64"], 1)
     assert run.model == Model(
-        num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=16,
-        padded_vocab_size=384, tied=True,
-    )  # fmt: skip
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        padded_vocab_size=384,
+        tied=True,
+    )
 
 
 def test_narrow_optimizer_state_is_counted():

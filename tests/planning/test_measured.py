@@ -96,8 +96,9 @@ def test_constants_are_the_profiles(monkeypatch):
     h100 = hardware.GPUS["H100"]
     faster = fitted(
         lambda x: monkeypatch.setitem(measured.GPUS, "H100", replace(h100, products=x)),
-        *a_step(named("products of an H100")), most=2.0,
-    )  # fmt: skip
+        *a_step(named("products of an H100")),
+        most=2.0,
+    )
     assert faster == pytest.approx(h100.products, rel=0.01)
     blockwise = fitted(share(step_time.PRODUCTS, "fp8 blockwise"), *a_step(named("products in blockwise FP8")))
     assert blockwise == pytest.approx(expected[1]["fp8 blockwise"], rel=0.01)

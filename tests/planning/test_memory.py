@@ -7,31 +7,37 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from megatron_cream.model import context_parallel
-from megatron_cream.planning import layouts
 from megatron_cream.planning import memory as planned
-from megatron_cream.planning.hardware import GIB, GPUS, Cluster
 from megatron_cream.planning.memory import in_flight, parameters, predict
 from megatron_cream.planning.run import Engine, Layout, Model
 
 LLAMA2_7B = Model(
-    num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, num_query_groups=32,
-    kv_channels=128, padded_vocab_size=32000,
-)  # fmt: skip
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=11008,
+    num_attention_heads=32,
+    num_query_groups=32,
+    kv_channels=128,
+    padded_vocab_size=32000,
+)
 
 
 # Against the real model.
 
 SMALL = Model(
-    num_layers=6, hidden_size=128, ffn_hidden_size=352, num_attention_heads=8, num_query_groups=4, kv_channels=16,
+    num_layers=6,
+    hidden_size=128,
+    ffn_hidden_size=352,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=16,
     padded_vocab_size=384,
-)  # fmt: skip
+)
 BASE = Layout(seq_length=32, micro_batch=2, global_batch=8)
 REAL = {
     "plain": (BASE, 0),
@@ -133,22 +139,44 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
             distribute_saved_activations=layout.scatter_saved,
         )
     config = TransformerConfig(
-        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads, num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels, qk_layernorm=model.qk_norm, gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu, normalization="RMSNorm", add_bias_linear=False,
-        attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True, masked_softmax_fusion=False,
-        bias_activation_fusion=not own_kernels, use_te_activation_func=own_kernels,
-        tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
-        context_parallel_size=layout.context, sequence_parallel=layout.sequence_parallel,
-        params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, bf16=True, **recompute,
-    )  # fmt: skip
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=not own_kernels,
+        use_te_activation_func=own_kernels,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        bf16=True,
+        **recompute,
+    )
     llama = LlamaModelConfig(
-        transformer=config, vocab_size=model.padded_vocab_size, should_pad_vocab=False,
-        share_embeddings_and_output_weights=model.tied, position_embedding_type="none", rotary_base=10000,
-        rope_scaling_config=None, rope_max_positions=512, real_vocab_size=model.padded_vocab_size,
+        transformer=config,
+        vocab_size=model.padded_vocab_size,
+        should_pad_vocab=False,
+        share_embeddings_and_output_weights=model.tied,
+        position_embedding_type="none",
+        rotary_base=10000,
+        rope_scaling_config=None,
+        rope_max_positions=512,
+        real_vocab_size=model.padded_vocab_size,
         attention=choose_backend("sdpa", has_cuda=False, half=True),
-    )  # fmt: skip
+    )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     ends = dict(pre_process=stage == 0, post_process=stage == layout.pipeline - 1)
     return LlamaModelBuilder(llama).build_model(groups, **ends).bfloat16()
@@ -264,9 +292,13 @@ def test_gradients_and_optimizer(monkeypatch, no_process_group_is_left, distribu
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
     chunk = DistributedDataParallel(net.config, options, net)
     config = OptimizerConfig(
-        optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16, clip_grad=1.0,
+        optimizer="adam",
+        lr=1e-4,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        clip_grad=1.0,
         use_distributed_optimizer=distributed,
-    )  # fmt: skip
+    )
     optimizer = get_megatron_optimizer(config, [chunk], use_gloo_process_groups=False)
     for parameter in net.parameters():
         parameter.main_grad.fill_(0.01)
@@ -328,74 +360,17 @@ def test_parameters_of_transformers_models(config, changes):
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)
     model = Model(
-        num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2,
-        kv_channels=head_dim, padded_vocab_size=256, **changes,
-    )  # fmt: skip
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=head_dim,
+        padded_vocab_size=256,
+        **changes,
+    )
     count = sum(p.numel() for p in theirs.parameters())
     assert parameters(model, BASE, 0) == count
     stages = replace(BASE, pipeline=2)
     copy = 256 * 64 if model.tied else 0  # of the embedding, on the last stage
     assert sum(parameters(model, stages, stage) for stage in (0, 1)) == count + copy
-
-
-# Layouts.
-
-MODELS = st.builds(
-    lambda layers, heads, per_group, dim, ffn, tied: Model(
-        num_layers=layers, hidden_size=heads * dim, ffn_hidden_size=ffn * 64, num_attention_heads=heads,
-        num_query_groups=heads // per_group, kv_channels=dim, padded_vocab_size=1024, tied=tied,
-    ),
-    st.sampled_from([2, 6, 8]), st.sampled_from([4, 8, 16]), st.sampled_from([1, 2, 4]), st.sampled_from([16, 32]),
-    st.integers(1, 9), st.booleans(),
-)  # fmt: skip
-ENGINES = st.builds(
-    Engine, transformer_engine=st.booleans(), own_kernels=st.booleans(), fused_weight_gradients=st.booleans(),
-    fp8=st.sampled_from([None, "delayed", "blockwise"]),
-)  # fmt: skip
-
-
-H100 = Cluster(gpu=GPUS["H100"], host=8, inside=GPUS["H100"].nvlink, between=GPUS["H100"].network)
-
-
-@settings(max_examples=40, deadline=None)
-@given(MODELS, ENGINES, st.sampled_from([1, 2, 4, 6, 8, 16]), st.sampled_from([8, 32, 48]), st.floats(0.0, 1.0))
-def test_layouts_that_fit(model, engine, gpus, global_batch, share):
-    base = Layout(seq_length=256, micro_batch=1, global_batch=global_batch)
-    everything = layouts.find_fitting(model, base, engine, gpus, float("inf"), H100)
-    limit = GIB * 1.4 + share * max((plan.memory.device for plan in everything), default=0) / 8
-    found = layouts.find_fitting(model, base, engine, gpus, limit, H100)
-    order = [layouts.rank_plan(plan) for plan in found]
-    assert order == sorted(order)
-    for plan in found:
-        layout = plan.layout
-        assert layout.gpus == gpus and layouts.find_conflict(model, layout) is None
-        assert plan.memory == predict(model, layout, engine) and plan.memory.device <= limit
-        assert layout.micro_batches * layout.micro_batch * layout.data == global_batch
-    least = layouts.find_smallest(model, base, engine, gpus, H100.host)
-    assert bool(found) == (least is not None and least[1].device <= limit)
-
-
-@settings(max_examples=60, deadline=None)
-@given(MODELS, ENGINES, st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
-def test_more_to_keep_is_never_less_memory(model, engine, tensor, pipeline, data):
-    layout = Layout(
-        seq_length=512, micro_batch=2, global_batch=64, tensor=tensor, pipeline=pipeline, data=data,
-        sequence_parallel=tensor > 1,
-    )  # fmt: skip
-
-    def kept(layout: Layout) -> int:
-        # Of one stage: the one with the highest peak is not the same in all layouts.
-        layers = planned.stage_layers(model, layout)[0]
-        return in_flight(layout, 0) * planned.saved_by_layers(model, layout, engine, layers)
-
-    def optimizer(layout: Layout) -> int:
-        return predict(model, layout, engine).optimizer
-
-    mlp = replace(layout, recompute="selective", recompute_modules=("mlp",))
-    blocks = [replace(layout, recompute="full", recompute_method="block", recompute_layers=n) for n in (1, 2)]
-    full = replace(layout, recompute="full")
-    assert kept(layout) > kept(mlp) > kept(full)
-    assert kept(layout) > kept(blocks[0]) >= kept(blocks[1]) >= kept(full)
-    assert kept(replace(layout, micro_batch=4)) == 2 * kept(layout)
-    replicated = optimizer(replace(layout, distributed_optimizer=False))
-    assert optimizer(layout) <= replicated <= data * optimizer(layout)

@@ -22,9 +22,14 @@ H200 = GPUS["H200"]
 CLUSTER = Cluster(gpu=H200, host=8, inside=H200.nvlink, between=H200.network)
 ENGINE = Engine(transformer_engine=True)
 LLAMA2_7B = Model(
-    num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, num_query_groups=32,
-    kv_channels=128, padded_vocab_size=32000,
-)  # fmt: skip
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=11008,
+    num_attention_heads=32,
+    num_query_groups=32,
+    kv_channels=128,
+    padded_vocab_size=32000,
+)
 BASE = Layout(seq_length=4096, micro_batch=1, global_batch=32)
 
 
@@ -57,9 +62,15 @@ def test_flops_are_the_models(tensor, pipeline, context, data, tied, groups):
     m, n, k = work.head_product(model, layout)
     whole = 3 * (forward + 2 * m * n * k) * layout.micro_batches * tensor * context * data
     expected = flops_per_token(
-        num_layers=8, hidden_size=4096, ffn_hidden_size=11008, num_query_groups=groups, kv_channels=128,
-        num_attention_heads=8, vocab_size=32000, seq_length=4096,
-    )  # fmt: skip
+        num_layers=8,
+        hidden_size=4096,
+        ffn_hidden_size=11008,
+        num_query_groups=groups,
+        kv_channels=128,
+        num_attention_heads=8,
+        vocab_size=32000,
+        seq_length=4096,
+    )
     assert whole == pytest.approx(expected * 16 * 4096)
 
 
@@ -164,11 +175,21 @@ def test_one_gpu_has_no_communication():
 
 LAYOUTS = st.builds(
     lambda tensor, pipeline, context, data, virtual: replace(
-        BASE, tensor=tensor, pipeline=pipeline, context=context, data=data, sequence_parallel=tensor > 1,
-        virtual_pipeline=virtual if pipeline > 1 else 1, global_batch=64,
+        BASE,
+        tensor=tensor,
+        pipeline=pipeline,
+        context=context,
+        data=data,
+        sequence_parallel=tensor > 1,
+        virtual_pipeline=virtual if pipeline > 1 else 1,
+        global_batch=64,
     ),
-    SIZES, SIZES, SIZES, SIZES, st.sampled_from([1, 2]),
-)  # fmt: skip
+    SIZES,
+    SIZES,
+    SIZES,
+    SIZES,
+    st.sampled_from([1, 2]),
+)
 
 
 @settings(max_examples=80, deadline=None)

@@ -94,8 +94,11 @@ def test_pose_draws_are_uniform():
     sampler = build_sampler("pose", window=100, target=800, seed=5)
     plans = sampler.plan_many(0, np.arange(DRAWS), 300)
     first = plans.lengths[:, 0]
-    draws = {"split": (first - 1, 50), "shift": (plans.position_starts[:, 1] - first, 701),
-             "gap": (plans.token_starts[:, 1] - first, 201)}  # fmt: skip
+    draws = {
+        "split": (first - 1, 50),
+        "shift": (plans.position_starts[:, 1] - first, 701),
+        "gap": (plans.token_starts[:, 1] - first, 201),
+    }
     for name, (values, n) in draws.items():
         assert stats.chisquare(np.bincount(values, minlength=n)).pvalue > REJECT, name
     names = list(draws)

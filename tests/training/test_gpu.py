@@ -122,11 +122,13 @@ RUNS = {
     "cp2 flash": (2, "bf16", f"{CP} flash"),
     "cp2 te": (2, "bf16", f"{CP} te --cp-comm-type p2p"),
     "tp2 flash in cuda graphs te": (
-        2, "bf16", f"--attention-backend flash --tensor-model-parallel-size 2 --sequence-parallel {GRAPHS}"
+        2,
+        "bf16",
+        f"--attention-backend flash --tensor-model-parallel-size 2 --sequence-parallel {GRAPHS}",
     ),
     "dp2 overlapped": (2, "bf16", "--use-distributed-optimizer --attention-backend sdpa"),
     "dp2 not": (2, "bf16", "--use-distributed-optimizer --attention-backend sdpa --no-overlap-grad-reduce"),
-}  # fmt: skip
+}
 PLAIN_STEP = """
 if __name__ == "__main__":
     import sys
@@ -160,11 +162,16 @@ def losses(tmp_path_factory):
     with ThreadPoolExecutor(max(os.cpu_count() // 2, 1)) as pool:  # most of a run is its imports
         yield {
             name: pool.submit(
-                train, ranks, folder / name, *flags, *extra.split(), fp32=precision == "fp32",
+                train,
+                ranks,
+                folder / name,
+                *flags,
+                *extra.split(),
+                fp32=precision == "fp32",
                 script=job if name == "megatron's step" else ROOT / "pretrain_cream.py",
             )
             for name, (ranks, precision, extra) in runs.items()
-        }  # fmt: skip
+        }
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -69,9 +69,14 @@ def build(
     model = Model(config).cuda().to(dtype)
     chunk = DistributedDataParallel(config, data_parallel, model)
     settings = OptimizerConfig(
-        optimizer="adam", lr=lr, min_lr=0.0, clip_grad=0.0, bf16=bf16, params_dtype=dtype,
+        optimizer="adam",
+        lr=lr,
+        min_lr=0.0,
+        clip_grad=0.0,
+        bf16=bf16,
+        params_dtype=dtype,
         use_distributed_optimizer=distributed,
-    )  # fmt: skip
+    )
     optimizer = get_megatron_optimizer(settings, [chunk]).chained_optimizers[0]
     for _ in range(steps):
         chunk.zero_grad_buffer()

@@ -56,9 +56,16 @@ def _open_and_die(path: str, mode: str = "r", *args):
 def _save(folder: Path, step: int) -> None:
     start_one_rank()
     args = Namespace(
-        save=str(folder), async_save=False, use_dist_ckpt=False, ckpt_format="torch", use_distributed_optimizer=False,
-        no_save_optim=True, no_save_rng=True, log_progress=False, save_retain_interval=None,
-    )  # fmt: skip
+        save=str(folder),
+        async_save=False,
+        use_dist_ckpt=False,
+        ckpt_format="torch",
+        use_distributed_optimizer=False,
+        no_save_optim=True,
+        no_save_rng=True,
+        log_progress=False,
+        save_retain_interval=None,
+    )
     checkpointing.get_args = lambda: args
     checkpointing.get_rng_state = lambda *_, **__: None
     checkpointing.get_rerun_state_machine = lambda: Namespace(state_dict=lambda **_: None)

@@ -27,10 +27,20 @@ def _loaded_weight_decay() -> float:
 def _schedule(weight_decay: float) -> tuple[Namespace, OptimizerParamScheduler]:
     optimizer = Namespace(param_groups=[{"params": [], "lr": 0.0, "weight_decay": 0.0}])
     return optimizer, OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=1e-3, min_lr=0.0, lr_warmup_steps=0, lr_decay_steps=10,
-        lr_decay_style="constant", start_wd=weight_decay, end_wd=weight_decay, wd_incr_steps=10,
-        wd_incr_style="constant", use_checkpoint_opt_param_scheduler=True, override_opt_param_scheduler=False,
-    )  # fmt: skip
+        optimizer,
+        init_lr=0.0,
+        max_lr=1e-3,
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_steps=10,
+        lr_decay_style="constant",
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=10,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=True,
+        override_opt_param_scheduler=False,
+    )
 
 
 @upstream_fault(
@@ -44,8 +54,15 @@ def test_validation_samples_suffice_for_the_evaluation_at_its_first_step():
 
 def _validation_samples() -> int:
     args = Namespace(
-        train_samples=None, train_iters=4, global_batch_size=1, full_validation=False, skip_train=False,
-        eval_interval=2, start_eval_at_iter=2, eval_iters=1, phase_transition_iterations=None,
-    )  # fmt: skip
+        train_samples=None,
+        train_iters=4,
+        global_batch_size=1,
+        full_validation=False,
+        skip_train=False,
+        eval_interval=2,
+        start_eval_at_iter=2,
+        eval_iters=1,
+        phase_transition_iterations=None,
+    )
     training.get_args = lambda: args
     return training.get_train_valid_test_num_samples()[1]

@@ -192,9 +192,15 @@ def _ends_while_it_waits() -> bool:
 def _wait_for_another_rank(port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     args = Namespace(
-        rank=0, world_size=2, local_rank=0, distributed_backend="gloo", distributed_timeout_minutes=10,
-        cuda_graph_impl="none", flight_recorder_dump_path=None, fake_process_group=False,
-    )  # fmt: skip
+        rank=0,
+        world_size=2,
+        local_rank=0,
+        distributed_backend="gloo",
+        distributed_timeout_minutes=10,
+        cuda_graph_impl="none",
+        flight_recorder_dump_path=None,
+        fake_process_group=False,
+    )
     initialize.get_args = lambda: args
     DistributedSignalHandler().__enter__()
     initialize._initialize_distributed(None, None, None)
@@ -234,7 +240,5 @@ class _Samples:
 
 
 def _load_what_cannot_be_sent() -> None:
-    loader = DataLoader(
-        _Samples(), num_workers=1, collate_fn=list, timeout=SECONDS, multiprocessing_context="fork"
-    )  # fmt: skip
+    loader = DataLoader(_Samples(), num_workers=1, collate_fn=list, timeout=SECONDS, multiprocessing_context="fork")
     next(iter(loader))

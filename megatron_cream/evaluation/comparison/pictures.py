@@ -29,9 +29,15 @@ def draw_changes(rows: list[Row], file: Path) -> None:
             change = row.change
             is_clear = row.verdict in ("better", "worse")
             axes.errorbar(
-                change.mean, place, xerr=_to_error_bar(change), fmt="o", color="0.1", capsize=3, markersize=6,
+                change.mean,
+                place,
+                xerr=_to_error_bar(change),
+                fmt="o",
+                color="0.1",
+                capsize=3,
+                markersize=6,
                 markerfacecolor="0.1" if is_clear else "white",
-            )  # fmt: skip
+            )
         axes.set_yticks(range(len(rows)), [f"{', '.join(row.names)}  (n={row.examples:,})" for row in rows])
         axes.invert_yaxis()
         axes.margins(x=0.1, y=0.12)

@@ -108,6 +108,13 @@ def report_read_errors(path: Path) -> Iterator[None]:
         yield
     # zipfile raises RuntimeError for encrypted archives and for unknown compression methods.
     except (
-        OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ValueError, RecursionError, RuntimeError,
-    ) as error:  # fmt: skip
+        OSError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        ValueError,
+        RecursionError,
+        RuntimeError,
+    ) as error:
         raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error

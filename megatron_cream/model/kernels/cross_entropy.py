@@ -52,9 +52,16 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         logits, labels, log_total = ctx.saved_tensors
         _cross_entropy_backward[(labels.numel(),)](
-            logits, labels, log_total, grad.contiguous(), logits.shape[-1], ctx.first, ctx.real,
-            BLOCK=_BLOCK, num_warps=16,
-        )  # fmt: skip
+            logits,
+            labels,
+            log_total,
+            grad.contiguous(),
+            logits.shape[-1],
+            ctx.first,
+            ctx.real,
+            BLOCK=_BLOCK,
+            num_warps=16,
+        )
         return logits, None, None, None
 
 
