@@ -1,4 +1,4 @@
-"""What the lines of errors advise: a piece of the line, the command that causes it, and the command that it advises."""
+"""Cases of advice in error messages: part of the message, the command that causes it, the commands it advises."""
 
 import json
 from collections.abc import Callable
@@ -33,12 +33,12 @@ Command = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Advice:
-    """One line, and how its advice is followed.
+    """One error message and the commands that follow its advice.
 
-    line: a piece of the text in the source, a value as {}.
-    wrong: the command that ends in it.
-    right: the commands that it advises.
-    before: a command that must succeed first.
+    line: part of the message in the source code, with {} for a value.
+    wrong: the command that fails with the message.
+    right: the commands that the message advises.
+    before: a command that must succeed before `wrong`.
     """
 
     line: str
@@ -54,7 +54,7 @@ def with_(flags: str, base: Command = NEW) -> Command:
 
 
 def without(flags: str, base: Command = NEW) -> Command:
-    """Take a run of neighbouring words out of a command."""
+    """Remove consecutive words from a command."""
     words = flags.split()
     at = next(i for i in range(len(base)) if list(base[i : i + len(words)]) == words)
     return (*base[:at], *base[at + len(words) :])
@@ -65,7 +65,7 @@ def trainer(line: str, wrong: str, *right: str, ranks: int = 1) -> Advice:
 
 
 def common_args(**values):
-    """The flags that a checkpoint was saved with, changed."""
+    """Change the flags that a checkpoint was saved with."""
 
     def change(w: Path):
         from megatron_cream.checkpoint.opening import open_step
@@ -78,7 +78,7 @@ def common_args(**values):
 
 
 def special_tokens_gone(w: Path) -> None:
-    """Of the tokenizer in hf/: neither BOS nor EOS."""
+    """Remove BOS and EOS from the tokenizer in hf/."""
     save_tokenizer(w / "hf", bos=False)
     file = w / "hf/tokenizer_config.json"
     settings = json.loads(file.read_text())
@@ -108,7 +108,7 @@ PLANNED = with_(SHAPE, PLAN)
 UNSAVED = without("--save {0}/new")
 
 ADVICE = [
-    # ------------------------------------------------ the trainer: what goes with what
+    # ------------------------------------------------ the trainer: combinations of flags
     trainer("with --embedded-data: give one of the two", "--embedded-data", ""),
     trainer("--fp16 with --fp32: give one of the two", "--fp16", ""),
     Advice(

@@ -1,6 +1,6 @@
-"""Bad checkpoints and model folders: what is done to good ones, the command line that meets it, what its line says.
+"""Cases of bad checkpoints and model folders: the damage, the command line to run, the expected error message.
 
-More of Hugging Face folders, for the converter, is in checkpoint/test_convert_faults.py.
+More cases of Hugging Face folders, for the converter, are in checkpoint/test_convert_faults.py.
 """
 
 import pickle
@@ -39,7 +39,8 @@ SHARD = f"{STEP}/__0_0.distcp"
 CLASSIC = "classic/release/mp_rank_00/model_optim_rng.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
 
-# What is run on a world, {0}. Trainer: of nothing, going on, from a checkpoint, from Hugging Face weights.
+# Command lines to run on a world, {0}. The trainer starts from random weights, resumes, starts from a checkpoint, or
+# starts from Hugging Face weights.
 NEW = (TRAINER, *RUN, "--data-path", "{0}/data", "--save", "{0}/new", "--tensorboard-dir", "{0}/tb")
 NEW_WITHOUT_DATA = (TRAINER, *RUN, "--save", "{0}/new")
 RESUME = (*NEW, "--load", "{0}/run")
@@ -75,19 +76,19 @@ def evil(w: Path) -> Malice:
 
 
 def state(name: str, value):
-    """An entry's usual list, with something else in its dict."""
+    """Build an entry as its usual list of one dict, with `value(world)` in the dict."""
     return lambda w: [{name: value(w)}]
 
 
 def flagged(w: Path):
-    """A common state whose flags hold code."""
+    """Build a common state whose flags contain code."""
     from argparse import Namespace
 
     return [{"args": Namespace(num_layers=2, tricks=evil(w)), "iteration": 2}]
 
 
 def placed_at(path: str):
-    """Metadata by which all data lies in this file."""
+    """Change the metadata so that all data is in this file."""
 
     def change(w: Path, found) -> None:
         for info in found.storage_data.values():
@@ -106,13 +107,13 @@ def own_code(w: Path) -> None:
 
 
 def as_it_lies(w: Path):
-    """A common state of a run with --no-dist-ckpt-optim-fully-reshardable and two tensor-parallel ranks."""
+    """Build the common state of a run with --no-dist-ckpt-optim-fully-reshardable and TP 2."""
     common = open_step(w / STEP, "--load").common
     vars(common["args"]).update(dist_ckpt_optim_fully_reshardable=False, tensor_model_parallel_size=2)
     return common
 
 
-# name: (damage, command line, what the line must say)
+# name: (damage, command line, words that the error message must contain)
 def astray(w: Path) -> None:
     (w / "run" / TRACKER).unlink()
     (w / "run" / TRACKER).symlink_to("/nowhere")

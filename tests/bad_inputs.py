@@ -1,4 +1,4 @@
-"""Folders of good inputs, ways to damage them, and command lines run on them in processes forked from the test's."""
+"""Folders of good inputs, ways to damage them, and command lines run on them in forks of the test process."""
 
 import contextlib
 import hashlib
@@ -42,7 +42,7 @@ class Ended:
 
 
 def load(name: str):
-    """A command line as a module; its main() is run by `run`."""
+    """Import a command-line script as a module. `start` runs its main()."""
     spec = importlib.util.spec_from_file_location(f"bad_inputs_{Path(name).stem}", ROOT / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -50,7 +50,10 @@ def load(name: str):
 
 
 def start(main: Callable[[], int | None], name: str, *flags, rank: int = 0, ranks: int = 1, port: int = 0):
-    """Fork and run main() there as `name flags`. Returns a function that waits for its Ended."""
+    """Run main() in a fork with the command line `name flags`.
+
+    Returns: a function that waits for the fork and returns its Ended.
+    """
     out, error = tempfile.TemporaryFile(), tempfile.TemporaryFile()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -93,7 +96,7 @@ def free_port() -> int:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """What a folder holds: path -> digest of a file's bytes, or where a link leads."""
+    """Return the contents of a folder: path -> SHA-256 of a file's bytes, or the target of a link."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -103,12 +106,15 @@ def snapshot(folder: Path) -> dict[str, str]:
     return found
 
 
-# ---------------------------------------------------------------- what is good
+# ---------------------------------------------------------------- good inputs
 
 
 def make_world(folder: Path) -> None:
-    """data: .bin/.idx; hf: a Hugging Face model; ckpt: imported from it; exported: from that, with checksums;
-    run: a checkpoint that two ranks trained; classic: `mp_rank_XX` files of it; texts.jsonl; recipe.yaml."""
+    """Write a world of good inputs into `folder`.
+
+    data: .bin/.idx; hf: a Hugging Face model; ckpt: imported from hf; exported: exported from ckpt, with checksums;
+    run: a checkpoint trained by two ranks; classic: hf imported as `mp_rank_XX` files; texts.jsonl.
+    """
     write_documents(folder / "data", documents=20)
     save_llama(folder / "hf")
     import_hf(HfFolder(folder / "hf"), folder / "ckpt")
@@ -121,10 +127,10 @@ def make_world(folder: Path) -> None:
     shutil.rmtree(folder / "run" / "runs")
 
 
-# Two steps of a tiny Llama; the data is the caller's.
+# Two steps of a tiny Llama; the caller adds the data.
 RUN = [*TINY, "--fp32", "--train-iters", "2", "--split", "8,2,0"]
 RUN += ["--use-distributed-optimizer", "--nan-policy", "rerun"]
-# A run of the imported model: its shape, rope and tokenizer come from it.
+# A run of the imported model, which gives the shape and the RoPE settings.
 MODEL = "--seq-length 96 --micro-batch-size 2 --train-iters 2 --lr 1e-3 --split 8,2,0 --eval-iters 1 --fp32".split()
 
 
@@ -132,7 +138,7 @@ MODEL = "--seq-length 96 --micro-batch-size 2 --train-iters 2 --lr 1e-3 --split 
 
 
 class Malice:
-    """Unpickled, it leaves a file."""
+    """Create a file when unpickled."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -146,7 +152,7 @@ def cut(name: str, by: int = 1):
 
 
 def flip(name: str, at: float = 0.9):
-    """One bit, at this share of the file."""
+    """Flip one bit, at this fraction of the file's length."""
 
     def damage(w: Path) -> None:
         data = bytearray((w / name).read_bytes())
@@ -173,7 +179,7 @@ def also(*damages):
 
 
 def without_checksums(damage):
-    """As of a checkpoint by another hand: the fault itself must be found."""
+    """Damage a checkpoint without checksums, so that the fault itself must be found."""
 
     def both(w: Path) -> None:
         for manifest in w.rglob("integrity.json"):
@@ -201,7 +207,7 @@ def tensors(change, name: str = "hf"):
 
 
 def header(change, name: str = "hf"):
-    """Change the header of model.safetensors, or its length if `change` gives a number."""
+    """Change the header of model.safetensors, or its stated length if `change` returns an int."""
 
     def damage(w: Path) -> None:
         path = w / name / "model.safetensors"
@@ -217,7 +223,7 @@ def header(change, name: str = "hf"):
 
 
 def sharded(weight_map: dict | None, name: str = "hf"):
-    """An index in place of the one file; None: of all its tensors."""
+    """Rename the weight file to a shard, and write an index of `weight_map` (None: of all tensors)."""
 
     def damage(w: Path) -> None:
         names = load_file(w / name / "model.safetensors").keys()
@@ -234,7 +240,7 @@ def malicious_bin(w: Path) -> None:
 
 
 def bin_of(change):
-    """The weights as a pytorch_model.bin that holds `change(state dict)`."""
+    """Replace the weights with a pytorch_model.bin that contains `change(state dict)`."""
 
     def damage(w: Path) -> None:
         torch.save(change(load_file(w / "hf" / "model.safetensors")), w / "hf" / "pytorch_model.bin")
@@ -250,7 +256,7 @@ def saved(value) -> bytes:
 
 
 def entry(step: str, key: str, make):
-    """Put a pickled entry of a checkpoint anew, at the end of its shard, as `make(world)` has it."""
+    """Replace a pickled entry of a checkpoint with `make(world)`, appended to its shard."""
 
     def damage(w: Path) -> None:
         folder = w / step
@@ -267,7 +273,7 @@ def entry(step: str, key: str, make):
 
 
 def flip_in_entry(step: str, key: str):
-    """One bit, in the first operation of the pickle that this entry is."""
+    """Flip one bit in the first opcode of this pickled entry."""
 
     def damage(w: Path) -> None:
         found = pickle.loads((w / step / ".metadata").read_bytes())
@@ -280,7 +286,7 @@ def flip_in_entry(step: str, key: str):
 
 
 def metadata(step: str, change):
-    """`change(world, metadata)` in place, or what it gives is pickled instead."""
+    """Replace the metadata with the result of `change(world, metadata)`, or with the changed object if that is None."""
 
     def damage(w: Path) -> None:
         path = w / step / ".metadata"
@@ -291,7 +297,7 @@ def metadata(step: str, change):
 
 
 def documents(name: str, lists, dtype=np.uint16):
-    """.bin/.idx of these documents."""
+    """Write a .bin/.idx pair of these token lists."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     def damage(w: Path) -> None:

@@ -1,6 +1,6 @@
-"""Bad recipes, flags, data and inputs of the tools: what is done, the command line that meets it, what its line says.
+"""Cases of bad recipes, flags, data and tool inputs: the damage, the command line to run, the expected message.
 
-More of .bin/.idx files is in config/test_bad_data.py, of flags in config/test_parse.py.
+More cases of .bin/.idx files are in config/test_bad_data.py, of flags in config/test_parse.py.
 """
 
 import json
@@ -30,7 +30,7 @@ BASE += "lr: 1e-3\ntokenizer_type: NullTokenizer\nvocab_size: 100\nsplit: 8,2,0\
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij")
 )
-# What recipe.yaml is, and what the line must say.
+# name: (text of recipe.yaml, words that the error message must contain)
 RECIPES = {
     "a tag that calls": ("lr: !!python/object/apply:os.system ['touch pwned']", ["not a YAML file", "python/object"]),
     "a tag that makes": ("lr: !!python/object/new:os.popen ['touch pwned']", ["not a YAML file", "python/object"]),
@@ -271,7 +271,7 @@ TOOL_CASES = {
     "plan: a shape": (also(), (*PLAN, "--num-layers", "-2"), ["--num-layers -2"]),
 }  # fmt: skip
 
-# What an unset shell variable leaves of a path.
+# Empty paths, as an unset shell variable leaves them.
 _PATHS = {
     NEW: "save load load-hf save-hf pretrained-checkpoint data-path data-cache-path tensorboard-dir config",
     START: "tokenizer-model",

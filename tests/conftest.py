@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; pyte
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Where a virtual environment was not activated: commands under test start torchrun and python.
+# Commands under test start torchrun and python, also where the virtual environment is not activated.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 from megatron_cream.common import devices
@@ -17,7 +17,7 @@ from megatron_cream.patches import platform
 platform.setup()
 
 
-# Files are handed out in this order: a long one that comes last would run alone.
+# Files are distributed to the workers in this order: a long file that starts last would run alone.
 LONGEST = (
     "docs chain faults nodes slurm long_evaluation_runs bad_inputs parallel resume_preprocess traffic convert_faults "
     "study perplexity one_pass after_save"
@@ -47,7 +47,7 @@ def _mark_slow(items):
                 item.add_marker(pytest.mark.slow)
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     _mark_slow(items)
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items):
 
 
 def _fail_if_skipped_in_ci(report):
-    """Turn a skip for any reason but a GPU into a failure where CI=true: what CI skips is tested nowhere."""
+    """If CI=true, turn a skip into a failure unless a GPU is missing: no other machine runs tests that CI skips."""
     if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if not reason.startswith("gpu: "):

@@ -1,4 +1,4 @@
-"""A small Llama with a tokenizer of its own, and a model that knows every answer, for the tests of evaluation."""
+"""A small Llama with its tokenizer, and a model that knows every answer, for the evaluation tests."""
 
 import json
 import sysconfig
@@ -21,7 +21,7 @@ POSITIONS = 2048
 
 
 def save_tokenizer(folder: Path, *, bos: bool = True, vocabulary: int = 2000) -> None:
-    """A byte-level BPE as tokenizer.json, with <s> and </s>."""
+    """Train a byte-level BPE with <s> and </s>, and save it as tokenizer.json."""
     model = ByteLevelBPETokenizer(add_prefix_space=True)
     model.train_from_iterator(_texts(), vocab_size=vocabulary, show_progress=False, special_tokens=["<s>", "</s>"])
     if bos:
@@ -38,7 +38,7 @@ def _texts() -> list[str]:
 
 
 def save_llama(folder: Path, name: str = "llama-mha", *, seed_change: int = 0, bos: bool = True) -> Path:
-    """A random Llama of 2,048 positions with that tokenizer."""
+    """Save a random Llama of 2,048 positions with that tokenizer. Returns its folder."""
     options = dict(vocab_size=2048, max_position_embeddings=POSITIONS, num_hidden_layers=2)
     model = save_model(folder, name, **options)
     if seed_change:
@@ -49,11 +49,12 @@ def save_llama(folder: Path, name: str = "llama-mha", *, seed_change: int = 0, b
 
 
 class Knows:
-    """A LanguageModel that answers each prompt that it was told of, and keeps what it was asked.
+    """A LanguageModel that gives the known answer to each prompt, and records batches and seeds.
 
     Args:
-        tokenizer: of prompts and answers.
-        fails_at: raises torch's out-of-memory error for prompts of this many tokens or more.
+        tokenizer: encodes prompts and answers.
+        answers: prompt -> answer.
+        fails_at: length in tokens from which a prompt raises torch's out-of-memory error.
     """
 
     max_positions = 1 << 20

@@ -1,4 +1,4 @@
-"""Small Hugging Face folders as transformers saves them, of every family that can be converted."""
+"""Small Hugging Face folders of every family that can be converted, as transformers saves them."""
 
 from pathlib import Path
 
@@ -38,10 +38,10 @@ MODELS = {
 
 
 def save_model(folder: Path, name: str = "llama-mha", dtype=torch.float32, shard_size: str = "5GB", **changes):
-    """Returns the model, whose folder transformers wrote.
+    """Save a small random model with transformers, and return it.
 
     Args:
-        changes: to its config.
+        changes: config values to change.
     """
     family, options = MODELS[name]
     options = options | changes
@@ -49,10 +49,10 @@ def save_model(folder: Path, name: str = "llama-mha", dtype=torch.float32, shard
     config = getattr(transformers, f"{family}Config")(**(SMALL | options))
     model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
     for parameter in model.parameters():
-        if parameter.dim() == 1:  # norms that are not all ones, biases that are not all zero
+        if parameter.dim() == 1:  # makes norms differ from one and biases from zero
             parameter.data.uniform_(0.5, 1.5)
         else:
-            parameter.data *= 4  # logits that are sure of something
+            parameter.data *= 4  # spreads the logits
     if options.get("tie_word_embeddings"):
         model.tie_weights()
     model.save_pretrained(folder, max_shard_size=shard_size)
@@ -60,16 +60,16 @@ def save_model(folder: Path, name: str = "llama-mha", dtype=torch.float32, shard
 
 
 def logits_of(model, tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """float32 [b, n, vocabulary] of a transformers model, causal, at any position ids [b, n]."""
+    """Return the causal logits of a transformers model, float32 [b, n, vocabulary], at position ids [b, n]."""
     n = tokens.shape[1]
-    # Without a mask of ours transformers would read gaps in position ids as packed sequences.
+    # Without an explicit mask transformers would take gaps in position ids for packed sequences.
     mask = torch.full((n, n), float("-inf")).triu(1)[None, None].expand(len(tokens), 1, -1, -1)
     with torch.inference_mode():
         return model(tokens, position_ids=ids, attention_mask=mask).logits
 
 
 def some_tokens(model, window: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and position ids with gaps, others in each sample, [2, window] each."""
+    """Return random tokens and position ids with gaps, different in each sample, [2, window] each."""
     generator = torch.Generator().manual_seed(1)
     config = model.config
     tokens = torch.randint(0, config.vocab_size, (2, window), generator=generator)

@@ -1,4 +1,4 @@
-"""Run pretrain_cream.py with real ranks, as torchrun starts them, and read what it logged."""
+"""Run pretrain_cream.py with real ranks, as torchrun starts them, and read its logged losses."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 VOCABULARY = 100  # padded to 128: the padding must not show in the loss
 
-# A tiny Llama with grouped-query attention; 10 steps on synthetic documents.
+# A tiny Llama with grouped-query attention.
 TINY = [
     *"--num-layers 2 --hidden-size 32 --ffn-hidden-size 88 --num-attention-heads 4".split(),
     *"--group-query-attention --num-query-groups 2 --seq-length 96 --target-length 384".split(),
@@ -33,7 +33,7 @@ TINY = [flag for item in TINY for flag in ([item] if isinstance(item, str) else 
 
 
 def write_documents(prefix: Path, documents: int = 60, shortest: int = 60, longest: int = 900) -> Path:
-    """Documents with structure to learn at once: few tokens are common, and each repeats a phrase."""
+    """Write documents that are quick to learn: few tokens are frequent, and each document repeats a phrase."""
     rng = np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for length in rng.integers(shortest, longest, size=documents):
@@ -49,7 +49,7 @@ def write_documents(prefix: Path, documents: int = 60, shortest: int = 60, longe
 def torchrun(
     ranks: int, *flags, cwd: Path | None = None, timeout: int = 900, script: Path = ROOT / "pretrain_cream.py"
 ) -> subprocess.CompletedProcess:
-    """`torchrun --standalone --nproc_per_node=ranks script flags`, output captured.
+    """Run `torchrun --standalone --nproc_per_node=ranks script flags` and capture the output.
 
     Without a GPU the ranks are forked from a process that has imported everything (tests/preloaded.py).
     """
@@ -76,7 +76,7 @@ def torchrun(
 
 @functools.cache
 def _preloaded() -> subprocess.Popen:
-    """Ends with this process."""
+    """Start tests.preloaded once; it ends with this process."""
     command = ending_with_test([sys.executable, "-m", "tests.preloaded"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -98,7 +98,7 @@ def _run_preloaded(job: dict, timeout: int) -> int:
 
 
 def _died_of(words: str) -> str:
-    """What a rank says as it dies of a signal stands before its stacks."""
+    """Return the text around a rank's "Fatal Python error", which precedes its stack traces."""
     before, said, after = words.partition("Fatal Python error")
     return before[-1500:] + said + after[:1500] if said else ""
 
@@ -106,10 +106,10 @@ def _died_of(words: str) -> str:
 def train(
     ranks: int, folder: Path, *flags, base=TINY, fp32: bool = True, script: Path = ROOT / "pretrain_cream.py"
 ) -> dict[int, float]:
-    """A run that must succeed. Returns step -> loss, as logged to TensorBoard (float32, exact).
+    """Train, check that the run succeeds, and return step -> loss from TensorBoard (float32, exact).
 
     Args:
-        base: flags that go before `flags`.
+        base: flags placed before `flags`.
     """
     precision = ["--fp32"] if fp32 else []
     result = torchrun(ranks, *base, *precision, "--tensorboard-dir", folder, *flags, script=script)

@@ -1,9 +1,9 @@
-"""Launches pretrain_cream.py, or a script around it, from a process that has imported everything: for launch.py.
+"""Launch pretrain_cream.py, or a script around it, from a process that has imported everything. launch.py starts it.
 
-To import Megatron, torch and transformers takes ten seconds of a core, for every rank. Here torch's own elastic
-launcher, which torchrun is the command line of, forks its ranks from this process instead of starting Python anew.
-For machines without a GPU: CUDA does not outlive a fork. It reads a job a line (JSON: ranks, script, flags, cwd,
-environment, out, error), and answers with the number of the process that runs it, then its exit code.
+Importing Megatron, torch and transformers takes ten seconds of CPU time per rank. Here torch's elastic launcher, which
+torchrun also uses, forks the ranks from this process instead of starting Python again. This works only on machines
+without a GPU: CUDA cannot be used in a forked process. The process reads one job per line (JSON: ranks, script, flags,
+cwd, environment, out, error) and prints the id of the process that runs it, then its exit code.
 """
 
 import json
@@ -25,11 +25,11 @@ JOB = Path(__file__).resolve().parents[1] / "pretrain_cream.py"
 def main() -> None:
     import torch
     import torch.utils.tensorboard
-    import transformers.models.llama.modeling_llama  # noqa: F401  (what runs import only when they need it)
+    import transformers.models.llama.modeling_llama  # noqa: F401  (imported late by some runs)
 
     import pretrain_cream  # noqa: F401
 
-    torch.set_num_threads(1)  # a fork does not inherit the threads of a pool
+    torch.set_num_threads(1)  # a fork does not inherit a pool's threads
     for line in sys.stdin:
         job = json.loads(line)
         server, process = os.getpid(), os.fork()
@@ -80,7 +80,7 @@ def _rank(script: str, flags: list[str]) -> None:
     import pretrain_cream
 
     end_with_parent()
-    # A fork makes torch's pool anew when it is first asked for: not by several threads of autograd at once.
+    # A fork recreates torch's thread pool on first use. Do it here, before several autograd threads do it at once.
     torch.set_num_threads(1)
     sys.argv = [script, *flags]
     if script != str(JOB):

@@ -1,4 +1,4 @@
-"""Start the processes of tests so that they end with the test, however that ends."""
+"""Start the processes of tests so that they end with the test process, even if it is killed."""
 
 import os
 import sys
@@ -16,9 +16,9 @@ os.execvp(sys.argv[3], sys.argv[3:])
 
 
 def ending_with_test(command: list) -> list[str]:
-    """Return `command` so that the system kills its process when this one has ended, by Ctrl-C or by a signal.
+    """Wrap `command` so that the kernel kills its process when this process ends, also by Ctrl-C or a signal.
 
-    A torchrun in a session of its own would train on, where a terminal's Ctrl-C does not reach it; its ranks end with
-    it. Start it from the main thread: the system looks at the thread.
+    Otherwise a torchrun in its own session, which a terminal's Ctrl-C does not reach, would continue to train. Its
+    ranks end with it. Start the command from the main thread: the kernel kills it when the starting thread ends.
     """
     return [sys.executable, "-c", _END_WITH_TEST, str(ROOT), str(os.getpid()), *map(str, command)]

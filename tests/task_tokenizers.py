@@ -1,4 +1,4 @@
-"""Real tokenizers, trained in seconds, for the tests of the evaluation's tasks."""
+"""Real tokenizers, trained in seconds, for the tests of the evaluation tasks."""
 
 import sysconfig
 from functools import cache
@@ -24,7 +24,7 @@ class SentencePiece:
 
 
 class ByteLevel:
-    """Hugging Face's fast tokenizers, as GPT-2's: a space before the first word, which encoding adds."""
+    """A fast tokenizer of Hugging Face, like GPT-2's; encoding adds a space before the first word."""
 
     def __init__(self, texts: list[str]):
         self._model = ByteLevelBPETokenizer(add_prefix_space=True)

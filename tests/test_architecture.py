@@ -1,4 +1,4 @@
-"""docs/architecture.md names files and functions that exist; the rooms are those of the package."""
+"""Tests of docs/architecture.md: its files and functions exist, and its rooms are the package's folders."""
 
 import ast
 import re

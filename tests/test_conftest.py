@@ -1,4 +1,4 @@
-"""The rule of continuous integration: a test that is skipped for want of anything but a GPU has failed."""
+"""Tests of the CI rule: a skipped test fails unless the reason is a missing GPU."""
 
 import os
 import subprocess

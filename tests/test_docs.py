@@ -1,6 +1,6 @@
-"""README and docs: their commands run as they are written, and what they name exists.
+"""Tests of README and docs: their commands run as written, and the flags and files that they name exist.
 
-A shell block without a title is run, on a tiny model. Other blocks have a title that says what they need.
+Shell blocks without a title are run, on a tiny model. Other blocks have a title that says what they need.
 """
 
 import os
@@ -18,7 +18,7 @@ from tests.processes import ROOT, ending_with_test
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 HAND_WRITTEN = [ROOT / "README.md", *(page for page in PAGES if page.name != "flags.md")]
 TITLES = ("Needs ", "Run by ", "Settings")
-# Of other programs: torchrun, sbatch, scancel, docker, kubectl, pip, pytest, mkdocs, hf, vllm.
+# Flags of other programs: torchrun, sbatch, scancel, docker, kubectl, pip, pytest, mkdocs, hf, vllm.
 FOREIGN = """
 nnodes nproc_per_node rdzv_id rdzv_backend rdzv_endpoint rdzv_conf max-restarts max_restarts local_addr standalone
 gpus-per-node array cpus-per-task signal file tag gpus ipc ulimit volume network shm-size
@@ -34,10 +34,10 @@ config = save_llama(Path(sys.argv[2])) / "config.json"
 config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 512}))
 """
 MODEL = "SmolLM2-135M-Instruct"
-"""The tiny model takes the place of this one."""
+"""The pretrained model of the tutorial, replaced by a tiny one."""
 
 TINY = dict(MODEL=MODEL, WINDOW="512", TARGET="1024", STEPS="4", BATCH="2", LR="1e-4", GPUS="1")
-"""In place of the tutorial's settings."""
+"""Values that replace the tutorial's settings."""
 
 TINY_README = {
     "8192": "512",
@@ -50,13 +50,13 @@ TINY_README = {
 
 
 def blocks(page: Path, language: str = "bash") -> list[tuple[str, str]]:
-    """Return (title, text) of each block of code in that language."""
+    """Return (title, text) of each code block in this language."""
     pattern = rf'^```{language}(?: title="([^"]*)")?\n(.*?)^```$'
     return re.findall(pattern, page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def make_folder(folder: Path) -> Path:
-    """Return a folder as a checkout's, with a model and long texts."""
+    """Make a folder like a checkout of the repository, with a model and long texts."""
     folder.mkdir()
     for name in ("pretrain_cream.py", "tools", "examples", "docs", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
@@ -70,7 +70,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def run_block(folder: Path, command: list[str]) -> str:
-    """Run a command in fresh processes; it must succeed."""
+    """Run a command in fresh processes, check that it succeeds, and return its output."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
     environment = inherited | TINY | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     log = folder / "log.txt"
@@ -93,7 +93,7 @@ def run_page(folder: Path, page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tutorial(tmp_path_factory):
-    """(The folder in which the tutorial was run, what its blocks printed)."""
+    """(folder in which the tutorial ran, output of each of its blocks)."""
     folder = make_folder(tmp_path_factory.mktemp("docs") / "checkout")
     return folder, run_page(folder, ROOT / "docs" / "tutorial.md")
 
@@ -161,7 +161,7 @@ def known_flags() -> set[str]:
 
 
 def test_troubleshooting_quotes_messages():
-    """A message on the page is one that the code prints."""
+    """Every message quoted on the page appears in the source code."""
     sources = [ROOT / "pretrain_cream.py", *(ROOT / "tools").glob("*.py"), *(ROOT / "megatron_cream").rglob("*.py")]
     joined = [re.sub(r'"\s*\n\s*f?"', "", source.read_text()) for source in sources]
     page = (ROOT / "docs" / "troubleshooting.md").read_text()

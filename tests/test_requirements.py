@@ -1,4 +1,4 @@
-"""The bounds of requirements*.txt, and the versions that constraints.txt names."""
+"""Tests of the version bounds in requirements*.txt against the versions in constraints.txt."""
 
 import re
 
@@ -33,6 +33,6 @@ def test_the_versions_that_ran_are_within_the_bounds(file, ran):
 
 
 def test_libraries_with_private_names_in_use_have_an_upper_bound():
-    """A newer release may have moved them."""
+    """A newer release may have moved the private names."""
     bounds = {each.name: str(each.specifier) for each in requirements("requirements.txt")}
     assert "<" in bounds["torch"] and "<" in bounds["megatron-core"]

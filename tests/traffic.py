@@ -1,9 +1,9 @@
-"""Run by torchrun: trains for two steps at each of several layouts, and writes what its rank said in the second.
+"""Train two steps in each of several layouts, and write how many bytes each rank communicates in the second step.
 
 torchrun --nproc_per_node=2 tests/traffic.py FOLDER LAYOUTS.json
 
-LAYOUTS.json: {name: flags}. FOLDER/NAME.RANK.json: {operation: bytes of the whole tensors}, of groups of several
-ranks; what is less than a token's worth (norms, counters) is left out.
+LAYOUTS.json: {name: flags}. FOLDER/NAME.RANK.json: {operation: bytes of the whole tensors}, for groups of several
+ranks. Tensors below 256 bytes (norms, counters) are left out.
 """
 
 import json
@@ -24,7 +24,7 @@ SMALLEST = 256  # bytes
 said: Counter[str] = Counter()
 listening = False
 
-# Where each operation has its whole tensor among its arguments.
+# Operation: (function, position of the whole tensor among its arguments, keyword of that tensor).
 WHOLE = {
     "all_gather": ("all_gather_into_tensor", 0, "output_tensor"),
     "reduce_scatter": ("reduce_scatter_tensor", 1, "input"),
@@ -32,12 +32,12 @@ WHOLE = {
     "broadcast": ("broadcast", 0, "tensor"),
     "send": ("isend", 0, "tensor"),
 }
-# Not used by Megatron here; if they ever are, the test shall notice.
+# Megatron does not use these here; the test fails if it ever does.
 OTHERS = ("all_gather", "reduce_scatter", "all_to_all_single", "all_to_all", "send", "gather", "scatter")
 
 
 def listen() -> None:
-    """Wrap torch's collectives; before Megatron is imported, which takes some of them by name."""
+    """Wrap torch's collectives. Call it before Megatron is imported, which imports some of them by name."""
     for operation, (name, place, keyword) in WHOLE.items():
         _wrap(name, operation, place, keyword)
     for name in OTHERS:
@@ -54,7 +54,7 @@ def _wrap(name: str, operation: str, place: int, keyword: str | None) -> None:
         nbytes = tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else SMALLEST
         if listening and nbytes >= SMALLEST and torch.distributed.get_world_size(group) > 1:
             said[operation] += nbytes
-        before, listening = listening, False  # some come in once more, through torch's function modes
+        before, listening = listening, False  # do not count nested calls through torch's function modes
         try:
             return original(*args, **kwargs)
         finally:
@@ -77,7 +77,7 @@ def main() -> None:
 
     def heard(*args, **kwargs):
         global listening
-        said.clear()  # so that the last step's stays
+        said.clear()  # keep only the last step
         listening = True
         try:
             return step(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The commands that a user is advised to run next."""
+"""Tests of the commands that a user is advised to run next."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""What every command does with Ctrl-C, with output that takes no words, and under `python -O`."""
+"""Tests of every command under Ctrl-C, with unwritable standard output, and under `python -O`."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ COMMANDS = [
     "tools/plot_positions.py",
     "tools/preprocess_data.py",
 ]
-# Loaded by Python before a script begins: sends this process Ctrl-C when the script imports a module.
+# Python loads this before the script. It sends the process SIGINT when the script imports a given module.
 INTERRUPT_AT_IMPORT = """
 import os, signal, sys
 def hook(event, found):
@@ -84,7 +84,7 @@ def test_only_rank_0_reports_ctrl_c(tmp_path):
         "try: os.kill(os.getpid(), 2)\nexcept KeyboardInterrupt: raise RuntimeError",  # as extension modules do
         "class Deleted:\n    def __del__(self): os.kill(os.getpid(), 2)\nDeleted()",
         "import atexit\natexit.register(lambda: os.kill(os.getpid(), 2))",
-        # A fork that has not yet set a handler of its own.
+        # A fork that has not yet set its own handler.
         "child = os.fork() or os.kill(os.getpid(), 2)\nos.waitpid(child, 0)\nos.kill(os.getpid(), 2)",
     ],
 )
@@ -122,7 +122,7 @@ CLOSED = "tool.py: error: standard output: Bad file descriptor\n"
 )
 @pytest.mark.parametrize("unbuffered", [(), ("-u",)])
 def test_unwritable_standard_output(tmp_path, redirect, code, error, unbuffered):
-    """Unwritten words are an error like that of any other output; words on standard error can be done without."""
+    """Unwritable standard output is an error; unwritable standard error is ignored."""
     body = "import sys\nprint('said', file=sys.stderr) if {said} else None\nfor _ in range(100_000): print('a line')"
     body = body.format(said=code == 0)
     result = run([*unbuffered, script(tmp_path, body)], redirect)

@@ -1,4 +1,4 @@
-"""Saved values that another process, Python or numpy must be able to read."""
+"""Tests that another process, Python version or numpy version can read saved values."""
 
 import enum
 import io
@@ -56,7 +56,7 @@ def test_saved_flags_are_plain_values(case):
 
 
 def written_by_python(module: str, make, monkeypatch) -> bytes:
-    """What `make(PosixPath)` gives, written where PosixPath is a class of that module."""
+    """Return `make(PosixPath)`, written where PosixPath is a class of that module."""
     with monkeypatch.context() as other:
         home = sys.modules.get(module) or ModuleType(module)
         other.setitem(sys.modules, module, home)
@@ -65,7 +65,7 @@ def written_by_python(module: str, make, monkeypatch) -> bytes:
         return make(path)
 
 
-@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # to Python 3.12, of 3.13
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # Python up to 3.12, Python 3.13
 def test_paths_saved_by_other_python_versions_load(module, monkeypatch):
     safe_loading.install()
     common = written_by_python(module, lambda path: saved([{"args": Namespace(folder=path("a/b"))}]), monkeypatch)
