@@ -1,4 +1,4 @@
-"""evaluate.py compare: intervals against oracles, a page from finished results, and refusals in one line."""
+"""evaluate.py compare: confidence intervals against oracles, comparison pages, and one-line errors."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ CARD = (
 
 
 def write_result(folder, task, records, *, model="base", settings=(), **changes):
-    """A finished folder of evaluate.py, of a base model of 4,096 positions or its extension to 8,192."""
+    """Write a finished evaluate.py folder of a base model (4,096 positions) or its extension (8,192)."""
     folder.mkdir(parents=True)
     (folder / RESULTS).write_text("".join(map(format_line, records)))
     summary = {
@@ -42,7 +42,7 @@ def write_result(folder, task, records, *, model="base", settings=(), **changes)
 
 
 def needles(found, count=4):
-    """Records of each length and depth; `found` of (length, number) is the score."""
+    """Return `count` records of each length and depth, scored by `found(length, number)`."""
     return [
         dict(name=f"needle/number/{length}/{depth:g}/{i}", part="number", length=length, depth=depth, prompt_tokens=99,
              output="", answers=["7"], score=float(found(length, i)))
@@ -62,7 +62,10 @@ def documents(nll):
 
 @pytest.fixture
 def sides(tmp_path):
-    """Needles that only the extended model finds beyond 4,096 tokens, a short task that it is worse at, documents."""
+    """Write results of a base and an extended model, and return the two folders.
+
+    The extended model finds more needles at 8,192 tokens, has lower perplexity and is worse at a short task.
+    """
     base, extended = tmp_path / "base", tmp_path / "extended"
     write_result(base / "needle", "needle", needles(lambda length, i: length == 4096))
     write_result(extended / "needle", "needle", needles(lambda length, i: i < 3), model="extended")
@@ -79,7 +82,7 @@ def run(monkeypatch, *flags) -> int:
 
 
 def test_the_interval_is_that_of_all_resamples():
-    """Three values have 27 resamples; a weighted one is the ratio of two sums."""
+    """Three values have 27 resamples; a weighted mean is the ratio of two sums."""
     values, weights = np.array([0.0, 1.0, 4.0]), np.array([1.0, 2.0, 5.0])
     for these in (np.ones(3), weights):
         drawn = np.array(list(itertools.product(range(3), repeat=3)))
@@ -101,7 +104,7 @@ def test_the_interval_is_that_of_scipy():
 
 
 class Page(HTMLParser):
-    """What a browser would load, and the text."""
+    """Text of an HTML page and the addresses that a browser would load."""
 
     def __init__(self, text):
         super().__init__()
@@ -117,7 +120,7 @@ class Page(HTMLParser):
 
 
 def test_a_page_in_a_fresh_process(sides, tmp_path):
-    """The command of the docs, from another folder: numbers, pictures, an HTML file that needs no other."""
+    """The documented command, run in another folder, writes numbers, pictures and a self-contained HTML file."""
     base, extended = sides
     model = tmp_path / "somewhere" / "extended"  # the path that the results name
     model.mkdir(parents=True)
@@ -158,7 +161,7 @@ def test_a_page_in_a_fresh_process(sides, tmp_path):
 
 
 def test_rows_of_each_task(tmp_path):
-    """In the order of lengths, sizes and depths, whatever order examples were finished in; a place is rounded."""
+    """Rows are sorted by length, size and depth, not by completion order; depths are rounded."""
     example = dict(depth=None, part="", length=8192, prompt_tokens=9, output="", answers=["7"])
     records = {
         "kv": [example | dict(name=f"kv/{keys}/{place}", part=f"{keys}_keys", depth=place / (keys - 1))
@@ -188,7 +191,7 @@ def test_rows_of_each_task(tmp_path):
 
 
 def test_results_that_do_not_say_the_window(monkeypatch, sides):
-    """As earlier versions wrote them: nothing is called a gain or a cost."""
+    """Results of earlier versions have no window, so the page reports neither gains nor costs."""
     for folder in (*sides[0].iterdir(), *sides[1].iterdir()):
         summary = json.loads((folder / SUMMARY).read_text())
         del summary["positions"], summary["tokenizer"]
@@ -259,7 +262,7 @@ def test_sides_that_do_not_compare_are_one_line(monkeypatch, sides, capsys, name
 
 
 def test_what_the_lines_advise_works(monkeypatch, sides, capsys):
-    """--tasks of what both have; --overwrite of an earlier page; a page in a new folder."""
+    """The advised flags work: --tasks with the common tasks, --overwrite of an old page, a new --output."""
     base, extended = sides
     for file in (extended / "needle").iterdir():
         file.unlink()
@@ -278,7 +281,7 @@ def test_what_the_lines_advise_works(monkeypatch, sides, capsys):
 
 
 def test_text_of_files_is_shown_as_text(monkeypatch, sides, capsys):
-    """A name in the results is neither HTML nor Markdown of the page."""
+    """Names in the results are escaped in HTML and Markdown."""
     evil = "<script>alert(1)</script>|[x](http://a)"
     for side, name in zip(sides, ("base", "extended"), strict=True):
         records = [record | {"part": evil} for record in questions(9)]

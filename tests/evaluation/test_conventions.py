@@ -1,4 +1,4 @@
-"""Perplexity by each convention, and LongPPL, against the authors' formulas on transformers' own losses."""
+"""Perplexity by each convention, and LongPPL, against the authors' formulas applied to transformers' losses."""
 
 import math
 
@@ -23,7 +23,7 @@ LENGTHS, STRIDE = [20, 33, 60], 7
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """(transformers' model, ours, a document with its BOS)."""
+    """Return transformers' model, our model and a document that starts with BOS."""
     folder = save_llama(tmp_path_factory.mktemp("llama") / "hf")
     tokenizer = open_tokenizer(folder, flag="--model")
     common = dict(dtype=torch.float32, stop_ids=frozenset(), max_positions=2048, prefill_chunk=16)
@@ -33,7 +33,7 @@ def llama(tmp_path_factory):
 
 
 def losses(model, ids: list[int]) -> torch.Tensor:
-    """Of ids[1:], in one forward pass."""
+    """Return the losses of ids[1:] from one forward pass."""
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
@@ -57,7 +57,7 @@ def measure(llama, tmp_path, convention: str, rule: KeyTokenRule | None = None, 
 
 
 def test_cream_is_one_window_of_the_first_tokens(llama, tmp_path):
-    """A BOS and the first W - 1 tokens, the loss of all of them."""
+    """The window is BOS and the first W - 1 tokens; all of them are scored."""
     theirs, _, document = llama
     found = measure(llama, tmp_path, "cream")
     for length in LENGTHS:
@@ -69,7 +69,7 @@ def test_cream_is_one_window_of_the_first_tokens(llama, tmp_path):
 
 
 def test_pose_has_a_bos_before_each_window(llama, tmp_path):
-    """Windows of W - 1 tokens after a BOS; each scores the tokens that none before it has reached."""
+    """A window is BOS and W - 1 tokens; it scores the tokens that no earlier window contains."""
     theirs, _, document = llama
     bos, text = document.tokens[0], document.tokens[1:]
     found = measure(llama, tmp_path, "pose")
@@ -93,7 +93,7 @@ def test_conventions_differ_but_at_the_whole_text(llama, tmp_path):
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(2, 60), window=st.integers(2, 30), data=st.data())
 def test_which_tokens_pose_and_cream_score(n, window, data):
-    """By the definition of one token's context."""
+    """The contexts equal those of the definition, token by token."""
     stride = data.draw(st.integers(1, window - 1))
     text = list(range(1, n))
     scored = {}
@@ -112,20 +112,20 @@ def test_which_tokens_pose_and_cream_score(n, window, data):
 @pytest.mark.parametrize("with_bos", [False, True])
 @pytest.mark.parametrize("convention", conventions.CONVENTIONS)
 def test_longppl_scores_without_a_bos_as_published(llama, tmp_path, convention, with_bos):
-    """Key tokens by a reader that sees the BOS; losses of a text without it, but with --longppl-bos."""
+    """Key tokens are found with BOS; their losses are computed without BOS unless --longppl-bos is given."""
     theirs, _, document = llama
     bos, text = document.tokens[0], document.tokens[1:]
-    rule = KeyTokenRule(alpha=0.005, beta=-9.0, short_context=16, block=9)  # above rounding
+    rule = KeyTokenRule(alpha=0.005, beta=-9.0, short_context=16, block=9)  # larger than rounding errors
     read = [bos, *text]
     with_long, key = losses(theirs, read), []
     for token in range(rule.short_context, len(read)):
         begin = (token - rule.short_context) // rule.block * rule.block
         with_short = losses(theirs, read[begin : token + 1])[-1]
         if with_short - with_long[token - 1] > rule.alpha and with_long[token - 1] < -rule.beta:
-            key.append(token - 1)  # its place in the text without BOS
+            key.append(token - 1)  # its index in the text without BOS
     assert 5 < len(key) < len(text) - rule.short_context
     of_text = with_long if with_bos else torch.cat([torch.zeros(1), losses(theirs, text)])
     found = measure(llama, tmp_path, convention, rule, with_bos)[str(LENGTHS[-1])]
     assert found["key_tokens"] == len(key)
     assert found["longppl"] == pytest.approx(math.exp(of_text[key].mean().item()), rel=1e-4)
-    assert found["perplexity"] == pytest.approx(math.exp(with_long.mean().item()), rel=1e-4)  # always with a BOS
+    assert found["perplexity"] == pytest.approx(math.exp(with_long.mean().item()), rel=1e-4)  # always with BOS

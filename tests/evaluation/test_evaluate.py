@@ -1,4 +1,4 @@
-"""tools/evaluate.py: whole runs on a small model in both formats, resuming, and refusals in one line."""
+"""tools/evaluate.py: complete runs on a small model in both formats, resuming, and one-line errors."""
 
 import json
 import re
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module", autouse=True)
 def alone():
-    """Models this small lose by several threads; no process group is left behind."""
+    """Use one thread, which is fastest for small models, and remove the process group afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """{"hf": folder, "ckpt": the same model as a Megatron checkpoint}."""
+    """Return {"hf": Hugging Face folder, "ckpt": Megatron checkpoint of the same model}."""
     folder = tmp_path_factory.mktemp("models")
     save_llama(folder / "hf", "llama-gqa-odd-vocabulary")
     import_hf(HfFolder(folder / "hf"), folder / "ckpt")
@@ -49,7 +49,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Three documents, of which the second is too short."""
+    """Write three documents; the second is too short to be evaluated."""
     file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     parts = [
         (ROOT / "megatron_cream" / "commands" / "evaluate.py").read_text(),
@@ -61,11 +61,11 @@ def texts(tmp_path_factory):
 
 
 def run(monkeypatch, *flags) -> int:
-    """The tool's main in this process."""
+    """Run the tool in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     try:
         return command.main()
-    except SystemExit as stop:  # argparse's
+    except SystemExit as stop:  # raised by argparse
         return stop.code
 
 
@@ -81,7 +81,7 @@ LINES = "lines --lengths 500 --samples 3 --temperature 0.8 --top-p 0.9 --seed 5"
 
 @pytest.mark.parametrize("flags", [NEEDLE, KV, RULER, LINES], ids=lambda flags: flags[0])
 def test_both_formats_of_a_model_give_the_same_results(monkeypatch, models, tmp_path, flags):
-    """Every record of a Megatron checkpoint equals that of the Hugging Face folder, in other chunks and batches."""
+    """The records of both formats are equal, even with different chunks and batches."""
     assert run(monkeypatch, *flags, "--model", models["hf"], "--output", tmp_path / "hf") == 0
     other = ["--prefill-chunk", 100, "--batch-size", 2, "--output", tmp_path / "ckpt"]
     assert run(monkeypatch, *flags, "--model", models["ckpt"], *other) == 0
@@ -98,7 +98,7 @@ def test_both_formats_of_a_model_give_the_same_results(monkeypatch, models, tmp_
 
 
 def test_perplexity_of_both_formats(monkeypatch, models, texts, tmp_path, capsys):
-    """Equal within rounding, over documents of the longest length; LongPPL over tokens that are in both."""
+    """Perplexities agree within rounding over documents of the longest length, and LongPPL key tokens agree."""
     flags = ["perplexity", "--dataset", texts, "--lengths", 300, 150, 600, "--stride", 70]
     flags += ["--short-context", 128, "--short-block", 50, "--alpha", 0.05, "--beta", -9]
     found = {}
@@ -116,7 +116,7 @@ def test_perplexity_of_both_formats(monkeypatch, models, texts, tmp_path, capsys
         assert abs(row["key_tokens"] - other["key_tokens"]) <= 2 and row["key_tokens"] > 20
     assert len({row["key_tokens"] for row in found["hf"].values()}) == 1
     assert "perplexity by context length" in capsys.readouterr().out
-    # The same model as the one that tells key tokens: its own, but for what spans cannot tell apart.
+    # --key-token-model with the same model finds about the same key tokens: spans lose some detail.
     options = ["--key-token-model", models["hf"], "--model", models["hf"], "--output", tmp_path / "other"]
     assert run(monkeypatch, *flags, *options) == 0
     told = summary_of(tmp_path / "other")["results"]["600"]
@@ -125,7 +125,7 @@ def test_perplexity_of_both_formats(monkeypatch, models, texts, tmp_path, capsys
 
 
 def test_a_stopped_run_resumes(monkeypatch, models, texts, tmp_path):
-    """Lines lost, one cut in the middle: what is left is not done again, and the end is the same."""
+    """With lines missing and one truncated, intact results are not recomputed and the final results are equal."""
     flags = [*NEEDLE, "--model", models["hf"], "--output", tmp_path]
     assert run(monkeypatch, *flags) == 0
     summary, lines = summary_of(tmp_path), (tmp_path / RESULTS).read_bytes().splitlines(keepends=True)
@@ -133,12 +133,12 @@ def test_a_stopped_run_resumes(monkeypatch, models, texts, tmp_path):
     del first["crc32"]
     marked = format_line(first | {"output": "KEPT " + first["output"]}).encode()
     (tmp_path / RESULTS).write_bytes(marked + b"".join(lines[1:7]) + lines[7][:40])
-    # Another batch size and chunk are no other settings.
+    # Batch size and chunk may change when resuming.
     assert run(monkeypatch, *flags, "--batch-size", 1, "--prefill-chunk", 64) == 0
     assert summary_of(tmp_path) == summary
     again = (tmp_path / RESULTS).read_bytes().splitlines(keepends=True)
     assert again[:7] == [marked, *lines[1:7]] and sorted(again[7:]) == sorted(lines[7:])
-    # Nothing is left to do: no model is loaded.
+    # A finished run does not load the model.
     monkeypatch.setattr(language_model, "load", None)
     assert run(monkeypatch, *flags) == 0 and summary_of(tmp_path) == summary
 
@@ -154,7 +154,7 @@ def test_a_stopped_run_resumes(monkeypatch, models, texts, tmp_path):
 
 
 def test_results_of_other_settings_are_rejected(monkeypatch, models, tmp_path, capsys):
-    """One line that names the difference; --overwrite begins anew; nothing is lost otherwise."""
+    """An error names the changed setting and keeps the results; --overwrite starts again."""
     flags = [*KV, "--output", tmp_path / "out", "--model"]
     assert run(monkeypatch, *flags, models["hf"]) == 0
     save_llama(tmp_path / "trained", "llama-gqa-odd-vocabulary", seed_change=1)
@@ -173,7 +173,7 @@ def test_results_of_other_settings_are_rejected(monkeypatch, models, tmp_path, c
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and reason in message and "--output" in message, message
     assert (tmp_path / "out" / RESULTS).read_bytes() == before
-    assert run(monkeypatch, *flags, tmp_path / "moved") == 0  # the same model elsewhere
+    assert run(monkeypatch, *flags, tmp_path / "moved") == 0  # the same model in another folder
     assert (tmp_path / "out" / RESULTS).read_bytes() == before
     assert run(monkeypatch, *flags, models["hf"], "--seed", 1, "--overwrite") == 0
     assert summary_of(tmp_path / "out")["settings"]["seed"] == 1
@@ -181,7 +181,7 @@ def test_results_of_other_settings_are_rejected(monkeypatch, models, tmp_path, c
 
 
 def bad_inputs(models: dict[str, Path], texts: Path, folder: Path):
-    """(flags, what the one line says)."""
+    """Return pairs of flags and a part of the expected error."""
     hf, output = ["--model", models["hf"]], ["--output", folder / "out"]
     (folder / "empty").mkdir()
     (folder / "file").write_text("")
@@ -263,7 +263,7 @@ def test_chat_prompts_go_through_the_template(monkeypatch, models, tmp_path):
 
 
 def test_the_tool_starts_as_a_process(models, tmp_path):
-    """From another folder, without the tests' own setting up of Megatron."""
+    """The tool runs as a process in another folder, without the Megatron setup of the tests."""
     flags = ["lines", "--lengths", 500, 600, "--samples", 1, "--model", models["ckpt"]]
     command = [sys.executable, ROOT / "tools" / "evaluate.py", *flags]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=300)
@@ -285,7 +285,7 @@ def test_a_tokenizer_without_bos_has_none(tmp_path):
 
 
 def test_a_trained_checkpoint_brings_its_tokenizer(tmp_path):
-    """A sentencepiece model, in the checkpoint or where it was trained with: ids and BOS as training has them."""
+    """A SentencePiece model in the checkpoint, or at its path in training, gives the token ids and BOS of training."""
     model = task_tokenizers.tokenizer("sentencepiece")._model
     (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())
     for files in ({"hf_folder": tmp_path}, {"hf_folder": None}):
@@ -309,7 +309,7 @@ def test_a_missing_harness_is_reported(monkeypatch, models, tmp_path, capsys):
 
 
 def test_harness_on_a_custom_task(monkeypatch, models, tmp_path, capsys):
-    """Both formats of a model score alike; an unknown task is one line."""
+    """Both formats of a model have equal scores; an unknown task gives a one-line error."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"q": f"{i}", "gold": i % 2}) + "\n" for i in range(10)))
     (tmp_path / "own.yaml").write_text(
         f"task: own\ndataset_path: json\ndataset_kwargs:\n  data_files: {tmp_path / 'data.jsonl'}\n"
@@ -321,7 +321,7 @@ def test_harness_on_a_custom_task(monkeypatch, models, tmp_path, capsys):
         assert run(monkeypatch, *flags, tmp_path / name, "--model", models[name]) == 0
     hf, ckpt = (summary_of(tmp_path / name)["results"]["own"]["acc,none"] for name in ("hf", "ckpt"))
     assert hf == ckpt and 0 <= hf <= 1
-    records = records_of(tmp_path / "hf")  # one for each question, which `compare` pairs
+    records = records_of(tmp_path / "hf")  # one per question, for `compare`
     assert [record["name"] for record in records] == [f"own/{i}" for i in range(10)]
     assert sum(record["score"] for record in records) / 10 == pytest.approx(hf)
     capsys.readouterr()

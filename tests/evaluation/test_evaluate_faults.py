@@ -1,4 +1,4 @@
-"""tools/evaluate.py: what is refused in one line before a model is loaded, and what --overwrite leaves alone."""
+"""tools/evaluate.py: errors before the model is loaded, and files that --overwrite keeps."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def refused(monkeypatch, capsys, model, tmp_path):
-    """Runs the tool, which must not come to load the model; the one line that it says."""
+    """Return a function that runs the tool, checks that it fails before loading, and returns its error line."""
     monkeypatch.setattr(language_model, "load", None)
 
     def run(*flags) -> str:
@@ -73,7 +73,7 @@ def test_a_foreign_picture_stays(refused, tmp_path):
 
 @pytest.mark.parametrize("name", [RESULTS, SUMMARY, PICTURE])
 def test_overwrite_keeps_foreign_files(refused, tmp_path, name):
-    """And a folder in the place of a file is refused at once, with and without it."""
+    """Files of other programs are kept; a folder named like a result file is rejected, with --overwrite too."""
     out = tmp_path / "out"
     out.mkdir()
     for text in ("precious", '{"name": "mine"}\n', "[" * 100_000):
@@ -89,7 +89,7 @@ def test_overwrite_keeps_foreign_files(refused, tmp_path, name):
 
 
 def test_overwrite_replaces_damaged_results(tmp_path):
-    """Either of the two files tells that they are an evaluation's."""
+    """One intact file of the two is enough to identify the folder as an evaluation's."""
     options = dict(settings={}, model={}, model_path=tmp_path)
     good = {"name": "a", "score": 1.0, "part": "", "length": 9, "depth": None}
     for damaged in (RESULTS, SUMMARY):
@@ -102,7 +102,7 @@ def test_overwrite_replaces_damaged_results(tmp_path):
 
 @pytest.mark.parametrize(("positions", "right"), [(None, True), (77, True), ("many", False), (True, False), (0, False)])
 def test_positions_of_another_family(tmp_path, positions, right):
-    """null is as none; what is no number is one line that names the file."""
+    """null counts as absent; a value that is not a number gives an error that names the file."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "other", "max_position_embeddings": positions}))
     source = language_model.Source(tmp_path, None, None, "transformers", None)
     if right:

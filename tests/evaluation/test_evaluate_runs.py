@@ -1,4 +1,4 @@
-"""Runs without a model that computes: gold answers score 1, batches, memory, folders of results, means, pictures."""
+"""Evaluation runs with a model that does not compute: scores, batches, memory errors, results, means, pictures."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def all_plans(tokenizer) -> dict[str, Plan]:
 
 @pytest.mark.parametrize("task", ["needle", "lines", "kv", "ruler"])
 def test_gold_answers_score_one(tokenizer, tmp_path, task):
-    """A model that knows all answers has 1 everywhere; one that knows none of them has 0. Counts are as planned."""
+    """Gold answers score 1 and wrong answers 0 everywhere, and the counts equal the plan's."""
     plan = all_plans(tokenizer)[task]
     examples = list(plan.examples)
     assert len(examples) == plan.count and sum(e.length for e in examples) == plan.tokens
@@ -59,7 +59,7 @@ def test_gold_answers_score_one(tokenizer, tmp_path, task):
 
 
 def some_examples(count: int) -> list[Example]:
-    """Prompts whose lengths go up and down, none as long as another."""
+    """Build prompts of unsorted, distinct lengths."""
     return [Example(f"e{i}", "word " * (i * 7 % count + 1) + str(i), ("yes",), 5, 100 + i) for i in range(count)]
 
 
@@ -68,7 +68,7 @@ def plan_of(examples: list[Example]) -> Plan:
 
 
 def test_batches_are_of_like_lengths(tokenizer, tmp_path):
-    """All examples once, in batches of neighbours by length; each with a seed of its name alone."""
+    """Every example runs once, in batches sorted by length, with a seed that depends on its name only."""
     examples = some_examples(23)
     model = Knows(tokenizer, {example.prompt: " yes" for example in examples})
     with open_results(tmp_path, settings={}, model={}, model_path=tmp_path, overwrite=False) as results:
@@ -123,7 +123,7 @@ def test_means_are_grouped_by_task_parameter():
         "kv", [record(1.0, "75_keys", 9, 0.0), record(0.0, "75_keys", 8, 0.0), record(0.5, "", 30, 1)]
     )
     assert kv["by_position"] == {"75_keys": {"0": 0.5}, "30": {"1": 0.5}}
-    # Means over tasks, not over examples.
+    # The mean is over tasks, not over examples.
     scores = {
         ("vt", 10): [1, 1, 1],
         ("cwe", 10): [0.8],

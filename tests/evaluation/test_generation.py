@@ -1,4 +1,4 @@
-"""Generation and log-probabilities: both engines against transformers' full forward, and against themselves."""
+"""Generation and log-probabilities of both engines, against transformers' full forward pass and each other."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ from megatron_cream.model.rotary import build_rope_scaling
 from tests.hf_models import save_model
 
 GREEDY = dict(temperature=0.0, top_p=1.0)
-# Lengths far from one another, and one shorter than a chunk: whole chunks of padding.
+# Very different lengths, one shorter than a chunk, so that some chunks are only padding.
 LENGTHS = (41, 3, 17, 41)
 SCALINGS = {
     "llama-gqa-odd-vocabulary": ("linear", 8.0),
@@ -39,7 +39,7 @@ def no_process_group_is_left():
 
 @pytest.fixture(scope="module", params=SCALINGS)
 def pair(request, tmp_path_factory):
-    """{engine: open(chunk)} on one model with scaled positions, and transformers' model of the exported folder."""
+    """Return {engine: open(chunk)} for one model with scaled positions, and its export in transformers."""
     folder = tmp_path_factory.mktemp(request.param)
     save_model(folder / "hf", request.param)
     import_hf(HfFolder(folder / "hf"), folder / "ckpt")
@@ -61,7 +61,7 @@ def some_prompts(theirs, lengths=LENGTHS) -> list[list[int]]:
 
 
 def greedy_by_full_forward(theirs, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
-    """Tokens, and the logits [count, vocabulary] that each was taken from, without any cache."""
+    """Return greedy tokens and their logits [count, vocabulary], computed without a cache."""
     ids, logits = list(prompt), []
     for _ in range(count):
         with torch.inference_mode():
@@ -71,7 +71,7 @@ def greedy_by_full_forward(theirs, prompt: list[int], count: int) -> tuple[list[
 
 
 class Recorded:
-    """Keeps the logits of a CachedBatch: [b, vocabulary] each."""
+    """A CachedBatch that records its logits, [b, vocabulary] per call."""
 
     def __init__(self, batch):
         self.batch, self.logits = batch, []
@@ -87,7 +87,7 @@ class Recorded:
 
 @pytest.mark.parametrize("engine", ["transformers", "megatron"])
 def test_greedy_is_that_of_the_full_forward(pair, engine, monkeypatch):
-    """In one batch of unequal lengths, read in chunks: tokens equal, and logits at each step within 1e-4."""
+    """In a batch of unequal lengths, read in chunks, tokens are equal and logits agree within 1e-4 at each step."""
     engines, theirs = pair
     model, recorded, original = engines[engine](16), [], generation.generate
 
@@ -136,7 +136,7 @@ def test_log_probs_are_those_of_the_full_forward(pair, engine):
 
 
 def test_positions_far_beyond_the_window(pair):
-    """At 3,900 of 4,096 positions, read in chunks, both engines say what the full forward says."""
+    """At 3,900 of 4,096 positions, read in chunks, both engines agree with the full forward pass."""
     engines, theirs = pair
     tokens = torch.tensor(some_prompts(theirs, (3900,)))
     with torch.inference_mode():
@@ -158,7 +158,7 @@ def test_an_answer_ends_before_a_stop_token(pair):
 
 
 class Fixed:
-    """A CachedBatch that always has the same logits [b, vocabulary]."""
+    """A CachedBatch that always returns the same logits [b, vocabulary]."""
 
     def __init__(self, logits):
         self.logits = logits
@@ -178,14 +178,14 @@ def draw(logits, count: int, temperature: float, top_p: float, seed: int = 0) ->
 
 
 def test_draws_follow_the_probabilities():
-    """Chi-square over 20,000 draws, of the softmax at a temperature, whole and cut at top_p."""
+    """A chi-square test of 20,000 draws accepts the softmax at a temperature, with and without top_p."""
     from scipy.stats import chisquare
 
     logits = [2.0, 0.0, 1.0, -1.0, 0.5]
     scaled = torch.tensor(logits, dtype=torch.float64).div(0.7).softmax(-1)
     drawn = torch.tensor(draw(logits, 20_000, 0.7, 1.0)).bincount(minlength=5).numpy()
     assert chisquare(drawn, (scaled * 20_000).numpy()).pvalue > 1e-4
-    # 0.72 and then 0.17, of which the second passes 0.8: two are left.
+    # The probabilities 0.72 and 0.17 together exceed top_p 0.8, so two tokens are kept.
     kept = scaled * torch.tensor([1, 0, 1, 0, 0])
     drawn = torch.tensor(draw(logits, 20_000, 0.7, 0.8)).bincount(minlength=5)
     assert drawn[[1, 3, 4]].sum() == 0
@@ -215,8 +215,11 @@ def test_seeds_of_examples():
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [8, 2])
 def test_engines_agree_in_bf16(tmp_path, groups):
-    """On a GPU, heads of 128, 6,000 tokens in chunks: log-probabilities near those of float32 on the CPU; each prompt of
-    an unequal batch is answered, token for token, by what float32 finds likeliest after it, but for rounding."""
+    """On a GPU in bf16, both engines agree with float32 on the CPU, within rounding.
+
+    Heads of 128, 6,000 tokens in chunks: the log-probabilities agree. In a batch of unequal prompts, each generated
+    token is about the likeliest one in float32.
+    """
     options = dict(hidden_size=1024, num_attention_heads=8, num_key_value_heads=groups, max_position_embeddings=8192)
     theirs = save_model(tmp_path / "hf", "llama-mha", **options)
     import_hf(HfFolder(tmp_path / "hf"), tmp_path / "ckpt")
@@ -234,4 +237,4 @@ def test_engines_agree_in_bf16(tmp_path, groups):
             with torch.inference_mode():
                 logits = theirs(torch.tensor([[*prompt, *answer[:-1]]]), logits_to_keep=8).logits[0]
             missed = logits.max(-1).values - logits.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1)
-            assert missed.mean() < 0.2 * logits.std() and missed.max() < logits.std(), missed  # any token: 3 deviations
+            assert missed.mean() < 0.2 * logits.std() and missed.max() < logits.std(), missed  # a random token misses by 3 deviations

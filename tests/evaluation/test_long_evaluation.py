@@ -1,4 +1,4 @@
-"""Long evaluation inside a training job, without a launch: scores against transformers, prompts, cost, flags."""
+"""Long evaluation during training, tested in one process: scores against transformers, prompts, time, flags."""
 
 import io
 import math
@@ -38,7 +38,7 @@ VOCABULARY = 1003
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The same random Llama for Megatron (with its generation) and for transformers."""
+    """Return the same random Llama as our Megatron model and in transformers."""
     folder = tmp_path_factory.mktemp("models")
     save_model(folder / "hf", "llama-gqa-odd-vocabulary")
     import_hf(HfFolder(folder / "hf"), folder / "ckpt")
@@ -62,10 +62,10 @@ def some_texts(lengths_and_firsts) -> list[ScoredText]:
 
 @torch.no_grad()
 def test_scores_are_those_of_the_whole_logits(models):
-    """Of texts that fill the length, and shorter, and one token longer; of one scored token, and of all."""
+    """Texts are as long as the length, shorter, or one token longer; one, some or all tokens are scored."""
     ours, theirs = models
     texts = some_texts([(40, 30), (33, 1), (41, 40), (2, 1), (40, 39)])
-    # Random tokens are hardly ever the likeliest: half of the scored ones are made so.
+    # Make half of the scored tokens the likeliest ones, which random tokens hardly ever are.
     for i, text in enumerate(texts):
         for place in range(text.first, len(text.tokens), 2):
             text.tokens[place] = theirs(torch.from_numpy(text.tokens[None, :place])).logits[0, -1].argmax()
@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_whole_logits(models):
 
 @torch.no_grad()
 def test_recalled_is_what_greedy_decoding_answers(models):
-    """Answers that the cached generation gave are found whole; with any one token changed they are not."""
+    """Answers of cached generation count as recalled; with one token changed they do not."""
     ours, _ = models
     prompts = [text.tokens for text in some_texts([(50, 1), (50, 1), (31, 1)])]
     answers = ours.generate([p.tolist() for p in prompts], 8, temperature=0.0, top_p=1.0, seeds=[0] * 3)
@@ -105,7 +105,7 @@ def tokenizer(request, tmp_path_factory):
 
 @pytest.mark.parametrize("task", ["needle", "kv"])
 def test_prompts_end_with_their_answers(tokenizer, task):
-    """The scored tokens are the answer's, the answer stands in the prompt too, and all of it fits."""
+    """The scored tokens are the answer, the prompt contains the answer, and the whole text fits."""
     texts = build_recall_texts(tokenizer, task, 700, samples=2)
     assert len(texts) == 2 * PLACES
     for text in texts:
@@ -170,9 +170,9 @@ class Clock:
     cost=st.floats(0.1, 50.0),
     seed=st.integers(0, 99),
 )
-@example(share=0.01, interval=1, cost=0.15, seed=0)  # whose rounding hangs on the last bit
+@example(share=0.01, interval=1, cost=0.15, seed=0)  # decided by rounding in the last bit
 def test_evaluations_stay_within_their_share_of_time(share, interval, cost, seed):
-    """But for the first and the last; and it does not stay away where there is room."""
+    """Only the first and last evaluations may exceed the share, and none is skipped that would fit."""
     rng, clock, stream = random.Random(seed), Clock(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch_module, "time", clock)

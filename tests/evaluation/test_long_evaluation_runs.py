@@ -1,4 +1,4 @@
-"""Long evaluation in real runs: the same figures from every layout, and a best checkpoint that outlives a kill."""
+"""Long evaluation in real runs: equal scores at every layout, and a best checkpoint that survives SIGKILL."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def lines(save: Path) -> list[dict]:
 
 
 def run(count: int, *flags) -> str:
-    """Ranks, flags -> what was printed."""
+    """Train on `count` ranks and return the output."""
     result = torchrun(count, *flags)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     return result.stdout
@@ -51,7 +51,7 @@ def run(count: int, *flags) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list:
-    """Flags of documents that are full of keys and values."""
+    """Write documents of keys and values, and return the data flags."""
     prefix, model = tmp_path_factory.mktemp("data") / "keys", embedded.prepare().tokenizer_model
     tokenizer = TrainingTokenizer(load_tokenizer("SentencePieceTokenizer", model))
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
@@ -64,7 +64,7 @@ def data(tmp_path_factory) -> list:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A run of one rank that was evaluated and kept its best."""
+    """Train with long evaluation on one rank; return the folder and the output."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--train-iters", 40, "--lr", 5e-3, "--save", folder / "save", "--tensorboard-dir", folder / "tb"]
     words = run(1, *MODEL, *data, *flags, "--console", "progress")
@@ -78,7 +78,7 @@ def test_scores_are_printed_recorded_and_logged(trained):
     first, last = lines(folder / "save")
     assert (first["iteration"], last["iteration"]) == (20, 40) and first["best"]
     assert 0 < last["share"] < 1 and last["seconds"] > 0
-    # It has learned something: where the dashes are.
+    # The model has learned something: the positions of the dashes in the values.
     assert 0.05 < last["kv"]["512"]["tokens"] < 1 and last["perplexity"]["1024"] < 200
     board = EventAccumulator(str(folder / "tb")).Reload()
     for name, value in {
@@ -92,7 +92,7 @@ def test_scores_are_printed_recorded_and_logged(trained):
 
 
 def test_the_best_checkpoint_gives_equal_scores_at_every_layout(trained, data, tmp_path):
-    """TP 2 x PP 2 interleaved with sequence parallelism, DP 2; and it exports."""
+    """The layouts are TP 2 x interleaved PP 2 with sequence parallelism, and DP 2; the export works too."""
     save = trained[0] / "save"
     best = save / "best"
     one = next(line for line in lines(save) if line["iteration"] == newest(best))
@@ -130,7 +130,7 @@ def test_a_foreign_folder_is_not_overwritten(trained, tmp_path):
 
 
 def test_a_kill_during_best_leaves_the_previous_one(tmp_path):
-    """Every step is evaluated, and saved too; a resumed run, which saves in the background, knows what it had."""
+    """Every step is evaluated and saved; a resumed run with --async-save knows the earlier best score."""
     save, best = tmp_path / "save", tmp_path / "save" / "best"
     documents = write_documents(tmp_path / "documents")
     flags = [*TINY, "--fp32", "--data-path", documents, "--split", "50,50,0", "--train-iters", 8]

@@ -1,4 +1,4 @@
-"""Perplexity by context length: which tokens are scored, and the same figures from every layout."""
+"""Perplexity by context length: which tokens are scored, and equal values at every layout."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_documents_are_spread_over_the_long_ones(data):
     whole = [(str(data[1]), (0.0, 1.0))]
     assert len(read_held_out_documents(whole, 384, 10**6)) == len(long)
     assert read_held_out_documents(whole, 10**6, 5) == []
-    # Only the share that is held out: documents 30 .. 53 of 60.
+    # Only the held-out share is read: documents 30 to 53 of 60.
     part = read_held_out_documents([(str(data[1]), (0.5, 0.9))], 384, 10**6)
     assert len(part) == sum(30 <= i < 54 for i in long)
 
@@ -51,7 +51,7 @@ def test_perplexity_is_equal_at_every_layout(data, tmp_path):
 
     def measured(name, ranks, *extra):
         save = tmp_path / name
-        # A learning rate of next to nothing: what is measured is the checkpoint.
+        # A negligible learning rate, so that the weights stay those of the checkpoint.
         train(
             ranks,
             tmp_path / f"tb-{name}",

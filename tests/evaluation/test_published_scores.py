@@ -1,4 +1,4 @@
-"""Scores as the benchmarks' authors compute them: RULER's strings and its mean, LongBench's chats and its code."""
+"""Scores equal the published ones: RULER's string match and mean, LongBench's chat prompts and code similarity."""
 
 import json
 import sys
@@ -33,7 +33,10 @@ def record(part: str, length: int, score: float) -> dict:
 @settings(max_examples=200, deadline=None)
 @given(st.text("aB7 \t\n\x00\x1f\x20", max_size=9), st.lists(st.text("ab7\n ", min_size=1, max_size=3), min_size=1))
 def test_ruler_matches_in_the_stripped_output(output, answers):
-    """evaluate.py and constants.py: strip, control characters to line ends, strip again; then any case."""
+    """As in RULER's evaluate.py and constants.py.
+
+    Strip, replace control characters by line feeds, strip again, and ignore case.
+    """
     shown = "".join("\n" if ord(letter) < 32 else letter for letter in output.strip()).strip().lower()
     found = [shown.find(answer.lower()) >= 0 for answer in answers]
     for part, expected in (("vt", sum(found) / len(found)), ("qa_1", max(found) * 1.0)):
@@ -70,7 +73,7 @@ def test_effective_length_is_of_thirteen_tasks(tmp_path):
 
 
 def test_few_shot_and_code_prompts_stay_plain(tmp_path):
-    """With --chat, by the ids that the model reads."""
+    """With --chat, exactly these prompts reach the model without the chat template."""
     tokenizer = small_tokenizer(tmp_path)
     for name in longbench.DATASETS:
         fields = {"input": f"about {name}", "context": "text", "answers": ["a"], "all_classes": None, "_id": "0"}
@@ -94,7 +97,7 @@ def test_few_shot_and_code_prompts_stay_plain(tmp_path):
 
 
 def matched(a: str, b: str) -> int:
-    """Characters that Ratcliff and Obershelp match: the longest common block, then left and right of it."""
+    """Count the characters that Ratcliff and Obershelp match: the longest common block, then both sides of it."""
     blocks = ((n, i, j) for i in range(len(a)) for j in range(len(b)) for n in [common(a[i:], b[j:])])
     n, i, j = max(blocks, key=lambda block: (block[0], -block[1], -block[2]), default=(0, 0, 0))
     return n + matched(a[:i], b[:j]) + matched(a[i + n :], b[j + n :]) if n else 0
@@ -107,7 +110,7 @@ def common(a: str, b: str) -> int:
 @settings(max_examples=100, deadline=None)
 @given(st.text("ab(= ", max_size=9), st.text("ab(= ", min_size=1, max_size=9))
 def test_code_similarity_of_both_kinds(output, answer):
-    """fuzzywuzzy without python-Levenshtein, by the definition; it never exceeds the one with."""
+    """fuzzywuzzy without python-Levenshtein follows the definition, and never exceeds the score with it."""
     both = Fraction(200 * matched(output, answer), len(output) + len(answer))
     ours = metrics.code_similarity_by_difflib(output, answer)
     assert ours == pytest.approx(float(both) / 100, abs=0.00501)
@@ -115,7 +118,7 @@ def test_code_similarity_of_both_kinds(output, answer):
 
 
 def test_code_similarities_differ(monkeypatch):
-    """Pairs that fuzzywuzzy's and thefuzz's users reported, with and without python-Levenshtein."""
+    """Pairs reported by users of fuzzywuzzy and thefuzz score differently with and without python-Levenshtein."""
     for output, answer, indel, by_difflib in (
         ("tide", "diet", 0.5, 0.25),
         ("A L I E N S", "A S A L", 0.44, 0.33),
@@ -161,7 +164,7 @@ PERPLEXITY = "perplexity --dataset {0}/texts.jsonl --lengths 60 --stride 30 --sh
     ],
 )
 def test_results_of_earlier_versions_are_not_mixed(monkeypatch, capsys, tmp_path, model, flags, refusal, same):
-    """A folder whose settings lack what is new: resumed where nothing changed, else refused by that setting's name."""
+    """A folder without the newer settings resumes if their values match; otherwise the error names the setting."""
     (tmp_path / "data").mkdir()
     fields = {"input": "Type:", "context": "text", "answers": ["A"], "all_classes": ["A"], "_id": "0"}
     (tmp_path / "data" / "trec.jsonl").write_text(json.dumps(fields) + "\n")

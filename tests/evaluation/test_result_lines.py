@@ -1,4 +1,4 @@
-"""A folder of results: checksums of its lines, what --overwrite keeps, and what a run that fails removes."""
+"""Results folders: line checksums, files that --overwrite keeps, and files that a failed run removes."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def read(folder) -> dict:
 
 
 def test_every_flipped_bit_is_named_and_its_line_can_be_deleted(tmp_path):
-    """But for the line feeds: one that is gone, or new, damages the lines beside it."""
+    """Flips that add a line feed are left out: they damage the neighbouring lines."""
     data = fill(tmp_path)
     assert list(read(tmp_path).values()) == RECORDS
     first, second = data.split(b"\n")[:2]
@@ -68,7 +68,7 @@ def test_contradicting_lines_are_reported(tmp_path):
     (tmp_path / "out" / RESULTS).write_bytes(data)
     with pytest.raises(UsageError, match="lines 2 and 5: different results of e1. Delete one of them"):
         read(tmp_path / "out")
-    (tmp_path / "out" / RESULTS).write_bytes(data + data)  # copies of a line agree, these do not
+    (tmp_path / "out" / RESULTS).write_bytes(data + data)  # the copies agree, but the two results of e1 do not
     with pytest.raises(UsageError, match="lines 2 and 5: different results of e1"):
         read(tmp_path / "out")
 
@@ -81,7 +81,7 @@ def test_a_result_of_another_example_is_named(tmp_path):
 
 
 def test_overwrite_keeps_old_results_until_new_ones_exist(monkeypatch, tmp_path):
-    """And until a run has a result: a model that cannot be loaded costs nothing."""
+    """A model that cannot be loaded, or a full disk, leaves the old results unchanged."""
     fill(tmp_path)
     (tmp_path / PICTURE).write_bytes(b"a picture")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -111,7 +111,7 @@ def test_overwrite_keeps_old_results_until_new_ones_exist(monkeypatch, tmp_path)
 
 
 def test_a_failed_run_removes_only_its_own_files(tmp_path):
-    """Not what others put there meanwhile, and no folder that was there before."""
+    """Files that others have written meanwhile, and folders that existed before, are kept."""
     folder = tmp_path / "runs" / "evaluation" / "model" / "kv"
     for other in (None, folder / "notes.txt", tmp_path / "runs" / "notes.txt"):
         with pytest.raises(UsageError, match="no such model"), open_results(folder, **options(folder)):

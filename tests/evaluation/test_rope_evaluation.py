@@ -1,4 +1,4 @@
-"""Models whose frequencies depend on the longest position: both engines read them as transformers does."""
+"""Models whose frequencies depend on the longest position: both engines agree with transformers."""
 
 import json
 
@@ -36,7 +36,10 @@ def no_process_group_is_left():
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_log_probs_are_those_of_one_forward_pass(name, tmp_path):
-    """Within the window of 64 and beyond it, in chunks of 16 if that were asked for; and the scaling makes a difference."""
+    """Log-probabilities agree within the window of 64 and beyond it, with prefill_chunk=16.
+
+    The scaling changes them, so the comparison can fail.
+    """
     folder = save_llama(tmp_path / "hf")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": None} | SCALINGS[name]))

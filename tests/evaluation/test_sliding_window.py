@@ -1,4 +1,4 @@
-"""Perplexity: which tokens are scored with what context, against a forward of each context; LongPPL's key tokens."""
+"""Sliding-window perplexity against one forward pass per token, and the key tokens of LongPPL."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from tests.hf_models import save_model
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Models this small lose by several."""
+    """Use one thread, which is fastest for small models."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +33,7 @@ def window_and_stride(most: int):
 
 
 def context_of(token: int, window: int, stride: int) -> int:
-    """Where the context of a token begins: the first multiple of the stride from which it is within reach."""
+    """Return the start of a token's context: the first multiple of the stride within `window` tokens of it."""
     begin = 0
     while token - begin > window:
         begin += stride
@@ -77,7 +77,7 @@ def test_log_probs_are_those_of_each_context_alone(llama, length, window_stride,
 
 
 class ByContext:
-    """A LanguageModel whose log-probabilities are any function of the token and of how much stands before it."""
+    """A LanguageModel whose log-probabilities are a function of the token and its context length."""
 
     def __init__(self, function, tokenizer=None):
         self.function, self.tokenizer = function, tokenizer
@@ -88,7 +88,7 @@ class ByContext:
 
 
 def gain_of_context(token: int, context: int) -> float:
-    """Some tokens gain by context, some lose; the likeliest are above -2, and values are not ties."""
+    """Return a log-probability that rises with context for some tokens and falls for others, without ties."""
     return -3.7 + (token % 7) * 0.3 + (token % 5 - 1) * 0.0131 * context
 
 
@@ -101,7 +101,10 @@ def gain_of_context(token: int, context: int) -> float:
     beta=st.floats(-4, 1),
 )
 def test_key_tokens_are_those_of_the_definition(length, short, block, alpha, beta):
-    """Gain above alpha over a context of `short` tokens and up to a block more, and likely enough with all."""
+    """Key tokens gain more than alpha over the short context, and exceed beta with the full context.
+
+    The short context has from `short` to `short + block - 1` tokens.
+    """
     tokens = list(range(length))
     long = torch.tensor([gain_of_context(t, t) for t in tokens[1:]], dtype=torch.float32)
     ours = find_key_tokens(ByContext(gain_of_context), tokens, long, KeyTokenRule(alpha, beta, short, block))
@@ -114,7 +117,7 @@ def test_key_tokens_are_those_of_the_definition(length, short, block, alpha, bet
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Two of different vocabularies."""
+    """Return two tokenizers with different vocabularies."""
     folders = [tmp_path_factory.mktemp("tokenizer") for _ in range(2)]
     save_tokenizer(folders[0])
     save_tokenizer(folders[1], vocabulary=600)
@@ -125,7 +128,7 @@ TEXT = "The quick brown fox, aged 7½ years, jumps.\n\tdef naïve(x): return x *
 
 
 def test_spans_are_where_tokens_lie(tokenizers):
-    """Spans go through the text in order and cover all but blanks; a token says what stands there."""
+    """Spans are in order and cover the text except whitespace; each decoded token equals its span."""
     for tokenizer in tokenizers:
         ids, spans = tokenizer.encode(TEXT), tokenizer.token_spans(TEXT)
         assert len(spans) == len(ids) and spans == sorted(spans)
@@ -137,7 +140,7 @@ def test_spans_are_where_tokens_lie(tokenizers):
 
 
 def test_key_tokens_of_a_model_with_another_tokenizer(tokenizers):
-    """Ours are those that lie within the characters of the other's key tokens; all of them, if it is the same."""
+    """Our key tokens are those within the spans of the other model's key tokens; with one tokenizer, all of them."""
     rule = KeyTokenRule(alpha=0.5, beta=-3.0, short_context=10, block=7)
     for mine in tokenizers:
         document = Document("d", TEXT, mine.encode_prompt(TEXT)[:120])
@@ -178,7 +181,7 @@ def test_documents_are_the_first_long_ones(tmp_path, tokenizers):
 
 
 def test_perplexities_are_over_all_tokens():
-    """Pooled: e to the mean of all, not the mean of documents."""
+    """Perplexity is exp of the mean over all tokens, not a mean over documents."""
     records = [
         {"lengths": {"8": {"nll": 10.0, "tokens": 5, "key_nll": 4.0, "key_tokens": 2}}},
         {"lengths": {"8": {"nll": 1.0, "tokens": 6, "key_nll": 0.0, "key_tokens": 0}}},

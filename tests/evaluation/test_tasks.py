@@ -1,4 +1,4 @@
-"""Prompts of the long-context tasks: their size, what they ask, and that nothing else changes them."""
+"""Prompts of the long-context tasks: length, questions and reproducibility."""
 
 import json
 import math
@@ -33,7 +33,7 @@ GENERATED = [task for task in ruler.TASKS if not task.startswith("qa_")]
 
 
 def make(task: str, lengths, *, tokens=None, seed=0, per_cell=1):
-    """Examples of a task by its name, or of RULER's task of that name."""
+    """Build the examples of a task, or of RULER's task of that name."""
     tokens = tokens or tokenizer("sentencepiece")
     if task == "needle":
         return list(needle.examples(tokens, lengths=lengths, depths=[0, 0.3, 1], seed=seed, per_cell=per_cell))
@@ -44,7 +44,7 @@ def make(task: str, lengths, *, tokens=None, seed=0, per_cell=1):
     return list(ruler.examples(tokens, lengths=lengths, tasks=[task], seed=seed, per_cell=per_cell))
 
 
-# The longest unit of filler in a prompt, as a pattern; the sizes below are in tokens of it.
+# Patterns of the unit of filler in each task's prompts; the test below measures the longest one in tokens.
 UNITS = {
     "lines": r"line \S+: REGISTER_CONTENT is <\d+>\n",
     "kv": r'"[0-9a-f-]{36}": "[0-9a-f-]{36}",\n ',
@@ -59,14 +59,14 @@ UNITS = {
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("task", ["needle", "lines", "kv", *GENERATED])
 def test_prompts_fill_their_length(task, name):
-    """Prompt and answer fit, and the room left is less than one unit of filler more would take."""
+    """Prompt and answer fit, and the unused tokens are too few for another unit of filler."""
     tokens = tokenizer(name)
     for example in make(task, [1300, 5001], tokens=tokens):
         room = example.length - example.max_new_tokens - len(tokens.encode(example.prompt))
         units = re.findall(UNITS.get(task, r"\S+ "), example.prompt)
         longest = max(len(tokens.encode(unit)) for unit in set(units))
-        # A word more of cwe comes 3 times (once below 4096 tokens) and makes numbers longer; one
-        # more step of fwe can add a word of each rank.
+        # Another word in cwe is added 3 times (once below 4096 tokens) and can lengthen numbers;
+        # another step of fwe can add a word of each rank.
         times = {"cwe": 4, "fwe": 6}.get(task, 1)
         assert 0 <= room < times * longest + 4, (example.name, room, longest)
 
@@ -105,7 +105,7 @@ def test_fit_is_the_largest_that_fits(sizes, header, least, guess, share):
 
 @pytest.mark.parametrize("task", ["needle", "lines", "kv", *GENERATED])
 def test_examples_depend_on_nothing_else(task):
-    """The same example whatever other lengths and numbers are asked for, and no global random state."""
+    """An example does not depend on the other lengths and counts, nor on global random state."""
     before = random.getstate(), np.random.get_state()[1].tolist()
     alone = make(task, [1400])
     more = {example.name: example for example in make(task, [2100, 1400], per_cell=2)}
@@ -119,7 +119,7 @@ def test_examples_depend_on_nothing_else(task):
 
 
 def test_examples_are_the_same_in_every_process():
-    """Whatever the hash seed: a run resumes by name."""
+    """The hash seed has no effect, so that a run can resume by example names."""
     code = (
         "import hashlib\n"
         "from megatron_cream.evaluation.tasks import kv, lines, needle\n"
@@ -160,7 +160,7 @@ def test_gold_scores_1_and_wrong_0(task):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", needle.KINDS)
 def test_needle_lies_at_its_depth(name, kind):
-    """By token offset in the filler, as near as the sentences allow; and between two of them."""
+    """The needle is between two sentences, as near to the depth (in tokens of filler) as they allow."""
     tokens = tokenizer(name)
     depths = np.linspace(0, 1, 9).tolist()
     made = needle.examples(tokens, lengths=[1500, 7000], depths=depths, needle=kind)
@@ -179,14 +179,14 @@ def test_needle_lies_at_its_depth(name, kind):
 
 def test_needle_scoring():
     (number,) = needle.examples(tokenizer("byte-level"), lengths=[700], depths=[0.5])
-    assert needle.score(number, f"1{number.answers[0]}") == 0  # a longer number is another one
+    assert needle.score(number, f"1{number.answers[0]}") == 0  # a longer number is wrong
     (fact,) = needle.examples(tokenizer("byte-level"), lengths=[700], depths=[0.5], needle="sandwich")
     assert needle.score(fact, " Eat a SANDWICH at Dolores Park") == pytest.approx(4 / 7)
     assert needle.score(fact, "parking, sitting, eating, sandwiches, sundays") == 0
 
 
 def test_needle_rouge_l():
-    """By hand: 19 different words in the sentence; the longest common subsequence is 'eat a sandwich'."""
+    """Calculated by hand: the sentence has 19 distinct words; the common subsequence is 'eat a sandwich'."""
     target = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
     assert needle.rouge_l(f"{target}\n{target}") == pytest.approx(1)
     words = set(target.rstrip(".").split())
@@ -242,12 +242,12 @@ def test_lines_scoring():
     ],
 )
 def test_lines_scoring_of_published_outputs(label, output, right):
-    """LongChat-7b-16k's at 680 lines, with LongEval's verdicts."""
+    """Outputs of LongChat-7b-16k at 680 lines get the verdicts of LongEval."""
     assert lines.score(Example("", "", (str(label),), 35, 0), output) == right
 
 
 def kv_pairs(prompt: str) -> tuple[list[tuple[str, str]], str]:
-    """The pairs, by json, and the key asked for."""
+    """Return the pairs, parsed as JSON, and the requested key."""
     text = prompt[prompt.index("{") : prompt.rindex("}") + 1]
     return json.loads(text, object_pairs_hook=list), re.search(r'Key: "(.*)"', prompt).group(1)
 
@@ -271,7 +271,7 @@ def test_kv_pairs_are_as_asked():
     assert places["140_keys"] == [0, 34, 69, 104, 139]
     assert places["9_keys"] == [0, 2, 4, 6, 8]
     assert places[""] == sorted(set(places[""])) and places[""][0] == 0
-    # The same pair is asked for at every place.
+    # The requested pair is the same at every position.
     assert len({example.answers for example in made if example.part == "75_keys"}) == 1
 
 
@@ -304,7 +304,7 @@ def test_split_sentences():
     depths=st.lists(st.floats(0, 1), max_size=4),
 )
 def test_haystack_split(found, words, depths):
-    """The pieces are the first words, sentences repeating; cuts are at the nearest sentence's start."""
+    """The pieces join to the first words of the repeated sentences; cuts are at the nearest sentence start."""
 
     class Words:
         def encode(self, text):

@@ -1,4 +1,4 @@
-"""Tasks of users' files that are damaged, of other types, or twice: one line each, before a model runs."""
+"""Task files that are damaged, of wrong types or given twice: one-line errors before the model runs."""
 
 import json
 import re
@@ -27,7 +27,7 @@ DEEP = "[" * 100_000
 @pytest.mark.parametrize(
     ("task", "text", "told"),
     [
-        # Lone surrogates, too deep, nothing at all.
+        # Lone surrogates, too deeply nested, empty.
         ("lines", json.dumps(longeval() | {"prompt": "a \ud800"}), r"data\.jsonl, line 1: not a JSON object"),
         ("kv", json.dumps(pairs_record() | {"key": "\ud800"}), r"data\.jsonl, line 1: not a JSON object"),
         ("longbench", json.dumps(record(context="\udfff")), r"narrativeqa\.jsonl, line 1: not a JSON object"),
@@ -38,7 +38,7 @@ DEEP = "[" * 100_000
         ("lines", "", r"data\.jsonl: there are no records"),
         ("kv", "\n", r"data\.jsonl: there are no records"),
         ("longbench", "", r"narrativeqa\.jsonl: there are no records"),
-        # Values of other types.
+        # Values of wrong types.
         ("lines", json.dumps(longeval() | {"num_lines": float("inf")}), r"data\.jsonl, line 1: not one of LongEval's"),
         ("lines", json.dumps(longeval() | {"prompt": ""}), r"data\.jsonl, line 1: not one of LongEval's"),
         ("lines", json.dumps(longeval() | {"prompt": 5}), r"data\.jsonl, line 1: not one of LongEval's"),
@@ -50,7 +50,7 @@ DEEP = "[" * 100_000
         ("hotpotqa", json.dumps(hotpot()).replace('"yes1"', '["yes"]'), r"data\.jsonl, record 2: .*answer must be"),
         ("hotpotqa", json.dumps(hotpot()).replace('"yes1"', "1"), r"data\.jsonl, record 2: .*answer must be"),
         ("hotpotqa", json.dumps([*hotpot(), hotpot()[0] | {"context": []}]), r"data\.jsonl, record 4: .*context is"),
-        # The same name twice.
+        # Duplicate names.
         ("longbench", f"{json.dumps(record())}\n" * 2, r"jsonl, line 2: _id 'id0' is also that of .*jsonl, line 1"),
     ],
 )
@@ -70,7 +70,7 @@ def test_bad_data_prints_one_line(tmp_path, task, text, told):
 
 
 def test_files_with_the_same_name_are_rejected(tmp_path):
-    """Their examples would be taken for each other."""
+    """Examples are identified by file name, so those of two files would be confused."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_lines(tmp_path / folder / "4_lines.jsonl", [longeval()])
@@ -92,14 +92,14 @@ def test_files_with_the_same_name_are_rejected(tmp_path):
 
 
 def test_members_of_a_zip(tmp_path):
-    """A name with a dot is read; what is encrypted, or compressed in an unknown way, is one line."""
+    """A member name with "./" is read; encrypted members and unknown compression methods give errors."""
     path = tmp_path / "data.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("./data/trec.jsonl", json.dumps(record()))
     assert [example.part for example in longbench.examples(TOKENS, folder=path, length=900)] == ["trec"]
     data = path.read_bytes()
     local, central = data.index(b"PK\x03\x04"), data.index(b"PK\x01\x02")
-    for offset, value in ((6, 1), (8, 77)):  # flags: encrypted; method
+    for offset, value in ((6, 1), (8, 77)):  # flag bits: encrypted; compression method: unknown
         changed = bytearray(data)
         changed[local + offset] = changed[central + offset + 2] = value
         path.write_bytes(changed)

@@ -1,4 +1,4 @@
-"""Tasks of users' files: the published formats, and one line for a bad one."""
+"""Tasks from users' files: the published formats, and one-line errors for bad files."""
 
 import gzip
 import json
@@ -89,7 +89,7 @@ def test_published_pairs(tmp_path, suffix):
         assert keys.index(asked) == round(example.depth * 4)
         rest = [key for key in keys if key != asked]
         assert rest == sorted(rest) and len(keys) == 5  # the others keep their order
-        assert kv.score(example, f'"{asked.upper().replace("KEY", "VALUE")}"') == 1  # in any case, as published
+        assert kv.score(example, f'"{asked.upper().replace("KEY", "VALUE")}"') == 1  # case-insensitive, as published
     assert [example.depth for example in kv.load(TOKENS, [path], gold=[0, 4], most=1)] == [0, 1]
 
 
@@ -127,7 +127,7 @@ def documents(prompt: str) -> list[str]:
 
 @pytest.mark.parametrize("length", [320, 500, 4000])
 def test_squad(tmp_path, length):
-    """A question's paragraph among others, its article's first; over and over where they run out."""
+    """A question's paragraph is among others, its own article's first; paragraphs repeat when they run out."""
     path = write_json(tmp_path / "dev-v2.0.json", squad())
     made = list(ruler.examples(TOKENS, lengths=[length], tasks=["qa_1"], per_cell=12, squad=path))
     assert [example.answers for example in made[:5]] == [
@@ -223,7 +223,7 @@ def test_longbench_folder_and_zip(tmp_path):
 
 @pytest.mark.parametrize("name", longbench.DATASETS)
 def test_every_longbench_prompt_holds_its_data(tmp_path, name):
-    """And braces in the data are left alone."""
+    """Prompts contain context and input; braces in the data are kept."""
     write_lines(tmp_path / f"{name}.jsonl", [record(input="<{input}{>", context="<{context}{input}>")])
     (example,) = longbench.examples(TOKENS, folder=tmp_path, length=5000)
     assert example.prompt.count("<{context}{input}>") == 1
@@ -255,7 +255,7 @@ def test_longbench_prompts_lose_their_middle(tmp_path, name, length):
 
 
 def bad(kind: str, tmp_path: Path):
-    """A call that cannot go well."""
+    """Make a call that fails."""
     file = tmp_path / "file.jsonl"
     gzipped = tmp_path / "cut.jsonl.gz"
     gzipped.write_bytes(gzip.compress(json.dumps(pairs_record()).encode() * 50)[:-20])

@@ -1,4 +1,4 @@
-"""RULER's tasks: their published settings, their answers, and how they are scored."""
+"""RULER's tasks: published settings, answers and scores."""
 
 import contextlib
 import re
@@ -15,7 +15,7 @@ from tests.evaluation.test_tasks import GENERATED, make
 
 
 def test_published_settings():
-    """scripts/synthetic.yaml: (haystack, keys' kind, values' kind, keys, values, queries)."""
+    """Compare (haystack, key kind, value kind, keys, values, queries) with RULER's scripts/synthetic.yaml."""
     published = {
         "niah_single_1": ("noise", "words", "numbers", 1, 1, 1),
         "niah_single_2": ("essay", "words", "numbers", 1, 1, 1),
@@ -50,7 +50,7 @@ def test_needles_answer_the_question(task):
         values = {}
         for key, value in found:
             values.setdefault(key, []).append(value)
-        assert len({value for _, value in found}) == len(found)  # an answer is unique
+        assert len({value for _, value in found}) == len(found)  # answers are unique
         asked = re.search(r" of (.*) that the text mentions\?", question).group(1)
         asked = [key for key in re.split(r", and |, ", asked)]
         assert len(asked) == setting.queries
@@ -69,7 +69,7 @@ def test_needles_answer_the_question(task):
 
 
 def test_variables_have_the_value():
-    """An interpreter of the assignments finds the answers."""
+    """Interpreting the assignments gives the answers."""
     asked_for = set()
     for example in make("vt", [2000], per_cell=5):
         solved, asked = example.prompt.split("\n\nRemember", 1)
@@ -77,7 +77,7 @@ def test_variables_have_the_value():
             values = {}
             for name, value in re.findall(r"^VAR ([A-Z]+) = (?:VAR )?(\w+)$", problem, re.MULTILINE):
                 assert name not in values
-                values[name] = values.get(value, value)  # assigned after what it takes its value from
+                values[name] = values.get(value, value)  # a variable is assigned after its source
             value = re.search(r"have the value (\d{5}) in", problem).group(1)
             assert [name for name in values if values[name] == value] == answers and len(answers) == 5
             asked_for.add(value)
@@ -110,7 +110,7 @@ def test_coded_words_follow_the_zeta_distribution(length):
         assert tuple(word for word, _ in counts[1:4]) == example.answers
         by_rank = [times for _, times in counts]
         assert len(set(by_rank[:4])) == 4 and by_rank[3] > by_rank[4]
-        # Some size N gives just these counts.
+        # Exactly these counts follow from some size N.
         ranks = np.arange(1, 200)
         sizes = range(by_rank[0], 2 * by_rank[0])
         published = [(size * ranks**-2.0 / zeta(2)).astype(int) for size in sizes]
@@ -118,7 +118,7 @@ def test_coded_words_follow_the_zeta_distribution(length):
 
 
 def test_shortest_coded_texts_have_one_answer():
-    """Where they begin to fit, no two of the first five ranks tie."""
+    """At the shortest lengths that fit, the five most common words have distinct counts."""
     made = []
     for length in range(300, 700, 7):
         with contextlib.suppress(UsageError):
@@ -132,7 +132,7 @@ def test_shortest_coded_texts_have_one_answer():
 
 def test_effective_length():
     assert ruler.effective_length({4096: 90, 8192: 86, 16384: 85.6, 32768: 70}) == 16384
-    assert ruler.effective_length({32768: 90, 4096: 90, 8192: 85.5}) == 4096  # a failure is not passed over
+    assert ruler.effective_length({32768: 90, 4096: 90, 8192: 85.5}) == 4096  # longer lengths after a failure do not count
     assert ruler.effective_length({4096: 50, 8192: 90}) is None
     assert ruler.effective_length({}) is None
     assert ruler.effective_length({4096: 50, 8192: 90}, threshold=50) == 8192

@@ -1,4 +1,4 @@
-"""LongBench's metrics against independent ways to compute them."""
+"""LongBench's metrics against independent implementations."""
 
 import random
 import sys
@@ -16,7 +16,7 @@ WORDS = st.lists(st.sampled_from("red green blue Red, one two".split()), max_siz
 
 
 def lcs(a, b) -> int:
-    """Length of the longest common subsequence, by recursion on the definition."""
+    """Return the length of the longest common subsequence, by its recursive definition."""
     if not a or not b:
         return 0
     return lcs(a[:-1], b[:-1]) + 1 if a[-1] == b[-1] else max(lcs(a[:-1], b), lcs(a, b[:-1]))
@@ -44,7 +44,7 @@ def test_f1_normalizes_as_squad():
 
 def test_f1_zh():
     assert metrics.f1_zh("我来到北京清华大学。", "我来到北京清华大学") == 1
-    # jieba's own example: 我 / 来到 / 北京 / 清华大学. Two of four words, one of them alone.
+    # jieba splits its example into 我 / 来到 / 北京 / 清华大学; the output has two of the four words.
     assert metrics.f1_zh("北京清华大学", "我来到北京清华大学") == pytest.approx(2 * 2 / (2 + 4))
     assert metrics.f1_zh("，。！", "我来到北京") == 0
 
@@ -52,7 +52,7 @@ def test_f1_zh():
 @settings(deadline=None)
 @given(st.permutations("abcdefg"), st.permutations("abcdefg"), st.integers(1, 7), st.integers(1, 7))
 def test_rouge_l_by_the_definition(output, answer, n, m):
-    """Where no word comes twice, `rouge`'s is the F1 of the longest common subsequence."""
+    """Without repeated words, the score of `rouge` is the F1 of the longest common subsequence."""
     output, answer = output[:n], answer[:m]
     same = lcs(output, answer)
     expected = 2 * same / (n + m)
@@ -91,7 +91,7 @@ def test_classification():
     classes = ("Food", "Date", "Other number", "Number", "number", "Color")
     assert metrics.classification("It is Food", "Food", classes) == 1
     assert metrics.classification("Food or Date", "Food", classes) == 0.5
-    assert metrics.classification("Other number", "Other number", classes) == 1  # number is part of the name
+    assert metrics.classification("Other number", "Other number", classes) == 1  # "number" is part of the class name
     assert metrics.classification("Date", "Food", classes) == metrics.classification("", "Food", classes) == 0
 
 
@@ -117,7 +117,7 @@ def test_the_best_answer_counts():
 
 
 def test_only_the_first_line_where_published():
-    """trec, triviaqa, samsum and lsht, after leading line ends."""
+    """trec, triviaqa, samsum and lsht score the first line after leading line feeds."""
     first_line = {name for name, dataset in longbench.DATASETS.items() if dataset.first_line}
     assert first_line == {"trec", "triviaqa", "samsum", "lsht"}
     assert longbench.score(example("triviaqa", ("blue",)), "\n\nblue\nPassage: red green") == 1
@@ -127,7 +127,7 @@ def test_only_the_first_line_where_published():
 
 
 def test_published_lengths_and_metrics():
-    """config/dataset2maxlen.json and dataset2metric of eval.py."""
+    """Compare with LongBench's config/dataset2maxlen.json and the dataset2metric of its eval.py."""
     lengths = {name: dataset.max_new_tokens for name, dataset in longbench.DATASETS.items()}
     assert lengths == (
         dict.fromkeys(("narrativeqa", "qasper", "dureader", "samsum"), 128)

@@ -1,4 +1,4 @@
-"""vLLM, where it is installed, on a folder that this project exported: what it answers, beside transformers."""
+"""vLLM, if installed, on an exported folder: its answers against transformers'."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from tests.launch import ROOT
 
 pytest.importorskip("vllm", reason="needs vllm")
 
-# Heads of 64, which vLLM's attention takes everywhere.
+# vLLM's attention supports heads of 64 on every platform.
 WIDE = dict(hidden_size=256, num_attention_heads=4, head_dim=64, num_key_value_heads=2, vocab_size=2048)
 SCALINGS = {"llama-mha": ("linear", 8.0), "qwen3": ("yarn", 8.0)}
 
 
 @pytest.fixture(scope="module", params=SCALINGS)
 def folder(request, tmp_path_factory):
-    """ckpt: a checkpoint with scaled positions; out: exported from it."""
+    """Return a folder with ckpt, a checkpoint with scaled positions, and out, its export."""
     folder = tmp_path_factory.mktemp(request.param)
     save_model(folder / "hf", request.param, **WIDE)
     save_tokenizer(folder / "hf")
@@ -39,7 +39,7 @@ def folder(request, tmp_path_factory):
 
 
 def evaluate(*flags) -> subprocess.CompletedProcess:
-    # conftest.py has switched torch's compiler off, which vLLM needs.
+    # conftest.py disables torch's compiler, but vLLM needs it.
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "tools" / "evaluate.py", "needle", *flags, "--dtype", "fp32"]
@@ -63,7 +63,7 @@ def test_answers_are_transformers(folder, tmp_path):
     assert found == answers(tmp_path / "transformers") and len(found) >= 4 and len(set(found.values())) > 1
 
 
-@pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)  # an engine takes a minute to start
+@pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)  # an engine needs a minute to start
 def test_a_checkpoint_is_exported_for_it(folder, tmp_path):
     for name, model in {"checkpoint": "ckpt", "folder": "out"}.items():
         ended = evaluate("--model", folder / model, *GRID, 600, "--engine", "vllm", "--output", tmp_path / name)
@@ -73,7 +73,7 @@ def test_a_checkpoint_is_exported_for_it(folder, tmp_path):
 
 @pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)
 def test_a_prompt_beyond_the_window(folder, tmp_path):
-    """vLLM takes no such prompt, where transformers runs it as well as it can."""
+    """vLLM rejects a prompt that is longer than the window; transformers would run it."""
     ended = evaluate("--model", folder / "out", *GRID, 3000, "--engine", "vllm", "--output", tmp_path / "out")
     last = [line for line in ended.stderr.splitlines() if line.startswith("evaluate.py: error:")]
     assert ended.returncode == 2 and len(last) == 1, ended.stderr[-3000:]
@@ -88,7 +88,7 @@ print("window", EngineArgs(model=sys.argv[1], skip_tokenizer_init=True).create_m
 
 
 def test_the_window_is_the_trained_one(folder):
-    """By vLLM's own rule, which multiplies by the factor of a linear scaling."""
+    """vLLM's rule, which multiplies by the factor of linear scaling, gives the trained window."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WINDOW, str(folder / "out")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
