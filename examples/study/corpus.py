@@ -1,9 +1,9 @@
-"""What the study trains on: real text, and documents that state and repeat key-value pairs.
+"""Training data of the study: real text, and documents that state and repeat key-value pairs.
 
-The text is the Python sources of the installed torch: long documents, on every machine that
-runs this. A statement is a key and a value next to each other, two symbols that no text holds;
-a document of D pairs is text with statements of them strewn in, so that each key but a
-pair's first foretells its value.
+The text is the Python sources of the installed torch: long documents that every machine running
+this has. A statement is a key followed by its value, two symbols that occur in no text. A document
+of D pairs is text with statements of these pairs at random places, so that every key except a
+pair's first occurrence predicts its value.
 """
 
 import json
@@ -19,21 +19,21 @@ from megatron_cream.data.embedded import source_files, split_files, train_tokeni
 from megatron_cream.data.indexed import paths, write_index
 
 SYMBOLS = 256
-"""Keys, and as many values."""
+"""Number of keys, and of values."""
 
 VOCABULARY = 2048 + 2 * SYMBOLS
 PAIRS = (2, 4, 8, 16, 32, 128)
-"""Distinct pairs of a document; a file of documents each."""
+"""Numbers of distinct pairs in a document; each number has its own file of documents."""
 
 GAPS = (6, 32)
-"""A document has a statement every so many tokens, drawn log-uniformly between these."""
+"""Mean tokens from one statement to the next; each document draws its own log-uniformly from this range."""
 
 _TOKENIZER_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where it lies."""
+    """Paths and symbols of a prepared corpus."""
 
     folder: Path
 
@@ -53,22 +53,22 @@ class Corpus:
         return self.folder / f"pairs_{count}"
 
     def held_out(self) -> np.ndarray:
-        """uint16 [n]: the held-out documents, one after the other."""
+        """Return the concatenated held-out documents, uint16 [n]."""
         return np.fromfile(paths(self.valid)[0], np.uint16)
 
     def symbols(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of the keys, and of the values."""
+        """Return the token ids of the keys and of the values."""
         words = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
         ids = [np.array([words.piece_to_id(name) for name in names]) for names in _symbol_names()]
         return ids[0], ids[1]
 
 
 def prepare(folder: Path, *, length: int, documents: int, source: Path | None = None) -> Corpus:
-    """The corpus in `folder`, made where it is not complete.
+    """Return the corpus in `folder`; make it first if it is incomplete.
 
     Args:
         length: tokens of a document with pairs.
-        documents: with pairs, of each of PAIRS.
+        documents: number of documents for each entry of PAIRS.
         source: folder of Python files; None is the installed torch.
     """
     corpus, complete = Corpus(folder), folder / "corpus.json"
@@ -91,7 +91,7 @@ def prepare(folder: Path, *, length: int, documents: int, source: Path | None = 
         rng = np.random.default_rng(count)
         some = (pair_document(rng, stream, corpus.symbols(), length, count) for _ in range(documents))
         numbers[corpus.pairs(count).name] = _write(corpus.pairs(count), list(some))
-    # Last: its presence says that the rest is there.
+    # Written last, because its presence marks the corpus as complete.
     complete.write_text(json.dumps({"source": source.name, "files": len(files), "tokens": numbers}, indent=1) + "\n")
     return corpus
 
@@ -99,7 +99,7 @@ def prepare(folder: Path, *, length: int, documents: int, source: Path | None = 
 def pair_document(
     rng: np.random.Generator, stream: np.ndarray, symbols: tuple[np.ndarray, np.ndarray], length: int, count: int
 ) -> np.ndarray:
-    """uint16 [length]: text of `stream`, with statements of `count` pairs in its place here and there."""
+    """Return text from `stream`, uint16 [length], with statements of `count` pairs at random places."""
     start = rng.integers(len(stream) - length)
     document = stream[start : start + length].copy()
     keys, values = (rng.choice(ids, count, replace=False) for ids in symbols)
@@ -115,7 +115,7 @@ def _symbol_names() -> tuple[list[str], list[str]]:
 
 
 def _some(texts: Sequence[str]) -> list[str]:
-    """Texts spread over all of them, of enough characters to train a tokenizer on."""
+    """Return every n-th text, enough characters in all to train a tokenizer on."""
     share = max(1, sum(map(len, texts)) // _TOKENIZER_CHARACTERS)
     return list(texts[::share])
 

@@ -1,4 +1,4 @@
-"""The runs of the study, and the flags of pretrain_cream.py that each one is."""
+"""Runs of the study, and the flags of pretrain_cream.py for each."""
 
 import re
 from dataclasses import dataclass
@@ -21,26 +21,26 @@ METHODS = {
     "full": ["--position-sampler", "full"],
 }
 SIGMAS = {f"cream, sigma {sigma:g}": ["--cream-sigma", str(sigma)] for sigma in (1.0, 2.0, 5.0)}
-"""At factor 8 alone; `cream` itself has sigma 3."""
+"""Run at factor 8 only; `cream` itself has sigma 3."""
 
 BASE_BLEND = {"text": 0.3, 2: 0.14, 4: 0.14, 8: 0.14, 16: 0.14, 32: 0.14}
 EXTEND_BLEND = {"text": 0.6, 8: 0.1, 32: 0.15, 128: 0.15}
-"""Shares of samples from text, and from documents with so many pairs."""
+"""Shares of samples: from text, and from documents with that number of pairs."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One extension; factor 1 is the base."""
+    """One extension, or with factor 1 a base."""
 
     method: str
     factor: int
     seed: int
     alone: bool = False
-    """Nothing else on the GPU meanwhile, so that its seconds count."""
+    """Run with nothing else on the GPU, so that its time can be reported."""
 
     @property
     def places(self) -> int:
-        """Of the runs that fit on a GPU side by side, how many this one is in memory."""
+        """Number of --jobs slots that this run's GPU memory takes."""
         return 3 if self.method == "full" else 1
 
     @property
@@ -53,7 +53,7 @@ def base(seed: int) -> Run:
 
 
 def extensions(seeds: list[int], factors: list[int]) -> list[Run]:
-    """All extensions; those of the first seed that are timed alone come first, `full` of the others last."""
+    """Return all extensions: first the timed ones of the first seed, last the untimed ones of `full`."""
     timed = [Run(method, s, seeds[0], alone=True) for s in factors for method in ("cream", "full")]
     done = {(run.method, run.factor, run.seed) for run in timed}
     others = [Run(method, s, seed) for seed in seeds for s in sorted(factors, reverse=True) for method in METHODS]
@@ -63,7 +63,7 @@ def extensions(seeds: list[int], factors: list[int]) -> list[Run]:
 
 
 def flags(run: Run, folder: Path, corpus: Corpus) -> list[str]:
-    """Of pretrain_cream.py, for a run that saves into folder / run.name."""
+    """Return the flags of pretrain_cream.py for a run that saves into folder / run.name."""
     target = WINDOW * run.factor
     given = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(corpus.tokenizer)]
     given += [
@@ -93,7 +93,7 @@ def flags(run: Run, folder: Path, corpus: Corpus) -> list[str]:
             *{**METHODS, **SIGMAS}[run.method],
         ]
     if run.method == "full":
-        # As many samples, each a whole context; of the longer ones fewer at a time.
+        # The same number of samples, each of the target length; longer ones need a smaller micro-batch.
         given += ["--seq-length", str(target), "--micro-batch-size", str(min(64, 256 // run.factor))]
     blend = BASE_BLEND if run.method == "base" else EXTEND_BLEND
     weights = [str(part) for name, share in blend.items() for part in (share, _prefix(corpus, name))]

@@ -1,4 +1,4 @@
-"""Recall by the depth of what is to be recalled, of a model in a Hugging Face folder."""
+"""Recall of a model in a Hugging Face folder, by the depth of the pair that it must recall."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 PAIRS = 16
-"""Stated in a context, once each; one of them is asked for."""
+"""Pairs in a context, each stated once; the context asks for one of them."""
 
 OPENING = 8
-"""Tokens of text that a context begins with: a model's first few serve its attention as a place to rest."""
+"""Tokens of plain text at the start of a context, because models use the first few as attention sinks."""
 
 
 def recall_by_depth(
@@ -22,19 +22,19 @@ def recall_by_depth(
     seed: int = 0,
     batch_tokens: int = 1 << 17,
 ) -> dict[float, float]:
-    """Share of contexts after which the likeliest token is the value of the key that the context ends with.
+    """Return the share of contexts for which the model recalls the value, for each depth.
 
-    A context is `length` tokens of held-out text with PAIRS statements in it, one of them `depth` of the
-    way from start (after OPENING tokens) to end, and that one's key at the end. Chance is 1 / PAIRS for a model that
-    picks any value of the context.
+    A context is `length` tokens of held-out text that states PAIRS pairs. One of them stands at `depth` (0: start,
+    after OPENING tokens; 1: end), and the context ends with the key of that one. The value is recalled if it is the
+    likeliest next token. A model that picks any value of the context scores 1 / PAIRS.
 
     Args:
-        model: of transformers, on its device.
+        model: a transformers model, on its device.
         haystack: token ids [n], text without symbols.
         symbols: token ids of the keys, and of the values.
-        samples: contexts of each depth; the same for every model.
+        samples: contexts for each depth; the same for every model.
 
-    Returns: depth -> share, in 0 to 1.
+    Returns: depth -> share, 0 to 1.
     """
     result, rows = {}, max(1, batch_tokens // length)
     for depth in depths:
@@ -52,11 +52,11 @@ def recall_by_depth(
 def context(
     rng: np.random.Generator, haystack: np.ndarray, symbols: tuple[np.ndarray, np.ndarray], length: int, depth: float
 ) -> tuple[np.ndarray, int]:
-    """(token ids int64 [length], the answer)."""
+    """Return the token ids of one context, int64 [length], and the token id of its answer."""
     start = rng.integers(len(haystack) - length)
     tokens = haystack[start : start + length].astype(np.int64)
     keys, values = (rng.choice(ids, PAIRS, replace=False) for ids in symbols)
-    slots = (length - OPENING) // 2 - 1  # the key that is asked for stands behind them
+    slots = (length - OPENING) // 2 - 1  # the final key comes after the slots
     gold = round(depth * (slots - 1))
     others = rng.choice(slots - 1, PAIRS - 1, replace=False)
     others += others >= gold
@@ -73,7 +73,7 @@ def _likeliest(model, tokens: np.ndarray) -> np.ndarray:
 
 
 def load(folder: Path):
-    """The model on the GPU in bf16, or on the CPU in float32."""
+    """Load the model: on the GPU in bf16, or on the CPU in float32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""The study's table and pictures, from its results."""
+"""Table and pictures of the study, made from its results."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ _COLOURS = {
 
 
 def write(results: list[dict], folder: Path) -> None:
-    """table.md, recall.png, perplexity.png and cost.png in `folder`; of what there is so far."""
+    """Write table.md, recall.png, perplexity.png and cost.png to `folder`, from the results so far."""
     study = _Results(results)
     if not study.factors:
         return
@@ -35,7 +35,7 @@ def write(results: list[dict], folder: Path) -> None:
 
 
 class _Results:
-    """What was measured, by method and factor, over the seeds."""
+    """Measurements, by method and factor, over the seeds."""
 
     def __init__(self, results: list[dict]):
         self._all = results
@@ -46,13 +46,13 @@ class _Results:
         return [r for r in self._all if (r["method"], r["factor"]) == (method, factor)]
 
     def over_seeds(self, method: str, factor: int, value: Callable[[dict], float]) -> tuple[float, float] | None:
-        """Mean and deviation; None where there is no run."""
+        """Return the mean and standard deviation of `value`, or None if there is no run."""
         values = [value(r) for r in self.of(method, factor)]
         return (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: the bases, then for each factor a line for each method."""
+    """Return Markdown tables: one of the bases, then one per factor with a row per method."""
     study, seeds = _Results(results), len({r["seed"] for r in results})
     lengths = sorted({int(n) for r in results for n in r["recall"]})
     lines = [f"Mean and deviation over {seeds} seeds. Recall in %, over all depths unless it says otherwise.", ""]
@@ -83,7 +83,7 @@ def table(results: list[dict]) -> str:
 
 
 def mean_recall(result: dict, length: int) -> float:
-    """Over all depths."""
+    """Return the mean recall over all depths."""
     return statistics.mean(result["recall"][str(length)].values())
 
 
@@ -177,7 +177,7 @@ def _cost_and_sigma(study: _Results, path: Path) -> None:
     seconds.set_title("GPU seconds of an extension", fontsize=10)
     seconds.legend(frameon=False, fontsize=8)
     sigmas = {"cream": 3.0} | {name: float(flags[1]) for name, flags in methods.SIGMAS.items()}
-    sigmas["cream, no Gaussian"] = 16.0  # where the axis says "none"
+    sigmas["cream, no Gaussian"] = 16.0  # the axis labels this place "none"
     for factor in study.factors:
         found = sorted((sigma, m) for m, sigma in sigmas.items() if study.of(m, factor))
         if len(found) < 3:

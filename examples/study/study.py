@@ -2,8 +2,8 @@
 
     python examples/study/study.py --output runs/study --minutes 9
 
-goes on where it was stopped, and says when the time is over before all is done. What it found is in results.jsonl,
-and in the table and the pictures made of it. Flags after -- go to every run of pretrain_cream.py.
+resumes where it stopped, and says so if the time runs out before all runs are done. It writes results.jsonl, and the
+table and pictures made from it. Flags after -- are passed to every run of pretrain_cream.py.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 from megatron_cream.common import devices
 from megatron_cream.patches import platform
 
-platform.setup()  # before anything of Megatron is imported
+platform.setup()  # before any import of Megatron
 
 import methods
 import psutil
@@ -71,7 +71,7 @@ def _study(study: "Study") -> int:
 
 
 class Study:
-    """Runs what has no result yet, and keeps each result as soon as it is there."""
+    """Execute the runs that have no result yet, and write each result as soon as it arrives."""
 
     def __init__(self, flags: argparse.Namespace, corpus: Corpus, deadline: float):
         self.flags, self.corpus, self.deadline = flags, corpus, deadline
@@ -79,15 +79,15 @@ class Study:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.results = {result["run"]: result for result in map(json.loads, lines)}
         self.failed: list[str] = []
-        # Processes that live as long as the study, as Megatron's imports take longer than an extension; new ones,
-        # as CUDA does not outlive a fork.
+        # The processes live as long as the study, because importing Megatron takes longer than an extension. They are
+        # spawned, because CUDA does not work after a fork.
         self.pools = {
             gpu: ProcessPoolExecutor(flags.jobs, get_context("spawn"), end_with_parent, (signal.SIGKILL, os.getpid()))
             for gpu in range(flags.gpus)
         }
 
     def do(self, wanted: list[methods.Run]) -> bool:
-        """Whether all of `wanted` have a result or failed; False where the time is over first."""
+        """Execute the runs of `wanted` that have no result; return False if the time runs out first."""
         waiting = [run for run in wanted if run.name not in self.results]
         going: dict[Future, tuple[methods.Run, int]] = {}
         while waiting or going:
@@ -102,7 +102,7 @@ class Study:
                     self._keep(future.result())
                 except BrokenExecutor:
                     raise
-                except Exception as error:  # its log has the rest; the others go on
+                except Exception as error:  # the run's log has the details; the other runs continue
                     self.failed.append(run.name)
                     print(f"{run.name}: failed: {one_line(error)}", flush=True)
             if not done:
@@ -110,9 +110,9 @@ class Study:
         return True
 
     def _next(self, waiting: list[methods.Run], going: list[tuple[methods.Run, int]]) -> tuple[methods.Run, int] | None:
-        """A run that can start now, and the GPU for it: the emptiest.
+        """Return a run that can start now and the least busy GPU for it, or None.
 
-        The timed ones have the first GPU to themselves, and go first there. One that is too large for any goes alone.
+        Timed runs have GPU 0 to themselves and start first there. A run that needs more slots than --jobs runs alone.
         """
         timed, others = ([run for run in waiting if run.alone is alone] for alone in (True, False))
         there = {gpu: [run for run, on in going if on == gpu] for gpu in self.pools}
@@ -127,7 +127,7 @@ class Study:
         return None
 
     def _how(self, run: methods.Run) -> tuple:
-        """The rest of the arguments of `worker.do`."""
+        """Return the remaining arguments of `worker.do`."""
         longest = methods.WINDOW * (max(self.flags.factors) if run.method == "base" else run.factor)
         lengths = [n for i in range(longest.bit_length()) if (n := methods.WINDOW * 2**i) <= longest]
         return self.flags.output, self.corpus, lengths, self.flags.samples, self.flags.extra
@@ -140,10 +140,10 @@ class Study:
         print(f"{result['run']}: recall {report.mean_recall(result, longest):.3f} at {longest} tokens", flush=True)
 
     def close(self) -> None:
-        """End what is under way: a base saves, and goes on from there next time; an extension begins again."""
+        """End the runs in progress: a base saves and resumes next time; an extension starts again."""
         for pool in self.pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
-        started = {child.pid for child in active_children()}  # not multiprocessing's own, which hears of no signal
+        started = {child.pid for child in active_children()}  # not multiprocessing's own, which ignore SIGTERM
         workers = [child for child in psutil.Process().children() if child.pid in started]
         for process in workers:
             process.terminate()
@@ -152,7 +152,7 @@ class Study:
 
 
 def _jobs() -> int:
-    """Seven at a time fit into 80 GB, ten did not; more than ten gain nothing."""
+    """Return how many runs to start at once: seven fit into 80 GB, ten do not; more than ten gain nothing."""
     if not devices.has_cuda():
         return 10
     return max(1, min(torch.cuda.get_device_properties(0).total_memory // (10 << 30), 10))

@@ -1,4 +1,4 @@
-"""One run of the study after another in one process, as Megatron's imports take longer than an extension."""
+"""Worker process of the study: many runs in turn, because importing Megatron takes longer than an extension."""
 
 import gc
 import json
@@ -21,12 +21,12 @@ DEPTHS = [i / 8 for i in range(9)]
 def do(
     run: methods.Run, gpu: int, folder: Path, corpus: Corpus, lengths: list[int], samples: int, extra: list[str]
 ) -> dict:
-    """Train, measure recall and perplexity, and delete an extension's checkpoint. Gives what is kept of the run.
+    """Train, measure recall and perplexity, delete an extension's checkpoint, and return the result.
 
     Args:
-        gpu: where, if there is one.
-        lengths: of the contexts of recall, in tokens; `samples` of each length and depth.
-        extra: flags for pretrain_cream.py.
+        gpu: index of the GPU to use, if the machine has one.
+        lengths: tokens of the recall contexts; `samples` contexts for each length and depth.
+        extra: more flags for pretrain_cream.py.
 
     Raises:
         RuntimeError: training ended before its last step.
@@ -52,7 +52,7 @@ def do(
         "factor": run.factor,
         "seed": run.seed,
         "alone": run.alone,
-        # Of the GPU in training steps: the median time a step, times the steps.
+        # GPU time of training: the median time of a step, times the number of steps.
         "seconds": round(statistics.median(float(ms) for *_, ms in steps) * int(steps[-1][1]) / 1000, 2),
         "recall": {
             str(n): {str(d): v for d, v in recall.recall_by_depth(model, haystack, symbols, n, DEPTHS, samples).items()}
@@ -69,19 +69,19 @@ def do(
 
 
 def _train(flags: list[str], gpu: int, log: Path) -> None:
-    """pretrain_cream.py with these flags, on GPU `gpu` or none; what it prints goes to `log`."""
+    """Run pretrain_cream.py with these flags, on GPU `gpu` if there is one; redirect all output to `log`."""
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": str(gpu),
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",  # any that is free: no other rank has to know it
+        "MASTER_PORT": "0",  # any free port: there is no other rank
     }
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # This process was spawned, and would spawn the workers of Megatron's data loader, which cannot be pickled.
+    # This process was spawned, so data loader workers would be spawned too, but Megatron's cannot be pickled.
     multiprocessing.set_start_method("fork", force=True)
     from megatron.training.training import destroy_global_state
 
@@ -96,13 +96,13 @@ def _train(flags: list[str], gpu: int, log: Path) -> None:
 
 
 def _forget() -> None:
-    """Give back the memory of what is over."""
+    """Free the memory of finished work."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _perplexity(saved: Path) -> dict[str, float]:
-    """Of held-out text by tokens of context, as the run measured it at its end."""
+    """Return held-out perplexity by tokens of context, as the run measured it at its end."""
     lines = (saved / "perplexity_by_length.jsonl").read_text().splitlines()
     return json.loads(lines[-1])["perplexity"]

@@ -1,4 +1,4 @@
-"""The cells of the study's grid, in the order in which they run, and the flags of pretrain_cream.py that each is."""
+"""Cells of the study's grid in the order in which they run, and the flags of pretrain_cream.py for each."""
 
 import json
 import math
@@ -26,10 +26,10 @@ OTHERS = ("cream even", "mix", "randpos")
 
 @dataclass(frozen=True)
 class Settings:
-    """What `prepare.py` writes down beside the data; see its flags.
+    """Settings that `prepare.py` stores beside the data; see its flags.
 
-    window: tokens of a sample, the model's own window.  factors: of the window, the target lengths, longest first.
-    theta: the rope theta that `theta` trains with.  rates: learning rates to choose from.
+    window: tokens of a sample, the model's original window.  factors: target lengths as multiples of the window,
+    longest first.  theta: RoPE theta of the scaling `theta`.  rates: learning rates to choose from.
     """
 
     window: int = 8192
@@ -54,9 +54,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: training, then its evaluation. `base` is the model as it came, under a scaling, and not trained.
+    """One run: training, then evaluation. Sampler `base`: evaluate the original model under a scaling, untrained.
 
-    rate: the learning rate; None until it is chosen for the scaling, among the cells of `choosing`.
+    rate: learning rate; None until the cells of `choosing` have decided it for the scaling.
     """
 
     scaling: str
@@ -80,12 +80,12 @@ class Cell:
 
 
 def choosing(settings: Settings, scaling: str) -> list[Cell]:
-    """The runs that choose a scaling's learning rate."""
+    """Return the cells whose results choose a scaling's learning rate."""
     return [Cell(scaling, "cream", settings.factors[0], settings.seeds[0], rate) for rate in settings.rates]
 
 
 def order(settings: Settings) -> list[Cell]:
-    """All cells, so that a grid that is cut off anywhere still says the most."""
+    """Return all cells, most informative first, so that a grid that is cut off is still useful."""
     longest, first, later = settings.factors[0], settings.seeds[0], settings.seeds[1:]
     cells = [cell for scaling in SCALINGS for cell in choosing(settings, scaling)]
     cells += [Cell(scaling, "base", longest, 0) for scaling in ("none", *SCALINGS)]
@@ -114,10 +114,10 @@ def order(settings: Settings) -> list[Cell]:
 
 
 def flags(cell: Cell, settings: Settings, data: Path, runs: Path) -> list[str]:
-    """Of pretrain_cream.py, for a run on the prepared `data` that saves into runs / cell.name."""
+    """Return the flags of pretrain_cream.py for a run on the prepared `data` that saves into runs / cell.name."""
     window, target = settings.window, settings.window * cell.factor
     full = cell.sampler == "full"
-    longer = cell.factor if full else 1  # samples of the target length: fewer of them, so that the tokens are equal
+    longer = cell.factor if full else 1  # samples of the target length: fewer, for the same number of tokens
     given = {
         "--config": HERE / "extend.yaml",
         "--load-hf": data / "hf",
@@ -143,12 +143,12 @@ def flags(cell: Cell, settings: Settings, data: Path, runs: Path) -> list[str]:
 
 
 def model_folder(scaling: str, data: Path, factor: int | None = None) -> Path:
-    """The Hugging Face folder that `write_models` made; `none` and `theta` are the same for every factor."""
+    """Return the Hugging Face folder that `write_models` made; `none` and `theta` do not depend on the factor."""
     return data / "models" / (scaling if factor is None or scaling in ("none", "theta") else f"{scaling}_{factor}")
 
 
 def write_models(settings: Settings, data: Path) -> None:
-    """Folders to evaluate without training: the model as it came (`none`), and with another config.json, scaled."""
+    """Write the folders to evaluate untrained: the original model (`none`), and one with a config.json per scaling."""
     from megatron_cream.model.rotary import build_rope_scaling
 
     source = data / "hf"
@@ -175,16 +175,17 @@ def write_models(settings: Settings, data: Path) -> None:
 
 
 def chosen_rate(settings: Settings, scaling: str, evaluated: dict[str, dict]) -> float | None:
-    """The learning rate with the least loss among the scaling's `choosing` cells that are evaluated."""
+    """Return the learning rate with the lowest score among the scaling's evaluated `choosing` cells."""
     scores = {cell.rate: score(evaluated[cell.name]) for cell in choosing(settings, scaling) if cell.name in evaluated}
     finite = {rate: value for rate, value in scores.items() if math.isfinite(value)}
     return min(finite, key=finite.get) if finite else None
 
 
 def score(result: dict) -> float:
-    """What learning rates are chosen by, in nats a token.
+    """Return the score by which learning rates are chosen, in nats per token (lower is better).
 
-    The answers' mean loss over tasks and lengths, plus the mean log perplexity of held-out text over lengths.
+    It is the mean loss of the answers over tasks and lengths, plus the mean log perplexity of held-out text over
+    kinds and lengths.
     """
     losses = [of_length["loss"] for task in result["tasks"].values() for of_length in task.values()]
     texts = [math.log(value) for kind in result["perplexity"].values() for value in kind.values()]

@@ -1,14 +1,14 @@
-"""Long documents that anyone can rebuild, from Debian's packages: debian_text.py FOLDER
+"""Make a corpus of long documents that anyone can rebuild, from Debian packages: debian_text.py FOLDER
 
-Writes FOLDER/train.jsonl, 98 MB, and FOLDER/held.jsonl, 21 MB. Before it, on a machine that reaches Debian's packages:
+Writes FOLDER/train.jsonl, 98 MB, and FOLDER/held.jsonl, 21 MB. First run, on a machine with access to Debian packages:
 
     cd FOLDER && apt-get download linux-source-6.1 debian-handbook linux-doc-6.1 postgresql-doc-15 octave-doc
     for d in debian-handbook* linux-doc* postgresql* octave*; do dpkg -x $d x; done
     mkdir -p ls && dpkg -x linux-source-6.1_*.deb ls
     (cd ls/usr/src && tar xf linux-source-6.1.tar.xz --wildcards '*.c' '*.rst' '*.txt')
 
-To train on: 1,043 documents of 36,000 characters or more (C sources of the kernel, its documentation, HTML books). Held
-out: parts of the kernel that training never sees, as `code`, and the PostgreSQL manual, as `manual`.
+Training: 1,043 documents of 36,000 characters or more (C sources of the kernel, its documentation, HTML books).
+Held out: parts of the kernel that are not in the training text (kind `code`), and the PostgreSQL manual (`manual`).
 """
 
 import glob

@@ -1,8 +1,8 @@
-"""All that the study's GPUs need, made on the CPU: prepare.py --hf MODEL --train FILE --held FILE --output DATA
+"""Prepare the study's data on the CPU: prepare.py --hf MODEL --train FILE --held FILE --output DATA
 
-MODEL is the folder of a Llama as Hugging Face writes it; the files are JSON lines of {"text": ..}, with "kind" beside
-it in --held where perplexities are to be told apart. Writes tokens/train.bin and .idx, hf (a link to MODEL),
-evaluation.npz and settings.json, and checks the flags of every cell. What is there already stays.
+MODEL is the Hugging Face folder of a Llama. The files are JSON lines of {"text": ..}; in --held a line may have a
+"kind", and perplexity is reported for each kind. Writes tokens/train.bin and .idx, hf (a link to MODEL),
+evaluation.npz and settings.json, and checks the flags of every cell. Keeps existing tokens, hf and evaluation.npz.
 """
 
 import argparse
@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 from megatron_cream.patches import platform
 
-platform.setup()  # before anything of Megatron is imported
+platform.setup()  # before any import of Megatron
 
 import cells
 import numpy as np
@@ -78,7 +78,7 @@ def _tokenise(file: Path, prefix: Path, hf: Path, workers: int) -> None:
 
 
 def _write_evaluation(flags, settings: cells.Settings, data: Path) -> None:
-    """Prompts of held-out text, and the texts whose perplexity is taken."""
+    """Write evaluation.npz: prompts made from held-out text, and the texts for perplexity."""
     longest = max(settings.lengths)
     held = IndexedDataset(str(data / "tokens" / "held"))
     kinds = [json.loads(line).get("kind", "text") for line in open(flags.held, encoding="utf-8") if line.strip()]
@@ -103,9 +103,9 @@ def _write_evaluation(flags, settings: cells.Settings, data: Path) -> None:
 
 
 def _check(settings: cells.Settings, data: Path) -> None:
-    """Raises UsageError at the first cell that pretrain_cream.py would not run; prints what each is, of one seed.
+    """Check the flags of every kind of cell, and print its positions and RoPE scaling as --print-config does.
 
-    What --print-config prints, of its positions and rotary scaling.
+    Raises UsageError at the first cell that pretrain_cream.py would reject.
     """
     alike = {(cell.scaling, cell.sampler, cell.factor): cell for cell in cells.order(settings) if cell.trains}
     for cell in alike.values():

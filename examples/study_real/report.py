@@ -1,6 +1,6 @@
-"""The study's tables and pictures, from its results: report.py --results results.jsonl --output FOLDER
+"""Make the study's tables and pictures from its results: report.py --results results.jsonl --output FOLDER
 
-Writes report.md, retrieval.png, depth.png and perplexity.png. Negative results are rows like any other.
+Writes report.md, retrieval.png, depth.png and perplexity.png. Negative results are included.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Value = Callable[[dict], float]
 
 
 class Results:
-    """Evaluations, grouped over seeds; of a scaling's learning rates the chosen one alone."""
+    """Evaluations grouped over seeds, each scaling at its chosen learning rate."""
 
     def __init__(self, lines: list[dict]):
         self.evaluations = list({line["run"]: line for line in lines if line["what"] == "evaluation"}.values())
@@ -56,7 +56,7 @@ class Results:
         self.factors = sorted({line["factor"] for line in self.evaluations}, reverse=True)
 
     def of(self, scaling: str, sampler: str, factor: int) -> list[dict]:
-        """One line for each seed."""
+        """Return the evaluations of one combination, one per seed."""
         key = (scaling, sampler, factor)
         found = [e for e in self.evaluations if (e["scaling"], e["sampler"], e["factor"]) == key]
         return [e for e in found if sampler == "base" or e["rate"] == self.chosen.get(scaling)]
@@ -84,7 +84,7 @@ def perplexity(kind: str, length: str) -> Value:
 
 
 def report(results: Results) -> str:
-    """Markdown."""
+    """Return the report as Markdown."""
     lines = ["Mean ± deviation over seeds; one seed has no deviation.", "", *_rates_table(results)]
     for factor in results.factors:
         lengths, window = results.lengths(factor), results.lengths(factor)[0]
@@ -125,7 +125,7 @@ def _table(results: Results, factor: int, columns: list[tuple[str, Value, int]])
 
 
 def _pairs(results: Results, factor: int) -> list[str]:
-    """Each pair of samplers with two seeds or more: the difference, and whether it is beyond the seeds' spread."""
+    """Return a table of differences between samplers with two or more seeds, and whether they exceed the spread."""
     lengths = results.lengths(factor)[1:]
     lines = [
         "**Pairs of samplers**, mean over tasks and the lengths beyond the window: the first less the second. "
@@ -151,7 +151,7 @@ def _pairs(results: Results, factor: int) -> list[str]:
 
 
 def _standard_error(results: Results, factor: int, task: str, length: str) -> float:
-    """Of one run's accuracy, in points: median over runs, from the spread over prompts."""
+    """Return the standard error of a run's accuracy over prompts, in percentage points: the median over runs."""
     errors = []
     for _, _, found in results.groups(factor):
         for e in found:
@@ -174,12 +174,12 @@ def _cell(values: list[float], places: int) -> str:
 
 
 def _deviation(values: list[float]) -> float:
-    """Over seeds; 0 of one. NaN where a value is, which `statistics` does not take."""
+    """Return the standard deviation over seeds: 0 for one seed, NaN if a value is NaN (`statistics` rejects NaN)."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def draw(results: Results, folder: Path) -> None:
-    """The pictures, of the longest target."""
+    """Draw the pictures for the longest target."""
     factor = results.factors[0]
     lengths = results.lengths(factor)
     kinds = list(results.evaluations[0]["perplexity"])
@@ -194,7 +194,7 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _picture(results: Results, factor: int, rows: dict, x: str, path: Path, log: bool = False) -> None:
-    """A column for each scaling, a line for each sampler; the band is the seeds' deviation."""
+    """Draw a column per scaling and a line per sampler, with a band of the deviation over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

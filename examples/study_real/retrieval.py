@@ -1,14 +1,14 @@
 """Retrieval by teacher forcing, with many answers in one forward pass, and held-out perplexity by length.
 
-A prompt states facts ("The number of the quiet falcon is 48213.") at known depths of a long text, and ends with
-several of them again, whose numbers are scored, each given all before it. One pass over 64K tokens so gives as many
-answers as it has questions. Three tasks:
+A prompt states facts ("The number of the quiet falcon is 48213.") at known depths of a long text, and repeats
+several of them at its end. The repeated numbers are scored, each given all tokens before it, so that one pass over
+64K tokens scores all questions of a prompt. Three tasks:
 
     needle    one fact in held-out text
     multikey  16 facts in held-out text, all asked for
-    lines     nothing but facts, hundreds to thousands; 16 of them are asked for
+    lines     facts only, hundreds to thousands; 16 of them are asked for
 
-An answer counts as found when every token of it is the likeliest: greedy decoding gives it.
+An answer counts as found if each of its tokens is the likeliest, so that greedy decoding would produce it.
 """
 
 import itertools
@@ -38,9 +38,10 @@ _NOUNS = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """tokens: uint16 [prompts, length].
+    """Prompts of one task and length, and the places of their answers.
 
-    answers: int32 [prompts, questions, 3]: first token of the answer, the token after its last, depth in thousandths.
+    tokens: uint16 [prompts, length].
+    answers: int32 [prompts, questions, 3]: index of the answer's first token, index after its last, depth in 1/1000.
     """
 
     tokens: np.ndarray
@@ -48,11 +49,11 @@ class Prompts:
 
 
 class PromptWriter:
-    """Prompts of exact lengths.
+    """Writer of prompts with exact lengths.
 
     Args:
-        encode: text to token ids, without special tokens.
-        filler: int arrays of held-out tokens, each longer than the longest prompt.
+        encode: function from text to token ids, without special tokens.
+        filler: integer arrays of held-out tokens, each longer than the longest prompt.
     """
 
     def __init__(self, encode, filler: list[np.ndarray]):
@@ -60,7 +61,7 @@ class PromptWriter:
         self._newlines = {token for token in (encode("\n")[-1], encode("\n\n")[-1], encode(".\n")[-1])}
 
     def prompts(self, task: str, length: int, count: int, questions: int) -> Prompts:
-        """`count` prompts, the same for the same arguments; of `needle` each has one question, at even depths."""
+        """Return `count` prompts, equal for equal arguments; `needle` asks one question each, at even depths."""
         made = []
         for i in range(count):
             rng = random.Random(f"{task}/{length}/{i}")
@@ -104,12 +105,12 @@ class PromptWriter:
         chosen = sorted(chosen + rng.sample(spare, len(depths) - len(chosen)))
         ending, places = self._questions(rng, [kept[i] for i in chosen], [i / len(kept) for i in chosen])
         body = [token for lead, answer in kept for token in (*lead, *answer, *end)]
-        # The few tokens that are left over come first, as text.
+        # Fill the few remaining tokens with text at the start.
         before = self._filler[0][: length - len(body) - len(ending)].tolist()
         return before + body + ending, _shifted(places, length - len(ending))
 
     def _questions(self, rng: random.Random, facts, depths):
-        """Tokens, and (first, end, depth) of each answer in them, in random order."""
+        """Return the tokens of the questions in random order, and (first, end, depth) of each answer in them."""
         tokens, places = self._encode(_ASKED), []
         for i in rng.sample(range(len(facts)), len(facts)):
             lead, answer = facts[i]
@@ -127,7 +128,7 @@ class PromptWriter:
         return rng.sample(list(itertools.product(_ADJECTIVES, _NOUNS)), count)
 
     def _line_end(self, text: list[int], place: int, least: int) -> int:
-        """The first place from `place` on, within 200 tokens, that a line ends before."""
+        """Return the next index after a line end within 200 tokens from `place`, or else `place`."""
         place = max(place, least)
         for at in range(max(place, 1), min(place + 200, len(text))):
             if text[at - 1] in self._newlines:
@@ -143,7 +144,7 @@ def _shifted(places, by: int) -> list[tuple[int, int, int]]:
 
 
 def save(path: Path, prompts: dict[tuple[str, int], Prompts], texts: dict[str, np.ndarray]) -> None:
-    """texts: uint16 [documents, longest length], of each kind."""
+    """Write prompts, and texts of each kind, uint16 [documents, longest length], to an .npz file."""
     arrays = {
         f"{task}/{n}/{name}": getattr(p, name) for (task, n), p in prompts.items() for name in ("tokens", "answers")
     }
@@ -151,11 +152,11 @@ def save(path: Path, prompts: dict[tuple[str, int], Prompts], texts: dict[str, n
 
 
 def evaluate(model: torch.nn.Module, path: Path, longest: int, scored: int = 4096) -> dict:
-    """All that `save` put into `path`, up to `longest` tokens, as it goes into results.jsonl.
+    """Evaluate everything that `save` wrote to `path`, up to `longest` tokens; return fields of results.jsonl.
 
     Args:
-        model: of `load_model`, which reads any position.
-        scored: tokens of each text whose perplexity is taken, its last; at most half of the shortest length.
+        model: from `load_model`, with no limit on positions.
+        scored: number of tokens at the end of each text that perplexity counts; at most half of the shortest length.
     """
     file = np.load(path)
     keys = [name.rpartition("/")[0] for name in file.files if name.endswith("/tokens")]
@@ -177,7 +178,7 @@ def evaluate(model: torch.nn.Module, path: Path, longest: int, scored: int = 409
 
 
 def _of_prompts(model, prompts: Prompts) -> dict:
-    """accuracy, loss (of a token of an answer), both by tenths of depth, and of each prompt."""
+    """Return accuracy and loss per answer token: in all, by tenths of depth, and for each prompt."""
     rows = []  # (prompt, depth in tenths, found, loss)
     for i, (tokens, answers) in enumerate(zip(prompts.tokens, prompts.answers)):
         marks = np.zeros(len(tokens), dtype=np.float32)
@@ -212,7 +213,7 @@ def _perplexity(model, texts: np.ndarray, scored: int) -> float:
 
 @torch.inference_mode()
 def _scores(model, tokens: np.ndarray, marks: np.ndarray) -> np.ndarray:
-    """float [2, k]: losses of the k labels that are marked, and 1 where the label is the likeliest."""
+    """Return float [2, k] for the k marked labels: their losses, and 1 where the label is the likeliest token."""
     from megatron_cream.evaluation.teacher_forced import score_batch
 
     ids = tokens.astype(np.int64)

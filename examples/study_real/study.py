@@ -1,12 +1,12 @@
-"""Which scaling, and which sampler, extends a real pretrained model? The grid of cells.py on the GPUs of this host.
+"""Run the grid of cells.py on this host's GPUs: scalings and samplers on a real pretrained model.
 
     python examples/study_real/prepare.py --hf MODEL --train train.jsonl --held held.jsonl --output DATA
     python examples/study_real/study.py --data DATA --output OUT --gpus 8 --seconds 3000
     python examples/study_real/report.py --results OUT/results.jsonl --output OUT
 
-One run for each GPU at a time. A training and an evaluation are a line each in OUT/results.jsonl as soon as they end;
-the same command starts what has none, and ends where a run would not end within --seconds. A run that fails is tried
-once more after all others; the end of its log is in OUT/failed.log.
+Each GPU executes one run at a time. Each training and each evaluation adds a line to OUT/results.jsonl when it ends.
+The same command again resumes: it executes what has no line yet. It starts no run that would not end within --seconds.
+A run that fails is retried once after all others; the end of its log is in OUT/failed.log.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Worker:
         environment = os.environ | {
             "CUDA_VISIBLE_DEVICES": str(gpu),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "8"),
-            # torch reads it at its first allocation, which is before the run's flags are read.
+            # torch reads this at its first allocation, which comes before the run's flags are parsed.
             "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
         }
         self.process = subprocess.Popen(
@@ -56,7 +56,7 @@ class Worker:
             self.process.stdin.write(json.dumps({"cell": asdict(cell), **task}) + "\n")
             self.process.stdin.close()
         except OSError:
-            pass  # it is dead already, which is seen like any other end
+            pass  # the process has died; _collect handles that like any other exit
 
     def kill(self) -> None:
         try:
@@ -67,7 +67,7 @@ class Worker:
 
 
 class Study:
-    """Cells to GPUs, results to results.jsonl."""
+    """Scheduler of cells on GPUs, and writer of results.jsonl."""
 
     def __init__(self, flags: argparse.Namespace):
         self.flags, self.settings = flags, cells.Settings.read(flags.data)
@@ -100,7 +100,7 @@ class Study:
         self._say(f"over: {len(self.evaluated)} cells have results, {left} are left")
 
     def _start_what_can(self, log: IO[str]) -> bool:
-        """Whether anything was started or still may be."""
+        """Start a run on each free GPU; return whether any run is in progress or can still start."""
         for gpu in range(self.flags.gpus):
             if gpu in self.running:
                 continue
@@ -120,7 +120,7 @@ class Study:
         return any(self._ready(cell) for cell in self.waiting)
 
     def _next(self) -> cells.Cell | None:
-        """The first cell whose learning rate is known and that fits into the time; it waits no longer."""
+        """Remove and return the first waiting cell that is ready, or None; drop cells that have results."""
         i = 0
         while i < len(self.waiting):
             waiting = self.waiting[i]
@@ -135,7 +135,7 @@ class Study:
         return None
 
     def _ready(self, cell: cells.Cell) -> cells.Cell | None:
-        """The cell with its learning rate, where it may start now."""
+        """Return the cell with its learning rate, or None if that is unknown or the time is too short."""
         if self.flags.seconds - (time.monotonic() - self.began) < self._expected(cell):
             return None
         if not cell.trains or cell.rate is not None:
@@ -147,7 +147,7 @@ class Study:
         return None if rate is None else cell.with_rate(rate)
 
     def _expected(self, cell: cells.Cell) -> float:
-        """Seconds that a run takes: 1.05 times the longest of its kind so far."""
+        """Return the expected seconds of a run: 1.05 times the longest of its kind, or a guess from --run-seconds."""
         kind = _kind(cell)
         guess = self.flags.run_seconds * {"base": 0.3, "full": 2.0}.get(kind[0], 1.0)
         return 1.05 * self.longest[kind] if kind in self.longest else guess
@@ -164,7 +164,7 @@ class Study:
             self._over(worker.cell, took, f"killed after {took:.0f} s" if killed else "")
 
     def _keep_found(self) -> None:
-        """Take over what workers have written, whether they came to their ends or not."""
+        """Move results that workers have written to results.jsonl, also those of workers that failed later."""
         for file in sorted(self.runs.glob("*.training.json")) + sorted(self.runs.glob("*.evaluation.json")):
             line = json.loads(file.read_text())
             with open(self.results, "a") as results:
@@ -185,7 +185,7 @@ class Study:
             self._say(f"{cell.name}: {took:.0f} s, score {cells.score(self.evaluated[cell.name]):.3f}")
             return
         self.tries[cell.name] = self.tries.get(cell.name, 0) + 1
-        if self.tries[cell.name] < TRIES:  # others wait for those that choose a learning rate
+        if self.tries[cell.name] < TRIES:  # learning-rate cells go first, because others wait for them
             self.waiting.insert(0 if cell.rate in self.settings.rates else len(self.waiting), cell)
         self._say(f"{cell.name}: failed after {took:.0f} s {killed}")
         log = self.runs / f"{cell.name}.log"
@@ -201,12 +201,12 @@ class Study:
 
 
 def _kind(cell: cells.Cell) -> tuple[str, int]:
-    """Runs of one kind take the same time."""
+    """Return a key that is equal for runs that take the same time."""
     return cell.sampler if cell.sampler in ("base", "full") else "window", cell.factor
 
 
 def wanted(settings: cells.Settings, texts: list[str]) -> list[cells.Cell]:
-    """The cells that have all words of one of the texts, and those that choose their learning rates; in order."""
+    """Return, in order, the cells that match all words of a text, and the cells that choose their learning rates."""
     every = cells.order(settings)
     if not texts:
         return every

@@ -1,8 +1,8 @@
-"""One run of the study in a process of its own, which imports and compiles ahead, while another run has the GPU.
+"""Process of one run of the study; it imports and compiles in advance, while another run uses the GPU.
 
-`study.py` starts it with CUDA_VISIBLE_DEVICES, and writes one line of JSON to its standard input when its turn comes:
-{"cell": {..}, "data": "..", "runs": "..", "evaluate_only": false}. What it found goes to runs/NAME.training.json and
-runs/NAME.evaluation.json, as lines of results.jsonl; what it prints goes to runs/NAME.log.
+`study.py` starts it with CUDA_VISIBLE_DEVICES, and later sends one line of JSON on standard input to start the run:
+{"cell": {..}, "data": "..", "runs": "..", "evaluate_only": false}. The results go to runs/NAME.training.json and
+runs/NAME.evaluation.json, each one line for results.jsonl; the output goes to runs/NAME.log.
 """
 
 import json
@@ -24,11 +24,11 @@ import retrieval
 from megatron_cream.common.processes import end_with_parent
 
 UNLIMITED = 1 << 40
-"""Positions: texts beyond what a model was trained for are read as transformers would."""
+"""Maximum position, so that longer texts than the model was trained for are evaluated too, as transformers does."""
 
 
 def main() -> int:
-    end_with_parent()  # nobody would read what it finds, and its GPU is another's
+    end_with_parent()  # without study.py nobody reads the results, and the GPU may be reused
     _prepare()
     line = sys.stdin.readline()
     if not line.strip():
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def _prepare() -> None:
-    """Whatever takes long and needs to know no cell: imports, and flash-attn's kernels, compiled once a process."""
+    """Do the slow work that is the same for all cells: imports, and compiling flash-attn's kernels."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     global pretrain_cream
     import torch
@@ -76,7 +76,7 @@ def _prepare() -> None:
         torch.cuda.synchronize()
         del query, key, value
         torch.cuda.empty_cache()
-    except Exception as error:  # then the run itself says so, or takes another kernel
+    except Exception as error:  # the run itself will report it or use another kernel
         print(f"flash-attn ahead of the run: {error!r}", flush=True)
 
 
@@ -87,7 +87,7 @@ def _train(flags: list[str]) -> None:
 
 
 def _training(log: Path, began: float) -> dict:
-    """Of the log: losses by step, and the GPU's seconds in steps: the median time a step, times the steps."""
+    """Read losses by step and GPU seconds (median step time times number of steps) from the log."""
     pattern = r"iteration +(\d+)/ +(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: ([\d.E+-]+)"
     steps = re.findall(pattern, log.read_text())
     if not steps or steps[-1][0] != steps[-1][1]:
@@ -125,7 +125,7 @@ def _evaluate(cell: cells.Cell, settings: cells.Settings, data: Path, runs: Path
             model = load_model(checkpoint, torch.bfloat16 if cuda else torch.float32, attention=attention)
             model.rotary = replace(checkpoint.shape, max_position_embeddings=UNLIMITED).rotary()
             return retrieval.evaluate(model, data / "evaluation.npz", settings.window * cell.factor)
-        except Exception as error:  # a kernel that this GPU or this length does not take
+        except Exception as error:  # the kernel does not support this GPU or length
             if attention == "sdpa":
                 raise
             print(f"evaluation with --attention-backend {attention}: {error!r}; once more with sdpa", flush=True)
@@ -133,7 +133,7 @@ def _evaluate(cell: cells.Cell, settings: cells.Settings, data: Path, runs: Path
 
 
 def _write(runs: Path, cell: cells.Cell, what: str, found: dict) -> None:
-    """Whole or not at all, as `study.py` reads it as soon as it is there."""
+    """Write a result atomically, because `study.py` reads the file as soon as it exists."""
     path = runs / f"{cell.name}.{what}.json"
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"run": cell.name, "what": what, **asdict(cell), **found}))
@@ -150,4 +150,4 @@ if __name__ == "__main__":
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # the process group's own end can wait for what is gone
+    os._exit(code)  # a normal exit can hang while the process group shuts down
