@@ -1,17 +1,17 @@
-"""Checkpoints through pretrain_cream.py: how long training stands still, until one is whole, its size, its load.
+"""Measure checkpoints of pretrain_cream.py: seconds that training stops, write time, size and load time.
 
     python benchmarks/checkpoints.py FOLDER      # a small model on two ranks, CPU or GPU
     python benchmarks/checkpoints.py FOLDER --nproc 2 --config llama_7b_width --num-layers 32 \\
         --tensor-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 --saves 1 --interval 4 \\
         --rows sync-dp async-dp sync-gloo async-gloo      # the full 7B, 95 GB a checkpoint
 
-Further flags are pretrain_cream.py's. Each row is a run of its own, one after the other, that saves every --interval
-steps; the newest checkpoint alone is kept, so that FOLDER needs room for two, or for one with --saves 1. The last row
-that can is loaded at --resume's layout; rows -dp resume at their own tensor and pipeline parallelism alone. By this
-project's default the distributed optimizer is gathered by every rank, in the host's memory and, a buffer at a time,
-in the GPU's; rows -gloo gather on one rank of each data-parallel group, in the host's memory alone. A step of training
-is not counted as standing still; what it waits for because of a save is: making it, handing it to the writer, and,
-once it is written, naming it.
+Other flags go to pretrain_cream.py. Each row is a separate run, one after the other, that saves every --interval steps
+and keeps only the newest checkpoint, so that FOLDER needs room for two, or for one with --saves 1. The checkpoint of
+the last row that can be resharded is loaded at --resume's layout; rows -dp can only be loaded at their own tensor and
+pipeline parallelism. By default every rank gathers the distributed optimizer, in the host's memory and, one buffer at a
+time, in the GPU's; rows -gloo gather it on one rank of each data-parallel group, in the host's memory only. "Stands
+still" counts the time that a save takes from training (collecting the state, handing it to the writer, and finalizing
+the checkpoint once it is written), not the training steps in between.
 """
 
 import argparse
@@ -26,12 +26,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
+sys.path[0] = str(ROOT)  # not this folder: its profile.py hides the standard library's
 
 from megatron_cream.common import devices
 from megatron_cream.patches import platform
 
-platform.setup()  # here: the process that writes a checkpoint imports this file
+platform.setup()  # at import, because the process that writes a checkpoint imports this file
 
 import itertools
 
@@ -124,7 +124,7 @@ def steps_words(found: dict) -> str:
 
 
 def check_room(args, flags: list[str]) -> None:
-    """An estimate, so that a disk that fills does not cost an hour: weights, and 12 bytes of optimizer each."""
+    """Exit if the disk looks too small, estimated from weights plus 12 bytes of optimizer state per parameter."""
     known = yaml.safe_load(locate(args.config).read_text()) if args.config else {}
     known |= {name[2:].replace("-", "_"): value for name, value in itertools.pairwise(flags) if name[:1] == "-"}
     layers, hidden, ffn = (int(known[name]) for name in ("num_layers", "hidden_size", "ffn_hidden_size"))
@@ -170,7 +170,7 @@ def resume(args, flags: list[str], saved: Path, step: int, layout: str | None) -
     return found and {"layout": layout, **found}
 
 
-# ---------------------------------------------------------------- in ranks of their own
+# ---------------------------------------------------------------- code of the ranks
 
 
 def child(result: Path, flags: list[str]) -> int:
@@ -195,11 +195,11 @@ def child(result: Path, flags: list[str]) -> int:
 
 
 class Clock:
-    """Of one rank.
+    """Timings of one rank.
 
     Attributes:
-        saves: by step: seconds of standing still, until whole, bytes on the disk.
-        alone, beside: seconds of each step, without and with a checkpoint being written beside it.
+        saves: by step: seconds that training stood still, seconds until the checkpoint was complete, bytes on disk.
+        alone, beside: seconds of the steps during which no checkpoint was being written, and of the others.
     """
 
     def __init__(self):
@@ -220,7 +220,7 @@ class Clock:
     def finalizing(self, original):
         @functools.wraps(original)
         def finalize(*args, **kwargs):
-            # Training's end waits for the last one, and stands in nobody's way.
+            # The wait for the last save at the end of training delays no step.
             save = None if self._inside or kwargs.get("terminate") else self._pending
             began = _now() if save else 0.0
             original(*args, **kwargs)

@@ -1,10 +1,10 @@
-"""Import and export of a model of Llama-2-7B's shape beside `cp` of the same files: time and peak memory.
+"""Time and peak memory of importing and exporting a model of Llama-2-7B's shape, compared with `cp`.
 
     python benchmarks/convert.py FOLDER [--layers 32] [--rounds 2]
 
-FOLDER needs room for three copies of the weights (41 GB); what is made there is removed at the end.
-Each round runs cp, import, cp, export, each from a cold page cache to the disk (cp is followed by fsync of
-what it wrote; the converter does that itself, and hashes what it writes besides).
+FOLDER needs room for three copies of the weights (41 GB); the files are removed at the end.
+Each round runs cp, import, cp, export, each from a cold page cache to the disk (the files that cp wrote are
+fsynced afterwards; the converter does that itself, and also hashes the files that it writes).
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     source, checkpoint, copy, out = (args.folder / name for name in ("hf", "checkpoint", "copy", "out"))
-    # In a process of its own: a child starts with its parent's peak memory.
+    # In a separate process, because a child inherits its parent's peak memory.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         nbytes = pool.submit(write_llama, source, args.layers).result()
     print(f"{nbytes / 1e9:.2f} GB of bf16 weights, {args.layers} layers")
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def run(command: list, written: Path) -> tuple[float, float]:
-    """Seconds until what was written is on the disk, and the process's peak memory in GiB."""
+    """Return the seconds until the written files are on the disk, and the process's peak memory in GiB."""
     started = time.monotonic()
     process = subprocess.Popen([str(item) for item in command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -105,7 +105,7 @@ def equal_weights(ours: Path, theirs: Path) -> bool:
 
 
 def write_llama(folder: Path, layers: int) -> int:
-    """A Hugging Face folder of Llama-2-7B's shape with random weights; its size in bytes."""
+    """Write a Hugging Face folder of Llama-2-7B's shape with random weights; return the bytes of its weights."""
     folder.mkdir()
     hidden, ffn, vocabulary = 4096, 11008, 32000
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
@@ -131,7 +131,7 @@ def write_llama(folder: Path, layers: int) -> int:
             key: torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator).view(torch.bfloat16)
             for key, shape in shard.items()
         }
-        for tensor in tensors.values():  # no infinities and NaN, which equal nothing
+        for tensor in tensors.values():  # avoid infinities and NaN: NaN is unequal to itself
             tensor.view(torch.int16).bitwise_and_(~0x0080)
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)

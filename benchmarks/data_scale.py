@@ -1,12 +1,12 @@
-"""Blends of 100 million documents: seconds and memory to index them, samples/s to read them, on real ranks.
+"""Measure a blend of 100 million documents on real ranks: time and memory to index, samples/s to read.
 
     python benchmarks/data_scale.py FOLDER [--documents 100000000] [--prefixes 4] [--ranks 2]
 
-Makes PREFIX.idx of each (20 bytes a document) and PREFIX.bin as a hole, which takes no room on the disk and is read as
-zeros; then, each in processes of its own under torchrun and over gloo: what `pretrain_cream.py` checks before a run;
-the data set built as it builds it, without a cache and with one; samples read in the process and by workers. Memory
-is of /proc/self/smaps_rollup: what a rank holds alone (anonymous), and its part of what it maps of files. At the end
-the folder's files are removed (--keep: not).
+Makes PREFIX.idx for each prefix (20 bytes per document), and PREFIX.bin as a sparse file, which takes no disk space and
+reads as zeros. Then three phases run in separate processes under torchrun (gloo): the checks that `pretrain_cream.py`
+makes before a run; and twice, without and with a cache, building the data set as `pretrain_cream.py` does and reading
+samples, in the process and with workers. Memory comes from /proc/self/smaps_rollup: a rank's own (anonymous) memory, and
+its share of mapped files. The files are removed at the end, except with --keep.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
+sys.path[0] = str(ROOT)  # not this folder: its profile.py hides the standard library's
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def make(prefix: Path, documents: int, seed: int, median: int) -> int:
-    """PREFIX.idx, and PREFIX.bin as a hole. Returns how many documents have WINDOW tokens."""
+    """Write PREFIX.idx, and a sparse PREFIX.bin; return the number of documents with WINDOW tokens or more."""
     from megatron_cream.data import indexed
 
     def lengths(begin: int) -> np.ndarray:
@@ -100,7 +100,7 @@ def make(prefix: Path, documents: int, seed: int, median: int) -> int:
     return long
 
 
-# ---------------------------------------------------------------- in ranks of their own
+# ---------------------------------------------------------------- code of the ranks
 
 
 def child(what: str, settings: dict) -> None:
@@ -127,7 +127,7 @@ def say(rank: int, lines: list[str]) -> None:
 
 
 def checks(settings: dict) -> list[str]:
-    """Those of `parse.parse`, each timed."""
+    """Run the checks of `parse.parse`, timing each."""
     from megatron_cream.config import parse
     from megatron_cream.config.checks import data as data_checks
 
@@ -194,7 +194,7 @@ def build_and_read(settings: dict) -> list[str]:
 
 
 class Memory:
-    """CPU seconds, and the most that this process held while the block ran beyond before; `children`: the most of one."""
+    """CPU seconds and peak memory growth of this process during a block; `children`: peak of its largest child."""
 
     def __init__(self, children: bool = False):
         self._children, self._ended = children, threading.Event()
@@ -222,7 +222,7 @@ class Memory:
         for process in _children() if self._children else ["self"]:
             with contextlib.suppress(OSError, KeyError):
                 found = _rollup(process)
-                # What a fork shares with its parent is not its own.
+                # Pages that a fork shares with its parent do not count.
                 alone = found["Private_Dirty"] if self._children else found["Anonymous"] - self._before
                 self.alone, self.mapped = max(self.alone, alone), max(self.mapped, found["Pss_File"])
 
@@ -233,7 +233,7 @@ class Memory:
 
 
 def _rollup(process: str | int) -> dict[str, int]:
-    """Bytes by name."""
+    """Return the entries of smaps_rollup, in bytes."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     return {name.rstrip(":"): int(value) * 1024 for name, value, _ in map(str.split, lines)}
 

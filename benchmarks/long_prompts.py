@@ -1,11 +1,11 @@
-"""Prompts of 32K to 256K tokens: seconds until they are read, time of each token after, GPU memory.
+"""Measure prompts of 32K to 256K tokens: prefill time, time per generated token, GPU memory.
 
     python benchmarks/long_prompts.py FOLDER [--config llama_1b] [--lengths 32768 65536 131072 262144]
 
-A model of the recipe's shape with random weights and linear scaling of its rotary embedding is written to FOLDER as
-a Hugging Face folder, and imported from it as a Megatron checkpoint; what evaluation has for each of the two reads
-one random prompt of each length in chunks. Both also give the mean log-probability of the prompt's last 256 tokens,
-which has to be the same: positions and their angles are. A length that does not fit is said and passed over.
+Writes a model of the recipe's shape, with random weights and linear RoPE scaling, to FOLDER in Hugging Face format and
+imports it as a Megatron checkpoint. The evaluation's engine for each of the two formats reads one random prompt of each
+length in chunks. Both also give the mean log-probability of the prompt's last 256 tokens; it must be the same, because
+positions and their angles are. A length that does not fit into memory is reported and skipped.
 """
 
 import argparse
@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
+sys.path[0] = str(ROOT)  # not this folder: its profile.py hides the standard library's
 
 from megatron_cream.common import devices
 from megatron_cream.patches import platform
 
-platform.setup()  # before anything of Megatron is imported
+platform.setup()  # before any import of Megatron
 
 import torch
 import yaml
@@ -62,7 +62,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for engine in args.engines:
         model = ENGINES[engine](hf, checkpoint, common)
-        model.generate([list(range(64))], NEW, **GREEDY)  # what is compiled and loaded once
+        model.generate([list(range(64))], NEW, **GREEDY)  # warm up: compile and load once
         for length in args.lengths:
             print(f"| {engine} | {length:,} | {measured(model, length, recipe['vocab_size'])} |", flush=True)
         del model
@@ -77,7 +77,7 @@ GREEDY = dict(temperature=0.0, top_p=1.0, seeds=[0])
 
 
 def make(folder: Path, recipe: dict, longest: int) -> tuple[Path, Path]:
-    """The same random weights as a Hugging Face folder and as a Megatron checkpoint."""
+    """Write the same random weights as a Hugging Face folder and as a Megatron checkpoint."""
     hf, checkpoint = folder / "hf", folder / "checkpoint"
     scaling = {"rope_type": "linear", "factor": longest / recipe["seq_length"], "rope_theta": 10000.0}
     config = llama_config(recipe, rms_norm_eps=1e-5, max_position_embeddings=longest, rope_parameters=scaling)
@@ -92,7 +92,7 @@ def make(folder: Path, recipe: dict, longest: int) -> tuple[Path, Path]:
 
 
 def measured(model, length: int, vocabulary: int) -> str:
-    """One row's figures, in words."""
+    """Measure one prompt and return the cells of its table row."""
     prompt = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(length))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()

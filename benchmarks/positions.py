@@ -1,8 +1,8 @@
-"""How long planning takes: many samples' block boundaries, and one sample with its arrays.
+"""Measure the time to plan positions: block boundaries of many samples, and one sample with its arrays.
 
     python benchmarks/positions.py [--samples 1000000] [--window 4096]
 
-Neither a GPU nor torch is used. Each figure is the best of several rounds, on one core.
+Uses neither a GPU nor torch. Each figure is the best of several rounds, on one core.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this folder's profile.py hides the standard library's
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this folder's profile.py would hide the standard library's
 
 from megatron_cream.positions import SAMPLERS, Sampler, build_sampler
 
@@ -22,7 +22,7 @@ ROUNDS = 5
 
 
 def best_seconds(work: Callable[[], object]) -> float:
-    """The shortest of ROUNDS runs of `work`, in seconds."""
+    """Return the shortest of ROUNDS runs of `work`, in seconds."""
     seconds = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()
@@ -32,7 +32,7 @@ def best_seconds(work: Callable[[], object]) -> float:
 
 
 def plan_some(sampler: Sampler, samples: int, document_length: int) -> None:
-    """Plans one by one, arrays included; consecutive samples, so that none is cached."""
+    """Plan samples one by one, with their arrays; consecutive samples, so that none is cached."""
     for sample in range(samples):
         plan = sampler.plan(0, sample, document_length)
         plan.token_indices, plan.position_ids

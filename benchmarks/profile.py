@@ -1,19 +1,19 @@
-"""Where a training step's time goes: a torch profiler trace as a table, each row beside its own floor.
+"""Show where a training step's time goes: a torch profiler trace as a table, with a lower bound per row.
 
     python benchmarks/profile.py OUTPUT_FOLDER [--config llama_7b_width] [any flag of the job]
-    python benchmarks/profile.py --trace rank-0.json.gz [--config ...]        # of a trace that is there already
+    python benchmarks/profile.py --trace rank-0.json.gz [--config ...]        # read an existing trace
 
-Runs pretrain_cream.py for twelve steps on one GPU, or `--gpus 2`, traces the last but one and two of the first GPU,
-and sorts every kernel into a kind. A floor is what the kind has to do at least (FLOPs, or bytes read once and written
-once) over what this GPU did in a plain large product, or copy, measured just before. `idle` is the time in which no
-kernel ran.
+Runs pretrain_cream.py for twelve steps on one GPU, or on `--gpus 2`, traces two of the last steps on the first GPU, and
+sorts every kernel into a kind. A floor is the minimum work of the kind (FLOPs, or bytes read once and written once)
+divided by the rate that this GPU reached in a large matrix product, or copy, measured just before. `idle` is the time
+in which no kernel ran.
 """
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # in this folder a module hides the standard library's `profile`
+sys.path[0] = str(ROOT)  # not this folder: this file would hide the standard library's profile
 
 import argparse
 import gzip
@@ -29,7 +29,7 @@ from benchmarks.stopping import leave_no_ranks
 from megatron_cream.config.recipe import locate
 
 FIRST_STEP, STEPS = 8, 2
-# The first pattern that a kernel's name holds gives its kind.
+# The first pattern that matches a kernel's name decides its kind.
 KINDS = [
     ("communication", r"nccl"),
     ("attention", r"flash|fmha|cudnn.*(attn|attention|sdpa)|mha_"),
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def record(folder: Path, flags: list[str], gpus: int) -> Path:
-    """One run; the trace's file of its first rank."""
+    """Run the job and return the trace file of its first rank."""
     last = FIRST_STEP + STEPS
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "--standalone"]
     command += [str(ROOT / "pretrain_cream.py"), *flags, "--train-iters", str(last + 2), "--profile"]
@@ -83,7 +83,7 @@ def record(folder: Path, flags: list[str], gpus: int) -> Path:
 
 
 def kernels(trace: Path) -> tuple[Counter, Counter, float, float]:
-    """Microseconds of each kind and of each kernel that has none, of the whole, and with no kernel running."""
+    """Return microseconds by kind, by kernel without a kind, in all, and idle (no kernel running)."""
     opened = gzip.open(trace) if trace.suffix == ".gz" else open(trace)
     with opened as file:
         events = json.load(file)["traceEvents"]
@@ -103,7 +103,7 @@ def kernels(trace: Path) -> tuple[Counter, Counter, float, float]:
 
 
 def ceilings() -> tuple[float, float]:
-    """FLOP/s of a large bf16 product and bytes/s of a large copy, on this GPU; an H200's where there is none."""
+    """Return FLOP/s of a large bf16 product and bytes/s of a large copy on this GPU; without a GPU, an H200's."""
     import torch
 
     if not torch.cuda.is_available():
@@ -126,7 +126,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def floors(c: dict, gpus: int, flops: float, bytes_: float) -> dict[str, float]:
-    """Microseconds that each kind needs at least, a step, where the GPUs share all of it."""
+    """Return the minimum microseconds per step of each kind, with all work shared evenly by the GPUs."""
     h, f, layers, vocabulary = c["hidden_size"], c["ffn_hidden_size"], c["num_layers"], c["padded_vocab_size"]
     heads = c["num_attention_heads"]
     groups, d = c.get("num_query_groups", heads), h // heads
@@ -138,7 +138,7 @@ def floors(c: dict, gpus: int, flops: float, bytes_: float) -> dict[str, float]:
         "norm": 2 * tokens * (2 * layers + 1) * 5 * h,
         "residual add": 2 * tokens * 2 * layers * 6 * h,
         "cross-entropy": 2 * tokens * 3 * vocabulary,
-        # Gradient, for its norm and for the update; weight and two moments there and back; bf16 weight.
+        # Read the gradient twice (norm, update); read and write weight and two moments; write the bf16 weight.
         "optimizer": (weights + h * vocabulary) * (4 + 4 + 3 * 8 + 2),
         "zero gradients": (weights + h * vocabulary) * 4,
     }

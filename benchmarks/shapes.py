@@ -1,4 +1,4 @@
-"""A recipe's model as transformers has it."""
+"""Conversion of a recipe's model shape to a transformers config."""
 
 from transformers import LlamaConfig
 

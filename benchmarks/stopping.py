@@ -1,4 +1,4 @@
-"""A benchmark that is stopped leaves no rank on a GPU, beside what is started next."""
+"""End the ranks of a benchmark that is stopped, so that none stays on a GPU beside the next job."""
 
 import contextlib
 import os
@@ -8,12 +8,12 @@ import psutil
 
 
 def leave_no_ranks() -> None:
-    """From now on SIGTERM (`timeout`, a batch system) ends this process with all that it started."""
+    """Make SIGTERM (from `timeout` or a batch system) end this process and all its descendants."""
     signal.signal(signal.SIGTERM, _end_all)
 
 
 def end_ranks() -> None:
-    """What this process started, and what that did: torchrun's ranks have sessions of their own."""
+    """Kill all descendants of this process; torchrun's ranks have their own sessions, so a group kill misses them."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -1,11 +1,11 @@
-"""What tensor parallelism sends, and the products around it, each by itself: gathers, reductions, and ways to hide them.
+"""Measure the transfers of tensor parallelism, the products next to them, and ways to overlap the two.
 
     python benchmarks/tensor_parallel.py [--gpus 2] [--hidden-size 4096] [--ffn-hidden-size 11008] [--samples 1 4]
 
-Samples of --seq-length tokens in bf16 with sequence parallelism, one process a GPU over NCCL; medians of 20 by CUDA events
-on rank 0. NCCL_PROTO, NCCL_MIN_CTAS and the like are the caller's. The products of a layer's forward pass: by themselves;
-after, or before, the whole transfer; in two parts, each beside the other's transfer; and by torch's symmetric memory, which
-does the same without NCCL (for which multicast is switched off, as many machines have none).
+Samples of --seq-length tokens in bf16 with sequence parallelism, one process per GPU over NCCL; medians of 20 by CUDA
+events on rank 0. The caller may set NCCL_PROTO, NCCL_MIN_CTAS and the like. The products of a layer's forward pass are
+measured alone; after, or before, the whole transfer; in two parts, each overlapped with the other's transfer; and with
+torch's symmetric memory, which overlaps without NCCL (with multicast disabled, because many machines have none).
 """
 
 import argparse
@@ -16,13 +16,13 @@ from pathlib import Path
 
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron has it
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron sets it
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose profile.py hides the standard library's
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: its profile.py hides the standard library's
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory  # its fused products
+import torch.distributed._symmetric_memory  # registers the fused products
 from torch.multiprocessing import spawn
 
 
@@ -74,7 +74,7 @@ def transfers(tokens: int, args: argparse.Namespace) -> list[str]:
 
 
 def gathered(tokens: int, inputs: int, outputs: int) -> list[float]:
-    """The input's parts are put together, then multiplied."""
+    """Return milliseconds of gathering the input's parts, then multiplying, in each way."""
     size, rank = dist.get_world_size(), dist.get_rank()
     part, whole = random(tokens // size, inputs), random(tokens, inputs)
     weight, result = random(outputs, inputs).t(), random(tokens, outputs)
@@ -98,7 +98,7 @@ def gathered(tokens: int, inputs: int, outputs: int) -> list[float]:
 
 
 def reduced(tokens: int, inputs: int, outputs: int) -> list[float]:
-    """Multiplied, then added up over the ranks, of which each keeps a part."""
+    """Return milliseconds of multiplying, then reducing and scattering the product, in each way."""
     size = dist.get_world_size()
     x, weight, part = random(tokens, inputs), random(outputs, inputs).t(), random(tokens // size, outputs)
     halves = x.view(size, 2, tokens // size // 2, inputs)

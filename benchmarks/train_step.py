@@ -1,17 +1,17 @@
-"""Training steps of this project beside what people use today: tokens/s, MFU, peak memory, ratios.
+"""Compare training steps of this project and of common alternatives: tokens/s, MFU, peak memory, ratios.
 
     python benchmarks/train_step.py OUTPUT_FOLDER [--config llama_7b_width] [--rows flash liger ...]
 
-Each row is a process of its own, one after the other, on one GPU; `--rounds` repeats the whole list. This project
+Each row is a separate process, one after the other, on one GPU; `--rounds` repeats the whole list. This project
 and Megatron run through Megatron's trainer, data loader and distributed optimizer, with float32 master weights
 and gradients, on real text and CREAM's positions (plain ones for Megatron's own model). The transformers loops
-hold everything in bf16, on random tokens. A row's figure is the median over its steps but the first
-`--warmup`. MFU: 6 x parameters in matrix products + 6 x layers x sequence x hidden, a token, against the
-GPU's dense bf16 peak. A table of ratios follows, each the median over the rounds, with the smallest and largest, of
-a row's tokens/s beside another's of the same round. A row that fails leaves its last lines and the others go on.
+keep everything in bf16 and train on random tokens. A row's figure is the median over its steps after the first
+`--warmup`. MFU counts 6 x parameters in matrix products + 6 x layers x sequence x hidden FLOPs per token, against the
+GPU's dense bf16 peak. A second table has ratios of tokens/s between two rows of the same round: median over the rounds,
+smallest and largest. If a row fails, its last lines are printed and the other rows still run.
 
-Other sizes by flag or recipe (`--config llama_3b --micro-batch-size 4 --global-batch-size 16`), more
-GPUs by `--gpus 2` (this project's rows and Megatron's), with whatever layout the flags say.
+Other flags set sizes and layout (`--config llama_3b --micro-batch-size 4 --global-batch-size 16`); `--gpus 2` gives
+this project's rows and Megatron's more GPUs.
 """
 
 import argparse
@@ -27,12 +27,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
+sys.path[0] = str(ROOT)  # not this folder: its profile.py hides the standard library's
 
 from benchmarks.stopping import leave_no_ranks
 from megatron_cream.config.recipe import locate
 
-# name: (what it is, the first word of `child`, its flags)
+# name: (description, kind for `child`, its flags)
 ROWS = {
     "flash": ("this project, Transformer Engine's layers, flash-attn-4", "ours", ["--attention-backend", "flash"]),
     "te": ("this project, Transformer Engine's layers and attention", "ours", ["--attention-backend", "te"]),
@@ -48,7 +48,7 @@ ROWS = {
 }
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max".split()
 RECIPES = {
-    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise".split(),  # each tensor scaled by what it holds now
+    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise".split(),  # each tensor scaled by its current maximum
     "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise".split(),  # 128 x 128 of a weight, 1 x 128 of an input
 }
 ROWS |= {
@@ -122,11 +122,11 @@ def main() -> None:
             print(f"| {row} | {other} | {middle:.3f} ({low:.3f} to {high:.3f}, {len(ratio)} rounds) |")
 
 
-BESIDE = ("megatron-te", "liger", "megatron-te-fp8")  # what the others are set beside
+BESIDE = ("megatron-te", "liger", "megatron-te-fp8")  # rows that the others are compared with
 
 
 def ratios(row: list[dict], other: list[dict]) -> list[float]:
-    """Of the rounds that both have."""
+    """Return the ratios of tokens/s in the rounds that both rows have."""
     rates = {each["round"]: each["rate"] for each in other}
     return [each["rate"] / rates[each["round"]] for each in row if each["round"] in rates]
 
@@ -135,7 +135,7 @@ STEP = re.compile(r"\| ([\d,]+) tokens/s/GPU \| MFU ([\d.]+) %")
 
 
 def run(row: str, args, flags: list[str], log: Path) -> tuple[str, str]:
-    """Its standard output, and the last of what it said if it failed."""
+    """Run one row; return its standard output, and the last lines of its errors if it failed."""
     _, kind, extra = ROWS[row]
     ranks = args.gpus if kind in ("ours", "without", "megatron") else 1
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
@@ -146,12 +146,12 @@ def run(row: str, args, flags: list[str], log: Path) -> tuple[str, str]:
     log.write_text(result.stdout + result.stderr)
     if not result.returncode:
         return result.stdout, f"no step in {log}"
-    # torchrun's own words come last, and say nothing of the cause.
+    # torchrun's own report comes last and does not name the cause.
     said = result.stderr.split("torch/distributed/elastic/multiprocessing/api.py")[0].strip().splitlines()
     return result.stdout, "\n".join(said[-12:]) or f"exit code {result.returncode}"
 
 
-# ---------------------------------------------------------------- in a process of its own
+# ---------------------------------------------------------------- code of a row's process
 
 
 def child(kind: str, flags: list[str]) -> None:
@@ -168,7 +168,7 @@ def child(kind: str, flags: list[str]) -> None:
 
 
 def megatron(flags: list[str]) -> None:
-    """Megatron's own GPTModel on Transformer Engine's layers, with its fused rotary over plain positions."""
+    """Train Megatron's own GPTModel with Transformer Engine's layers and fused RoPE at plain positions."""
     from megatron.training.argument_utils import gpt_config_from_args
 
     import pretrain_cream as main_job
@@ -184,7 +184,7 @@ def megatron(flags: list[str]) -> None:
         return gpt_config_from_args(args)
 
     values.model_config = stock_config
-    # None of this project's optimizer, checks and shortcuts, nor Megatron's own checks, which cost it time.
+    # Disable this project's optimizer, checks and shortcuts, and Megatron's own checks, which would cost it time.
     weight_gradients.install = single_rank_collectives.install = lambda: None
     values.can_use_one_pass_optimizer = lambda args: False
     finite.install = lambda *_: None
@@ -225,7 +225,7 @@ def transformers(flags: list[str], kind: str) -> None:
     if kind == "compile-fp8":
         from torchao.float8 import convert_to_float8_training
 
-        # The head stays in bf16, as torchtitan and torchao's recipes have it.
+        # The head stays in bf16, as in the recipes of torchtitan and torchao.
         convert_to_float8_training(model, module_filter_fn=lambda module, name: name != "lm_head")
     if kind.startswith("compile"):
         model.compile()

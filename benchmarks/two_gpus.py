@@ -1,4 +1,4 @@
-"""The runs of benchmarks/two_gpus.sh, which sets the environment; and their table."""
+"""Run the benchmarks of benchmarks/two_gpus.sh, which sets the environment, and print their table."""
 
 import argparse
 import json
@@ -15,12 +15,12 @@ from pathlib import Path
 from threading import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder, whose profile.py hides the standard library's
+sys.path[0] = str(ROOT)  # not this folder: its profile.py hides the standard library's
 
 from megatron_cream.common import devices
 from megatron_cream.patches import platform
 
-platform.setup()  # before anything of Megatron is imported
+platform.setup()  # before any import of Megatron
 
 import torch
 
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 class Runs:
-    """What was run and what came of it: OUTPUT/results.jsonl, a line each; logs in OUTPUT/logs."""
+    """Launcher of runs; it stores one line per run in OUTPUT/results.jsonl and logs in OUTPUT/logs."""
 
     def __init__(self, folder: Path, extra: list[str]):
         self.folder, self.extra, self.failed = folder, extra, []
@@ -76,10 +76,12 @@ class Runs:
         print(f"{name:24} {shown}", flush=True)
 
     def launch(self, name: str, ranks: int, flags: list, *, script=JOB, gpu: int | None = None) -> str | None:
-        """The log of `torchrun --nproc_per_node=ranks pretrain_cream.py flags`; None where it failed, or is known.
+        """Run `torchrun --nproc_per_node=ranks pretrain_cream.py flags` and return its log.
+
+        Returns None if the run failed, or if it already has a result.
 
         Args:
-            gpu: of one rank; None: the first.
+            gpu: the GPU of a run with one rank; None: the first.
         """
         if name in self.results:
             return None
@@ -100,7 +102,7 @@ class Runs:
 
 
 def default(runs: Runs) -> None:
-    """The run with no flags."""
+    """Run pretrain_cream.py without flags."""
     started = time.monotonic()
     if runs.launch("default", 2, []) is not None:
         folder = max((ROOT / "runs").glob("quickstart-*"))
@@ -128,12 +130,12 @@ LAYOUTS = {
 PRECISIONS = {
     "fp32": ("--fp32 --attention-backend sdpa", list(LAYOUTS)),
     "bf16": ("--attention-backend flash", list(LAYOUTS)),
-    "bf16, te": ("--attention-backend te", ["one", "cp2"]),  # its ring
+    "bf16, te": ("--attention-backend te", ["one", "cp2"]),  # te: its ring attention
 }
 
 
 def parity(runs: Runs) -> None:
-    """Losses of 20 steps from one checkpoint, in each layout and precision; several runs at a time."""
+    """Measure losses of 20 steps from one checkpoint in each layout and precision; several runs at a time."""
     start, precisions = runs.folder / "start", PRECISIONS
     if not devices.has_cuda():
         precisions = {"fp32": PRECISIONS["fp32"]}
@@ -167,7 +169,7 @@ def parity(runs: Runs) -> None:
 
 
 def _losses(board: Path) -> list[float]:
-    """Of each step, as logged: float32."""
+    """Return the logged loss of each step (float32)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
@@ -179,11 +181,11 @@ def _losses(board: Path) -> list[float]:
 
 
 def faults(runs: Runs) -> None:
-    """One of two ranks killed in a step, and one while a checkpoint is written; torchrun starts both again."""
+    """Kill one of two ranks in a step, and one during a checkpoint write; torchrun restarts both ranks."""
     if "faults" in runs.results:
         return
     folder, steps = runs.folder / "faults", 100
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier try
+    shutil.rmtree(folder, ignore_errors=True)  # from an earlier attempt
     folder.mkdir()
     documents = write_documents(folder / "documents", documents=20)
     flags = ["--hidden-size", 256, "--ffn-hidden-size", 688, "--kv-channels", 64, "--attention-backend", "sdpa"]
@@ -221,13 +223,13 @@ FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel".split()
 OVERLAP = "--overlap-grad-reduce --overlap-param-gather".split()
 NO_OVERLAP = "--no-overlap-grad-reduce --no-overlap-param-gather".split()
-# Megatron's own linear layers send while they compute; Transformer Engine's do not without its user buffers.
+# Megatron's own linear layers overlap sending with compute; Transformer Engine's do so only with user buffers.
 OWN_LAYERS = [*TP2, "--transformer-impl", "local"]
-# Its user buffers send a product's parts while the next part is computed.
+# User buffers send each part of a product while the next part is computed.
 SENDS_BESIDE = [*TP2, "--tp-comm-overlap"]
 WITHOUT_TE = dict(script=["benchmarks/train_step.py", "child", "without"])
-# layout, its flags, the largest micro-batch, how it is launched. With TP a GPU has half of each product: samples side
-# by side give its kernels their size back.
+# Layout, its flags, the largest micro-batch, launch options. TP halves each product on a GPU; a larger micro-batch
+# restores the size of the kernels.
 LAYOUTS_OF_7B = [
     ("dp2", OVERLAP, 1, {}),
     ("tp2-sp, user buffers", SENDS_BESIDE, 8, {}),
@@ -243,9 +245,9 @@ LAYOUTS_OF_7B = [
 
 
 def seven_b(runs: Runs) -> None:
-    """tokens/s of each GPU with the paper's global batch: one GPU has half of it.
+    """Measure tokens/s/GPU of each layout with the paper's global batch (one GPU: half of it).
 
-    Where the whole model does not fit on one GPU, eight of its layers are what the layouts are compared on.
+    If the whole model does not fit on one GPU, eight of its layers serve to compare layouts with one GPU.
     """
     batch = ["--global-batch-size", "32"]
     half = ["--global-batch-size", "16"]
@@ -264,7 +266,7 @@ def seven_b(runs: Runs) -> None:
 
 
 def _largest(runs: Runs, name: str, flags: list[str], largest: int, **how) -> None:
-    """`timed` at the largest micro-batch up to `largest` that fits."""
+    """Call `timed` with the largest micro-batch up to `largest` that fits."""
     for size in (size for size in (8, 4, 2, 1) if size <= largest):
         given = [*flags, "--micro-batch-size", str(size)]
         if size == 1 or fits(runs, f"{name}, micro-batch {size}", 2, given):
@@ -272,7 +274,7 @@ def _largest(runs: Runs, name: str, flags: list[str], largest: int, **how) -> No
 
 
 def full(runs: Runs) -> None:
-    """Four samples a step: of 32K tokens in all positions, and of 4K in CREAM's."""
+    """Measure four samples a step: 32K tokens at all positions, and 4K tokens at CREAM's positions."""
     few = [*SEVEN_B, "--train-iters", "5", "--global-batch-size", "4"]
     long = [*few, *"--seq-length 32768 --position-sampler full".split()]
     long += "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
@@ -287,11 +289,11 @@ def full(runs: Runs) -> None:
 
 
 def fits(runs: Runs, name: str, gpus: int, flags: list[str]) -> bool:
-    """Whether the planner says so, with the flags after -- too."""
+    """Return whether the run fits by the planner's estimate, with the flags after -- included."""
     memory = torch.cuda.get_device_properties(0).total_memory if devices.has_cuda() else 2**40
     try:
         needed = planned(name, gpus, [*flags, *runs.extra, "--use-distributed-optimizer"]).peak_gib
-    except UsageError as error:  # flags after -- that this layout does not take
+    except UsageError as error:  # flags after -- that this layout rejects
         print(f"{name:24} left out: {error}", flush=True)
         return False
     if needed * 2**30 > 0.97 * memory:
@@ -301,14 +303,14 @@ def fits(runs: Runs, name: str, gpus: int, flags: list[str]) -> bool:
 
 
 def planned(name: str, gpus: int, flags: list[str]) -> measured.Checked:
-    with _PLANNING:  # the parser of flags is Megatron's, which reads sys.argv
+    with _PLANNING:  # Megatron's flag parser reads sys.argv, so one at a time
         return measured.check_run(
             dict(what=name, gpu=_kind(), config=CONFIG, flags=flags, gpus=gpus, tokens_per_second=1, peak_gib=1.0)
         )
 
 
 def _kind() -> str:
-    """Of the GPU, as the planner has it."""
+    """Return the planner's name for this machine's GPU; H200 if it knows none."""
     return next((kind for kind in GPUS if devices.has_cuda() and kind in torch.cuda.get_device_name()), "H200")
 
 
@@ -316,7 +318,7 @@ _PLANNING = Lock()
 
 
 def timed(runs: Runs, name: str, gpus: int, flags: list[str], **how) -> None:
-    """One run of the 7B, and what the planner says of it."""
+    """Run the 7B once; store its speed and memory, and the planner's estimates."""
     if name in runs.results or not fits(runs, name, gpus, flags):
         return
     flags = [*flags, *runs.extra, "--use-distributed-optimizer"]
@@ -348,7 +350,7 @@ STAGES = {"default": default, "parity": parity, "faults": faults, "7b": seven_b,
 
 
 def table(runs: Runs) -> list[str]:
-    """Markdown."""
+    """Return the results as Markdown."""
     found, lines = runs.results, []
     if run := found.get("default"):
         lines += [f"default run: {run['seconds']} s", "", "| context | before | after |", "|---|---|---|"]
