@@ -132,7 +132,7 @@ def test_shortest_coded_texts_have_one_answer():
 
 def test_effective_length():
     assert ruler.effective_length({4096: 90, 8192: 86, 16384: 85.6, 32768: 70}) == 16384
-    assert ruler.effective_length({32768: 90, 4096: 90, 8192: 85.5}) == 4096  # longer lengths after a failure do not count
+    assert ruler.effective_length({32768: 90, 4096: 90, 8192: 85.5}) == 4096  # stops at the first failure
     assert ruler.effective_length({4096: 50, 8192: 90}) is None
     assert ruler.effective_length({}) is None
     assert ruler.effective_length({4096: 50, 8192: 90}, threshold=50) == 8192

@@ -1,4 +1,4 @@
-"""The attention that `auto` takes: the choice, from times that are given. The times themselves: training/test_gpu.py."""
+"""The attention that `auto` chooses from given times; training/test_gpu.py measures real times."""
 
 import itertools
 
@@ -15,7 +15,7 @@ SHAPE = Shape(tokens=4096, samples=2, heads=32, groups=32, head_dim=128, dtype=t
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Every attention is there."""
+    """Pretend that every attention is installed, and return the alternatives."""
     monkeypatch.setattr(attention, "has_transformer_engine", lambda: True)
     monkeypatch.setattr(attention, "find_flash_attention", lambda: print)
     return list_alternatives(choose_backend("auto", has_cuda=True, half=True), half=True)
@@ -24,7 +24,7 @@ def installed(monkeypatch):
 def test_installed_kernels_are_compared_in_the_same_layers(installed, monkeypatch):
     assert [each.name for each in installed] == ["flash", "te", "sdpa"]
     assert {each.transformer_engine for each in installed} == {True}
-    assert installed[1].te_kernel == "fused"  # never flash-attn 4 inside Transformer Engine
+    assert installed[1].te_kernel == "fused"  # Transformer Engine must not use flash-attn 4
     float32 = list_alternatives(choose_backend("auto", has_cuda=True, half=False), half=False)
     assert [each.name for each in float32] == ["te", "sdpa"]
     monkeypatch.setattr(attention, "has_transformer_engine", lambda: False)
@@ -38,7 +38,7 @@ def test_installed_kernels_are_compared_in_the_same_layers(installed, monkeypatc
     "times, name",
     [
         ((2.0, 1.9, 2.5), "te"),
-        ((2.0, 1.95, 2.5), "flash"),  # the next start might measure the opposite
+        ((2.0, 1.95, 2.5), "flash"),  # too close: another start might measure the opposite
         ((2.0, None, 1.0), "sdpa"),
         ((None, 3.0, 3.0), "te"),
         ((None, None, None), "flash"),

@@ -1,4 +1,4 @@
-"""Context-parallel attention against attention over the whole sequence, on real ranks over gloo, in float64."""
+"""Context-parallel attention against attention over the whole sequence: real ranks, gloo, float64."""
 
 from tests.launch import torchrun
 

@@ -1,4 +1,4 @@
-"""The Triton kernels against plain torch in float64: in Triton's interpreter here, compiled where there is a GPU."""
+"""The Triton kernels against plain torch in float64: compiled on a GPU, else in Triton's interpreter."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.mark.skipif(CUDA, reason="gpu: the tests below run here")
 def test_in_the_interpreter():
-    """Triton must know of its interpreter when it is imported: in a process of its own."""
+    """Run in a separate process, because TRITON_INTERPRET must be set before Triton is imported."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not in_the_interpreter"]
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
@@ -31,7 +31,7 @@ def relative(ours, expected):
 
 
 def kernel_test(function):
-    """Runs where there is a GPU, and in the interpreter."""
+    """Mark a test that runs on a GPU or in the interpreter."""
     return function if INTERPRETED else pytest.mark.gpu(function)
 
 
@@ -54,7 +54,7 @@ def test_split_and_rotate(groups, per_group, d, dtype, bound):
     for ours, theirs in zip(parts, expected, strict=True):
         assert ours.is_contiguous() and relative(ours, theirs) < bound
 
-    # Gradients as attention leaves them: batch first.
+    # Gradients have the layout that attention returns: batch first.
     grads = [torch.randn(b, s, *part.shape[2:]).to(dtype).to(DEVICE).transpose(0, 1) for part in parts]
     torch.autograd.backward(parts, grads)
     torch.autograd.backward(expected, [grad.double() for grad in grads])
@@ -114,7 +114,7 @@ def test_weight_gradient():
 @kernel_test
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_adamw(decoupled):
-    """Five steps of torch's optimizers in float64, on scaled gradients; the copy is the rounded weight."""
+    """Five steps on scaled gradients equal torch's optimizers in float64; copies are the rounded weights."""
     from megatron_cream.optimizer.adamw import FusedAdamW
 
     torch.manual_seed(0)
@@ -140,6 +140,6 @@ def test_adamw(decoupled):
         assert relative(optimizer.state[x]["exp_avg_sq"].cpu(), reference.state[y]["exp_avg_sq"]) < 1e-6
     assert optimizer.copies_written and optimizer.param_groups[0]["step"] == 5
     for x, copy in optimizer.copies.items():
-        # The interpreter cuts off where a GPU rounds to the nearest.
+        # The interpreter truncates; a GPU rounds to nearest.
         rounded = x.detach().to(torch.bfloat16)
         assert torch.equal(copy, rounded) if not INTERPRETED else relative(copy, x.detach().double()) < 2**-7

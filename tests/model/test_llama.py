@@ -1,4 +1,4 @@
-"""Our Llama against transformers' Llama: same weights, same logits and losses, at any position ids."""
+"""Our Llama against transformers' Llama: equal weights give equal logits and losses at any position ids."""
 
 from types import SimpleNamespace
 
@@ -62,7 +62,7 @@ def megatron_llama(groups, *, kv_heads, tied, backend, scaling):
 
 
 def transformers_llama(ours, *, kv_heads, tied, scaling) -> LlamaForCausalLM:
-    """transformers' Llama with our weights."""
+    """Return transformers' Llama with our weights."""
     parameters = {"rope_type": "default", "rope_theta": 10000.0} | (scaling or {})
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -87,7 +87,7 @@ def transformers_llama(ours, *, kv_heads, tied, scaling) -> LlamaForCausalLM:
         theirs["lm_head.weight"] = ours["output_layer.weight"][:VOCABULARY]
     for i in range(3):
         a, b = f"decoder.layers.{i}.", f"model.layers.{i}."
-        # Megatron groups a key and a value head with the query heads that use them.
+        # Megatron stores each key and value head together with the query heads that use them.
         qkv = ours[a + "self_attention.linear_qkv.weight"].view(kv_heads, 4 // kv_heads + 2, 16, 64)
         q, k, v = qkv.split([4 // kv_heads, 1, 1], dim=1)
         gate, up = ours[a + "mlp.linear_fc1.weight"].chunk(2)
@@ -119,15 +119,15 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 def test_logits_losses_and_gradients(one_rank, backend, kv_heads, tied, scaling):
     torch.manual_seed(0)
     ours = megatron_llama(one_rank, kv_heads=kv_heads, tied=tied, backend=backend, scaling=scaling)
-    for parameter in ours.parameters():  # norms that are not all ones
+    for parameter in ours.parameters():  # give the norms weights other than 1
         if parameter.dim() == 1:
             parameter.data.uniform_(0.5, 1.5)
     theirs = transformers_llama(ours, kv_heads=kv_heads, tied=tied, scaling=scaling)
     tokens = torch.randint(0, VOCABULARY, (2, WINDOW))
     labels = torch.randint(0, VOCABULARY, (2, WINDOW))
-    # Each sample has positions of its own, with gaps, as CREAM's.
+    # Each sample has its own positions, with gaps, as in CREAM.
     ids = torch.stack([torch.randperm(TARGET)[:WINDOW].sort().values for _ in range(2)])
-    # Without a mask of ours transformers would read gaps in position ids as packed sequences.
+    # Without an explicit mask, transformers would take gaps in position ids for packed sequences.
     mask = torch.full((WINDOW, WINDOW), float("-inf")).triu(1)[None, None]
 
     logits = ours(tokens, ids, None)[..., :VOCABULARY]
@@ -146,7 +146,7 @@ def test_logits_losses_and_gradients(one_rank, backend, kv_heads, tied, scaling)
 
 
 def test_rotary_follows_position_ids(one_rank):
-    """Shifting all ids changes nothing (rotary is relative); stretching them does."""
+    """Shifting all ids changes nothing (rotary is relative); stretching them changes the logits."""
     torch.manual_seed(0)
     model = megatron_llama(one_rank, kv_heads=4, tied=False, backend="sdpa", scaling=None)
     tokens = torch.randint(0, VOCABULARY, (1, WINDOW))
@@ -157,7 +157,7 @@ def test_rotary_follows_position_ids(one_rank):
 
 
 def test_a_cuda_graph_reads_new_angles(one_rank):
-    """Megatron's graphs copy what they find among a layer's inputs before each replay; nothing else changes."""
+    """The angles are among each layer's inputs: Megatron copies only inputs into a graph before its replay."""
     from megatron.core.transformer.cuda_graphs import _CudaGraphRunner
 
     model = megatron_llama(one_rank, kv_heads=4, tied=False, backend="sdpa", scaling=None)
@@ -210,11 +210,11 @@ def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_perplexity_against_a_plain_loop(one_rank):
-    """The evaluation's figures are those of transformers on the same windows, one by one."""
+    """Perplexities equal those of transformers on the same windows, one by one."""
     torch.manual_seed(0)
     scaling = {"rope_type": "linear", "factor": 8.0}
     ours = megatron_llama(one_rank, kv_heads=2, tied=False, backend="sdpa", scaling=scaling).eval()
-    for parameter in ours.parameters():  # a model that is sure of something
+    for parameter in ours.parameters():  # make the predictions less uniform
         if parameter.dim() > 1:
             parameter.data *= 8
     theirs = transformers_llama(ours, kv_heads=2, tied=False, scaling=scaling)

@@ -1,4 +1,4 @@
-"""Any rope settings a config.json can hold, in any of its layouts, against transformers' own rotary embedding."""
+"""All rope settings of a config.json, in all its layouts, against transformers' rotary embedding."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ LONGROPE = {
 
 
 def maybe(**values):
-    """Any subset of the keys."""
+    """Draw a dict with any subset of the keys."""
     return st.fixed_dictionaries({}, optional=values)
 
 
@@ -70,7 +70,10 @@ SCALINGS = st.one_of(
 
 @st.composite
 def configs(draw):
-    """rope_scaling with rope_theta beside it, or rope_parameters with it inside; type, rope_type or both."""
+    """Draw a config in any layout.
+
+    rope_scaling and rope_theta, or rope_parameters with rope_theta inside; keys type, rope_type or both.
+    """
     scaling = dict(draw(SCALINGS))
     name = scaling.pop("rope_type")
     scaling |= {key: name for key in draw(st.sampled_from([("type",), ("rope_type",), ("type", "rope_type")]))}
@@ -87,7 +90,7 @@ def configs(draw):
 
 def transformers_rope(config: dict, length: int) -> LlamaRotaryEmbedding:
     rope = LlamaRotaryEmbedding(AutoConfig.for_model(**copy.deepcopy(config)))
-    rope(torch.zeros(1), torch.tensor([[length - 1]]))  # where the frequencies depend on the length
+    rope(torch.zeros(1), torch.tensor([[length - 1]]))  # for types whose frequencies depend on the length
     return rope
 
 
@@ -106,7 +109,7 @@ def test_any_config_and_its_export(config):
 
 @pytest.mark.parametrize("scaling", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])
 def test_frequencies_follow_the_longest_position_as_in_transformers(scaling):
-    """Within the window of 64 and beyond it, growing, and back again."""
+    """Lengths grow from within the window of 64 to beyond it, and shrink again."""
     config = SIZES | {"max_position_embeddings": 64 if scaling is DYNAMIC else 1024, "rope_scaling": scaling}
     theirs = LlamaRotaryEmbedding(AutoConfig.for_model(**copy.deepcopy(config)))
     shape = shape_from_config(copy.deepcopy(config), Path("config.json"))
@@ -116,13 +119,13 @@ def test_frequencies_follow_the_longest_position_as_in_transformers(scaling):
         positions = torch.arange(length)[None]
         expected = theirs(torch.zeros(1), positions)
         for a, b in zip(ours.cos_sin(positions), expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # theirs rounds the angle
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # transformers rounds the angle
         seen.add(round(float(expected[0][0, 30, 40]), 4))
-    assert len(seen) > 1  # the lengths do make a difference
+    assert len(seen) > 1  # the values depend on the length
 
 
 def test_training_takes_one_set_of_frequencies():
-    """Whatever positions a sample or a rank has: the long ones, for a run that goes beyond the window."""
+    """Frequencies depend on the run's longest position, not on a sample's: long factors beyond the window."""
     for limit, name in ((64, "short_factor"), (1024, "long_factor")):
         rope = RotaryEmbedding(head_dim=HEAD_DIM, max_position_embeddings=limit, rope_scaling=LONGROPE)
         assert rope.inv_freq[-1] * 10000 ** (126 / 128) == pytest.approx(1 / LONGROPE[name][-1])

@@ -1,4 +1,4 @@
-"""The rotary embedding that a run gets: from what the model says of itself, and what the user asks for."""
+"""The rotary embedding of a run, chosen from the model's settings and the user's flags."""
 
 import math
 
@@ -13,8 +13,8 @@ from megatron_cream.model.rotary import ROPE_SCALING_TYPES, build_rope_scaling
 LLAMA2 = dict(theta=1e4, scaling=None, positions=4096)
 MODEL_8K = dict(theta=1e5, scaling=None, positions=8192)
 LLAMA31 = dict(theta=5e5, scaling=build_rope_scaling("llama3", 8.0, 8192), positions=131072)
-VICUNA = dict(theta=1e4, scaling=build_rope_scaling("linear", 4.0), positions=4096)  # the window before scaling
-TOGETHER = dict(theta=1e4, scaling=build_rope_scaling("linear", 8.0), positions=32768)  # the window after it
+VICUNA = dict(theta=1e4, scaling=build_rope_scaling("linear", 4.0), positions=4096)  # positions before scaling
+TOGETHER = dict(theta=1e4, scaling=build_rope_scaling("linear", 8.0), positions=32768)  # positions after scaling
 QWEN = dict(theta=1e6, scaling=build_rope_scaling("yarn", 4.0, 32768), positions=32768)
 DYNAMIC = dict(theta=1e4, positions=4096)
 DYNAMIC |= {"scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4096}}
@@ -38,16 +38,16 @@ def choose(model: dict | None, head_dim: int = 128, **flags):
     return choose_rope(RopeFlags(**flags), model, head_dim=head_dim, default_theta=1e4)
 
 
-# Model, flags; type, factor and window of the scaling; words of the lines. No words: no line.
+# Model, flags; expected type, factor and window of the scaling; words in the printed lines (no words: no lines).
 TABLE = [
-    # Nothing is loaded: --seq-length is the window.
+    # Without a model, --seq-length is the window.
     (None, {}, None, []),
     (None, dict(target=32768, type="linear"), ("linear", 8, None), []),
     (None, dict(target=32768, type="yarn"), ("yarn", 8, 4096), []),
     (None, dict(target=32768, type="yarn", original=2048), ("yarn", 16, 2048), []),
     (None, dict(window=32768, target=32768, type="linear", factor=8.0), ("linear", 8, None), []),
     (None, dict(target=32768, type="linear", factor=4.0), ("linear", 4, None), ["warning: --rope-scaling-factor 4"]),
-    # The window is the model's, whatever the training samples' length is.
+    # With a model, its window counts, not the length of the training samples.
     (LLAMA2, {}, None, []),
     (LLAMA2, dict(target=32768, type="linear"), ("linear", 8, None), ["linear scaling by 8 from a window of 4096"]),
     (LLAMA2, dict(window=2048, target=32768, type="yarn"), ("yarn", 8, 4096), ["by 8 from a window of 4096"]),
@@ -58,7 +58,7 @@ TABLE = [
     (MODEL_8K, dict(target=65536, type="yarn", original=4096), ("yarn", 16, 4096), ["from a window of 4096"]),
     (LLAMA2, dict(target=32768), None, ["warning: the target of 32768", "window of 4096", "--rope-scaling-type yarn"]),
     (LLAMA2, dict(target=32768, type="none"), None, ["warning: the target of 32768"]),
-    # Its own scaling is kept where the target fits ..
+    # The model's own scaling is kept if the target fits.
     (LLAMA31, dict(target=65536), ("llama3", 8, 8192), ["own llama3 scaling by 8 is kept: it serves 131072"]),
     (LLAMA31, dict(target=131072, type="llama3"), ("llama3", 8, 8192), ["is kept"]),
     (VICUNA, dict(target=4096), ("linear", 4, None), ["is kept: it serves 16384"]),
@@ -66,7 +66,7 @@ TABLE = [
     (TOGETHER, dict(target=32768, type="linear"), ("linear", 8, None), ["is kept: it serves 32768"]),
     (QWEN, dict(target=131072), ("yarn", 4, 32768), ["is kept: it serves 131072"]),
     (NTK, dict(target=16384), ("ntk", 8, None), ["is kept: it serves 32768"]),
-    # .. and widened where it does not.
+    # It is widened if the target does not fit.
     (LLAMA31, dict(target=262144), ("llama3", 16, 8192), ["llama3 scaling changes from factor 8 (131072", "16 (262144"]),
     (LLAMA31 | {"positions": 8192}, dict(target=131072), ("llama3", 16, 8192), ["factor 8 (65536", "16 (131072"]),
     (VICUNA | {"original": 4096}, dict(target=65536), ("linear", 16, None), ["factor 4 (16384", "16 (65536"]),
@@ -77,19 +77,19 @@ TABLE = [
     (QWEN, dict(target=65536, original=16384), ("yarn", 4, 16384), ["window 16384"]),
     (LONGROPE, dict(target=131072), ("longrope", 32, 4096), ["is kept: it serves 131072"]),
     (LONGROPE, dict(target=262144), ("longrope", 64, 4096), ["factor 32 (131072", "64 (262144"]),
-    # Dynamic scaling has no frequencies of its own: it is trained as ntk's at the target.
+    # Dynamic scaling has no fixed frequencies: training uses the equivalent ntk scaling at the target.
     (DYNAMIC, dict(target=4096), None, ["dynamic scaling by 2 from a window of 4096 has no effect at 4096"]),
     (DYNAMIC, dict(target=32768), ("ntk", 15, None), ["becomes ntk scaling by 15, which is equivalent at 32768"]),
     (DYNAMIC, dict(target=32768, factor=4.0), ("ntk", 4, None), ["becomes ntk scaling by 4", "serves 16384"]),
     (DYNAMIC, dict(target=32768, type="yarn"), ("yarn", 8, 4096), ["replaced by yarn scaling by 8"]),
-    # Another type replaces it, from the window that it was pre-trained with.
+    # Another type replaces it, starting from the window of pre-training.
     (LLAMA31, dict(target=262144, type="yarn"), ("yarn", 32, 8192), ["llama3 scaling by 8", "replaced by yarn scaling"]),
     (QWEN, dict(target=131072, type="linear"), ("linear", 4, None), ["yarn scaling by 4", "replaced by linear"]),
     (VICUNA, dict(target=8192, type="yarn"), ("yarn", 2, 4096), ["replaced by yarn scaling by 2", "taken as before"]),
     (LLAMA31, dict(target=8192, type="none"), None, ["llama3 scaling by 8", "is removed"]),
     (LLAMA31, dict(target=65536, type="none"), None, ["is removed", "warning: the target of 65536"]),
     (LLAMA31, dict(target=4096, type="linear"), None, ["is removed: the target of 4096 positions fits the window"]),
-    # Both readings of a linear folder: the guess, and the user's word on it.
+    # A linear model's positions are ambiguous: the guess, and --original-max-position-embeddings.
     (VICUNA, dict(target=8192), ("linear", 4, None), ["is kept: it serves 16384", "position_embeddings 4096", "before"]),
     (VICUNA, dict(target=8192, original=1024), ("linear", 8, None), ["window 1024"]),
     (TOGETHER, dict(target=65536, original=32768), ("linear", 8, None), ["is kept: it serves 262144"]),
@@ -108,13 +108,13 @@ def test_the_scaling_follows_from_the_model(model, flags, expected, words):
 
 
 def test_a_larger_theta_is_reported_and_compared_with_the_target():
-    """2.0e5 is more than ntk's 82,685 for eight times Llama 2's window; 2.0e4 is less."""
+    """For eight times Llama 2's window ntk needs a theta of 82,685: 2.0e5 is enough, 2.0e4 is not."""
     rope = choose(LLAMA2, target=32768, theta=2e5)
     assert (rope.theta, rope.scaling) == (2e5, None)
     assert rope.lines == ("rope: theta changes from the model's 10000 to 200000 (--rotary-base)",)
     rope = choose(LLAMA2, target=32768, theta=2e4)
     assert "stretched to 8104 positions only" in rope.lines[1] and "--rotary-base 82684.6" in rope.lines[1]
-    assert choose(LLAMA2, target=32768, theta=82685.0).lines[1:] == ()  # as it advises
+    assert choose(LLAMA2, target=32768, theta=82685.0).lines[1:] == ()  # the advised value
     with_scaling = choose(LLAMA31, target=262144, theta=4e6)
     assert (with_scaling.theta, with_scaling.scaling["factor"]) == (4e6, 16) and len(with_scaling.lines) == 2
     assert choose(None, target=32768, theta=2e5).theta == 2e5
@@ -167,7 +167,7 @@ def test_contradicting_flags(model, flags, error):
     target=st.integers(1, 1024),
 )
 def test_every_model_gets_a_window_that_fits_the_target(own, asked, window, wider, samples, target):
-    """And choosing again from the result, as from an exported model, changes nothing."""
+    """The scaled window fits or a warning is printed; choosing again from the result changes nothing."""
     original, target = window * 1024, target * 1024
     scaling = build_rope_scaling(own, float(wider), original)
     positions = original * wider if scaling else original

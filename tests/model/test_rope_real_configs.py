@@ -1,4 +1,4 @@
-"""Rope settings as published models have them, through config.json: what they mean and what a longer target makes."""
+"""Rope settings of published models' config.json: their meaning, and the scaling for longer targets."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ K = 1024
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA3 |= {"rope_type": "llama3", "factor": 8.0}
 
-# The rope's part of config.json; for each target: type, factor and window of the scaling, and words of the lines.
+# Rope keys of config.json; for each target: type, factor and window of the scaling, and words in the lines.
 MODELS = {
     "Llama-2-7b-hf": (
         {"max_position_embeddings": 4096, "rope_scaling": None},
@@ -149,7 +149,7 @@ def test_frequencies_equal_transformers_before_and_after_export(name):
     exported = shape.hf_config(raw)
     for config in (raw, exported):
         theirs = LlamaRotaryEmbedding(AutoConfig.for_model(**copy.deepcopy(config)))
-        if shape.rope_scaling and shape.rope_scaling["rope_type"] == "longrope":  # built for short prompts there
+        if shape.rope_scaling and shape.rope_scaling["rope_type"] == "longrope":  # starts with short factors
             theirs(torch.zeros(1), torch.tensor([[shape.max_position_embeddings - 1]]))
         assert torch.equal(ours.inv_freq, theirs.inv_freq) and ours.attention_factor == theirs.attention_scaling
     assert shape_from_config(exported, Path("config.json")).rope() == shape.rope()

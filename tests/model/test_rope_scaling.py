@@ -1,4 +1,4 @@
-"""The rope_scaling of a config.json: there and back, and what of it cannot be."""
+"""The rope_scaling of a config.json: round trips, and invalid values."""
 
 import json
 import math
@@ -27,9 +27,9 @@ def test_hf_config_survives_the_disk(scaling, tmp_path):
     inv_freq, attention_factor = transformers_rope(reloaded)
     assert torch.equal(inv_freq, rope.inv_freq) and attention_factor == rope.attention_factor
     assert reloaded.max_position_embeddings == LIMIT
-    assert json.dumps(rope.hf_config()) == before  # transformers writes into what it is given
+    assert json.dumps(rope.hf_config()) == before  # transformers modifies the dicts that it receives
 
-    # What transformers 5 saved (rope_parameters, with rope_theta inside) is taken back.
+    # The format of transformers 5 (rope_parameters, with rope_theta inside) is accepted.
     saved = json.loads((tmp_path / "config.json").read_text())
     again = RotaryEmbedding(
         head_dim=64, max_position_embeddings=saved["max_position_embeddings"], rope_scaling=saved["rope_parameters"]
@@ -39,7 +39,7 @@ def test_hf_config_survives_the_disk(scaling, tmp_path):
 
 @pytest.mark.parametrize("scaling", ONE_OF_EACH, ids=name)
 def test_plain_config_json_is_understood_by_transformers(scaling, tmp_path):
-    """The legacy layout, rope_theta and rope_scaling at the top level, as our converter writes it."""
+    """transformers reads the layout of our converter: rope_theta and rope_scaling at the top level."""
     rope = build(scaling, 64)
     shape = {"model_type": "llama", "hidden_size": 128, "num_attention_heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(shape | rope.hf_config()))
@@ -51,7 +51,7 @@ def test_equivalent_rope_settings():
     linear = build({"rope_type": "linear", "factor": 8.0}).inv_freq
     legacy = {"type": "linear", "factor": 8.0}
     assert torch.equal(build(legacy).inv_freq, linear)
-    assert legacy == {"type": "linear", "factor": 8.0}  # the caller's dict is left alone
+    assert legacy == {"type": "linear", "factor": 8.0}  # the caller's dict is unchanged
     inside = {"rope_type": "linear", "factor": 8, "rope_theta": 10000}
     assert torch.equal(build(inside).inv_freq, linear)
     assert torch.equal(build(inside, rope_theta=None).inv_freq, linear)

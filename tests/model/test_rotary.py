@@ -1,4 +1,4 @@
-"""Rotary: transformers' frequencies bit for bit, its rotation, and angles better than its own."""
+"""Rotary embedding: transformers' frequencies bit for bit, its rotation, and more accurate angles."""
 
 import math
 import subprocess
@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from megatron_cream.model.rotary import ROPE_SCALING_TYPES, RotaryEmbedding, apply_rotary, build_rope_scaling
 
 LIMIT = 262_144  # 64 x 4096: the longest window of the paper
-COS_SIN_BOUND = 1e-7  # half a float32 ulp below 2 is 6e-8; the contract is 1e-6
+COS_SIN_BOUND = 1e-7  # half a float32 ulp below 2 is 6e-8; 1e-6 is promised
 
 EXTRAS = {
     "linear": [{}],
@@ -56,9 +56,9 @@ def transformers_rope(config: LlamaConfig) -> tuple[torch.Tensor, float]:
 
 
 def transformers_reference(scaling: dict | None, head_dim: int, rope_theta: float) -> tuple[torch.Tensor, float]:
-    """inv_freq and attention factor of transformers, from the dict itself and not from our hf_config."""
+    """Return inv_freq and attention factor of transformers, from `scaling` directly, without our hf_config."""
     scaling = dict(scaling) if scaling else None
-    if scaling and scaling["rope_type"] == "ntk":  # no static type there: the base that defines it
+    if scaling and scaling["rope_type"] == "ntk":  # transformers has no static ntk, but its base defines it
         rope_theta, scaling = rope_theta * scaling["factor"] ** (head_dim / (head_dim - 2)), None
     return transformers_rope(
         LlamaConfig(
@@ -73,7 +73,7 @@ def transformers_reference(scaling: dict | None, head_dim: int, rope_theta: floa
 
 
 def some_positions(batch: int = 3, length: int = 500) -> torch.Tensor:
-    """Sorted, with gaps, both ends of the range included, another draw for each sample."""
+    """Draw sorted positions with gaps for each sample, including both ends of the range."""
     rng = np.random.default_rng(7)
     rows = [np.sort(rng.choice(LIMIT, length, replace=False)) for _ in range(batch)]
     positions = torch.from_numpy(np.stack(rows)).long()
@@ -104,14 +104,14 @@ def test_frequencies_are_transformers_bit_for_bit(scaling):
     rope_theta=st.floats(10, 1e7),
 )
 def test_frequencies_of_any_settings(rope_type, factor, window, head_dim, rope_theta):
-    """Toy windows too, where yarn's ramp leaves the head or shrinks to a step."""
+    """Includes tiny windows, where yarn's ramp is outside the head or shrinks to a step."""
     scaling = build_rope_scaling(rope_type, factor, window)
     rope = build(scaling, head_dim, rope_theta)
     inv_freq, attention_factor = transformers_reference(scaling, head_dim, rope_theta)
     assert torch.equal(rope.inv_freq, inv_freq) and rope.attention_factor == attention_factor
 
 
-@pytest.mark.parametrize("window", [5, 16, 200])  # a step at 0; cut off at 0; all of it inside
+@pytest.mark.parametrize("window", [5, 16, 200])  # ramp: a step at 0; clipped at 0; inside
 def test_yarn_frequencies_of_toy_windows(window):
     scaling = build_rope_scaling("yarn", 8.0, window)
     inv_freq, _ = transformers_reference(scaling, 16, 10000.0)
@@ -119,13 +119,13 @@ def test_yarn_frequencies_of_toy_windows(window):
 
 
 def test_scaling_types_differ_as_documented():
-    """Guards the comparison above: its two sides could agree in ignoring the scaling."""
+    """Make sure that the comparison above does not pass because both sides ignore the scaling."""
     base = build(None).inv_freq
     assert torch.equal(build(ONE_OF_EACH[1]).inv_freq, base / 8)
     for scaling in ONE_OF_EACH[2:]:
         scaled = build(scaling).inv_freq
-        assert torch.equal(scaled[:1], base[:1])  # the fastest dimension is kept ..
-        torch.testing.assert_close(scaled[-1:], base[-1:] / 8, rtol=1e-6, atol=0)  # .. the slowest interpolated
+        assert torch.equal(scaled[:1], base[:1])  # the fastest dimension is kept
+        torch.testing.assert_close(scaled[-1:], base[-1:] / 8, rtol=1e-6, atol=0)  # the slowest is interpolated
     distinct = {tuple(build(scaling).inv_freq.tolist()) for scaling in ONE_OF_EACH}
     assert len(distinct) == len(ROPE_SCALING_TYPES)
     assert build(ONE_OF_EACH[3]).attention_factor == 0.1 * math.log(8) + 1
@@ -149,7 +149,7 @@ def test_no_default_device_dtype_or_mode_reaches_the_values(scaling):
         in_inference = build(scaling)
         in_inference.cos_sin(positions)
     assert torch.equal(cos_bf16, cos) and torch.equal(sin_bf16, sin)
-    # As an attribute of a model that is cast, saved and loaded strictly.
+    # An attribute of a model that is cast must not change or appear in the state dict.
     model = torch.nn.Linear(2, 2)
     model.rotary = build(scaling)
     model.bfloat16().half()
@@ -159,7 +159,7 @@ def test_no_default_device_dtype_or_mode_reaches_the_values(scaling):
         for ours, theirs in zip(rope.cos_sin(positions), (cos, sin)):
             assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
         x = torch.randn(50, 1, 2, 128, requires_grad=True)
-        apply_rotary(x, *rope.cos_sin(positions)).sum().backward()  # also if built for inference
+        apply_rotary(x, *rope.cos_sin(positions)).sum().backward()  # even if built in inference mode
 
 
 # ------------------------------------------------------------------ angles
@@ -185,7 +185,7 @@ def test_float32_angles_would_fail_that_bound():
 
 
 def test_far_positions_and_any_order():
-    """Beyond 2**24 float32 cannot even hold the position; rows and their order do not matter."""
+    """Positions beyond 2**24 do not fit float32; rows and their order do not matter."""
     limit = 2**27
     positions = torch.tensor([[limit - 1, 0, 2**24 + 1], [5, 5, 4]])
     rope = build(None, limit=limit)
@@ -241,7 +241,7 @@ def test_low_precision_is_rounded_once_both_ways(dtype):
     exact_out.backward(grad.float())
     assert low_out.dtype == dtype and torch.equal(low_out, exact_out.to(dtype))
     assert torch.equal(low.grad, exact.grad.to(dtype))
-    # Without float32 inside, the result would differ: the comparison above can fail.
+    # Computing in low precision gives another result, so the comparison above can fail.
     all_low, _ = apply_rotary_pos_emb(x, x, *(t.transpose(0, 1).to(dtype) for t in (cos, sin)), 2)
     assert not torch.equal(low_out, all_low)
 
@@ -292,13 +292,13 @@ def test_gpu_gives_the_cpu_values_without_waiting(scaling):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for ours, expected in zip((cos, sin), rope.cos_sin(positions)):
-        assert (ours.cpu() - expected).abs().max() <= 2 * COS_SIN_BOUND  # an ulp, where float64 functions differ
+        assert (ours.cpu() - expected).abs().max() <= 2 * COS_SIN_BOUND  # one ulp, as float64 functions differ
     torch.testing.assert_close(rotated.cpu(), apply_rotary(x.cpu(), cos.cpu(), sin.cpu()))
 
 
 @pytest.mark.gpu
 def test_gpu_position_out_of_range_is_an_error():
-    """In a process of its own: a device-side assertion ends the use of the device."""
+    """Run in a separate process, because the device is unusable after a device-side assertion."""
     code = (
         "import torch; from megatron_cream.model.rotary import RotaryEmbedding; "
         "rope = RotaryEmbedding(head_dim=64, max_position_embeddings=10); "

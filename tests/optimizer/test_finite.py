@@ -1,4 +1,4 @@
-"""A NaN on one rank: all ranks know in that step, and no weight has changed."""
+"""A NaN on one rank is detected by all ranks in the same step, and no weight changes."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import torch
 from megatron_cream.optimizer import finite
 from tests.launch import TINY, torchrun, write_documents
 
-# In the micro-batch of one rank, at step 3, the loss is no number.
+# At step 3 the loss of one rank is non-finite.
 SCRIPT = """
 import functools, json, os, sys
 import pretrain_cream as job
@@ -35,7 +35,7 @@ sys.exit(code)
 
 @pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf")])
 def test_nan_weights_are_not_skipped(monkeypatch, wrong):
-    """Each step would be left out, to the end."""
+    """With non-finite weights every step would be skipped, so training stops even with the policy `skip`."""
     model = torch.nn.Linear(2, 2)
     model.bias.data[1] = wrong
     monkeypatch.setattr(finite, "_guard", guard := finite._Guard())
@@ -58,13 +58,13 @@ def test_policy(tmp_path, monkeypatch, policy, wrong, optimizer):
     result = torchrun(2, *flags, *optimizer, "--nan-policy", policy, script=script)
     assert (result.returncode == 0) == (policy == "skip"), result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stdout.count("step 3: the gradient's norm is") == 1
-    # Two micro-batches of two samples each, and where they come from.
+    # Each rank lists its two micro-batches of two samples and their documents.
     for rank in (0, 1):
         line = rf"step 3, rank {rank}: sample \d+, document \d+, positions 0-\d+( \d+-\d+)*"
         assert len(re.findall(line, result.stdout)) == 4
     seen = [json.loads(text) for text in re.findall(r"SEEN(\[\[.*?\]\])", result.stdout)]
     if policy == "stop":
-        # Both ranks ended by themselves, neither by the launcher; no step after the second is logged.
+        # Both ranks exit themselves, not killed by the launcher, and log no step after the second.
         assert result.stderr.count("pretrain_cream.py: stopped:") == 2
         assert [step for step, *_ in seen[0]] == [1, 2]
     else:

@@ -1,4 +1,4 @@
-"""Models whose weights hold NaN: one line that names the model and the tensor, at every engine and task."""
+"""Models with NaN weights: a one-line error names the model and the tensor for every engine and task."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ LONGPPL = [*PERPLEXITY, *"--longppl --short-context 128 --short-block 50".split(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """{"hf", "ckpt"}: a model with one NaN in its last norm; "good": it without."""
+    """Return a folder with "hf" and "ckpt", a model with a NaN in its last norm, and "good", without it."""
     folder = tmp_path_factory.mktemp("models")
     save_llama(folder / "good")
     save_llama(folder / "hf")
@@ -63,7 +63,7 @@ def test_harness(monkeypatch, capsys, models, tmp_path):
 def test_non_finite_logits_choose_no_token(row, temperature):
     class Batch:
         def prefill(self, prompts):
-            return torch.tensor([[1.0, float("-inf")], row][: len(prompts)])  # -inf: the vocabulary's padding
+            return torch.tensor([[1.0, float("-inf")], row][: len(prompts)])  # -inf: vocabulary padding
 
     options = dict(stop_ids=(), temperature=temperature, top_p=0.9)
     assert generation.generate(Batch(), [[1]], 1, seeds=[0], **options) == [[0]]

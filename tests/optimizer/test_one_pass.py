@@ -1,6 +1,6 @@
-"""The optimizer's step in one pass, inside Megatron's optimizers on real ranks, beside Megatron's own step.
+"""The one-pass optimizer step in Megatron's optimizers on real ranks, against Megatron's own step.
 
-The kernel itself is tested in model/test_kernels.py; here torch does its arithmetic, so that a CPU can run it.
+model/test_kernels.py tests the kernel; here torch computes instead, so that the test runs on a CPU.
 """
 
 import pytest
@@ -58,15 +58,15 @@ OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather", "--ddp-num-buckets
     "layout, bound",
     [
         (["--use-distributed-optimizer", "--fp32"], 1e-6),
-        (["--use-distributed-optimizer", "--bf16"], 2e-3),  # sums in another order, then rounded
+        (["--use-distributed-optimizer", "--bf16"], 2e-3),  # another order of sums, then rounding
         (["--use-distributed-optimizer", "--bf16", *OVERLAP], 2e-3),
         (["--pipeline-model-parallel-size", 2, "--fp32", "--clip-grad", 0.5], 1e-6),
     ],
 )
 def test_trains_as_megatron_does(tmp_path, layout, bound):
-    """Gradients divided by tokens and clipped on the way: the same losses, also when resumed.
+    """Gradient scaling and clipping in the same pass give equal losses, also after resuming.
 
-    Where weights are gathered beside the forward pass, the reference does not, and the checkpoint is resumed so.
+    The reference and the resumed run do not overlap communication.
     """
     flags = ["--data-path", write_documents(tmp_path / "documents"), "--split", "90,10,0", *layout]
     save = ["--save", tmp_path / "saved", "--save-interval", 3]
@@ -78,11 +78,11 @@ def test_trains_as_megatron_does(tmp_path, layout, bound):
     events = EventAccumulator(str(tmp_path / "reference")).Reload()
     for event in events.Scalars("grad-norm"):
         assert abs(ours["grad-norm"][event.step] - event.value) / event.value < 10 * bound
-    for event in events.Scalars("perplexity/64"):  # of the weights after the step, not before
+    for event in events.Scalars("perplexity/64"):  # uses the weights after the step
         assert abs(ours["perplexity/64"][event.step] - event.value) / event.value < 10 * bound
     (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("3")
     load = ["--train-iters", 6, "--load", tmp_path / "saved"]
-    if "--use-distributed-optimizer" in layout:  # whose checkpoint any AdamW opens
+    if "--use-distributed-optimizer" in layout:  # any AdamW loads its checkpoint
         resumed = train(2, tmp_path / "resumed", *plain, *load, fp32=False)
     else:
         resumed = one_pass(tmp_path / "job.py", tmp_path / "resumed", *flags, *load)["lm loss"]

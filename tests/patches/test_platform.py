@@ -1,4 +1,4 @@
-"""The CPU platform: Megatron sees a device, torch sees the truth, and nothing changes where there is CUDA."""
+"""The CPU platform: Megatron sees a device, torch still reports none, and nothing changes with CUDA."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_cuda_calls_run_on_the_cpu():
 
 
 def test_devices_inside_backward():
-    """Recompute and collectives allocate on 'cuda' while torch runs a backward pass."""
+    """Allocation on 'cuda' works inside a backward pass, as recompute and collectives need."""
 
     class Allocates(torch.autograd.Function):
         @staticmethod
@@ -93,7 +93,7 @@ def test_has_cuda_tells_the_truth():
 
 @pytest.mark.skipif(devices.has_cuda(), reason="gpu: there is one")
 def test_cuda_only_packages_look_uninstalled(tmp_path):
-    """Where a login node has what the GPUs' nodes have: Megatron would run their kernels on the CPU's tensors."""
+    """On a node without a GPU, such as a login node, Megatron must not run their kernels on CPU tensors."""
     for name in ("transformer_engine", "transformer_engine_torch", "amp_C", "flash_attn"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('needs a driver')\n")

@@ -1,4 +1,4 @@
-"""The registry of patches: what may be replaced, how, and what a user reads when an installed release has changed."""
+"""The registry of patches: rules for replacements, and the error for an incompatible release."""
 
 import ast
 import itertools
@@ -42,7 +42,7 @@ def root(node: ast.AST) -> ast.AST:
 
 
 def foreign_names(tree: ast.Module) -> set[str]:
-    """Names that a file imports from other libraries, and other names for these or their attributes."""
+    """Return the names that a file imports from other libraries, and aliases of them or their attributes."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -58,7 +58,7 @@ def foreign_names(tree: ast.Module) -> set[str]:
 
 
 def replacements(code: str) -> list[str]:
-    """What a file assigns to, or deletes, inside of other libraries."""
+    """Return what a file assigns or deletes in other libraries."""
     tree = ast.parse(code)
     names, found = foreign_names(tree), []
     for node in ast.walk(tree):
@@ -87,7 +87,7 @@ def replacements(code: str) -> list[str]:
         ("from a import B\ndef f():\n    setattr(B, 'c', 1)", ["B"]),
         ("from a import b\nc = b.d\ndel c.e", ["c.e"]),
         ("from unittest import mock", ["unittest.mock"]),
-        ("import a\nb = a.C()\nb.d = 1", []),  # an object of this project's own making
+        ("import a\nb = a.C()\nb.d = 1", []),  # an object that this project created
         ("from megatron_cream import a\na.b = 1", []),
         ("import sys\nsys.argv = []", []),
     ],
@@ -103,7 +103,7 @@ def test_only_patches_replace_names_of_other_libraries():
 
 
 def test_patches_replace_by_the_registry():
-    """`platform` runs before anything of Megatron is imported, and lists what it replaces itself."""
+    """Patches use the registry, except `platform`, which runs before Megatron is imported and has its own list."""
     inside = [
         path for path in CODE if path.parent.name == "patches" and path.name not in ("registry.py", "platform.py")
     ]
@@ -143,7 +143,7 @@ def test_the_advised_version_is_within_the_bounds():
 
 
 class Owner:
-    """Stands for a class of another library."""
+    """Stand-in for a class of another library."""
 
     text = "before"
 
@@ -168,7 +168,7 @@ METHODS = {"method": "self, x", "static": "x", "of_class": "x"}
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_replacement_is_made_once_and_keeps_its_kind(name, monkeypatch):
-    monkeypatch.setattr(Owner, name, vars(Owner)[name])  # is put back
+    monkeypatch.setattr(Owner, name, vars(Owner)[name])  # restored after the test
     patch, before = patch_of(name, parameters=METHODS[name]), getattr(Owner(), name)(1)
 
     def wrapper(original, *args):
@@ -197,7 +197,7 @@ def test_the_declared_order_holds_whichever_comes_first(first, monkeypatch):
 def test_a_value_is_replaced(monkeypatch):
     monkeypatch.setattr(Owner, "text", "before")
     patch = patch_of("text", value_type="int | str")
-    for value in (None, 3.5):  # the second time it is no longer what was recorded
+    for value in (None, 3.5):  # the second value replaces a patched one
         registry.assign(patch, value)
         assert Owner.text == value
     with pytest.raises(UsageError, match=r"Owner\.text is str, expected int"):
@@ -253,7 +253,7 @@ sys.meta_path.insert(0, Finder())
 
 
 def test_another_release_prints_one_line(tmp_path):
-    """As a user meets it: nothing is written, and no step is trained."""
+    """A run fails with one line before it writes a file or trains a step."""
     changed, folder = tmp_path / "changed", tmp_path / "work"
     changed.mkdir()
     folder.mkdir()
@@ -272,14 +272,14 @@ def test_another_release_prints_one_line(tmp_path):
 
 
 def test_corrections_are_all_in_the_list():
-    """A module with patches that nothing installs would correct nothing."""
+    """Every module with corrections is installed."""
     elsewhere = {"hooks", "platform", "registry", "table", "corrections", "safe_loading", "tensorboard"}
     modules = {path.stem for path in Path(corrections.__file__).parent.glob("*.py")} - elsewhere - {"__init__"}
     assert modules == {name for name in vars(corrections) if hasattr(getattr(corrections, name), "install")}
 
 
 def test_each_correction_has_its_reproduction():
-    """`tests/upstream` has a test of each patch, or says why it has none."""
+    """`tests/upstream` has a test of each patch, or the reason why it has none."""
     faults = {name: fault.target for name, fault in upstream.PATCHES.items()}
     assert faults == {patch.name: patch.target for patch in ALL if patch.name not in upstream.HOOKS}
     assert upstream.HOOKS.keys() <= {patch.name for patch in ALL}

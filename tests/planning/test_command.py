@@ -1,4 +1,4 @@
-"""tools/plan.py: its table, the layouts that it suggests, and what of its flags cannot be."""
+"""tools/plan.py: the table, the suggested layouts and invalid flags."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ RECIPE = str(FOLDER / "llama2_7b_32k.yaml")
 
 
 def test_the_papers_setting_fits_two_gpus_without_offload():
-    """Llama-2-7B, global batch 32, two A100-80G; and the flags suggested give the layout that was planned."""
+    """Llama-2-7B with global batch 32 fits two A100-80G, and the suggested flags give the planned layout."""
     result = plan("--config", RECIPE, "--gpus", "2", "--gpu-memory", "80", "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
@@ -87,7 +87,7 @@ def test_nothing_fits(monkeypatch, capsys):
 
 
 def tool(monkeypatch, *arguments: str) -> int:
-    """Exit code of tools/plan.py, in this process."""
+    """Run tools/plan.py in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
     return command.main()
 
@@ -147,7 +147,7 @@ def test_shape_of_a_hugging_face_folder(tmp_path):
 
 
 def test_narrow_optimizer_state_is_counted():
-    """Two bytes that complete the bf16 weight to float32, and two of each moment."""
+    """Two bytes extend the bf16 weight to float32, and each moment has two bytes."""
     flags = ["--config", RECIPE, "--use-precision-aware-optimizer", "--main-grads-dtype", "bf16"]
     run = run_from_flags([*flags, "--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"], 2)
     assert (run.engine.gradient, run.engine.optimizer) == (2, 2 + 2 + 2)

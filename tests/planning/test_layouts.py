@@ -1,4 +1,4 @@
-"""The planner's choice of layouts: each that fits is found, and the best comes first."""
+"""The planner's choice of layouts: it finds all that fit and lists the best first."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ def test_more_to_keep_is_never_less_memory(model, engine, tensor, pipeline, data
     )  # fmt: skip
 
     def kept(layout: Layout) -> int:
-        # Of one stage: the one with the highest peak is not the same in all layouts.
+        # Compare one stage, because the stage with the highest peak differs between layouts.
         layers = planned.stage_layers(model, layout)[0]
         return in_flight(layout, 0) * planned.saved_by_layers(model, layout, engine, layers)
 

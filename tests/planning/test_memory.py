@@ -1,6 +1,7 @@
-"""The planner's memory against the real model's tensors, Megatron's optimizer and schedules, and transformers' models.
+"""The planner's memory against real tensors, Megatron's optimizer and schedules, and transformers' models.
 
-Against measured runs: planning/test_measured.py."""
+planning/test_measured.py compares it with measured runs.
+"""
 
 import weakref
 from dataclasses import replace
@@ -27,7 +28,7 @@ LLAMA2_7B = Model(
 )
 
 
-# Against the real model.
+# Comparison with the real model.
 
 SMALL = Model(
     num_layers=6,
@@ -63,13 +64,16 @@ REAL = {
 
 @pytest.mark.parametrize(
     "length, own_kernels",
-    [(32, True), (512, True), (32, False)],  # the weights' gradients weigh most, activations do
+    [(32, True), (512, True), (32, False)],  # weight gradients dominate; activations dominate
     ids=["short", "long", "torch alone"],
 )
 @pytest.mark.parametrize("name", REAL)
 def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, length, own_kernels):
-    """Every floating-point tensor kept for the backward pass, to the byte; with this project's kernels (which
-    compute nothing here) the peak of a micro-batch's forward and backward pass as well."""
+    """The bytes of the floating-point tensors saved for the backward pass are exact.
+
+    With this project's kernels (stand-ins that compute nothing here) the peak of a micro-batch's forward and backward
+    pass is compared as well.
+    """
     layout, stage = replace(REAL[name][0], seq_length=length), REAL[name][1]
     engine = Engine(transformer_engine=False, own_kernels=own_kernels)
     changes = {"TP beyond the groups": dict(num_query_groups=2), "query and key norms": dict(qk_norm=True)}
@@ -84,7 +88,7 @@ def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, len
         expected += sum(planned.saved_at_loss(model, layout, engine).values())
     assert saved == expected
     if own_kernels:
-        one = replace(layout, global_batch=layout.micro_batch)  # in flight
+        one = replace(layout, global_batch=layout.micro_batch)  # one micro-batch in flight
         predicted = planned._stage(model, one, engine, stage)
         gathered = predicted.buffers - planned.WORKSPACE
         total = predicted.activations + predicted.loss + predicted.working + gathered
@@ -101,7 +105,7 @@ def no_process_group_is_left():
 
 
 def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bool):
-    """One rank's part of the real model in bf16, with collectives that do nothing."""
+    """Build one rank's part of the real model in bf16, with collectives that do nothing."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -124,7 +128,7 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
         for module in (cross_entropy, rotary, swiglu):
             for kernel in (name for name, value in vars(module).items() if isinstance(value, triton.JITFunction)):
                 monkeypatch.setattr(module, kernel, Launched())
-    # As the kernels on a GPU: torch's fallbacks for the CPU keep other tensors.
+    # Save the tensors that GPU kernels save; torch's CPU fallbacks save others.
     monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: Norm.apply(x, weight))
     if layout.context > 1:
         monkeypatch.setattr(SdpaCoreAttention, "attend", lambda self, q, k, v: Attention.apply(q, k, v))
@@ -183,21 +187,21 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
 
 
 def start(layout: Layout) -> None:
-    """Rank 0 of a process group whose other ranks do not exist."""
+    """Initialize rank 0 of a process group whose other ranks do not exist."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.gpus)
 
 
 class Launched:
-    """For a Triton kernel: what is around it allocates, it does nothing."""
+    """Stand-in for a Triton kernel that does nothing; its wrapper still allocates the outputs."""
 
     def __getitem__(self, grid):
         return lambda *args, **options: None
 
 
 class Norm(torch.autograd.Function):
-    """Keeps what torch's fused RMSNorm keeps on a GPU: input, weight, 1 / rms in float32."""
+    """Stand-in that saves the tensors of torch's fused RMSNorm on a GPU: input, weight, 1 / rms in float32."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -212,7 +216,7 @@ class Norm(torch.autograd.Function):
 
 
 class Attention(torch.autograd.Function):
-    """Keeps what flash-attention keeps: query, key, value, output, and a float32 a head and query."""
+    """Stand-in that saves flash-attention's tensors: query, key, value, output, one float32 per head and query."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -226,7 +230,7 @@ class Attention(torch.autograd.Function):
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the tensors that live at a time, from now on."""
+    """Counter of the bytes of all live tensors created while it is active."""
 
     def __init__(self):
         super().__init__()
@@ -249,18 +253,18 @@ class Allocations(TorchDispatchMode):
 
 
 def run(monkeypatch, net, model: Model, layout: Layout, stage: int) -> tuple[int, int]:
-    """(bytes of the floating-point tensors kept for the backward pass, peak of forward and backward)."""
+    """Return the bytes of floating-point tensors saved for the backward pass, and the peak of both passes."""
     samples, length = layout.micro_batch, layout.seq_length // layout.context
     tokens = torch.randint(0, model.padded_vocab_size, (samples, length))
     positions = torch.arange(length).expand(samples, -1).contiguous()
     between = length // layout.tensor if layout.sequence_parallel else length
     shape = (between, samples, model.hidden_size)
-    for parameter in net.parameters():  # as Megatron's hook, which adds it to its buffer
+    for parameter in net.parameters():  # like Megatron's hook, which frees it
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     kept: list[torch.Tensor] = []
     pack = context_parallel._Regather.pack
 
-    def keep(again, tensor):  # hooks of its own, which see what the ones below do not
+    def keep(again, tensor):  # this class has its own hooks, hidden from the ones below
         packed = pack(again, tensor)
         kept.extend([packed] if packed is tensor else [])
         return packed
@@ -283,7 +287,7 @@ def run(monkeypatch, net, model: Model, layout: Layout, stage: int) -> tuple[int
 
 @pytest.mark.parametrize("distributed", [True, False])
 def test_gradients_and_optimizer(monkeypatch, no_process_group_is_left, distributed):
-    """Megatron's gradient buffers and optimizer state over four data-parallel ranks, after a step."""
+    """Predictions match Megatron's gradient buffers and optimizer state after a step on four data-parallel ranks."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -336,7 +340,7 @@ def test_micro_batches_in_flight_as_in_megatrons_schedules(pipeline, virtual, mi
 
 
 def test_llama2_7b():
-    """As Touvron et al. 2023 and the model's files have it."""
+    """The number of parameters equals that of Touvron et al. 2023 and of the model's files."""
     assert parameters(LLAMA2_7B, BASE, 0) == 6_738_415_616
     assert predict(LLAMA2_7B, BASE, Engine(transformer_engine=True)).optimizer == 12 * 6_738_415_616
 
@@ -372,5 +376,5 @@ def test_parameters_of_transformers_models(config, changes):
     count = sum(p.numel() for p in theirs.parameters())
     assert parameters(model, BASE, 0) == count
     stages = replace(BASE, pipeline=2)
-    copy = 256 * 64 if model.tied else 0  # of the embedding, on the last stage
+    copy = 256 * 64 if model.tied else 0  # the embedding is copied on the last stage
     assert sum(parameters(model, stages, stage) for stage in (0, 1)) == count + copy

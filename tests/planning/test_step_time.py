@@ -1,4 +1,4 @@
-"""The planner's times against Megatron's schedules and rank order, and closed forms; and what plan.py says of them."""
+"""The planner's times against Megatron's schedules, its rank order and closed forms; the output of plan.py."""
 
 import json
 from dataclasses import fields, replace
@@ -33,7 +33,7 @@ LLAMA2_7B = Model(
 BASE = Layout(seq_length=4096, micro_batch=1, global_batch=32)
 
 
-# Work.
+# Computation.
 
 SIZES = st.sampled_from([1, 2, 4])
 
@@ -41,7 +41,7 @@ SIZES = st.sampled_from([1, 2, 4])
 @settings(max_examples=60, deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES, st.booleans(), st.sampled_from([1, 4, 8]))
 def test_flops_are_the_models(tensor, pipeline, context, data, tied, groups):
-    """All ranks' products and attention come to the FLOPs of `progress`, which the step's line prints."""
+    """The products and attention of all ranks add up to the FLOPs of `progress`, which the step line prints."""
     model = replace(LLAMA2_7B, num_attention_heads=8, num_query_groups=groups, num_layers=8, tied=tied)
     layout = replace(
         BASE,
@@ -76,8 +76,8 @@ def test_flops_are_the_models(tensor, pipeline, context, data, tied, groups):
 
 @pytest.mark.parametrize("pipeline, virtual, micro_batches", [(2, 1, 2), (4, 1, 8), (4, 2, 8), (2, 4, 4), (4, 4, 16)])
 def test_bubble_as_in_megatrons_schedules(pipeline, virtual, micro_batches):
-    """Each rank does what Megatron's schedule has it do, in that order, as soon as what it needs is there."""
-    forward, backward = 1.0, 2.0  # of a stage's whole share
+    """The bubble equals a simulation in which each rank follows Megatron's schedule as soon as inputs are ready."""
+    forward, backward = 1.0, 2.0  # of all layers of a stage
     end = simulated(pipeline, virtual, micro_batches, [(forward, backward)] * pipeline)
     one = forward + backward
     assert end == pytest.approx(micro_batches * one + step_time.bubble([one] * pipeline, virtual))
@@ -85,7 +85,7 @@ def test_bubble_as_in_megatrons_schedules(pipeline, virtual, micro_batches):
 
 @pytest.mark.parametrize("slow, over", [(3, 0.0), (1, 0.03), (0, 0.03)])
 def test_bubble_of_unequal_stages(slow, over):
-    """Exact where the last stage, which has the head, is the slowest; else a little too much."""
+    """The bubble is exact if the last stage, which has the head, is the slowest; otherwise slightly too large."""
     times = [(1.0, 2.0)] * 4
     times[slow] = (1.2, 2.4)
     each = [sum(pair) for pair in times]
@@ -94,7 +94,10 @@ def test_bubble_of_unequal_stages(slow, over):
 
 
 def simulated(pipeline: int, virtual: int, micro_batches: int, times: list[tuple[float, float]]) -> float:
-    """When the last rank is done. times: (forward, backward) of a micro-batch on each stage."""
+    """Return the time when the last rank finishes.
+
+    times: (forward, backward) of a micro-batch on each stage.
+    """
     from megatron.core.pipeline_parallel import schedules
 
     orders = []
@@ -145,7 +148,7 @@ def test_ranks_lie_as_megatron_numbers_them(tensor, context, data, pipeline):
 
 
 def test_a_ring_by_hand():
-    """Eight ranks gather 8 GB: each link carries seven parts of 1 GB."""
+    """Calculated by hand: when eight ranks gather 8 GB, each link carries seven parts of 1 GB."""
     gather = Transfer("dp", "all_gather", 8e9, "weights")
     speed = hardware.LINKS["inside"] * H200.nvlink
     inside = communication.transfer_seconds(gather, replace(BASE, data=8), CLUSTER)
@@ -156,7 +159,7 @@ def test_a_ring_by_hand():
 
 @pytest.mark.parametrize(
     "tensor, adapters",
-    [(1, 8), (2, 4), (8, 1)],  # of a data-parallel group's ranks in one host
+    [(1, 8), (2, 4), (8, 1)],  # adapters of the group's ranks in one host
 )
 def test_a_ring_across_hosts_uses_the_adapters_of_its_ranks(tensor, adapters):
     layout = replace(BASE, tensor=tensor, data=64 // tensor)
@@ -171,7 +174,7 @@ def test_one_gpu_has_no_communication():
     assert time.tensor == time.context == time.pipeline == time.bubble == time.data == 0
 
 
-# The whole.
+# The whole step.
 
 LAYOUTS = st.builds(
     lambda tensor, pipeline, context, data, virtual: replace(
@@ -201,7 +204,7 @@ def test_less_work_is_never_slower(layout, gathers):
         return predict(LLAMA2_7B, replace(layout, **changes), engine, cluster).time.step
 
     def rising(*steps: float) -> bool:
-        return all(a <= b * (1 + 1e-9) for a, b in pairwise(steps))  # the same sum in another order is no rise
+        return all(a <= b * (1 + 1e-9) for a, b in pairwise(steps))  # ignore rounding of sums
 
     plain = step()
     assert rising(plain, step(recompute="selective", recompute_modules=("mlp",)), step(recompute="full"))
@@ -213,7 +216,7 @@ def test_less_work_is_never_slower(layout, gathers):
     assert rising(plain, *others)
     parts = predict(LLAMA2_7B, layout, engine, CLUSTER).time
     assert all(getattr(parts, field.name) >= 0 for field in fields(Time))
-    # What one GPU would need, shared by all without a loss, is the least.
+    # The time of one GPU, divided evenly among all, is the lower bound.
     alone = predict(LLAMA2_7B, replace(BASE, global_batch=64), engine, CLUSTER).time
     assert parts.products * layout.gpus > 0.95 * alone.products
     if layout.pipeline == 1:
@@ -236,7 +239,7 @@ def test_the_fastest_layout_is_first():
         assert plan.speed == predict(LLAMA2_7B, plan.layout, ENGINE, CLUSTER)
 
 
-# As users call it.
+# The command line.
 
 
 def as_json(monkeypatch, capsys, *arguments: str) -> dict:
@@ -259,13 +262,13 @@ def test_a_runs_cost(monkeypatch, capsys):
 
 
 def test_full_length_stands_beside_cream(monkeypatch, capsys):
-    """As a plan of full-length training itself has it."""
+    """The comparison equals a plan of full-length training."""
     cream = as_json(monkeypatch, capsys, "--config", RECIPE, "--gpus", "8", "--gpu", "H200")
     long = ("--position-sampler", "full", "--seq-length", "32768")
     full = as_json(monkeypatch, capsys, "--config", RECIPE, "--gpus", "8", "--gpu", "H200", *long)
     assert cream["full"] == full["layouts"] and full["full"] == []
     ratio = full["layouts"][0]["time"]["step"] / cream["layouts"][0]["time"]["step"]
-    assert ratio > 8  # as many samples, each eight times as long
+    assert ratio > 8  # equal samples, eight times as long
     assert tool(monkeypatch, "--config", RECIPE, "--gpus", "8", "--gpu", "H200") == 0
     assert f"{ratio:,.1f} times as long as layout 1" in capsys.readouterr().out
 
@@ -275,7 +278,7 @@ def test_a_picture_of_the_layouts(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["layouts.png"]
     assert (tmp_path / "layouts.png").read_bytes().startswith(b"\x89PNG")
     parts = [part for _, names, _ in picture.PIECES for part in names]
-    assert sorted(parts) == sorted(field.name for field in fields(Time))  # nothing is left out, or drawn twice
+    assert sorted(parts) == sorted(field.name for field in fields(Time))  # every part is drawn exactly once
 
 
 def test_full_length_that_does_not_fit_is_reported(monkeypatch, capsys):

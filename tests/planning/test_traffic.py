@@ -1,4 +1,4 @@
-"""The planner's communication against what real ranks say to each other over gloo, in one step of pretrain_cream.py."""
+"""The planner's communication against the traffic of real ranks over gloo in one pretrain_cream.py step."""
 
 import json
 import os
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def heard(tmp_path_factory):
-    """({layout: flags}, {(layout, rank): {operation: bytes}}), of one torchrun."""
+    """Return {layout: flags} and {(layout, rank): {operation: bytes}} of one torchrun."""
     folder = tmp_path_factory.mktemp("traffic")
     data = write_documents(folder / "documents")
     (folder / "tied.yaml").write_text("untie_embeddings_and_output_weights: false\n")
@@ -59,7 +59,7 @@ def heard(tmp_path_factory):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_bytes_of_a_step(heard, name):
-    """Every operation's bytes, exactly; the distributed optimizer's within the padding of its buckets."""
+    """The bytes of every operation are exact, except for bucket padding in the distributed optimizer."""
     flags, found = heard
     run = run_from_flags([*flags[name], "--transformer-impl", "local"], 2)
     for rank in (0, 1):

@@ -1,4 +1,4 @@
-"""What samplers cover: counted here by hand, and the tool that draws it."""
+"""Coverage of positions by the samplers, counted independently, and the tool that draws it."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_distances_are_counted(positions):
     ids = np.array(sorted(positions))
     expected = np.bincount(np.abs(ids[:, None] - ids[None]).ravel(), minlength=100)
-    expected[1:] //= 2  # each pair stands there twice
+    expected[1:] //= 2  # each pair is counted twice
     assert distances(ids, 100).tolist() == expected.tolist()
 
 
@@ -53,7 +53,7 @@ def test_tool_draws(tmp_path):
     assert more.returncode == 0 and all(word in more.stdout for word in ("cream, uniform", "3 chunks", "cream=1,pi=1"))
     assert "cream, sigma 3, released" in result.stdout and "pose" in result.stdout
     row = next(line for line in result.stdout.splitlines() if " pi " in line)
-    assert row.count("25.0%") == 3  # a quarter of the window, and nothing else
+    assert row.count("25.0%") == 3  # exactly a quarter of the window
 
 
 def test_tool_rejects_bad_input_in_one_line(tmp_path):

@@ -1,4 +1,4 @@
-"""Properties every plan has, over windows, factors, deviations, seeds and document lengths."""
+"""Properties of all plans, over windows, factors, deviations, seeds and document lengths."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def build(name, **options):
 
 @st.composite
 def cases(draw, names=SAMPLERS):
-    """(sampler, epoch, sample, document length)."""
+    """Draw a sampler, epoch, sample and document length."""
     name = draw(st.sampled_from(names))
     factor = draw(st.integers(1, 64))
     window = draw(st.integers(8 * factor + 1 if name in ("cream", "mix") else 1, 8 * factor + 700))
@@ -54,7 +54,7 @@ def test_every_plan(case):
     np.testing.assert_array_equal(ids, np.concatenate([np.arange(s, s + m) for s, m in plan.segments]))
     assert all(m > 0 for _, m in plan.segments)
     if getattr(sampler, "variant", "") != "released":
-        assert np.all(np.diff(tokens) > 0)  # no token twice, in the document's order
+        assert np.all(np.diff(tokens) > 0)  # in document order, without repeats
     again = sampler.plan(epoch=epoch, sample=sample, document_length=length)
     np.testing.assert_array_equal(again.position_ids, ids)
     np.testing.assert_array_equal(again.token_indices, tokens)
@@ -83,7 +83,7 @@ def test_cream_blocks(case):
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_middle_near_the_end_of_the_document(variant):
-    """Step 4 where the middle's end e meets the document's last t tokens, and just before and after them."""
+    """Step 4 is right when the middle's end e is at, just before or just after the borders of the tail tokens."""
     sampler = build_sampler("cream", window=128, target=1024, seed=1, variant=variant)
     lengths = 128 + np.arange(200_000) % 900
     plans = sampler.plan_many(0, np.arange(len(lengths)), lengths)
@@ -92,17 +92,17 @@ def test_middle_near_the_end_of_the_document(variant):
     tokens = plans.token_starts[:, 1]
     own, before_tail = end - middle + 1, lengths - tail - middle
     for place in (end == lengths - tail - 1, end == lengths - tail, end == lengths - 1, end == lengths):
-        assert place.sum() > 20  # the cases at the borders do occur
+        assert place.sum() > 20  # each border case occurs
     if variant == "paper":
         np.testing.assert_array_equal(tokens, np.where(end < lengths - tail, own, before_tail))
-        assert np.all(head <= tokens) and np.all(tokens + middle <= lengths - tail)  # no token twice
+        assert np.all(head <= tokens) and np.all(tokens + middle <= lengths - tail)  # no repeated tokens
     else:
         np.testing.assert_array_equal(tokens, np.where(end < lengths, own, before_tail))
         assert np.any(tokens + middle > lengths - tail) and np.all(tokens + middle <= lengths)
 
 
 def test_draws_on_a_threshold():
-    """One plan and many count a threshold alike when a draw falls right on it."""
+    """`plan` and `plan_many` treat a draw equal to a threshold in the same way."""
     thresholds = [0.0, 0.0, 0.25, 0.5, 1.0]
     draws = [0.0, 0.1, 0.25, 0.5, 0.75]
     assert [Integers.rank(thresholds, u) for u in draws] == [2, 2, 3, 4, 4]
@@ -124,7 +124,7 @@ def test_many_equal_one_by_one(case, first):
 @settings(max_examples=200, deadline=None)
 @given(WORD, WORD, WORD, WORD)
 def test_draws_are_philox(seed, epoch, sample, stream):
-    """numpy's Philox steps its 256-bit counter before it generates."""
+    """The words equal those of numpy's Philox, which increments its 256-bit counter before generating."""
     counter = (sample + (stream << 64) - 1) % 2**256
     expected = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=counter).random_raw(4).tolist()
     assert list(words(seed, epoch, sample, stream)) == expected
@@ -145,7 +145,7 @@ def test_randpos_reads_one_row_of_draws(seed, population, data):
     assert _first_distinct(word_source(seed, 1, 3, stream=2), population, size).tolist() == sorted(row)
 
 
-# (name, options, segments (randpos: the first three), first token, 65th token) for epoch 1, sample 2**40, 2000 tokens.
+# Name, options, segments (randpos: the first three), first and 65th token at epoch 1, sample 2**40, 2000 tokens.
 KEPT = [
     ("cream", {}, ((0, 42), (469, 44), (982, 42)), 0, 491),
     ("cream", {"variant": "released"}, ((0, 42), (436, 44), (982, 42)), 0, 458),
@@ -161,7 +161,7 @@ KEPT = [
 
 @pytest.mark.parametrize("name, options, segments, first, later", KEPT, ids=str)
 def test_plans_do_not_change_between_versions(name, options, segments, first, later):
-    """A run resumed under another release, or another numpy, must see the same samples."""
+    """A run that resumes with another release, or another numpy, must see the same samples."""
     plan = build_sampler(name, window=128, target=1024, seed=1234, **options).plan(1, 2**40, 2000)
     assert tuple(plan.segments)[:3] == segments
     assert (plan.token_indices[0], plan.token_indices[64]) == (first, later)
@@ -195,7 +195,7 @@ def test_many_plans_of_no_samples(name):
 
 
 def test_extreme_deviations():
-    """A tiny sigma is a point at k = 1 + s; a huge one is uniform over [2, 2s]."""
+    """A tiny sigma always gives k = 1 + s; a huge sigma gives a uniform k over [2, 2s]."""
     draw = lambda sigma: build_sampler("cream", window=512, target=4096, sigma=sigma)
     assert set(draw(1e-300).plan_many(0, np.arange(500), 5000).alpha) <= {4.0, 4.5}
     for sigma in (1e9, 1e17, 1e308):
@@ -219,7 +219,7 @@ def test_an_even_middle_is_the_limit_of_wide_gaussians():
     a, b = (sampler.plan_many(0, np.arange(5000), 9000) for sampler in (even, wide))
     np.testing.assert_array_equal(a.position_starts, b.position_starts)
     released = build_sampler("cream", window=512, target=4096, middle="uniform", variant="released")
-    np.testing.assert_allclose(released.thresholds, even.thresholds)  # nothing lies beyond its ends
+    np.testing.assert_allclose(released.thresholds, even.thresholds)  # no probability mass beyond the ends
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,4 +1,4 @@
-"""What the samplers draw follows the distributions the paper (and the released code) state. Fixed seeds."""
+"""The samplers follow the distributions of the paper and of the released code; seeds are fixed."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,10 @@ def cream(window, factor, sigma=3.0, variant="paper", draws=DRAWS, seed=1234):
 
 
 def exact_scale(factor: int, sigma: float, variant: str) -> np.ndarray:
-    """Probability of k = 2 .. 2 factor, k = floor of a truncated (paper) or censored (released) Gaussian."""
+    """Return the probabilities of k = 2 to 2 factor, the floor of a truncated or censored Gaussian.
+
+    The variant "paper" truncates, "released" censors.
+    """
     cdf = stats.norm(1 + factor, sigma).cdf(np.arange(2, 2 * factor + 1))
     inside = np.diff(cdf)
     if variant == "paper":
@@ -25,7 +28,7 @@ def exact_scale(factor: int, sigma: float, variant: str) -> np.ndarray:
 
 
 def chi_square(k: np.ndarray, probabilities: np.ndarray) -> float:
-    """p-value; neighbouring bins are merged until each is expected 20 times."""
+    """Return the p-value; neighbouring bins are merged until each has an expected count of 20."""
     counts = np.bincount(k - 2, minlength=len(probabilities))
     expected = probabilities * len(k)
     edges, total = [0], 0.0
@@ -47,12 +50,12 @@ def test_scale_of_the_middle(factor, sigma, variant):
     k = (2 * plans.alpha).astype(int)
     assert chi_square(k, exact_scale(factor, sigma, variant)) > REJECT
     if variant == "paper":
-        assert k.max() < 2 * factor  # the end of a continuous law has no mass
+        assert k.max() < 2 * factor  # the end of a continuous distribution has no mass
 
 
 @pytest.mark.parametrize("factor, sigma", [(8, 3.0), (8, 6.0), (16, 10.0)])
 def test_the_two_variants_differ(factor, sigma):
-    """The chi-square test above rejects either variant for the other."""
+    """The chi-square test above tells the variants apart."""
     for variant, other in (("paper", "released"), ("released", "paper")):
         k = (2 * cream(1024, factor, sigma, variant)[1].alpha).astype(int)
         expected = np.maximum(exact_scale(factor, sigma, other), 1e-12)
@@ -64,7 +67,7 @@ def test_both_strategies_at_one_half():
     thirds = plans.lengths[:, 0] == 1024 // 3
     assert set(plans.lengths[:, 0]) == {1024 // 3, 32}
     assert stats.binomtest(int(thirds.sum()), DRAWS).pvalue > REJECT
-    # And independent of the scale that is drawn beside it.
+    # The strategy is independent of the scale.
     table = [np.bincount((2 * plans.alpha[thirds == side]).astype(int), minlength=17)[4:15] for side in (0, 1)]
     assert stats.chi2_contingency(table).pvalue > REJECT
 
@@ -84,7 +87,7 @@ def test_end_of_the_middle_is_uniform(variant):
     end = plans.position_starts[:, 1] + middle - 1
     low, high = head + k * (middle - 1) // 2, k * 1024 // 2 - tail - 1
     wide = high > low
-    # Both ends are reached, and the place within the interval, dithered, is uniform.
+    # Both ends occur, and the dithered place in the interval is uniform.
     assert np.any(end[wide] == low[wide]) and np.any(end[wide] == high[wide])
     place = (end - low + np.random.default_rng(0).random(DRAWS)) / (high - low + 1)
     assert stats.kstest(place[wide], "uniform").pvalue > REJECT
@@ -107,7 +110,7 @@ def test_pose_draws_are_uniform():
 
 
 def test_the_shifts_of_more_chunks_rise():
-    """Of four chunks each skip and gap is uniform from the one before, and each length in its own range."""
+    """With four chunks, each shift is uniform from the previous one on, and each length in its range."""
     n, target, length, chunks = 100, 800, 300, 4
     plans = build_sampler("pose", window=n, target=target, seed=6, chunks=chunks).plan_many(0, np.arange(DRAWS), length)
     begins = np.cumsum(plans.lengths, axis=1) - plans.lengths
@@ -134,7 +137,7 @@ def test_an_even_middle_is_even():
 
 
 def test_a_mixture_has_its_shares():
-    """And what it chooses is independent from sample to sample, from epoch to epoch, and of the samplers' own draws."""
+    """Choices follow the shares, independently between samples, epochs and the samplers' own draws."""
     shares = {"cream": 3.0, "pose": 1.0, "pi": 1.0}
     mix = build_sampler("mix", window=100, target=800, seed=8, shares=shares)
     chosen = np.array([list(shares).index(mix.choose(epoch, i)) for epoch in (0, 1) for i in range(20_000)])
@@ -156,12 +159,12 @@ def test_pi_starts_uniformly():
 
 @pytest.mark.parametrize("target", [48, 400])
 def test_randpos_takes_every_position_alike(target):
-    """Counts of each position, and of neighbouring pairs, over many samples."""
+    """Counts of positions and of neighbouring pairs over many samples are as expected."""
     size, draws = 16, 20_000
     sampler = build_sampler("randpos", window=size, target=target, seed=2)
     ids = np.stack([sampler.plan(0, i, 64).position_ids for i in range(draws)])
     counts = np.bincount(ids.ravel(), minlength=target)
-    # Without replacement the counts vary less than a multinomial's, by (1 - N / L).
+    # Without replacement the variance of the counts is (1 - N / L) times a multinomial's.
     statistic = np.sum((counts - draws * size / target) ** 2 / (draws * size / target)) / (1 - size / target)
     assert stats.chi2(target - 1).sf(statistic * (target - 1) / target) > REJECT
     pairs = np.sum(np.diff(ids) == 1)

@@ -1,4 +1,4 @@
-"""The command with no flags: a newcomer's first run (--embedded-data), on two ranks, and what it must show."""
+"""The command without flags: a newcomer's first run (--embedded-data), on two ranks, and its results."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from tests.launch import ROOT
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(its folder, what it printed)."""
-    if log := os.environ.get("DEFAULT_RUN_LOG"):  # .ci/run has just made it, from the README: LOG.out, LOG.err
+    """Return the folder and the output of the run."""
+    if log := os.environ.get("DEFAULT_RUN_LOG"):  # .ci/run has already run it and written LOG.out, LOG.err
         out, err = (Path(f"{log}.{name}").read_text() for name in ("out", "err"))
         return max((ROOT / "runs").glob("quickstart-*")), SimpleNamespace(stdout=out, stderr=err)
     folder = tmp_path_factory.mktemp("default")
@@ -35,11 +35,11 @@ def perplexity(folder):
 
 
 def test_extension_works(run):
-    """Far below before at sN, and as good at N. Measured: 43 -> 18 at 2048, 16.8 -> 16.1 at 256.
+    """Perplexity falls a lot at sN and does not rise at N. Measured: 43 -> 18 at 2048, 16.8 -> 16.1 at 256.
 
-    The margins tell a working extension from a broken one: trained on positions inside the window
-    only (sampler pi, or a rotary that is not given the ids), perplexity at sN stays at 41
-    (benchmarks/RESULTS.md); a rotary without effect would leave the base model nothing to fail at.
+    The margins tell a working extension from a broken one. Trained only on positions inside the window
+    (sampler pi, or a rotary embedding without the ids), perplexity at sN stays at 41 (benchmarks/RESULTS.md).
+    If the rotary embedding had no effect, the base model would not fail beyond its window.
     """
     folder, _ = run
     before, after = perplexity(folder / "base"), perplexity(folder / "cream")
@@ -52,7 +52,7 @@ def test_extension_works(run):
 
 
 def test_export(run):
-    """The checkpoint becomes a folder that transformers loads: the same weights, the same logits, the tokenizer."""
+    """The checkpoint exports to a folder for transformers, with equal weights and logits, and the tokenizer."""
     folder, _ = run
     for flags in (["export"], ["verify", "--text", "import os\n\ndef main(argv=None):\n    return 0\n"]):
         result = run_tool(*flags, "--checkpoint", folder / "cream", "--hf-path", folder / "hf")
@@ -71,6 +71,6 @@ def test_what_a_newcomer_reads(run):
     assert "step 400/400" in out and "step 150/150" in out and "ETA" in out
     assert (folder / "perplexity.png").stat().st_size > 10_000
     assert (folder / "cream" / "latest_checkpointed_iteration.txt").read_text() == "150"
-    assert "iteration      150" in (folder / "cream" / "megatron.log").read_text()  # Megatron's own log, kept
+    assert "iteration      150" in (folder / "cream" / "megatron.log").read_text()  # Megatron's own log is kept
     noise = [line for line in (out + result.stderr).splitlines() if "Warning" in line or "DEPRECATED" in line]
     assert not noise, noise

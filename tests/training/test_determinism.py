@@ -1,4 +1,4 @@
-"""--deterministic: the same flags give the same bits."""
+"""--deterministic: runs with the same flags are bit-identical."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +10,7 @@ from megatron_cream.model.attention import choose_backend, find_flash_attention,
 from tests.faults.kill import compare
 from tests.launch import train, write_documents
 
-# Enough blocks of keys that atomic additions have an order to lose; heads of 64, which every kernel takes.
+# Enough blocks of keys for atomic additions to vary in order; heads of 64, which every kernel supports.
 WIDE = "--hidden-size 512 --ffn-hidden-size 1376 --kv-channels 64 --num-attention-heads 8".split()
 WIDE += "--seq-length 2048 --target-length 8192".split()
 

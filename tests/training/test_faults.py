@@ -1,4 +1,4 @@
-"""Faults, as far as the test suite has time for; tests/faults/ has the long ones."""
+"""Short fault tests; tests/faults/ has the long ones."""
 
 import resource
 import shutil
@@ -22,20 +22,20 @@ from tests.launch import ROOT, write_documents
 
 @pytest.mark.slow
 def test_killed_runs_end_bit_identical(tmp_path):
-    """SIGKILL at random moments, checkpoints among them; the last checkpoints have the same bits."""
+    """After SIGKILL at random moments, also during checkpoints, the last checkpoints are bit-identical."""
     met = kill(tmp_path, kills=2, seed=3, steps=16)
     assert sum(met.values()) == 2
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_killed_ranks(tmp_path):
-    """--max-restarts, --save and no --load: on from the newest checkpoint, to the same bits."""
+    """With --max-restarts, --save and no --load, runs resume from the newest checkpoint and end bit-identical."""
     kill_under_torchrun(tmp_path, kills=1, seed=1, steps=16)
 
 
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_tracker_resumes(tmp_path):
-    """Whole by its checksums; and to the same bits."""
+    """The checkpoint is found complete by its checksums, and the resumed run ends bit-identical."""
     documents, alone, cut = write_documents(tmp_path / "documents", documents=20), tmp_path / "alone", tmp_path / "cut"
     assert launch(documents, alone, 4, tmp_path / "log").wait(timeout=300) == 0
     shutil.copytree(alone / "iter_0000002", cut / "iter_0000002")
@@ -50,7 +50,10 @@ def test_a_run_killed_before_its_first_tracker_resumes(tmp_path):
     "number, to, code", [("SIGTERM", "torchrun", 1), ("SIGUSR1", "torchrun", -10), ("SIGUSR1", 1, 0)]
 )
 def test_a_signal_saves_and_exits(tmp_path, number, to, code):
-    """What a cluster sends before it takes machines: to the launcher, or to one of two ranks and what it started."""
+    """Signals that a cluster sends before it takes a machine save a checkpoint and end the run.
+
+    They go to the launcher, or to one of two ranks and its child processes.
+    """
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
     flags = ["--save", save, "--load", save, "--save-interval", 2, "--num-workers", 1]
     flags += ["--async-save"] if to == 1 else []
@@ -71,9 +74,9 @@ def test_a_signal_saves_and_exits(tmp_path, number, to, code):
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_rank_that_cannot_write_loses_only_that_checkpoint(tmp_path, asynchronous):
-    """One rank of two meets its limit on files' sizes: both go on, the checkpoint before stays, and a line says it.
+    """If one of two ranks exceeds its file size limit, both continue, keep the previous checkpoint and print a line.
 
-    With the limit gone again the run ends well; with it still there, not.
+    If the limit is removed the run succeeds; if it remains the run fails.
     """
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
     flags = ["--save", save, "--load", save, "--save-interval", 2, "--deterministic"]
@@ -82,7 +85,7 @@ def test_a_rank_that_cannot_write_loses_only_that_checkpoint(tmp_path, asynchron
     process = launch(documents, save, 40, log, flags=flags)
     wait_for(lambda: newest(save) >= 2, process)
     for victim in (ranks(process)[1], *ranks(process)[1].children(recursive=True)):
-        # Above the log's size, which this rank writes to as well; below its shard's.
+        # Above the size of the log, which this rank writes too, and below that of its shard.
         victim.rlimit(psutil.RLIMIT_FSIZE, (250_000, resource.RLIM_INFINITY))
     wait_for(lambda: log.read_text().count("File too large (rank 1)") >= 2, process)
     before = newest(save)
@@ -118,7 +121,7 @@ def test_a_hanging_rank_ends_the_job_with_all_stacks(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_that_fails_alone_ends_the_job(tmp_path, ranks):
-    """At once, with what befell it: also where its own end would wait for the others, or for what loads its data."""
+    """The job ends at once with the traceback, without waiting for peer ranks or data loader workers."""
     documents = write_documents(tmp_path / "documents", documents=20)
     script, flags = (ROOT / "tests" / "faults" / "one_rank.py", "memory", ranks - 1, 3), ["--num-workers", 1]
     process = launch(
@@ -131,7 +134,7 @@ def test_a_rank_that_fails_alone_ends_the_job(tmp_path, ranks):
 
 
 def test_a_killed_data_worker_prints_one_line(tmp_path):
-    """As the system does for want of memory: the job ends, and nothing of it stays."""
+    """Killed as by the out-of-memory killer: the job ends with one line and leaves no process."""
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
     flags = ["--save", save, "--load", save, "--save-interval", 2, "--num-workers", 1]
     process = launch(documents, save, 100_000, tmp_path / "log", flags=flags)
@@ -154,7 +157,7 @@ def test_samples_of_a_step_keep_no_worker_file_open():
 
 
 def test_an_earlier_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
-    """Unless torchrun started the ranks again: then the folder is this job's own."""
+    """The folder is rejected without --load, unless torchrun restarted the ranks of this job."""
 
     def flags(**given):
         none = dict(load=None, skip_train=False, no_save_optim=None, ckpt_step=None, finetune=False)
@@ -179,7 +182,7 @@ def test_the_tracker_is_never_half_written(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         with checkpointing.maybe_msc.open(str(tracker), "w") as file:
             file.write("2")
-            raise KeyboardInterrupt  # where a kill could fall
+            raise KeyboardInterrupt  # a kill could happen here
     assert tracker.read_text() == "100"
     with checkpointing.maybe_msc.open(str(tracker), "w") as file:
         file.write("200")
@@ -189,7 +192,7 @@ def test_the_tracker_is_never_half_written(tmp_path):
 
 @pytest.mark.parametrize("code, given, comes", [(0, 0, 0), (0, 75, 75), (3, 75, 3)])
 def test_a_run_ended_by_a_signal_has_the_requested_exit_code(monkeypatch, code, given, comes):
-    """--signal-exit-code, but not of a run that failed on its way out."""
+    """The code is that of --signal-exit-code, unless the run fails while exiting."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     said = []
     with (

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Run: pytest -m gpu"""
+"""Tests that need a CUDA device. Run: pytest -m gpu"""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +11,13 @@ from tests.launch import ROOT, train, write_documents
 
 pytestmark = pytest.mark.gpu
 
-# Heads of 64, which every kernel takes.
+# Every kernel supports heads of 64.
 WIDE = "--hidden-size 256 --ffn-hidden-size 688 --kv-channels 64 --seq-length 256 --target-length 1024".split()
 
 
 @pytest.mark.parametrize("queries, groups", [(8, 8), (8, 2)])
 def test_attention_kernels_against_float64(queries, groups):
-    """Each core attention, in bf16, against plain attention in float64."""
+    """Each core attention in bf16 agrees with plain attention in float64."""
     from types import SimpleNamespace
 
     from megatron_cream.model.attention import FlashCoreAttention, SdpaCoreAttention
@@ -55,12 +55,12 @@ def test_sdpa_makes_no_matrix_of_scores():
 
 
 def test_more_keys_than_queries_make_no_matrix_of_scores():
-    """Context parallelism's shapes: the last half of a rank's queries, and the keys of all."""
+    """The shapes are those of context parallelism: the last half of a rank's queries, and the keys of all ranks."""
     from types import SimpleNamespace
 
     from megatron_cream.model.attention import FlashCoreAttention, SdpaCoreAttention
 
-    # Two heads: keys and values spread over all heads of queries, as sdpa has them, stay far below a mask's size.
+    # With two heads, keys and values repeated for all query heads, as in sdpa, stay far smaller than a mask.
     s, keys, d = 4096, 32768, 128
     q, k, v = (torch.randn(n, 1, h, d, device="cuda", dtype=torch.bfloat16) for n, h in ((s, 2), (keys, 1), (keys, 1)))
     outs = []
@@ -72,9 +72,9 @@ def test_more_keys_than_queries_make_no_matrix_of_scores():
         before = torch.cuda.memory_allocated()
         out = module.attend(SimpleNamespace(softmax_scale=None), *leaves)
         out.sum().backward()
-        assert torch.cuda.max_memory_allocated() - before < s * keys, module.__name__  # a mask has a byte for each pair
+        assert torch.cuda.max_memory_allocated() - before < s * keys, module.__name__  # a mask has a byte per pair
         outs.append([x.float() for x in (out.detach(), *(leaf.grad for leaf in leaves))])
-    # The last query sees all keys, the first all but those after it: in float64.
+    # In float64: the last query sees all keys, the first all but those after it.
     for row in (0, s - 1):
         seen = keys - s + row + 1
         scores = torch.einsum("nd,td->nt", q[row, 0].double(), k[:seen, 0, 0].double()) / d**0.5
@@ -87,7 +87,7 @@ def test_more_keys_than_queries_make_no_matrix_of_scores():
 
 @pytest.mark.parametrize("groups", [16, 4])
 def test_attention_is_measured(groups):
-    """Every installed attention runs at the sizes of a model, and the fastest is taken."""
+    """Every installed attention runs at realistic sizes, and the fastest is chosen."""
     from megatron_cream.model import attention_speed
     from megatron_cream.model.attention import choose_backend, list_alternatives
 
@@ -99,20 +99,20 @@ def test_attention_is_measured(groups):
     times = attention_speed.measure(candidates, shape)
     print(times)
     assert list(times) == [each.name for each in candidates] and all(times.values()), times
-    # 3.5 times the forward's work, and no GPU does 2,500 TFLOP/s.
+    # Both passes do 3.5 times the work of the forward pass, and no GPU reaches 2,500 TFLOP/s.
     assert all(time > 3.5 * shape.flops / 2.5e15 * 1000 for time in times.values()), times
     assert torch.cuda.memory_allocated() - before < 2**20
     chosen = attention_speed.choose_by_times(candidates, times, shape)
     assert times[chosen.name] <= (1 + attention_speed.MARGIN) * min(times.values())
 
 
-# name: (ranks, precision, flags). In float32 as sdpa on one GPU within 2e-3 (TF32 may be on inside Transformer Engine's
-# products), in bf16 within 2e-2.
+# name: (ranks, precision, flags). Losses agree with sdpa on one GPU in float32: within 2e-3 in float32 (Transformer
+# Engine may use TF32), within 2e-2 in bf16.
 CP = "--use-distributed-optimizer --context-parallel-size 2 --attention-backend"
-# Evaluations have other shapes than the graphs, in the middle of training and at its end.
+# Evaluations, during training and at its end, have other shapes than the graphs.
 GRAPHS = "--cuda-graph-impl local --te-rng-tracker --eval-interval 2 --eval-iters 1 --eval-lengths 64 512"
 RUNS = {
-    "unfused": (1, "fp32", "--attention-backend unfused"),  # a checkpoint of this project's layers in other layers
+    "unfused": (1, "fp32", "--attention-backend unfused"),  # loads the checkpoint in other layers
     "megatron's step": (1, "fp32", "--attention-backend sdpa"),
     "bf16 flash": (1, "bf16", "--attention-backend flash"),
     "bf16 te": (1, "bf16", "--attention-backend te"),
@@ -140,7 +140,7 @@ if __name__ == "__main__":
 
 
 def lacks(name: str) -> str | None:
-    """What this machine lacks for a run."""
+    """Return what this machine lacks for a run, or None."""
     if torch.cuda.device_count() < RUNS[name][0]:
         return "two GPUs"
     if ("flash" in name) and find_flash_attention() is None:
@@ -150,7 +150,7 @@ def lacks(name: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
-    """{name: its losses, to come}: all start from one checkpoint and run at once, as most of a run is its start."""
+    """Start all runs at once from one checkpoint, and return {name: future of the losses}."""
     folder = tmp_path_factory.mktemp("gpu")
     data = ["--data-path", write_documents(folder / "documents"), "--split", "90,10,0", *WIDE]
     train(1, folder / "tb0", *data, "--train-iters", 1, "--save", folder / "start", "--save-interval", 1)
@@ -159,7 +159,7 @@ def losses(tmp_path_factory):
     job.write_text(PLAIN_STEP)
     runs = {"reference": (1, "fp32", "--attention-backend sdpa")}
     runs |= {name: run for name, run in RUNS.items() if lacks(name) is None}
-    with ThreadPoolExecutor(max(os.cpu_count() // 2, 1)) as pool:  # most of a run is its imports
+    with ThreadPoolExecutor(max(os.cpu_count() // 2, 1)) as pool:  # most of a run's time is its imports
         yield {
             name: pool.submit(
                 train,
@@ -176,7 +176,7 @@ def losses(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_trains_as_sdpa_on_one_gpu_does_in_float32(losses, name):
-    """Other attentions and layers, Megatron's own optimizer step, and two GPUs."""
+    """Losses agree for other attentions and layers, Megatron's own optimizer step, and two GPUs."""
     if lack := lacks(name):
         pytest.skip(f"gpu: needs {lack}")
     reference, mine = losses["reference"].result(), losses[name].result()
@@ -187,7 +187,7 @@ def test_trains_as_sdpa_on_one_gpu_does_in_float32(losses, name):
 
 
 def test_hugging_face_weights_open_in_every_layer_stack(tmp_path):
-    """An imported checkpoint, and --load-hf, train alike in this project's layers and Transformer Engine's."""
+    """An imported checkpoint and --load-hf give equal losses in this project's and Transformer Engine's layers."""
     from megatron_cream.checkpoint.convert import import_hf
     from megatron_cream.checkpoint.hf_folder import HfFolder
     from tests.hf_models import save_model

@@ -1,7 +1,6 @@
-"""Every parallel layout trains the same model: real torchrun ranks over gloo, in float32.
+"""Every parallel layout gives equal losses: real torchrun ranks over gloo, in float32.
 
-All layouts start from one checkpoint, written by one rank, so that each also shows that
-the checkpoint opens at its layout.
+All layouts start from one checkpoint, written by one rank, so each also tests that it loads at its layout.
 """
 
 import re
@@ -42,10 +41,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Data, a checkpoint to start from, and the losses of one rank."""
+    """Write data and a checkpoint; return the folder, the flags and the losses of one rank."""
     folder = tmp_path_factory.mktemp("parallel")
     data = ["--data-path", write_documents(folder / "documents"), "--split", "90,10,0"]
-    # No evaluation, though there is data for one.
+    # Skip evaluation, though there is data for it.
     once = ["--train-iters", 1, "--eval-iters", 0]
     train(1, folder / "tb0", *data, *once, "--save", folder / "start", "--save-interval", 1)
     flags = [*data, "--train-iters", STEPS, "--pretrained-checkpoint", folder / "start"]
@@ -73,7 +72,7 @@ def test_same_losses(start, layout):
 
 @pytest.mark.slow
 def test_full_length_positions_under_context_parallelism(start):
-    """What CREAM saves: training at the target length."""
+    """Training at the full target length, which CREAM avoids."""
     folder, flags, _ = start
     full = "--position-sampler full --seq-length 384 --train-iters 3".split()
     reference = train(1, folder / "full", *flags, *full)
@@ -83,14 +82,14 @@ def test_full_length_positions_under_context_parallelism(start):
 
 @pytest.mark.slow
 def test_resume(start):
-    """A run that stops at step 5 goes on: bit-equal at its layout, within 1e-5 at any other."""
+    """A run stopped at step 5 resumes: bit-identical at its layout, within 1e-5 at others."""
     folder, flags, _ = start
     saved = folder / "saved"
     layout = ["--use-distributed-optimizer"]
     whole = train(2, folder / "whole", *flags, *layout, "--save", saved, "--save-interval", 5)
 
     def resume(ranks, name, *extra):
-        # --pretrained-checkpoint stands in the flags; --load of what was saved goes before it.
+        # --load takes precedence over the --pretrained-checkpoint in the flags.
         return train(ranks, folder / name, *flags, "--load", saved, "--ckpt-step", 5, *extra)
 
     same = resume(2, "same", *layout)
@@ -107,7 +106,7 @@ def test_resume(start):
 
 @pytest.mark.slow
 def test_resume_from_an_optimizer_that_was_not_gathered(start, tmp_path):
-    """The flag that a save advises where memory is too little to gather it."""
+    """The flag is the one advised when memory is too small to gather the optimizer on saving."""
     layout = ["--use-distributed-optimizer", "--no-dist-ckpt-optim-fully-reshardable", "--train-iters", 4]
     whole = train(2, tmp_path / "whole", *start[1], *layout, "--save", tmp_path / "saved", "--save-interval", 2)
     rest = train(2, tmp_path / "rest", *start[1], *layout, "--load", tmp_path / "saved", "--ckpt-step", 2)
@@ -116,7 +115,7 @@ def test_resume_from_an_optimizer_that_was_not_gathered(start, tmp_path):
 
 @pytest.mark.slow
 def test_the_step_line_has_the_memory_of_the_fullest_stage(start, tmp_path):
-    """The first one's, which keeps most micro-batches; the line is the last one's."""
+    """The last stage prints the memory of the first stage, which keeps the most micro-batches."""
     job = tmp_path / "job.py"
     job.write_text(
         "import os, sys\n"

@@ -1,4 +1,4 @@
-"""What a person watching a run reads."""
+"""The step line and warnings of a run."""
 
 import functools
 import io
@@ -37,7 +37,7 @@ def test_a_nan_loss_does_not_hide_the_next_spike():
 
 @pytest.mark.parametrize("step, interval, apart", [(11, 1, False), (11, 10, True), (20, 10, False)])
 def test_the_first_step_is_excluded_from_the_rate(step, interval, apart, monkeypatch):
-    """Megatron keeps its loss for the next line, so that a resumed run logs another loss than one never stopped."""
+    """A logged first step is not marked as first: Megatron would add its loss to the next interval."""
     told = []
 
     @functools.wraps(training.training_log)

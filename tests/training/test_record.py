@@ -1,4 +1,4 @@
-"""What a run leaves of itself in its folder."""
+"""The record of its settings that a run writes to its folder."""
 
 import subprocess
 from argparse import Namespace
@@ -38,7 +38,7 @@ HOOK = "upload --token s3cr3t"
 
 @pytest.mark.parametrize("flags", [["--save-hook", HOOK], [f"--save-hook={HOOK}"], ["--config", "recipe.yaml"]])
 def test_secrets_are_not_recorded(tmp_path, monkeypatch, flags):
-    """The words of --save-hook, passwords in URLs, and what the environment calls a key."""
+    """Arguments of --save-hook, passwords in URLs and environment variables named as keys are left out."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(f"save: x\nsave_hook: |\n  {HOOK}\n")
     for name, value in {"NCCL_API_KEY": "s3cr3t", "NCCL_NET": "http://user:s3cr3t@proxy:3128"}.items():

@@ -1,4 +1,4 @@
-"""benchmarks/stopping.py."""
+"""benchmarks/stopping.py: a stopped benchmark ends its processes."""
 
 import signal
 import subprocess
