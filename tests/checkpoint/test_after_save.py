@@ -42,7 +42,10 @@ def left(save: Path) -> list[int]:
     data=st.data(),
 )
 def test_kept_checkpoints(tmp_path_factory, steps, last, every, data):
-    """Compare with the rule, written in another way; steps after the tracker's are from before a step back."""
+    """The kept checkpoints equal those of an independent formula.
+
+    Steps after the tracker's are left from before a run went back to an earlier step.
+    """
     newest = data.draw(st.sampled_from(sorted(steps)))
     loaded, busy = (data.draw(st.none() | st.sampled_from(sorted(steps))) for _ in range(2))
     save = put(tmp_path_factory.mktemp("save"), *steps, newest=newest)

@@ -1,4 +1,4 @@
-"""The model card of an exported run: front matter as the Hub reads it, sections from what was recorded."""
+"""The model card of an exported run: front matter for the Hub, and sections from the run's records."""
 
 import hashlib
 import re
@@ -32,7 +32,7 @@ tags: [chat]
 
 @pytest.fixture
 def run(tmp_path):
-    """(an exported folder without a card, the run that it comes from): as `export_hf` has them at hand."""
+    """Return an exported folder without a card and its run, as `export_hf` passes them."""
     save, folder = tmp_path / "run", tmp_path / "exported"
     (save / "runs").mkdir(parents=True)
     folder.mkdir()
@@ -89,7 +89,7 @@ def test_the_card_says_what_was_recorded(run, tmp_path):
     "---\nlicense: {a: b}\nbroken", b"\xff\xfe", "---\n- a list\n---\n",
 ])  # fmt: skip
 def test_a_base_without_a_name_on_the_hub_or_a_license(run, base_card):
-    """The front matter has neither; a local folder is no name on the Hub. Any base card is kept as it is."""
+    """The front matter has neither (a local folder is not a Hub name), and any base card is kept unchanged."""
     folder, source = run
     for file in (source.path / "runs").iterdir():
         file.unlink()
@@ -118,7 +118,7 @@ def test_a_base_that_no_record_names(run, config, words):
 
 
 def test_cards_of_earlier_bases_are_kept(run):
-    """An extended model is extended again."""
+    """Extending an extended model keeps the cards of both bases."""
     folder, source = run
     (folder / "README.md").write_text("first extension")
     (folder / "README_BASE.md").write_text("the base")
@@ -129,7 +129,7 @@ def test_cards_of_earlier_bases_are_kept(run):
 
 
 def test_results_go_between_the_two_lines(run):
-    """Twice; what the user wrote around them stays, and the folder still passes its checksums."""
+    """Results can be filled in twice; the user's text is kept and the folder still passes its checksums."""
     folder, source = run
     assert not card.has_place_for_results(folder)
     card.write_card(folder, source, "x")

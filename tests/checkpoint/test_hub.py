@@ -1,4 +1,4 @@
-"""A model by its name: requests to a Hub on this machine, and the cache without one."""
+"""Models given by name: requests to a Hub on this machine, and the cache without a Hub."""
 
 import hashlib
 import json

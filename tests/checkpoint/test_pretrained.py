@@ -46,14 +46,14 @@ def test_rope_comes_from_the_model_unless_set(folder):
     assert args.rotary_base == 500000.0
     assert args.rope_scaling_config == {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
     args = read(folder, "--load-hf", folder / "llama3", "--rope-scaling-type", "linear", "--target-length", 512)
-    assert args.rope_scaling_config == {"rope_type": "linear", "factor": 8.0}  # its window is 64
+    assert args.rope_scaling_config == {"rope_type": "linear", "factor": 8.0}  # the model's window is 64
     assert "llama3 scaling by 8 (window 64, 512 positions) is replaced by linear" in args.rope_lines[0]
     args = read(folder, "--load-hf", folder / "llama3", "--rope-scaling-type", "none", "--rotary-base", "1e6")
     assert args.rope_scaling_config is None and args.rotary_base == 1e6
 
 
 def test_tokenizer_comes_from_the_model_unless_set(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(carried, "check_files", lambda *args, **options: None)  # of stand-ins
+    monkeypatch.setattr(carried, "check_files", lambda *args, **options: None)  # the files are stand-ins
     save_model(tmp_path / "hf", "llama-mha")
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"a sentencepiece model")
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
