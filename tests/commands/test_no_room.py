@@ -1,4 +1,4 @@
-"""A disk without room under what the tools and TensorBoard write; tests/faults/outputs.py has every command."""
+"""Tests of a full disk under the outputs of the tools and TensorBoard; tests/faults/outputs.py has every command."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ from tests.launch import ROOT
 
 
 def full(path: Path) -> None:
-    """What is written beside `path`, to take its name, goes to a device without room."""
+    """Link the temporary file of `path` to /dev/full, so that writing it fails."""
     path.parent.mkdir(exist_ok=True)
     path.with_name(f".{path.name}.partial").symlink_to("/dev/full")
 
@@ -88,7 +88,7 @@ def test_unwritable_events_are_skipped(tmp_path, monkeypatch, capsys):
     assert len(warnings) == 1 and warnings[0].endswith("events are missing: No space left on device")
 
 
-# In a file system of its own on /dev/shm, which has no room left.
+# Runs with its own full file system on /dev/shm.
 NO_SHARED_MEMORY = """
 import multiprocessing, torch
 from megatron_cream.data.workers import map_in_order
@@ -109,7 +109,7 @@ for act in (
 """
 
 
-# A batch that finds no room when the worker sends it, which Python by itself drops: the rank would wait for ever.
+# The worker has no room to send a batch. Python alone drops the batch, and the rank would wait forever.
 LOST_BATCH = """
 import os, signal
 from megatron_cream.patches import platform

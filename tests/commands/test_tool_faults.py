@@ -1,4 +1,4 @@
-"""Outputs in the place of something else, and flags beyond what a tool can do: one line, before any work."""
+"""Tests of impossible outputs and flags of the tools: a one-line error before any work."""
 
 import os
 import time
@@ -79,7 +79,7 @@ def test_pictures_that_cannot_be_written(tools, tmp_path, tool, flag, name):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     path = tmp_path / name if name else ""
-    more = ["--gpus", "2"] if tool == "plan" else ["--samples", "10000000"]  # which would take minutes
+    more = ["--gpus", "2"] if tool == "plan" else ["--samples", "10000000"]  # drawing these would take minutes
     begun = time.monotonic()
     ended = bad_inputs.start(tools[tool], f"tools/{tool}.py", flag, path, *more)()
     start = f"argument {flag}: " if name == "" else f"{flag} "
@@ -132,7 +132,7 @@ def test_a_conversion_does_not_remove_its_input(tools, hf, tmp_path, command, ta
 @pytest.mark.parametrize("checkpoint_format", ["torch_dist", "torch"])
 def test_a_cast_that_overflows(hf, tmp_path, checkpoint_format):
     state = load_file(hf / "model.safetensors")
-    state["model.norm.weight"][3] = float("inf")  # no fault of the cast
+    state["model.norm.weight"][3] = float("inf")  # not caused by the cast
     state["model.norm.weight"][4] = float("nan")
     save_file(state, hf / "model.safetensors", metadata={"format": "pt"})
     import_hf(HfFolder(hf), tmp_path / "inf", dtype=torch.float16, checkpoint_format=checkpoint_format)
@@ -215,7 +215,7 @@ def test_an_empty_compressed_file_is_truncated(tmp_path, name, kind):
     good = write_lines(tmp_path / "good.jsonl", ["good"])
     with pytest.raises(ValueError, match=f"{name}: not a complete {kind} file"):
         preprocess([good, tmp_path / name], tmp_path / "x", ByteTokenizer(), progress=False)
-    write_lines(tmp_path / f"none.jsonl.{name.split('.')[-1]}", [])  # whole, and of no line
+    write_lines(tmp_path / f"none.jsonl.{name.split('.')[-1]}", [])  # complete, without lines
     inputs = [good, tmp_path / f"none.jsonl.{name.split('.')[-1]}"]
     assert preprocess(inputs, tmp_path / "x", ByteTokenizer(), progress=False).documents == 1
 
@@ -234,7 +234,7 @@ def test_an_unreadable_folder_is_not_skipped(tmp_path, monkeypatch, closed, glob
     (tmp_path / "a.txt").write_text("text")
     scandir = os.scandir
 
-    def refusing(path="."):  # whatever the user, root too
+    def refusing(path="."):  # for every user, also root
         if str(path) == str(tmp_path / closed):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
@@ -246,7 +246,7 @@ def test_an_unreadable_folder_is_not_skipped(tmp_path, monkeypatch, closed, glob
 
 def test_the_output_is_not_read_as_input(tmp_path):
     (tmp_path / "a.md").write_text("text")
-    (tmp_path / "out.bin.md").write_text("more")  # not the run's own
+    (tmp_path / "out.bin.md").write_text("more")  # not an output of the run
     first = [path.name for path in documents.find_files([tmp_path], "*", tmp_path / "out")]
     preprocess([tmp_path], tmp_path / "out", ByteTokenizer(), glob="*", progress=False)
     (tmp_path / "out.partial").mkdir()

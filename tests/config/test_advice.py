@@ -1,4 +1,4 @@
-"""What an error advises works: each line that names a flag as the way on is caused, and its advice is followed."""
+"""Tests that the advice in error messages works: they cause each error that advises a flag, and follow the advice."""
 
 import ast
 import re
@@ -21,12 +21,15 @@ WORDS = re.compile(
     r"|without|try|start again|move|put|delete|run|set)\b",
     re.IGNORECASE,
 )
-# Of two flags' values, which says no more than what is right: "must divide --num-layers".
+# A message that only states a relation between the values of two flags: "must divide --num-layers".
 RELATION = re.compile(r"must (be (?!above)|divide)[^.;]*$")
 
 
 def lines_that_advise_a_flag() -> dict[str, str]:
-    """Text of each error that is raised, or returned to be said, with {} for a value -> where it stands."""
+    """Return text -> place in the source, for each raised or returned message that advises a flag.
+
+    The text has {} for each value.
+    """
     found = {}
     for file in [*ROOT.glob("megatron_cream/**/*.py"), *ROOT.glob("tools/*.py"), ROOT / "pretrain_cream.py"]:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -64,12 +67,13 @@ def checks_alone(flags: list[str]) -> int:
 
 
 def run(mains, world: Path, command, ranks: int = 1, trains: bool = False):  # noqa: F811
-    """The end of the command, of the first rank where it has several. Training starts where it resumes or `trains`;
-    else all of its checks run, which say more in less time.
+    """Run a command and return the Ended of its first rank.
+
+    The trainer only runs its checks, which is faster, unless it resumes, exports or `trains`.
     """
     name, *flags = [part.replace("{0}", str(world)) for part in command]
     checked = name == TRAINER and not trains and not {"--load", "--save-hf", "--help"} & set(flags)
-    if name == TRAINER and not checked and ranks == 1:  # a fork of a process that has used torch's threads may abort
+    if name == TRAINER and not checked and ranks == 1:  # a fork after use of torch's threads may abort
         done = subprocess.run([sys.executable, ROOT / name, *flags], capture_output=True, text=True)
         return Ended(done.returncode, done.stdout, done.stderr)
     main, port = (lambda: checks_alone(flags)) if checked else mains[name], free_port()

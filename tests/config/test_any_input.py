@@ -1,4 +1,4 @@
-"""Readers of files that a user gives: of any bytes they make a value or one line, soon, and nothing else."""
+"""Tests that readers of user files, given any bytes, return a value or a one-line error within seconds."""
 
 import json
 import pickle
@@ -29,7 +29,7 @@ from megatron_cream.data import indexed
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
 from tests.hf_models import save_model
 
-# A hang, or gigabytes that are filled, take longer.
+# No deadline per example: a hang, or gigabytes of allocation, would still be noticed.
 SOON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PARSER = build_parser(recipe=False)
 DEFAULTS = vars(PARSER.parse_args([]))
@@ -43,7 +43,7 @@ VALUES = st.recursive(
 
 
 def value_or_one_line(read):
-    """What read() gives, or None if it refuses in one line."""
+    """Return read(), or None if it raises a one-line UsageError."""
     try:
         return read()
     except UsageError as error:
@@ -52,7 +52,7 @@ def value_or_one_line(read):
 
 
 def mutated(data: bytes, edits: list[tuple[float, bytes]], keep: float | None) -> bytes:
-    """Bytes overwritten at some shares of its length; then only the first `keep` of it."""
+    """Overwrite bytes at fractions of the length, then keep only the first fraction `keep`."""
     found = bytearray(data)
     for at, new in edits:
         begin = int(at * len(found))
@@ -124,7 +124,7 @@ def test_any_index_of_shards(hf, tmp_path_factory, content):
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors.index.json").write_bytes(content)
     (folder.parent / "outside.safetensors").write_bytes(b"")
-    assert value_or_one_line(lambda: hf_folder._find_weights(folder) or True) is None  # there is no shard in it
+    assert value_or_one_line(lambda: hf_folder._find_weights(folder) or True) is None  # the folder contains no shard
 
 
 CONFIG_KEYS = (
@@ -175,7 +175,7 @@ def test_any_configuration(hf, model_type, changes):
 @settings(max_examples=150, **SOON)
 @given(EDITS, KEEP)
 def test_any_damage_to_the_head_of_weights(hf, edits, keep):
-    """The header has all that is believed of a safetensors file."""
+    """The reader trusts only the header of a safetensors file."""
     data = (hf / "model.safetensors").read_bytes()
     head = 8 + int.from_bytes(data[:8], "little")
     folder = hf.with_name("damaged")
@@ -262,7 +262,7 @@ def test_any_damage_to_the_common_state(checkpoint, edits):
     st.booleans(),
 )
 def test_short_documents_are_rejected_as_the_data_set_does(tmp_path_factory, lengths, split, evaluated):
-    """The check at start-up, against what Megatron's builder comes to once the run has begun."""
+    """The check at start-up agrees with the result of Megatron's dataset builder."""
     prefix = tmp_path_factory.mktemp("split") / "x"
     np.ones(sum(lengths), dtype=np.uint16).tofile(f"{prefix}.bin")
     indexed.write_index(prefix.with_suffix(".idx"), np.array(lengths, dtype=np.int32), np.uint16)

@@ -1,4 +1,4 @@
-"""Data that cannot be trained on is one clear line before a run; documents that cannot be read, a reason."""
+"""Tests that unusable training data gives a one-line error before the run, and an unreadable document a reason."""
 
 import contextlib
 import json
@@ -61,7 +61,7 @@ def cut(path: Path, by: int) -> None:
     path.write_bytes(path.read_bytes()[:-by])
 
 
-# What happens to a good pair of 3 documents, 302 tokens of int32; and what the line must name.
+# name: (damage to a good pair of 3 documents with 302 int32 tokens, words that the error message must contain)
 DAMAGE = {
     "no .bin": (lambda b, i: b.unlink(), ["there is no", "x.bin"]),
     "no .idx": (lambda b, i: i.unlink(), ["there is no", "x.idx"]),
@@ -167,7 +167,7 @@ def arguments_of(prefix: str, vocabulary: int):
 
 
 def test_token_ids_beyond_the_vocabulary(tmp_path):
-    prefix = write(tmp_path / "x", LISTS)  # 0 to 199
+    prefix = write(tmp_path / "x", LISTS)  # ids 0 to 199
     data_checks.check_token_ids(arguments_of(prefix, 200))
     with pytest.raises(UsageError, match=r"--data-path .*x: contains token id 199, but the vocabulary .* has 199;"):
         data_checks.check_token_ids(arguments_of(prefix, 199))
@@ -181,7 +181,7 @@ def test_token_ids_beyond_the_vocabulary(tmp_path):
 
 def test_only_a_bounded_part_of_large_data_is_read(tmp_path, monkeypatch):
     tokens = np.zeros(1 << 20, dtype=np.uint16)
-    tokens[::1000], tokens[10_000] = 300, 400  # many ids of a larger vocabulary; one that is rare
+    tokens[::1000], tokens[10_000] = 300, 400  # frequent ids beyond a small vocabulary, and a rare one
     prefix = write(tmp_path / "x", [tokens.astype(np.int64)], np.uint16)
     index, read_bytes, fromfile = indexed.read_index(prefix), [], np.fromfile
 
@@ -206,7 +206,7 @@ def test_a_rare_id_beyond_the_vocabulary_stops_at_its_sample(tmp_path):
 
 
 def test_the_run_ends_with_exit_code_2_and_writes_nothing(tmp_path):
-    """Token ids are known to be too large only once the tokenizer is there: still before anything is written."""
+    """Token ids are checked once the tokenizer is loaded, but still before anything is written."""
     prefix = write_documents(tmp_path / "x", shortest=200)
     before = sorted(tmp_path.iterdir())
     recipe = GOOD | {"vocab_size": 50, "lr": 1e-3, "split": "8,1,1"}
@@ -261,7 +261,7 @@ def test_a_damaged_index_reads_the_same_or_is_rejected(good_pair, edits, length)
         assert "\n" not in str(error)
         assert bytes(data) != good
         return
-    # A count of modalities' bytes may be there; what Megatron reads is the same.
+    # The damaged index may look like one with modality bytes; Megatron must read the same documents.
     dataset = IndexedDataset(str(other))
     assert index.lengths.tolist() == [len(tokens) for tokens in LISTS]
     assert [dataset[i].tolist() for i in range(3)] == LISTS
@@ -270,7 +270,7 @@ def test_a_damaged_index_reads_the_same_or_is_rejected(good_pair, edits, length)
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=30).filter(any), minimum=st.integers(1, 50))
 def test_training_uses_only_documents_that_are_long_enough(tmp_path_factory, lengths, minimum):
-    """And preprocessing's filter by length agrees with what it says."""
+    """The length filter of preprocessing also agrees with its report."""
     folder = tmp_path_factory.mktemp("lengths")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": "x" * n}) + "\n" for n in lengths))
     kept = [n for n in lengths if n >= minimum]

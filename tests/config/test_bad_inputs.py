@@ -1,4 +1,4 @@
-"""Bad input, against every command line: one clear line, exit code 2, nothing written, nothing executed.
+"""Tests of bad input to every command line: one clear line, exit code 2, nothing written, nothing executed.
 
 Each case of bad_input_cases.py and bad_setting_cases.py damages a copy of good files and runs main() in a forked
 process; a few run as real processes.
@@ -76,7 +76,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def mains():
-    torch.set_num_threads(1)  # a fork does not inherit the threads of a pool
+    torch.set_num_threads(1)  # a fork does not inherit a pool's threads
     return {name: load(name).main for name in (TRAINER, *TOOLS)}
 
 
@@ -124,7 +124,7 @@ def test_flags_that_cannot_run(mains, world, case):
 
 
 def test_checkpoints_saved_by_another_run_are_not_overwritten(tmp_path):
-    """Looked at again when --save is held: a run of 30 s fits between the first look and the lock."""
+    """The check is repeated once --save is locked: a 30 s run fits between the first check and the lock."""
     args = Namespace(save=str(tmp_path), load=None, skip_train=False)
     checkpoint_start.reject_other_run(args)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
@@ -135,7 +135,7 @@ def test_checkpoints_saved_by_another_run_are_not_overwritten(tmp_path):
 
 
 def test_intact_input_passes_every_check(mains, world):
-    """The tables above would be green of a project that refused everything."""
+    """The cases above would also pass in a project that rejects everything."""
     for command in (RESUME, FROM_CKPT, FROM_EXPORT, FROM_CLASSIC, FROM_HF):
         flags = [part.replace("{0}", str(world)) for part in command]
         ended = start(lambda: parse.parse(flags[1:]) and 7, TRAINER)()
@@ -160,7 +160,7 @@ def test_disabled_checksums_are_not_compared(world):
 
 
 def test_an_error_on_one_rank_ends_both_with_one_line(mains, world):
-    """The damaged shard is in the share of one rank; the other waits for its word."""
+    """Only one rank checks the damaged shard; the other rank waits for its result."""
     before = snapshot(world)
     for shard in ("__0_0", "__1_0"):
         whole = (world / STEP / f"{shard}.distcp").read_bytes()
@@ -175,7 +175,7 @@ def test_an_error_on_one_rank_ends_both_with_one_line(mains, world):
 
 
 def test_no_rank_exits_before_the_error_is_printed(mains, world):
-    """torchrun would kill rank 0, which may be slower to find the fault, before it came to print it."""
+    """torchrun would kill rank 0, which may find the fault later, before it prints the error."""
     config(num_hidden_layers="two")(world)
     flags, port = [part.replace("{0}", str(world)) for part in (*START[1:], "--load-hf", "{0}/hf")], free_port()
     ended, waits = [], {}
@@ -203,7 +203,7 @@ def test_an_error_found_only_by_rank_1_is_printed(monkeypatch, capsys):
 
 
 def test_bad_input_under_torchrun(world):
-    """A real process of a command line, and torchrun with two ranks."""
+    """Run a tool in a real process, and the trainer under torchrun with two ranks."""
     config(num_hidden_layers="two")(world)
     before = snapshot(world)
     one, two = (
@@ -220,14 +220,14 @@ def test_bad_input_under_torchrun(world):
 
 
 def test_readers_reject_bad_files_without_earlier_checks(world):
-    """torch's own reader, as Megatron calls it, runs nothing either."""
+    """torch's own reader, as Megatron calls it, executes nothing either."""
     safe_loading.install()
     reader = dcp.FileSystemReader(world / STEP)
     assert reader.read_metadata().state_dict_metadata
     entry(STEP, "rng_state", lambda w: [evil(w)])(world)
     found = dcp.FileSystemReader(world / STEP).read_metadata()
     key = next(key for key in found.state_dict_metadata if key.startswith("rng_state"))
-    with pytest.raises(BaseException, match="open, which is not allowed there"):  # torch's is no Exception
+    with pytest.raises(BaseException, match="open, which is not allowed there"):  # torch's error is not an Exception
         dcp.load({key: io.BytesIO()}, checkpoint_id=world / STEP, no_dist=True)
     metadata(STEP, lambda w, m: evil(w))(world)
     with pytest.raises(Exception, match="none of it was run"):
@@ -235,16 +235,16 @@ def test_readers_reject_bad_files_without_earlier_checks(world):
     assert not (world / "pwned").exists()
 
 
-LONGER = ("--train-iters", "9", "--override-opt-param-scheduler")  # there is something left to train
+LONGER = ("--train-iters", "9", "--override-opt-param-scheduler")  # steps are left to train
 
 
 def test_one_run_at_a_time_in_a_folder(mains, world, monkeypatch):
-    """What the other has saved stays; it is waited for a while, and there is one line."""
+    """The second run waits for the lock for a while, fails with one line and leaves the first run's files unchanged."""
     monkeypatch.setattr(files, "LOCK_WAIT_SECONDS", 0.6)
     monkeypatch.setattr(files, "_locks", {})
     files.lock_folder(world / "run", "--save")
     before = snapshot(world / "run")
-    files.lock_folder(world / "run", "--save")  # to have read the lock's own file has given it back
+    files.lock_folder(world / "run", "--save")  # reading and closing .lock has released the lock
     flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run", *LONGER)]
     ended = start(mains[TRAINER], *flags)()
     assert (ended.code, len(ended.error.splitlines())) == (2, 1), ended.error
@@ -261,7 +261,7 @@ def test_a_named_pipe_as_lock_file_does_not_block(tmp_path):
 
 @pytest.mark.parametrize("checksums", [True, False])
 def test_the_only_checkpoint_is_found_without_its_tracker(world, checksums):
-    """If its checksums, which are written last, are there: else it may be what a killed run left of its first save."""
+    """It needs its checksums, which are written last: without them it may be an interrupted first save."""
     (world / "run" / "latest_checkpointed_iteration.txt").unlink()
     if not checksums:
         (world / STEP / "integrity.json").unlink()
@@ -286,7 +286,7 @@ def test_resuming_with_other_samples_prints_a_warning(world, flags, words):
 
 
 def test_a_configuration_may_be_edited(world):
-    """Only `verify` wants the files beside the weights to be as they were; a missing one is rejected."""
+    """Only `verify` compares the files beside the weights with their checksums; a missing one is rejected."""
     config("exported", use_cache=False)(world)
     edited = world / "exported" / "tokenizer_config.json"
     edited.write_text(edited.read_text() + "\n")

@@ -1,6 +1,6 @@
-"""Every flag of --help is sorted once: tested, passed on untested, or rejected with the reason.
+"""Tests that every flag of --help is classified once: tested, passed on untested, or rejected with a reason.
 
-Here too: runs of flags that no other test gives. Some must not change a loss, the others must.
+Runs with flags that no other test uses are here too. Some must leave the losses unchanged, the others must not.
 """
 
 import argparse
@@ -40,13 +40,13 @@ def test_the_named_test_uses_the_flag(file):
 
 
 def _is_given(action: argparse.Action, text: str) -> bool:
-    """Whether a test's text has the flag, or the name of its variable."""
+    """Return whether the source of a test contains the flag or the name of its variable."""
     words = [re.escape(option) for option in action.option_strings] + [action.dest]
     return re.search(rf"(?<![\w-])({'|'.join(words)})(?![\w-])", text) is not None
 
 
 def _another_value(action: argparse.Action) -> list[str]:
-    """What a user would write after the flag, for a value that is not its default."""
+    """Return the words after the flag that give it a value other than its default."""
     if action.nargs == 0:
         return []
     if action.choices:
@@ -90,7 +90,7 @@ def test_the_page_is_up_to_date():
 # ---------------------------------------------------------------- runs
 
 STEPS = ["--train-iters", 2]
-# Ranks, and flags that leave every loss as it is.
+# name: (ranks, flags that leave every loss unchanged)
 SAME = {
     "one-rank": (
         1,
@@ -128,7 +128,7 @@ SAME = {
         "--account-for-loss-in-pipeline-split",
     ),
 }
-# Flags of training that change the second loss.
+# name: training flags that change the second loss
 OTHER = {
     "dropout": "--hidden-dropout 0.1 --attention-dropout 0.1 --attention-backend local",
     "sgd": "--optimizer sgd --sgd-momentum 0.8",
@@ -145,7 +145,7 @@ OTHER = {
         "--cream-relativity 0.2"
     ),
 }
-# Flags of the model, from no checkpoint.
+# Model flags, for a run without a checkpoint.
 SHAPES = (
     "--norm-epsilon 1e-3 --add-qkv-bias --qk-layernorm --apply-wd-to-qk-layernorm --init-method-std 0.05 "
     "--embedding-init-method-std 0.5 --rotary-base 500000"
@@ -154,7 +154,7 @@ SHAPES = (
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """(a folder, flags of data, flags that start from a checkpoint, the losses of one rank)."""
+    """(folder, data flags, flags that start from a checkpoint, losses of one rank)."""
     folder = tmp_path_factory.mktemp("flags")
     data = ["--data-path", write_documents(folder / "documents", documents=20), "--split", "80,20,0"]
     once = ["--train-iters", 1, "--eval-iters", 0, "--save", folder / "start", "--save-interval", 1]
@@ -200,7 +200,7 @@ def test_skipped_steps(start):
 
 
 def test_flags_that_tests_run_are_listed_as_tested():
-    """Flags of the runs above that the tables call untested would be sold below their worth."""
+    """No flag of the runs above is listed as untested."""
     given = " ".join([flags for _, flags in SAME.values()] + [*OTHER.values(), SHAPES]).split()
     names = {word[2:] for word in given if word.startswith("--")}
     assert not [name for name in names if SORTED[name].kind != "tested"]

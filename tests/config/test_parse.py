@@ -1,4 +1,4 @@
-"""The command line: recipes, precedence, and one clear line for everything that cannot run."""
+"""Tests of the command line: recipes, precedence, and a one-line error for every setting that cannot run."""
 
 import os
 import sys
@@ -47,7 +47,7 @@ def long_data(tmp_path_factory):
 
 
 def read(monkeypatch, tmp_path, recipe: dict, *flags, world_size: int = 1):
-    """The filled-in and checked namespace, short of Megatron's own validation."""
+    """Return the filled-in and checked namespace, without Megatron's own validation."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -72,7 +72,7 @@ def test_command_line_undoes_a_recipes_recompute(monkeypatch, tmp_path, data):
 
 def test_recipe_values_are_parsed_as_the_command_line_would(tmp_path):
     path = tmp_path / "r.yaml"
-    # PyYAML reads 1e-5 as text; a dash or an underscore, a flag's name or its variable's, are the same.
+    # PyYAML reads 1e-5 as text. Keys may have dashes or underscores, and name the flag or its variable.
     path.write_text("lr: 1e-5\nnum-layers: 3\nadd_bias_linear: false\nno_bias_swiglu_fusion: true\neval_lengths: 64\n")
     values = read_recipe(path, build_parser())
     assert values == {
@@ -88,7 +88,7 @@ def test_recipes_by_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert locate("llama2_7b_32k") == FOLDER / "llama2_7b_32k.yaml" and locate("a/b.yaml") == Path("a/b.yaml")
     (tmp_path / "llama2_7b_32k").write_text("")
-    assert locate("llama2_7b_32k") == Path("llama2_7b_32k")  # the user's own file goes first
+    assert locate("llama2_7b_32k") == Path("llama2_7b_32k")  # the user's file has precedence
     with pytest.raises(UsageError, match="--config llama3: no such file or recipe; .*: llama2_7b_256k"):
         locate("llama3")
 
@@ -115,7 +115,7 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
     "flags, ranks, cuda, expected",
     [
         ("--use-distributed-optimizer", 2, True, (True, True)),
-        ("--use-distributed-optimizer", 1, True, (False, False)),  # nobody to wait for
+        ("--use-distributed-optimizer", 1, True, (False, False)),  # no peer rank
         ("--use-distributed-optimizer", 2, False, (False, False)),
         ("", 2, True, (False, False)),
         ("--use-distributed-optimizer --no-overlap-param-gather", 2, True, (True, False)),
@@ -143,7 +143,7 @@ def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data
     first = read(monkeypatch, tmp_path, recipe, world_size=2)
     text = describe.describe(first)
     assert "attention: sdpa" in text and "2 ranks, TP 2" in text
-    # Nothing of this machine goes into it.
+    # Settings of this machine are left out.
     assert not {"distributed_backend", "use_cpu_initialization", "gradient_accumulation_fusion"} & set(
         yaml.safe_load(text)
     )
@@ -152,7 +152,7 @@ def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data
     assert not different
 
 
-# What a user sets beyond GOOD, ranks, and what the one line must name: the flag, the value, what would be right.
+# (settings beyond GOOD, ranks, words that the error message must contain: flag, value, what would be right)
 BAD = [
     ({"most_recent_k": 2}, 1, ["--most-recent-k 2: only with --save"]),
     ({"save_hook": "true"}, 1, ["--save-hook true: only with --save"]),

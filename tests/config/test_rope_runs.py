@@ -1,4 +1,4 @@
-"""A model whose rotary embedding is widened: trained, exported, loaded by transformers, resumed and extended again."""
+"""Tests of a model with extended RoPE: train, export, load with transformers, resume, and extend again."""
 
 import json
 
@@ -17,7 +17,10 @@ SCALING = {key: value for key, value in LLAMA3.items() if key != "rope_theta"} |
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """hf: Llama 3's scaling by 8 of a window of 64, for 512 positions; run, out: trained to 1024 with a larger theta."""
+    """Train a model to 1024 positions with a larger theta. Returns (folder, output).
+
+    hf: the source, with Llama 3 scaling from 64 to 512 positions. run, out: the checkpoint and the export.
+    """
     folder = tmp_path_factory.mktemp("rope")
     documents = write_documents(folder / "documents")
     save_model(folder / "hf", "llama-3")
@@ -54,7 +57,7 @@ def test_the_first_lines_say_what_the_run_does(run):
 
 @pytest.mark.slow
 def test_transformers_gives_the_logits_of_the_checkpoint(run, tmp_path):
-    """Over all 1024 positions: the old scaling, or theta, would show."""
+    """Logits are compared at up to 992 positions, where the old scaling or theta would show."""
     folder, _ = run
     config = json.loads((folder / "out" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["rope_theta"]) == (1024, 1e6)

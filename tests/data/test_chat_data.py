@@ -1,4 +1,4 @@
-"""Chats: what is written, which tokens the loss counts on, and that training finds the mask."""
+"""Tests of chat data: the written tokens, the loss mask, and its use in training."""
 
 import json
 
@@ -25,14 +25,14 @@ CHATML = (
     "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Llama-2-chat's own: no prompt for an answer, BOS in the text, turns that must alternate.
+# Like Llama-2-chat's template: no generation prompt, BOS in the text, turns that must alternate.
 LLAMA2 = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# As reasoning models': the last answer alone has its thoughts.
+# Like the templates of reasoning models: only the last answer has a thinking block.
 REASONING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -42,7 +42,7 @@ REASONING = (
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
-    """folder(template): a byte-level BPE tokenizer, as of Llama 3 or Qwen, with that chat template."""
+    """folder(template): save a byte-level BPE tokenizer, like Llama 3's or Qwen's, with this chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,12 +68,12 @@ def chat_folder(tmp_path_factory):
 
 
 def talk(*turns: str) -> list[dict]:
-    """Messages, questions and answers by turns."""
+    """Return messages of alternating questions and answers."""
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 def spans(ids, mask, decode) -> list[str]:
-    """The texts of the runs of tokens that the mask marks."""
+    """Return the text of each run of tokens that the mask marks."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]))).reshape(-1, 2)
     return [decode(list(ids[a:b])) for a, b in edges]
 
@@ -89,7 +89,7 @@ def test_llama2_turns_are_encoded_as_by_its_authors():
 
 def test_a_token_across_the_edge_of_an_answer_belongs_to_it():
     class Merging(ByteTokenizer):
-        def tokenize(self, text):  # "] " in one token
+        def tokenize(self, text):  # "] " is one token
             return list(text.replace("] ", "\x01").encode())
 
     ids, mask = Llama2Chat(Merging())(talk("q", "a"))
@@ -105,7 +105,7 @@ def test_llama2_needs_bos_and_eos():
 
 
 def test_template_masks_are_those_of_transformers(chat_folder):
-    """Where a template marks its answers, transformers gives the mask too."""
+    """For a template that marks its answers, transformers returns the same mask."""
     from transformers import AutoTokenizer
 
     folder = chat_folder(CHATML)
@@ -116,7 +116,7 @@ def test_template_masks_are_those_of_transformers(chat_folder):
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=7), st.booleans())
-    @example(["0", "|"], False)  # in the end token too
+    @example(["0", "|"], False)  # the end token contains "|" too
     def check(turns, with_system):
         system = [{"role": "system", "content": "the answer"}] if with_system else []
         messages = system + talk(*turns[: len(turns) // 2 * 2])
@@ -322,7 +322,7 @@ N = 96
 
 
 def write_masked(prefix, documents: int = 30, marks=lambda d, length: np.arange(length) // 7 % 2):
-    """Documents whose token i of document d is 1000 d + i, marked by `marks`."""
+    """Write documents in which token i of document d is 1000 d + i, with the loss mask marks(d, length)."""
     rng = np.random.default_rng(0)
     builders = [
         IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32),
@@ -353,7 +353,7 @@ def test_the_loss_covers_assistant_labels_only(tmp_path, workers, caplog):
     seen = 0
     for item in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers):
         labels, mask = item["labels"].numpy(), item["loss_mask"].numpy()
-        np.testing.assert_array_equal(mask[:-1], labels[:-1] % 1000 // 7 % 2)  # what the label itself says
+        np.testing.assert_array_equal(mask[:-1], labels[:-1] % 1000 // 7 % 2)  # the label encodes its mask
         assert mask[-1] == 0 and mask.dtype == np.float32
         seen += mask.sum()
     assert 0.4 < seen / (len(dataset) * N) < 0.6
@@ -378,7 +378,7 @@ def test_masks_in_a_blend_and_under_the_other_masks(tmp_path):
 
 
 def test_training_continues_over_fully_masked_samples(tmp_path):
-    """Each sample of odd documents has none. Such samples change nothing: not the loss, not the weights."""
+    """Samples of odd documents have no marked token. They change neither the loss nor the weights."""
     prefix = write_documents(tmp_path / "x", documents=20, shortest=100)
     builder = IndexedDatasetBuilder(f"{loss_mask_prefix(prefix)}.bin", dtype=np.uint8)
     for d, length in enumerate(read_index(prefix).lengths):
@@ -387,5 +387,5 @@ def test_training_continues_over_fully_masked_samples(tmp_path):
     flags = ["--data-path", prefix, "--split", "100,0,0", "--eval-iters", 0, "--train-iters", 6]
     losses = train(1, tmp_path / "tb", *flags)
     assert len(losses) == 6 and all(np.isfinite(loss) and loss > 0.5 for loss in losses.values())
-    # A mean over the batch with its unmarked samples would be about half.
+    # A mean that included the unmarked samples would be about half.
     assert losses[1] == pytest.approx(np.log(100), rel=0.1)

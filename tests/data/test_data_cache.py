@@ -1,4 +1,4 @@
-"""The numbers of the long documents, and a blend's index: as computed directly, whoever writes, dies or is refused."""
+"""Tests of the cached indices of long documents and blends: correct after concurrent writes, kills and write errors."""
 
 import multiprocessing
 import os
@@ -25,13 +25,13 @@ WANTED = np.flatnonzero(LENGTHS[100:4900] >= 90) + 100
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Files from ten documents on, looked at seven at a time."""
+    """Write index files for more than ten documents, in chunks of seven."""
     monkeypatch.setattr(long_documents, "IN_MEMORY", 10)
     monkeypatch.setattr(long_documents, "_CHUNK", 7)
 
 
 def flip(file: Path, place: int) -> None:
-    """A bit of one byte."""
+    """Flip one bit of the byte at `place`."""
     data = bytearray(file.read_bytes())
     data[place] ^= 1
     file.write_bytes(data)
@@ -191,9 +191,9 @@ def test_samples_are_the_same_with_and_without_a_cache(blended, tmp_path):
     assert isinstance(dataset.dataset_index, np.memmap)
     assert all(isinstance(part.documents, np.memmap) for part in dataset.datasets)
     assert len(list(cache.iterdir())) == 6 and dataset.config.path_to_cache == str(cache)
-    # Without --data-cache-path the numbers are beside the data, as Megatron's own.
+    # Without --data-cache-path the index is beside the data, like Megatron's own.
     assert len(list((tmp_path / "a" / "cache" / "LongDocumentDataset_indices").iterdir())) == 1
-    # Another file of the same name has another place.
+    # Another data file of the same name gets another index.
     time.sleep(0.01)
     write(tmp_path / "a", ([100] * 9 + [50]) * 10)
     assert items(blend(prefixes, str(cache))) != wanted
@@ -242,7 +242,7 @@ def test_a_killed_job_leaves_no_readable_blend_index(blended, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", dies)
-        patch.setattr(blend_cache.shutil, "rmtree", lambda *_, **__: None)  # a SIGKILL sweeps nothing
+        patch.setattr(blend_cache.shutil, "rmtree", lambda *_, **__: None)  # a SIGKILL cleans nothing up
         with pytest.raises(KeyboardInterrupt):
             blend(prefixes, str(cache))
     assert list(cache.glob(".*.partial"))

@@ -1,4 +1,4 @@
-"""Inputs that would take memory or time without end: long lines, loops in a chat template; and many long rows."""
+"""Tests of inputs that could take unbounded memory or time: long lines, chat template loops, many long rows."""
 
 import gzip
 import json
@@ -24,14 +24,14 @@ COMPRESS = {".jsonl": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompres
 
 @pytest.fixture
 def short(monkeypatch):
-    """Lines of 1 MiB at most."""
+    """Limit lines to 1 MiB."""
     monkeypatch.setattr(compressed, "LONGEST_LINE", 1 << 20)
     monkeypatch.setattr(documents, "LONGEST_LINE", 1 << 20)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_an_overlong_line_is_rejected_by_number(short, tmp_path, suffix):
-    """Of a file of a few kilobytes, say, that is gigabytes of one line."""
+    """A compressed file of a few kilobytes may contain one line of gigabytes."""
     path = tmp_path / f"x.jsonl{suffix.replace('.jsonl', '')}"
     good = json.dumps({"text": "a" * ((1 << 20) - 13)}).encode() + b"\n"
     path.write_bytes(COMPRESS[suffix](good * 2))
@@ -71,7 +71,7 @@ def test_an_endless_chat_template_is_rejected(monkeypatch, tmp_path):
 
 
 def test_long_texts_repeated_in_a_dictionary_are_read(tmp_path):
-    """More bytes in a few hundred rows than one Arrow array of text holds, 2 GiB."""
+    """A few hundred rows may exceed 2 GiB, the limit of one Arrow text array."""
     texts = ["é" + "a" * (17 << 20), "short", "b" * (16 << 20)]
     places = [0, 2, None, 1] * 64
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array(places, pyarrow.int32()), pyarrow.array(texts))

@@ -1,4 +1,4 @@
-"""The dataset transform: long documents only, planned anew each epoch, the same for every layout and worker."""
+"""Tests of the dataset: long documents only, new plans each epoch, equal samples for every number of workers."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ SAMPLER = dict(name="cream", window=N, target=L, sigma=3.0, variant="paper")
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory):
-    """Documents whose tokens tell where they come from: document d's token i is 1000 d + i."""
+    """Documents whose tokens encode their origin: token i of document d is 1000 d + i."""
     path = tmp_path_factory.mktemp("data") / "documents"
     rng = np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{path}.bin", dtype=np.int32)
@@ -49,7 +49,7 @@ def build(prefix, samples=(200, 40, 0), **options):
 
 
 def test_a_finished_run_can_start_again(prefix):
-    """To Megatron's sampler, data of which nothing is left is a fault."""
+    """Megatron's sampler rejects data with no samples left."""
     train, _, _ = build(prefix)
     sampler = MegatronPretrainingSampler(
         len(train), consumed_samples=200, micro_batch_size=2, data_parallel_rank=0, data_parallel_size=1
@@ -59,7 +59,7 @@ def test_a_finished_run_can_start_again(prefix):
 
 def test_samples_are_what_the_sampler_planned(prefix):
     train, valid, _ = build(prefix)
-    dataset = IndexedDataset(prefix)  # its memory map lives as long as it does
+    dataset = IndexedDataset(prefix)  # keeps the memory map alive
     lengths = dataset.sequence_lengths
     long = np.flatnonzero(lengths[:40] >= N)
     assert 0 < len(long) < 40 and list(train.documents) == list(long)
@@ -154,7 +154,7 @@ def test_order_is_a_permutation(n, seed, epoch):
 
 
 def test_order_looks_random():
-    """Where document 0 comes, over many epochs, is uniform; neighbours do not stay neighbours."""
+    """Over many epochs the place of document 0 is uniform, and neighbours do not stay neighbours."""
     from scipy.stats import chisquare
 
     n, epochs = 50, 5000

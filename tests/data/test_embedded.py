@@ -1,4 +1,4 @@
-"""The embedded corpus, on a small stand-in for the standard library."""
+"""Tests of the embedded corpus, on a small stand-in for the standard library."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ VOCAB = 400
 
 @pytest.fixture
 def library(tmp_path) -> Path:
-    """Python-like files: 12 long ones, short ones, and what must be left out."""
+    """A folder of Python-like files: 12 long ones, short ones, and files that must be left out."""
     root = tmp_path / "lib"
     rng = random.Random(0)
     words = ["self", "return", "value", "index", "name", "print", "while", "result", "lambda", "naïve"]
@@ -84,7 +84,7 @@ def test_any_text_round_trips(tmp_path, library):
     model = prepare(tmp_path / "cache", library).tokenizer_model
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     for text in ["\tx\r\n\n    y  \n ", "  lead", "é ☃ 漢字 \U0001f600", "<s></s><unk>", "▁ \x0c\x00", ""]:
-        # sentencepiece spells a space as U+2581, so that one character comes back as a space.
+        # sentencepiece encodes a space as U+2581, so U+2581 itself decodes to a space.
         assert processor.decode(processor.encode(text)) == text.replace("▁", " ")
 
 
@@ -132,7 +132,7 @@ def test_a_killed_build_leaves_no_corpus(tmp_path, library, monkeypatch, moment)
     corpus = prepare(cache, library)
     assert corpus.train_documents > 10 and leftover[0].exists()
 
-    os.utime(leftover[0], (0, 0))  # of long ago: the next build tidies up
+    os.utime(leftover[0], (0, 0))  # an old leftover: the next build removes it
     prepare(cache, library, seed=1)
     assert not leftover[0].exists()
 
@@ -146,7 +146,7 @@ def test_an_exception_leaves_no_folder(tmp_path, library, monkeypatch):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_processes_that_call_at_once_get_one_corpus(tmp_path, library, monkeypatch, locks):
-    if not locks:  # as on some network file systems: both build, one is first
+    if not locks:  # as on some network file systems: both build, and the first result is used
 
         def refuse(*_):
             raise OSError("no locks")

@@ -1,4 +1,4 @@
-"""Documents to .bin/.idx: what is written, that it is whole or absent, and the tool's errors."""
+"""Tests of preprocessing to .bin/.idx: the written data, complete or absent output, and the tool's errors."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
 
 class ByteTokenizer:
-    """UTF-8 bytes, then BOS and EOD."""
+    """A tokenizer of UTF-8 bytes, with BOS 256 and EOD 257."""
 
     bos, eod, vocab_size = 256, 257, 258
 
@@ -42,7 +42,7 @@ class RaisingTokenizer(ByteTokenizer):
 
 def write_lines(path: Path, texts: list[str]) -> Path:
     data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    # Two frames, as `cat a.zst b.zst` leaves them.
+    # Two frames, as `cat a.zst b.zst` writes them.
     zst = lambda data: zstandard.compress(data[:99]) + zstandard.compress(data[99:])
     path.write_bytes({".gz": gzip.compress, ".zst": zst}.get(path.suffix, bytes)(data))
     return path
@@ -81,7 +81,7 @@ def sentencepiece_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def huggingface_folder(tmp_path_factory) -> Path:
-    """A word-level tokenizer that starts texts with BOS by itself, as Llama 3's does."""
+    """A word-level tokenizer that adds BOS by itself, like Llama 3's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -97,9 +97,9 @@ def huggingface_folder(tmp_path_factory) -> Path:
 
 
 def write_input(path: Path, texts: list[str]) -> Path:
-    """The texts in the form that the name asks for; in folders, in the order of their files."""
+    """Write the texts in the format that the name implies; in folders they follow the order of the files."""
     if path.suffix == ".parquet":
-        # Row groups of 7 rows, a categorical column, and another one beside it.
+        # Row groups of 7 rows, a second column, and a categorical text column if asked for.
         texts = pyarrow.array(texts).dictionary_encode() if path.stem == "categories" else texts
         table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
         pyarrow.parquet.write_table(table, path, row_group_size=7)
@@ -163,7 +163,7 @@ def test_nothing_is_written_where_no_document_is_left(tmp_path):
 def test_ids_beyond_the_vocabulary_are_rejected(tmp_path):
     tokenizer = ByteTokenizer()
     tokenizer.vocab_size = 99
-    path = write_lines(tmp_path / "a.jsonl", ["abc"])  # c is 99
+    path = write_lines(tmp_path / "a.jsonl", ["abc"])  # "c" has id 99
     with pytest.raises(ValueError, match=r"a.jsonl:1: token id 99, but the tokenizer's vocab_size is 99"):
         preprocess([path], tmp_path / "x", tokenizer, progress=False)
 
@@ -189,7 +189,7 @@ def test_sentencepiece_documents_start_with_bos(tmp_path, sentencepiece_model):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_huggingface_documents_have_one_bos(tmp_path, huggingface_folder, workers):
     tokenizer = load_tokenizer("HuggingFaceTokenizer", huggingface_folder)
-    assert tokenizer.tokenize("the cat") == [1, 3, 4]  # BOS is the tokenizer's own doing
+    assert tokenizer.tokenize("the cat") == [1, 3, 4]  # the tokenizer adds BOS
     path = write_lines(tmp_path / "a.jsonl", ["the cat sat", "cat"])
     options = dict(workers=workers, progress=False)
     preprocess([path], tmp_path / "own", tokenizer, **options)

@@ -1,4 +1,4 @@
-"""Documents of every form of input: read in order, whole, or refused in a line."""
+"""Tests of reading documents in every input format: complete and in order, or rejected with one line."""
 
 import io
 import json
@@ -77,7 +77,7 @@ def test_inputs_are_read_in_the_order_given(tmp_path):
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "BATCH_BYTES", 5000)  # many batches
+    monkeypatch.setattr(documents, "BATCH_BYTES", 5000)  # makes many batches
     texts = some_texts(150)
     inputs = [write_lines(tmp_path / "a.jsonl", texts), write_lines(tmp_path / "b.jsonl.gz", texts[::-1])]
     with inputs[0].open("ab") as file:

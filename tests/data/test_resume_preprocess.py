@@ -1,4 +1,4 @@
-"""Preprocessing that is killed: the next run goes on, and the bytes are those of a run that never was."""
+"""Tests of killed preprocessing: the next run resumes, and the output equals that of an uninterrupted run."""
 
 import json
 import multiprocessing
@@ -56,8 +56,10 @@ def everything(prefix: Path) -> list[bytes | None]:
 
 
 def dies_at(moment: int | None, inputs, prefix, **options) -> int:
-    """A forked run that SIGKILLs itself before the step `moment` of all that touches files; None lets it
-    live. Returns how many steps there were."""
+    """Run preprocessing in a fork that SIGKILLs itself before file operation number `moment`.
+
+    With None it runs to its end. Returns the number of file operations done.
+    """
     steps = multiprocessing.get_context("fork").Value("i", 0)
 
     def counted(function):
@@ -90,7 +92,7 @@ def test_a_run_killed_at_any_step_resumes(tmp_path, chats, overwrite):
     def prepared(name: str) -> Path:
         prefix = tmp_path / name / "x"
         prefix.parent.mkdir()
-        if overwrite:  # with a loss mask, which must neither stay nor be lost before its time
+        if overwrite:  # earlier output with a loss mask, to be replaced only at the end
             run(write_input(tmp_path / f"{name}-in", True), prefix, chat_format="llama2")
         return prefix
 
@@ -104,15 +106,15 @@ def test_a_run_killed_at_any_step_resumes(tmp_path, chats, overwrite):
         before = everything(prefix)
         dies_at(moment, inputs, prefix, **options)
         if prefix.with_name("x.idx").exists():
-            assert everything(prefix) in (before, expected)  # never a mixture that can be read
-        for name in ("tokens.bin", "lengths"):  # what a write that was cut leaves
+            assert everything(prefix) in (before, expected)  # never a readable mixture
+        for name in ("tokens.bin", "lengths"):  # as an interrupted write leaves them
             path = Path(f"{prefix}.partial") / name
             if path.exists() and not partial._read_state(path.parent)[1].complete:
                 path.write_bytes(path.read_bytes() + b"cut")
         tokenizer = CountingTokenizer()
         try:
             report = run(inputs, prefix, tokenizer, workers=1 if chats else 1 + moment % 2, **options)
-        except FileExistsError:  # it died when nothing was left to do but to remove an empty folder
+        except FileExistsError:  # killed when only an empty folder was left to remove
             assert not overwrite and moment >= steps - 2
         else:
             assert report.documents == 60 and sum(report.dropped.values()) == 1
@@ -171,7 +173,7 @@ def zero_a_block(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tokens.bin", "lengths", "loss_mask.bin"])
 def test_a_zeroed_block_never_reaches_the_data(tmp_path, capsys, name):
-    """Found where a run is resumed, and before its files take their names."""
+    """Damage is found when a run resumes, and before the files get their final names."""
     inputs, prefix = write_input(tmp_path / "in", True), tmp_path / "x"
     run(inputs, tmp_path / "whole", chat_format="llama2")
     dies_at(60, inputs, prefix, chat_format="llama2")
@@ -195,7 +197,7 @@ def test_a_zeroed_block_never_reaches_the_data(tmp_path, capsys, name):
 
 
 def test_a_tokenizer_without_a_name_is_never_resumed(tmp_path):
-    """Nor is what a killed run left in the way."""
+    """Leftovers of the killed run do not block the next run."""
     inputs, prefix = write_input(tmp_path / "in", False), tmp_path / "x"
     dies_at(12, inputs, prefix, tokenizer_id=None)
     assert (tmp_path / "x.partial" / "tokens.bin").exists()
@@ -266,7 +268,7 @@ def test_two_runs_do_not_write_one_output(tmp_path):
 
 
 def test_repeated_kills_with_workers(tmp_path):
-    """SIGKILL from outside, at moments of the clock's choosing; the workers die too, and hold nothing."""
+    """Send SIGKILL from outside after some seconds; the workers end too, and release the output."""
     inputs, prefix = write_input(tmp_path / "in", False), tmp_path / "x"
     run(inputs, tmp_path / "whole")
     program = textwrap.dedent(
@@ -296,7 +298,7 @@ def test_repeated_kills_with_workers(tmp_path):
             assert process.returncode == 0, errors
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()  # ends when the workers, who share its stderr, are gone
+            process.communicate()  # returns when the workers, which share stderr, have ended
             kills += 1
             assert kills < 30
     assert kills >= 2

@@ -1,4 +1,4 @@
-"""transformers' tokenizer beside the tokenizer.json it is made from, and tokenizers that lack an EOS."""
+"""Tests of transformers' tokenizers against their tokenizer.json, and of tokenizers without EOS."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def set_class(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2TokenizerFast"])
 def test_byte_level_tokenizers_keep_spaces_whatever_their_class(tmp_path, name):
-    """As DeepSeek-R1-Distill-Llama's, whose class is LlamaTokenizerFast: all spaces are kept, or it is rejected."""
+    """DeepSeek-R1-Distill-Llama's has class LlamaTokenizerFast: it keeps all spaces or is rejected."""
     save_tokenizer(tmp_path)
     set_class(tmp_path, name)
     try:
@@ -80,7 +80,7 @@ def sentencepiece_without_eos(file: Path) -> Path:
 
 @pytest.mark.parametrize("kind", slow_but(["HuggingFaceTokenizer", "SentencePieceTokenizer"], "HuggingFaceTokenizer"))
 def test_a_tokenizer_without_eos_works_from_data_to_evaluation(tmp_path, kind):
-    """What preprocessing advises is followed, and what it wrote is trained on, exported and evaluated."""
+    """Follow the advice of preprocessing, train on its output, and decode with the checkpoint's tokenizer."""
     if kind == "HuggingFaceTokenizer":
         model = without_eos(tmp_path / "tokenizer")
     else:
@@ -105,5 +105,5 @@ def test_a_tokenizer_without_eos_works_from_data_to_evaluation(tmp_path, kind):
     assert (
         tokenizer.stop_ids == frozenset() and tokenizer.decode(tokenizer.encode("some words")).strip() == "some words"
     )
-    # A model whose vocabulary is padded may give ids that its tokenizer has none of.
+    # A model with a padded vocabulary may generate ids that its tokenizer lacks.
     assert tokenizer.decode([*tokenizer.encode("some words"), 5000]).strip() == "some words"
