@@ -1,4 +1,4 @@
-"""The environment that a launcher gives, and its end."""
+"""Tests of the launcher's environment variables, and of ranks whose launcher is killed."""
 
 import itertools
 import os
@@ -41,7 +41,7 @@ NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.mark.parametrize("names", [names for n in range(6) for names in itertools.combinations(list(ALL)[:5], n)])
 def test_incomplete_torchrun_variables(names):
-    """All combinations of those that torch needs: a rank of several needs all, a single one none."""
+    """Try all combinations of the variables that torch needs: several ranks need all, a single rank none."""
     given = {name: ALL[name] for name in names}
     missing = [name for name in NEEDED if name not in given]
     if "WORLD_SIZE" in given and not missing:
@@ -112,7 +112,7 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch):
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and int(os.environ["MASTER_PORT"]) > 1023
     del os.environ["MASTER_PORT"]
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    os.environ["MASTER_ADDR"] = "node0"  # alone, as examples/slurm/train.sbatch reads it
+    os.environ["MASTER_ADDR"] = "node0"  # set by itself, as for examples/slurm/train.sbatch
     assert launcher.get_rank_and_world_size() == (0, 1) and os.environ["MASTER_ADDR"] == "127.0.0.1"
     assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
@@ -129,7 +129,7 @@ def test_more_ranks_than_gpus_prints_one_line(monkeypatch):
 
 
 def test_ranks_end_with_a_torchrun_that_was_killed_while_they_started(tmp_path):
-    """Before training, of which training/test_faults.py has this."""
+    """Kill torchrun before training starts; training/test_faults.py kills it during training."""
     flags = ["--config", "quickstart", "--save", tmp_path / "new", "--train-iters", "100000"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ending_with_test([*command, ROOT / "pretrain_cream.py", *flags])
@@ -139,7 +139,7 @@ def test_ranks_end_with_a_torchrun_that_was_killed_while_they_started(tmp_path):
         assert torchrun.poll() is None
         time.sleep(0.01)
         ranks = psutil.Process(torchrun.pid).children()
-    time.sleep(2)  # loaded, it is called at once, where the machine is not busy; imports go on for longer
+    time.sleep(2)  # after loading _ctypes a rank soon follows its parent, while its imports take longer
     torchrun.send_signal(signal.SIGKILL)
     torchrun.wait()
     _, left = psutil.wait_procs(ranks, timeout=300)
@@ -149,7 +149,7 @@ def test_ranks_end_with_a_torchrun_that_was_killed_while_they_started(tmp_path):
 
 
 def _ends_with_its_parent(rank: psutil.Process) -> bool:
-    """It has loaded what `follow` calls, and so may be about to: what it will be told of has no other sign."""
+    """Return whether the rank has loaded _ctypes, the only visible sign that it soon asks to end with its parent."""
     try:
         return any("_ctypes" in found.path for found in rank.memory_maps())
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""Two nodes, each a torchrun of its own: on loopback, in two network namespaces, and with one of them lost."""
+"""Tests of two nodes with one torchrun each: on loopback, in two network namespaces, and after losing a node."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def documents(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_node(documents, tmp_path_factory):
-    """The checkpoints of the same four ranks in one torchrun."""
+    """The checkpoint folder of a run of the same four ranks in one torchrun."""
     folder = tmp_path_factory.mktemp("one_node")
     done = torchrun(4, *flags(documents, folder / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,7 +37,7 @@ def one_node(documents, tmp_path_factory):
 
 
 def flags(documents: Path, save: Path) -> list:
-    """TP 2, and a data parallelism of 2 with the distributed optimizer: across the nodes."""
+    """Return the flags of a run with TP 2 and, across the nodes, DP 2 with the distributed optimizer."""
     layout = ["--tensor-model-parallel-size", 2, "--use-distributed-optimizer"]
     steps = ["--train-iters", STEPS, "--lr-decay-iters", STEPS, "--save-interval", 2]
     return [
@@ -70,7 +70,10 @@ def launch(log: Path, flags: list, options: list, prefix: tuple = (), cwd: Path 
 
 
 def node(port: int, first: bool, address: str = "127.0.0.1", ranks: int = 2) -> list:
-    """torchrun's options for one of two; on one machine both would take themselves for the first."""
+    """Return torchrun's options for one of two nodes.
+
+    is_host is given because on one machine both nodes would consider themselves the first.
+    """
     found = [f"--rdzv_endpoint={address}:{port}", f"--rdzv_conf=is_host={int(first)}", "--rdzv_id=test"]
     return ["--nnodes=2", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d", *found]
 
@@ -92,7 +95,7 @@ def ended(processes: list[subprocess.Popen], logs: list[Path]) -> list[int]:
 
 
 def test_a_finished_run_started_again_does_nothing(tmp_path):
-    """As a job has that was queued again at its very end; Megatron would fail at its data."""
+    """A job may be requeued when its run is complete; Megatron would fail on its data."""
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
     (tmp_path / "iter_0000008").mkdir()
     started = dict(load=str(tmp_path), save=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None, skip_train=False)
@@ -106,7 +109,7 @@ def test_a_finished_run_started_again_does_nothing(tmp_path):
 
 @pytest.fixture
 def namespaces():
-    """Two hosts, 10.99.0.1 and 10.99.0.2, with a cable between them."""
+    """Command prefixes for two hosts, 10.99.0.1 and 10.99.0.2, joined by a virtual cable."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces are made by root with `ip` (Debian: iproute2)")
     names = [f"megatron-cream-{os.getpid()}-{i}" for i in range(2)]
@@ -133,7 +136,7 @@ def namespaces():
 
 
 def test_two_hosts_whose_names_do_not_resolve(documents, one_node, tmp_path, namespaces):
-    """Each host's name means 127.0.0.1 to itself: addresses and the network interface must be given."""
+    """Each host resolves its own name to 127.0.0.1, so addresses and the network interface must be given."""
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     given = flags(documents, tmp_path / "run")
     processes = []
@@ -145,7 +148,7 @@ def test_two_hosts_whose_names_do_not_resolve(documents, one_node, tmp_path, nam
 
 
 def test_a_lost_node_rejoins(documents, one_node, tmp_path, port):
-    """SIGKILL of one torchrun with its ranks; started again by hand, as a cluster would. The other one stays."""
+    """Kill one torchrun with its ranks, and start it again as a cluster would. The other torchrun stays."""
     logs = [tmp_path / "0.log", tmp_path / "1.log", tmp_path / "1.again.log"]
     save = tmp_path / "run"
 
@@ -181,7 +184,7 @@ def test_restarts_on_several_nodes_need_a_store_that_is_new_each_time(monkeypatc
 
 
 def test_a_file_missing_on_one_node_ends_the_job_on_all(documents, tmp_path, port):
-    """The same relative paths, but each node has a folder of its own: no data on the second, then no common --save."""
+    """Both nodes use the same relative paths in different folders: first the data, then --save is not shared."""
     folders = [tmp_path / "first", tmp_path / "second"]
     logs = [folder / "log" for folder in folders]
     for folder in folders:

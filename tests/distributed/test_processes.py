@@ -1,4 +1,4 @@
-"""Processes end with the one that started them, and hear what ends them; tests/faults/one_process.py has more."""
+"""Tests that processes end with their parent and react to signals; tests/faults/one_process.py has more."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from tests.faults.kill import launch, newest, ranks, wait_for
 from tests.faults.one_process import check_nothing_is_left
 from tests.launch import ROOT, write_documents
 
-# The child asks for its parent's end when that is long past, as a worker may whose rank dies as it starts.
+# The child asks to end with its parent when the parent has already ended, like a worker whose rank dies at its start.
 TOO_LATE = """
 import os, time
 from megatron_cream.common.processes import end_with_parent
@@ -35,7 +35,7 @@ with waiting_for_peers():
 os.kill(os.getpid(), {number})
 """
 
-# A request of half the size of a pipe's buffer would hide what waits for its reader.
+# The second request exceeds the pipe's buffer: a small one would not block without a reader.
 WRITER = """
 import os, signal
 from functools import partial
@@ -67,13 +67,13 @@ def run(code: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("parent, said", [("parent", ""), ("None", "alive\n")])
 def test_a_child_ends_when_its_parent_ended_first(parent, said):
-    """Its own look at its parent would come too late: that is process 1 by then, which lives on."""
+    """Without the given parent the child would see process 1 as its parent, and live on."""
     assert run(TOO_LATE.format(parent=parent)).stdout == said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_rank_that_waits_for_others(number):
-    """In C++, where no handler of Python's is run; the handlers are back afterwards."""
+    """It waits in C++, where Python's handlers do not run; they are restored afterwards."""
     inside = run(PEERS.format(inside=f"os.kill(os.getpid(), {int(number)})", number=int(number)))
     assert (inside.returncode, inside.stdout) == (-number, "")
     after = run(PEERS.format(inside="pass", number=int(number)))
@@ -81,7 +81,7 @@ def test_a_signal_ends_a_rank_that_waits_for_others(number):
 
 
 def test_a_rank_does_not_wait_for_a_checkpoint_writer_that_was_killed(tmp_path):
-    """Megatron waits without end: for the tensors to be taken, at the end of the run, for a queue that none reads."""
+    """Megatron waits forever: for the writer to take the tensors, and at the end for a queue that nobody reads."""
     script = tmp_path / "script.py"
     script.write_text(WRITER)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -99,14 +99,14 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_process_of_a_test_ends_with_it():
-    """In a session of its own it hears neither Ctrl-C nor what ends the test's."""
+    """A process in its own session gets neither Ctrl-C nor the signal that ends the test process."""
     started = int(run(STARTS).stdout)
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(started).wait(timeout=300)
 
 
 def test_a_killed_rank_leaves_no_process_behind(tmp_path):
-    """The writer of --async-save and what belongs to it, workers, the other rank, and what they wait for."""
+    """The --async-save writer with its helpers, the data loader workers and the other rank all end."""
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
     flags = ["--save", save, "--load", save, "--save-interval", 2, "--num-workers", 1, "--async-save"]
     process = launch(documents, save, 100_000, tmp_path / "log", flags=flags)
@@ -117,7 +117,7 @@ def test_a_killed_rank_leaves_no_process_behind(tmp_path):
 
 
 def test_a_killed_result_server_loses_one_checkpoint_at_most(tmp_path):
-    """The process that the writer of --async-save answers through, of one rank; the other waited in a collective."""
+    """Kill the process that passes on the answers of one rank's --async-save writer; the peer rank must not hang."""
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
     flags = ["--save", save, "--load", save, "--save-interval", 2, "--async-save"]
     process = launch(documents, save, 20, tmp_path / "log", flags=flags)

@@ -1,4 +1,4 @@
-"""The project's commands, run as a user types them: each in a fresh process, in a folder that was empty."""
+"""Run the project's commands as a user types them: each in a fresh process, in an initially empty folder."""
 
 import contextlib
 import itertools
@@ -20,35 +20,35 @@ PYTHONS = "CHAIN_PYTHON"
 
 
 def pythons() -> list[str]:
-    """Return the interpreters of CHAIN_PYTHON, which has colons between them; by default this one alone."""
+    """Return the interpreters listed in CHAIN_PYTHON, separated by colons; by default only this one."""
     return os.environ.get(PYTHONS, sys.executable).split(os.pathsep)
 
 
 def advised(said: str) -> list[str]:
-    """Return the script and the flags of the command that `said` ends by advising."""
+    """Return the script and flags of the last command that the output `said` advises."""
     words = shlex.split(re.findall(r"^Next: (.+)$", said, re.MULTILINE)[-1])
     return words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
 
 
 class Chain:
-    """Commands run one after the other in `folder`.
+    """Commands that run one after the other in `folder`.
 
-    Where there are several interpreters they take turns, so that each reads what another has written.
+    Several interpreters take turns, so that each reads files that another has written.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._turns, self._commands = itertools.cycle(pythons()), itertools.count(1)
-        # Nothing of the test's own process: a package is found where the user's command finds it.
+        # PYTHONPATH is not inherited: packages are found where a user's command finds them.
         inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
         self._environment = inherited | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def run(self, script: str, *flags, ranks: int = 0, timeout: int = 900) -> str:
-        """Run a command that must succeed, and return what it printed; a tool prints no library's warnings.
+        """Run a command, check that it succeeds without library warnings, and return its output.
 
         Args:
-            script: a path in the project.
-            ranks: started by torchrun; 0 is without it.
+            script: a path in the project, or -c.
+            ranks: ranks to start with torchrun; 0 runs without torchrun.
         """
         with self.started(script, *flags, ranks=ranks) as (process, log):
             code = process.wait(timeout)
@@ -58,11 +58,11 @@ class Chain:
         return said
 
     def run_code(self, code: str, *arguments) -> str:
-        """Run Python code that must succeed, and return what it printed."""
+        """Run Python code, check that it succeeds, and return its output."""
         return self.run("-c", code, *arguments)
 
     def kill_when(self, condition: Callable[[], bool], script: str, *flags, ranks: int) -> str:
-        """Start a command, and SIGKILL all of its processes as soon as `condition` holds; return what it printed."""
+        """Start a command, SIGKILL all its processes as soon as `condition` holds, and return its output."""
         with self.started(script, *flags, ranks=ranks) as (process, log):
             wait_for(condition, process)
             assert process.poll() is None, log.read_text(errors="replace")[-6000:]
@@ -70,7 +70,7 @@ class Chain:
 
     @contextlib.contextmanager
     def started(self, script: str, *flags, ranks: int = 0) -> Iterator[tuple[psutil.Popen, Path]]:
-        """Yield the process and the file that it prints to; nothing of it is left at the end of the block."""
+        """Yield the process and its log file; all its processes are ended after the block."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
         command = [next(self._turns), *torchrun, script if script == "-c" else str(ROOT / script), *map(str, flags)]
         log = self.folder / f"log.{next(self._commands)}"
@@ -82,7 +82,7 @@ class Chain:
             yield process, log
         finally:
             if process.poll() is None:
-                left = [process, *process.children(recursive=True)]  # torchrun's ranks are in sessions of their own
+                left = [process, *process.children(recursive=True)]  # torchrun's ranks have their own sessions
                 for each in left:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         each.kill()

@@ -1,8 +1,8 @@
-"""From text and a Hugging Face folder to an extended one, and to one extended further, each command a fresh process.
+"""Tests of the whole chain: extend a Hugging Face model once or twice, with each command in a fresh process.
 
-By default a tiny model is extended once. `-m slow` extends it twice. `-m real_model` does so with a pretrained model:
-REAL_MODEL is the folder that fetch_model.sh made. CHAIN_PYTHON lists interpreters, separated by colons, that run the
-commands in turn.
+By default a tiny model is extended once. `-m slow` extends it twice. `-m real_model` extends a pretrained model twice:
+REAL_MODEL is the folder made by fetch_model.sh. CHAIN_PYTHON lists interpreters, separated by colons, that take turns
+at running the commands.
 """
 
 import json
@@ -28,7 +28,7 @@ from tests.evaluation_models import save_llama
 config = save_llama(Path("model")) / "config.json"
 config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 256}))
 """
-"""Saves a Llama of two layers and 256 positions, with a tokenizer of its own."""
+"""Code that saves a Llama with two layers, 256 positions and its own tokenizer."""
 
 OPEN_BY_TRANSFORMERS = """
 import sys, torch
@@ -48,9 +48,10 @@ print("opened by transformers")
 
 @dataclass(frozen=True)
 class Model:
-    """window: positions that the model was pretrained with. seq_length: of a training sample. steps: of the first run.
+    """A model to extend, and the sizes of its runs.
 
-    targets: the windows of the first and of the second training. length: of the evaluations.
+    window: positions of the pretrained model. seq_length: tokens of a training sample. steps: steps of the first run.
+    targets: windows of the first and the second training. length: tokens of the evaluations. train: further flags.
     """
 
     window: int
@@ -62,7 +63,7 @@ class Model:
 
 
 TINY = Model(window=256, seq_length=256, targets=(1024, 2048), steps=10, length=512)
-# The optimizer is saved as it lies: to gather it would take 7 GB of memory on each of the two ranks.
+# The optimizer state is saved as it is sharded: gathering it would need 7 GB of memory on each of the two ranks.
 REAL = Model(
     window=8192,
     seq_length=512,
@@ -93,7 +94,7 @@ def test_real_model(tmp_path):
 
 
 def extend(chain: Chain, model: Model) -> None:
-    """Preprocess, import, train until killed, resume, export and evaluate, as each command advises for the next."""
+    """Preprocess, import, train until killed, resume, export and evaluate, with the commands that each step advises."""
     folder = chain.folder
     write_texts(folder / "docs.jsonl")
     tokenizer = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model model".split()
@@ -137,7 +138,7 @@ def compare_formats_and_extend_again(chain: Chain, model: Model) -> None:
 
 
 def write_texts(file: Path) -> None:
-    """Documents longer than a sample: Python's own sources, which every machine has."""
+    """Write documents longer than a sample, taken from Python's standard library."""
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:25]
     text = "".join(source.read_text(encoding="utf-8", errors="replace") for source in sources)
     file.write_text("".join(json.dumps({"text": text[i * 9000 : i * 9000 + 9000]}) + "\n" for i in range(60)))

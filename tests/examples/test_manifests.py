@@ -1,7 +1,7 @@
-"""examples/kubernetes and examples/docker, as far as they can be looked at without a cluster or an image.
+"""Tests of examples/kubernetes and examples/docker that need no cluster and no image.
 
-The manifests are read by Kubeflow's own client models, which hold Kubernetes' too; what a model does not know is lost
-on the way through it, so that what comes out must be what went in.
+The manifests are parsed by Kubeflow's client models, which include Kubernetes' models. A model drops unknown fields, so
+the serialized result must equal the manifest.
 """
 
 import json
@@ -41,7 +41,7 @@ KINDS = {"pytorchjob.yaml": through_pytorchjob, "jobset.yaml": through_jobset}
 
 
 def pods(manifest: dict) -> list[dict]:
-    """Of each group of pods, the pod's spec."""
+    """Return the pod spec of each group of pods."""
     if manifest["kind"] == "JobSet":
         return [job["template"]["spec"]["template"]["spec"] for job in manifest["spec"]["replicatedJobs"]]
     return [replica["template"]["spec"] for replica in manifest["spec"]["pytorchReplicaSpecs"].values()]
@@ -83,7 +83,7 @@ def test_the_pods_and_torchrun_agree(manifest):
         assert int(options["nproc_per_node"]) == int(container["resources"]["limits"]["nvidia.com/gpu"])
         assert options["rdzv_endpoint"].rpartition(":")[0] == first
         assert pod["restartPolicy" if manifest["kind"] == "JobSet" else "volumes"]
-        # SIGKILL falls after the ranks have had as long as the hook gives them.
+        # SIGKILL must come after the time that the hook gives the ranks.
         hook = container["lifecycle"]["preStop"]["exec"]["command"][-1]
         assert int(re.search(r"sleep (\d+)", hook)[1]) < pod["terminationGracePeriodSeconds"]
         mounted = {mount["name"] for mount in container["volumeMounts"]}
@@ -105,7 +105,7 @@ def test_manifests_use_existing_flags(manifest):
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("nsenter") is None, reason="process namespaces are made by root")
 def test_a_terminated_pod_saves_and_is_not_complete(tmp_path, manifest):
-    """The manifest's own command as process 1, and its hook, as the kubelet would run it. One node of two ranks."""
+    """Run the manifest's command as process 1, and its hook like the kubelet. One node with two ranks."""
     (container, *_) = (pod["containers"][0] for pod in pods(manifest))
     documents, save, log = write_documents(tmp_path / "documents", documents=20), tmp_path / "run", tmp_path / "log"
     given = [
@@ -139,7 +139,7 @@ def test_the_dockerfile_copies_and_installs_existing_files():
     for source in (word for name, rest in steps if name == "COPY" for word in shlex.split(rest)[:-1]):
         assert (ROOT / source).exists(), source
     (run,) = (rest for name, rest in steps if name == "RUN")
-    # The image's torch is a pre-release, which ">=2.9" would not take: everything but torch is asked for.
+    # The image's torch is a pre-release, which does not match ">=2.9": everything but torch is installed.
     pattern = re.search(r"grep -v '([^']+)' requirements.txt", run)[1]
     left_out = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if re.search(pattern, line)]
     assert [re.match(r"[\w-]+", line)[0] for line in left_out] == ["torch"]

@@ -1,4 +1,4 @@
-"""examples/slurm/train.sbatch with stand-ins for Slurm's commands and torchrun; examples/test_slurm.py has a real Slurm."""
+"""Tests of examples/slurm/train.sbatch with stand-ins for Slurm and torchrun; test_slurm.py uses a real Slurm."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ FOLDERS = ["plain", "a b", "$(touch pwned)", "`touch pwned`", "a; touch pwned", 
 
 
 def run(tmp_path, folder: str, *flags, send: str = "", code: int = 0, **environment):
-    """Returns the job's exit code, and what torchrun and `scontrol requeue` were given."""
+    """Run the script, and return its exit code and the arguments given to torchrun and `scontrol requeue`."""
     commands, log = tmp_path / "bin", tmp_path / "log"
     commands.mkdir()
     for name, text in STAND_INS.items():
@@ -38,7 +38,7 @@ def run(tmp_path, folder: str, *flags, send: str = "", code: int = 0, **environm
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("send", ["USR1", "TERM"])
 def test_a_stopped_job_is_requeued(tmp_path, folder, send):
-    """Whatever TMPDIR is called: the note in there is made and removed, and no part of the name is run."""
+    """With any name of TMPDIR the note in it is written and removed, and no part of the name is executed."""
     assert run(tmp_path, folder, send=send)[1][-1] == "requeue 7"
 
 

@@ -1,4 +1,4 @@
-"""examples/slurm/train.sbatch under a real Slurm of two nodes, where one is installed; tests/slurm/jobs.py has more."""
+"""Test of examples/slurm/train.sbatch under a real Slurm of two nodes, if installed; tests/slurm/jobs.py has more."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def slurm(tmp_path_factory):
 
 
 def test_a_stopped_job_requeues_and_ends_bit_identical(slurm, tmp_path):
-    """Two nodes of one rank. The first run is left alone; its like gets scancel --signal=USR1."""
+    """Run two nodes with one rank each: once undisturbed, and once with scancel --signal=USR1."""
     documents = write_documents(tmp_path / "documents", documents=20)
     alone, told = tmp_path / "alone", tmp_path / "told"
     slurm.wait(slurm.train(*flags(documents, alone)))

@@ -1,4 +1,4 @@
-"""The study of examples/study: its data, its measure of recall, and its command from end to end on a tiny Llama."""
+"""Tests of examples/study: its data, its measure of recall, and the whole command on a tiny Llama."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def study():
-    """Its modules."""
+    """The modules of the study."""
     sys.path.insert(0, str(STUDY))
     try:
         import corpus
@@ -46,7 +46,7 @@ def test_a_document_states_its_pairs_over_and_over(study, count):
     for key, value in zip(document[places], document[places + 1]):
         assert value in VALUES and stated.setdefault(int(key), int(value)) == value
     assert len(set(stated.values())) == len(stated) <= count and len(places) > len(stated)
-    # The rest is the text as it was.
+    # The remaining tokens are the unchanged text.
     rest = np.setdiff1d(np.arange(4096), np.concatenate([places, places + 1]))
     assert len(set((document[rest].astype(int) - rest) % 900)) == 1
     low, high = study.corpus.GAPS
@@ -66,7 +66,7 @@ def test_a_context_asks_for_what_it_states_once(study, depth):
 
 
 class _Reader:
-    """Answers from what it reads: the value of the last key, if that stands in the first `sees` tokens, else 0."""
+    """A model that answers with the value of the last key if the first `sees` tokens contain it, else with 0."""
 
     device = "cpu"
 
@@ -90,7 +90,7 @@ def test_recall_is_the_share_that_is_found_at_each_depth(study):
 
 
 def test_the_trainer_accepts_every_run(study, tmp_path):
-    """All methods, factors and ablations, as pretrain_cream.py reads them."""
+    """Parse the flags of all methods, factors and ablations as pretrain_cream.py does."""
     from megatron_cream.config import parse
     from megatron_cream.config.samplers import sampler_options
 
@@ -99,7 +99,7 @@ def test_the_trainer_accepts_every_run(study, tmp_path):
     for run in [study.methods.base(0), *study.methods.extensions([0], [4, 8, 16])]:
         flags = study.methods.flags(run, tmp_path, corpus)
         if run.method != "base":
-            del flags[(place := flags.index("--pretrained-checkpoint")) : place + 2]  # there is none yet
+            del flags[(place := flags.index("--pretrained-checkpoint")) : place + 2]  # there is no checkpoint yet
         args = parse.read(flags)
         samplers[run.name] = sampler_options(args)
         assert args.global_batch_size % args.micro_batch_size == 0
@@ -118,7 +118,7 @@ def test_the_trainer_accepts_every_run(study, tmp_path):
 
 @pytest.mark.parametrize("gpus", [1, 3])
 def test_timed_runs_have_the_first_gpu_to_themselves(study, gpus):
-    """Every run starts once, on a GPU that has room, whatever ends when."""
+    """Every run starts once, on a GPU with room, in any order of endings."""
     jobs, rng = 4, np.random.default_rng(gpus)
     command = object.__new__(study.command.Study)
     command.flags, command.pools = SimpleNamespace(jobs=jobs), dict.fromkeys(range(gpus))
@@ -139,7 +139,7 @@ def test_timed_runs_have_the_first_gpu_to_themselves(study, gpus):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study of two methods, stopped at once, and started again."""
+    """The folder of a study of two methods that was stopped at once and resumed."""
     folder = tmp_path_factory.mktemp("study")
     command = [sys.executable, str(STUDY / "study.py"), "--output", str(folder), "--seeds", "0", "--factors", "4"]
     command += ["--methods", "cream", "full", "--samples", "1", "--documents", "4", "--learned", "0", "--jobs", "1"]

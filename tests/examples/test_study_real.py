@@ -1,4 +1,4 @@
-"""The study of examples/study_real: its grid, its prompts, its scores, and its commands on a tiny Llama."""
+"""Tests of examples/study_real: its grid, its prompts, its scores, and its commands on a tiny Llama."""
 
 import json
 import math
@@ -19,7 +19,7 @@ NAMES = ("cells", "retrieval", "report", "study")
 
 @pytest.fixture(scope="module")
 def study():
-    """Its modules, whose names another study of examples/ has too."""
+    """The modules of the study; another study of examples/ has modules with the same names."""
     others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
     sys.path.insert(0, str(STUDY))
     try:
@@ -82,7 +82,7 @@ def test_the_best_learning_rate_is_kept(study):
     settings = study.cells.Settings(factors=(4,), rates=(1.0, 2.0, 3.0))
     losses = {1.0: 2.0, 2.0: 1.5, 3.0: float("nan")}
     lines = [result(study, "yarn", "cream", 1, rate, loss) for rate, loss in losses.items()]
-    assert study.cells.score(lines[1]) == pytest.approx(2.5)  # and a nat of text
+    assert study.cells.score(lines[1]) == pytest.approx(2.5)  # plus one nat of text loss
     found = {line["run"]: line for line in lines}
     assert study.cells.chosen_rate(settings, "yarn", found) == 2.0
     assert study.cells.chosen_rate(settings, "ntk", found) is None
@@ -128,7 +128,7 @@ def test_prompts_state_what_they_ask_for(study, task, questions):
 
 
 def test_an_answer_counts_when_all_its_tokens_are_the_likeliest(study, monkeypatch):
-    """Of two answers of three tokens: the first whole, of the second all but one."""
+    """Score two answers of three tokens each: all tokens of one are the likeliest, all but one of the other."""
     tokens = np.arange(2 * 20, dtype=np.uint16).reshape(2, 20)
     answers = np.array([[[14, 17, 100], [8, 11, 950]]] * 2)
     marked = []
@@ -139,7 +139,7 @@ def test_an_answer_counts_when_all_its_tokens_are_the_likeliest(study, monkeypat
 
     monkeypatch.setattr(study.retrieval, "_scores", scores)
     found = study.retrieval._of_prompts(None, study.retrieval.Prompts(tokens, answers))
-    assert marked == [[7, 8, 9, 13, 14, 15]] * 2  # the labels of these places are the answers
+    assert marked == [[7, 8, 9, 13, 14, 15]] * 2  # the labels at these places are the answers
     assert (found["accuracy"], found["loss"], found["answers"]) == (0.5, 1.0, 4)
     assert found["by_depth"] == {"1": [1.0, 0.0, 2], "9": [0.0, 2.0, 2]} and found["by_prompt"] == [[0.5, 1.0]] * 2
 
@@ -167,7 +167,7 @@ def prepared(tmp_path_factory):
 
 
 def test_the_command_resumes_at_what_is_missing(prepared):
-    """A run whose evaluation fails is tried again, then left; started again it is evaluated and not trained."""
+    """A failed evaluation is retried once, then skipped. A new start evaluates the run without training again."""
     data, out = prepared / "data", prepared / "out"
     command = [STUDY / "study.py", "--data", data, "--output", out, "--no-ahead", "--cells"]
     (data / "evaluation.npz").rename(prepared / "away.npz")

@@ -1,10 +1,10 @@
-"""Take the disk away from a training that runs, give it back, and compare its end with a run that was left alone.
+"""Take the disk away from a running training, give it back, and compare the result with an undisturbed run.
 
     python tests/faults/disk.py FOLDER [--steps 120]        (as root: it mounts small file systems in FOLDER)
 
-Two ranks over gloo, a checkpoint every second step, synchronous and --async-save. While the fault lasts at least two
-checkpoints must fail, each with one line; the tracker and the checkpoint that it names stay, and nothing half-written
-does. Afterwards the run must end well, with the bits of the run that was left alone.
+Two ranks over gloo save a checkpoint every second step, synchronously and with --async-save. While the fault lasts, at
+least two checkpoints must fail, each with one line. The tracker and its checkpoint must stay; partial checkpoints must
+not. Afterwards the run must succeed and end bit-identical to the undisturbed run.
 """
 
 import argparse
@@ -26,14 +26,14 @@ _PAGE = 4096
 
 @contextlib.contextmanager
 def full(save: Path) -> Iterator[None]:
-    """Not a byte is left."""
+    """Fill the disk completely."""
     with ballast(save, leave=0):
         yield
 
 
 @contextlib.contextmanager
 def no_room_for_metadata(save: Path) -> Iterator[None]:
-    """The shards of all ranks fit; what the first rank writes when the others are done does not."""
+    """Leave room for the shards of all ranks, but not for the files that the first rank writes last."""
     step = save / f"iter_{newest(save):07d}"
     shards = sum(-(-path.stat().st_size // _PAGE) * _PAGE for path in step.glob("*.distcp"))
     with ballast(save, leave=shards + 4 * _PAGE):
@@ -42,9 +42,12 @@ def no_room_for_metadata(save: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(save: Path) -> Iterator[None]:
-    """As after an error of the disk. The kernel refuses that by hand while a run holds its lock open for writing."""
+    """Make the disk read-only, as after a disk error.
+
+    The kernel refuses to remount a file system read-only while the run has its lock file open for writing.
+    """
     disk = save.parent
-    subprocess.run(["mount", "--bind", disk, disk], check=True)  # above the mount that has the open file
+    subprocess.run(["mount", "--bind", disk, disk], check=True)  # covers the mount with the open file
     subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
     yield
     subprocess.run(["umount", "--lazy", disk], check=True)
@@ -52,7 +55,7 @@ def read_only(save: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_tracker(save: Path) -> Iterator[None]:
-    """All is written but the file that names the step: a folder is where it is made."""
+    """Block only the tracker, by a folder in place of its temporary file."""
     beside = save / f".{TRACKER}.partial"
     beside.mkdir()
     yield
@@ -61,7 +64,7 @@ def no_tracker(save: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def names_taken(save: Path) -> Iterator[None]:
-    """Files stand where the next checkpoints' folders are to be."""
+    """Put files in place of the folders of the next checkpoints."""
     files = [save / f"iter_{newest(save) + step:07d}" for step in (4, 6, 8, 10)]
     for path in files:
         path.write_text("not a checkpoint")
@@ -72,7 +75,7 @@ def names_taken(save: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ballast(save: Path, leave: int) -> Iterator[None]:
-    """The disk of `save` has so many bytes left."""
+    """Fill the disk of `save` until `leave` bytes are left."""
     path = save.parent / "ballast"
     with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -84,7 +87,7 @@ def ballast(save: Path, leave: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unmounted(save: Path) -> Iterator[None]:
-    """The mount is lost, and comes back: the same files by the same numbers, as a disk or NFS has them."""
+    """Unmount the disk and mount it again, with the same inode numbers, as for a real disk or NFS."""
     disk, kept = save.parent, save.parent.with_name("kept")
     kept.mkdir(exist_ok=True)
     subprocess.run(["mount", "--bind", disk, kept], check=True)
@@ -119,7 +122,7 @@ def main() -> int:
 
 
 def take_away(fault, documents: Path, save: Path, steps: int, log: Path, extra: list[str]) -> str:
-    """Returns what the run said of the checkpoints that failed, in short."""
+    """Run one training with the fault, check it, and return a summary of its failed checkpoints."""
     flags = ["--save", save, "--load", save, "--save-interval", 2, *extra]
     process = launch(documents, save, steps, log, flags=flags)
     wait_for(lambda: newest(save) >= 4 and len(ranks(process)) == 2, process)
@@ -145,7 +148,7 @@ def small_disk(path: Path, size: int) -> Iterator[Path]:
     try:
         yield path
     finally:
-        deadline = time.monotonic() + 10  # what a run has started ends shortly after it
+        deadline = time.monotonic() + 10  # processes of the run end shortly after it
         while subprocess.run(["umount", path], stderr=subprocess.DEVNULL).returncode:
             assert time.monotonic() < deadline, f"{path} is still in use"
             time.sleep(0.1)

@@ -1,11 +1,11 @@
-"""Kill a training again and again, start it again each time, and compare its end with a run that was left alone.
+"""Kill a training repeatedly, restart it each time, and compare the result with an undisturbed run.
 
     python tests/faults/kill.py FOLDER [--kills 30] [--seed 0] [--steps 40] [--torchrun]
 
-Two ranks over gloo, data parallel, distributed optimizer, a checkpoint every second step. Each kill is a SIGKILL of
-one rank, or of the launcher and all its ranks, at a random moment: some time after the start, or while a
-checkpoint is being written. At the end every tensor of the two runs' last checkpoints, weights and optimizer,
-must have the same bits. With --torchrun the ranks are started again by `torchrun --max-restarts`, and without --load.
+Two data-parallel ranks over gloo use the distributed optimizer and save a checkpoint every second step. Each kill is a
+SIGKILL of one rank, or of the launcher and all its ranks, at a random moment: some time after the start, or while a
+checkpoint is being written. At the end every tensor of the two runs' last checkpoints, weights and optimizer, must be
+bit-identical. With --torchrun, `torchrun --max-restarts` restarts the ranks, without --load.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tests.launch import TINY, write_documents
 from tests.processes import ending_with_test
 
-_OF = "TEST_RUN_OF"  # in the environment of each launch's processes: its --save
+_OF = "TEST_RUN_OF"  # environment variable of a launch's processes: its --save
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -52,10 +52,10 @@ def main() -> int:
 
 
 def kill(folder: Path, *, kills: int, seed: int, steps: int) -> dict[str, int]:
-    """Returns how many kills fell before, in, and after a first checkpoint of their launch.
+    """Kill launches at random, and return how many kills hit a start, a training and a checkpoint.
 
     Raises:
-        AssertionError: a launch did not resume, or the two ends differ.
+        AssertionError: a launch did not resume, or the results differ.
     """
     rng = random.Random(seed)
     documents = write_documents(folder / "documents", documents=20)
@@ -71,7 +71,7 @@ def kill(folder: Path, *, kills: int, seed: int, steps: int) -> dict[str, int]:
     while sum(met.values()) < kills:
         i += 1
         before = newest(killed)
-        if before >= steps:  # it came to its end: go on from nothing
+        if before >= steps:  # the run is complete: start a new one
             compare(alone, killed, steps)
             shutil.rmtree(killed)
             before = 0
@@ -107,10 +107,10 @@ def kill(folder: Path, *, kills: int, seed: int, steps: int) -> dict[str, int]:
 
 
 def kill_under_torchrun(folder: Path, *, kills: int, seed: int, steps: int) -> None:
-    """One launch in which ranks are killed after some new checkpoint each, and torchrun starts all of them again.
+    """Kill ranks of one launch, each after a new checkpoint, while torchrun restarts all ranks.
 
     Raises:
-        AssertionError: the launch did not come to its end, or that is not the end of one left alone.
+        AssertionError: the launch failed, or its result differs from an undisturbed run.
     """
     rng = random.Random(seed)
     documents = write_documents(folder / "documents", documents=20)
@@ -144,7 +144,12 @@ def launch(
     flags: list | None = None,
     script: tuple = (ROOT / "pretrain_cream.py",),
 ) -> subprocess.Popen:
-    """Two ranks; `options` are torchrun's, `flags` stand in for --save and --load."""
+    """Start a training with two ranks.
+
+    Args:
+        options: options of torchrun.
+        flags: flags that replace --save, --load and --save-interval.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *options]
     command += [*script, *TINY, "--fp32", "--data-path", documents, "--split", "90,10,0"]
     command += ["--use-distributed-optimizer", "--train-iters", steps, "--lr-decay-iters", steps]
@@ -161,13 +166,13 @@ def launch(
 
 
 def newest(save: Path) -> int:
-    """The step that a launch will go on from."""
+    """Return the step that a launch would resume from; 0 without a checkpoint."""
     tracker = save / TRACKER
     return int(tracker.read_text()) if tracker.is_file() else 0
 
 
 def writing(save: Path, known: int) -> bool:
-    """A checkpoint's folder is there that the tracker does not name yet."""
+    """Return whether there is a checkpoint folder after `known` that the tracker does not name yet."""
     steps = [int(path.name.removeprefix("iter_")) for path in save.glob("iter_*")] if save.is_dir() else []
     return any(step > max(known, newest(save)) for step in steps)
 
@@ -183,7 +188,7 @@ def ranks(launcher: subprocess.Popen) -> list[psutil.Process]:
 
 
 def ranks_of_folder(save: Path) -> list[psutil.Process]:
-    """What is left of a launch: a rank whose launcher was killed may live on for a moment."""
+    """Return the remaining ranks of a launch: a rank may outlive its killed launcher for a moment."""
     left = []
     for process in psutil.process_iter(["cmdline"]):
         if str(save) in (process.info["cmdline"] or []) and process.pid != os.getpid():
@@ -192,7 +197,7 @@ def ranks_of_folder(save: Path) -> list[psutil.Process]:
 
 
 def wait_for_no_helper(save: Path, seconds: float = 60.0) -> None:
-    """A checkpoint's helper processes end with the rank that started them; of the launches into `save`."""
+    """Wait until all checkpoint helper processes of the launches into `save` have ended with their ranks."""
     deadline = time.monotonic() + seconds
     while left := [p for p in psutil.process_iter(["cmdline", "ppid", "environ"]) if _helper_of_nobody(p, save)]:
         assert time.monotonic() < deadline, [p.info["cmdline"] for p in left]
@@ -205,7 +210,7 @@ def _helper_of_nobody(process: psutil.Process, save: Path) -> bool:
 
 
 def compare(one: Path, other: Path, steps: int) -> None:
-    """Every tensor of both runs' checkpoints at `steps`, bit for bit."""
+    """Check that all tensors of both runs' checkpoints at `steps` are bit-identical."""
     first, second = (tensors(path / f"iter_{steps:07d}") for path in (one, other))
     assert first.keys() == second.keys() and first
     for name, tensor in first.items():

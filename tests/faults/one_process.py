@@ -1,12 +1,12 @@
-"""Kill or signal one process of a training, whichever it is, again and again; nothing may be left of any launch.
+"""Kill or signal one random process of a training, repeatedly; no launch may leave a process behind.
 
     python tests/faults/one_process.py FOLDER [--signals 30] [--seed 0] [--steps 60]
 
-Two ranks over gloo with --async-save, two data loader workers each and a --save-hook: torchrun, ranks, workers,
-checkpoint writers, their queues' servers, resource trackers and hooks. Each launch gets one signal to one of them at a
-random moment. It must end by itself, or go on to its end, without a rank's traceback; within --patience seconds of
-torchrun's end no process of it is left and no file in /dev/shm (its own, as root). The last checkpoint has the same
-bits as that of a run that was left alone.
+Two ranks over gloo run with --async-save, two data loader workers each and a --save-hook. The processes are torchrun,
+ranks, workers, checkpoint writers, the servers of their queues, resource trackers and hooks. In each launch one of them
+gets one signal at a random moment. The launch must end by itself or complete the run, without a rank's traceback.
+Within --patience seconds of torchrun's end, its processes and all files in /dev/shm (private, as root) must be gone.
+The last checkpoint must be bit-identical to that of an undisturbed run.
 """
 
 import argparse
@@ -57,19 +57,19 @@ def main() -> int:
     starts = 0
     while met.total() < args.signals:
         before, log, starts = newest(told), args.folder / f"told.{starts}.log", starts + 1
-        if before >= args.steps:  # it came to its end: from nothing again
+        if before >= args.steps:  # the run is complete: start a new one
             compare(alone, told, args.steps)
             shutil.rmtree(told)
             before = 0
         process = start(told, log)
-        if rng.random() < 0.7:  # else at any time, most of which is the start
+        if rng.random() < 0.7:  # otherwise at any time, mostly during the start
             step = rng.randrange(before, args.steps)
             wait_for(lambda step=step: newest(told) >= step, process)
             time.sleep(rng.uniform(0, 0.5))
         else:
             time.sleep(rng.uniform(0, whole))
         found = {}
-        for one in processes(told):  # a kind first, as there are more workers than ranks
+        for one in processes(told):  # choose a kind first, as there are more workers than ranks
             found.setdefault(kind(one), []).append(one)
         if process.poll() is None and found:
             name, number = rng.choice(sorted(found)), rng.choice(SIGNALS)
@@ -88,7 +88,7 @@ def main() -> int:
             flush=True,
         )
         words = log.read_text()
-        # Python's own resource tracker, started anew, complains of all that the killed one knew.
+        # A restarted resource tracker of Python prints a traceback for each resource of the killed one.
         fine = name == "tracker" or words.count("Traceback") <= 1
         assert "[rank" not in words and fine, f"a traceback but torchrun's: {log}"
         assert newest(told) >= before, log
@@ -100,7 +100,7 @@ def main() -> int:
 
 
 def own_shared_memory() -> None:
-    """Start this program again where /dev/shm is nobody else's."""
+    """As root, restart this program with a private /dev/shm."""
     if os.geteuid() == 0 and "OWN_SHARED_MEMORY" not in os.environ:
         os.environ["OWN_SHARED_MEMORY"] = "1"
         mount = 'mount -t tmpfs none /dev/shm && exec "$@"'
@@ -108,7 +108,7 @@ def own_shared_memory() -> None:
 
 
 def processes(save: Path) -> list[psutil.Process]:
-    """All of a launch that run, hooks among them."""
+    """Return all running processes of a launch, including hooks."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -135,7 +135,11 @@ def kind(process: psutil.Process) -> str:
 
 
 def check_nothing_is_left(save: Path, patience: float) -> float:
-    """Returns after how many seconds that was so."""
+    """Wait until no process and no shared memory is left, and return the seconds it took.
+
+    Raises:
+        AssertionError: something is left after `patience` seconds.
+    """
     began = time.monotonic()
     while left := [f"{p.pid} {kind(p)}" for p in processes(save)] + shared_memory():
         assert time.monotonic() - began < patience, left

@@ -1,4 +1,4 @@
-"""pretrain_cream.py, but that one rank is stuck in its data loader, or out of memory, at a step.
+"""Run pretrain_cream.py with one rank that hangs in its data loader, or runs out of memory, at a step.
 
 torchrun --nproc_per_node=2 tests/faults/one_rank.py stuck|memory RANK STEP flags of pretrain_cream.py
 """
@@ -19,13 +19,13 @@ get_batch = pretrain_cream.get_batch
 
 
 def stuck_data_loader() -> None:
-    """As on a file system that hangs."""
+    """Hang, as on a file system that does not respond."""
     while True:
         time.sleep(3600)
 
 
 def out_of_memory() -> None:
-    """And this process would wait forever to end, as with NCCL for collectives that no other rank enters."""
+    """Raise MemoryError in a process that then never exits, as when NCCL waits for peer ranks."""
     threading.Thread(target=threading.Event().wait).start()
     raise MemoryError("nothing is left")
 

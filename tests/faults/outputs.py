@@ -1,11 +1,10 @@
-"""Every command with nowhere to write: a disk that is read-only, full, or has room for a part of the output.
+"""Run every command on a disk that is read-only, full, or has room for only a part of the output.
 
     python tests/faults/outputs.py FOLDER        (as root: it mounts small file systems in FOLDER)
 
-A command runs once with room, to see what it writes; then on each bad disk, into a new place and over what an earlier
-run left there. It must end in one line and an exit code of its own, or go on without what it can do without, never in a
-traceback; the earlier output must stay as it was, and so must what is beside it; and the same command, with room again,
-must write what it wrote before.
+A command runs once with room, to record its output; then on each bad disk, into a new place and over earlier output. It
+must fail with one line and exit code 1 or 2, or continue without an optional output, but never print a traceback.
+Earlier output and the files beside it must stay unchanged. With room again, the command must write the recorded output.
 """
 
 import argparse
@@ -33,13 +32,13 @@ SHARES = (0.0, 0.3, 0.6, 0.9)
 
 @dataclass(frozen=True)
 class Command:
-    """One that writes.
+    """A command that writes output.
 
-    script: of the repository; flags: with {world} for what is read, {disk} for the small file system.
-    over: further flags with which it replaces what an earlier run wrote; None where it has none, and an earlier run's
-        place is refused, or gone on with.
-    exact: the same bytes at each run.
-    goes_on: it can do without, and says so; exit code 0 is right.
+    script: path in the repository.
+    flags: with {world} for the folder of inputs and {disk} for the small file system.
+    over: further flags to replace earlier output; None if the command rejects earlier output or resumes from it.
+    exact: whether each run writes the same bytes.
+    goes_on: whether the output is optional: the command prints a warning and exits with code 0.
     """
 
     script: str
@@ -94,7 +93,7 @@ def main() -> int:
     args = parser.parse_args()
     world = args.folder.absolute() / "world"
     if not world.is_dir():
-        # In a process of its own: after the threads that it starts, a fork could wait for one that it has not.
+        # In its own process: it starts threads, and later forks could wait for threads that they do not have.
         made = start(lambda: inputs(world), "inputs")()
         assert made.code == 0, made.error
     wrong = 0
@@ -112,7 +111,7 @@ def inputs(world: Path) -> None:
 
 
 def tried(command: Command, world: Path, disk: Path) -> Iterator[str]:
-    """A line for each disk."""
+    """Run the command on each bad disk, and yield one result line per disk."""
     earlier = disk.parent / "earlier"
     shutil.rmtree(earlier, ignore_errors=True)
     with small_disk(disk, SIZE):
@@ -161,8 +160,8 @@ def found_wrong(ended: Ended, before: dict[str, str], after: dict[str, str], goe
 
 
 def differing(written: dict[str, str], again: dict[str, str], exact: bool) -> Iterator[str]:
-    """What is wrong with the files of a run with room again; `exact` or not, none may be missing."""
-    # The names of TensorBoard's files have a time and a process in them.
+    """Yield a message if the run with room again misses files or, if `exact`, wrote different ones."""
+    # The names of TensorBoard's files contain a time and a process id.
     missing = [path for path in written.keys() - again.keys() if "tfevents" not in path and "/runs/" not in path]
     changed = [path for path in again if again[path] != written.get(path)] if exact else []
     if missing or changed:
@@ -180,7 +179,7 @@ def used(disk: Path) -> int:
 
 
 def taken_away(disk: Path, fault: str | float, needed: int):
-    """In a `with`: the disk is read-only, or has room for a share of what is needed."""
+    """Return a context manager that makes the disk read-only, or leaves a fraction of the needed room."""
     here = disk / "out"
     return read_only(here) if fault == "read-only" else ballast(here, leave=int(fault * needed) // PAGE * PAGE)
 

@@ -1,11 +1,12 @@
-"""Signal a training at random moments, start it again each time, and compare its end with a run that was left alone.
+"""Signal a training at random moments, restart it each time, and compare the result with an undisturbed run.
 
     python tests/faults/signals.py FOLDER [--signals 20] [--seed 0] [--steps 40]
 
-Two ranks over gloo, distributed optimizer, a checkpoint every second step, and --save-hf at the end. Each launch gets
-SIGTERM, SIGUSR1 or SIGINT, once or twice in a row, to the launcher, to one rank, or to all processes as a terminal or
-Slurm does it: any time from its start to its last write, the imports and the export among them. Each must end by
-itself within --patience seconds, without a rank's traceback once the ranks have begun, and lose no checkpoint.
+Two ranks over gloo use the distributed optimizer, save a checkpoint every second step, and export with --save-hf at the
+end. Each launch gets SIGTERM, SIGUSR1 or SIGINT, once or twice in a row. The signal goes to the launcher, to one rank,
+or to all processes as from a terminal or Slurm, at any time from the start to the last write, including the imports and
+the export. Each launch must end by itself within --patience seconds, without a rank's traceback once the ranks have
+started, and lose no checkpoint.
 """
 
 import argparse
@@ -102,12 +103,12 @@ def send(process: subprocess.Popen, number: signal.Signals, to: str, rng: random
         launcher = psutil.Process(process.pid)
         running = ranks(process)
         if to == "all":
-            os.killpg(process.pid, number)  # torchrun's ranks have sessions of their own
+            os.killpg(process.pid, number)  # torchrun's ranks have their own sessions
         victims = [launcher] if to == "launcher" or not running else running if to == "all" else [rng.choice(running)]
         for victim in victims:
             victim.send_signal(number)
     except (psutil.NoSuchProcess, ProcessLookupError):
-        pass  # it has just ended
+        pass  # the process has just ended
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Stop one rank of two (SIGSTOP), and see how and when the job ends.
+"""Stop one rank of two with SIGSTOP, and check how and when the job ends.
 
     python tests/faults/stop.py FOLDER [--timeout-minutes 0.2]
 
-The other rank must show where it waits within the time-out and a few seconds; torchrun gives the stopped one 30
-seconds to answer, and kills it.
+The other rank must print where it waits within the time-out plus a few seconds; torchrun gives the stopped rank 30
+seconds to answer, then kills it.
 """
 
 import argparse

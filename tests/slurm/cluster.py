@@ -1,6 +1,6 @@
-"""A Slurm of two nodes on this machine: munged, slurmctld and two slurmd in one folder, with its own key and ports.
+"""A Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd with their own folder, key and ports.
 
-The nodes share the machine's CPUs (Slurm is told of more than there are), and have no GPU. As root.
+It needs root. The nodes share the machine's CPUs (Slurm is configured with more than exist) and have no GPU.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF State=UP
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here; None if there can."""
+    """Return why Slurm cannot run here, or None if it can."""
     if os.geteuid() != 0:
         return "Slurm's daemons are started as root"
     absent = [name for name in _DAEMONS if shutil.which(name, path=_path()) is None]
@@ -59,7 +59,7 @@ def missing() -> str | None:
 
 
 class Slurm:
-    """The user's side of it."""
+    """The commands of a user of the cluster."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -71,11 +71,11 @@ class Slurm:
         return done.stdout
 
     def train(self, *flags, options=(), nodes: int = 2, ranks: int = 1) -> int:
-        """`sbatch examples/slurm/train.sbatch`, as on a cluster, but for 1 CPU a node and ranks without GPUs.
+        """Submit examples/slurm/train.sbatch as on a cluster, but with 1 CPU per node and ranks without GPUs.
 
         Returns: the job's id; its log is `folder`/ID.log.
         """
-        # All "nodes" are this machine, whatever Slurm calls them.
+        # All nodes are this machine, under any name.
         self.env |= {"RANKS_PER_NODE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         options = ["--cpus-per-task=1", f"--output={self.folder}/%j.log", f"--nodes={nodes}", *options]
         return int(self.run("sbatch", "--parsable", *options, ROOT / "examples/slurm/train.sbatch", *flags))
@@ -85,7 +85,7 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: int | str, *states: str, seconds: float = 900) -> dict[str, str]:
-        """Until the job is in one of the states; COMPLETED without a word. One that ends otherwise fails the test."""
+        """Wait until the job is in one of the states, by default COMPLETED; fail if it ends in another state."""
         deadline, wanted = time.monotonic() + seconds, states or ("COMPLETED",)
         while (state := self.state(job))["JobState"] not in wanted:
             ended = state["JobState"] in ("FAILED", "CANCELLED", "TIMEOUT", "COMPLETED", "NODE_FAIL")
@@ -100,8 +100,8 @@ class Slurm:
 
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[Slurm]:
-    """While the block runs."""
-    folder.chmod(0o755)  # munged: nobody else may write there
+    """Run the cluster during the `with` block."""
+    folder.chmod(0o755)  # munged requires that no other user may write there
     key = folder / "munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)

@@ -1,11 +1,11 @@
-"""Jobs of examples/slurm/train.sbatch under a real Slurm, each against a run that was left alone.
+"""Run jobs of examples/slurm/train.sbatch under a real Slurm, and compare each with an undisturbed run.
 
     python tests/slurm/jobs.py FOLDER [JOB ...]        (as root; Debian: apt-get install munge slurm-wlm)
 
-Two nodes of one rank over gloo, distributed optimizer. Told to stop by `scancel --signal=USR1`, by the time limit's
-warning, and by a job of a partition that preempts (SIGTERM, as Slurm does within its grace time), each also with
---async-save; an array of two seeds; a job that fails and one that is cancelled, which must not be queued again.
-All of them, or those named.
+Two nodes with one rank each use gloo and the distributed optimizer. Jobs are stopped by `scancel --signal=USR1`, by the
+signal before the time limit, and by a job of a preempting partition (SIGTERM at the start of the grace time), each also
+with --async-save. Other jobs are an array of two seeds, and a failing and a cancelled job, which must not be requeued.
+By default all jobs run.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def flags(documents: Path, save: Path | str, *more, steps: int = STEPS) -> list:
 
 
 def preempt(cluster: Slurm, job: int, save: Path) -> int:
-    """Tell a job to stop as soon as it has a checkpoint, wait until it is in the queue again; the step it saved."""
+    """Stop a job as soon as it has a checkpoint, wait until it is requeued, and return its saved step."""
     wait_for_checkpoint(cluster, job, save)
     cluster.run("scancel", "--signal=USR1", job)
     cluster.wait(job, "PENDING")
@@ -95,7 +95,7 @@ def by_signal(cluster: Slurm, documents: Path, save: Path, more: list) -> None:
 
 
 def by_time_limit(cluster: Slurm, documents: Path, save: Path, more: list) -> None:
-    """The limit is moved near once there is a checkpoint; Slurm looks at it twice a minute."""
+    """Lower the time limit once there is a checkpoint; Slurm checks it twice a minute."""
     job = cluster.train(*flags(documents, save, *more, steps=LONG), options=["--time=60", "--signal=USR1@60"])
     wait_for_checkpoint(cluster, job, save)
     run_time = cluster.state(job)["RunTime"].split(":")
@@ -134,7 +134,7 @@ def failed(cluster: Slurm, documents: Path, save: Path) -> None:
 
 
 def not_again(cluster: Slurm, documents: Path, save: Path, end) -> None:
-    """A job that `end` ends is not put back into the queue; its state has the name of its folder."""
+    """Check that a job ended by `end` is not requeued; its save folder is named after the expected state."""
     job = cluster.train(*flags(documents, save, steps=LONG))
     wait_for_checkpoint(cluster, job, save)
     end(job)

@@ -1,7 +1,7 @@
-"""Reproductions of faults of Megatron's, torch's and tensorboard's, against these as they come, without our patches.
+"""Reproductions of faults in unpatched Megatron, torch and tensorboard.
 
-Each test states the right behaviour and is expected to fail. With a release that has it right CI turns red: then the
-patch that `PATCHES` names for the test is deleted, with the test. docs/upstream.md reports the faults.
+Each test states the right behaviour and is expected to fail. When a release fixes the fault, CI fails: then delete the
+test, and the patch that `PATCHES` names for it. docs/upstream.md reports the faults.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import pytest
 
 
 class Patch(NamedTuple):
-    """The name that is replaced, or worked around, and the tests that fail without that."""
+    """The name that a patch replaces or works around, and the tests that fail without the patch."""
 
     target: str
     tests: tuple[str, ...]
@@ -214,15 +214,16 @@ HOOKS = {
     "weight-gradient-kernels": "our kernel in the place of apex's",
     "weight-gradients-available": "our kernel in the place of apex's",
 }
-"""Patches that have no test here: what each adds, or why its fault cannot be shown."""
+"""Patches without a test here: what each adds, or why its fault cannot be shown."""
 
 
 def upstream_fault(patches: str, reason: str, raises: type[BaseException] = AssertionError) -> pytest.MarkDecorator:
-    """Mark a test as failing for as long as upstream has the fault that the patches correct.
+    """Mark a test as expected to fail while upstream has the fault that the patches correct.
 
     Args:
-        patches: their names, separated by spaces.
-        raises: what it fails with; anything else is a failure of the test.
+        patches: names of the patches, separated by spaces.
+        reason: description of the fault.
+        raises: the expected exception; any other exception fails the test.
     """
     assert set(patches.split()) <= {*PATCHES, *WORKAROUNDS}
     return pytest.mark.xfail(strict=True, raises=raises, reason=f"{patches}: {reason}")

@@ -1,11 +1,11 @@
-"""A small model and its optimizer, of Megatron's parts alone. For the processes of `unpatched`."""
+"""A small model and its optimizer, made only of Megatron's parts, for the processes of `unpatched`."""
 
 import logging
 import queue
 
 from megatron_cream.patches import platform
 
-platform.setup()  # before anything of Megatron is imported
+platform.setup()  # before Megatron is imported
 
 import torch
 import torch.utils.tensorboard
@@ -28,7 +28,7 @@ WEIGHTS, SIZE = 4, 100
 
 
 class Model(MegatronModule):
-    """Weight i holds the number i, and its gradient is i + 1."""
+    """A model whose weight i is filled with the number i and has the gradient i + 1."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
@@ -49,7 +49,7 @@ def start_one_rank() -> None:
 
 
 def hand_over_in_process() -> None:
-    """Spare a save that is not about it the start of a process for its queue."""
+    """Use a queue in this process, so that a save starts no process for its queue."""
     filesystem_async._results_queue = queue.Queue()
 
 
@@ -59,7 +59,7 @@ def build(
     """Return a model after `steps` steps, and its optimizer.
 
     Args:
-        bucket_size: of the gradients' buffer, in elements; None is one bucket.
+        bucket_size: elements per bucket of the gradient buffer; None uses one bucket.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, bf16=bf16, params_dtype=dtype)
@@ -87,5 +87,5 @@ def build(
 
 
 def counts(optimizer: MegatronOptimizer) -> list[float]:
-    """Return how many steps each parameter has had, by torch's Adam."""
+    """Return the number of steps that torch's Adam has counted for each parameter."""
     return [state["step"].item() for state in optimizer.optimizer.state.values()]

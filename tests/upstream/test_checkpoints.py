@@ -1,4 +1,4 @@
-"""Faults of how Megatron and torch write and read checkpoints."""
+"""Faults of Megatron and torch when they write and read checkpoints."""
 
 import multiprocessing
 import os
@@ -35,7 +35,7 @@ def _tracker(folder: Path) -> str:
 
 
 def _save_and_die(folder: Path, step: int) -> None:
-    """As a process that is killed between two calls of the system's."""
+    """Save in a fork that dies between two system calls: after opening a file, before writing it."""
     rank = os.fork()
     if rank == 0:
         checkpointing.maybe_msc.open = _open_and_die
@@ -86,7 +86,7 @@ def test_all_ranks_fail_when_the_configuration_cannot_be_written(tmp_path):
 
 
 def _save_together(rank: int, folder: Path, name: str) -> str:
-    """Save where a file of this name cannot be written. Return the name of what is raised."""
+    """Save where the file `name` cannot be written, and return the name of the raised exception."""
     (folder / name).mkdir(exist_ok=True)
     store = torch.distributed.FileStore(f"{folder}.store", 2)
     wait = timedelta(seconds=3)
@@ -129,7 +129,7 @@ def test_a_save_without_async_save_starts_no_process(tmp_path):
 
 def _processes_of_a_save(folder: Path) -> int:
     start_one_rank()
-    filesystem_async._results_queue = None  # as it is at first
+    filesystem_async._results_queue = None  # its initial value
     planner, writer = dcp.DefaultSavePlanner(), FileSystemWriterAsync(folder)
     planner.set_up_planner({"weight": torch.ones(2)}, is_coordinator=True)
     writer.prepare_write_data(writer.prepare_decentralized_global_plan(planner.create_local_plan()), planner)
@@ -137,7 +137,7 @@ def _processes_of_a_save(folder: Path) -> int:
 
 
 class _Command:
-    """Runs when it is unpickled."""
+    """An object that creates a folder when unpickled."""
 
     def __init__(self, folder: Path):
         self.folder = folder

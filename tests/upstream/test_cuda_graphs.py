@@ -1,4 +1,4 @@
-"""Faults of Megatron's own CUDA graphs (--cuda-graph-impl local). No GPU: nothing is captured here."""
+"""Faults of Megatron's own CUDA graphs (--cuda-graph-impl local). Without a GPU, nothing is captured here."""
 
 import torch
 from megatron.core.transformer import MegatronModule, TransformerConfig, TransformerLayer
@@ -17,7 +17,7 @@ def test_a_layer_runs_without_graphs_in_an_evaluation():
 
 
 class _Layer(TransformerLayer):
-    """Doubles its input."""
+    """A layer that doubles its input."""
 
     def __init__(self, config: TransformerConfig):
         MegatronModule.__init__(self, config)
@@ -27,7 +27,7 @@ class _Layer(TransformerLayer):
 
 
 class _GraphsOfTraining(CudaGraphManager):
-    """As a training leaves it whose graphs are of another shape."""
+    """The manager after a training whose graphs have other shapes."""
 
     def __init__(self):
         torch.nn.Module.__init__(self)

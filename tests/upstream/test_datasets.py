@@ -1,4 +1,4 @@
-"""Faults of Megatron's data sets."""
+"""Faults of Megatron's datasets."""
 
 import resource
 import signal
@@ -38,7 +38,7 @@ def _build_after_a_full_disk(folder: Path) -> int:
 
 
 def _build(folder: Path) -> int:
-    """Return how many samples the index of a blend has, 8 bytes each in one of its files."""
+    """Return the number of samples in a blend's index, which stores 8 bytes per sample in one of its files."""
     blend = BlendedDataset.__new__(BlendedDataset)
     blend.config = Namespace(path_to_cache=str(folder), defer_npy_index_mmap=False, fast_cache_load=False)
     blend.split, blend.size, blend.weights, blend.datasets = Split.train, SAMPLES, [1.0, 1.0], [range(SAMPLES)] * 2

@@ -1,4 +1,4 @@
-"""Faults of Megatron's distributed optimizer, in what it saves and loads."""
+"""Faults of Megatron's distributed optimizer when it saves and loads."""
 
 import tempfile
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_each_weight_is_saved_with_its_own_moments():
 
 
 def _saved_moments() -> dict[str, list[float]]:
-    """Return the least and the greatest number that is saved as the first moment of each weight."""
+    """Return the minimum and maximum of the saved first moment of each weight."""
     start_one_rank()
     model, optimizer = build(steps=1, bucket_size=150)  # two weights, 200 elements, padded to 256
     state = optimizer.sharded_state_dict(model.sharded_state_dict(), metadata=FULLY_RESHARDABLE)
@@ -74,10 +74,10 @@ def test_torch_adam_loads_its_count_of_steps():
 
 
 def _resumed_counts(metadata: dict, bf16: bool, distributed: bool = True) -> list[float]:
-    """Return the steps of each parameter, of an optimizer that loads what a distributed one saved after three.
+    """Return the step counts of an optimizer that loads the state of a distributed one after three steps.
 
     Args:
-        distributed: the optimizer that loads is one too.
+        distributed: whether the loading optimizer is distributed too.
     """
     start_one_rank()
     model, optimizer = build(steps=3, bf16=bf16)
@@ -143,7 +143,7 @@ def test_the_plain_optimizer_finds_the_weights_of_the_distributed():
 
 
 def _missing_names() -> set[str]:
-    """Return what the plain optimizer looks for in a checkpoint and the distributed one has not saved."""
+    """Return the names that the plain optimizer expects in a checkpoint and the distributed one does not save."""
     start_one_rank()
     model, distributed = build(steps=1, bf16=True)
     saved = _names(distributed.sharded_state_dict(model.sharded_state_dict(), metadata=FULLY_RESHARDABLE))

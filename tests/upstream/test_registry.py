@@ -1,4 +1,4 @@
-"""`PATCHES` and the tests of this folder belong together."""
+"""Tests that `PATCHES` and the tests of this folder match."""
 
 import importlib
 from pathlib import Path

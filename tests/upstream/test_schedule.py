@@ -1,4 +1,4 @@
-"""Faults of Megatron's schedules: of the learning rate, the weight decay and the evaluations."""
+"""Faults of Megatron's schedules for the learning rate, the weight decay and the evaluations."""
 
 from argparse import Namespace
 

@@ -1,4 +1,4 @@
-"""Faults of Megatron's and torch's processes at signals, and at the end of one another."""
+"""Faults of Megatron's and torch's processes when they get signals, or when another process ends."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ from tests.upstream.small import start_one_rank
 from tests.upstream.unpatched import unpatched
 
 SECONDS = 2
-"""What is waited for that does not come."""
+"""How long a test waits for an event that the fault prevents."""
 
 
 @upstream_fault(
@@ -36,7 +36,7 @@ def test_the_writer_writes_after_a_signal(number):
 
 
 def _write_after(number: signal.Signals) -> bool:
-    """Return whether the writer has done what it was asked for."""
+    """Send the writer a signal, and return whether it still handles a request."""
     process = _start_writer()
     os.kill(process.pid, number)
     PersistentAsyncCaller._persistent_queue.put(AsyncRequest(os.getpid, (), [], call_idx=1))
@@ -85,9 +85,9 @@ def _be_a_rank(pipe: int) -> None:
 
 
 def _start_writer() -> BaseProcess:
-    """Return the process, which has done what it was asked for first.
+    """Start a writer, let it handle a first request, and return its process.
 
-    It is forked, as that is fast: Megatron starts it by a fork server, to the same end.
+    It is forked because that is fast. Megatron uses a fork server, with the same result.
     """
     process = PersistentAsyncCaller._get_process(0, "fork")
     PersistentAsyncCaller._persistent_queue.put(AsyncRequest(os.getpid, (), [], call_idx=0))
@@ -148,13 +148,13 @@ def _caller_of_a_dead_writer() -> PersistentAsyncCaller:
 
 @contextlib.contextmanager
 def _time_out(caller: PersistentAsyncCaller) -> Iterator[None]:
-    """Raise TimeoutError in what waits in this block."""
+    """Raise TimeoutError if the block is still waiting after SECONDS."""
     signal.signal(signal.SIGALRM, _say_late)
     signal.alarm(SECONDS)
     try:
         yield
     finally:
-        caller.process = None  # else its destructor waits too
+        caller.process = None  # otherwise its destructor waits too
 
 
 def _say_late(*_) -> None:
@@ -176,7 +176,7 @@ def _ends_while_it_waits() -> bool:
     rank = _fork(_wait_for_another_rank, port)
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port)).close()  # it has its handler, and waits
+            socket.create_connection(("127.0.0.1", port)).close()  # connected: the handler is set, and the rank waits
             break
         except ConnectionRefusedError:
             time.sleep(0.05)

@@ -1,7 +1,7 @@
-"""Run a function in a fresh process that has Megatron, and none of this project's patches.
+"""Run a function in a fresh process with Megatron and without this project's patches.
 
-The processes are forked from one that has imported Megatron, torch and transformers already, which takes ten seconds.
-The stand-ins for CUDA (`platform`) are there on machines without a GPU: they correct nothing of Megatron's.
+The processes are forked from one that has already imported Megatron, torch and transformers, which takes ten seconds.
+On machines without a GPU they have the stand-ins for CUDA (`platform`), which correct no fault of Megatron.
 """
 
 import multiprocessing
@@ -20,25 +20,28 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.upstream.small"])
 
 SECONDS = 60
-"""After which a process that hangs ends by SIGALRM: then the test fails, whatever it expects of Megatron."""
+"""Time after which SIGALRM ends a hanging process: then the test fails, whatever failure it expects."""
 
 
 def unpatched(function: Callable, *args):
-    """Return what `function(*args)` returns in the process, or raise what it raises there."""
+    """Run `function(*args)` in a fresh process; return its result or raise its exception."""
     _skip_with_a_gpu()
     with ProcessPoolExecutor(1, mp_context=_context, max_tasks_per_child=1) as pool:
         return pool.submit(_run, function, args).result()
 
 
 def unpatched_ranks(ranks: int, function: Callable, *args) -> list:
-    """Return what `function(rank, *args)` returns in each process; each has `torch.distributed` over gloo."""
+    """Run `function(rank, *args)` in one process per rank, and return the results in order of ranks."""
     _skip_with_a_gpu()
     with ProcessPoolExecutor(ranks, mp_context=_context, max_tasks_per_child=1) as pool:
         return [future.result() for future in [pool.submit(_run, function, (rank, *args)) for rank in range(ranks)]]
 
 
 def _skip_with_a_gpu() -> None:
-    """Where there are GPUs Megatron takes other parts, which have not all of these faults, and gloo for none."""
+    """Skip the test on machines with GPUs.
+
+    There Megatron uses other code, which does not have all of these faults, and never gloo.
+    """
     if torch.cuda.is_available():
         pytest.skip("these run without a GPU")
 
