@@ -1,4 +1,4 @@
-"""Tests of docs/architecture.md: its files and functions exist, and its rooms are the package's folders."""
+"""Tests of docs/architecture.md and CONTRIBUTING.md: their files and functions exist, the rooms are the folders."""
 
 import ast
 import re
@@ -30,6 +30,17 @@ def test_functions_of_the_tours_exist(file, name):
         if isinstance(target, ast.Name)
     }
     assert name in names
+
+
+def test_places_that_contributing_names_exist():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where a new thing goes")[2].partition("## Rules")[0]
+    places = re.findall(r"`([a-z_]+/[\w/.]*)`", table)
+    missing = [
+        place
+        for place in places
+        if "NAME" not in place and not any((folder / place).exists() for folder in (ROOT, PACKAGE))
+    ]
+    assert len(places) > 20 and not missing, missing
 
 
 def test_files_are_small_and_init_files_only_re_export():

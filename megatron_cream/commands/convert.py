@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_cream.checkpoint import convert, hf_folder, hub, output
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.commands.next_step import training_command
+from megatron_cream.common import entry
 from megatron_cream.common.advice import evaluation_command
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.common.errors import UsageError
@@ -40,7 +41,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print(f"{program_name()}: interrupted; nothing was changed", file=sys.stderr)
-        return 130
+        return entry.INTERRUPTED
 
 
 def run_import(args) -> int:

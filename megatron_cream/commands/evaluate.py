@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_cream.commands import compare
+from megatron_cream.common import entry
 from megatron_cream.common.cli import program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import convert_disk_errors
@@ -68,7 +69,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print(f"{program_name()}: interrupted; {kept}", file=sys.stderr)
-        return 130
+        return entry.INTERRUPTED
 
 
 def run_needle(args) -> None:

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_cream.common import entry
 from megatron_cream.common.cli import OneLineParser, path, to_flag
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_can_create, convert_disk_errors
@@ -84,7 +85,7 @@ def main() -> None:
         parser.error("out of memory; use fewer --workers, or split the largest documents")
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(entry.INTERRUPTED)
     print_report(report, args.output_prefix)
     from megatron_cream.commands.next_step import training_on  # imports torch, which bad input need not wait for
 

@@ -17,7 +17,7 @@ from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_cream.checkpoint import after_save, checksums, optimizer_state, pretrained, saving, schedule, start
-from megatron_cream.common import console
+from megatron_cream.common import console, entry
 from megatron_cream.common.errors import (
     UsageError,
     is_dead_data_worker,
@@ -31,7 +31,7 @@ from megatron_cream.config import parse, values
 from megatron_cream.data.recent import RecentSamples
 from megatron_cream.distributed import launcher, rendezvous, watchdog
 from megatron_cream.optimizer import finite
-from megatron_cream.patches import corrections, cuda_graphs, table
+from megatron_cream.patches import cuda_graphs, install_all, table
 from megatron_cream.training import evaluations, progress, record, signals, summary
 from megatron_cream.training.watch import evaluate_during_training
 
@@ -123,7 +123,7 @@ def _shorten(words: str) -> str:
 
 def _install_patches(args: Namespace) -> None:
     """Install the replacements of Megatron's functions that this run needs."""
-    corrections.apply(args)
+    install_all.install(args)
     schedule.install()
     optimizer_state.install()
     if values.can_use_one_pass_optimizer(args):
@@ -216,8 +216,6 @@ ENDINGS = (
 )
 """The first match is used. Any other error is a bug: the process exits at once with a traceback and code 1."""
 
-INTERRUPTED = 130
-
 
 def main(train: Callable[[list[str] | None], Namespace]) -> int:
     """Run the command line, and return the exit code.
@@ -236,7 +234,7 @@ def main(train: Callable[[list[str] | None], Namespace]) -> int:
     except KeyboardInterrupt:
         if rank == 0:
             print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return entry.INTERRUPTED
     except Exception as error:
         return _end(error, rank, ranks)
     finally:

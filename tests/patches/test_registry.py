@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from packaging.requirements import Requirement
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.patches import corrections, hooks, registry, table
+from megatron_cream.patches import hooks, install_all, registry, table
 from megatron_cream.patches.registry import Patch
 from tests import upstream
 from tests.launch import ROOT, TINY
@@ -273,9 +273,9 @@ def test_another_release_prints_one_line(tmp_path):
 
 def test_corrections_are_all_in_the_list():
     """Every module with corrections is installed."""
-    elsewhere = {"hooks", "platform", "registry", "table", "corrections", "safe_loading", "tensorboard"}
-    modules = {path.stem for path in Path(corrections.__file__).parent.glob("*.py")} - elsewhere - {"__init__"}
-    assert modules == {name for name in vars(corrections) if hasattr(getattr(corrections, name), "install")}
+    elsewhere = {"hooks", "platform", "registry", "table", "install_all", "safe_loading", "tensorboard"}
+    modules = {path.stem for path in Path(install_all.__file__).parent.glob("*.py")} - elsewhere - {"__init__"}
+    assert modules == {name for name in vars(install_all) if hasattr(getattr(install_all, name), "install")}
 
 
 def test_each_correction_has_its_reproduction():

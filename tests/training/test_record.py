@@ -57,4 +57,4 @@ def test_a_printed_configuration_hides_the_arguments_of_the_hook(tmp_path):
     flags = [*TINY, "--train-iters", "1", "--data-path", str(tmp_path / "documents"), "--save", str(tmp_path / "x")]
     args = parse.read([*flags, "--save-interval", "1", "--save-hook", HOOK])
     words = describe.describe(args)
-    assert "s3cr3t" not in words and "upload" not in words and "# save_hook: left out" in words
+    assert "s3cr3t" not in words and "upload" not in words and "# save_hook: omitted" in words

@@ -1,4 +1,4 @@
-"""Corrections of faults of megatron-core 0.19.2.
+"""The list of corrections of megatron-core 0.19.2, each in a file of its own.
 
 `safe_loading` and `tensorboard` are installed earlier, while the command line is parsed.
 """
@@ -20,7 +20,7 @@ from megatron_cream.patches import (
 )
 
 
-def apply(args: Namespace) -> None:
+def install(args: Namespace) -> None:
     """Install the corrections. Call before each `pretrain`, also in the same process."""
     command_line.install(args)
     single_rank_collectives.install()
