@@ -175,7 +175,7 @@ CHECKPOINTS = {
     ),
     "shard missing": (remove(SHARD), RESUME, ["--load", "__0_0.distcp is missing"]),
     "shard cut": (cut(SHARD, 5000), RESUME, ["__0_0.distcp", "is truncated"]),
-    "shard empty": (put(SHARD, b""), RESUME, ["__0_0.distcp has 0 bytes"]),
+    "shard empty": (put(SHARD, b""), RESUME, ["__0_0.distcp is truncated: it has 0 of"]),
     "a bit of a shard": (flip(SHARD), RESUME, ["__0_0.distcp", "damaged or changed since it was written"]),
     "a bit of the other rank's shard": (flip(f"{STEP}/__1_0.distcp", 0.3), RESUME, ["__1_0.distcp", "SHA-256"]),
     "a bit of the metadata": (flip(f"{STEP}/.metadata", 0.5), RESUME, ["iter_0000002/.metadata", "SHA-256"]),
@@ -300,7 +300,7 @@ CHECKPOINTS = {
     ),
     "layers of another import": (also(), (*FROM_CKPT, "--num-layers", "3"), ["--num-layers 3", "has 2"]),
     "a bit of a classic file": (flip(CLASSIC, 0.5), FROM_CLASSIC, ["mp_rank_00/model_optim_rng.pt", "SHA-256"]),
-    "a step of a release": (also(), (*FROM_CKPT, "--ckpt-step", "7"), ["--ckpt-step 7", "release"]),
+    "a step of a release": (also(), (*FROM_CKPT, "--ckpt-step", "7"), ["--ckpt-step 7", "a converted model without steps"]),
     "Megatron's own check without checksums": (
         remove(f"{STEP}/integrity.json"), (*RESUME, "--verify-integrity"), ["--verify-integrity", "integrity.json"],
     ),
@@ -384,7 +384,7 @@ FOLDERS = {
         without_checksums(cut("exported/tokenizer.json", 9000)), VERIFY, ["exported/tokenizer.json: not readable JSON"],
     ),
     "chat template cut, trained from": (
-        put("ckpt/hf/chat_template.jinja", "{% for m in"), FROM_CKPT, ["chat_template.jinja: not a chat template"],
+        put("ckpt/hf/chat_template.jinja", "{% for m in"), FROM_CKPT, ["chat_template.jinja: not a readable chat template"],
     ),
     "type of the weights": (config(torch_dtype="int4"), IMPORT, ["torch_dtype 'int4': must be one of auto"]),
     "tokenizer is no JSON, preprocessing": (put("hf/tokenizer.json", "{"), PREPARE, ["--tokenizer-model"]),
