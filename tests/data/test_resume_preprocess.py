@@ -138,7 +138,7 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path):
     }
     for name, options in changed.items():
         with pytest.raises(
-            ValueError, match=f"x.partial contains an unfinished run with another {name}: .*--overwrite"
+            ValueError, match=f"x.partial contains an unfinished run with another {name}; .*--overwrite"
         ) as caught:
             run(inputs, prefix, **options)
         assert "\n" not in str(caught.value)
