@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded; pytest runs several tests at a time
+# Both are read when torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs several tests at a time
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no warning when rank 0, with the store, ends a moment earlier
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
