@@ -40,7 +40,7 @@ from megatron_cream.common.cli import OneLineParser, path, to_flag
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_can_create, convert_disk_errors
 from megatron_cream.data.chat import CHAT_FORMATS
-from megatron_cream.data.documents import find_files
+from megatron_cream.data.input_files import find_files
 from megatron_cream.data.partial import check_output
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_files, load_tokenizer, tokenizer_id
@@ -168,7 +168,7 @@ def blame(flag: str) -> Iterator[None]:
 
 
 def print_report(report: PreprocessReport, prefix: Path) -> None:
-    """Print the table of documents and tokens, and the first dropped document of each reason."""
+    """Print the table of documents and tokens, and the first dropped document or file left out of each kind."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # file names may be other than UTF-8
     table = Table(title=escape(f"{prefix}.bin, {prefix}.idx"), show_header=False)
@@ -181,7 +181,11 @@ def print_report(report: PreprocessReport, prefix: Path) -> None:
         table.add_row(f"documents of {length:,} tokens or more", f"{report.documents_of_at_least(length):,}")
     for reason, count in report.dropped.items():
         table.add_row(escape(f"dropped: {reason}"), f"{count:,}")
+    for kind, count in report.left_out.counts.items():
+        table.add_row(escape(f"left out: {kind}"), f"{count:,}")
     table.add_row("seconds", f"{report.seconds:.1f}")
     Console().print(table)
     for reason, where in report.first_dropped.items():  # below the table, which would wrap a path
         print(f"first dropped: {reason}: {where}")
+    for kind, where in report.left_out.first.items():
+        print(f"first left out: {kind}: {where}")

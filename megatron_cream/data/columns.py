@@ -97,9 +97,9 @@ def _open_table(path: Path) -> Iterator["_Parquet | _Arrow"]:
     except ImportError:
         raise ValueError(f"{path}: reading it needs a package that is not installed: pip install pyarrow") from None
     try:
-        table = _Parquet(path) if path.suffix == ".parquet" else _Arrow(path)
+        table = _Parquet(path) if path.suffix.lower() == ".parquet" else _Arrow(path)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        kind = "a Parquet" if path.suffix == ".parquet" else "an Arrow"
+        kind = "a Parquet" if path.suffix.lower() == ".parquet" else "an Arrow"
         raise ValueError(f"{path}: not {kind} file ({one_line(error, 200)})") from error
     with contextlib.closing(table):
         try:

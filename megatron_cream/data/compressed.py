@@ -30,8 +30,13 @@ class DamagedFile(ValueError):
 
 
 def suffix(path: Path) -> str:
-    """Return the suffix that names the content's format, without `.gz` or `.zst`."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
+    """Return the suffix that names the content's format, in lower case and without `.gz` or `.zst`."""
+    return (Path(path.stem) if is_compressed(path) else path).suffix.lower()
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether the suffix is one of COMPRESSED_SUFFIXES, in any case."""
+    return path.suffix.lower() in COMPRESSED_SUFFIXES
 
 
 def open_decompressed(path: Path, raw: BinaryIO) -> io.BufferedReader:
@@ -42,9 +47,10 @@ def open_decompressed(path: Path, raw: BinaryIO) -> io.BufferedReader:
     Raises:
         ValueError: `path` is a .zst file and the package zstandard is not installed.
     """
-    if path.suffix == ".gz":
+    packed = path.suffix.lower()
+    if packed == ".gz":
         return io.BufferedReader(_Gzip(raw), 1 << 17)
-    if path.suffix == ".zst":
+    if packed == ".zst":
         return io.BufferedReader(_Zstandard(raw), 1 << 17)
     return raw
 

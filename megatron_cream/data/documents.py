@@ -1,4 +1,4 @@
-"""Read training text from files and folders into batches of raw documents.
+"""Read training text from files into batches of raw documents.
 
 The order of documents depends on the inputs alone: inputs as given, the files of a folder
 sorted by path, lines or rows in file order. A batch is one worker's unit of work; it records
@@ -8,32 +8,23 @@ not depend on the workers.
 
 import codecs
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_cream.common.errors import reason
-from megatron_cream.data.columns import COLUMN_SUFFIXES, check_column, find_dataset_files, read_rows
+from megatron_cream.data.columns import check_column, read_rows
 from megatron_cream.data.compressed import (
-    COMPRESSED_SUFFIXES,
     LONGEST_LINE,
     DamagedFile,
     LongLine,
     bounded_lines,
+    is_compressed,
     open_decompressed,
     suffix,
 )
-from megatron_cream.data.indexed import loss_mask_prefix, paths
+from megatron_cream.data.input_files import kind_of
 from megatron_cream.data.json_array import DamagedArray, read_elements, starts_array
-
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-"""Files with one JSON object per line. Megatron's own recipes use `.json` for them too; a `.json`
-file with one array is read element by element."""
-
-TEXT_SUFFIXES = (".txt", ".text")
-"""Files read as one document each; with a glob, so is any file with another suffix."""
 
 BATCH_BYTES = 1 << 20
 """A batch ends once its text reaches this size; a document is never split."""
@@ -77,28 +68,6 @@ class Batch:
     """Where the next batch begins."""
 
 
-def find_files(inputs: Iterable[Path], glob: str | None = None, output: Path | None = None) -> list[Path]:
-    """Return the files of `inputs` in reading order: files as named, folders recursively.
-
-    Args:
-        inputs: files and folders.
-        glob: pattern of the files to read in a folder. None: files with a known suffix except `.json`,
-            which often are not documents; in a folder that `datasets` saved, its data files.
-        output: prefix of the output, which is skipped if it lies in an input folder.
-
-    Raises:
-        ValueError: an input does not exist or cannot be read, a folder has no matching file, or a
-            file's format is unknown. The message is one line with the path.
-    """
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        try:
-            files += _files_of(path, glob, output)
-        except OSError as error:
-            raise ValueError(reason(error, path)) from error
-    return files
-
-
 def check_files(files: list[Path], keys: tuple[str, ...], chats: bool) -> None:
     """Check before reading that columns exist and required packages are installed.
 
@@ -111,11 +80,11 @@ def check_files(files: list[Path], keys: tuple[str, ...], chats: bool) -> None:
         ValueError: one of them cannot be read so. The message is one line with the path.
     """
     for file in files:
-        if _kind(file) == "columns":
+        if kind_of(file) == "columns":
             check_column(file, keys, chats)
-        elif chats and _kind(file) != "lines":
+        elif chats and kind_of(file) != "lines":
             raise ValueError(f"{file}: a chat is a JSON object or a row, not a text file")
-        elif file.suffix in COMPRESSED_SUFFIXES:
+        elif is_compressed(file):
             with file.open("rb") as raw:
                 open_decompressed(file, raw)
 
@@ -132,7 +101,7 @@ def read_batches(
     size = 0
     before = sum(file.stat().st_size for file in files[: start.file])
     for number in range(start.file, len(files)):
-        file, kind, disk_bytes = files[number], _kind(files[number]), files[number].stat().st_size
+        file, kind, disk_bytes = files[number], kind_of(files[number]), files[number].stat().st_size
         if kind in ("lines", "columns"):
             if texts:
                 yield Batch(texts[0].parent, "file", texts, Position(number, disk_bytes=before))
@@ -187,61 +156,6 @@ def extract_text(record: dict, key: str) -> str:
     if not isinstance(record[key], str):
         raise BadDocument(f"key {key!r} is not a string")
     return _check_text(record[key])
-
-
-def _files_of(path: Path, glob: str | None, output: Path | None) -> list[Path]:
-    if path.is_dir():
-        return _files_in(path, glob, output)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    if not path.is_file():
-        raise ValueError(f"{path}: not a file or a folder")  # a pipe can be read only once, and may never end
-    if _kind(path) is None:
-        known = ", ".join((*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES))
-        raise ValueError(f"{path}: expected a file that ends in {known} (text also in .gz or .zst), or a folder")
-    return [path]
-
-
-def _files_in(folder: Path, glob: str | None, output: Path | None) -> list[Path]:
-    # rglob would silently skip unreadable folders.
-    every = [Path(place, name) for place, _, names in os.walk(folder, onerror=_raise) for name in names]
-    if glob is None:
-        files = find_dataset_files(folder)
-        if files is not None:
-            return files
-        known = {*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, ".parquet"} - {".json"}
-        found = [path for path in every if suffix(path) in known and _kind(path) and path.is_file()]
-        if not found:
-            raise ValueError(f"{folder}: no {', '.join(sorted(known))} file in this folder; name others with --glob")
-        return sorted(found)
-    try:
-        found = sorted(file for file in folder.rglob(glob) if file.is_file() and not _is_output_file(output, file))
-    except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"--glob {glob!r}: expected a pattern such as '*.txt' ({error})") from error
-    if not found:
-        raise ValueError(f"{folder}: no file in this folder matches {glob!r}; give another --glob")
-    return found
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _is_output_file(output: Path | None, file: Path) -> bool:
-    """Return whether a run that writes to the prefix `output` writes `file`."""
-    if output is None:
-        return False
-    place = file.parent if file.parent.name == f"{output.name}.partial" else file
-    names = {path.name for path in (*paths(output), *paths(loss_mask_prefix(output)))}
-    return (place is not file or file.name in names) and place.parent.resolve() == output.parent.resolve()
-
-
-def _kind(path: Path) -> Literal["lines", "columns", "text"] | None:
-    if path.suffix in COLUMN_SUFFIXES:
-        return "columns"
-    if suffix(path) in JSON_LINES_SUFFIXES:
-        return "lines"
-    return "text" if suffix(path) in TEXT_SUFFIXES else None
 
 
 _Record = tuple[int, bytes | None, int, int]

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.common.progress_bar import ProgressBar
-from megatron_cream.data.documents import check_files, find_files, read_batches
+from megatron_cream.data.documents import check_files, read_batches
 from megatron_cream.data.encode import Encoder
+from megatron_cream.data.input_files import LeftOut, find_files
 from megatron_cream.data.partial import State, check_output, open_partial
 from megatron_cream.data.workers import map_in_order
 
@@ -41,6 +42,9 @@ class PreprocessReport:
 
     first_dropped: dict[str, str] = field(default_factory=dict)
     """Reason -> `file` or `file:line` of the first such document, in input order."""
+
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Files of the input folders that were not read."""
 
     loss_tokens: int | None = None
     """Number of tokens with loss; only for chats."""
@@ -78,7 +82,7 @@ def preprocess(
     progress: bool = True,
     tokenizer_id: str | None = None,
 ) -> PreprocessReport:
-    """Tokenize `inputs` (see `documents.find_files`) into OUTPUT_PREFIX.bin and .idx.
+    """Tokenize `inputs` (see `input_files.find_files`) into OUTPUT_PREFIX.bin and .idx.
 
     The output files appear only when they are complete.
 
@@ -112,7 +116,8 @@ def preprocess(
     started = time.perf_counter()
     output_prefix = Path(output_prefix)
     check_output(output_prefix, overwrite)
-    files = find_files(inputs, glob, output_prefix)
+    left_out = LeftOut()
+    files = find_files(inputs, glob, output_prefix, left_out)
     encode = Encoder(
         tokenizer,
         json_key=json_key,
@@ -154,6 +159,7 @@ def preprocess(
         lengths=lengths,
         dropped=state.dropped,
         first_dropped=state.first_dropped,
+        left_out=left_out,
         loss_tokens=state.loss_tokens if encode.chats else None,
         seconds=time.perf_counter() - started,
     )

@@ -15,10 +15,10 @@ from megatron_cream.data.documents import (
     BadDocument,
     check_files,
     extract_text,
-    find_files,
     read_batches,
     read_documents,
 )
+from megatron_cream.data.input_files import find_files
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.tasks.sources import check_distinct_names
 

@@ -22,7 +22,7 @@ from megatron_cream.checkpoint.verify import _largest_difference, _verify_tensor
 from megatron_cream.commands import preprocess as command
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import atomic_write
-from megatron_cream.data import chat, documents
+from megatron_cream.data import chat, documents, input_files
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from tests import bad_inputs
 from tests.checkpoint.test_convert_faults import Q_PROJ, config
@@ -241,18 +241,18 @@ def test_an_unreadable_folder_is_not_skipped(tmp_path, monkeypatch, closed, glob
 
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(ValueError, match=f"^{tmp_path / closed}: Permission denied$"):
-        documents.find_files([tmp_path], glob)
+        input_files.find_files([tmp_path], glob)
 
 
 def test_the_output_is_not_read_as_input(tmp_path):
     (tmp_path / "a.md").write_text("text")
     (tmp_path / "out.bin.md").write_text("more")  # not an output of the run
-    first = [path.name for path in documents.find_files([tmp_path], "*", tmp_path / "out")]
+    first = [path.name for path in input_files.find_files([tmp_path], "*", tmp_path / "out")]
     preprocess([tmp_path], tmp_path / "out", ByteTokenizer(), glob="*", progress=False)
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "tokens.bin").write_bytes(b"half")
     (tmp_path / "out_loss_mask.idx").write_bytes(b"")
-    assert [path.name for path in documents.find_files([tmp_path], "*", tmp_path / "out")] == first
+    assert [path.name for path in input_files.find_files([tmp_path], "*", tmp_path / "out")] == first
     assert first == ["a.md", "out.bin.md"] and len(read_back(tmp_path / "out")) == 2
 
 

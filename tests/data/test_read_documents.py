@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_cream.data import documents, json_array
 from megatron_cream.data import preprocess as preprocess_module
 from megatron_cream.data.indexed import paths as output_paths
+from megatron_cream.data.input_files import find_files
 from megatron_cream.data.preprocess import preprocess
 from tests.data.test_preprocess import (
     ByteTokenizer,
@@ -49,7 +50,7 @@ def test_documents_have_bos_token_ids_and_eod(tmp_path, name):
 def test_reading_resumes_after_any_batch(tmp_path, monkeypatch, name):
     monkeypatch.setattr(documents, "BATCH_BYTES", 4000)
     inputs = [write_lines(tmp_path / "first.jsonl", ["a", "b"]), write_input(tmp_path / name, some_texts(40))]
-    files = documents.find_files([*inputs, write_lines(tmp_path / "last.jsonl", ["c"])])
+    files = find_files([*inputs, write_lines(tmp_path / "last.jsonl", ["c"])])
     batches = list(documents.read_batches(files))
     assert len(batches) > 5
     assert batches[-1].end.disk_bytes == sum(file.stat().st_size for file in files)
