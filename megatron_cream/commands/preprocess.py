@@ -9,9 +9,10 @@
     python tools/preprocess_data.py --input ShareGPT_V3.json --output-prefix data/sharegpt --chat-format llama2 \\
         --tokenizer-type Llama2Tokenizer --tokenizer-model llama/tokenizer.model
 
-Inputs are JSON lines (.jsonl, .ndjson, .json), text files (.txt), both also .gz or .zst; a .json
-that is one array; .parquet; folders of these, or folders that `datasets.save_to_disk` wrote. One
-document per line, row, element or text file; each becomes BOS, text, EOD.
+Inputs are JSON lines (.jsonl, .ndjson, .json), .csv and text files (.txt), all also .gz, .bz2, .xz,
+.zst or .lz4; a .json that is one array; .parquet; .zip archives and folders of these, or folders
+that `datasets.save_to_disk` wrote. One document per line, row, element or text file; each becomes
+BOS, text, EOD.
 
 With --chat-format the documents are chats, ShareGPT's {"conversations": [{"from", "value"}]} or
 OpenAI's {"messages": [{"role", "content"}]}. OUTPUT_PREFIX_loss_mask.bin/.idx is written too, and
@@ -98,7 +99,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", type=path, nargs="+", required=True, help="files and folders of text")
-    add("--glob", help="which files of an input folder are read (default: all known suffixes but .json)")
+    add(
+        "--glob",
+        help="which files of an input folder or .zip are read (default: all known suffixes but .json, .csv and .zip)",
+    )
     add(
         "--json-key",
         "--json-keys",

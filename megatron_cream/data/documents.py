@@ -10,7 +10,6 @@ import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from megatron_cream.data.columns import check_column, read_rows
@@ -23,7 +22,8 @@ from megatron_cream.data.compressed import (
     open_decompressed,
     suffix,
 )
-from megatron_cream.data.input_files import kind_of
+from megatron_cream.data.csv_rows import DamagedCsv, read_csv_column
+from megatron_cream.data.input_files import Source, disk_size, kind_of
 from megatron_cream.data.json_array import DamagedArray, read_elements, starts_array
 
 BATCH_BYTES = 1 << 20
@@ -55,20 +55,21 @@ class Position:
 class Batch:
     """Consecutive raw documents of one input."""
 
-    path: Path
+    path: Source
     """The file of the items; unused if the items are files."""
 
     form: Literal["json", "text", "file"]
     """The kind of item: a JSON object, text, or a text file."""
 
-    items: list[tuple[int, bytes | None]] | list[Path]
-    """(number from 1, content) of lines, rows or elements; or one file per document."""
+    items: list[tuple[int, bytes | str | None]] | list[Source]
+    """(number from 1, content) of lines, rows or elements; or one file per document. A str is not the
+    content but the reason why it cannot be read."""
 
     end: Position
     """Where the next batch begins."""
 
 
-def check_files(files: list[Path], keys: tuple[str, ...], chats: bool) -> None:
+def check_files(files: list[Source], keys: tuple[str, ...], chats: bool) -> None:
     """Check before reading that columns exist and required packages are installed.
 
     Args:
@@ -83,32 +84,37 @@ def check_files(files: list[Path], keys: tuple[str, ...], chats: bool) -> None:
         if kind_of(file) == "columns":
             check_column(file, keys, chats)
         elif chats and kind_of(file) != "lines":
-            raise ValueError(f"{file}: a chat is a JSON object or a row, not a text file")
+            raise ValueError(f"{file}: a chat is a JSON object or a row, not a text file or CSV")
+        elif kind_of(file) == "csv":
+            next(_rows_of_csv(file, keys[0], Position()), None)
         elif is_compressed(file):
             with file.open("rb") as raw:
                 open_decompressed(file, raw)
 
 
 def read_batches(
-    files: list[Path], keys: tuple[str, ...] = ("text",), chats: bool = False, start: Position = Position()
+    files: list[Source], keys: tuple[str, ...] = ("text",), chats: bool = False, start: Position = Position()
 ) -> Iterator[Batch]:
     """Yield the documents of `files` from `start` on, in batches of about BATCH_BYTES of text.
 
     Raises:
         ValueError: a file is damaged. The message is one line with the path.
     """
-    texts: list[Path] = []
+    texts: list[Source] = []
     size = 0
-    before = sum(file.stat().st_size for file in files[: start.file])
+    before = sum(map(disk_size, files[: start.file]))
     for number in range(start.file, len(files)):
-        file, kind, disk_bytes = files[number], kind_of(files[number]), files[number].stat().st_size
-        if kind in ("lines", "columns"):
+        file, kind, disk_bytes = files[number], kind_of(files[number]), disk_size(files[number])
+        if kind in ("lines", "columns", "csv"):
             if texts:
                 yield Batch(texts[0].parent, "file", texts, Position(number, disk_bytes=before))
                 texts, size = [], 0
             begin = start if number == start.file else Position(number)
             form: Literal["json", "text"] = "json" if chats or kind == "lines" else "text"
-            records = _rows(file, keys, chats, begin) if kind == "columns" else _read_json(file, begin)
+            if kind == "columns":
+                records = _rows(file, keys, chats, begin)
+            else:
+                records = _rows_of_csv(file, keys[0], begin) if kind == "csv" else _read_json(file, begin)
             yield from _group_records(file, form, records, number, before, disk_bytes)
         else:
             texts.append(file)
@@ -131,8 +137,10 @@ def read_documents(batch: Batch, extract: Callable[[dict], Any]) -> Iterator[tup
         extract: returns the document in a JSON object; raises BadDocument if there is none.
     """
     for item in batch.items:
-        where = str(item) if isinstance(item, Path) else f"{batch.path}:{item[0]}"
+        where = f"{batch.path}:{item[0]}" if isinstance(item, tuple) else str(item)
         try:
+            if isinstance(item, tuple) and isinstance(item[1], str):
+                raise BadDocument(item[1])
             if batch.form == "json":
                 document = extract(_parse(item[1]))
             else:
@@ -158,14 +166,14 @@ def extract_text(record: dict, key: str) -> str:
     return _check_text(record[key])
 
 
-_Record = tuple[int, bytes | None, int, int]
+_Record = tuple[int, bytes | str | None, int, int]
 """Number, content, and its end in bytes of the decompressed file and of the file on disk."""
 
 
 def _group_records(
-    path: Path, form: Literal["json", "text"], records: Iterator[_Record], file: int, before: int, disk_bytes: int
+    path: Source, form: Literal["json", "text"], records: Iterator[_Record], file: int, before: int, disk_bytes: int
 ) -> Iterator[Batch]:
-    items: list[tuple[int, bytes | None]] = []
+    items: list[tuple[int, bytes | str | None]] = []
     size = 0
     for number, data, offset, disk_offset in records:
         if form == "text" or data is None or not data.isspace():  # a blank line is not a document; a blank row is
@@ -178,12 +186,22 @@ def _group_records(
         yield Batch(path, form, items, Position(file + 1, disk_bytes=before + disk_bytes))
 
 
-def _rows(path: Path, keys: tuple[str, ...], chats: bool, begin: Position) -> Iterator[_Record]:
+def _rows(path: Source, keys: tuple[str, ...], chats: bool, begin: Position) -> Iterator[_Record]:
     for number, data, disk_offset in read_rows(path, keys, chats, begin.record):
         yield number, data, 0, disk_offset
 
 
-def _read_json(path: Path, begin: Position) -> Iterator[_Record]:
+def _rows_of_csv(path: Source, key: str, begin: Position) -> Iterator[_Record]:
+    with path.open("rb") as raw:
+        try:
+            for number, text in read_csv_column(open_decompressed(path, raw), key):
+                if number > begin.record:
+                    yield number, text, 0, raw.tell()
+        except (DamagedFile, DamagedCsv, LongLine) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _read_json(path: Source, begin: Position) -> Iterator[_Record]:
     """Yield the lines or array elements after `begin`."""
     with path.open("rb") as raw:
         try:
@@ -214,7 +232,7 @@ def _parse(line: bytes) -> dict:
     return record
 
 
-def _read_text(path: Path) -> bytes:
+def _read_text(path: Source) -> bytes:
     with path.open("rb") as raw:
         try:
             text = open_decompressed(path, raw).read(LONGEST_LINE + 1)

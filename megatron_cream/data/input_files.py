@@ -1,17 +1,18 @@
 """Find the files to read in input folders, and record what is left out.
 
 A folder is read with all its subfolders and symlinked folders; each real folder is read once, so
-links may form loops. Hidden files and folders (`.git`, `.ipynb_checkpoints`, `._*`) and `__MACOSX`
-are not data.
+links may form loops. A .zip archive is read like a folder. Hidden files and folders (`.git`,
+`.ipynb_checkpoints`, `._*`) and `__MACOSX` are not data.
 """
 
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from megatron_cream.common.errors import reason
+from megatron_cream.data.archives import ARCHIVE_SUFFIX, ZipMember, is_link, list_members
 from megatron_cream.data.columns import COLUMN_SUFFIXES, find_dataset_files
 from megatron_cream.data.compressed import COMPRESSED_SUFFIXES, suffix
 from megatron_cream.data.indexed import loss_mask_prefix, paths
@@ -23,8 +24,14 @@ file with one array is read element by element."""
 TEXT_SUFFIXES = (".txt", ".text")
 """Files read as one document each; with a glob, so is any file with another suffix."""
 
+CSV_SUFFIX = ".csv"
+
 FOLDER_SUFFIXES = frozenset((*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, ".parquet")) - {".json"}
-"""Files that are read in a folder without a glob. A `.json` file often is not data."""
+"""Files that are read in a folder without a glob. A `.json` or `.csv` file often is not data, and a `.zip` may hold the
+same files again."""
+
+Source = Path | ZipMember
+"""What documents are read from."""
 
 
 @dataclass
@@ -47,8 +54,8 @@ class LeftOut:
 
 def find_files(
     inputs: Iterable[Path], glob: str | None = None, output: Path | None = None, left_out: LeftOut | None = None
-) -> list[Path]:
-    """Return the files of `inputs` in reading order: files as named, folders recursively.
+) -> list[Source]:
+    """Return the files of `inputs` in reading order: files as named, folders and archives recursively.
 
     Args:
         inputs: files and folders.
@@ -61,7 +68,7 @@ def find_files(
         ValueError: an input does not exist or cannot be read, a folder has no matching file, or a
             file's format is unknown. The message is one line with the path.
     """
-    files: list[Path] = []
+    files: list[Source] = []
     left_out = LeftOut() if left_out is None else left_out
     for path in map(Path, inputs):
         try:
@@ -71,42 +78,94 @@ def find_files(
     return files
 
 
-def kind_of(path: Path) -> Literal["lines", "columns", "text"] | None:
+def disk_size(source: Source) -> int:
+    """Return the bytes of a file on disk, or of an archive's member when unpacked."""
+    return source.stat().st_size if isinstance(source, Path) else source.size
+
+
+def identify(source: Source) -> tuple[Any, ...]:
+    """Return values that change if the content does: path, size and modification time."""
+    if isinstance(source, ZipMember):
+        return (*identify(source.archive), source.name)
+    return str(source.absolute()), source.stat().st_size, source.stat().st_mtime_ns
+
+
+def kind_of(path: Source) -> Literal["lines", "columns", "csv", "text"] | None:
     """Return how a file is read, by its suffix; None if the suffix is unknown."""
     if path.suffix.lower() in COLUMN_SUFFIXES:
         return "columns"
     if suffix(path) in JSON_LINES_SUFFIXES:
         return "lines"
+    if suffix(path) == CSV_SUFFIX:
+        return "csv"
     return "text" if suffix(path) in TEXT_SUFFIXES else None
 
 
-def _files_of(path: Path, glob: str | None, output: Path | None, left_out: LeftOut) -> list[Path]:
+def _files_of(path: Path, glob: str | None, output: Path | None, left_out: LeftOut) -> list[Source]:
     if path.is_dir():
         return _files_in(path, glob, output, left_out)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_file():
         raise ValueError(f"{path}: not a file or a folder")  # a pipe can be read only once, and may never end
+    if path.suffix.lower() == ARCHIVE_SUFFIX:
+        return _members_of(path, glob, left_out)
     if kind_of(path) is None:
-        known = ", ".join((*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, *COLUMN_SUFFIXES))
-        packed = " or ".join(COMPRESSED_SUFFIXES)
+        known = ", ".join((*JSON_LINES_SUFFIXES, CSV_SUFFIX, *TEXT_SUFFIXES, *COLUMN_SUFFIXES, ARCHIVE_SUFFIX))
+        packed = ", ".join(COMPRESSED_SUFFIXES)
         raise ValueError(f"{path}: expected a file that ends in {known} (text also in {packed}), or a folder")
     return [path]
 
 
-def _files_in(folder: Path, glob: str | None, output: Path | None, left_out: LeftOut) -> list[Path]:
+def _files_in(folder: Path, glob: str | None, output: Path | None, left_out: LeftOut) -> list[Source]:
     if glob is None and (files := find_dataset_files(folder)) is not None:
-        return files
+        return [*files]
     here = LeftOut()
     found = _match(folder, glob, output, here) if glob is not None else _select(folder, output, here)
-    for kind, count in here.counts.items():
-        left_out.add(kind, here.first[kind], count)
+    _report(folder, "folder", glob, found, here, left_out)
+    files = []
+    for file in sorted(found):
+        files += _members_of(file, None, left_out) if file.suffix.lower() == ARCHIVE_SUFFIX else [file]
+    return files
+
+
+def _members_of(archive: Path, glob: str | None, left_out: LeftOut) -> list[Source]:
+    """Return the members of an archive by the rules of folders."""
+    here, found = LeftOut(), []
+    with_hidden = glob is not None and _names_hidden(glob)
+    for info in list_members(archive):
+        member, name = ZipMember(archive, info.filename, info.file_size), PurePosixPath(info.filename)
+        if not with_hidden and any(map(_is_hidden, name.parts)):
+            here.add("hidden files and folders", member)
+        elif glob is not None and not name.match(glob):
+            continue
+        elif is_link(info):
+            here.add("links in archives", member)
+        elif kind_of(member) == "columns" or member.suffix.lower() == ARCHIVE_SUFFIX:  # needs random access
+            here.add(f"{member.suffix.lower()} files in archives", member)
+        elif glob is not None or suffix(member) in FOLDER_SUFFIXES:
+            found.append(member)
+        else:
+            here.add(f"{_full_suffix(member)} in archives", member)
+    _report(archive, "archive", glob, found, here, left_out)
+    return found
+
+
+def _report(place: Path, kind: str, glob: str | None, found: list, here: LeftOut, left_out: LeftOut) -> None:
+    """Add `here`, what is left out of a folder or archive, to `left_out`; raise ValueError if nothing was found."""
+    for what, count in here.counts.items():
+        left_out.add(what, here.first[what], count)
     if not found:
-        problem = f"no {', '.join(sorted(FOLDER_SUFFIXES))} file in this folder; name others with --glob"
+        problem = f"no {', '.join(sorted(FOLDER_SUFFIXES))} file in this {kind}; name others with --glob"
         if glob is not None:
-            problem = f"no file in this folder matches {glob!r}; give another --glob"
-        raise ValueError(f"{folder}: {problem}" + (f". Left out: {here}" if here.counts else ""))
-    return sorted(found)
+            problem = f"no file in this {kind} matches {glob!r}; give another --glob"
+        raise ValueError(f"{place}: {problem}" + (f". Left out: {here}" if here.counts else ""))
+
+
+def _full_suffix(path: Source) -> str:
+    name = path.suffix.lower()
+    name = suffix(path) + name if name in COMPRESSED_SUFFIXES else name
+    return f"{name} files" if name else "files without a suffix"
 
 
 def _select(folder: Path, output: Path | None, left_out: LeftOut) -> list[Path]:
@@ -118,17 +177,14 @@ def _select(folder: Path, output: Path | None, left_out: LeftOut) -> list[Path]:
         elif suffix(file) in FOLDER_SUFFIXES and kind_of(file):
             found.append(file)
         elif not _is_output_file(output, file):
-            name = file.suffix.lower()
-            name = suffix(file) + name if name in COMPRESSED_SUFFIXES else name
-            left_out.add(f"{name} files" if name else "files without a suffix", file)
+            left_out.add(_full_suffix(file), file)
     return found
 
 
 def _match(folder: Path, glob: str, output: Path | None, left_out: LeftOut) -> list[Path]:
     """Return the files of `folder` that `glob` matches."""
-    with_hidden = any(_is_hidden(part) for part in Path(glob).parts)
     tops = {folder: set[Path]()}
-    for top, file in _walk(folder, with_hidden, left_out):
+    for top, file in _walk(folder, _names_hidden(glob), left_out):
         tops.setdefault(top, set()).add(file)
     try:
         # rglob enters no symlinked folders.
@@ -167,6 +223,10 @@ def _walk(folder: Path, with_hidden: bool, left_out: LeftOut) -> Iterator[tuple[
 
 def _is_hidden(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
+
+
+def _names_hidden(glob: str) -> bool:
+    return any(map(_is_hidden, PurePosixPath(glob).parts))
 
 
 def _raise(error: OSError) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from megatron_cream.common.progress_bar import ProgressBar
 from megatron_cream.data.documents import check_files, read_batches
 from megatron_cream.data.encode import Encoder
-from megatron_cream.data.input_files import LeftOut, find_files
+from megatron_cream.data.input_files import LeftOut, Source, disk_size, find_files, identify
 from megatron_cream.data.partial import State, check_output, open_partial
 from megatron_cream.data.workers import map_in_order
 
@@ -165,19 +165,18 @@ def preprocess(
     )
 
 
-def _digest(files: list[Path]) -> str:
+def _digest(files: list[Source]) -> str:
     """Return a digest of the inputs' paths, sizes and modification times."""
-    listing = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(listing).encode()).hexdigest()
+    return hashlib.sha256(repr([identify(file) for file in files]).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def _show_progress(files: list[Path], prefix: Path, state: State, enabled: bool) -> Iterator[Callable[[], None]]:
+def _show_progress(files: list[Source], prefix: Path, state: State, enabled: bool) -> Iterator[Callable[[], None]]:
     """Show progress on stderr: a bar on a terminal, elsewhere a first and a last line.
 
     Yields the function to call after each change of `state`.
     """
-    total = sum(file.stat().st_size for file in files)
+    total = sum(map(disk_size, files))
     started = time.perf_counter()
     first_byte, first_token = state.position.disk_bytes, state.tokens
     # No refresh thread: worker processes are forked while the bar is shown.

@@ -67,7 +67,7 @@ def read_texts(inputs: Sequence[Path], json_key: str) -> Iterator[tuple[str, str
     try:
         files = find_files(inputs)
         check_files(files, (json_key,), chats=False)
-        check_distinct_names("--dataset", files, lambda file: str(file.resolve()))
+        check_distinct_names("--dataset", files, lambda file: str(file.resolve() if isinstance(file, Path) else file))
         for batch in read_batches(files, (json_key,)):
             for name, text in read_documents(batch, partial(extract_text, key=json_key)):
                 if isinstance(text, BadDocument):

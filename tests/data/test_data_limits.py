@@ -1,7 +1,11 @@
 """Tests of inputs that could take unbounded memory or time: long lines, chat template loops, many long rows."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
+import zipfile
 
 import pyarrow
 import pytest
@@ -20,6 +24,7 @@ from tests.data.test_preprocess import ByteTokenizer
 from tests.evaluation_models import save_tokenizer
 
 COMPRESS = {".jsonl": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+COMPRESS |= {".bz2": bz2.compress, ".xz": lzma.compress}
 
 
 @pytest.fixture
@@ -40,17 +45,25 @@ def test_an_overlong_line_is_rejected_by_number(short, tmp_path, suffix):
     words = "line 2 is longer than 1 MiB. Put one JSON object on each line, or split the document"
     with pytest.raises(ValueError, match=f"{path}: {words}"):
         preprocess([path], tmp_path / "out", ByteTokenizer(), progress=False, overwrite=True)
-    if suffix != ".zst":
+    if suffix in (".jsonl", ".gz"):
         with pytest.raises(UsageError, match=f"{path}: cannot be read .{words}"):
             list(read_json_lines(path, ["text"]))
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def zip_text(data: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", data)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz", ".zip"])
 def test_an_overlong_text_file_is_skipped(short, tmp_path, suffix):
-    compress = COMPRESS[suffix or ".jsonl"]
+    compress = zip_text if suffix == ".zip" else COMPRESS[suffix or ".jsonl"]
     (tmp_path / f"a.txt{suffix}").write_bytes(compress(b"a" * (1 << 20)))
     (tmp_path / f"b.txt{suffix}").write_bytes(compress(b"a" * ((1 << 20) + 1)))
-    report = preprocess([tmp_path], tmp_path / "out", ByteTokenizer(), progress=False)
+    inputs = [tmp_path] if suffix != ".zip" else sorted(tmp_path.iterdir())
+    report = preprocess(inputs, tmp_path / "out", ByteTokenizer(), progress=False)
     assert report.documents == 1 and report.dropped == {"text file larger than 1 MiB": 1}
 
 

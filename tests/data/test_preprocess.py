@@ -1,11 +1,16 @@
 """Tests of preprocessing to .bin/.idx: the written data, complete or absent output, and the tool's errors."""
 
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 import os
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -42,10 +47,19 @@ class RaisingTokenizer(ByteTokenizer):
 
 def write_lines(path: Path, texts: list[str]) -> Path:
     data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    # Two frames, as `cat a.zst b.zst` writes them.
-    zst = lambda data: zstandard.compress(data[:99]) + zstandard.compress(data[99:])
-    path.write_bytes({".gz": gzip.compress, ".zst": zst}.get(path.suffix, bytes)(data))
+    path.write_bytes(compress(data, path.suffix))
     return path
+
+
+def compress(data: bytes, suffix: str) -> bytes:
+    """Compress in the format of `suffix`, if it is one, as two streams, as `cat a.zst b.zst` writes them."""
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(suffix)
+    if suffix == ".lz4":
+        import lz4.frame
+
+        pack = lz4.frame.compress
+    padding = bytes(4) if suffix == ".xz" else b""
+    return pack(data[:99]) + padding + pack(data[99:]) + padding if pack else data
 
 
 def some_texts(count: int, longest: int = 3000) -> list[str]:
@@ -107,6 +121,18 @@ def write_input(path: Path, texts: list[str]) -> Path:
         table = pyarrow.table({"text": texts})
         with pyarrow.ipc.new_file(path, table.schema) as file:
             file.write_table(table, max_chunksize=9)
+    elif ".csv" in path.suffixes:
+        file = io.StringIO(newline="")
+        csv.writer(file).writerows([("id", "text"), *enumerate(texts)])
+        path.write_bytes(compress(file.getvalue().encode(), path.suffix))
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for i, text in enumerate(texts[:20]):
+                archive.writestr(f"a/{i:02}.txt", text, [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED][i % 2])
+            for name in ("b.jsonl", "c.jsonl.bz2"):
+                part = write_lines(path.with_name(name), texts[20:30] if name == "b.jsonl" else texts[30:])
+                archive.write(part, name, zipfile.ZIP_DEFLATED)
+                part.unlink()
     elif path.name == "array.json":
         path.write_text(json.dumps([{"text": text} for text in texts], indent=1, ensure_ascii=False))
     elif path.name == "dataset":

@@ -1,5 +1,6 @@
 """Tests of reading documents in every input format: complete and in order, or rejected with one line."""
 
+import importlib.util
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_cream.data import documents, json_array
 from megatron_cream.data import preprocess as preprocess_module
 from megatron_cream.data.indexed import paths as output_paths
-from megatron_cream.data.input_files import find_files
+from megatron_cream.data.input_files import disk_size, find_files
 from megatron_cream.data.preprocess import preprocess
 from tests.data.test_preprocess import (
     ByteTokenizer,
@@ -27,7 +28,9 @@ from tests.data.test_preprocess import (
 )
 
 FORMS = ["a.jsonl", "a.json", "a.ndjson.gz", "a.jsonl.zst", "array.json", "a.parquet", "categories.parquet", "a.arrow"]
-FORMS += ["dataset", "dict", "texts", "mixed"]
+FORMS += ["a.jsonl.bz2", "a.jsonl.xz", "a.csv", "a.csv.gz", "a.zip", "dataset", "dict", "texts", "mixed"]
+if importlib.util.find_spec("lz4"):
+    FORMS.append("a.jsonl.lz4")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -53,7 +56,7 @@ def test_reading_resumes_after_any_batch(tmp_path, monkeypatch, name):
     files = find_files([*inputs, write_lines(tmp_path / "last.jsonl", ["c"])])
     batches = list(documents.read_batches(files))
     assert len(batches) > 5
-    assert batches[-1].end.disk_bytes == sum(file.stat().st_size for file in files)
+    assert batches[-1].end.disk_bytes == sum(map(disk_size, files))
     for i, batch in enumerate(batches):
         assert list(documents.read_batches(files, start=batch.end)) == batches[i + 1 :]
 
@@ -127,7 +130,10 @@ def test_unreadable_documents_are_counted_by_reason(tmp_path):
     assert not any(output.exists() for output in output_paths(tmp_path / "strict"))
 
 
-@pytest.mark.parametrize("name, kind", [("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstd")])
+TRUNCATED = [("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstd"), ("a.jsonl.bz2", "bzip2"), ("a.jsonl.xz", "xz")]
+
+
+@pytest.mark.parametrize("name, kind", TRUNCATED)
 @pytest.mark.parametrize("kept", [0.5, 0.99])
 def test_a_truncated_compressed_file_is_an_error(tmp_path, name, kind, kept):
     path = write_lines(tmp_path / name, some_texts(50))
@@ -183,9 +189,12 @@ def test_files_of_columns_are_checked_before_any_is_read(tmp_path, monkeypatch):
         preprocess([chats], tmp_path / "x", ByteTokenizer(), chat_format="llama2", progress=False)
 
 
-@pytest.mark.parametrize("name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
+@pytest.mark.parametrize(
+    "name, package", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow"), ("a.csv.lz4", "lz4")]
+)
 def test_a_missing_package_prints_one_line(tmp_path, monkeypatch, name, package):
-    path = write_input(tmp_path / name, ["text"])
+    path = tmp_path / name
+    path.touch() if package == "lz4" else write_input(path, ["text"])
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"pip install {package}$"):
         preprocess([path], tmp_path / "x", ByteTokenizer(), progress=False)
