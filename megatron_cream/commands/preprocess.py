@@ -61,7 +61,7 @@ def main() -> None:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         platform.setup()  # before anything of Megatron is imported
         with blame("--tokenizer-model"):
-            tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
+            tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model, args.parse_special)
         with convert_disk_errors(
             args.output_prefix, "--output-prefix", "after freeing space, the same command resumes"
         ):
@@ -124,6 +124,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="start documents with BOS (default: yes for sentencepiece; as the tokenizer does for Hugging Face)",
     )
     add(
+        "--parse-special",
+        action="store_true",
+        help="special tokens that a text spells, such as <s>, become control tokens of a Hugging Face tokenizer "
+        "(default: they stay text)",
+    )
+    add(
         "--min-document-tokens",
         type=int,
         default=1,
@@ -146,6 +152,8 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("append_eod", "prepend_bos"):
         if args.chat_format and getattr(args, flag) is not None:
             raise ValueError(f"{to_flag(flag)}: cannot be used with --chat-format, which sets these tokens")
+    if args.parse_special and args.tokenizer_type != "HuggingFaceTokenizer":
+        raise ValueError(f"--parse-special: {args.tokenizer_type} never parses special tokens; leave it out")
     with blame("--tokenizer-model"):
         check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
     with blame("--input"):

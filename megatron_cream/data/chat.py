@@ -7,6 +7,8 @@ Two formats:
   first question between `<<SYS>>` and `<</SYS>>`.
 - `tokenizer`: the chat template of the model's Hugging Face tokenizer.
 
+Special tokens of the template are control tokens; those that a message spells are text, see `special_tokens`.
+
 The loss includes an answer's tokens and the token that ends it.
 """
 
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.data.documents import BadDocument
+from megatron_cream.data.special_tokens import ChatTokenizer, is_kept_as_text
 from megatron_cream.data.time_limit import TemplateTimeout, limit_rendering_time
 
 CHAT_FORMATS = ("llama2", "tokenizer")
@@ -105,23 +108,34 @@ class Llama2Chat:
         if any(token is None or token < 0 for token in (tokenizer.bos, tokenizer.eod)):
             raise ValueError("the tokenizer has no BOS or no EOS token, which --chat-format llama2 needs")
         self._tokenizer = tokenizer
+        # sentencepiece parses no special tokens.
+        self._chat_tokenizer = (
+            ChatTokenizer(tokenizer._tokenizer.tokenizer)
+            if is_kept_as_text(tokenizer) and tokenizer._tokenizer.tokenizer.is_fast
+            else None
+        )
 
     def __call__(self, messages: list[Message]) -> tuple[list[int], np.ndarray]:
         """Return token ids [n] and a uint8 mask [n]: 1 for the assistant's tokens."""
         ids, mask, opening = [], [], ""
+        masked = False
+        if self._chat_tokenizer is not None:
+            messages, masked = self._chat_tokenizer.mask(messages)
         if messages[0]["role"] == "system":
             opening = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n"
             messages = messages[1:]
         for question, answer in zip(messages[::2], messages[1::2]):
             prompt = f"[INST] {(opening + question['content']).strip()} [/INST]"
             opening = ""
-            turn = self._encode(f"{prompt} {answer['content'].strip()} ")
-            prompt_length = _common_prefix(self._encode(prompt), turn)
+            turn = self._encode(f"{prompt} {answer['content'].strip()} ", masked)
+            prompt_length = _common_prefix(self._encode(prompt, masked), turn)
             ids += [self._tokenizer.bos, *turn, self._tokenizer.eod]
             mask += [0] * (1 + prompt_length) + [1] * (len(turn) - prompt_length + 1)
         return ids, np.array(mask, dtype=np.uint8)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, masked: bool) -> list[int]:
+        if self._chat_tokenizer is not None:
+            return self._chat_tokenizer.encode(text, masked)[0]
         ids = list(self._tokenizer.tokenize(text))
         # Hugging Face tokenizers may add BOS and EOS.
         ids = ids[1:] if ids[:1] == [self._tokenizer.bos] else ids
@@ -150,6 +164,7 @@ class TemplateChat:
             raise ValueError("the tokenizer has no chat template, which --chat-format tokenizer needs")
         if not self._tokenizer.is_fast:
             raise ValueError("--chat-format tokenizer needs a folder with a tokenizer.json")
+        self._chat_tokenizer = ChatTokenizer(self._tokenizer, parse_messages=not is_kept_as_text(tokenizer))
 
     def __call__(self, messages: list[Message]) -> tuple[list[int], np.ndarray]:
         """Return token ids [n] and a uint8 mask [n]: 1 for the assistant's tokens.
@@ -158,15 +173,16 @@ class TemplateChat:
             BadDocument: the template rejects the chat, or changes an answer's text.
             ValueError: the template does not finish in time.
         """
+        messages, masked = self._chat_tokenizer.mask(messages)
         text = self._render(messages)
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        begins, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        ids, offsets = self._chat_tokenizer.encode(text, masked)
+        begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
         mask = np.zeros(len(begins), dtype=np.uint8)
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 first, last = self._span(text, messages[: i + 1])
                 mask |= (begins < last) & (ends > first)
-        return encoded["input_ids"], mask
+        return ids, mask
 
     def _span(self, text: str, messages: list[Message]) -> tuple[int, int]:
         """Return (start, end) in `text` of the last of `messages`, an answer, with its end token."""

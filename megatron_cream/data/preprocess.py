@@ -24,6 +24,7 @@ from megatron_cream.data.documents import check_files, read_batches
 from megatron_cream.data.encode import Encoder
 from megatron_cream.data.input_files import LeftOut, Source, disk_size, find_files, identify
 from megatron_cream.data.partial import State, check_output, open_partial
+from megatron_cream.data.special_tokens import is_kept_as_text
 from megatron_cream.data.workers import map_in_order
 
 FORMAT_VERSION = 2
@@ -138,6 +139,8 @@ def preprocess(
         "prepend-bos": prepend_bos,
         "min-document-tokens": min_document_tokens,
         "strict": strict,
+        # None is as in unfinished runs of versions that always parsed them.
+        "parse-special": False if is_kept_as_text(tokenizer) else None,
     }
     keep = tokenizer_id is not None
     with open_partial(output_prefix, settings, encode.dtype, encode.chats, overwrite, keep) as partial:

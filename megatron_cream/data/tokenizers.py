@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_cream.data.special_tokens import keep_as_text
+
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer")
 """Types that load a sentencepiece `.model` file; synonyms in Megatron."""
 
@@ -35,8 +37,10 @@ def check_tokenizer_files(tokenizer_type: str, tokenizer_model: Path) -> None:
         raise ValueError(f"{tokenizer_model}: no such folder; {tokenizer_type} takes a folder with tokenizer.json")
 
 
-def load_tokenizer(tokenizer_type: str, tokenizer_model: Path) -> Any:
+def load_tokenizer(tokenizer_type: str, tokenizer_model: Path, parse_special: bool = False) -> Any:
     """Load the tokenizer of the trainer's --tokenizer-type and --tokenizer-model.
+
+    With `parse_special`, a Hugging Face tokenizer parses special tokens that a text spells, which otherwise are text.
 
     Returns Megatron's MegatronTokenizerText: `tokenize(text) -> list[int]`,
     `detokenize(ids)`, `vocab_size`, `eod`, `bos` (None or -1 if there is none).
@@ -57,6 +61,8 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: Path) -> Any:
             # Otherwise transformers warns of "indexing errors" at a document longer than the model's window.
             tokenizer._tokenizer.tokenizer.model_max_length = sys.maxsize
         check_megatron_ids(tokenizer, tokenizer_model)
+        if not parse_special:
+            keep_as_text(tokenizer)
     except TokenIdMismatch:
         raise
     except Exception as error:  # each library raises its own types

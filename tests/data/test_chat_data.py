@@ -167,6 +167,8 @@ CLEANED = [
     (share(("system", "s"), ("human", "q"), ("gpt", "a")), "ss uq aa"),
     (share(("system", " "), ("gpt", "x"), ("user", "q"), ("chatgpt", "a")), "uq aa"),
     ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "uq aa"),
+    (share(("human", "q"), ("gpt", "a")) | {"messages": [{"role": "user", "content": "other"}]}, "uq aa"),
+    ({"conversations": None, "messages": [{"role": "user", "content": "q"}, {"role": "gpt", "content": "a"}]}, "uq aa"),
     ({"id": 1, "conversations": []}, "without an answer"),
     (share(("gpt", "a")), "without an answer"),
     (share(("human", "q")), "without an answer"),

@@ -300,12 +300,13 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path, sentencepiece_mo
         ({"--tokenizer-type": "BPE"}, "--tokenizer-type: invalid choice: 'BPE'"),
         ({"--tokenizer-model": tmp_path / "no.model"}, "--tokenizer-model"),
         ({"--tokenizer-model": path}, f"--tokenizer-model {path}: not a sentencepiece model"),  # imports Megatron
+        ({"--parse-special": ""}, "--parse-special: Llama2Tokenizer never parses special tokens; leave it out"),
         ({"--workers": 0}, "--workers 0: must be a whole number above 0"),
         ({"--min-document-tokens": "many"}, "--min-document-tokens: invalid int value: 'many'"),
     ]
     before = sorted(os.listdir(tmp_path))
     for change, message in cases:
-        done = run_tool(*(part for pair in (good | change).items() for part in pair))
+        done = run_tool(*(part for pair in (good | change).items() for part in pair if part != ""))
         assert done.returncode == 2, change
         assert len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
         assert not done.stdout

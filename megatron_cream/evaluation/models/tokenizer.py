@@ -1,5 +1,6 @@
 """The tokenizers of evaluation: from a Hugging Face folder, a sentencepiece `.model` file or a training run."""
 
+import functools
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.data.special_tokens import ChatTokenizer, keep_as_text
 from megatron_cream.data.time_limit import TemplateTimeout, limit_rendering_time
 from megatron_cream.data.tokenizers import TokenIdMismatch, bos_to_prepend, check_token_ids, has_eod, text_ids
 
@@ -22,6 +24,8 @@ _FINGERPRINT_TEXT = (
 
 class ModelTokenizer(ABC):
     """Converts text to token ids and back, without special tokens unless a method says otherwise.
+
+    A special token that a text spells is text.
 
     Attributes:
         bos: id that the tokenizer puts before a text, or None.
@@ -116,8 +120,12 @@ class _HfTokenizer(ModelTokenizer):
         eos = self._tokenizer.eos_token_id
         self.stop_ids = frozenset([] if eos is None else [eos])
 
+    @functools.cached_property
+    def _chat_tokenizer(self) -> ChatTokenizer:
+        return ChatTokenizer(self._tokenizer)
+
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -125,7 +133,9 @@ class _HfTokenizer(ModelTokenizer):
     def token_spans(self, text: str) -> list[tuple[int, int]]:
         if not self._tokenizer.is_fast:
             return super().token_spans(text)
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+        )
         return [tuple(span) for span in encoded["offset_mapping"]]
 
     def encode_chat(self, text: str) -> list[int]:
@@ -133,8 +143,12 @@ class _HfTokenizer(ModelTokenizer):
             return super().encode_chat(text)
         turns = [{"role": "user", "content": text}]
         try:
+            turns, masked = self._chat_tokenizer.mask(turns) if self._tokenizer.is_fast else (turns, False)
             with limit_rendering_time():
-                return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+                rendered = self._tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, return_dict=False, tokenize=not masked
+                )
+            return self._chat_tokenizer.encode(rendered, masked)[0] if masked else rendered
         except TemplateTimeout as error:
             raise UsageError(f"--chat: the model's chat template {error}") from None
         except Exception as error:  # jinja's exceptions, or those of the template itself
@@ -162,6 +176,7 @@ class TrainingTokenizer(ModelTokenizer):
     """Megatron's tokenizer of a training run, with the BOS that preprocessing puts before a document."""
 
     def __init__(self, tokenizer: Any):
+        keep_as_text(tokenizer)
         self._tokenizer = tokenizer
         self.bos = bos_to_prepend(tokenizer, None)
         self.stop_ids = frozenset([tokenizer.eod] if has_eod(tokenizer) else [])
