@@ -11,8 +11,9 @@
 
 Inputs are JSON lines (.jsonl, .ndjson, .json), .csv and text files (.txt), all also .gz, .bz2, .xz,
 .zst or .lz4; a .json that is one array; .parquet; .zip archives and folders of these, or folders
-that `datasets.save_to_disk` wrote. One document per line, row, element or text file; each becomes
-BOS, text, EOD.
+that `datasets.save_to_disk` wrote; hf://datasets/OWNER/NAME[@REVISION][:CONFIG[:SPLIT]], streamed
+from the Hugging Face Hub. One document per line, row, element or text file; each becomes BOS, text,
+EOD.
 
 With --chat-format the documents are chats, ShareGPT's {"conversations": [{"from", "value"}]} or
 OpenAI's {"messages": [{"role", "content"}]}. OUTPUT_PREFIX_loss_mask.bin/.idx is written too, and
@@ -41,7 +42,7 @@ from megatron_cream.common.cli import OneLineParser, path, to_flag
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_can_create, convert_disk_errors
 from megatron_cream.data.chat import CHAT_FORMATS
-from megatron_cream.data.input_files import find_files
+from megatron_cream.data.input_files import find_files, parse_input
 from megatron_cream.data.partial import check_output
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from megatron_cream.data.tokenizers import TOKENIZER_TYPES, check_tokenizer_files, load_tokenizer, tokenizer_id
@@ -98,7 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--input", type=path, nargs="+", required=True, help="files and folders of text")
+    add(
+        "--input",
+        type=parse_input,
+        nargs="+",
+        required=True,
+        help="files and folders of text, or datasets on the Hugging Face Hub: "
+        "hf://datasets/OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]",
+    )
     add(
         "--glob",
         help="which files of an input folder or .zip are read (default: all known suffixes but .json, .csv and .zip)",

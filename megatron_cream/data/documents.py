@@ -23,6 +23,7 @@ from megatron_cream.data.compressed import (
     suffix,
 )
 from megatron_cream.data.csv_rows import DamagedCsv, read_csv_column
+from megatron_cream.data.hub import HubDataset, check_datasets_package, read_hub_rows
 from megatron_cream.data.input_files import Source, disk_size, kind_of
 from megatron_cream.data.json_array import DamagedArray, read_elements, starts_array
 
@@ -81,7 +82,9 @@ def check_files(files: list[Source], keys: tuple[str, ...], chats: bool) -> None
         ValueError: one of them cannot be read so. The message is one line with the path.
     """
     for file in files:
-        if kind_of(file) == "columns":
+        if isinstance(file, HubDataset):
+            check_datasets_package(file)
+        elif kind_of(file) == "columns":
             check_column(file, keys, chats)
         elif chats and kind_of(file) != "lines":
             raise ValueError(f"{file}: a chat is a JSON object or a row, not a text file or CSV")
@@ -105,16 +108,13 @@ def read_batches(
     before = sum(map(disk_size, files[: start.file]))
     for number in range(start.file, len(files)):
         file, kind, disk_bytes = files[number], kind_of(files[number]), disk_size(files[number])
-        if kind in ("lines", "columns", "csv"):
+        if kind in ("lines", "columns", "csv", "hub"):
             if texts:
                 yield Batch(texts[0].parent, "file", texts, Position(number, disk_bytes=before))
                 texts, size = [], 0
             begin = start if number == start.file else Position(number)
             form: Literal["json", "text"] = "json" if chats or kind == "lines" else "text"
-            if kind == "columns":
-                records = _rows(file, keys, chats, begin)
-            else:
-                records = _rows_of_csv(file, keys[0], begin) if kind == "csv" else _read_json(file, begin)
+            records = _read_records(file, keys, chats, begin)
             yield from _group_records(file, form, records, number, before, disk_bytes)
         else:
             texts.append(file)
@@ -184,6 +184,14 @@ def _group_records(
             items, size = [], 0
     if items:
         yield Batch(path, form, items, Position(file + 1, disk_bytes=before + disk_bytes))
+
+
+def _read_records(file: Source, keys: tuple[str, ...], chats: bool, begin: Position) -> Iterator[_Record]:
+    if isinstance(file, HubDataset):
+        return ((number, data, 0, 0) for number, data in read_hub_rows(file, keys, chats, begin.record))
+    if kind_of(file) == "columns":
+        return _rows(file, keys, chats, begin)
+    return _rows_of_csv(file, keys[0], begin) if kind_of(file) == "csv" else _read_json(file, begin)
 
 
 def _rows(path: Source, keys: tuple[str, ...], chats: bool, begin: Position) -> Iterator[_Record]:

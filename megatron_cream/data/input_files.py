@@ -5,16 +5,19 @@ links may form loops. A .zip archive is read like a folder. Hidden files and fol
 `.ipynb_checkpoints`, `._*`) and `__MACOSX` are not data.
 """
 
+import argparse
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from megatron_cream.common.cli import path as parse_path
 from megatron_cream.common.errors import reason
 from megatron_cream.data.archives import ARCHIVE_SUFFIX, ZipMember, is_link, list_members
 from megatron_cream.data.columns import COLUMN_SUFFIXES, find_dataset_files
 from megatron_cream.data.compressed import COMPRESSED_SUFFIXES, suffix
+from megatron_cream.data.hub import HUB_PREFIX, HubDataset, parse_hub_dataset
 from megatron_cream.data.indexed import loss_mask_prefix, paths
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -30,7 +33,7 @@ FOLDER_SUFFIXES = frozenset((*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES, ".parquet")) 
 """Files that are read in a folder without a glob. A `.json` or `.csv` file often is not data, and a `.zip` may hold the
 same files again."""
 
-Source = Path | ZipMember
+Source = Path | ZipMember | HubDataset
 """What documents are read from."""
 
 
@@ -53,12 +56,15 @@ class LeftOut:
 
 
 def find_files(
-    inputs: Iterable[Path], glob: str | None = None, output: Path | None = None, left_out: LeftOut | None = None
+    inputs: Iterable[Path | HubDataset],
+    glob: str | None = None,
+    output: Path | None = None,
+    left_out: LeftOut | None = None,
 ) -> list[Source]:
     """Return the files of `inputs` in reading order: files as named, folders and archives recursively.
 
     Args:
-        inputs: files and folders.
+        inputs: files, folders and datasets on the Hub.
         glob: pattern of the files to read in a folder. None: files with a suffix of FOLDER_SUFFIXES;
             in a folder that `datasets` saved, its data files.
         output: prefix of the output, which is skipped if it lies in an input folder.
@@ -70,16 +76,31 @@ def find_files(
     """
     files: list[Source] = []
     left_out = LeftOut() if left_out is None else left_out
-    for path in map(Path, inputs):
+    for path in inputs:
+        if isinstance(path, HubDataset):
+            files.append(path)
+            continue
         try:
-            files += _files_of(path, glob, output, left_out)
+            files += _files_of(Path(path), glob, output, left_out)
         except OSError as error:
             raise ValueError(reason(error, path)) from error
     return files
 
 
+def parse_input(text: str) -> Path | HubDataset:
+    """Parse a file, a folder or `hub.HUB_FORM`; a type for `add_argument`."""
+    if not text.startswith(HUB_PREFIX):
+        return parse_path(text)
+    try:
+        return parse_hub_dataset(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def disk_size(source: Source) -> int:
-    """Return the bytes of a file on disk, or of an archive's member when unpacked."""
+    """Return the bytes of a file on disk, or of an archive's member when unpacked; 0 for a dataset on the Hub."""
+    if isinstance(source, HubDataset):
+        return 0
     return source.stat().st_size if isinstance(source, Path) else source.size
 
 
@@ -87,11 +108,15 @@ def identify(source: Source) -> tuple[Any, ...]:
     """Return values that change if the content does: path, size and modification time."""
     if isinstance(source, ZipMember):
         return (*identify(source.archive), source.name)
+    if isinstance(source, HubDataset):
+        return (str(source),)
     return str(source.absolute()), source.stat().st_size, source.stat().st_mtime_ns
 
 
-def kind_of(path: Source) -> Literal["lines", "columns", "csv", "text"] | None:
+def kind_of(path: Source) -> Literal["lines", "columns", "csv", "text", "hub"] | None:
     """Return how a file is read, by its suffix; None if the suffix is unknown."""
+    if isinstance(path, HubDataset):
+        return "hub"
     if path.suffix.lower() in COLUMN_SUFFIXES:
         return "columns"
     if suffix(path) in JSON_LINES_SUFFIXES:
@@ -162,7 +187,7 @@ def _report(place: Path, kind: str, glob: str | None, found: list, here: LeftOut
         raise ValueError(f"{place}: {problem}" + (f". Left out: {here}" if here.counts else ""))
 
 
-def _full_suffix(path: Source) -> str:
+def _full_suffix(path: Path | ZipMember) -> str:
     name = path.suffix.lower()
     name = suffix(path) + name if name in COMPRESSED_SUFFIXES else name
     return f"{name} files" if name else "files without a suffix"

@@ -243,7 +243,7 @@ def open_partial(
         dtype: numpy type of a token.
         masked: also write a loss mask.
         overwrite: replace existing output, and an unfinished run with other settings.
-        keep: keep the partial files for the next run if this one ends early. A ValueError deletes
+        keep: keep the partial files, if any was written, for the next run if this one ends early. A ValueError deletes
             them, as the next run with the same inputs would fail too.
 
     Raises:
@@ -264,7 +264,7 @@ def open_partial(
         try:
             yield partial
         except BaseException as error:
-            if keep and not isinstance(error, ValueError):
+            if keep and partial.state.position != Position() and not isinstance(error, ValueError):
                 partial.close()
             else:
                 partial.discard()

@@ -22,6 +22,7 @@ import numpy as np
 from megatron_cream.common.progress_bar import ProgressBar
 from megatron_cream.data.documents import check_files, read_batches
 from megatron_cream.data.encode import Encoder
+from megatron_cream.data.hub import HubDataset
 from megatron_cream.data.input_files import LeftOut, Source, disk_size, find_files, identify
 from megatron_cream.data.partial import State, check_output, open_partial
 from megatron_cream.data.special_tokens import is_kept_as_text
@@ -67,7 +68,7 @@ class PreprocessReport:
 
 
 def preprocess(
-    inputs: Iterable[Path],
+    inputs: Iterable[Path | HubDataset],
     output_prefix: Path,
     tokenizer: Any,
     *,
@@ -88,7 +89,7 @@ def preprocess(
     The output files appear only when they are complete.
 
     Args:
-        inputs: files and folders.
+        inputs: files, folders and datasets on the Hub.
         output_prefix: path of the output without its suffix.
         tokenizer: has `tokenize(text) -> list[int]`, `vocab_size`, `eod` and `bos`, as
             `tokenizers.load_tokenizer` returns.
