@@ -168,7 +168,7 @@ def _members_of(archive: Path, glob: str | None, left_out: LeftOut) -> list[Sour
             here.add("links in archives", member)
         elif kind_of(member) == "columns" or member.suffix.lower() == ARCHIVE_SUFFIX:  # needs random access
             here.add(f"{member.suffix.lower()} files in archives", member)
-        elif glob is not None or suffix(member) in FOLDER_SUFFIXES:
+        elif glob is not None or (suffix(member) in FOLDER_SUFFIXES and kind_of(member)):
             found.append(member)
         else:
             here.add(f"{_full_suffix(member)} in archives", member)

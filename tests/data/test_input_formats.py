@@ -105,6 +105,7 @@ def test_an_archive_is_read_like_a_folder(tmp_path):
         "t.csv",
         "x.json",
         "y.parquet",
+        "w.parquet.gz",
         "z.zip",
         "__MACOSX/._a.jsonl",
         ".git/a.txt",
@@ -122,6 +123,7 @@ def test_an_archive_is_read_like_a_folder(tmp_path):
         ".csv files in archives": 1,
         ".json files in archives": 1,
         ".parquet files in archives": 1,
+        ".parquet.gz files in archives": 1,
         ".zip files in archives": 1,
     }
     assert names(path, "*.csv") == ["t.csv"]
