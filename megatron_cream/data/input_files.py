@@ -180,11 +180,13 @@ def _report(place: Path, kind: str, glob: str | None, found: list, here: LeftOut
     """Add `here`, what is left out of a folder or archive, to `left_out`; raise ValueError if nothing was found."""
     for what, count in here.counts.items():
         left_out.add(what, here.first[what], count)
-    if not found:
-        problem = f"no {', '.join(sorted(FOLDER_SUFFIXES))} file in this {kind}; name others with --glob"
-        if glob is not None:
-            problem = f"no file in this {kind} matches {glob!r}; give another --glob"
-        raise ValueError(f"{place}: {problem}" + (f". Left out: {here}" if here.counts else ""))
+    if found:
+        return
+    rest = f". Left out: {here}" if here.counts else ""
+    if glob is not None:
+        raise ValueError(f"{place}: no file in this {kind} matches {glob!r}; give another --glob{rest}")
+    suffixes = ", ".join(sorted(FOLDER_SUFFIXES))
+    raise ValueError(f"{place}: no {suffixes} file in this {kind}; name others with --glob{rest}")
 
 
 def _full_suffix(path: Path | ZipMember) -> str:
