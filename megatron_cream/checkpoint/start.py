@@ -188,9 +188,14 @@ def _reject_lost_tracker(path: Path) -> None:
         )
 
 
+def count_steps(args: Namespace) -> int:
+    """Return the number of steps of the whole run; 0 if neither --train-iters nor --train-samples is given."""
+    return args.train_iters or (args.train_samples or 0) // args.global_batch_size
+
+
 def finished_message(args: Namespace) -> str | None:
     """Return a message if the checkpoint of --load is at the run's last step, else None."""
-    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    steps = count_steps(args)
     found = None if args.skip_train or args.finetune else find_checkpoint(args)
     if found is None or found[0] != "--load" or found[1].name == "release" or not steps:
         return None

@@ -72,15 +72,24 @@ def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
 
 def flops_per_token(args: Namespace) -> float:
     """Return the model FLOPs of one training token, forward and backward."""
-    return flops.flops_per_token(
+    return flops.flops_per_token(**_sizes(args), vocab_size=args.padded_vocab_size, seq_length=args.seq_length)
+
+
+def count_parameters(args: Namespace) -> int:
+    """Return the number of the model's weights, without padding, norms and biases."""
+    tied = not args.untie_embeddings_and_output_weights
+    return flops.parameters(**_sizes(args), vocab_size=args.vocab_size, tied=tied)
+
+
+def _sizes(args: Namespace) -> dict[str, int]:
+    """Return the sizes of the layers, as the functions of `flops` name them."""
+    return dict(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
         num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         kv_channels=args.kv_channels,
         num_attention_heads=args.num_attention_heads,
-        vocab_size=args.padded_vocab_size,
-        seq_length=args.seq_length,
     )
 
 

@@ -6,7 +6,7 @@ Only a few hundred rows of one column are in memory at a time, for any size of f
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,16 +165,25 @@ class _Arrow:
                 yield column[begin : begin + _ROWS], self._source.tell()
 
 
+def choose_column(source: object, names: Sequence[str], keys: tuple[str, ...]) -> str:
+    """Return the only one of `keys` among the columns `names`.
+
+    Raises:
+        ValueError: none or several are there. The message is one line with the source.
+    """
+    found = [key for key in keys if key in names]
+    if len(found) > 1:
+        raise ValueError(f"{source}: has the columns {' and '.join(map(repr, found))}; choose one with --json-key")
+    if not found:
+        wanted, columns = " or ".join(map(repr, keys)), one_line(", ".join(names), 200)
+        raise ValueError(f"{source}: no column {wanted}; its columns are {columns}; choose one with --json-key")
+    return found[0]
+
+
 def _column_name(path: Path, schema: Any, keys: tuple[str, ...], chats: bool) -> str:
     from pyarrow import types
 
-    found = [key for key in keys if key in schema.names]
-    if len(found) > 1:
-        raise ValueError(f"{path}: has the columns {' and '.join(map(repr, found))}; choose one with --json-key")
-    key = next(iter(found), None)
-    if key is None:
-        wanted, columns = " or ".join(map(repr, keys)), one_line(", ".join(schema.names), 200)
-        raise ValueError(f"{path}: no column {wanted}; its columns are {columns}; choose one with --json-key")
+    key = choose_column(path, schema.names, keys)
     if schema.names.count(key) > 1:
         raise ValueError(f"{path}: {schema.names.count(key)} columns are named {key!r}; there must be only one")
     kind = schema.field(key).type

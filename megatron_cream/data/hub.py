@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cream.common.errors import one_line
-from megatron_cream.data import compressed
+from megatron_cream.data import columns, compressed
 
 HUB_PREFIX = "hf://"
 
@@ -91,13 +91,10 @@ def _open(dataset: HubDataset, first: int) -> Any:
 
 
 def _find_key(dataset: HubDataset, row: dict, keys: tuple[str, ...]) -> str:
-    found = [key for key in keys if key in row]
-    if len(found) > 1:
-        raise _WrongColumns(f"{dataset}: has the columns {' and '.join(map(repr, found))}; choose one with --json-key")
-    if not found:
-        wanted, columns = " or ".join(map(repr, keys)), one_line(", ".join(map(str, row)), 200)
-        raise _WrongColumns(f"{dataset}: no column {wanted}; its columns are {columns}; choose one with --json-key")
-    return found[0]
+    try:
+        return columns.choose_column(dataset, [*map(str, row)], keys)
+    except ValueError as error:
+        raise _WrongColumns(str(error)) from None
 
 
 def _content(row: dict, key: str, chats: bool) -> bytes | str | None:

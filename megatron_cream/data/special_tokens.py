@@ -42,6 +42,7 @@ class ChatTokenizer:
         special = {token.content: (id, token) for id, token in sorted(added.items()) if token.special}
         # The longest first, as tokenizers matches them.
         self._special = dict(sorted(special.items(), key=lambda item: -len(item[0])))
+        self._numbers = {content: number for number, content in enumerate(self._special)}
         self._pattern = None
         if special and not parse_messages:
             self._pattern = re.compile("|".join(map(re.escape, self._special)))
@@ -87,8 +88,7 @@ class ChatTokenizer:
 
     def _replace(self, text: str, base: int) -> str:
         """Replace the special tokens of `text` by their stand-ins."""
-        number = {content: number for number, content in enumerate(self._special)}
-        return self._pattern.sub(lambda match: _stand_in(base, number[match[0]], match[0]), text)
+        return self._pattern.sub(lambda match: _stand_in(base, self._numbers[match[0]], match[0]), text)
 
     @functools.cached_property
     def _backend(self) -> tuple[Any, dict[int, int]]:

@@ -269,7 +269,7 @@ def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
     different = [key for key in [*new, *(old.keys() - new.keys())] if old.get(key) != new.get(key)]
     if different:
         key = different[0]
-        reason = f"{key} {_shorten(old.get(key))}, not {_shorten(new.get(key))}"
+        reason = f"{key} {shorten(old.get(key))}, not {shorten(new.get(key))}"
     elif not same_model:
         reason = "another model, or another --engine or --dtype"
     else:
@@ -277,6 +277,7 @@ def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
     raise UsageError(f"--output {folder}: its results were made with {reason}. Give another folder, or --overwrite.")
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """Return a setting as JSON of at most 80 characters, for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -76,7 +76,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
     with console.redirect_output(args.console, args.save) as terminal:
         print(words if args.console == "progress" else _shorten(words), end="")
         step_line = progress.StepLine(
-            total_steps=args.train_iters or (args.train_samples or 0) // args.global_batch_size,
+            total_steps=start.count_steps(args),
             tokens_per_step=args.global_batch_size * args.seq_length,
             ranks=args.world_size,
             flops_per_token=values.flops_per_token(args),

@@ -8,9 +8,9 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_cream.checkpoint import pretrained, start
 from megatron_cream.checkpoint.families import read_config
 from megatron_cream.common.advice import evaluation_command, export_command
+from megatron_cream.config import values
 from megatron_cream.config.samplers import sampler_names
 from megatron_cream.data.indexed import open_index
-from megatron_cream.model import flops
 from megatron_cream.model.attention import AttentionBackend
 
 
@@ -44,17 +44,7 @@ def next_command(args: Namespace) -> str:
 def _model(args: Namespace) -> str:
     """Return the family and the number of parameters."""
     family = "llama" if args.model_folder is None else read_config(args.model_folder)[1].model_type
-    count = flops.parameters(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        kv_channels=args.kv_channels,
-        num_attention_heads=args.num_attention_heads,
-        vocab_size=args.vocab_size,
-        tied=not args.untie_embeddings_and_output_weights,
-    )
-    return f"{family}, {_rounded(count)} parameters"
+    return f"{family}, {_rounded(values.count_parameters(args))} parameters"
 
 
 def _weights(args: Namespace) -> str:
@@ -117,7 +107,7 @@ def _steps(args: Namespace) -> str:
     if args.skip_train:
         return "none (--skip-train): the model is evaluated"
     each = args.global_batch_size * args.seq_length
-    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    steps = start.count_steps(args)
     return (
         f"{steps:,} steps of {each:,} tokens, {_rounded(steps * each)} in all; each step's line has the time left (ETA)"
     )

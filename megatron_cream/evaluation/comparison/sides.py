@@ -9,7 +9,7 @@ from typing import Any
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import read_json
 from megatron_cream.evaluation.result_lines import read_records
-from megatron_cream.evaluation.results import RESULTS, SUMMARY
+from megatron_cream.evaluation.results import RESULTS, SUMMARY, shorten
 
 BASE, EXTENDED = "BASE", "EXTENDED"
 _OWN_SETTINGS = ("tokenizer",)  # each model may name its own; fingerprints are compared
@@ -195,8 +195,8 @@ def _reject_unmatched(ours: dict[str, Result], theirs: dict[str, Result], key: s
     names = dict.fromkeys([*result.settings, *other.settings])
     name = next(name for name in names if result.settings.get(name) != other.settings.get(name))
     raise UsageError(
-        f"{lacking} {other.folder}: {result.task} was run with {name} {_shorten(other.settings.get(name))}, in {side} "
-        f"{result.folder} with {_shorten(result.settings.get(name))}. Run both models with the same flags"
+        f"{lacking} {other.folder}: {result.task} was run with {name} {shorten(other.settings.get(name))}, in {side} "
+        f"{result.folder} with {shorten(result.settings.get(name))}. Run both models with the same flags"
     )
 
 
@@ -228,11 +228,6 @@ def _check_examples(base: Result, extended: Result) -> None:
 
 def _reject_example(where: str, name: str, key: str, ours: Any, theirs: Any) -> None:
     raise UsageError(
-        f"{where}: example {name} has {key} {_shorten(theirs)}, in {BASE} {_shorten(ours)}: the prompts are not the "
+        f"{where}: example {name} has {key} {shorten(theirs)}, in {BASE} {shorten(ours)}: the prompts are not the "
         "same. Evaluate both with the same tokenizer and data"
     )
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
