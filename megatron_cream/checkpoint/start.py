@@ -324,6 +324,7 @@ _DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_
 _SAMPLES = (
     "seed", "split", "dataloader_type", "seq_length", "position_sampler", "position_mix", "target_length",
     "cream_sigma", "cream_variant", "cream_relativity", "cream_middle", "pose_chunks",
+    "chat_loss",
 )  # fmt: skip
 
 

@@ -69,7 +69,7 @@ TESTED = {
     "config/test_bad_data.py": "train-data-path valid-data-path data-args-path per-split-data-args-path",
     "data/test_data_cache.py": "data-cache-path",
     "data/test_dataset.py": "mask-segment-starts num-workers",
-    "data/test_chat_data.py": "tokenizer-type tokenizer-model",
+    "data/test_chat_data.py": "tokenizer-type tokenizer-model chat-loss",
     "training/test_determinism.py": "deterministic",
     "optimizer/test_finite.py": "nan-policy",
     "evaluation/test_perplexity.py": "eval-lengths eval-documents num-layers-per-virtual-pipeline-stage",

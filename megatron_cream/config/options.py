@@ -52,6 +52,10 @@ class CreamConfig:
     mask_segment_starts: bool = False
     """Compute no loss on the first token of the middle and tail blocks, where the text jumps."""
 
+    chat_loss: Literal["answers", "all"] = "answers"
+    """Tokens of chats with loss. answers: the assistant's, which preprocess_data.py --chat-format marks; all: every
+    token, as in the code that CREAM's authors released."""
+
     rope_scaling_type: Literal["none", "linear", "ntk", "yarn", "llama3"] | None = None
     """How to scale the rotary embedding for --target-length. Default: the scaling of the model that training starts
     from, widened if the target needs it; without a model, none. --rope-scaling-factor defaults to --target-length

@@ -65,6 +65,7 @@ def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
         tokenizer=tokenizer,
         sampler=sampler_options(args),
         mask_segment_starts=args.mask_segment_starts,
+        chat_loss=args.chat_loss,
         eod_token=tokenizer.eod if args.eod_mask_loss else None,
         vocab_size=args.vocab_size,
     )

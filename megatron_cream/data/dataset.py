@@ -8,7 +8,7 @@ Samples are not written in advance; files stay memory-mapped.
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
@@ -40,11 +40,26 @@ class LongDocumentDatasetConfig(BlendedMegatronDatasetConfig):
     mask_segment_starts: bool = False
     """No loss on the first token of the middle and tail blocks, where the text jumps."""
 
+    chat_loss: Literal["answers", "all"] = "answers"
+    """`all`: loss on every token of data that has a loss mask file."""
+
     eod_token: int | None = None
     """If set, no loss where the input is this token (`--eod-mask-loss`)."""
 
     vocab_size: int | None = None
     """If set, a token id of this or more raises an error here, before it can fail on the GPU."""
+
+
+def open_loss_mask(dataset_path: str, config: LongDocumentDatasetConfig) -> IndexedDataset | None:
+    """Open the loss mask of the data at `dataset_path`; return None if every token has loss."""
+    if not has_loss_mask(dataset_path):
+        return None
+    prefix = loss_mask_prefix(dataset_path)
+    if config.chat_loss == "all":
+        log_single_rank(logger, logging.INFO, f"> loss on all tokens: --chat-loss all ignores {prefix}.bin")
+        return None
+    log_single_rank(logger, logging.INFO, f"> loss on the tokens marked in {prefix}.bin")
+    return IndexedDataset(prefix, multimodal=False, mmap=config.mmap_bin_files)
 
 
 class LongDocumentDataset(MegatronDataset):
@@ -54,8 +69,8 @@ class LongDocumentDataset(MegatronDataset):
     sample), `position_ids`; int64 `sample` and `document`, which identify the sample; and float32
     `loss_mask` [n], 0 on the last token, which has no label, and where the configuration masks.
     If the data has a loss mask file (see `indexed.loss_mask_prefix`), only labels that it marks
-    have loss. A sample without marked labels has no weight, as Megatron averages over a global
-    batch's tokens.
+    have loss, unless `chat_loss` is `all`. A sample without marked labels has no weight, as
+    Megatron averages over a global batch's tokens.
 
     Sample i is in epoch i // len(documents), at place i % len(documents) of that epoch's order;
     it does not depend on ranks, workers or batch sizes.
@@ -79,12 +94,7 @@ class LongDocumentDataset(MegatronDataset):
             f"> {index_split.name}: {len(self.documents)} of {len(indices)} documents of {dataset_path} have "
             f"{self.sampler.sequence_length} tokens or more",
         )
-        self.loss_mask = None
-        if has_loss_mask(dataset_path):
-            self.loss_mask = self.build_low_level_dataset(loss_mask_prefix(dataset_path), config)
-            log_single_rank(
-                logger, logging.INFO, f"> loss on the tokens marked in {loss_mask_prefix(dataset_path)}.bin"
-            )
+        self.loss_mask = open_loss_mask(dataset_path, config)
         if num_samples and not len(self.documents):
             raise UsageError(
                 f"{index_split.name} split of {dataset_path}: none of its {len(indices)} documents has "

@@ -361,6 +361,16 @@ def test_the_loss_covers_assistant_labels_only(tmp_path, workers, caplog):
     assert 0.4 < seen / (len(dataset) * N) < 0.6
 
 
+def test_the_loss_covers_all_tokens_if_asked(tmp_path, caplog):
+    prefix = write_masked(tmp_path / "x")
+    with caplog.at_level("INFO"):
+        dataset = build([prefix], chat_loss="all")
+    assert f"--chat-loss all ignores {prefix}_loss_mask.bin" in caplog.text
+    assert all((dataset[i]["loss_mask"] == np.append(np.ones(N - 1), 0)).all() for i in range(5))
+    # The samples are the same: only their loss differs.
+    assert (dataset[0]["tokens"] == build([prefix])[0]["tokens"]).all()
+
+
 def test_masks_in_a_blend_and_under_the_other_masks(tmp_path):
     chats, text = write_masked(tmp_path / "chats"), tmp_path / "text"
     builder = IndexedDatasetBuilder(f"{text}.bin", dtype=np.int32)
