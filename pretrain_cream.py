@@ -48,6 +48,7 @@ from megatron.training import get_args, get_timers, get_tokenizer
 from megatron_cream.config import values
 from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.recent import RecentSamples
+from megatron_cream.planning.expected_time import predict_step
 from megatron_cream.training import run
 
 recent_samples = RecentSamples()
@@ -133,7 +134,7 @@ train_valid_test_datasets_provider.is_distributed = True
 
 def train(argv: list[str] | None = None) -> Namespace:
     """Run one training; see `megatron_cream.training.run.train`."""
-    return run.train(run.Job(train_valid_test_datasets_provider, forward_step, recent_samples), argv)
+    return run.train(run.Job(train_valid_test_datasets_provider, forward_step, recent_samples, predict_step), argv)
 
 
 def main() -> int:

@@ -193,14 +193,18 @@ def count_steps(args: Namespace) -> int:
     return args.train_iters or (args.train_samples or 0) // args.global_batch_size
 
 
+def find_resumed_step(args: Namespace) -> int | None:
+    """Return the step of --load that the run resumes from; None if it starts from step 0."""
+    found = None if args.finetune else find_checkpoint(args)
+    return None if found is None or found[0] != "--load" or found[1].name == "release" else _parse_step(found[1])
+
+
 def finished_message(args: Namespace) -> str | None:
     """Return a message if the checkpoint of --load is at the run's last step, else None."""
-    steps = count_steps(args)
-    found = None if args.skip_train or args.finetune else find_checkpoint(args)
-    if found is None or found[0] != "--load" or found[1].name == "release" or not steps:
+    steps, step = count_steps(args), None if args.skip_train else find_resumed_step(args)
+    if step is None or not steps or step < steps:
         return None
-    step = _parse_step(found[1])
-    return f"step {step} of {steps} is in {args.load}: nothing is left to train" if step >= steps else None
+    return f"step {step} of {steps} is in {args.load}: nothing is left to train"
 
 
 def _open_checkpoint(args: Namespace, found: tuple[str, Path] | None) -> FoundCheckpoint | None:

@@ -18,11 +18,16 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def peak_flops() -> float | None:
-    """Return the bf16 peak of one of this machine's GPUs in FLOP/s; None where it is unknown."""
+def gpu_kind() -> str | None:
+    """Return the key of PEAK_TFLOPS for this machine's GPUs; None without a GPU, or if it is unknown."""
     if not has_cuda():
         return None
     name = torch.cuda.get_device_name()
     # The longest name that matches: "GH200" before "H200", "H100 PCIe" before "H100".
-    matches = [part for part in PEAK_TFLOPS if part in name]
-    return PEAK_TFLOPS[max(matches, key=len)] * 1e12 if matches else None
+    return max((part for part in PEAK_TFLOPS if part in name), key=len, default=None)
+
+
+def peak_flops() -> float | None:
+    """Return the bf16 peak of one of this machine's GPUs in FLOP/s; None where it is unknown."""
+    kind = gpu_kind()
+    return None if kind is None else PEAK_TFLOPS[kind] * 1e12

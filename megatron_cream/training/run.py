@@ -45,11 +45,14 @@ class Job:
     datasets: provides the training, validation and test data.
     forward_step: computes the loss of one micro-batch.
     recent_samples: the samples that the data loader read last, named in the log when a gradient is not finite.
+    predict_step: returns the expected seconds of a step and the name of the GPU, or None, from the flags as given and
+        as checked.
     """
 
     datasets: Callable
     forward_step: Callable
     recent_samples: RecentSamples
+    predict_step: Callable[[list[str], Namespace], tuple[float, str] | None]
 
 
 def train(job: Job, argv: list[str] | None = None) -> Namespace:
@@ -94,7 +97,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
             args.save_retain_interval = None  # `after_save` deletes old checkpoints instead of Megatron
         finite.install(args.nan_policy, lambda norm: _log_non_finite(norm, job.recent_samples, terminal))
         if args.rank == 0:
-            say(summary.describe_run(args))
+            say(summary.describe_run(args, job.predict_step(sys.argv[1:] if argv is None else argv, args)))
         with (
             signals.exit_on_signal(args, say),
             progress.print_steps(step_line, args.log_interval),

@@ -14,11 +14,12 @@ from megatron_cream.data.indexed import open_index
 from megatron_cream.model.attention import AttentionBackend
 
 
-def describe_run(args: Namespace) -> str:
+def describe_run(args: Namespace, step: tuple[float, str] | None = None) -> str:
     """Return the lines that say what the run will do.
 
     Args:
         args: Megatron's, after its validation.
+        step: expected seconds of a step and the name of the GPU; None if they are unknown.
     """
     rows = [
         ("model", f"{_model(args)}, {_weights(args)}"),
@@ -26,7 +27,7 @@ def describe_run(args: Namespace) -> str:
         *(("rope", line) for line in _rope(args)),
         ("layout", _layout(args)),
         ("data", _data(args)),
-        ("train", _steps(args)),
+        ("train", describe_steps(args, step)),
         ("output", _output(args)),
     ]
     return "".join(f"{name:<8}{text}\n" for name, text in rows)
@@ -49,13 +50,11 @@ def _model(args: Namespace) -> str:
 
 def _weights(args: Namespace) -> str:
     """Return where the weights come from."""
-    found = start.find_checkpoint(args)
-    if found is None:
-        return "random weights" if args.load_hf is None else f"weights of {args.load_hf}"
-    flag, folder = found
-    if flag == "--load" and not args.finetune and folder.name != "release":
-        return f"resumed from {args.load} at step {int(folder.name.removeprefix('iter_')):,}"
-    return f"weights of {folder.parent}"
+    if (step := start.find_resumed_step(args)) is not None:
+        return f"resumed from {args.load} at step {step:,}"
+    if found := start.find_checkpoint(args):
+        return f"weights of {found[1].parent}"
+    return "random weights" if args.load_hf is None else f"weights of {args.load_hf}"
 
 
 def _window(args: Namespace) -> str:
@@ -102,15 +101,27 @@ def _data(args: Namespace) -> str:
     return f"{where}: {documents:,} documents, {tokens:,} tokens{split}"
 
 
-def _steps(args: Namespace) -> str:
-    """Return the number of steps and tokens."""
+def describe_steps(args: Namespace, step: tuple[float, str] | None) -> str:
+    """Return the number of steps and tokens, and the expected time."""
     if args.skip_train:
         return "none (--skip-train): the model is evaluated"
     each = args.global_batch_size * args.seq_length
-    steps = start.count_steps(args)
-    return (
-        f"{steps:,} steps of {each:,} tokens, {_rounded(steps * each)} in all; each step's line has the time left (ETA)"
-    )
+    steps = left = start.count_steps(args)
+    text = f"{steps:,} steps of {each:,} tokens, {_rounded(steps * each)} in all"
+    if done := start.find_resumed_step(args):
+        left = max(steps - done, 0)
+        text += f", {left:,} left"
+    if step is None:
+        return f"{text}; each step's line has the time left (ETA)"
+    seconds, gpu = step
+    return f"{text}; about {_rough(left * seconds)} by plan on {args.world_size} x {gpu}"
+
+
+def _rough(seconds: float) -> str:
+    """Return a time in its largest unit, such as 12 min or 1.6 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _output(args: Namespace) -> str:

@@ -1,0 +1,65 @@
+"""The expected time in a run's summary: the planner's, on GPUs that it knows."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+
+from megatron_cream.checkpoint import start
+from megatron_cream.common import devices
+from megatron_cream.planning.expected_time import predict_step
+from megatron_cream.training.summary import describe_steps
+from tests.planning.test_command import tool
+
+FLAGS = ["--config", "llama2_7b_32k"]
+ARGS = Namespace(
+    attention={"name": "flash", "transformer_engine": True}, world_size=2, load=None, pretrained_checkpoint=None,
+    finetune=False, skip_train=False, train_iters=1000, global_batch_size=32, seq_length=4096,
+)  # fmt: skip
+
+
+def on_gpu(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(devices, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+
+
+@pytest.mark.parametrize("name, kind", [("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100")])
+def test_the_summary_has_the_time_of_the_planner(monkeypatch, capsys, name, kind):
+    assert tool(monkeypatch, *FLAGS, "--gpus", "2", "--gpu", kind, "--json") == 0
+    seconds = json.loads(capsys.readouterr().out)["own"]["time"]["step"]
+    on_gpu(monkeypatch, name)
+    found = predict_step(FLAGS, ARGS)
+    assert found == (pytest.approx(seconds), kind)
+    steps, _, expected = describe_steps(ARGS, found).partition("; ")
+    assert steps == "1,000 steps of 131,072 tokens, 131M in all"
+    assert expected == f"about {seconds / 3.6:.1f} h by plan on 2 x {kind}"
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "Tesla T4"]
+)
+def test_other_gpus_have_no_expected_time(monkeypatch, name):
+    on_gpu(monkeypatch, name)
+    assert predict_step(FLAGS, ARGS) is None
+
+
+def test_no_expected_time_without_a_gpu_or_a_model_of_the_flags(monkeypatch):
+    assert predict_step(FLAGS, ARGS) is None
+    on_gpu(monkeypatch, "NVIDIA H200")
+    assert predict_step([*FLAGS, "--use-torch-fsdp2"], ARGS) is None
+    assert predict_step(FLAGS, Namespace(**vars(ARGS) | {"attention": {"name": "local"}})) is None
+    assert describe_steps(ARGS, None).endswith("; each step's line has the time left (ETA)")
+
+
+@pytest.mark.parametrize(
+    "done, seconds, shown",
+    [
+        (None, 0.01, "131M in all; about 10 s by plan"),
+        (None, 5, "131M in all; about 83 min by plan"),
+        (40, 7.5, "131M in all, 960 left; about 2.0 h by plan"),
+    ],
+)
+def test_the_expected_time_is_that_of_the_steps_left(monkeypatch, done, seconds, shown):
+    monkeypatch.setattr(start, "find_resumed_step", lambda args: done)
+    assert shown in describe_steps(ARGS, (seconds, "H100"))
