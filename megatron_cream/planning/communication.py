@@ -8,8 +8,15 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_cream.planning.hardware import HOP_BETWEEN, HOP_INSIDE, LINKS, Cluster
-from megatron_cream.planning.memory import layer_weights, parameters, stage_layers, tokens_of_rank
+from megatron_cream.planning.memory import tokens_of_rank
 from megatron_cream.planning.run import Engine, Layout, Model
+from megatron_cream.planning.weights import (
+    layer_weights,
+    stage_layers,
+    trained_parameters,
+    trains_embedding,
+    trains_linears,
+)
 from megatron_cream.planning.work import repeated_layers
 
 BUCKET = 40e6
@@ -124,12 +131,12 @@ def count_sends(layout: Layout, stage: int) -> int:
 def step_transfers(model: Model, layout: Layout, engine: Engine, stage: int) -> list[Transfer]:
     """Return the transfers of a stage's rank that happen once a step: gradients and weights."""
     transfers = []
-    count = parameters(model, layout, stage)
+    count = trained_parameters(model, layout, stage)
     last = stage == layout.pipeline - 1
     if layout.data * layout.context > 1:
         if layout.distributed_optimizer:
             weights = engine.element * count
-            if engine.fp8_parameters:
+            if engine.fp8_parameters and trains_linears(model):
                 linears = stage_layers(model, layout)[stage] * sum(layer_weights(model, layout.tensor).values())
                 weights -= (engine.element - 1) * linears
             transfers += [
@@ -140,10 +147,10 @@ def step_transfers(model: Model, layout: Layout, engine: Engine, stage: int) -> 
             transfers.append(
                 Transfer("dp", "all_reduce", engine.gradient * count, "gradients", layout.overlap_grad_reduce)
             )
-    if layout.sequence_parallel and layout.tensor > 1:
+    if layout.sequence_parallel and layout.tensor > 1 and (model.lora is None or model.lora.norms):
         norms = 2 * stage_layers(model, layout)[stage] + last
         transfers.append(Transfer("tp", "all_reduce", engine.gradient * norms * model.hidden_size, "norms"))
-    if model.tied and layout.pipeline > 1 and (stage == 0 or last):
+    if model.tied and trains_embedding(model) and layout.pipeline > 1 and (stage == 0 or last):
         table = model.padded_vocab_size * model.hidden_size // layout.tensor
         transfers.append(Transfer("ends", "all_reduce", engine.gradient * table, "tied embedding"))
     return transfers

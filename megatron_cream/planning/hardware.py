@@ -106,6 +106,10 @@ for the host. Each value was fitted on a run that waited, at micro-batch 1: TP 2
 within 0.1 %), a 3B in FP8 and a 1.1B in bf16 on one H100. Three earlier runs with TP 2 on three hosts took 7.5 to
 8.3 ms; their predictions are marked as off."""
 
+HOST_ADAPTER = 0.15e-3
+"""The same for the kernels of one LoRA adapter. Assumed, not measured: two products and a sum in the forward pass, four
+products and two sums in the backward pass."""
+
 LINKS = {"inside": 0.43, "between": 0.8}
 """Share of a link's stated speed in a ring. inside: in the trace of a run with TP 2 on two H200s, 16.8 MB took 86 us to
 gather and 90 us to reduce (NCCL's LL protocol, without multicast). between: assumed."""

@@ -3,7 +3,8 @@
 It predicts the peak of torch's allocator (`torch.cuda.max_memory_allocated`, the GiB of the progress line) on one rank
 of each pipeline stage, and from it the memory of the device. `saved_by_layer` and `saved_at_loss` name every tensor
 kept for the backward pass; tests/planning/test_memory.py counts the same tensors in the real model.
-tests/planning/test_measured.py compares whole predictions with the peaks of measured_runs.json.
+tests/planning/test_measured.py compares whole predictions with the peaks of measured_runs.json. With LoRA, frozen
+weights have no gradient and no optimizer state (`weights` says which weights train).
 
 The optimizer's step is never the peak, because it works in place after the activations are freed. Not included: saving
 and loading checkpoints, evaluation at lengths beyond --seq-length, attention that stores its scores.
@@ -14,6 +15,18 @@ from dataclasses import dataclass
 
 from megatron_cream.planning.hardware import GIB
 from megatron_cream.planning.run import Engine, Layout, Model
+from megatron_cream.planning.weights import (
+    adapter_parameters,
+    adapters,
+    has_adapter,
+    layer_weights,
+    parameters,
+    stage_layers,
+    trained_parameters,
+    trains_embedding,
+    trains_head,
+    trains_linears,
+)
 
 # Device memory besides torch's allocations. Assumed, not measured: the caching allocator's unused pieces as a share of
 # its peak; the CUDA context with the kernels; the communicators' buffers of a run on several GPUs.
@@ -66,53 +79,7 @@ def predict(model: Model, layout: Layout, engine: Engine, stage: int | None = No
     return max((_stage(model, layout, engine, each) for each in stages), key=lambda memory: memory.allocated)
 
 
-# Layers and parameters of each stage.
-
-
-def stage_layers(model: Model, layout: Layout) -> list[int]:
-    """Return the number of layers of each pipeline stage."""
-    ends = {}
-    if layout.pipeline > 1:
-        if layout.first_stage is not None:
-            ends[0] = layout.first_stage
-        if layout.last_stage is not None:
-            ends[layout.pipeline - 1] = layout.last_stage
-    others = layout.pipeline - len(ends)
-    share = (model.num_layers - sum(ends.values())) // max(others, 1)
-    return [ends.get(stage, share) for stage in range(layout.pipeline)]
-
-
-def layer_weights(model: Model, tensor: int) -> dict[str, int]:
-    """Return the number of elements of a layer's four linears, on one tensor-parallel rank."""
-    heads = model.num_attention_heads * model.kv_channels
-    groups = model.num_query_groups * model.kv_channels
-    return {
-        "qkv": model.hidden_size * (heads + 2 * groups) // tensor,
-        "proj": model.hidden_size * heads // tensor,
-        "fc1": model.hidden_size * 2 * model.ffn_hidden_size // tensor,
-        "fc2": model.hidden_size * model.ffn_hidden_size // tensor,
-    }
-
-
-def parameters(model: Model, layout: Layout, stage: int) -> int:
-    """Return the number of parameters on one rank of a stage.
-
-    The first stage has the embedding, the last has the final norm and the head. A tied head on another stage than the
-    embedding is a copy of it.
-    """
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    layer = sum(layer_weights(model, layout.tensor).values()) + 2 * model.hidden_size
-    if model.qkv_bias:
-        layer += (heads + 2 * groups) * model.kv_channels // layout.tensor
-    if model.qk_norm:
-        layer += 2 * model.kv_channels
-    vocabulary = model.padded_vocab_size * model.hidden_size // layout.tensor
-    first, last = stage == 0, stage == layout.pipeline - 1
-    total = stage_layers(model, layout)[stage] * layer
-    total += vocabulary if first else 0
-    total += model.hidden_size if last else 0
-    total += vocabulary if last and not (model.tied and first) else 0
-    return total
+# Tensors kept for the backward pass.
 
 
 def in_flight(layout: Layout, stage: int) -> float:
@@ -129,9 +96,6 @@ def in_flight(layout: Layout, stage: int) -> float:
     return min(layout.micro_batches * v, chunks) / v
 
 
-# Tensors kept for the backward pass.
-
-
 def tokens_of_rank(layout: Layout) -> tuple[int, int]:
     """Return the tokens of a micro-batch on one rank: in attention and MLP, and between them."""
     tokens = layout.seq_length * layout.micro_batch // layout.context
@@ -145,7 +109,8 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
     attention's output is also the input of the next linear. In FP8 the linears keep their own inputs.
     """
     tokens, between = tokens_of_rank(layout)
-    a, linear = engine.element, 1 if engine.fp8 else engine.element
+    a, quantized = engine.element, 1 if engine.fp8 else engine.element
+    linear = {name: _kept_input(model, name, quantized, a) for name in ("qkv", "proj", "fc1", "fc2")}
     hidden = between * model.hidden_size
     heads = model.num_attention_heads // layout.tensor
     groups = max(model.num_query_groups // layout.tensor, 1)
@@ -155,19 +120,19 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
     joined = gathers_all_keys(layout, engine) and "core_attn" not in layout.recompute_modules
     saved = {
         "attention norm input": a * hidden + 4 * between,
-        "qkv input": linear * hidden,
+        "qkv input": linear["qkv"] * hidden,
         "query": a * query,
         "key": a * key,
         "value": a * key,
         "attention output": a * query,
         "attention log-sum-exp": 4 * tokens * heads,
         "mlp norm input": a * hidden + 4 * between,
-        "fc1 input": linear * hidden,
+        "fc1 input": linear["fc1"] * hidden,
         "fc1 output": a * 2 * ffn,
-        "fc2 input": linear * ffn,
+        "fc2 input": linear["fc2"] * ffn,
     }
     if engine.fp8 or joined:  # a quantized copy, or the joined halves: not a tensor that attention keeps
-        saved["proj input"] = linear * query
+        saved["proj input"] = linear["proj"] * query
     # If the kernel does not split the projection's output, key and value are views that keep the whole output. With
     # fewer groups than ranks that is the output of all ranks.
     everywhere = model.num_query_groups < layout.tensor
@@ -180,7 +145,25 @@ def saved_by_layer(model: Model, layout: Layout, engine: Engine) -> dict[str, in
             saved["value"] = 0
     elif not joined and (everywhere or not engine.own_kernels):
         saved["value"] = whole
-    return saved
+    return saved | _saved_by_adapters(model, layout, engine)
+
+
+def _kept_input(model: Model, linear: str, quantized: int, element: int) -> int:
+    """Return the bytes that a linear keeps for an element of its input.
+
+    A frozen linear needs no input in the backward pass; its adapters keep it unquantized, and with dropout a mask.
+    """
+    if trains_linears(model):
+        return quantized
+    return element + model.lora.dropout if has_adapter(model, linear) else 0
+
+
+def _saved_by_adapters(model: Model, layout: Layout, engine: Engine) -> dict[str, int]:
+    """Return {tensor: bytes} that the adapters of one layer keep, besides the inputs of their linears."""
+    if model.lora is None:
+        return {}
+    tokens, _ = tokens_of_rank(layout)
+    return {"adapter ranks": engine.element * tokens * model.lora.rank * len(adapters(model, layout.tensor))}
 
 
 def gathers_all_keys(layout: Layout, engine: Engine) -> bool:
@@ -191,19 +174,20 @@ def gathers_all_keys(layout: Layout, engine: Engine) -> bool:
     return engine.gathers_keys and layout.context > 1
 
 
-def dropped_by_recompute(layout: Layout, engine: Engine) -> set[str]:
+def dropped_by_recompute(model: Model, layout: Layout, engine: Engine) -> set[str]:
     """Return the names in `saved_by_layer` that selective recompute does not keep."""
+    fused_norms = engine.transformer_engine and model.lora is None  # adapters read the output of the norms
     if layout.recompute != "selective":
         return set()
     dropped = set()
     if "core_attn" in layout.recompute_modules:
         dropped |= {"attention log-sum-exp"}
-    if "layernorm" in layout.recompute_modules and not engine.transformer_engine:
+    if "layernorm" in layout.recompute_modules and not fused_norms:
         dropped |= {"qkv input", "fc1 input"}
     if "mlp" in layout.recompute_modules:
         dropped |= {"fc1 output", "fc2 input"}
         # The checkpoint keeps the MLP's input. With the norm inside fc1 that is the residual stream, kept anyway.
-        dropped |= {"fc1 input"} if engine.transformer_engine else set()
+        dropped |= {"fc1 input"} if fused_norms else set()
     return dropped
 
 
@@ -219,7 +203,7 @@ def saved_by_layers(model: Model, layout: Layout, engine: Engine, layers: int) -
             return math.ceil(layers / layout.recompute_layers) * checkpoint
         recomputed = min(layout.recompute_layers, layers)
         return recomputed * checkpoint + (layers - recomputed) * sum(saved.values())
-    dropped = dropped_by_recompute(layout, engine)
+    dropped = dropped_by_recompute(model, layout, engine)
     return layers * sum(value for name, value in saved.items() if name not in dropped)
 
 
@@ -255,21 +239,22 @@ def _stage(model: Model, layout: Layout, engine: Engine, stage: int) -> Memory:
     moments = [("backward pass of a layer", kept, 0, _backward_bytes(model, layout, engine, layers, last))]
     if last:
         moments.append(("loss", kept, _loss_bytes(model, layout, engine), 0))
-    if stage == 0:
+    if stage == 0 and trains_embedding(model):
         gradient = engine.element * model.padded_vocab_size * model.hidden_size // layout.tensor
         moments.append(("gradient of the embedding", max(kept - one, 0), 0, gradient))
     peak_at, activations, loss, working = max(moments, key=lambda moment: sum(moment[1:]))
 
     shards = layout.data * layout.context if layout.distributed_optimizer else 1
     linears = layers * sum(layer_weights(model, layout.tensor).values())
-    parameter_bytes = engine.element * count
+    parameter_bytes = engine.element * (count + adapter_parameters(model, layout, stage))
+    trained = trained_parameters(model, layout, stage)
     if engine.fp8_parameters:
         parameter_bytes -= (engine.element - 1) * linears
     return Memory(
         stage=stage,
         parameters=parameter_bytes,
-        gradients=engine.gradient * count,
-        optimizer=math.ceil(engine.optimizer * count / shards),
+        gradients=engine.gradient * trained,
+        optimizer=math.ceil(engine.optimizer * trained / shards),
         activations=activations,
         loss=loss,
         working=working,
@@ -286,8 +271,8 @@ def _backward_bytes(model: Model, layout: Layout, engine: Engine, layers: int, l
     ffn = tokens * model.ffn_hidden_size // layout.tensor
     gathered = hidden + residual if layout.sequence_parallel else hidden
     weights = layer_weights(model, layout.tensor)
-    if engine.transformer_engine and engine.fused_weight_gradients:
-        weights = dict.fromkeys(weights, 0)  # `_buffer_bytes` counts one of each
+    if (engine.transformer_engine and engine.fused_weight_gradients) or not trains_linears(model):
+        weights = dict.fromkeys(weights, 0)  # none, or one of each, which `_buffer_bytes` counts
     # Besides the kept tensors there are the residual stream's gradient and the module's gradients. A module's tensors
     # are freed when it is done: fc2's input before SwiGLU's gradient, fc1's output before fc1's gradient.
     fc2 = (hidden if layout.sequence_parallel else 0) + ffn + weights["fc2"]
@@ -306,7 +291,7 @@ def _backward_bytes(model: Model, layout: Layout, engine: Engine, layers: int, l
         if again and layout.scatter_saved:
             working += engine.element * residual  # the layer's output; the scattered first input is gathered
     else:
-        dropped = dropped_by_recompute(layout, engine)
+        dropped = dropped_by_recompute(model, layout, engine)
         working += sum(saved[name] for name in dropped)
         working += engine.element * residual if "fc1 output" in dropped else 0  # the MLP's output
     if everything:
@@ -329,7 +314,7 @@ def _loss_bytes(model: Model, layout: Layout, engine: Engine) -> int:
     # The head's backward pass has gradients of the logits, the hidden states and, without a buffer, the weight.
     head = a * (logits + tokens * model.hidden_size)
     head += a * between * model.hidden_size if layout.sequence_parallel else 0
-    if not (engine.transformer_engine and engine.fused_weight_gradients):
+    if trains_head(model) and not (engine.transformer_engine and engine.fused_weight_gradients):
         head += a * model.padded_vocab_size * model.hidden_size // layout.tensor
     if not engine.own_kernels:
         head = max(head, (4 + a) * logits)  # the gradient in float32, and rounded
@@ -344,8 +329,8 @@ def _buffer_bytes(model: Model, layout: Layout, engine: Engine, linears: int, la
         total += engine.element * tokens * model.hidden_size  # Megatron's linears gather their input there
     if engine.transformer_engine and engine.fused_weight_gradients:
         # Autograd gets a placeholder for each weight gradient, one of each shape.
-        shapes = sum(layer_weights(model, layout.tensor).values())
-        shapes += model.padded_vocab_size * model.hidden_size // layout.tensor if last else 0
+        shapes = sum(layer_weights(model, layout.tensor).values()) if trains_linears(model) else 0
+        shapes += model.padded_vocab_size * model.hidden_size // layout.tensor if last and trains_head(model) else 0
         total += engine.element * shapes
     if engine.fp8:
         # Each weight in FP8 and its transpose, which Hopper's FP8 GEMMs need.

@@ -12,8 +12,9 @@ from rich.table import Table
 from megatron_cream.planning import layouts
 from megatron_cream.planning.hardware import GIB, Cluster
 from megatron_cream.planning.layouts import Plan, flags, keys_to_remove, settings
-from megatron_cream.planning.memory import COMMUNICATORS, CONTEXT, FRAGMENTATION, Memory, parameters
+from megatron_cream.planning.memory import COMMUNICATORS, CONTEXT, FRAGMENTATION, Memory
 from megatron_cream.planning.run import Layout, Run
+from megatron_cream.planning.weights import parameters, trained_parameters
 
 MAX_LAYOUTS = 8
 """Maximum number of layouts that are printed and drawn."""
@@ -22,9 +23,11 @@ MAX_LAYOUTS = 8
 def print_memory(console: Console, run: Run, own: Memory, usable: float) -> None:
     """Print the memory of the run's own layout, part by part."""
     model, layout, engine = run.model, run.layout, run.engine
-    whole = parameters(model, Layout(seq_length=1, micro_batch=1, global_batch=1), 0)
+    one = Layout(seq_length=1, micro_batch=1, global_batch=1)
+    whole, trained = parameters(model, one, 0), trained_parameters(model, one, 0)
+    lora = f"{trained / 1e6:,.1f} M trained with LoRA, " if model.lora else ""
     console.print(
-        f"{whole / 1e9:.2f} B parameters, vocabulary {model.padded_vocab_size:,} (padded), "
+        f"{whole / 1e9:.2f} B parameters, {lora}vocabulary {model.padded_vocab_size:,} (padded), "
         f"{'Transformer Engine' if engine.transformer_engine else 'local'} layers, {8 * engine.element} bit"
         f"{' with FP8 linears' if engine.fp8 else ''}, {layout.seq_length} tokens x micro-batch {layout.micro_batch}"
     )

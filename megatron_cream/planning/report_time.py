@@ -117,7 +117,7 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         f"H200 and used for every GPU: attention {attention:.0%} at {length:,} tokens, memory bandwidth {PASSES:.0%}",
     ]
     source = "as in runs with TP 2 on two hosts" if run.layout.tensor > 1 else "as in one run on an H100"
-    host = 1e3 * launch_seconds(run.layout, run.engine)
+    host = 1e3 * launch_seconds(run.model, run.layout, run.engine)
     if run.engine.graphs:
         lines.append("the host launches a layer's CUDA graphs in negligible time; their memory is not modelled")
     else:

@@ -2,10 +2,33 @@
 
 from dataclasses import dataclass
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The weights that train with LoRA; all others are frozen.
+
+    rank: rank of each adapter.
+    targets: projections that have an adapter, by their names in transformers.
+    embeddings: whether the embedding and the output layer train.
+    norms: whether the norms train.
+    dropout: whether each adapter drops a part of its input, of which it keeps a copy.
+    """
+
+    rank: int
+    targets: tuple[str, ...] = PROJECTIONS
+    embeddings: bool = True
+    norms: bool = True
+    dropout: bool = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The shape of a Llama; sizes are numbers of elements."""
+    """The shape of a Llama; sizes are numbers of elements.
+
+    lora: the adapters and what else trains; None if all weights train.
+    """
 
     num_layers: int
     hidden_size: int
@@ -17,6 +40,7 @@ class Model:
     tied: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

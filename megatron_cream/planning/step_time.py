@@ -17,6 +17,7 @@ from megatron_cream.planning.hardware import (
     FP8_PARAMETERS,
     HALF_RATE,
     HOST,
+    HOST_ADAPTER,
     IDLE,
     OVERLAP_COST,
     PASSES,
@@ -26,8 +27,15 @@ from megatron_cream.planning.hardware import (
     Cluster,
     Gpu,
 )
-from megatron_cream.planning.memory import parameters, stage_layers
 from megatron_cream.planning.run import Engine, Layout, Model
+from megatron_cream.planning.weights import (
+    adapters,
+    frozen_products,
+    stage_layers,
+    trained_parameters,
+    trains_head,
+    trains_linears,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +99,19 @@ def predict(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> S
         vocab_size=model.padded_vocab_size,
         seq_length=layout.seq_length,
     )
+    flops -= 2 * frozen_products(model)
     return Speed(time, rate, rate * flops / cluster.gpu.bf16)
 
 
-def launch_seconds(layout: Layout, engine: Engine) -> float:
+def launch_seconds(model: Model, layout: Layout, engine: Engine) -> float:
     """Return the seconds in which the host launches a layer's kernels, forward and backward.
 
     The time to launch two CUDA graphs is negligible.
     """
     if engine.graphs:
         return 0.0
-    return HOST["tensor parallel" if layout.tensor > 1 else "FP8" if engine.fp8 else "alone"]
+    layer = HOST["tensor parallel" if layout.tensor > 1 else "FP8" if engine.fp8 else "alone"]
+    return layer + HOST_ADAPTER * len(adapters(model, layout.tensor))
 
 
 def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: str | None) -> dict[str, float]:
@@ -167,7 +177,7 @@ def _step(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Tim
     if engine.fp8_parameters:
         parts["optimizer"] += layers * FP8_PARAMETERS
     passes = layers + work.repeated_layers(layout, layers) / 2  # a forward pass has about half of the launches
-    launched = passes * launch_seconds(layout, engine)
+    launched = passes * launch_seconds(model, layout, engine)
     parts["idle"] = IDLE + layout.micro_batches * max(launched - one.total, 0.0)
     for transfer in communication.step_transfers(model, layout, engine, slowest):
         name = "data" if transfer.group == "dp" else "tensor" if transfer.group == "tp" else "pipeline"
@@ -198,7 +208,7 @@ def _step_transfer_cost(
     duration = communication.transfer_seconds(transfer, layout, cluster)
     if not transfer.overlapped:
         return duration
-    exposed = communication.bucket_share(layout, parameters(model, layout, stage)) * duration
+    exposed = communication.bucket_share(layout, trained_parameters(model, layout, stage)) * duration
     computed = sum((one.backward if transfer.at == "gradients" else one.forward).values())
     return _cost(duration, min(computed, duration - exposed))
 
@@ -226,7 +236,7 @@ def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster,
     head = 0.0
     if last:
         products = product_seconds(work.head_product(model, layout), engine, cluster.gpu, fp8=None)
-        head = products["input"] + products["weight"]
+        head = products["input"] + (products["weight"] if trains_head(model) else 0.0)
         forward["products"] += products["forward"]
         backward["products"] += head
     sent = communication.end_forward_transfers(model, layout, engine, first, last)
@@ -254,7 +264,12 @@ def _layer(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> _M
     sent_back = communication.layer_backward_transfers(model, layout, engine)
 
     ahead = {at: each["forward"] for at, each in products.items()}
-    back = {at: each["input"] + each["weight"] for at, each in products.items()}
+    trained = 1 if trains_linears(model) else 0
+    back = {at: each["input"] + trained * each["weight"] for at, each in products.items()}
+    for at, added in work.adapter_products(model, layout).items():
+        each = [product_seconds(shape, engine, gpu, fp8=None) for shape in added]
+        ahead[at] += sum(one["forward"] for one in each)
+        back[at] += sum(one["input"] + one["weight"] for one in each)
     repeated = attention if "core_attn" in layout.recompute_modules else 0.0
     if "mlp" in layout.recompute_modules:
         repeated += ahead["fc1"] + ahead["fc2"] + moved["SwiGLU"][0] / through_memory

@@ -1,7 +1,15 @@
 """The work of a step: matrix products, FLOPs of attention, bytes of other kernels."""
 
-from megatron_cream.planning.memory import layer_weights, parameters, stage_layers, tokens_of_rank
+from megatron_cream.planning.memory import tokens_of_rank
 from megatron_cream.planning.run import Engine, Layout, Model
+from megatron_cream.planning.weights import (
+    adapters,
+    layer_weights,
+    stage_layers,
+    trained_parameters,
+    trains_embedding,
+    trains_linears,
+)
 
 # Bytes moved for a logit by Megatron's unfused cross-entropy: the cast, maximum, difference, exponential, sum and
 # quotient in float32, and the scaled and rounded gradient, each read or written separately.
@@ -26,6 +34,16 @@ def layer_products(model: Model, layout: Layout) -> dict[str, tuple[int, int, in
         "fc1": (tokens, 2 * model.ffn_hidden_size // tp, model.hidden_size),
         "fc2": (tokens, model.hidden_size, model.ffn_hidden_size // tp),
     }
+
+
+def adapter_products(model: Model, layout: Layout) -> dict[str, list[tuple[int, int, int]]]:
+    """Return {linear: [(rows m, outputs n, inputs k)]} of the adapters' two products each, as in `layer_products`."""
+    tokens, _ = tokens_of_rank(layout)
+    shapes: dict[str, list[tuple[int, int, int]]] = {}
+    for adapter in adapters(model, layout.tensor):
+        rank = model.lora.rank
+        shapes.setdefault(adapter.linear, []).extend([(tokens, rank, adapter.inputs), (tokens, adapter.outputs, rank)])
+    return shapes
 
 
 def head_product(model: Model, layout: Layout) -> tuple[int, int, int]:
@@ -72,6 +90,12 @@ def layer_bytes(model: Model, layout: Layout, engine: Engine) -> dict[str, tuple
         rotation = split + 2 * a * (query + key) if engine.te_rotation else _UNFUSED_ROTATION * (query + key)
         moved["rotary and split"] = (rotation, rotation)
         moved["SwiGLU"] = (3 * ffn, 10 * ffn)  # torch.compile's backward kernel makes two passes
+    if every := adapters(model, layout.tensor):
+        # Adapters of one linear share its input, and their outputs are joined before they are added to the linear's.
+        inputs = tokens * sum({each.linear: each.inputs for each in every}.values())
+        dropped = (2 * a + 1) * inputs if model.lora.dropout else 0
+        added = sum((5 if each.linear in ("qkv", "fc1") else 3) * each.outputs for each in every)
+        moved["adapters"] = (a * tokens * added + dropped, 3 * a * inputs + dropped)
     if engine.fp8:
         # Each linear's input and the gradient of its output are quantized, together with their transposes.
         shapes = layer_products(model, layout).values()
@@ -90,7 +114,8 @@ def end_bytes(model: Model, layout: Layout, engine: Engine, first: bool, last: b
     if first:
         # Backward: gradients are summed by token into a zeroed tensor, which is then added to the float32 buffer.
         table = model.padded_vocab_size * model.hidden_size / layout.tensor
-        moved["embedding"] = (2 * residual, 2 * residual + (2 * engine.element + 2 * engine.gradient) * table)
+        backward = 2 * residual + (2 * engine.element + 2 * engine.gradient) * table
+        moved["embedding"] = (2 * residual, backward if trains_embedding(model) else 0.0)
     if last:
         logits = tokens * model.padded_vocab_size / layout.tensor
         moved["final norm"] = (2 * residual, 3 * residual)
@@ -101,7 +126,7 @@ def end_bytes(model: Model, layout: Layout, engine: Engine, first: bool, last: b
 
 def step_bytes(model: Model, layout: Layout, engine: Engine, stage: int) -> dict[str, float]:
     """Return {kernel: bytes} that the optimizer moves once a step, on a rank of one stage."""
-    count = parameters(model, layout, stage)
+    count = trained_parameters(model, layout, stage)
     shard = count / (layout.data * layout.context if layout.distributed_optimizer else 1)
     # Read the gradient for its norm and for the update; read and write the state; write the weight.
     each = 2 * engine.gradient + 2 * engine.optimizer + engine.element
@@ -109,7 +134,7 @@ def step_bytes(model: Model, layout: Layout, engine: Engine, stage: int) -> dict
         # Scaling by tokens and clipping are separate passes, and the master weight is read once more to round it.
         each += 4 * engine.gradient + 4
     moved = {"optimizer": each * shard, "zero gradients": engine.gradient * float(count)}
-    if engine.fp8:
+    if engine.fp8 and trains_linears(model):
         linears = stage_layers(model, layout)[stage] * sum(layer_weights(model, layout.tensor).values())
         moved["cast to FP8"] = 4.0 * linears  # with their transposes
     return moved
