@@ -1,5 +1,7 @@
 """Accumulate weight gradients in float32 inside the GEMM without apex."""
 
+import sys
+
 from megatron_cream.model.kernels import weight_gradient
 from megatron_cream.patches import registry
 from megatron_cream.patches.registry import Patch
@@ -22,3 +24,5 @@ def install() -> None:
     if not layers._grad_accum_fusion_available:
         registry.assign(WEIGHT_GRADIENT_KERNELS, weight_gradient)
         registry.assign(WEIGHT_GRADIENTS_AVAILABLE, True)
+        # --defer-embedding-wgrad-compute imports the extension again, at the end of a step.
+        sys.modules["fused_weight_gradient_mlp_cuda"] = weight_gradient

@@ -143,14 +143,15 @@ def launch(
     *options,
     flags: list | None = None,
     script: tuple = (ROOT / "pretrain_cream.py",),
+    ranks: int = 2,
 ) -> subprocess.Popen:
-    """Start a training with two ranks.
+    """Start a training with two ranks, or with `ranks`.
 
     Args:
         options: options of torchrun.
         flags: flags that replace --save, --load and --save-interval.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", *options]
     command += [*script, *TINY, "--fp32", "--data-path", documents, "--split", "90,10,0"]
     command += ["--use-distributed-optimizer", "--train-iters", steps, "--lr-decay-iters", steps]
     command += ["--save", save, "--load", save, "--save-interval", 2] if flags is None else flags

@@ -1,0 +1,157 @@
+"""The layouts that two_gpus.sh, four_gpus.sh and eight_gpus.sh run, by the number of GPUs."""
+
+from dataclasses import dataclass
+
+TP = {n: f"--tensor-model-parallel-size {n} --sequence-parallel" for n in (2, 4, 8)}
+PP = {n: f"--pipeline-model-parallel-size {n}" for n in (2, 4, 8)}
+CP = {n: f"--context-parallel-size {n}" for n in (2, 4, 8)}
+DISTRIBUTED = "--use-distributed-optimizer"
+OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
+NO_OVERLAP = "--no-overlap-grad-reduce --no-overlap-param-gather"
+INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 1"
+"""Each pipeline stage has layers from several places of the model, so that it waits less."""
+USER_BUFFERS = "--tp-comm-overlap"
+RINGS = "--tp-comm-overlap-cfg megatron_cream/model/user_buffers.yaml --tp-comm-overlap-rs-dgrad"
+
+# ---------------------------------------------------------------- losses
+
+SMALL = (
+    "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1376 --num-attention-heads 8 --seq-length 512 "
+    "--target-length 4096 --rope-scaling-type linear --micro-batch-size 1 --global-batch-size 8 --lr 3e-4 "
+    "--embedded-data --eval-iters 0 --num-workers 1 --seed 7"
+)
+ONE = {"one": (1, ""), "one, micro-batch 4": (1, "--micro-batch-size 4")}
+PARITY = {
+    2: {
+        "tp2": (2, "--tensor-model-parallel-size 2"),
+        "tp2-sp": (2, TP[2]),
+        "pp2": (2, PP[2]),
+        "cp2": (2, f"{CP[2]} {DISTRIBUTED}"),
+        "dp2": (2, f"{DISTRIBUTED} --no-overlap-grad-reduce"),
+        "dp2, overlap": (2, f"{DISTRIBUTED} {OVERLAP}"),
+    },
+    4: {
+        "tp4": (4, TP[4]),
+        "pp4": (4, PP[4]),
+        "cp4": (4, f"{CP[4]} {DISTRIBUTED}"),
+        "dp4": (4, f"{DISTRIBUTED} {OVERLAP}"),
+        "tp2 x pp2": (4, f"{TP[2]} {PP[2]}"),
+        "tp2 x cp2": (4, f"{TP[2]} {CP[2]} {DISTRIBUTED}"),
+        "tp2 x dp2": (4, f"{TP[2]} {DISTRIBUTED}"),
+        "pp2 x cp2": (4, f"{PP[2]} {CP[2]} {DISTRIBUTED}"),
+        "pp2 x dp2": (4, f"{PP[2]} {DISTRIBUTED}"),
+        "cp2 x dp2": (4, f"{CP[2]} {DISTRIBUTED}"),
+        "pp2 x dp2, interleaved": (4, f"{PP[2]} {DISTRIBUTED} {INTERLEAVED}"),
+    },
+    8: {
+        "tp8": (8, TP[8]),
+        "tp4 x dp2": (8, f"{TP[4]} {DISTRIBUTED}"),
+        "tp2 x pp2 x dp2": (8, f"{TP[2]} {PP[2]} {DISTRIBUTED}"),
+        "cp8": (8, f"{CP[8]} {DISTRIBUTED}"),
+        "dp8": (8, f"{DISTRIBUTED} {OVERLAP}"),
+    },
+}
+PRECISIONS = {
+    "fp32": "--fp32 --attention-backend sdpa",
+    "bf16": "--attention-backend flash",
+    "bf16, te": "--attention-backend te",  # with its ring attention; one GPU and context parallelism only
+}
+
+# ---------------------------------------------------------------- the 7B
+
+CONFIG = "llama_7b_width"
+SEVEN_B = f"--num-layers 32 --micro-batch-size 1 --attention-backend flash --train-iters 5 --eval-iters 0 {DISTRIBUTED}"
+FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max"
+BATCH, HALF = "--global-batch-size 32", "--global-batch-size 16"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+MICRO_BATCHES = (32, 16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A timed layout.
+
+    name: its key in the results, without the micro-batch.
+    flags: besides `SEVEN_B` and the global batch.
+    largest: the largest micro-batch; the largest up to it that fits the memory runs. With tensor parallelism a larger
+        micro-batch restores the size of each product.
+    own_layers: whether Transformer Engine is hidden from the run.
+    """
+
+    name: str
+    flags: str
+    largest: int = 1
+    own_layers: bool = False
+
+
+SPEED = {
+    2: [
+        Timed("dp2", OVERLAP),
+        Timed("tp2-sp, user buffers", f"{TP[2]} {USER_BUFFERS}", 8),
+        Timed("pp2", PP[2]),
+        Timed("tp2-sp", TP[2]),
+        Timed("tp2-sp, CUDA graphs", f"{TP[2]} --cuda-graph-impl local --te-rng-tracker"),
+        Timed("dp2, no overlap", NO_OVERLAP),
+        Timed("tp2-sp, own layers", f"{TP[2]} --transformer-impl local", 4, own_layers=True),
+        Timed("tp2-sp, micro-batches", TP[2], 4),
+        Timed("tp2-sp, own layers, micro-batch 1", f"{TP[2]} --transformer-impl local", 1, own_layers=True),
+        Timed("dp2, micro-batches", OVERLAP, 2),
+    ],
+    4: [
+        Timed("dp4", OVERLAP),
+        Timed("tp2 x dp2", f"{TP[2]} {USER_BUFFERS} {OVERLAP}", 4),
+        Timed("pp2 x dp2", f"{PP[2]} {OVERLAP}"),
+        Timed("pp2 x dp2, interleaved", f"{PP[2]} {INTERLEAVED} {OVERLAP}"),
+    ],
+    8: [
+        Timed("dp8", OVERLAP),
+        Timed("tp2 x dp4", f"{TP[2]} {USER_BUFFERS} {OVERLAP}", 8),
+        Timed("tp8", f"{TP[8]} {USER_BUFFERS}", 32),
+        Timed("tp4 x dp2", f"{TP[4]} {USER_BUFFERS} {OVERLAP}", 16),
+        Timed("pp4 x dp2, interleaved", f"{PP[4]} {INTERLEAVED} {OVERLAP}"),
+        Timed("pp8, interleaved", f"{PP[8]} {INTERLEAVED}"),
+        Timed("tp8, rings", f"{TP[8]} {USER_BUFFERS} {RINGS}", 32),
+        Timed("tp2 x pp2 x dp2", f"{TP[2]} {USER_BUFFERS} {PP[2]} {OVERLAP}", 2),
+    ],
+}
+
+TUNING = [
+    # (TP 4, PP 4), which run beside each other if the machine has eight GPUs.
+    (
+        Timed("tp4, rings", f"{TP[4]} {USER_BUFFERS} {RINGS}", 8),
+        Timed("pp4, interleaved by 1", f"{PP[4]} --num-layers-per-virtual-pipeline-stage 1"),
+    ),
+    (
+        Timed("tp4, user buffers of Transformer Engine", f"{TP[4]} {USER_BUFFERS}", 8),
+        Timed("pp4", PP[4]),
+    ),
+    (
+        Timed(
+            "tp4, rings, gathers in pairs",
+            f"{TP[4]} {USER_BUFFERS} --tp-comm-overlap-cfg benchmarks/user_buffers_aggregated.yaml "
+            "--tp-comm-overlap-rs-dgrad",
+            8,
+        ),
+        Timed(
+            "pp4, interleaved by 1, head's gradient last",
+            f"{PP[4]} --num-layers-per-virtual-pipeline-stage 1 --defer-embedding-wgrad-compute",
+        ),
+    ),
+    (
+        Timed(
+            "tp4, rings in the forward pass",
+            f"{TP[4]} {USER_BUFFERS} --tp-comm-overlap-cfg benchmarks/user_buffers_forward.yaml",
+            8,
+        ),
+        Timed("pp4, interleaved by 2", f"{PP[4]} --num-layers-per-virtual-pipeline-stage 2"),
+    ),
+]
+
+LONG = {2: 32768, 4: 131072, 8: 262144}
+"""Tokens of a sample of full length, by the number of GPUs."""
+
+SEVENTY_B = (
+    "--hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 --group-query-attention "
+    "--num-query-groups 8 --global-batch-size 8"
+)
+DEPTHS = (80, 72, 64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8)

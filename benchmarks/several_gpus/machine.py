@@ -1,0 +1,47 @@
+"""The GPUs of this machine, without importing torch."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that a benchmark uses.
+
+    count: number of them, or of CPU ranks.
+    gpu: their kind in the planner's words, H100 or H200; None without GPUs.
+    memory: GiB of each.
+    names: their names in CUDA_VISIBLE_DEVICES.
+    """
+
+    count: int
+    gpu: str | None = None
+    memory: float = 1024.0
+    names: tuple[str, ...] = ()
+
+    def visible(self, gpus: set[int]) -> str:
+        """Return CUDA_VISIBLE_DEVICES for these GPUs."""
+        return ",".join(self.names[gpu] for gpu in sorted(gpus))
+
+
+def find_machine(count: int) -> Machine:
+    """Return the first `count` GPUs of this machine.
+
+    Raises:
+        SystemExit: it has fewer.
+    """
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    if not shutil.which(query[0]):
+        return Machine(count)
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(gpu) for gpu in range(len(lines))]
+    if len(names) < count:
+        raise SystemExit(f"{count} GPUs are needed; this machine has {len(names)}")
+    model, memory = lines[0].rsplit(",", 1)
+    kind = next((kind for kind in ("H200", "H100", "A100") if kind in model), "H100")
+    return Machine(count, kind, int(memory) / 1024, tuple(names[:count]))

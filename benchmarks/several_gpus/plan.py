@@ -1,0 +1,82 @@
+"""Predicted speed and memory of each run, made before it: plan.json, and the planner for any other flags.
+
+python -m benchmarks.several_gpus.plan    # writes plan.json for H100 and H200
+"""
+
+import json
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+
+from benchmarks.several_gpus.machine import Machine
+
+FILE = Path(__file__).with_name("plan.json")
+SHARE = 0.93
+"""Share of a GPU's memory that a run may take: fragments, CUDA's context, NCCL and user buffers have the rest."""
+
+_PLANNING = threading.Lock()  # Megatron's parser reads sys.argv
+
+
+@cache
+def _read() -> dict[str, dict]:
+    return json.loads(FILE.read_text()) if FILE.is_file() else {}
+
+
+def key(gpu: str, gpus: int, flags: str) -> str:
+    """Return the key of a run in plan.json."""
+    return f"{gpu} x {gpus}: {flags}"
+
+
+def predict(gpu: str | None, gpus: int, flags: str) -> dict:
+    """Return {tokens_per_second, gib} of a run, or {error}. Without GPUs, the prediction is for an H200."""
+    gpu = gpu or "H200"
+    if known := _read().get(key(gpu, gpus, flags)):
+        return known
+    with _PLANNING:
+        return _ask_planner(gpu, gpus, flags)
+
+
+def _ask_planner(gpu: str, gpus: int, flags: str) -> dict:
+    from megatron_cream.patches import platform
+
+    platform.setup()
+    from benchmarks.several_gpus.layouts import CONFIG
+    from megatron_cream.common.errors import UsageError
+    from megatron_cream.planning import measured
+
+    row = dict(what="", gpu=gpu, config=CONFIG, flags=flags.split(), gpus=gpus, tokens_per_second=1, peak_gib=1.0)
+    try:
+        found = measured.check_run(row)
+    except UsageError as error:
+        return {"error": str(error)}
+    return {"tokens_per_second": round(found.speed.tokens_per_second), "gib": round(found.peak_gib, 1)}
+
+
+def fits(machine: Machine, name: str, gpus: int, flags: str) -> bool:
+    """Return whether a run fits by its plan; print why not."""
+    plan = predict(machine.gpu, gpus, flags)
+    if "error" in plan:
+        print(f"{name:28} left out: {plan['error']}", flush=True)
+        return False
+    if plan["gib"] > SHARE * machine.memory:
+        print(f"{name:28} left out: the planner says that it takes {plan['gib']} GiB", flush=True)
+        return False
+    return True
+
+
+def main() -> None:
+    from benchmarks.several_gpus import speed
+
+    known, wanted = ({} if "--again" in sys.argv else _read()), {}
+    for gpu in ("H100", "H200"):
+        for gpus, flags in speed.all_runs():
+            name = key(gpu, gpus, flags)
+            wanted[name] = known.get(name) or _ask_planner(gpu, gpus, flags)
+    lines = [f"{json.dumps(name)}: {json.dumps(plan)}" for name, plan in wanted.items()]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{len(wanted)} plans in {FILE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Speed of the 7B, of full length and of a 70B's layers, beside one GPU and beside the plan."""
+
+import re
+import statistics
+from dataclasses import replace
+
+from benchmarks.several_gpus import plan
+from benchmarks.several_gpus.layouts import (
+    BATCH,
+    CONFIG,
+    CP,
+    DEPTHS,
+    FP8,
+    HALF,
+    LONG,
+    MICRO_BATCHES,
+    OVERLAP,
+    RECOMPUTE,
+    SEVEN_B,
+    SEVENTY_B,
+    SPEED,
+    TP,
+    TUNING,
+    USER_BUFFERS,
+    Timed,
+)
+from benchmarks.several_gpus.runs import JOB, Job, Runs
+
+STEP = re.compile(r"^step (\d+)/.*? ([\d,]+) tokens/s/\w+ \| (?:MFU ([\d.]+) % \| )?.*?([\d.]+) GiB$", re.M)
+WITHOUT_TE = ("benchmarks/train_step.py", "child", "without")
+BESIDE = (16, 8)
+"""Layers of the one-GPU runs from which the time of the whole model is extrapolated where it does not fit."""
+
+
+def one(runs: Runs) -> list[Job]:
+    """Time one GPU: the whole 7B if it fits, and 16 and 8 of its layers; each GPU has a run at the same time."""
+    flags = f"{SEVEN_B} {HALF}"
+    shapes = [("7b one", flags)] if plan.fits(runs.machine, "7b one", 1, _with(runs, flags)) else []
+    shapes += [(f"{layers} layers one", f"{flags} --num-layers {layers}") for layers in BESIDE]
+    jobs = []
+    for gpu in range(runs.machine.count - (runs.machine.count > 4)):  # the last of eight is left for other runs
+        name, given = shapes[gpu % len(shapes)]
+        name = name if gpu < len(shapes) else f"{name}, GPU {gpu}"
+        jobs.append(_job(runs, name, 1, given, gpus=(gpu,), limit=120))
+    return jobs
+
+
+def seven_b(runs: Runs) -> list[Job]:
+    """Time each layout with the paper's global batch, 32 samples of 4096 tokens."""
+    count = runs.machine.count
+    jobs = [_largest(runs, "7b", timed, count) for timed in SPEED[count]]
+    if count == 2:
+        fp8 = f"{SEVEN_B} {HALF} {FP8} --use-precision-aware-optimizer"
+        jobs.append(_job(runs, "7b one, FP8", 1, fp8, gpus=(0,)))
+    return [job for job in jobs if job]
+
+
+def tuning4(runs: Runs) -> list[Job]:
+    """Time variants of TP 4 and PP 4, on GPUs 0 to 3 and 4 to 7 at the same time."""
+    halves = [tuple(range(4)), tuple(range(4, 8)) if runs.machine.count >= 8 else tuple(range(4))]
+    jobs = [_largest(runs, "7b", timed, 4, gpus=half) for pair in TUNING for timed, half in zip(pair, halves)]
+    return [job for job in jobs if job]
+
+
+def long(runs: Runs) -> list[Job]:
+    """Time one sample of full length a step, and CREAM's samples of 4096 tokens, one on each GPU."""
+    count = runs.machine.count
+    prefix = runs.folder / "documents"
+    jobs = [] if prefix.with_suffix(".idx").is_file() else [documents(runs, gpus=tuple(range(count)))]
+    jobs.append(
+        _job(runs, f"{count} samples: cream, dp{count}", count, f"{SEVEN_B} --global-batch-size {count} {OVERLAP}")
+    )
+    for name, how in ((f"cp{count}", CP[count]), (f"tp{count}", TP[count])):
+        if plan.fits(runs.machine, f"full, {name}", count, _with(runs, long_flags(count, how))):
+            job = _job(runs, f"full, {name}", count, long_flags(count, how), limit=110)
+            data = ["--config", "benchmarks/several_gpus/long.yaml", "--data-path", prefix]
+            return [*jobs, replace(job, flags=[*data, *job.flags[2:]])]
+    return jobs
+
+
+def documents(runs: Runs, gpus: tuple[int, ...] = ()) -> Job:
+    """Return the job that writes documents of full length, for which these GPUs wait."""
+    script = ("benchmarks.several_gpus.documents",)
+    return Job("documents", 0, [runs.folder / "documents"], lambda text: {}, gpus, script, limit=60)
+
+
+def seventy_b(runs: Runs) -> list[Job]:
+    """Time a 70B's layers with tensor parallelism, as many as fit."""
+    count, memory = runs.machine.count, runs.machine.memory
+    for layers in DEPTHS:
+        flags = seventy_b_flags(count, layers)
+        if plan.predict(runs.machine.gpu, count, flags)["gib"] <= plan.SHARE * memory:
+            return [_job(runs, f"70b width, {layers} layers", count, flags, limit=60)]
+    return []
+
+
+def long_flags(count: int, layout: str) -> str:
+    tokens = LONG[count]
+    sizes = f"--seq-length {tokens} --target-length {tokens} --position-sampler full --global-batch-size 1"
+    return f"{SEVEN_B} --train-iters 2 {sizes} {RECOMPUTE} {layout}"
+
+
+def seventy_b_flags(count: int, layers: int) -> str:
+    layout = f"{TP[count]} {USER_BUFFERS} --micro-batch-size 2"
+    return f"{SEVEN_B} --train-iters 4 {SEVENTY_B} {layout} --num-layers {layers}"
+
+
+def all_runs() -> list[tuple[int, str]]:
+    """Return (GPUs, flags) of all runs that the scripts for four and eight GPUs can start."""
+    found = [(1, f"{SEVEN_B} {HALF}"), *((1, f"{SEVEN_B} {HALF} --num-layers {layers}") for layers in BESIDE)]
+    for count in (4, 8):
+        layouts = [(count, timed) for timed in SPEED[count]] + [(4, timed) for pair in TUNING for timed in pair]
+        found += [(ranks, flags) for ranks, timed in layouts for _, flags in _sizes(timed)]
+        found.append((count, f"{SEVEN_B} --global-batch-size {count} {OVERLAP}"))
+        found += [(count, long_flags(count, how[count])) for how in (CP, TP)]
+        found += [(count, seventy_b_flags(count, layers)) for layers in DEPTHS]
+    return list(dict.fromkeys(found))
+
+
+def _sizes(timed: Timed) -> list[tuple[int, str]]:
+    """Return (micro-batch, flags) of each micro-batch that may run, largest first."""
+    sizes = [size for size in MICRO_BATCHES if size <= timed.largest]
+    return [(size, f"{SEVEN_B} {BATCH} {timed.flags} --micro-batch-size {size}") for size in sizes]
+
+
+def _largest(runs: Runs, model: str, timed: Timed, ranks: int, gpus: tuple[int, ...] | None = None) -> Job | None:
+    """Return the job with the largest micro-batch that fits."""
+    for size, flags in _sizes(timed):
+        name = f"{model} {timed.name}" + (f", micro-batch {size}" if size > 1 else "")
+        if plan.fits(runs.machine, name, ranks, _with(runs, flags)):
+            return _job(runs, name, ranks, flags, gpus, script=WITHOUT_TE if timed.own_layers else JOB)
+    return None
+
+
+def _with(runs: Runs, flags: str) -> str:
+    return " ".join([flags, *runs.extra])
+
+
+def _job(
+    runs: Runs,
+    name: str,
+    ranks: int,
+    flags: str,
+    gpus: tuple[int, ...] | None = None,
+    *,
+    script: tuple[str, ...] = JOB,
+    limit: float = 75,
+) -> Job:
+    """Return a timed run of the 7B or a similar model."""
+    flags = _with(runs, flags)
+
+    def read(text: str) -> dict:
+        steps = [(float(m[2].replace(",", "")), float(m[3] or 0), float(m[4])) for m in STEP.finditer(text)][1:]
+        rates, shares, peaks = zip(*steps, strict=True)
+        found = plan.predict(runs.machine.gpu, ranks, flags)
+        return dict(
+            gpus=ranks,
+            gpu=runs.machine.gpu,
+            tokens_per_second=statistics.median(rates),
+            steps=rates,
+            mfu=statistics.median(shares),
+            peak_gib=max(peaks),
+            loss=float(re.findall(r"\| loss ([\d.]+)", text)[-1]),
+            planned_tokens_per_second=found.get("tokens_per_second"),
+            planned_gib=found.get("gib"),
+            flags=flags.split(),
+        )
+
+    return Job(name, ranks, ["--config", CONFIG, *flags.split()], read, gpus, script, limit)

@@ -1,0 +1,85 @@
+"""benchmarks/several_gpus: its plans, its scheduler and its report, without GPUs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.several_gpus import plan, report, speed
+from benchmarks.several_gpus.machine import Machine
+from benchmarks.several_gpus.runs import Job, Runs
+
+STEP = "step 2/5 | loss 9.5 | 13,000 tokens/s/GPU | MFU 56.0 % | 70.1 GiB"
+
+
+def timed(name: str, rate: float, **more) -> dict:
+    run = dict(run=name, gpus=1, gpu="H100", tokens_per_second=rate, mfu=50.0, peak_gib=60.0, loss=9.0, flags=[])
+    return run | dict(planned_tokens_per_second=round(rate), planned_gib=60.0) | more
+
+
+def test_every_run_has_a_plan():
+    plans = json.loads(plan.FILE.read_text())
+    wanted = {plan.key(gpu, gpus, flags) for gpu in ("H100", "H200") for gpus, flags in speed.all_runs()}
+    assert plans.keys() == wanted, "run python -m benchmarks.several_gpus.plan"
+
+
+@pytest.mark.parametrize("count", [4, 8])
+@pytest.mark.parametrize("gpu, memory", [("H100", 79.6), ("H200", 140.4)])
+def test_planned_runs_fit_and_need_no_planner(monkeypatch, tmp_path, count, gpu, memory):
+    monkeypatch.setattr(plan, "_ask_planner", None)
+    runs = Runs(tmp_path, Machine(count, gpu, memory, tuple("01234567"[:count])), [], 1e9)
+    stages = speed.one, speed.seven_b, speed.tuning4, speed.long, speed.seventy_b
+    jobs = [job for stage in stages for job in stage(runs)]
+    names = [job.name for job in jobs]
+    assert len(names) == len(set(names)) and ("7b one" in names) is (gpu == "H200")
+    assert {f"full, cp{count}", f"{count} samples: cream, dp{count}"} <= set(names)
+
+
+def test_jobs_wait_for_their_gpus_and_late_ones_are_killed(tmp_path):
+    runs = Runs(tmp_path, Machine(2), [], 1e9)
+    times = "import time; print(time.monotonic()); {}; print(time.monotonic())"
+
+    def read(text: str) -> dict:
+        begin, end, *_ = text.splitlines()
+        return dict(times=[float(begin), float(end)])
+
+    def job(name: str, body: str, *gpus: int) -> Job:
+        # `python -m timeit -s CODE` runs any code.
+        return Job(name, 0, ["-n", "1", "-r", "1", "-s", body, "pass"], read, gpus, ("timeit",))
+
+    jobs = [job("first", times.format("time.sleep(0.3)"), 0), job("second", times.format("0"), 0, 1)]
+    late = replace(job("late", "import time; time.sleep(600)", 1), limit=0.2)
+    runs.run([*jobs, late])
+    assert runs.results["first"]["times"][1] < runs.results["second"]["times"][0]
+    assert runs.failed == ["late"] and "late" not in runs.results
+    again = Runs(tmp_path, Machine(2), [], seconds=-1)
+    again.run([*jobs, late])
+    assert again.failed == ["late"]  # the others have their results
+
+
+def test_one_gpu_is_extrapolated_where_the_model_does_not_fit():
+    """A layer takes 0.25 s and everything else 1 s: 32 layers take 9 s."""
+    rate = {layers: 16 * 4096 / (1 + 0.25 * layers) for layers in (8, 16, 32)}
+    found = {name: timed(name, rate[int(name.split()[0])]) for name in ("8 layers one", "16 layers one")}
+    assert report.one_gpu(found)[0] == pytest.approx(rate[32])
+    found["7b dp8"] = timed("7b dp8", rate[32] / 2, gpus=8)
+    assert "| 7b dp8 | 3,641 | 0.500 |" in "\n".join(report.tables(found))
+    found["7b one"] = timed("7b one", 5.0)
+    assert report.one_gpu(found) == (5.0, "measured")
+
+
+def test_measured_runs_are_rows_of_the_planner(monkeypatch, tmp_path):
+    file = tmp_path / "measured_runs.json"
+    file.write_text('[\n  {\n    "what": "old"\n  }\n]\n')
+    monkeypatch.setattr(report, "MEASURED", file)
+    flags = "--num-layers 32 --train-iters 5 --data-path /tmp/x --no-embedded-data --overlap-grad-reduce".split()
+    found = {"7b dp8": timed("7b dp8", 12000.4, gpus=8, flags=flags), "faults": {"run": "faults"}}
+    for _ in range(2):  # the second adds nothing
+        report.add_measured(found, "2026-11-27, eight GPUs")
+    old, row = json.loads(file.read_text())
+    assert row["what"] == "7b dp8, 8 H100s" and (row["gpus"], row["tokens_per_second"]) == (8, 12000)
+    assert row["flags"] == ["--num-layers", "32", "--no-embedded-data", "--overlap-grad-reduce"]
+
+
+def test_steps_are_read_from_a_log():
+    assert speed.STEP.search(STEP).groups() == ("2", "13,000", "56.0", "70.1")
