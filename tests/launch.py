@@ -54,7 +54,8 @@ def torchrun(
     Without a GPU the ranks are forked from a process that has imported everything (tests/preloaded.py).
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("NVTE_")}  # a model in this process sets them
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     flags, cwd = [str(flag) for flag in flags], str(cwd or ROOT)
     if torch.cuda.is_available():
         command = [*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *flags]

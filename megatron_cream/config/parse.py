@@ -54,6 +54,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
             print(line, file=sys.stderr, flush=True)
     if auto and devices.has_cuda() and not (args.deterministic_mode or args.skip_train):
         attention_choice.choose_fastest_backend(args)
+    flag_checks.check_kernel_in_environment(args)
     tensorboard.install()
     try:
         with console.capture_output(output):

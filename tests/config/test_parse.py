@@ -2,10 +2,12 @@
 
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import yaml
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import describe, fill, parse
@@ -225,6 +227,20 @@ def test_cuda_graphs_with_expandable_segments(name, monkeypatch):
         flag_checks.check_graphs_with_segments(args)
     monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
     flag_checks.check_graphs_with_segments(args)
+
+
+@pytest.mark.parametrize("kernel, value", [("auto", "0"), ("unfused", "1"), ("local", "1")])
+def test_another_kernel_in_the_environment(kernel, value, monkeypatch):
+    for name in ("FUSED", "UNFUSED"):
+        monkeypatch.delenv(f"NVTE_{name}_ATTN", raising=False)
+    args = Namespace(attention_backend=AttnBackend[kernel])
+    monkeypatch.setenv("NVTE_FLASH_ATTN", str(1 - int(value)))
+    flag_checks.check_kernel_in_environment(args)
+    monkeypatch.setenv("NVTE_FLASH_ATTN", value)
+    with pytest.raises(
+        UsageError, match=f"NVTE_FLASH_ATTN={value} in the environment: .* needs {1 - int(value)}.*Unset"
+    ):
+        flag_checks.check_kernel_in_environment(args)
 
 
 @pytest.mark.parametrize("changed, ranks, words", BAD, ids=lambda value: str(value)[:40])

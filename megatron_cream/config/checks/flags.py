@@ -57,6 +57,21 @@ def check_graphs_with_segments(args: Namespace) -> None:
             )
 
 
+def check_kernel_in_environment(args: Namespace) -> None:
+    """Raise UsageError if the environment selects another kernel of Transformer Engine than --attention-backend.
+
+    Megatron sets these variables itself, and fails on other values while it builds the model.
+    """
+    for kernel in ("flash", "fused", "unfused"):
+        name = f"NVTE_{kernel.upper()}_ATTN"
+        needed = str(int(args.attention_backend.name in ("auto", kernel)))
+        if os.environ.get(name, needed) != needed:
+            raise UsageError(
+                f"{name}={os.environ[name]} in the environment: the attention kernel of this run needs {needed}. Unset "
+                "NVTE_FLASH_ATTN, NVTE_FUSED_ATTN and NVTE_UNFUSED_ATTN; --attention-backend chooses the kernel"
+            )
+
+
 def check_gpu_of_rank(local_rank: int) -> None:
     """Raise UsageError if torchrun started more ranks here than there are visible GPUs."""
     if devices.has_cuda() and local_rank >= (gpus := torch.cuda.device_count()):
