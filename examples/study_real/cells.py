@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-SCALINGS = ("yarn", "ntk", "theta", "linear")
+SCALINGS = ("theta", "yarn", "linear", "ntk")
 SAMPLERS = {
     "cream": [],
     "pose": ["--position-sampler", "pose"],
@@ -20,8 +20,10 @@ SAMPLERS = {
     "randpos": ["--position-sampler", "randpos"],
     "full": ["--position-sampler", "full"],
 }
-MAIN = ("cream", "pose", "pi")
-OTHERS = ("cream even", "mix", "randpos")
+BEST = ("theta", "yarn")
+"""The scalings with the best scores at the first seed: they get all samplers before the others do."""
+WITHIN_SPREAD = ("pose", "pi", "mix", "cream even")
+"""Samplers that one seed does not tell from `cream`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Settings:
     batch: int = 32
     micro_batch: int = 4
     theta: float = 5e6
-    rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
+    rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4, 1.6e-3, 3.2e-3)
     seeds: tuple[int, ...] = (1, 2, 3)
     lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
     extra: tuple[str, ...] = field(default=())
@@ -89,27 +91,21 @@ def order(settings: Settings) -> list[Cell]:
     longest, first, later = settings.factors[0], settings.seeds[0], settings.seeds[1:]
     cells = [cell for scaling in SCALINGS for cell in choosing(settings, scaling)]
     cells += [Cell(scaling, "base", longest, 0) for scaling in ("none", *SCALINGS)]
-    if len(settings.factors) > 1:
-        cells.append(Cell("yarn", "full", settings.factors[1], first))
 
     def block(scalings, samplers, seeds, factor=longest) -> Iterator[Cell]:
         return (Cell(scaling, sampler, factor, seed) for seed in seeds for scaling in scalings for sampler in samplers)
 
-    best, rest = SCALINGS[:2], SCALINGS[2:]
-    cells += block(SCALINGS, MAIN, [first])
-    cells += block(best, MAIN, later)
-    cells += block(best, OTHERS, [first])
-    cells += block(rest, MAIN, later)
-    cells += block(best, OTHERS, later)
-    cells += block(rest, OTHERS, settings.seeds)
+    cells += block((*BEST, "linear"), ["cream"], settings.seeds)
+    cells += block(BEST, WITHIN_SPREAD, [first])
     for factor in settings.factors[1:]:
-        cells += block(SCALINGS, MAIN, [first], factor)
-        cells += block(best, MAIN, later, factor)
-        cells += block(best, ["full"], settings.seeds, factor)
-        cells += block(SCALINGS, OTHERS, [first], factor)
-        cells += block(rest, MAIN, later, factor)
-        cells += block(best, OTHERS, later, factor)
-        cells += block(rest, OTHERS, later, factor)
+        cells += block(BEST, ["full"], [first], factor)
+    cells += block(BEST, WITHIN_SPREAD, later)
+    for factor in settings.factors[1:]:
+        cells += block((*BEST, "linear"), ["cream"], settings.seeds, factor)
+        cells += block(BEST, WITHIN_SPREAD, settings.seeds, factor)
+        cells += block(BEST, ["full"], later, factor)
+    for factor in settings.factors:
+        cells += block(SCALINGS, [sampler for sampler in SAMPLERS if sampler != "full"], settings.seeds, factor)
     return list(dict.fromkeys(cells))
 
 

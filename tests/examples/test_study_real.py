@@ -44,7 +44,7 @@ def test_the_grid_starts_with_prerequisites(study):
     assert {cell.name for cell in some} == {
         *(f"ntk_pose_s8_seed_{seed}" for seed in (1, 2, 3)),
         "none_base_s8_seed_0",
-        *(f"ntk_cream_s8_seed_1_lr_{rate}" for rate in ("5e5", "0.0002", "0.0008")),
+        *(f"ntk_cream_s8_seed_1_lr_{rate}" for rate in ("5e5", "0.0002", "0.0008", "0.0016", "0.0032")),
     }
 
 
