@@ -125,21 +125,32 @@ def _table(results: Results, factor: int, columns: list[tuple[str, Value, int]])
 
 
 def _pairs(results: Results, factor: int) -> list[str]:
-    """Return a table of differences between samplers with two or more seeds, and whether they exceed the spread."""
-    lengths = results.lengths(factor)[1:]
+    """Return a table of differences between samplers, and between scalings with `cream`, that have several seeds.
+
+    It says whether a difference exceeds what the seeds' spread explains.
+    """
+    lengths, kinds = results.lengths(factor), list(results.evaluations[0]["perplexity"])
+    longer = lengths[1:]
+    measures = [
+        (lambda e: statistics.fmean(accuracy(t, n)(e) for t in e["tasks"] for n in longer), 1),
+        (lambda e: statistics.fmean(loss(t, n)(e) for t in e["tasks"] for n in longer), 3),
+        (lambda e: statistics.fmean(math.log(perplexity(k, n)(e)) for k in kinds for n in longer), 4),
+    ]
     lines = [
-        "**Pairs of samplers**, mean over tasks and the lengths beyond the window: the first less the second. "
+        "**Pairs**, mean over tasks (or kinds of text) and the lengths beyond the window: the first less the second. "
         "`yes`: more than twice the standard error that the seeds' deviations give.",
         "",
     ]
-    lines += _row(["scaling", "pair", "found, points", "beyond", "loss", "beyond"]) + _row(["---"] * 6)
-    for scaling in SCALINGS:
-        there = {sampler: found for s, sampler, found in results.groups(factor) if s == scaling and len(found) > 1}
-        for one, other in itertools.combinations(there, 2):
-            row = [scaling, f"{one} - {other}"]
-            for measure, places in ((accuracy, 1), (loss, 3)):
-                value = lambda e: statistics.fmean(measure(t, n)(e) for t in e["tasks"] for n in lengths)
-                a, b = ([value(e) for e in there[name]] for name in (one, other))
+    head = ["what is the same", "pair", "found, points", "beyond", "loss", "beyond", "log perplexity", "beyond"]
+    lines += _row(head) + _row(["---"] * len(head))
+    several = [(scaling, sampler, found) for scaling, sampler, found in results.groups(factor) if len(found) > 1]
+    same = {scaling: {name: found for s, name, found in several if s == scaling} for scaling in SCALINGS}
+    same["cream"] = {scaling: found for scaling, name, found in several if name == "cream"}
+    for shared, groups in same.items():
+        for one, other in itertools.combinations(groups, 2):
+            row = [shared, f"{one} - {other}"]
+            for value, places in measures:
+                a, b = ([value(e) for e in groups[name]] for name in (one, other))
                 error = math.sqrt(_deviation(a) ** 2 / len(a) + _deviation(b) ** 2 / len(b))
                 difference = statistics.fmean(a) - statistics.fmean(b)
                 row += [

@@ -98,11 +98,13 @@ def test_the_report_compares_differences_with_the_spread(study, tmp_path):
             result(study, "ntk", "pose", seed, 1.0, 1.0, pose),
         ]
         lines.append(result(study, "ntk", "pi", seed, 1.0, 1.0, pi))
+        lines.append(result(study, "yarn", "cream", seed, 1.0, 1.0, cream + 0.1))
     results = study.report.Results(lines)
     text = study.report.report(results)
     assert "| ntk | cream | 3 | 81.0 ± 1.0 | 81.0 ± 1.0 |" in text and "| ntk | (not trained) | 1 | 50.0 |" in text
-    assert "| ntk | cream - pose | +30.0 ± 0.8 | yes | +0.000 ± 0.000 | no |" in text
+    assert "| ntk | cream - pose | +30.0 ± 0.8 | yes | +0.000 ± 0.000 | no | +0.0000 ± 0.0000 | no |" in text
     assert "| ntk | cream - pi | +21.0 ± 17.3 | no |" in text
+    assert "| cream | yarn - ntk | +10.0 ± 0.8 | yes |" in text
     study.report.draw(results, tmp_path)
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("retrieval", "depth", "perplexity"))
 
