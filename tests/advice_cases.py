@@ -77,6 +77,13 @@ def common_args(**values):
     return entry(STEP, "common_state", change)
 
 
+named_template = also(
+    remove("hf/chat_template.jinja"),
+    put("texts.jsonl", json.dumps({"messages": [dict(role=r, content="a") for r in ("user", "assistant")]})),
+    put("hf/additional_chat_templates/brief.jinja", "{% for m in messages %}[{{ m.content }}]{% endfor %}"),
+)
+
+
 def special_tokens_gone(w: Path) -> None:
     """Remove BOS and EOS from the tokenizer in hf/."""
     save_tokenizer(w / "hf", bos=False)
@@ -251,6 +258,10 @@ ADVICE = [
     Advice("do not append one (--no-append-eod)", PREPARE, (with_("--no-append-eod", PREPARE),), special_tokens_gone),
     Advice("no BOS token to prepend (--no-prepend-bos)", with_("--prepend-bos --no-append-eod", PREPARE),
            (with_("--no-prepend-bos --no-append-eod", PREPARE),), special_tokens_gone),
+    Advice("choose one with --chat-template: {}", with_("--chat-format tokenizer", PREPARE),
+           (with_("--chat-format tokenizer --chat-template brief", PREPARE),), named_template),
+    Advice("--chat-template: only with --chat-format tokenizer", with_("--chat-template brief", PREPARE),
+           (with_("--chat-format tokenizer --chat-template brief", PREPARE),), named_template),
     Advice("give another prefix, or --overwrite", PREPARE,
            (with_("--overwrite", PREPARE), with_("--output-prefix {0}/other", PREPARE)), before=PREPARE),
     Advice("--vocab-size is missing: give the tokenizer's", with_("--tokenizer-type HuggingFaceTokenizer", PLANNED),
@@ -290,7 +301,7 @@ NOT_FOLLOWED = {
     "use fewer --workers": "needs memory that runs out",
     "--tasks {} needs {}": "needs published data; evaluation/test_tasks_ruler.py has some",
     "contains an unfinished run with another": "data/test_resume_preprocess.py",
-    "takes a chat template from a --tokenizer-type": "data/test_chat_data.py",
+    "takes a chat template from a --tokenizer-type": "data/test_chat_templates.py",
     "Add --rope-scaling-type yarn (or ntk, linear)": "model/test_rope_choice.py",
     "If it is {}: --original-max-position-embeddings {}": "model/test_rope_choice.py",
     "leave --eod-mask-loss out": "needs a tokenizer without EOD; config/test_bad_inputs.py has the line",

@@ -18,8 +18,8 @@ EOD.
 With --chat-format the documents are chats, ShareGPT's {"conversations": [{"from", "value"}]} or
 OpenAI's {"messages": [{"role", "content"}]}. OUTPUT_PREFIX_loss_mask.bin/.idx is written too, and
 training reads it there: only the assistant's answers count in the loss. Answers before the first
-question and questions after the last answer are removed, as in FastChat. Chats with turns that do
-not alternate, empty turns or unknown roles are dropped and counted.
+question and questions after the last answer are removed, as in FastChat. A chat is used up to its
+first turn that cannot be used, such as an empty one; what is cut or dropped is counted.
 
 After an interruption the same command resumes. Bad input ends with one line and exit code 2, and
 nothing is written.
@@ -38,7 +38,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_cream.common import entry
-from megatron_cream.common.cli import OneLineParser, path, to_flag
+from megatron_cream.common.cli import OneLineParser, path, path_or_name, to_flag
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import check_can_create, convert_disk_errors
 from megatron_cream.data.chat import CHAT_FORMATS
@@ -73,6 +73,7 @@ def main() -> None:
                 json_key=args.json_key,
                 glob=args.glob,
                 chat_format=args.chat_format,
+                chat_template=read_template(args.chat_template),
                 append_eod=args.append_eod is not False,
                 prepend_bos=args.prepend_bos,
                 min_document_tokens=args.min_document_tokens,
@@ -121,6 +122,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=CHAT_FORMATS,
         help="documents are chats, formatted as for Llama-2-chat or by the tokenizer's chat template",
     )
+    add(
+        "--chat-template",
+        type=path_or_name,
+        metavar="FILE_OR_NAME",
+        help="with --chat-format tokenizer: a template's .jinja file, or the name of one of the tokenizer's templates "
+        "(default: the tokenizer's)",
+    )
     add("--output-prefix", type=path, required=True, help="writes OUTPUT_PREFIX.bin and OUTPUT_PREFIX.idx")
     add("--overwrite", action="store_true", help="replace existing output")
     add("--tokenizer-type", choices=TOKENIZER_TYPES, required=True, help="as for the trainer")
@@ -160,6 +168,8 @@ def check(args: argparse.Namespace) -> None:
     for flag in ("append_eod", "prepend_bos"):
         if args.chat_format and getattr(args, flag) is not None:
             raise ValueError(f"{to_flag(flag)}: cannot be used with --chat-format, which sets these tokens")
+    if args.chat_template is not None and args.chat_format != "tokenizer":
+        raise ValueError("--chat-template: only with --chat-format tokenizer")
     if args.parse_special and args.tokenizer_type != "HuggingFaceTokenizer":
         raise ValueError(f"--parse-special: {args.tokenizer_type} never parses special tokens; leave it out")
     with blame("--tokenizer-model"):
@@ -176,6 +186,20 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--output-prefix {prefix}: {error}; give another prefix, or --overwrite") from error
     except (ValueError, OSError) as error:
         raise ValueError(f"--output-prefix {prefix}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_template(file_or_name: str | None) -> str | None:
+    """Return a chat template's text if a file is given; names stay.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    if file_or_name is None or not Path(file_or_name).is_file():
+        return file_or_name
+    try:
+        return Path(file_or_name).read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--chat-template {file_or_name}: not a UTF-8 text file") from None
 
 
 @contextlib.contextmanager
@@ -201,11 +225,15 @@ def print_report(report: PreprocessReport, prefix: Path) -> None:
         table.add_row(f"documents of {length:,} tokens or more", f"{report.documents_of_at_least(length):,}")
     for reason, count in report.dropped.items():
         table.add_row(escape(f"dropped: {reason}"), f"{count:,}")
+    for what, count in report.cuts.items():
+        table.add_row(escape(f"cut: {what}"), f"{count:,}")
     for kind, count in report.left_out.counts.items():
         table.add_row(escape(f"left out: {kind}"), f"{count:,}")
     table.add_row("seconds", f"{report.seconds:.1f}")
     Console().print(table)
     for reason, where in report.first_dropped.items():  # below the table, which would wrap a path
         print(f"first dropped: {reason}: {where}")
+    for what, where in report.first_cut.items():
+        print(f"first cut: {what}: {where}")
     for kind, where in report.left_out.first.items():
         print(f"first left out: {kind}: {where}")

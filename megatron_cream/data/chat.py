@@ -1,4 +1,4 @@
-"""Convert ShareGPT and OpenAI chat records to tokens and a mask of the assistant's tokens.
+"""Encode chats as tokens and a mask of the assistant's tokens.
 
 Two formats:
 
@@ -12,86 +12,21 @@ Special tokens of the template are control tokens; those that a message spells a
 The loss includes an answer's tokens and the token that ends it.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
 
+from megatron_cream.common.errors import one_line
+from megatron_cream.data.chat_records import REASONING_FIELDS, Message
 from megatron_cream.data.documents import BadDocument
 from megatron_cream.data.special_tokens import ChatTokenizer, is_kept_as_text
 from megatron_cream.data.time_limit import TemplateTimeout, limit_rendering_time
 
 CHAT_FORMATS = ("llama2", "tokenizer")
 
-CHAT_KEYS = ("conversations", "messages")
-"""Keys of a record's turns: ShareGPT's and OpenAI's. The first key present and not null is read."""
-
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-"""Values of ShareGPT's `from` and OpenAI's `role` -> role."""
-
-Message = dict[str, str]
-"""{"role": "system", "user" or "assistant", "content": text}, the input of chat templates."""
-
-
-def extract_messages(record: dict, keys: Sequence[str] = CHAT_KEYS) -> list[Message]:
-    """Return a chat's messages: an optional system message, then user and assistant in turn.
-
-    As FastChat does with ShareGPT, drops answers before the first question. Also drops an empty
-    system message and questions after the last answer, which have no loss.
-
-    Raises:
-        BadDocument: the remaining turns are not such a chat.
-        UnicodeError: a turn contains lone surrogates.
-    """
-    turns = next((record[key] for key in keys if record.get(key) is not None), None)
-    if turns is None:
-        raise BadDocument(f"no key {' or '.join(map(repr, keys))}")
-    if not isinstance(turns, list):
-        raise BadDocument("chat that is not a list of turns")
-    messages = [_message(turn) for turn in turns]
-    system = messages[:1] if messages and messages[0]["role"] == "system" else []
-    talk = messages[len(system) :]
-    while talk and talk[0]["role"] == "assistant":
-        talk = talk[1:]
-    while talk and talk[-1]["role"] == "user":
-        talk = talk[:-1]
-    if not talk:
-        raise BadDocument("chat without an answer to a question")
-    if [message["role"] for message in talk] != ["user", "assistant"] * (len(talk) // 2):
-        raise BadDocument("chat whose turns do not alternate")
-    if not all(message["content"].strip() for message in talk):
-        raise BadDocument("chat with an empty turn")
-    return [message for message in system if message["content"].strip()] + talk
-
-
-def _message(turn: Any) -> Message:
-    if not isinstance(turn, dict):
-        raise BadDocument("chat with a malformed turn")
-    role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise BadDocument("chat with tool calls")
-    if isinstance(content, list):
-        content = _join_parts(content)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise BadDocument("chat with a malformed turn")
-    if role not in ROLES:
-        raise BadDocument("chat with an unknown role")
-    content.encode()
-    return {"role": ROLES[role], "content": content}
-
-
-def _join_parts(parts: list) -> str:
-    """Join OpenAI's content parts, each {"type": "text", "text": ...}, to one text."""
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise BadDocument("chat with parts that are not text")
-    return "".join(part["text"] for part in parts)
+_REWRITTEN = "chat whose answers the chat template rewrites"
 
 
 class Llama2Chat:
@@ -115,23 +50,36 @@ class Llama2Chat:
             else None
         )
 
-    def __call__(self, messages: list[Message]) -> tuple[list[int], np.ndarray]:
-        """Return token ids [n] and a uint8 mask [n]: 1 for the assistant's tokens."""
+    def __call__(
+        self, messages: list[Message], tools: None = None, without_loss: Set[int] = frozenset()
+    ) -> tuple[list[int], np.ndarray]:
+        """Return token ids [n] and a uint8 mask [n]: 1 for the assistant's tokens.
+
+        Args:
+            messages: see `Chat` of chat_records.
+            tools: this format has none.
+            without_loss: indices of answers that get 0.
+        """
         ids, mask, opening = [], [], ""
+        learned = [i not in without_loss for i, message in enumerate(messages) if message["role"] == "assistant"]
         masked = False
         if self._chat_tokenizer is not None:
             messages, masked = self._chat_tokenizer.mask(messages)
         if messages[0]["role"] == "system":
             opening = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n"
             messages = messages[1:]
-        for question, answer in zip(messages[::2], messages[1::2]):
+        for question, answer, has_loss in zip(messages[::2], messages[1::2], learned, strict=True):
             prompt = f"[INST] {(opening + question['content']).strip()} [/INST]"
             opening = ""
             turn = self._encode(f"{prompt} {answer['content'].strip()} ", masked)
             prompt_length = _common_prefix(self._encode(prompt, masked), turn)
             ids += [self._tokenizer.bos, *turn, self._tokenizer.eod]
-            mask += [0] * (1 + prompt_length) + [1] * (len(turn) - prompt_length + 1)
+            mask += [0] * (1 + prompt_length) + [int(has_loss)] * (len(turn) - prompt_length + 1)
         return ids, np.array(mask, dtype=np.uint8)
+
+    def unread_fields(self, messages: list[Message], tools: None) -> list[str]:
+        """Return nothing: chat_records has left out what this format does not show."""
+        return []
 
     def _encode(self, text: str, masked: bool) -> list[int]:
         if self._chat_tokenizer is not None:
@@ -143,72 +91,152 @@ class Llama2Chat:
 
 
 class TemplateChat:
-    """Encoder of chats with the chat template of a Hugging Face tokenizer.
+    """Encoder of chats with a chat template of a Hugging Face tokenizer.
 
-    An answer begins where the template's prompt for it ends (`add_generation_prompt`). It ends
-    with the text that the template puts after it, without white space. Works with templates that
-    render earlier answers differently from the last one, such as those of reasoning models.
+    If the template marks what the assistant generates, with `{% generation %}`, the marked text is the answers.
+    Otherwise an answer begins where the template's prompt for it ends (`add_generation_prompt`), and ends where the
+    chat up to it ends, without white space. Works with templates that render earlier answers differently from the last
+    one, such as those of reasoning models, if the text of the answer stays.
+
+    Args:
+        tokenizer: Megatron's tokenizer.
+        template: a template, or the name of one of the tokenizer's; None: its default.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or is not a fast tokenizer: only those
+        ValueError: the tokenizer has no such chat template, or is not a fast tokenizer: only those
             report token offsets.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, template: str | None = None):
         if getattr(tokenizer, "library", "") != "huggingface":
             raise ValueError(
                 "--chat-format tokenizer takes a chat template from a --tokenizer-type HuggingFaceTokenizer"
             )
         self._tokenizer = tokenizer._tokenizer.tokenizer  # Megatron's wrapper hides offsets and BOS handling
-        if not self._tokenizer.chat_template:
+        if not self._tokenizer.chat_template and template is None:
             raise ValueError("the tokenizer has no chat template, which --chat-format tokenizer needs")
+        _check_template(self._tokenizer.chat_template, template)
         if not self._tokenizer.is_fast:
             raise ValueError("--chat-format tokenizer needs a folder with a tokenizer.json")
+        self._template = template
         self._chat_tokenizer = ChatTokenizer(self._tokenizer, parse_messages=not is_kept_as_text(tokenizer))
 
-    def __call__(self, messages: list[Message]) -> tuple[list[int], np.ndarray]:
+    def __call__(
+        self, messages: list[Message], tools: list[dict] | None = None, without_loss: Set[int] = frozenset()
+    ) -> tuple[list[int], np.ndarray]:
         """Return token ids [n] and a uint8 mask [n]: 1 for the assistant's tokens.
+
+        Args:
+            messages: see `Chat` of chat_records.
+            tools: descriptions of tools, for the template.
+            without_loss: indices of answers that get 0.
 
         Raises:
             BadDocument: the template rejects the chat, or changes an answer's text.
             ValueError: the template does not finish in time.
         """
-        messages, masked = self._chat_tokenizer.mask(messages)
-        text = self._render(messages)
-        ids, offsets = self._chat_tokenizer.encode(text, masked)
+        (messages, tools), masked = self._chat_tokenizer.mask([messages, tools])
+        template = self._tokenizer.get_chat_template(self._template, tools=tools)
+        if "tool_calls" not in template and any("tool_calls" in message for message in messages):
+            raise BadDocument("chat with tool calls, which the template does not show")
+        rendering = _Rendering(self._tokenizer, template, messages, tools)
+        ids, offsets = self._chat_tokenizer.encode(rendering.text, masked)
         begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
         mask = np.zeros(len(begins), dtype=np.uint8)
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                first, last = self._span(text, messages[: i + 1])
-                mask |= (begins < last) & (ends > first)
+        for first, last in rendering.find_answers(without_loss):
+            mask |= (begins < last) & (ends > first)
         return ids, mask
 
-    def _span(self, text: str, messages: list[Message]) -> tuple[int, int]:
-        """Return (start, end) in `text` of the last of `messages`, an answer, with its end token."""
-        prompt, answer = self._render(messages[:-1], add_generation_prompt=True), messages[-1]["content"].strip()
-        as_last = self._render(messages)
+    def unread_fields(self, messages: list[Message], tools: list[dict] | None) -> list[str]:
+        """Return what the chat has and the template does not show, for the report."""
+        template = self._tokenizer.get_chat_template(self._template, tools=tools)
+        unread = ["the field 'tools'"] if tools and "tools" not in template else []
+        if not any(name in template for name in REASONING_FIELDS):
+            unread += ["an answer's reasoning"] * any(set(REASONING_FIELDS) & message.keys() for message in messages)
+        return [f"{field}, which the template does not show" for field in unread]
+
+
+class _Rendering:
+    """A chat as text, and the places of its answers.
+
+    Raises:
+        BadDocument: the template rejects the chat.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, messages: list[Message], tools: list[dict] | None):
+        self._tokenizer, self._template, self._messages, self._tools = tokenizer, template, messages, tools
+        self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        self.text, marked = self._render(messages, marks=self._has_marks)
+        self._marked = [(first, last) for first, last in marked if first < last]
+
+    def find_answers(self, without_loss: Set[int]) -> list[tuple[int, int]]:
+        """Return (start, end) in the text of each answer with its end token, but of those `without_loss`.
+
+        Raises:
+            BadDocument: an answer cannot be found.
+        """
+        answers = [i for i, message in enumerate(self._messages) if message["role"] == "assistant"]
+        if self._marked and not without_loss:
+            return self._marked
+        if len(self._marked) == len(answers):
+            return [span for i, span in zip(answers, self._marked) if i not in without_loss]
+        return [self._find_answer(i) for i in answers if i not in without_loss]
+
+    def _find_answer(self, i: int) -> tuple[int, int]:
+        prompt, _ = self._render(self._messages[:i], add_generation_prompt=True)
+        as_last, _ = self._render(self._messages[: i + 1])
+        if not self.text.startswith(prompt):
+            raise BadDocument(_REWRITTEN)
+        if self.text.startswith(as_last) and len(as_last.rstrip()) > len(prompt):
+            return len(prompt), len(as_last.rstrip())
+        # The template renders the last answer differently from earlier ones: look for the answer's text.
+        answer = self._messages[i]["content"].strip()
         # The first match after the prompt: the end token may contain the answer's text too.
         after = len(prompt) if as_last.startswith(prompt) else max(as_last.rfind(answer), 0)
-        at, at_last = text.find(answer, len(prompt)), as_last.find(answer, after)
-        if not text.startswith(prompt) or at < 0 or at_last < 0:
-            raise BadDocument("chat whose answers the chat template rewrites")
+        at, at_last = self.text.find(answer, len(prompt)), as_last.find(answer, after)
+        if not answer or at < 0 or at_last < 0:
+            raise BadDocument(_REWRITTEN)
         ending = as_last[at_last + len(answer) :].rstrip()
         at += len(answer)
-        if not text.startswith(ending, at):
-            raise BadDocument("chat whose answers the chat template rewrites")
+        if not self.text.startswith(ending, at):
+            raise BadDocument(_REWRITTEN)
         return len(prompt), at + len(ending)
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def _render(
+        self, messages: list[Message], add_generation_prompt: bool = False, marks: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text, and with `marks` the (start, end) of what the template marks as generated."""
+        # `apply_chat_template` does not return the marks' places in the text.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             with limit_rendering_time():
-                return self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                rendered: Any = render_jinja_template(
+                    [messages],
+                    tools=self._tools,  # pyright: ignore[reportArgumentType]
+                    chat_template=self._template,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=add_generation_prompt,
+                    **self._tokenizer.special_tokens_map,
                 )
         except TemplateTimeout as error:
             raise ValueError(f"the chat template of {self._tokenizer.name_or_path} {error}") from None
-        except Exception:  # from the template, from jinja or from its sandbox
-            raise BadDocument("chat that the chat template rejects") from None
+        except Exception as error:  # from the template, from jinja or from its sandbox
+            raise BadDocument("chat that the chat template rejects", one_line(error, 120)) from None
+        (text,), places = rendered
+        return text, places[0] if marks else []
+
+
+def _check_template(own: str | dict[str, str] | None, chosen: str | None) -> None:
+    """Raise ValueError if the tokenizer has no template of that name, or several and none is chosen."""
+    names = sorted(own) if isinstance(own, dict) else []
+    if chosen is None and names and "default" not in names:
+        raise ValueError(
+            f"the tokenizer has several chat templates; choose one with --chat-template: {', '.join(names)}"
+        )
+    if chosen is not None and "{" not in chosen and chosen not in names:
+        has = f"the tokenizer's templates are {', '.join(names)}" if names else "the tokenizer has no named templates"
+        raise ValueError(f"--chat-template {chosen}: no such file, and {has}")
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -1,7 +1,7 @@
 """Stream rows of Parquet files and of Hugging Face dataset folders with pyarrow.
 
 A text is returned as UTF-8 bytes; a chat as one JSON object, like a line of a JSON-lines file.
-Only a few hundred rows of one column are in memory at a time, for any size of file.
+Only a few hundred rows of the needed columns are in memory at a time, for any size of file.
 """
 
 import contextlib
@@ -13,6 +13,9 @@ from typing import Any
 from megatron_cream.common.errors import one_line
 
 COLUMN_SUFFIXES = (".parquet", ".arrow")
+
+CHAT_EXTRAS = ("system", "tools")
+"""Other columns that are part of a chat, if they are there."""
 
 _ROWS = 256
 """Rows decoded at a time."""
@@ -66,8 +69,9 @@ def read_rows(path: Path, keys: tuple[str, ...], chats: bool, first: int) -> Ite
     """
     with _open_table(path) as table:
         key = _column_name(path, table.schema, keys, chats)
-        number, batches = first, table.batches(key, first)
-        while (batch := _read_batch(path, number, batches, key if chats else None)) is not None:
+        names = [key, *(name for name in CHAT_EXTRAS if chats and table.schema.names.count(name) == 1)]
+        number, batches = first, table.batches(names, first)
+        while (batch := _read_batch(path, number, batches, names if chats else None)) is not None:
             values, disk_bytes = batch
             for value in values:
                 number += 1
@@ -75,7 +79,7 @@ def read_rows(path: Path, keys: tuple[str, ...], chats: bool, first: int) -> Ite
 
 
 def _read_batch(
-    path: Path, number: int, batches: Iterator, chats_key: str | None
+    path: Path, number: int, batches: Iterator, chat_names: list[str] | None
 ) -> tuple[list[bytes | None], int] | None:
     """Return the next rows, decoded, and the bytes read so far; None after the last."""
     import pyarrow
@@ -84,8 +88,8 @@ def _read_batch(
         batch = next(batches, None)
         if batch is None:
             return None
-        column, disk_bytes = batch
-        return list(_chats(column, chats_key)) if chats_key else _texts(column), disk_bytes
+        columns, disk_bytes = batch
+        return list(_chats(columns, chat_names)) if chat_names else _texts(columns[0]), disk_bytes
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged after row {number} ({one_line(error, 200)})") from error
 
@@ -122,18 +126,19 @@ class _Parquet:
     def close(self) -> None:
         self._file.close()
 
-    def batches(self, key: str, first: int) -> Iterator[tuple[Any, int]]:
+    def batches(self, names: list[str], first: int) -> Iterator[tuple[list[Any], int]]:
         metadata = self._file.metadata
         group = row = 0
         while group < metadata.num_row_groups and row + metadata.row_group(group).num_rows <= first:
             row += metadata.row_group(group).num_rows
             group += 1
         groups = list(range(group, metadata.num_row_groups))
-        for batch in self._file.iter_batches(_ROWS, row_groups=groups, columns=[key], use_threads=False):
+        for batch in self._file.iter_batches(_ROWS, row_groups=groups, columns=names, use_threads=False):
             row += len(batch)
             if row > first:
                 fresh = min(row - first, len(batch))
-                yield batch.column(0)[len(batch) - fresh :], self._bytes * row // metadata.num_rows
+                columns = [batch.column(name)[len(batch) - fresh :] for name in names]
+                yield columns, self._bytes * row // metadata.num_rows
 
 
 class _Arrow:
@@ -155,14 +160,13 @@ class _Arrow:
         self._batches = None
         self._source.close()
 
-    def batches(self, key: str, first: int) -> Iterator[tuple[Any, int]]:
+    def batches(self, names: list[str], first: int) -> Iterator[tuple[list[Any], int]]:
         row = 0
         for batch in self._batches:
-            column = batch.column(batch.schema.get_field_index(key))
-            column = column[max(0, first - row) :]
+            columns = [batch.column(batch.schema.get_field_index(name))[max(0, first - row) :] for name in names]
             row += len(batch)
-            for begin in range(0, len(column), _ROWS):
-                yield column[begin : begin + _ROWS], self._source.tell()
+            for begin in range(0, len(columns[0]), _ROWS):
+                yield [column[begin : begin + _ROWS] for column in columns], self._source.tell()
 
 
 def choose_column(source: object, names: Sequence[str], keys: tuple[str, ...]) -> str:
@@ -229,15 +233,16 @@ def _dictionary_texts(column: Any) -> list[bytes | None]:
     return [None if index is None else texts[index] for index in indices]
 
 
-def _chats(column: Any, key: str) -> Iterator[bytes]:
-    for row in range(len(column)):
+def _chats(columns: list[Any], names: list[str]) -> Iterator[bytes]:
+    for row in range(len(columns[0])):
         try:
-            column[row : row + 1].validate(full=True)
-            turns = column[row].as_py()
+            for column in columns:
+                column[row : row + 1].validate(full=True)
+            record = {name: column[row].as_py() for name, column in zip(names, columns, strict=True)}
         except ValueError:  # includes ArrowInvalid and UnicodeDecodeError
             yield b"\xff"  # reported later as a line that is not UTF-8
         else:
-            yield json.dumps({key: turns}, default=str).encode()
+            yield json.dumps(record, default=str).encode()
 
 
 def _read_key(path: Path, key: str) -> list | None:

@@ -32,7 +32,16 @@ BATCH_BYTES = 1 << 20
 
 
 class BadDocument(ValueError):
-    """A document cannot be read. The message has the reason but not the place."""
+    """A document cannot be read. The message has the reason but not the place.
+
+    Args:
+        reason: the message; equal reasons are counted together.
+        detail: what is particular to this document.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.detail = detail
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from megatron_cream.common.errors import one_line
-from megatron_cream.data.chat import CHAT_KEYS, Llama2Chat, TemplateChat, extract_messages
+from megatron_cream.data.chat import Llama2Chat, TemplateChat
+from megatron_cream.data.chat_records import CHAT_KEYS, Chat, extract_chat
 from megatron_cream.data.documents import BadDocument, Batch, Position, extract_text, read_documents
 from megatron_cream.data.indexed import token_type
 from megatron_cream.data.tokenizers import bos_to_prepend, has_eod, text_ids
@@ -30,6 +31,9 @@ class Encoded:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """(reason, place) of each dropped document."""
 
+    cuts: list[tuple[str, str]] = field(default_factory=list)
+    """(what was left out, place) of each chat in `documents` that was not used in full."""
+
 
 class Encoder:
     """A function from Batch to Encoded.
@@ -39,6 +43,7 @@ class Encoder:
     Args:
         json_key: key of a record's text or turns; None: `text`, or CHAT_KEYS.
         chat_format: one of CHAT_FORMATS if documents are chats; it sets BOS and EOS itself.
+        chat_template: see `chat.TemplateChat`.
         append_eod, prepend_bos: for text, see `tokenizers.bos_to_prepend`.
         min_tokens: shorter documents are dropped; a text's BOS and EOD do not count.
         strict: raise at the first document that cannot be read.
@@ -53,6 +58,7 @@ class Encoder:
         *,
         json_key: str | None,
         chat_format: str | None,
+        chat_template: str | None = None,
         append_eod: bool,
         prepend_bos: bool | None,
         min_tokens: int,
@@ -65,8 +71,9 @@ class Encoder:
         self._min_tokens, self._strict = min_tokens, strict
         self._extract: Callable[[dict], Any]
         if self.chats:
-            self._extract = partial(extract_messages, keys=self.keys)
-            self._encode_chat = (Llama2Chat if chat_format == "llama2" else TemplateChat)(tokenizer)
+            plain = chat_format == "llama2"
+            self._extract = partial(extract_chat, keys=self.keys, plain=plain)
+            self._encode_chat = Llama2Chat(tokenizer) if plain else TemplateChat(tokenizer, chat_template)
         else:
             self._extract = partial(extract_text, key=self.keys[0])
             bos = bos_to_prepend(tokenizer, prepend_bos)
@@ -81,14 +88,15 @@ class Encoder:
                     raise document
                 self._add(encoded, where, document)
             except BadDocument as error:
+                detail = f" ({error.detail})" if error.detail else ""
                 if self._strict and not isinstance(error, _TooShort):
-                    raise BadDocument(f"{where}: {error}") from None
-                encoded.dropped.append((str(error), where))
+                    raise BadDocument(f"{where}: {error}{detail}") from None
+                encoded.dropped.append((str(error), f"{where}{detail}"))
         return encoded
 
     def _add(self, encoded: Encoded, where: str, document: Any) -> None:
         try:
-            ids, mask = self._encode_chat(document) if self.chats else (text_ids(self._tokenizer, document), None)
+            ids, mask = self._encode(document)
         except BadDocument:
             raise
         except ValueError as error:
@@ -105,6 +113,14 @@ class Encoder:
         else:
             ids = [*self._start, *ids, *self._end]
         encoded.documents.append(np.array(ids, dtype=self.dtype))
+        if isinstance(document, Chat):
+            unread = self._encode_chat.unread_fields(document.messages, document.tools)
+            encoded.cuts.extend((cut, where) for cut in (*document.cuts, *unread))
+
+    def _encode(self, document: Any) -> tuple[list[int], np.ndarray | None]:
+        if isinstance(document, Chat):
+            return self._encode_chat(document.messages, document.tools, document.without_loss)
+        return text_ids(self._tokenizer, document), None
 
 
 class _TooShort(BadDocument):

@@ -99,7 +99,7 @@ def _find_key(dataset: HubDataset, row: dict, keys: tuple[str, ...]) -> str:
 
 def _content(row: dict, key: str, chats: bool) -> bytes | str | None:
     if chats:
-        return json.dumps({key: row.get(key)}, default=str).encode()
+        return json.dumps({name: row.get(name) for name in (key, *columns.CHAT_EXTRAS)}, default=str).encode()
     text = row.get(key)
     if text is None:
         return None

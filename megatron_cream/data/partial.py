@@ -53,6 +53,12 @@ class State:
     first_dropped: dict[str, str] = field(default_factory=dict)
     """Reason -> place of the first such document, in input order."""
 
+    cuts: dict[str, int] = field(default_factory=dict)
+    """What was left out of chats -> number of chats; see `chat_records.Chat`."""
+
+    first_cut: dict[str, str] = field(default_factory=dict)
+    """The same -> place of the first such chat, in input order."""
+
     sums: dict[str, int] = field(default_factory=dict)
     """File -> CRC-32 of its content so far."""
 
@@ -110,6 +116,9 @@ class PartialOutput:
         for reason, where in encoded.dropped:
             state.dropped[reason] = state.dropped.get(reason, 0) + 1
             state.first_dropped.setdefault(reason, where)
+        for what, where in encoded.cuts:
+            state.cuts[what] = state.cuts.get(what, 0) + 1
+            state.first_cut.setdefault(what, where)
         state.position = encoded.end
         lengths = np.array([len(ids) for ids in encoded.documents], dtype=np.int32)
         for name, arrays in ((_LENGTHS, [lengths]), (_TOKENS, encoded.documents), (_MASK, encoded.masks)):

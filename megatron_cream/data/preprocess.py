@@ -28,7 +28,7 @@ from megatron_cream.data.partial import State, check_output, open_partial
 from megatron_cream.data.special_tokens import is_kept_as_text
 from megatron_cream.data.workers import map_in_order
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Increase it when the same inputs and settings give other bytes: runs do not resume across versions."""
 
 
@@ -44,6 +44,12 @@ class PreprocessReport:
 
     first_dropped: dict[str, str] = field(default_factory=dict)
     """Reason -> `file` or `file:line` of the first such document, in input order."""
+
+    cuts: dict[str, int] = field(default_factory=dict)
+    """What was left out of chats that were written -> number of chats."""
+
+    first_cut: dict[str, str] = field(default_factory=dict)
+    """The same -> `file:line` of the first such chat, in input order."""
 
     left_out: LeftOut = field(default_factory=LeftOut)
     """Files of the input folders that were not read."""
@@ -75,6 +81,7 @@ def preprocess(
     json_key: str | None = None,
     glob: str | None = None,
     chat_format: str | None = None,
+    chat_template: str | None = None,
     append_eod: bool = True,
     prepend_bos: bool | None = None,
     min_document_tokens: int = 1,
@@ -93,10 +100,11 @@ def preprocess(
         output_prefix: path of the output without its suffix.
         tokenizer: has `tokenize(text) -> list[int]`, `vocab_size`, `eod` and `bos`, as
             `tokenizers.load_tokenizer` returns.
-        json_key: key of a record's text, or of a chat's turns; None: `text`, or `chat.CHAT_KEYS`.
+        json_key: key of a record's text, or of a chat's turns; None: `text`, or `chat_records.CHAT_KEYS`.
         glob: pattern of the documents in a folder; None: files with a known suffix.
         chat_format: one of `chat.CHAT_FORMATS`: documents are chats, and OUTPUT_PREFIX_loss_mask
             is written too. The format sets BOS and EOS.
+        chat_template: for the format `tokenizer`, see `chat.TemplateChat`.
         append_eod: end each document with the tokenizer's EOD.
         prepend_bos: None follows the tokenizer, see `tokenizers.bos_to_prepend`.
         min_document_tokens: shorter documents are dropped; BOS and EOD do not count.
@@ -124,6 +132,7 @@ def preprocess(
         tokenizer,
         json_key=json_key,
         chat_format=chat_format,
+        chat_template=chat_template,
         append_eod=append_eod,
         prepend_bos=prepend_bos,
         min_tokens=min_document_tokens,
@@ -136,6 +145,7 @@ def preprocess(
         "tokenizer": tokenizer_id or uuid.uuid4().hex,  # matches no other run
         "json-key": encode.keys,
         "chat-format": chat_format,
+        "chat-template": chat_template,
         "append-eod": append_eod,
         "prepend-bos": prepend_bos,
         "min-document-tokens": min_document_tokens,
@@ -163,6 +173,8 @@ def preprocess(
         lengths=lengths,
         dropped=state.dropped,
         first_dropped=state.first_dropped,
+        cuts=state.cuts,
+        first_cut=state.first_cut,
         left_out=left_out,
         loss_tokens=state.loss_tokens if encode.chats else None,
         seconds=time.perf_counter() - started,

@@ -7,7 +7,7 @@ in a message are text. transformers' own `sanitize_control_tokens` returns no of
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_cream.data.documents import BadDocument
@@ -47,20 +47,21 @@ class ChatTokenizer:
         if special and not parse_messages:
             self._pattern = re.compile("|".join(map(re.escape, self._special)))
 
-    def mask(self, messages: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], bool]:
-        """Return the messages with stand-ins for special tokens, and whether there are any.
+    def mask(self, chat: Any) -> tuple[Any, bool]:
+        """Return the messages with stand-ins for special tokens in all their texts, and whether there are any.
+
+        Args:
+            chat: messages, or any other lists, objects and texts that a template reads.
 
         Raises:
             BadDocument: the messages have special tokens and characters of the stand-ins.
         """
-        contents = [message["content"] for message in messages]
-        if self._pattern is None or not any(map(self._pattern.search, contents)):
-            return list(messages), False
-        if any(char >= chr(_IN_MESSAGES) for content in contents for char in content):
+        texts = list(_iterate_texts(chat))
+        if self._pattern is None or not any(map(self._pattern.search, texts)):
+            return chat, False
+        if any(char >= chr(_IN_MESSAGES) for text in texts for char in text):
             raise BadDocument("chat with special tokens and private-use characters")
-        return [
-            {**message, "content": self._replace(content, _IN_MESSAGES)} for message, content in zip(messages, contents)
-        ], True
+        return _map_texts(chat, lambda text: self._replace(text, _IN_MESSAGES)), True
 
     def encode(self, text: str, masked: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Return (ids, offsets in `text`) of a chat that was rendered from `mask(messages)`.
@@ -110,3 +111,20 @@ class ChatTokenizer:
 
 def _stand_in(base: int, number: int, content: str) -> str:
     return chr(base + number) * len(content)
+
+
+def _iterate_texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _iterate_texts(part)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a copy of lists and objects with each text changed; an object's keys stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_texts(part, change) for key, part in value.items()}
+    return [_map_texts(part, change) for part in value] if isinstance(value, list) else value

@@ -22,7 +22,7 @@ from megatron_cream.checkpoint.verify import _largest_difference, _verify_tensor
 from megatron_cream.commands import preprocess as command
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import atomic_write
-from megatron_cream.data import chat, documents, input_files
+from megatron_cream.data import chat_records, documents, input_files
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
 from tests import bad_inputs
 from tests.checkpoint.test_convert_faults import Q_PROJ, config
@@ -283,6 +283,6 @@ def test_the_report_prints_names_unchanged(tmp_path):
 
 def test_a_chat_under_the_key_that_is_not_null():
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    assert chat.extract_messages({"conversations": None, "messages": turns}) == turns
+    assert chat_records.extract_chat({"conversations": None, "messages": turns}).messages == turns
     with pytest.raises(documents.BadDocument, match="no key"):
-        chat.extract_messages({"conversations": None})
+        chat_records.extract_chat({"conversations": None})

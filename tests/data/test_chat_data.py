@@ -5,77 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_cream.data.chat import Llama2Chat, TemplateChat, extract_messages
+from megatron_cream.data.chat import Llama2Chat
+from megatron_cream.data.chat_records import extract_chat
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
-from megatron_cream.data.documents import BadDocument
 from megatron_cream.data.indexed import loss_mask_prefix, read_index
 from megatron_cream.data.preprocess import preprocess
-from megatron_cream.data.tokenizers import load_tokenizer
+from tests.data.chats import CHATML, CLEANED, save_tokenizer, share, talk
 from tests.data.test_preprocess import ByteTokenizer, run_tool, written
 from tests.launch import train, write_documents
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'].strip() }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Like Llama-2-chat's template: no generation prompt, BOS in the text, turns that must alternate.
-LLAMA2 = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-# Like the templates of reasoning models: only the last answer has a thinking block.
-REASONING = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory):
-    """folder(template): save a byte-level BPE tokenizer, like Llama 3's or Qwen's, with this chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(["what is the answer to this question", "the answer is that there is none"], trainer)
-
-    def folder(template):
-        path = tmp_path_factory.mktemp("chat")
-        PreTrainedTokenizerFast(
-            tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template
-        ).save_pretrained(path)
-        return path
-
-    return folder
-
-
-def talk(*turns: str) -> list[dict]:
-    """Return messages of alternating questions and answers."""
-    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-
-
-def spans(ids, mask, decode) -> list[str]:
-    """Return the text of each run of tokens that the mask marks."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]]))).reshape(-1, 2)
-    return [decode(list(ids[a:b])) for a, b in edges]
 
 
 def test_llama2_turns_are_encoded_as_by_its_authors():
@@ -104,133 +44,6 @@ def test_llama2_needs_bos_and_eos():
         Llama2Chat(tokenizer)
 
 
-def test_template_masks_are_those_of_transformers(chat_folder):
-    """For a template that marks its answers, transformers returns the same mask."""
-    from transformers import AutoTokenizer
-
-    folder = chat_folder(CHATML)
-    encode, reference = (
-        TemplateChat(load_tokenizer("HuggingFaceTokenizer", folder)),
-        AutoTokenizer.from_pretrained(folder),
-    )
-
-    @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=7), st.booleans())
-    @example(["0", "|"], False)  # the end token contains "|" too
-    def check(turns, with_system):
-        system = [{"role": "system", "content": "the answer"}] if with_system else []
-        messages = system + talk(*turns[: len(turns) // 2 * 2])
-        expected = reference.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = encode(messages)
-        assert ids == expected["input_ids"]
-        assert mask.tolist() == expected["assistant_masks"]
-
-    check()
-
-
-@pytest.mark.parametrize(
-    "template, answers",
-    [
-        (LLAMA2, [" the answer </s>", " none </s>"]),
-        (REASONING, ["the answer<|im_end|>", "<think>\n\n</think>\n\nnone<|im_end|>"]),
-    ],
-)
-def test_templates_that_mark_nothing(chat_folder, template, answers):
-    tokenizer = load_tokenizer("HuggingFaceTokenizer", chat_folder(template))
-    messages = talk("what is it", "the answer", "the answer", "none")
-    ids, mask = TemplateChat(tokenizer)(messages)
-    inner = tokenizer._tokenizer.tokenizer
-    assert inner.decode(ids) == inner.apply_chat_template(messages, tokenize=False)
-    assert spans(ids, mask, inner.decode) == answers
-
-
-def test_templates_that_cannot_carry_a_chat(chat_folder):
-    refuses = TemplateChat(load_tokenizer("HuggingFaceTokenizer", chat_folder(LLAMA2)))
-    with pytest.raises(BadDocument, match="rejects"):
-        refuses([{"role": "system", "content": "s"}, *talk("q", "a")])
-    rewrites = TemplateChat(load_tokenizer("HuggingFaceTokenizer", chat_folder(CHATML.replace(".strip()", " | upper"))))
-    with pytest.raises(BadDocument, match="rewrites"):
-        rewrites(talk("q", "a"))
-    with pytest.raises(ValueError, match="no chat template"):
-        TemplateChat(load_tokenizer("HuggingFaceTokenizer", chat_folder(None)))
-    with pytest.raises(ValueError, match="HuggingFaceTokenizer"):
-        TemplateChat(ByteTokenizer())
-
-
-def share(*turns) -> dict:
-    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
-
-
-CLEANED = [
-    (share(("human", "q"), ("gpt", "a")), "uq aa"),
-    (share(("gpt", "x"), ("gpt", "y"), ("human", "q"), ("gpt", "a"), ("human", "z")), "uq aa"),
-    (share(("system", "s"), ("human", "q"), ("gpt", "a")), "ss uq aa"),
-    (share(("system", " "), ("gpt", "x"), ("user", "q"), ("chatgpt", "a")), "uq aa"),
-    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "uq aa"),
-    (share(("human", "q"), ("gpt", "a")) | {"messages": [{"role": "user", "content": "other"}]}, "uq aa"),
-    ({"conversations": None, "messages": [{"role": "user", "content": "q"}, {"role": "gpt", "content": "a"}]}, "uq aa"),
-    ({"id": 1, "conversations": []}, "without an answer"),
-    (share(("gpt", "a")), "without an answer"),
-    (share(("human", "q")), "without an answer"),
-    (share(("human", "q"), ("human", "r"), ("gpt", "a")), "do not alternate"),
-    (share(("human", "q"), ("gpt", "a"), ("system", "s"), ("human", "q"), ("gpt", "a")), "do not alternate"),
-    (share(("human", "q"), ("bing", "a")), "unknown role"),
-    (share(("human", "q"), ("gpt", "\n")), "empty turn"),
-    (share(("human", "q"), ("gpt", None)), "malformed turn"),
-    (
-        {
-            "messages": [
-                {"role": "user", "content": [{"type": "text", "text": t} for t in "q"]},
-                {"role": "assistant", "content": [{"text": "a"}]},
-            ]
-        },
-        "uq aa",
-    ),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "not text"),
-    (
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
-        "tool calls",
-    ),
-    ({"conversations": ["q", "a"]}, "malformed turn"),
-    ({"conversations": "q"}, "not a list of turns"),
-    ({"text": "q"}, "no key 'conversations' or 'messages'"),
-]
-
-
-@pytest.mark.parametrize("record, expected", CLEANED)
-def test_chats_are_cleaned_or_dropped(record, expected):
-    if expected.endswith("uq aa"):
-        assert " ".join(m["role"][0] + m["content"] for m in extract_messages(record)) == expected
-    else:
-        with pytest.raises(BadDocument, match=expected):
-            extract_messages(record)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
-)
-TURN = st.fixed_dictionaries(
-    {},
-    optional={
-        k: st.sampled_from(["human", "gpt", "system", "user", "assistant"]) | st.text() | JSON
-        for k in ("from", "value", "role", "content")
-    },
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.fixed_dictionaries({"conversations": st.lists(TURN | JSON) | JSON}))
-def test_any_record_gives_a_chat_or_a_reason(record):
-    try:
-        messages = extract_messages(record)
-    except (BadDocument, UnicodeError):
-        return
-    roles = [message["role"] for message in messages if message["role"] != "system"]
-    assert roles and roles == ["user", "assistant"] * (len(roles) // 2)
-    ids, mask = Llama2Chat(ByteTokenizer())(messages)
-    assert len(ids) == len(mask) and mask[-1] == 1 and mask[0] == 0
-
-
 CHATS = [share(("human", f"question {i} ☃"), ("gpt", "answer " * (i % 7 + 1))) for i in range(40)]
 
 
@@ -245,7 +58,7 @@ def write_chats(folder, form):
     elif form == "jsonl":
         path.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     elif form == "openai.jsonl":
-        as_openai = [{"messages": [m | {"n": 1} for m in extract_messages(chat)]} for chat in CHATS]
+        as_openai = [{"messages": [m | {"n": 1} for m in extract_chat(chat).messages]} for chat in CHATS]
         path.write_text("".join(json.dumps(chat) + "\n" for chat in as_openai))
     elif form == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"id": range(40), "conversations": turns}), path, row_group_size=7)
@@ -256,7 +69,7 @@ def write_chats(folder, form):
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "openai.jsonl", "parquet", "folder"])
 def test_every_form_of_input_gives_the_same_data_and_mask(tmp_path, form):
-    expected = [Llama2Chat(ByteTokenizer())(extract_messages(chat)) for chat in CHATS]
+    expected = [Llama2Chat(ByteTokenizer())(extract_chat(chat).messages) for chat in CHATS]
     path = write_chats(tmp_path, form)
     report = preprocess(
         [path], tmp_path / "x", ByteTokenizer(), chat_format="llama2", workers=2, min_document_tokens=2, progress=False
@@ -271,7 +84,7 @@ def test_every_form_of_input_gives_the_same_data_and_mask(tmp_path, form):
 def test_a_file_with_both_columns_asks_for_a_choice(tmp_path):
     import pyarrow.parquet
 
-    turns, others = (CHATS[0]["conversations"], extract_messages(CHATS[1]))
+    turns, others = (CHATS[0]["conversations"], extract_chat(CHATS[1]).messages)
     path = tmp_path / "both.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"conversations": [turns, None], "messages": [None, others]}), path)
     given = dict(chat_format="llama2", min_document_tokens=2, progress=False)
@@ -294,22 +107,25 @@ def test_a_stale_mask_is_removed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "chats.jsonl", "x.bin", "x.idx"]
 
 
-def test_dropped_chats_are_counted_and_reported(tmp_path, chat_folder):
+def test_cut_and_dropped_chats_are_counted_and_reported(tmp_path):
     path = tmp_path / "a.jsonl"
-    bad = [record for record, expected in CLEANED if not expected.endswith("uq aa")]
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in [*CHATS, *bad, share(("human", "q"))]))
+    odd = [record for record, *_ in CLEANED]
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in [*CHATS, *odd, share(("human", "q"))]))
     flags = ["--input", path, "--output-prefix", tmp_path / "x", "--chat-format", "tokenizer"]
-    flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", chat_folder(CHATML)]
+    flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", save_tokenizer(tmp_path / "hf", CHATML)]
     done = run_tool(*flags)
     assert done.returncode == 0, done.stderr
     rows = {cells[1].strip(): cells[2].strip() for row in done.stdout.splitlines() if len(cells := row.split("│")) > 2}
     mask = IndexedDataset(loss_mask_prefix(tmp_path / "x"))
-    assert rows["documents"] == "40"
-    assert int(rows["tokens of the assistant"].replace(",", "")) == sum(int(mask[i].sum()) for i in range(40))
-    assert rows["dropped: chat whose turns do not alternate"] == "2"
-    assert rows["dropped: chat with a malformed turn"] == "2"
+    documents = int(rows["documents"])
+    assert int(rows["tokens of the assistant"].replace(",", "")) == sum(int(mask[i].sum()) for i in range(documents))
+    assert rows["dropped: chat with an empty turn"] == "2" and rows["cut: all from an empty turn on"] == "1"
+    assert rows["dropped: chat with tool calls, which the template does not show"] == "2"
+    assert rows["cut: answers before the first question"] == "2"
+    assert rows["cut: the field 'tools', which the template does not show"] == "1"
+    assert f"first cut: all from an empty turn on: {path}:54\n" in done.stdout
     dropped = sum(int(count) for reason, count in rows.items() if reason.startswith("dropped"))
-    assert dropped == len(bad) + 1
+    assert dropped + documents == len(CHATS) + len(odd) + 1
     before = written(tmp_path / "x")
 
     done = run_tool(*flags, "--overwrite", "--no-append-eod")

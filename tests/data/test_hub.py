@@ -8,7 +8,8 @@ import datasets
 import pytest
 
 from megatron_cream.data import documents, hub, partial
-from megatron_cream.data.chat import Llama2Chat, extract_messages
+from megatron_cream.data.chat import Llama2Chat
+from megatron_cream.data.chat_records import extract_chat
 from megatron_cream.data.hub import HubDataset, parse_hub_dataset
 from megatron_cream.data.input_files import parse_input
 from megatron_cream.data.preprocess import PreprocessReport, preprocess
@@ -61,7 +62,7 @@ def test_rows_are_documents(tmp_path, stand_in, monkeypatch):
     run("hf://datasets/owner/name@v1::test", tmp_path / "test")
     assert read_back(tmp_path / "test") == [[256, *b"test", 257]]
     run("hf://datasets/owner/name:chats", tmp_path / "chats", chat_format="llama2")
-    assert read_back(tmp_path / "chats") == [Llama2Chat(ByteTokenizer())(extract_messages({"messages": CHAT}))[0]]
+    assert read_back(tmp_path / "chats") == [Llama2Chat(ByteTokenizer())(extract_chat({"messages": CHAT}).messages)[0]]
 
 
 def test_reading_resumes_after_any_batch(tmp_path, stand_in, monkeypatch):
