@@ -86,3 +86,15 @@ def records_of(folder: Path) -> list[dict]:
 
 def is_picture(file: Path) -> bool:
     return matplotlib.image.imread(file).shape == (675, 1200, 4)
+
+
+def save_own_task(folder: Path, name: str = "own") -> Path:
+    """Save a task for lm_eval with ten questions, as a YAML file and its data. Returns the folder."""
+    lines = (json.dumps({"q": f"{i}", "gold": i % 2}) + "\n" for i in range(10))
+    (folder / f"{name}.jsonl").write_text("".join(lines))
+    (folder / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {folder / f'{name}.jsonl'}\n"
+        "test_split: train\noutput_type: multiple_choice\ndoc_to_text: '{{q}} is'\ndoc_to_target: gold\n"
+        "doc_to_choice: ['even', 'odd']\nmetric_list:\n  - metric: acc\n"
+    )
+    return folder

@@ -24,9 +24,11 @@ from megatron_cream.common.cli import program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import convert_disk_errors
 from megatron_cream.evaluation import harness, pictures, plans, report, sliding_window
+from megatron_cream.evaluation.engine_flags import read_harness_settings, read_vllm_settings
 from megatron_cream.evaluation.flags import build_parser
 from megatron_cream.evaluation.longppl import KeyTokenRule
 from megatron_cream.evaluation.models import language_model
+from megatron_cream.evaluation.models.vllm_model import VllmSettings
 from megatron_cream.evaluation.results import PICTURE, RESULTS, SUMMARY, Results, open_results
 from megatron_cream.evaluation.runner import (
     Generation,
@@ -143,10 +145,12 @@ def run_examples(args, source: language_model.Source, plan: Plan, options: dict)
     generation = Generation(args.batch_size, args.temperature, args.top_p, args.seed, args.chat)
     made = plan.examples if isinstance(plan.examples, list) else []  # their lengths may come from keys or files
     lengths = [*(options.get("lengths") or []), options.get("length", 0), *(example.length for example in made)]
-    warn_beyond(source, max(lengths))
+    longest = max(lengths)
+    vllm = read_vllm_settings(args, source, longest, len(source.tokenizer.encode_chat("")) if args.chat else 1)
+    warn_beyond(source, longest)
     settings = {"temperature": args.temperature, "top_p": args.top_p, "chat": args.chat, **options}
     with open_output(args, source, settings) as results:
-        records = run_task(lambda: load(args, source), plan, generation, results)
+        records = run_task(lambda: load(args, source, vllm), plan, generation, results)
         finish(args, results, report.summarise(args.command, records))
 
 
@@ -231,9 +235,13 @@ def check_convention(args, source: language_model.Source, shortest: int, stride:
 def run_harness(args) -> None:
     source = find_model(args)
     names = [name for name in args.tasks.split(",") if name]
-    manager = harness.find_tasks(names, args.include_path)
-    options = dict(num_fewshot=args.num_fewshot, limit=args.limit, chat=args.chat)
+    vllm = read_harness_settings(args, source)
+    manager = harness.find_tasks(
+        names, args.include_path, harness.find_tokenizer(source, args.tokenizer) | args.metadata
+    )
+    options = dict(num_fewshot=args.num_fewshot, limit=args.limit, chat=args.chat, max_length=args.max_length)
     settings = {"tasks": names, "include_path": args.include_path and str(args.include_path), **options}
+    settings["metadata"] = args.metadata
     with open_output(args, source, settings) as results:
         found = harness.run(
             source,
@@ -242,6 +250,7 @@ def run_harness(args) -> None:
             **options,
             batch_size=args.batch_size,
             tokenizer=args.tokenizer,
+            vllm=vllm,
             results=results,
             overwrite=args.overwrite,
         )
@@ -262,8 +271,8 @@ def find_model(args, path: str | None = None) -> language_model.Source:
     )
 
 
-def load(args, source: language_model.Source) -> language_model.LanguageModel:
-    return language_model.load(source, prefill_chunk=args.prefill_chunk)
+def load(args, source: language_model.Source, vllm: VllmSettings | None = None) -> language_model.LanguageModel:
+    return language_model.load(source, prefill_chunk=args.prefill_chunk, vllm=vllm)
 
 
 def open_output(args, source: language_model.Source, settings: dict):

@@ -21,6 +21,10 @@ class UsageError(Exception):
         super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
+class NotAvailable(UsageError):
+    """Data or a package that an evaluation needs is not here; a suite leaves the evaluation out."""
+
+
 def one_line(error: object, max_chars: int = 300) -> str:
     """Return an error's text as one line of at most `max_chars` characters."""
     return " ".join(str(error).split())[:max_chars]

@@ -1,12 +1,13 @@
 """The flags of tools/evaluate.py."""
 
 import argparse
+import json
 import math
 
 from megatron_cream.checkpoint.convert import DTYPES
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.evaluation.conventions import CONVENTIONS
-from megatron_cream.evaluation.models.language_model import ENGINES
+from megatron_cream.evaluation.engine_flags import add_engine
 from megatron_cream.evaluation.tasks import longbench, needle
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
@@ -122,7 +123,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--limit", type=positive, metavar="N", help="maximum questions per task")
     add("--include-path", type=path, metavar="FOLDER", help="folder of your own tasks, as YAML files")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    about = 'JSON that tasks with generated or sized data read, such as {"max_seq_lengths": [4096, 8192]} for ruler'
+    add("--metadata", type=_json_object, default={}, metavar="JSON", help=about)
+    about = "maximum tokens of a prompt and its answer; longer prompts lose their beginning (default: the model's)"
+    add("--max-length", "--max-model-len", type=positive, metavar="N", help=about)
     add("--batch-size", type=positive, default=8, help="prompts per batch")
+    add_engine(added, _probability, has_length=False)
     _add_model(added)
 
     tasks = list(commands.choices)
@@ -167,15 +173,13 @@ def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of
     about = f"put prompts into the tokenizer's chat template, which adds tokens{chat}"
     add("--chat", action="store_true", help=about)
     add("--batch-size", type=positive, default=4, help="prompts per batch; changes answers only by rounding")
-    engine = "auto: transformers for a Hugging Face folder, Megatron-Core for a checkpoint"
-    add("--engine", choices=ENGINES, default="auto", help=engine)
-    _add_prefill(command)
+    add_engine(command, _probability)
+    _add_prefill(command, "--max-num-batched-tokens")
 
 
-def _add_prefill(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--prefill-chunk", type=positive, default=4096, help="tokens of a context read at once; limits memory"
-    )
+def _add_prefill(command: argparse.ArgumentParser, *synonyms: str) -> None:
+    about = "tokens of a context read at once; limits memory"
+    command.add_argument("--prefill-chunk", *synonyms, type=positive, default=4096, metavar="N", help=about)
     _add_model(command)
 
 
@@ -194,7 +198,7 @@ class _WithDefaults(argparse.HelpFormatter):
     """Help that appends a flag's default, unless it is None, empty or a boolean."""
 
     def _get_help_string(self, action):
-        hidden = action.default in (None, [], argparse.SUPPRESS) or isinstance(action.default, bool)
+        hidden = action.default in (None, [], {}, argparse.SUPPRESS) or isinstance(action.default, bool)
         return action.help if hidden else f"{action.help} (default: %(default)s)"
 
 
@@ -215,6 +219,16 @@ def _finite(text: str) -> float:
 
 def _probability(text: str) -> float:
     return _number(text, lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r}: must be a JSON object, such as {{"max_seq_lengths": [4096]}}')
+    return value
 
 
 def _number(text: str, is_valid, requirement: str) -> float:

@@ -27,14 +27,16 @@ RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
 _PACKAGES = ("torch", "transformers", "megatron-core", "tokenizers", "vllm", "lm_eval")
 _CHECKSUMS = "line_checksums"
 
-# Settings that runs of earlier versions did not write down, and what they did.
-_FORMER = {
+FORMER_SETTINGS = {
     "answers_stripped": False,
     "code_similarity": "indel",
     "convention": "ours",
     "longppl_bos": True,
+    "max_length": None,
+    "metadata": {},
     "plain_datasets": [],
 }
+"""Settings that runs of earlier versions did not write down, and what they did."""
 
 
 class Results:
@@ -260,7 +262,7 @@ def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
     try:
         before = read_json(folder / SUMMARY, "a summary")
         new = now["settings"]
-        old = {key: value for key, value in _FORMER.items() if key in new} | before["settings"]
+        old = {key: value for key, value in FORMER_SETTINGS.items() if key in new} | before["settings"]
         same_model = before["model"] == now["model"]
     except (UsageError, ValueError, KeyError, TypeError) as error:
         raise UsageError(

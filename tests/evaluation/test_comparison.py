@@ -13,12 +13,13 @@ import scipy.stats
 
 from megatron_cream.checkpoint import card
 from megatron_cream.commands import evaluate as command
+from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.comparison import measures
 from megatron_cream.evaluation.comparison.bootstrap import bootstrap_mean
 from megatron_cream.evaluation.comparison.sides import read_pairs
 from megatron_cream.evaluation.models.language_model import compute_digest
 from megatron_cream.evaluation.result_lines import format_line
-from megatron_cream.evaluation.results import RESULTS, SUMMARY
+from megatron_cream.evaluation.results import FORMER_SETTINGS, RESULTS, SUMMARY
 from tests.processes import ROOT
 
 LENGTHS, DEPTHS = (4096, 8192), (0.0, 0.5, 1.0)
@@ -219,6 +220,17 @@ def damage(folder):
 def drop(folder, count=1):
     lines = (folder / RESULTS).read_text().splitlines(keepends=True)
     (folder / RESULTS).write_text("".join(lines[count:]))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_results_of_earlier_versions(sides, side):
+    """A setting that one side did not write down yet is equal if nothing of it changed; the page shows it."""
+    change_settings(sides[side] / "perplexity", **FORMER_SETTINGS)
+    assert [pair.task for pair in read_pairs(*sides)] == ["harness", "needle", "perplexity"]
+    change_settings(sides[side] / "perplexity", convention="pose")
+    ours, theirs = ('"pose"', '"ours"') if side else ('"ours"', '"pose"')
+    with pytest.raises(UsageError, match=f"perplexity was run with convention {ours}, in BASE .* with {theirs}"):
+        read_pairs(*sides)
 
 
 def become_another_task(folder):

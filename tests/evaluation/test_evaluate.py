@@ -21,7 +21,7 @@ from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.result_lines import format_line
 from megatron_cream.evaluation.results import RESULTS, SUMMARY
 from tests import task_tokenizers
-from tests.evaluation_models import POSITIONS, is_picture, records_of, save_llama, save_tokenizer
+from tests.evaluation_models import POSITIONS, is_picture, records_of, save_llama, save_own_task, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -310,12 +310,7 @@ def test_a_missing_harness_is_reported(monkeypatch, models, tmp_path, capsys):
 
 def test_harness_on_a_custom_task(monkeypatch, models, tmp_path, capsys):
     """Both formats of a model have equal scores; an unknown task gives a one-line error."""
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"q": f"{i}", "gold": i % 2}) + "\n" for i in range(10)))
-    (tmp_path / "own.yaml").write_text(
-        f"task: own\ndataset_path: json\ndataset_kwargs:\n  data_files: {tmp_path / 'data.jsonl'}\n"
-        "test_split: train\noutput_type: multiple_choice\ndoc_to_text: '{{q}} is'\ndoc_to_target: gold\n"
-        "doc_to_choice: ['even', 'odd']\nmetric_list:\n  - metric: acc\n"
-    )
+    save_own_task(tmp_path)
     flags = ["harness", "--tasks", "own", "--include-path", tmp_path, "--output"]
     for name in ("hf", "ckpt"):
         assert run(monkeypatch, *flags, tmp_path / name, "--model", models[name]) == 0

@@ -11,8 +11,9 @@ import pytest
 from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.commands import evaluate as command
 from megatron_cream.model.rotary import build_rope_scaling
-from tests.evaluation_models import save_tokenizer
+from tests.evaluation_models import records_of, save_own_task, save_tokenizer
 from tests.hf_models import save_model
 from tests.launch import ROOT
 
@@ -42,8 +43,13 @@ def evaluate(*flags) -> subprocess.CompletedProcess:
     # conftest.py disables torch's compiler, but vLLM needs it.
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "tools" / "evaluate.py", "needle", *flags, "--dtype", "fp32"]
+    command = [sys.executable, ROOT / "tools" / "evaluate.py", *flags, "--dtype", "fp32"]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900, env=environment)
+
+
+def run_here(monkeypatch, *flags) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    return command.main()
 
 
 GRID = "--length-steps 2 --depth-steps 2 --min-length 300 --max-length".split()
@@ -55,29 +61,44 @@ def answers(folder) -> dict[str, str]:
     }
 
 
-def test_answers_are_transformers(folder, tmp_path):
-    for name, flags in {"vllm": ["--engine", "vllm"], "transformers": []}.items():
-        ended = evaluate("--model", folder / "out", *GRID, 1200, *flags, "--output", tmp_path / name)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-    found = answers(tmp_path / "vllm")
-    assert found == answers(tmp_path / "transformers") and len(found) >= 4 and len(set(found.values())) > 1
+# Compilation takes two minutes in each engine.
+VLLM = ["--engine", "vllm", "--enforce-eager", "--max-num-batched-tokens", 512]
 
 
-@pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)  # an engine needs a minute to start
-def test_a_checkpoint_is_exported_for_it(folder, tmp_path):
-    for name, model in {"checkpoint": "ckpt", "folder": "out"}.items():
-        ended = evaluate("--model", folder / model, *GRID, 600, "--engine", "vllm", "--output", tmp_path / name)
+def test_answers_are_transformers(folder, tmp_path, request):
+    """A folder and, of one of them, the checkpoint, which is exported for vLLM."""
+    runs = {"vllm": ["--model", folder / "out", *VLLM], "transformers": ["--model", folder / "out"]}
+    if "llama-mha" in request.node.name:
+        runs["checkpoint"] = ["--model", folder / "ckpt", *VLLM]
+    for name, flags in runs.items():
+        ended = evaluate("needle", *GRID, 2048, *flags, "--output", tmp_path / name)
         assert ended.returncode == 0, ended.stderr[-3000:]
-    assert answers(tmp_path / "checkpoint") == answers(tmp_path / "folder")
+    found = [answers(tmp_path / name) for name in runs]
+    assert all(other == found[0] for other in found) and len(found[0]) >= 4 and len(set(found[0].values())) > 1
 
 
 @pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)
-def test_a_prompt_beyond_the_window(folder, tmp_path):
+def test_bad_lengths_end_before_the_engine_starts(folder, tmp_path, monkeypatch, capsys):
     """vLLM rejects a prompt that is longer than the window; transformers would run it."""
-    ended = evaluate("--model", folder / "out", *GRID, 3000, "--engine", "vllm", "--output", tmp_path / "out")
-    last = [line for line in ended.stderr.splitlines() if line.startswith("evaluate.py: error:")]
-    assert ended.returncode == 2 and len(last) == 1, ended.stderr[-3000:]
-    assert "--engine vllm" in last[0] and "max_position_embeddings 2048" in last[0]
+    for most, flags, words in [
+        (3000, (), "3000 tokens of a prompt and its answer are more than the 2048 positions"),
+        (1200, ("--max-model-len", 1000), "1200 tokens of a prompt and its answer are more than the 1000 positions"),
+        (1200, ("--max-model-len", 2049), "--max-model-len 2049: the model's max_position_embeddings is 2048"),
+    ]:
+        assert run_here(monkeypatch, "needle", *GRID, most, "--model", folder / "out", *VLLM, *flags) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("evaluate.py: error:") == 1, error
+
+
+@pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)
+def test_harness_scores_are_transformers(folder, tmp_path, monkeypatch):
+    flags = ["harness", "--tasks", "own", "--include-path", save_own_task(tmp_path), "--model", folder / "out"]
+    engine = ["--engine", "vllm", "--enforce-eager", "--max-length", 500]
+    ended = evaluate(*flags, *engine, "--output", tmp_path / "vllm")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert run_here(monkeypatch, *flags, "--dtype", "fp32", "--output", tmp_path / "transformers") == 0
+    found = [records_of(tmp_path / name) for name in ("vllm", "transformers")]
+    assert found[0] == found[1] and len({record["score"] for record in found[0]}) == 2
 
 
 WINDOW = """

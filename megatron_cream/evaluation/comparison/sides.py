@@ -9,7 +9,7 @@ from typing import Any
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import read_json
 from megatron_cream.evaluation.result_lines import read_records
-from megatron_cream.evaluation.results import RESULTS, SUMMARY, shorten
+from megatron_cream.evaluation.results import FORMER_SETTINGS, RESULTS, SUMMARY, shorten
 
 BASE, EXTENDED = "BASE", "EXTENDED"
 _OWN_SETTINGS = ("tokenizer",)  # each model may name its own; fingerprints are compared
@@ -49,6 +49,15 @@ class Result:
     def settings(self) -> dict[str, Any]:
         """What both sides must have in common."""
         return {name: value for name, value in self.summary["settings"].items() if name not in _OWN_SETTINGS}
+
+    @property
+    def key(self) -> str:
+        """The settings as text, the same where an earlier version did not write down what it always did."""
+        settings = {name: value for name, value in self.settings.items() if not _is_former(name, value)}
+        return json.dumps(settings, sort_keys=True)
+
+    def get_setting(self, name: str) -> Any:
+        return self.settings.get(name, FORMER_SETTINGS.get(name))
 
 
 @dataclass(frozen=True)
@@ -171,10 +180,14 @@ def _match(base: list[Result], extended: list[Result]) -> Iterator[tuple[Result,
         yield result, theirs[key]
 
 
+def _is_former(name: str, value: Any) -> bool:
+    return name in FORMER_SETTINGS and value == FORMER_SETTINGS[name]
+
+
 def _group_by_settings(side: list[Result], name: str) -> dict[str, Result]:
     found: dict[str, Result] = {}
     for result in side:
-        other = found.setdefault(json.dumps(result.settings, sort_keys=True), result)
+        other = found.setdefault(result.key, result)
         if other is not result:
             raise UsageError(f"{name} {result.folder}: the same evaluation as {other.folder}. Move one of them away")
     return found
@@ -193,10 +206,10 @@ def _reject_unmatched(ours: dict[str, Result], theirs: dict[str, Result], key: s
         )
     other = same_task[0]
     names = dict.fromkeys([*result.settings, *other.settings])
-    name = next(name for name in names if result.settings.get(name) != other.settings.get(name))
+    name = next(name for name in names if result.get_setting(name) != other.get_setting(name))
     raise UsageError(
-        f"{lacking} {other.folder}: {result.task} was run with {name} {shorten(other.settings.get(name))}, in {side} "
-        f"{result.folder} with {shorten(result.settings.get(name))}. Run both models with the same flags"
+        f"{lacking} {other.folder}: {result.task} was run with {name} {shorten(other.get_setting(name))}, in {side} "
+        f"{result.folder} with {shorten(result.get_setting(name))}. Run both models with the same flags"
     )
 
 

@@ -23,7 +23,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import read_json
 from megatron_cream.evaluation.models.generation import NonFiniteLogits
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer, has_tokenizer, open_tokenizer
-from megatron_cream.evaluation.models.vllm_model import VllmModel, import_vllm
+from megatron_cream.evaluation.models.vllm_model import VllmModel, VllmSettings, import_vllm
 from megatron_cream.model.rotary import LENGTH_DEPENDENT_TYPES
 from megatron_cream.patches import platform
 
@@ -166,7 +166,7 @@ def find_model(
     return Source(folder, None, opened, "vllm" if engine == "vllm" else "transformers", torch_dtype, flag)
 
 
-def load(source: Source, *, prefill_chunk: int) -> LanguageModel:
+def load(source: Source, *, prefill_chunk: int, vllm: VllmSettings | None = None) -> LanguageModel:
     """Load the model, on the GPU if there is one.
 
     The loaded model raises UsageError if its logits are not finite.
@@ -175,11 +175,12 @@ def load(source: Source, *, prefill_chunk: int) -> LanguageModel:
         source: the model, as `find_model` found it.
         prefill_chunk: tokens of a prompt that are read at once; a larger chunk takes more memory and does not
             change results.
+        vllm: settings of the engine vllm; None is their default.
 
     Raises:
         UsageError: the weights cannot be read.
     """
-    return _CheckedModel(_load(source, prefill_chunk), source)
+    return _CheckedModel(_load(source, prefill_chunk, vllm or VllmSettings()), source)
 
 
 def non_finite_error(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageError:
@@ -227,14 +228,14 @@ class _CheckedModel:
             )
 
 
-def _load(source: Source, prefill_chunk: int) -> LanguageModel:
+def _load(source: Source, prefill_chunk: int, vllm: VllmSettings) -> LanguageModel:
     stop_ids = source.tokenizer.stop_ids | _read_stop_ids(source)
     common = dict(tokenizer=source.tokenizer, stop_ids=stop_ids, max_positions=source.max_positions)
-    if _read_rope_type(source) in LENGTH_DEPENDENT_TYPES:
-        prefill_chunk = 1 << 40  # one chunk: the frequencies of all tokens depend on the longest position
     if source.engine == "vllm":
         with provide_hf_folder(source) as folder:
-            return VllmModel(folder, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
+            return VllmModel(folder, dtype=source.dtype, prefill_chunk=prefill_chunk, settings=vllm, **common)
+    if _read_rope_type(source) in LENGTH_DEPENDENT_TYPES:
+        prefill_chunk = 1 << 40  # one chunk: the frequencies of all tokens depend on the longest position
     if source.engine == "megatron":
         platform.setup()  # before anything of Megatron is imported
         from megatron_cream.evaluation.models.megatron_model import MegatronModel

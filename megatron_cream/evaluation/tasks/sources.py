@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.errors import NotAvailable, UsageError, one_line
 from megatron_cream.data.compressed import bounded_lines
 
 
@@ -27,7 +27,7 @@ def import_package(module: str) -> ModuleType:
         return import_module(module)
     except ImportError as error:
         name = module.split(".")[0]
-        raise UsageError(f"this task needs the package {name}, which is not installed: pip install {name}") from error
+        raise NotAvailable(f"this task needs the package {name}, which is not installed: pip install {name}") from error
 
 
 @cache

@@ -1,0 +1,85 @@
+"""The flags of --engine: added to the tasks that generate, checked, and turned into settings of vLLM."""
+
+import argparse
+
+import torch
+
+from megatron_cream.common import devices
+from megatron_cream.common.cli import positive
+from megatron_cream.common.errors import UsageError
+from megatron_cream.evaluation.models.language_model import ENGINES, Source
+from megatron_cream.evaluation.models.vllm_model import VllmSettings, too_long
+
+
+def add_engine(command: argparse.ArgumentParser, share, *, has_length: bool = True) -> None:
+    """Add --engine and the flags of vLLM.
+
+    Args:
+        command: the parser of a task.
+        share: reads a number above 0 and at most 1.
+        has_length: whether --max-model-len is for vLLM alone; else the command adds it itself.
+    """
+    about = "auto: transformers for a Hugging Face folder, Megatron-Core for a checkpoint"
+    command.add_argument("--engine", choices=ENGINES, default="auto", help=about)
+    add = command.add_argument_group("with --engine vllm").add_argument
+    if has_length:
+        about = "maximum tokens of a prompt and its answer (default: what the task needs, within the model's positions)"
+        add("--max-model-len", type=positive, metavar="N", help=about)
+    add("--tensor-parallel-size", type=positive, metavar="N", help="GPUs over which the model is split (default: 1)")
+    about = "share of each GPU's memory that vLLM takes (default: vLLM's)"
+    add("--gpu-memory-utilization", type=share, metavar="SHARE", help=about)
+    about = "neither compile nor capture CUDA graphs: starts faster, answers more slowly"
+    add("--enforce-eager", action="store_true", help=about)
+
+
+def read_vllm_settings(args: argparse.Namespace, source: Source, longest: int, added: int = 1) -> VllmSettings | None:
+    """Check the flags of vLLM; return its settings, or None with another engine.
+
+    Args:
+        args: the parsed flags.
+        source: the model.
+        longest: tokens of the longest prompt and its answer.
+        added: tokens that a BOS or a chat template may add to them.
+
+    Raises:
+        UsageError: a flag of vLLM without --engine vllm, or vLLM would reject its value or the prompts.
+    """
+    if source.engine != "vllm":
+        if getattr(args, "max_model_len", None):
+            raise UsageError(f"--max-model-len {args.max_model_len}: only with --engine vllm")
+        _reject_flags_of_vllm(args)
+        return None
+    length, positions = args.max_model_len, source.max_positions
+    _check_length("--max-model-len", length, positions)
+    if longest > (length or positions):
+        raise too_long(longest, length or positions)
+    # vLLM counts the last token of an answer, which has no position: nothing is predicted after it.
+    return _make_settings(args, length or min(longest + added, positions + 1))
+
+
+def read_harness_settings(args: argparse.Namespace, source: Source) -> VllmSettings | None:
+    """Do the same for the task harness, whose --max-length is for both engines."""
+    if source.engine != "vllm":
+        _reject_flags_of_vllm(args)
+        return None
+    _check_length("--max-length", args.max_length, source.max_positions)
+    return _make_settings(args, args.max_length)
+
+
+def _reject_flags_of_vllm(args: argparse.Namespace) -> None:
+    for name in ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager"):
+        if value := getattr(args, name, None):
+            given = "" if value is True else f" {value}"
+            raise UsageError(f"--{name.replace('_', '-')}{given}: only with --engine vllm")
+
+
+def _check_length(flag: str, length: int | None, positions: int) -> None:
+    if length and length > positions:
+        raise UsageError(f"{flag} {length}: the model's max_position_embeddings is {positions}. Give at most that")
+
+
+def _make_settings(args: argparse.Namespace, length: int | None) -> VllmSettings:
+    gpus = args.tensor_parallel_size or 1
+    if devices.has_cuda() and gpus > torch.cuda.device_count():
+        raise UsageError(f"--tensor-parallel-size {gpus}: there are {torch.cuda.device_count()} GPUs here")
+    return VllmSettings(length, gpus, args.gpu_memory_utilization, args.enforce_eager, args.batch_size)
