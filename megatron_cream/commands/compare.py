@@ -11,7 +11,7 @@ from megatron_cream.common.cli import program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import convert_disk_errors
 from megatron_cream.evaluation.comparison import measures, page
-from megatron_cream.evaluation.comparison.sides import EXTENDED, Result, read_pairs
+from megatron_cream.evaluation.comparison.sides import EXTENDED, Result, find_unpaired, read_pairs
 from megatron_cream.evaluation.models.language_model import compute_digest
 
 _ROOM = 16 << 20  # for the page and its pictures
@@ -19,7 +19,11 @@ _ROOM = 16 << 20  # for the page and its pictures
 
 def run_compare(args) -> None:
     """Compare the results in args.base and args.extended; write the page, and the results into the model card."""
+    if args.suite:
+        args.base, args.extended = args.base / args.suite, args.extended / args.suite
     pairs = read_pairs(args.base, args.extended, args.tasks)
+    for name, side in find_unpaired(args.base, args.extended).items():
+        print(f"{program_name()}: {name} is not compared: only {side} has it", file=sys.stderr)
     folder_of_card = _find_card(args.card, pairs[0].extended)
     output.check_target(args.output.absolute(), flag="--output", overwrite=args.overwrite)
     comparison = measures.compare(pairs)

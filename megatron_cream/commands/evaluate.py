@@ -7,6 +7,7 @@ python tools/evaluate.py kv         --model out/ --keys 75 140
 python tools/evaluate.py ruler      --model out/ --lengths 4096 8192 16384 32768
 python tools/evaluate.py longbench  --model out/ --data LongBench/data/
 python tools/evaluate.py harness    --model out/ --tasks arc_challenge,hellaswag
+python tools/evaluate.py suite      short out/
 python tools/evaluate.py compare    runs/evaluation/base runs/evaluation/out
 
 Each prints a table and writes results.jsonl (one line per example, as they finish), summary.json and picture.png into
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_cream.commands import compare
+from megatron_cream.commands import compare, suite
 from megatron_cream.common import entry
 from megatron_cream.common.cli import program_name
 from megatron_cream.common.errors import UsageError
@@ -258,6 +259,17 @@ def run_harness(args) -> None:
         print(f"Results: {results.folder / SUMMARY}   lm-eval's own: {harness.FULL_RESULTS} beside it")
 
 
+def run_suite(args) -> None:
+    source = find_model(args)
+    suite.run_suite(
+        args,
+        model=source.identity(),
+        lengths=default_lengths(source),
+        parser=build_parser(__doc__),
+        run=lambda each: RUNS[each.command](each),
+    )
+
+
 def find_model(args, path: str | None = None) -> language_model.Source:
     """Find the model of --model, or of --key-token-model if its path is given."""
     if path:
@@ -298,8 +310,9 @@ def finish(args, results: Results, summary: dict) -> None:
 
 def default_output(args) -> Path:
     if args.command == "compare":
-        return args.extended / args.command
-    return Path("runs", "evaluation") / Path(args.model).resolve().name / args.command
+        return args.extended / (args.suite or "") / args.command
+    name = args.suite if args.command == "suite" else args.command
+    return suite.DEFAULT_OUTPUT / Path(args.model).resolve().name / name
 
 
 def default_lengths(source: language_model.Source) -> list[int]:
@@ -333,5 +346,6 @@ RUNS = {
     "ruler": run_ruler,
     "longbench": run_longbench,
     "harness": run_harness,
+    "suite": run_suite,
     "compare": compare.run_compare,
 }

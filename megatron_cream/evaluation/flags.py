@@ -8,6 +8,7 @@ from megatron_cream.checkpoint.convert import DTYPES
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.evaluation.conventions import CONVENTIONS
 from megatron_cream.evaluation.engine_flags import add_engine
+from megatron_cream.evaluation.suites import SUITES
 from megatron_cream.evaluation.tasks import longbench, needle
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
@@ -98,8 +99,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     _add_lengths(add)
     add("--tasks", nargs="+", choices=ruler.TASKS, metavar="NAME", help=f"default: all of {', '.join(ruler.TASKS)}")
     _add_haystack(add)
-    add("--squad", type=path, help="dev-v2.0.json, for qa_1; without it qa_1 is skipped")
-    add("--hotpotqa", type=path, help="hotpot_dev_distractor_v1.json, for qa_2; without it qa_2 is skipped")
+    _add_ruler_files(add)
     _add_generation(added, samples=50, of="task and length (500 in the paper)")
 
     added = command("longbench", "LongBench's 21 data sets, from your download")
@@ -133,16 +133,39 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
     tasks = list(commands.choices)
     added = command(
+        "suite",
+        "a list of evaluations: short, long or paper",
+        "short: what an extension may have cost, by lm_eval's boolq, piqa, winogrande, truthfulqa_mc2, hellaswag (10 "
+        "examples before each question) and arc_challenge (25). long: RULER, needle, kv and lines, LongBench v2 and "
+        "BABILong at --lengths. paper: the evaluations of CREAM's paper. What is not at hand is left out by name.",
+    )
+    add = added.add_argument
+    add("suite", choices=SUITES, metavar="NAME", help=", ".join(SUITES))
+    _add_lengths(add)
+    add("--samples", type=positive, help="examples per cell, length or task (default: each task's own)")
+    add("--limit", type=positive, metavar="N", help="maximum questions per task of lm_eval")
+    add("--dataset", type=path, nargs="+", default=[], help="paper: files or folders of text for perplexity")
+    add("--longbench", type=path, help="paper: folder of LongBench's NAME.jsonl files, or data.zip")
+    _add_haystack(add)
+    _add_ruler_files(add)
+    add("--include-path", type=path, metavar="FOLDER", help="folder of your own tasks for lm_eval, as YAML files")
+    add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    add("--batch-size", type=positive, help="prompts per batch (default: each task's own)")
+    add_engine(added, _probability, has_length=False)
+    _add_model(added, "model", metavar="MODEL")
+
+    added = command(
         "compare",
         "what an extension gained and cost, from the results of two models",
         "Pairs the examples of both models and writes a page with intervals: comparison.md, comparison.html, which "
         "holds its pictures, and comparison.json. No model is run.",
     )
     add = added.add_argument
-    about = "results of the {} model: a folder that a task has filled, or a folder of such folders"
+    about = "results of the {} model: a folder that a task or a suite has filled, or a folder of such folders"
     add("base", type=path, metavar="BASE", help=about.format("base"))
     add("extended", type=path, metavar="EXTENDED", help=about.format("extended"))
     add("--tasks", nargs="+", choices=tasks, metavar="TASK", help=f"of {', '.join(tasks)}; default: all that are there")
+    add("--suite", choices=SUITES, metavar="NAME", help="compare BASE/NAME and EXTENDED/NAME, which suites have filled")
     about = "fill the results into the model card in this folder (default: the extended model's own, if it has one)"
     add("--card", type=path, metavar="FOLDER", help=about)
     add("--output", type=path, metavar="FOLDER", help="of the page, new (default: EXTENDED/compare)")
@@ -157,6 +180,11 @@ def _add_lengths(add, default: str = "4096 8192 .. up to the model's positions")
 
 def _add_haystack(add) -> None:
     add("--haystack", type=path, help="folder of .txt files; default: prose of Python's standard library")
+
+
+def _add_ruler_files(add) -> None:
+    add("--squad", type=path, help="dev-v2.0.json, for qa_1; without it qa_1 is skipped")
+    add("--hotpotqa", type=path, help="hotpot_dev_distractor_v1.json, for qa_2; without it qa_2 is skipped")
 
 
 def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of: str, chat: str = "") -> None:
@@ -183,10 +211,10 @@ def _add_prefill(command: argparse.ArgumentParser, *synonyms: str) -> None:
     _add_model(command)
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
+def _add_model(command: argparse.ArgumentParser, name: str = "--model", **options) -> None:
     add = command.add_argument
     about = "Hugging Face folder (or name on its Hub), or Megatron checkpoint"
-    add("--model", type=path_or_name, required=True, help=about)
+    add(name, type=path_or_name, help=about, **(options or {"required": True}))
     add("--ckpt-step", type=int, metavar="ITERATION", help="step of a Megatron checkpoint (default: the newest)")
     add("--tokenizer", type=path, help="Hugging Face folder or sentencepiece .model (default: the model's own)")
     add("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")

@@ -308,19 +308,48 @@ def test_a_missing_harness_is_reported(monkeypatch, models, tmp_path, capsys):
     assert words.endswith(": pip install lm_eval accelerate\n")
 
 
+SIZED = """
+import datasets
+from transformers import AutoTokenizer
+
+def load(max_seq_lengths, tokenizer, **others):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    texts = [tokenizer.decode(list(range(9, length - 20))) for length in max_seq_lengths]
+    rows = [{"text": text, "length": length} for text, length in zip(texts, max_seq_lengths)]
+    return {"test": datasets.Dataset.from_list(rows)}
+
+def score(doc, results):
+    return {str(length): 1.0 if length == doc["length"] else -1.0 for length in (300, 600)}
+"""
+
+
 def test_harness_on_a_custom_task(monkeypatch, models, tmp_path, capsys):
-    """Both formats of a model have equal scores; an unknown task gives a one-line error."""
+    """Both formats of a model have equal scores; an unknown task gives a one-line error.
+
+    A task with data by length, such as RULER's, gets --metadata and the model's tokenizer.
+    """
     save_own_task(tmp_path)
+    (tmp_path / "sized.py").write_text(SIZED)
+    (tmp_path / "sized.yaml").write_text(
+        "task: sized\ndataset_path: ''\ncustom_dataset: !function sized.load\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{text}}'\ndoc_to_target: x\n"
+        "generation_kwargs: {max_gen_toks: 4, until: []}\nprocess_results: !function sized.score\n"
+        "metric_list:\n  - {metric: '300', aggregation: mean}\n  - {metric: '600', aggregation: mean}\n"
+    )
     flags = ["harness", "--tasks", "own", "--include-path", tmp_path, "--output"]
-    for name in ("hf", "ckpt"):
-        assert run(monkeypatch, *flags, tmp_path / name, "--model", models[name]) == 0
+    sized = ["--tasks", "own,sized", "--metadata", '{"max_seq_lengths": [300, 600]}', "--max-length", 700]
+    for name, more in {"hf": sized, "ckpt": []}.items():
+        assert run(monkeypatch, *flags, tmp_path / name, "--model", models[name], *more) == 0
     hf, ckpt = (summary_of(tmp_path / name)["results"]["own"]["acc,none"] for name in ("hf", "ckpt"))
     assert hf == ckpt and 0 <= hf <= 1
     records = records_of(tmp_path / "hf")  # one per question, for `compare`
-    assert [record["name"] for record in records] == [f"own/{i}" for i in range(10)]
-    assert sum(record["score"] for record in records) / 10 == pytest.approx(hf)
+    assert [record["name"] for record in records[:10]] == [f"own/{i}" for i in range(10)]
+    assert sum(record["score"] for record in records[:10]) / 10 == pytest.approx(hf)
+    assert [(record["metric"], record["length"], record["score"]) for record in records[10:]] == [
+        ("300", 300, 1.0),
+        ("600", 600, 1.0),
+    ]
     capsys.readouterr()
-    assert (
-        run(monkeypatch, "harness", "--tasks", "nothing_such", "--output", tmp_path / "x", "--model", models["hf"]) == 2
-    )
+    other = ["--tasks", "nothing_such", "--model", models["ckpt"]]  # the list of tasks is read once per model
+    assert run(monkeypatch, *flags, tmp_path / "x", *other) == 2
     assert "--tasks nothing_such: lm_eval has no such task" in capsys.readouterr().err

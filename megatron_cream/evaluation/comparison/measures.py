@@ -125,7 +125,9 @@ def _make_overview(pairs: list[Pair], window: int | None) -> tuple[list[Row], li
     for pair in pairs:
         records = list(pair.records())
         if pair.task == "harness":
-            within += [_rename(row, f"{pair.title}: {row.names[0]}") for row in make_score_rows(records, (_get_part,))]
+            for row in make_score_rows(records, (_get_part,)):
+                title = pair.task if pair.base.folder.name == row.names[0] else pair.title  # a suite's folder
+                within.append(_rename(row, f"{title}: {row.names[0]}"))
             continue
         for is_within, target in ((True, within), (False, beyond)):
             if pair.task == "perplexity":

@@ -10,6 +10,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import read_json
 from megatron_cream.evaluation.result_lines import read_records
 from megatron_cream.evaluation.results import FORMER_SETTINGS, RESULTS, SUMMARY, shorten
+from megatron_cream.evaluation.suites import read_states
 
 BASE, EXTENDED = "BASE", "EXTENDED"
 _OWN_SETTINGS = ("tokenizer",)  # each model may name its own; fingerprints are compared
@@ -94,6 +95,12 @@ def read_pairs(base: Path, extended: Path, tasks: list[str] | None = None) -> li
             sides were made with other settings, tokenizers or examples.
     """
     sides = [_read_side(folder, name, tasks) for folder, name in ((base, BASE), (extended, EXTENDED))]
+    unpaired = find_unpaired(base, extended)
+    sides = [[result for result in side if result.folder.name not in unpaired] for side in sides]
+    if not all(sides):
+        raise UsageError(
+            f"{EXTENDED} {extended}: has none of the evaluations that {BASE} {base} has. Run the same suite"
+        )
     if _get_identity(sides[0][0]) == _get_identity(sides[1][0]):
         raise UsageError(f"{EXTENDED} {extended}: has results of the same model as {BASE} {base}. Give another folder")
     pairs = []
@@ -102,6 +109,18 @@ def read_pairs(base: Path, extended: Path, tasks: list[str] | None = None) -> li
         repeated = sum(other.task == ours.task for other in sides[0]) > 1
         pairs.append(Pair(ours, theirs, f"{ours.task} ({ours.folder.name})" if repeated else ours.task))
     return pairs
+
+
+def find_unpaired(base: Path, extended: Path) -> dict[str, str]:
+    """Return {name: side that has it} of the evaluations that only one of two suites finished.
+
+    A suite leaves out what it does not find. In other folders a missing evaluation is an error.
+    """
+    suites = [read_states(folder, side) for folder, side in ((base, BASE), (extended, EXTENDED))]
+    if not all(suites):
+        return {}
+    ours, theirs = ({run["name"] for run in suite["runs"] if run["state"] == "finished"} for suite in suites)
+    return dict.fromkeys(sorted(ours - theirs), BASE) | dict.fromkeys(sorted(theirs - ours), EXTENDED)
 
 
 def describe_differences(pairs: list[Pair]) -> list[str]:

@@ -1,0 +1,135 @@
+"""evaluate.py suite: lists of evaluations, what is left out, resuming, and the comparison of two suites."""
+
+import json
+import shlex
+import sys
+
+import pytest
+
+from megatron_cream.commands import evaluate as command
+from megatron_cream.commands import suite
+from megatron_cream.common.errors import NotAvailable, UsageError
+from megatron_cream.evaluation.comparison import measures
+from megatron_cream.evaluation.comparison.sides import read_pairs
+from megatron_cream.evaluation.flags import build_parser
+from megatron_cream.evaluation.results import SUMMARY
+from megatron_cream.evaluation.suites import SUITE, SUITES, Options, list_runs
+from tests.evaluation.test_comparison import change_settings, needles, questions, write_result
+from tests.evaluation_models import records_of, save_llama, save_own_task
+
+SHORT = ["boolq", "piqa", "winogrande", "truthfulqa_mc2", "hellaswag", "arc_challenge"]
+NAMES = {
+    "short": SHORT,
+    "long": ["ruler", "needle", "kv", "lines", "longbench2", "babilong_4k", "babilong_8k"],
+    "paper": ["lines", "kv", "needle", "longbench", "perplexity", *SHORT],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("model") / "hf")
+
+
+def run(monkeypatch, *flags) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    return command.main()
+
+
+def states_of(folder) -> dict[str, str]:
+    return {each["name"]: each["state"] for each in json.loads((folder / SUITE).read_text())["runs"]}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_evaluation_of_a_suite_is_a_command(name, tmp_path):
+    """All flags of each run parse, and the published numbers of examples are asked for."""
+    words = ["suite", name, "hf", "--lengths", 4096, 8192, "--samples", 3, "--limit", 5, "--haystack", tmp_path]
+    words += ["--dataset", "books", "--longbench", "LongBench", "--engine", "vllm", "--enforce-eager", "--chat"]
+    args = build_parser("").parse_args(list(map(str, words)))
+    runs = list_runs(name, Options(args.lengths, *(getattr(args, each) for each in list(Options.__annotations__)[1:])))
+    assert [each.name for each in runs] == NAMES[name] and not any(each.missing for each in runs)
+    shots = {}
+    for each in runs:
+        parsed = build_parser("").parse_args([*each.words, *suite._list_flags(args, each.words[0])])
+        assert parsed.model == "hf" and getattr(parsed, "enforce_eager", True)
+        if parsed.command == "harness":
+            assert parsed.limit == 5 and each.dataset
+            shots[each.name] = parsed.num_fewshot
+        elif parsed.command == "needle":
+            assert (parsed.min_length, parsed.max_length, parsed.samples) == (1024, 8192, 3)
+    if name != "long":
+        assert shots == dict.fromkeys(SHORT) | {"hellaswag": 10, "arc_challenge": 25}
+    else:
+        assert json.dumps({"max_seq_lengths": "8k"}) in runs[-1].words
+
+
+def test_a_suite_with_what_is_at_hand(monkeypatch, model, tmp_path, capsys):
+    """Two tasks have data; the others are left out by name. A finished suite runs nothing again."""
+    for name in ("boolq", "hellaswag"):
+        save_own_task(tmp_path, name)
+    monkeypatch.setattr(suite, "_has_dataset", lambda name: False)
+    flags = ["suite", "short", model, "--include-path", tmp_path, "--limit", 6, "--output", tmp_path / "short"]
+    assert run(monkeypatch, *flags) == 0
+    shown = capsys.readouterr()
+    assert states_of(tmp_path / "short") == {
+        name: "finished" if name in ("boolq", "hellaswag") else "left out" for name in SHORT
+    }
+    assert "piqa left out: baber/piqa is not in the local cache, and huggingface.co is out of reach" in shown.err
+    assert [len(records_of(tmp_path / "short" / name)) for name in ("boolq", "hellaswag")] == [6, 6]
+    settings = json.loads((tmp_path / "short" / "hellaswag" / SUMMARY).read_text())["settings"]
+    assert settings["num_fewshot"] == 10
+    advice = shlex.split(next(line for line in shown.out.splitlines() if line.startswith("Next: ")))
+    assert build_parser("").parse_args(advice[advice.index("suite") :]).suite == "short"
+    monkeypatch.setitem(command.RUNS, "harness", None)
+    assert run(monkeypatch, *flags) == 0
+
+
+def test_failures_and_missing_files(monkeypatch, model, tmp_path, capsys):
+    """A failed evaluation does not stop the others, and runs again; what is missing is named."""
+    asked, broken = [], {"lines": UsageError("--lengths: too short"), "kv": NotAvailable("needs a package")}
+
+    def fake(args):
+        asked.append(args.command)
+        if args.command in broken:
+            raise broken[args.command]
+        write_result(args.output, args.command, [], results={"score": 0.5})
+
+    for name in ("lines", "kv", "needle", "harness"):
+        monkeypatch.setitem(command.RUNS, name, fake)
+    monkeypatch.setattr(suite, "_has_dataset", lambda name: name == "baber/piqa")
+    flags = ["suite", "paper", model, "--lengths", 1024, "--output", tmp_path]
+    assert run(monkeypatch, *flags) == 2
+    shown = capsys.readouterr().err
+    assert "lines failed: --lengths: too short" in shown and "kv left out: needs a package" in shown
+    assert (
+        "longbench left out: --longbench is missing" in shown and "perplexity left out: --dataset is missing" in shown
+    )
+    assert shown.endswith("error: suite paper: lines failed. The same command runs only these again\n")
+    assert asked == ["lines", "kv", "needle", "harness"]
+    broken.clear()
+    assert run(monkeypatch, *flags) == 0
+    assert asked[4:] == ["lines", "kv"] and list(states_of(tmp_path).values()).count("finished") == 4
+
+    assert run(monkeypatch, "suite", "short", model, "--output", tmp_path) == 2
+    assert "has results of suite paper. Give another folder, or --overwrite" in capsys.readouterr().err
+    monkeypatch.setattr(suite, "_has_dataset", lambda name: False)
+    assert run(monkeypatch, "suite", "short", model, "--output", tmp_path / "none") == 2
+    assert "suite short: nothing was run" in capsys.readouterr().err
+
+
+def test_two_suites_compare(tmp_path, monkeypatch, capsys):
+    """Evaluations that only one side has are named and left out; other settings are still an error."""
+    for side, names in (("base", ["needle", "piqa"]), ("extended", ["needle", "piqa", "boolq"])):
+        folder = tmp_path / side / "short"
+        runs = [{"name": name, "state": "finished"} for name in names] + [{"name": "arc", "state": "left out"}]
+        for name in names:
+            task, records = ("needle", needles(lambda *_: 1)) if name == "needle" else ("harness", questions(9))
+            write_result(folder / name, task, records, model=side, settings={"tasks": [name]})
+        (folder / SUITE).write_text(json.dumps({"suite": "short", "model": {}, "lengths": [], "runs": runs}))
+    assert run(monkeypatch, "compare", tmp_path / "base", tmp_path / "extended", "--suite", "short") == 0
+    assert "boolq is not compared: only EXTENDED has it" in capsys.readouterr().err
+    assert (tmp_path / "extended" / "short" / "compare" / "comparison.md").is_file()
+    sides = (tmp_path / "base" / "short", tmp_path / "extended" / "short")
+    assert "harness: piqa" in [row.names[0] for row in measures.compare(read_pairs(*sides)).within]
+    change_settings(sides[1] / "piqa", limit=7)
+    with pytest.raises(UsageError, match="limit 7, in BASE .* with null"):
+        read_pairs(*sides)
