@@ -147,8 +147,10 @@ def _open_in_transformers(source: Source, folder: Path, options: dict[str, Any])
 
 def _open_in_vllm(source: Source, folder: Path, vllm: VllmSettings, options: dict[str, Any]) -> Any:
     """Open the folder with lm_eval's backend for vLLM, and check that the model's logits are finite."""
-    from lm_eval.models.vllm_causallms import VLLM
-
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    except ImportError as error:
+        raise UsageError(f"--engine vllm: lm_eval cannot use this vLLM: {one_line(error)}. Leave it out.") from error
     with report_failed_start():
         dtype = str(source.dtype).removeprefix("torch.")
         engine = vllm.engine_arguments(source.max_positions, prefill_chunk=None)

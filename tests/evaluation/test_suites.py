@@ -62,6 +62,7 @@ def test_every_evaluation_of_a_suite_is_a_command(name, tmp_path):
         assert json.dumps({"max_seq_lengths": "8k"}) in runs[-1].words
 
 
+@pytest.mark.slow
 def test_a_suite_with_what_is_at_hand(monkeypatch, model, tmp_path, capsys):
     """Two tasks have data; the others are left out by name. A finished suite runs nothing again."""
     for name in ("boolq", "hellaswag"):
