@@ -134,7 +134,7 @@ class Runs:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=os.environ | visible | {"PYTHONPATH": str(ROOT)},
+                env=os.environ | visible,
             )
         return _Started(job, process, log, signal, gpus)
 
