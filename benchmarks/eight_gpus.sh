@@ -2,8 +2,8 @@
 # Eight GPUs of one host: losses of five layouts, the full 7B in seven, variants of TP 4 and PP 4 on half of the GPUs
 # each, samples of 256K tokens beside CREAM's of 4K, a 70B's width, kills. two_gpus.sh explains the arguments.
 #
-#   bash benchmarks/eight_gpus.sh OUTPUT_FOLDER [prepare|one|parity|faults|7b|tuning4|long|70b|parity-bf16 ...]
+#   bash benchmarks/eight_gpus.sh OUTPUT_FOLDER [STAGE ...]    # --help lists the stages
 #
-# Stages joined by + share the GPUs: one+prepare, parity+faults.
+# No GPU waits between stages joined by +. parity-faults kills ranks while losses are measured.
 source "$(dirname "$0")/several_gpus.sh"
 benchmark 8 "$@"

@@ -80,6 +80,7 @@ STAGES = {
     "faults": faults,
     "parity-faults": parity_faults,
     "7b": speed.seven_b,
+    "7b-more": speed.seven_b_more,
     "tuning4": speed.tuning4,
     "long": speed.long,
     "70b": speed.seventy_b,
@@ -87,8 +88,8 @@ STAGES = {
 }
 DEFAULT = {
     2: ["default", "parity", "parity-bf16", "faults", "one+7b+long"],
-    4: ["one+prepare+parity-faults", "7b+tuning4+long+70b+parity-bf16"],
-    8: ["one+prepare+parity-faults", "7b+tuning4+long+70b+parity-bf16"],
+    4: ["one+prepare+parity-faults", "7b+tuning4+long+70b+7b-more+parity-bf16"],
+    8: ["one+prepare+parity-faults", "7b+tuning4+long+70b+7b-more+parity-bf16"],
 }
 
 if __name__ == "__main__":

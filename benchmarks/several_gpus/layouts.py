@@ -110,10 +110,17 @@ SPEED = {
         Timed("tp4 x dp2", f"{TP[4]} {USER_BUFFERS} {OVERLAP}", 16),
         Timed("pp4 x dp2, interleaved", f"{PP[4]} {INTERLEAVED} {OVERLAP}"),
         Timed("pp8, interleaved", f"{PP[8]} {INTERLEAVED}"),
-        Timed("tp8, rings", f"{TP[8]} {USER_BUFFERS} {RINGS}", 32),
-        Timed("tp2 x pp2 x dp2", f"{TP[2]} {USER_BUFFERS} {PP[2]} {OVERLAP}", 2),
     ],
 }
+
+MORE = {
+    8: [
+        Timed("tp2 x pp2 x dp2", f"{TP[2]} {USER_BUFFERS} {PP[2]} {OVERLAP}", 2),
+        Timed("tp8, rings", f"{TP[8]} {USER_BUFFERS} {RINGS}", 32),
+        Timed("cp8", f"{CP[8]} {OVERLAP}", 8),
+    ],
+}
+"""Layouts of the 7B that run after all else."""
 
 TUNING = [
     # (TP 4, PP 4), which run beside each other if the machine has eight GPUs.

@@ -8,6 +8,7 @@ RESULTS.md that has them.
 """
 
 import argparse
+import datetime
 import json
 import statistics
 from pathlib import Path
@@ -17,6 +18,8 @@ from benchmarks.several_gpus.layouts import CONFIG, PRECISIONS
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "megatron_cream" / "planning" / "measured_runs.json"
 BATCH_OF_ONE, TOKENS, LAYERS = 16, 4096, 32
+TOLERANCE = 0.1
+"""Relative error of a prediction from which tests/planning/test_measured.py wants a reason."""
 NOT_THE_PLANS = ("--data-path", "--split", "--tokenizer-type", "--train-iters", "--eval-iters")
 """Flags with a value that a plan does not depend on."""
 
@@ -27,9 +30,19 @@ def main() -> None:
     parser.add_argument("--measured", metavar="SECTION")
     args = parser.parse_args()
     found = {run["run"]: run for run in map(json.loads, args.results.read_text().splitlines())}
-    print("\n".join(tables(found)))
+    print("\n".join(section(found)))
     if args.measured:
         add_measured(found, args.measured)
+
+
+def section(found: dict[str, dict]) -> list[str]:
+    """Return the section of RESULTS.md about these results."""
+    timed = [run for run in found.values() if "tokens_per_second" in run]
+    count = max((run["gpus"] for run in timed), default=0)
+    number = {2: "two", 4: "four", 8: "eight"}.get(count, "several")
+    kind = timed[0]["gpu"] if timed else "GPU"
+    head = [f"## {datetime.date.today()}: {number} {kind}s", "", f"    bash benchmarks/{number}_gpus.sh OUTPUT", ""]
+    return head + tables(found)
 
 
 def tables(found: dict[str, dict]) -> list[str]:
@@ -123,7 +136,8 @@ def add_measured(found: dict[str, dict], section: str) -> None:
     """Append the timed runs to the planner's measured runs; runs that it has already are left out."""
     text = MEASURED.read_text().rstrip()
     known = {row["what"] for row in json.loads(text)}
-    rows = [_measured_row(run, section) for run in found.values() if "tokens_per_second" in run and run["gpu"]]
+    timed = [run for run in found.values() if "tokens_per_second" in run and run["gpu"]]
+    rows = [_measured_row(run, section) for run in timed if ", GPU " not in run["run"]]  # those repeat another
     new = [row for row in rows if row["what"] not in known]
     written = [
         "  {\n" + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items()) + "\n  }" for row in new
@@ -135,14 +149,12 @@ def add_measured(found: dict[str, dict], section: str) -> None:
 
 def _measured_row(run: dict, section: str) -> dict:
     count = run["gpus"]
-    flags, left = [], list(run["flags"])
+    given, left = {}, list(run["flags"])
     while left:
-        flag = [left.pop(0)]
-        if left and not left[0].startswith("--"):
-            flag.append(left.pop(0))
-        if flag[0] not in NOT_THE_PLANS:
-            flags += flag
-    return {
+        flag = left.pop(0)
+        given[flag] = [left.pop(0)] if left and not left[0].startswith("--") else []  # a later value replaces it
+    flags = [word for flag, value in given.items() if flag not in NOT_THE_PLANS for word in (flag, *value)]
+    row = {
         "what": f"{run['run']}, {count} {run['gpu']}{'s' if count > 1 else ''}",
         "source": f"RESULTS.md {section}: benchmarks/several_gpus",
         "gpu": run["gpu"],
@@ -152,6 +164,12 @@ def _measured_row(run: dict, section: str) -> dict:
         "tokens_per_second": round(run["tokens_per_second"]),
         "peak_gib": run["peak_gib"],
     }
+    planned = run["planned_tokens_per_second"]
+    if planned and abs(planned / run["tokens_per_second"] - 1) >= TOLERANCE:
+        row["off"] = (
+            "large transfers are faster than planned" if planned < run["tokens_per_second"] else "not explained"
+        )
+    return row
 
 
 if __name__ == "__main__":

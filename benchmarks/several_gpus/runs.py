@@ -112,10 +112,11 @@ class Runs:
         return not self._gpus(job) & (waiting if self.machine.gpu and job.script == JOB else taken)
 
     def _gpus(self, job: Job) -> set[int]:
-        if not job.ranks:
-            return set(job.gpus or ())
-        all_of_them = set(range(self.machine.count))
-        return all_of_them if job.gpus is None or not self.machine.gpu else set(job.gpus)
+        if not self.machine.gpu:  # one job at a time
+            return set(range(self.machine.count))
+        if job.gpus is None:
+            return set(range(self.machine.count) if job.ranks else ())
+        return set(job.gpus)
 
     def _start(self, job: Job) -> _Started:
         plain = re.sub(r"[^a-z0-9-]+", "_", job.name)

@@ -14,6 +14,7 @@ from benchmarks.several_gpus.layouts import (
     HALF,
     LONG,
     MICRO_BATCHES,
+    MORE,
     OVERLAP,
     RECOMPUTE,
     SEVEN_B,
@@ -52,6 +53,12 @@ def seven_b(runs: Runs) -> list[Job]:
     if count == 2:
         fp8 = f"{SEVEN_B} {HALF} {FP8} --use-precision-aware-optimizer"
         jobs.append(_job(runs, "7b one, FP8", 1, fp8, gpus=(0,)))
+    return [job for job in jobs if job]
+
+
+def seven_b_more(runs: Runs) -> list[Job]:
+    """Time further layouts of the 7B."""
+    jobs = [_largest(runs, "7b", timed, runs.machine.count) for timed in MORE.get(runs.machine.count, [])]
     return [job for job in jobs if job]
 
 
@@ -109,7 +116,8 @@ def all_runs() -> list[tuple[int, str]]:
     """Return (GPUs, flags) of all runs that the scripts for four and eight GPUs can start."""
     found = [(1, f"{SEVEN_B} {HALF}"), *((1, f"{SEVEN_B} {HALF} --num-layers {layers}") for layers in BESIDE)]
     for count in (4, 8):
-        layouts = [(count, timed) for timed in SPEED[count]] + [(4, timed) for pair in TUNING for timed in pair]
+        layouts = [(count, timed) for timed in SPEED[count] + MORE.get(count, [])]
+        layouts += [(4, timed) for pair in TUNING for timed in pair]
         found += [(ranks, flags) for ranks, timed in layouts for _, flags in _sizes(timed)]
         found.append((count, f"{SEVEN_B} --global-batch-size {count} {OVERLAP}"))
         found += [(count, long_flags(count, how[count])) for how in (CP, TP)]

@@ -36,7 +36,8 @@ def test_planned_runs_fit_and_need_no_planner(monkeypatch, tmp_path, count, gpu,
 
 
 def test_jobs_wait_for_their_gpus_and_late_ones_are_killed(tmp_path):
-    runs = Runs(tmp_path, Machine(2), [], 1e9)
+    machine = Machine(2, "H100", names=("0", "1"))
+    runs = Runs(tmp_path, machine, [], 1e9)
     times = "import time; print(time.monotonic()); {}; print(time.monotonic())"
 
     def read(text: str) -> dict:
@@ -52,7 +53,7 @@ def test_jobs_wait_for_their_gpus_and_late_ones_are_killed(tmp_path):
     runs.run([*jobs, late])
     assert runs.results["first"]["times"][1] < runs.results["second"]["times"][0]
     assert runs.failed == ["late"] and "late" not in runs.results
-    again = Runs(tmp_path, Machine(2), [], seconds=-1)
+    again = Runs(tmp_path, machine, [], seconds=-1)
     again.run([*jobs, late])
     assert again.failed == ["late"]  # the others have their results
 
@@ -72,13 +73,14 @@ def test_measured_runs_are_rows_of_the_planner(monkeypatch, tmp_path):
     file = tmp_path / "measured_runs.json"
     file.write_text('[\n  {\n    "what": "old"\n  }\n]\n')
     monkeypatch.setattr(report, "MEASURED", file)
-    flags = "--num-layers 32 --train-iters 5 --data-path /tmp/x --no-embedded-data --overlap-grad-reduce".split()
-    found = {"7b dp8": timed("7b dp8", 12000.4, gpus=8, flags=flags), "faults": {"run": "faults"}}
+    flags = "--num-layers 32 --train-iters 5 --num-layers 16 --data-path /tmp/x --tp-comm-overlap".split()
+    found = {"7b dp8": timed("7b dp8", 12000.4, gpus=8, flags=flags, planned_tokens_per_second=9000)}
+    found |= {"faults": {"run": "faults"}, "8 layers one, GPU 3": timed("8 layers one, GPU 3", 1.0)}
     for _ in range(2):  # the second adds nothing
         report.add_measured(found, "2026-11-27, eight GPUs")
     old, row = json.loads(file.read_text())
     assert row["what"] == "7b dp8, 8 H100s" and (row["gpus"], row["tokens_per_second"]) == (8, 12000)
-    assert row["flags"] == ["--num-layers", "32", "--no-embedded-data", "--overlap-grad-reduce"]
+    assert row["flags"] == ["--num-layers", "16", "--tp-comm-overlap"] and "faster" in row["off"]
 
 
 def test_steps_are_read_from_a_log():
