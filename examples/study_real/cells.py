@@ -32,6 +32,7 @@ class Settings:
 
     window: tokens of a sample, the model's original window.  factors: target lengths as multiples of the window,
     longest first.  theta: RoPE theta of the scaling `theta`.  rates: learning rates to choose from.
+    shares: shares of short text of the cells `short`, which train at short_rate; none without short data.
     """
 
     window: int = 8192
@@ -44,6 +45,8 @@ class Settings:
     seeds: tuple[int, ...] = (1, 2, 3)
     lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
     extra: tuple[str, ...] = field(default=())
+    shares: tuple[float, ...] = ()
+    short_rate: float = 8e-4
 
     @staticmethod
     def read(folder: Path) -> "Settings":
@@ -59,6 +62,7 @@ class Cell:
     """One run: training, then evaluation. Sampler `base`: evaluate the original model under a scaling, untrained.
 
     rate: learning rate; None until the cells of `choosing` have decided it for the scaling.
+    share: share of the samples that are packed short documents.
     """
 
     scaling: str
@@ -66,11 +70,13 @@ class Cell:
     factor: int
     seed: int
     rate: float | None = None
+    share: float = 0.0
 
     @property
     def name(self) -> str:
         rate = "" if self.rate is None else f" lr {self.rate:g}"
-        words = f"{self.scaling} {self.sampler} s{self.factor} seed {self.seed}{rate}"
+        share = f" short {self.share:g}" if self.share else ""
+        words = f"{self.scaling} {self.sampler} s{self.factor} seed {self.seed}{rate}{share}"
         return re.sub(r"[^a-z0-9.]+", "_", words.lower().replace("e-0", "e"))
 
     @property
@@ -84,6 +90,16 @@ class Cell:
 def choosing(settings: Settings, scaling: str) -> list[Cell]:
     """Return the cells whose results choose a scaling's learning rate."""
     return [Cell(scaling, "cream", settings.factors[0], settings.seeds[0], rate) for rate in settings.rates]
+
+
+def short(settings: Settings) -> list[Cell]:
+    """Return the cells that differ in their share of short text."""
+    longest = settings.factors[0]
+    return [
+        Cell("yarn", "cream", longest, seed, settings.short_rate, share)
+        for seed in settings.seeds
+        for share in settings.shares
+    ]
 
 
 def order(settings: Settings) -> list[Cell]:
@@ -106,7 +122,7 @@ def order(settings: Settings) -> list[Cell]:
         cells += block(BEST, ["full"], later, factor)
     for factor in settings.factors:
         cells += block(SCALINGS, [sampler for sampler in SAMPLERS if sampler != "full"], settings.seeds, factor)
-    return list(dict.fromkeys(cells))
+    return list(dict.fromkeys(cells + short(settings)))
 
 
 def flags(cell: Cell, settings: Settings, data: Path, runs: Path) -> list[str]:
@@ -134,6 +150,8 @@ def flags(cell: Cell, settings: Settings, data: Path, runs: Path) -> list[str]:
         given["--rotary-base"] = settings.theta
     else:
         given |= {"--rope-scaling-factor": cell.factor, "--original-max-position-embeddings": window}
+    if cell.share:
+        given |= {"--short-data-path": data / "tokens" / "short", "--short-share": cell.share}
     texts = [text for pair in given.items() for text in map(str, pair)]
     return [*texts, *SAMPLERS[cell.sampler], *settings.extra]
 

@@ -1,6 +1,7 @@
 """Make a corpus of long documents that anyone can rebuild, from Debian packages: debian_text.py FOLDER
 
-Writes FOLDER/train.jsonl, 98 MB, and FOLDER/held.jsonl, 21 MB. First run, on a machine with access to Debian packages:
+Writes FOLDER/train.jsonl, 98 MB, and FOLDER/held.jsonl, 21 MB; and of short documents FOLDER/short.jsonl, 34 MB, and
+FOLDER/short_held.jsonl. First run, on a machine with access to Debian packages:
 
     cd FOLDER && apt-get download linux-source-6.1 debian-handbook linux-doc-6.1 postgresql-doc-15 octave-doc
     for d in debian-handbook* linux-doc* postgresql* octave*; do dpkg -x $d x; done
@@ -9,6 +10,7 @@ Writes FOLDER/train.jsonl, 98 MB, and FOLDER/held.jsonl, 21 MB. First run, on a 
 
 Training: 1,043 documents of 36,000 characters or more (C sources of the kernel, its documentation, HTML books).
 Held out: parts of the kernel that are not in the training text (kind `code`), and the PostgreSQL manual (`manual`).
+Short documents are whole files of 800 to 9,000 characters, about 200 to 3,000 tokens, of the same packages and parts.
 """
 
 import glob
@@ -25,6 +27,7 @@ HELD = ("fs/", "mm/", "kernel/", "net/core", "net/ipv4", "crypto/")
 WHOLE = ("fs/ext4", "fs/xfs/libxfs", "mm", "kernel/sched", "kernel/trace", "net/ipv4", "fs/btrfs", "net/core")
 SHORTEST, LONGEST, PIECE = 36_000, 1_200_000, 400_000
 MOST_CODE = 70_000_000
+SHORT_LEAST, SHORT_MOST, MOST_SHORT_CODE, SHORT_HELD = 800, 9_000, 20_000_000, 200
 
 
 def main() -> None:
@@ -33,6 +36,8 @@ def main() -> None:
     held = [f for f in sources if f.removeprefix(ROOT).startswith(HELD)]
     _write("train.jsonl", _to_train([f for f in sources if f not in set(held)]))
     _write("held.jsonl", _to_hold(held))
+    _write("short.jsonl", _short_to_train())
+    _write("short_held.jsonl", _short_to_hold())
 
 
 def _to_train(sources: list[str]):
@@ -64,6 +69,40 @@ def _to_hold(sources: list[str]):
     manual = "\n\n".join(_plain(_read(f)) for f in pages)
     for start in range(0, len(manual) - PIECE, PIECE):
         yield {"text": manual[start : start + PIECE], "kind": "manual"}
+
+
+def _short_to_train():
+    code = [text for f, text in _short_files("**/*.c") if not f.removeprefix(ROOT).startswith(HELD)]
+    random.Random(8).shuffle(code)
+    documents = []
+    while code and sum(map(len, documents)) < MOST_SHORT_CODE:
+        documents += code[:100]
+        code = code[100:]
+    for pattern in ("rst", "txt"):
+        documents += [text for f, text in _short_files(f"Documentation/**/*.{pattern}") if "translations" not in f]
+    for part in ("octave/**/*.html", "debian-handbook/html/en-US/*.html"):
+        documents += _short_pages(part)
+    random.Random(9).shuffle(documents)
+    return ({"text": text} for text in documents)
+
+
+def _short_to_hold():
+    code = [text for f, text in _short_files("**/*.c") if f.removeprefix(ROOT).startswith(HELD)]
+    for kind, texts in (("code", code), ("manual", _short_pages("postgresql-doc-15/html/*.html"))):
+        random.Random(10).shuffle(texts)
+        yield from ({"text": text, "kind": kind} for text in texts[:SHORT_HELD])
+
+
+def _short_files(pattern: str) -> list[tuple[str, str]]:
+    """Return (path, text) of the kernel's files of the lengths of short documents."""
+    files = sorted(glob.glob(ROOT + pattern, recursive=True))
+    return [(f, _read(f)) for f in files if os.path.isfile(f) and SHORT_LEAST <= os.path.getsize(f) <= SHORT_MOST]
+
+
+def _short_pages(pattern: str) -> list[str]:
+    pages = sorted(glob.glob(f"x/usr/share/doc/{pattern}", recursive=True))
+    texts = [_plain(_read(f)) for f in pages if os.path.isfile(f)]
+    return [text for text in texts if SHORT_LEAST <= len(text) <= SHORT_MOST]
 
 
 def _read(path: str) -> str:

@@ -3,6 +3,8 @@
 MODEL is the Hugging Face folder of a Llama. The files are JSON lines of {"text": ..}; in --held a line may have a
 "kind", and perplexity is reported for each kind. Writes tokens/train.bin and .idx, hf (a link to MODEL),
 evaluation.npz and settings.json, and checks the flags of every cell. Keeps existing tokens, hf and evaluation.npz.
+With --short FILE and --short-held FILE, short documents of the same form, also writes tokens/short.bin and .idx, and
+short.npz for their perplexity, and the grid has cells with shares of short text.
 """
 
 import argparse
@@ -33,6 +35,9 @@ from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 
 def main() -> int:
     flags = _parser().parse_args()
+    if bool(flags.short) != bool(flags.short_held):
+        print("prepare.py: error: --short and --short-held: give both, or neither", file=sys.stderr)
+        return 2
     data = flags.output.resolve()
     (data / "tokens").mkdir(parents=True, exist_ok=True)
     settings = cells.Settings(
@@ -46,6 +51,8 @@ def main() -> int:
         seeds=tuple(flags.seeds),
         lengths=tuple(flags.window * 2**i for i in range(max(flags.factors).bit_length())),
         extra=tuple(flags.extra),
+        shares=tuple(flags.shares) if flags.short else (),
+        short_rate=flags.short_rate,
     )
     settings.write(data)
     if not (data / "hf").exists():
@@ -54,6 +61,11 @@ def main() -> int:
     for name, file in (("train", flags.train), ("held", flags.held)):
         if not (data / "tokens" / f"{name}.idx").exists():
             _tokenise(file, data / "tokens" / name, data / "hf", flags.workers)
+    if flags.short:
+        for name, file in (("short", flags.short), ("short_held", flags.short_held)):
+            if not (data / "tokens" / f"{name}.idx").exists():
+                _tokenise(file, data / "tokens" / name, data / "hf", flags.workers)
+        _write_short(flags.short_held, data)
     if not (data / "evaluation.npz").exists():
         _write_evaluation(flags, settings, data)
     try:
@@ -102,12 +114,23 @@ def _write_evaluation(flags, settings: cells.Settings, data: Path) -> None:
     print("texts:", {kind: array.shape for kind, array in texts.items()}, flush=True)
 
 
+def _write_short(held: Path, data: Path) -> None:
+    tokens = IndexedDataset(str(data / "tokens" / "short_held"))
+    kinds = [json.loads(line).get("kind", "text") for line in open(held, encoding="utf-8") if line.strip()]
+    documents: dict[str, list[np.ndarray]] = {}
+    for i, kind in enumerate(kinds):
+        documents.setdefault(kind, []).append(tokens[i])
+    retrieval.save_short(data / "short.npz", documents)
+
+
 def _check(settings: cells.Settings, data: Path) -> None:
     """Check the flags of every kind of cell, and print its positions and RoPE scaling as --print-config does.
 
     Raises UsageError at the first cell that pretrain_cream.py would reject.
     """
-    alike = {(cell.scaling, cell.sampler, cell.factor): cell for cell in cells.order(settings) if cell.trains}
+    alike = {
+        (cell.scaling, cell.sampler, cell.factor, cell.share): cell for cell in cells.order(settings) if cell.trains
+    }
     for cell in alike.values():
         given = cells.flags(cell.with_rate(settings.rates[0]), settings, data, data / "none")
         with contextlib.redirect_stdout(io.StringIO()):
@@ -122,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--hf", type=Path, required=True, help="the model's folder; its window must be --window")
     add("--train", type=Path, required=True, help="JSON lines to train on, documents longer than --window")
     add("--held", type=Path, required=True, help="JSON lines to evaluate on, documents longer than the longest target")
+    add("--short", type=Path, help="JSON lines of short documents to train on, of at most --window tokens")
+    add("--short-held", type=Path, help="JSON lines of short documents to evaluate on")
+    add("--shares", type=float, nargs="+", default=[0.0, 0.3, 0.6], help="of short text in the cells `short`")
+    add("--short-rate", type=float, default=default.short_rate, help="learning rate of these cells")
     add("--output", type=Path, required=True)
     add("--window", type=int, default=default.window)
     add("--factors", type=int, nargs="+", default=list(default.factors), help="of the window, longest first")

@@ -42,7 +42,7 @@ class Results:
     def __init__(self, lines: list[dict]):
         self.evaluations = list({line["run"]: line for line in lines if line["what"] == "evaluation"}.values())
         self.training = {line["run"]: line for line in lines if line["what"] == "training"}
-        creams = [line for line in self.evaluations if line["sampler"] == "cream"]
+        creams = [line for line in self.evaluations if line["sampler"] == "cream" and not line.get("share")]
         first = min(((-line["factor"], line["seed"]) for line in creams), default=None)
         self.rates: dict[str, list[dict]] = {}
         for line in creams:
@@ -56,10 +56,19 @@ class Results:
         self.factors = sorted({line["factor"] for line in self.evaluations}, reverse=True)
 
     def of(self, scaling: str, sampler: str, factor: int) -> list[dict]:
-        """Return the evaluations of one combination, one per seed."""
+        """Return the evaluations of one combination without short text, one per seed."""
         key = (scaling, sampler, factor)
-        found = [e for e in self.evaluations if (e["scaling"], e["sampler"], e["factor"]) == key]
+        every = [e for e in self.evaluations if not e.get("share")]
+        found = [e for e in every if (e["scaling"], e["sampler"], e["factor"]) == key]
         return [e for e in found if sampler == "base" or e["rate"] == self.chosen.get(scaling)]
+
+    def of_share(self) -> dict[float, list[dict]]:
+        """Return the evaluations that have measured short text, by their share of it, one per seed."""
+        found: dict[float, list[dict]] = {}
+        for line in sorted(self.evaluations, key=lambda line: line.get("share", 0.0)):
+            if line["sampler"] == "cream" and line["scaling"] == "yarn" and "short" in line:
+                found.setdefault(line.get("share", 0.0), []).append(line)
+        return found
 
     def groups(self, factor: int) -> Iterable[tuple[str, str, list[dict]]]:
         for scaling, sampler in itertools.product(SCALINGS, SAMPLERS):
@@ -100,6 +109,8 @@ def report(results: Results) -> str:
         columns = [(f"{kind} {n}", perplexity(kind, n), 3) for kind in kinds for n in lengths]
         lines += _table(results, factor, [*columns, ("GPU seconds", lambda e: _seconds(results, e), 0)])
         lines += ["", *_pairs(results, factor)]
+    if shares := results.of_share():
+        lines += ["", *_shares_table(shares)]
     return "\n".join(lines) + "\n"
 
 
@@ -121,6 +132,30 @@ def _table(results: Results, factor: int, columns: list[tuple[str, Value, int]])
     for scaling, sampler, found in results.groups(factor):
         shown = [_cell([value(e) for e in found], places) for _, value, places in columns]
         lines += _row([scaling, "(not trained)" if sampler == "base" else sampler, str(len(found)), *shown])
+    return lines
+
+
+def _shares_table(shares: dict[float, list[dict]]) -> list[str]:
+    """Return the table of the share of short text: what it does to short texts, and to long ones."""
+    first = next(iter(shares.values()))[0]
+    lengths = list(first["perplexity"][next(iter(first["perplexity"]))])
+    columns: list[tuple[str, Value, int]] = [
+        *((f"short {kind}", lambda e, k=kind: e["short"][k], 3) for kind in first["short"]),
+        *((f"{k} {n}", perplexity(k, n), 3) for k in first["perplexity"] for n in (lengths[0], lengths[-1])),
+        *((f"{task} {n}, %", accuracy(task, n), 1) for task in first["tasks"] for n in (lengths[0], lengths[-1])),
+    ]
+    lines = [
+        "## Share of short text",
+        "",
+        "`yarn`, `cream`. Perplexity of short documents, each alone from position 0; perplexity of held-out text and "
+        "answers found at the shortest and the longest length.",
+        "",
+    ]
+    head = ["share", "seeds", *(title for title, _, _ in columns)]
+    lines += _row(head) + _row(["---"] * len(head))
+    for share, found in shares.items():
+        shown = [_cell([value(e) for e in found], places) for _, value, places in columns]
+        lines += _row([f"{share:g}", str(len(found)), *shown])
     return lines
 
 

@@ -177,6 +177,27 @@ def evaluate(model: torch.nn.Module, path: Path, longest: int, scored: int = 409
     return {"tasks": {task: found for task, found in tasks.items() if found}, "perplexity": perplexity}
 
 
+def save_short(path: Path, documents: dict[str, list[np.ndarray]]) -> None:
+    """Write short documents of each kind to an .npz file: their tokens, one after the other, and their lengths."""
+    arrays = {f"{kind}/tokens": np.concatenate(texts).astype(np.uint16) for kind, texts in documents.items()}
+    lengths = {f"{kind}/lengths": np.array([len(text) for text in texts]) for kind, texts in documents.items()}
+    np.savez_compressed(path, **arrays, **lengths)
+
+
+def evaluate_short(model: torch.nn.Module, path: Path) -> dict[str, float]:
+    """Return the perplexity of each kind of short documents, each alone and from position 0."""
+    file, found = np.load(path), {}
+    for kind in (name.partition("/")[0] for name in file.files if name.endswith("/tokens")):
+        total, count = 0.0, 0
+        for tokens in np.split(file[f"{kind}/tokens"], np.cumsum(file[f"{kind}/lengths"])[:-1]):
+            marks = np.ones(len(tokens), dtype=np.float32)
+            marks[-1] = 0.0
+            total += float(_scores(model, tokens, marks)[0].sum())
+            count += len(tokens) - 1
+        found[kind] = round(float(np.exp(min(total / count, 50.0))), 4)
+    return found
+
+
 def _of_prompts(model, prompts: Prompts) -> dict:
     """Return accuracy and loss per answer token: in all, by tenths of depth, and for each prompt."""
     rows = []  # (prompt, depth in tenths, found, loss)

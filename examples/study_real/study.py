@@ -33,7 +33,7 @@ class Worker:
 
     def __init__(self, gpu: int, data: Path, log: IO[str]):
         environment = os.environ | {
-            "CUDA_VISIBLE_DEVICES": str(gpu),
+            "CUDA_VISIBLE_DEVICES": _device(gpu),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "8"),
             # torch reads this at its first allocation, which comes before the run's flags are parsed.
             "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
@@ -64,6 +64,12 @@ class Worker:
         except ProcessLookupError:
             pass
         self.process.wait()
+
+
+def _device(gpu: int) -> str:
+    """Return the name of the given GPU among those that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[gpu] if visible else str(gpu)
 
 
 class Study:
@@ -210,10 +216,15 @@ def wanted(settings: cells.Settings, texts: list[str]) -> list[cells.Cell]:
     every = cells.order(settings)
     if not texts:
         return every
-    words = lambda cell: {cell.scaling, cell.sampler, f"s{cell.factor}", f"seed {cell.seed}"}
+    short = set(cells.short(settings))
+    words = lambda cell: {
+        *(cell.scaling, cell.sampler, f"s{cell.factor}", f"seed {cell.seed}"),
+        *(("short", f"share {cell.share:g}") if cell in short else ()),
+    }
     named = {cell for cell in every if any(set(text.split(",")) <= words(cell) for text in texts)}
-    scalings = {cell.scaling for cell in named if cell.trains}
-    return [cell for cell in every if cell in named or (cell.rate is not None and cell.scaling in scalings)]
+    scalings = {cell.scaling for cell in named if cell.trains and cell.rate is None}
+    choosing = {cell for scaling in scalings for cell in cells.choosing(settings, scaling)}
+    return [cell for cell in every if cell in named or cell in choosing]
 
 
 def main() -> int:
@@ -229,8 +240,8 @@ def main() -> int:
         nargs="+",
         default=[],
         metavar="WORDS",
-        help="only cells that have all words of one of these, such as yarn,s8 or 'ntk,cream even', and those that choose "
-        "their learning rates",
+        help="only cells that have all words of one of these, such as yarn,s8 or 'ntk,cream even' or short, and those that "
+        "choose their learning rates",
     )
     add(
         "--ahead",

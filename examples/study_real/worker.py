@@ -124,7 +124,10 @@ def _evaluate(cell: cells.Cell, settings: cells.Settings, data: Path, runs: Path
         try:
             model = load_model(checkpoint, torch.bfloat16 if cuda else torch.float32, attention=attention)
             model.rotary = replace(checkpoint.shape, max_position_embeddings=UNLIMITED).rotary()
-            return retrieval.evaluate(model, data / "evaluation.npz", settings.window * cell.factor)
+            found = retrieval.evaluate(model, data / "evaluation.npz", settings.window * cell.factor)
+            if (data / "short.npz").exists():
+                found["short"] = retrieval.evaluate_short(model, data / "short.npz")
+            return found
         except Exception as error:  # the kernel does not support this GPU or length
             if attention == "sdpa":
                 raise

@@ -48,6 +48,46 @@ def test_the_grid_starts_with_prerequisites(study):
     }
 
 
+def test_shares_of_short_text_have_cells_of_their_own(study, tmp_path):
+    settings = study.cells.Settings(shares=(0.0, 0.3))
+    short = study.cells.short(settings)
+    assert study.study.wanted(settings, ["short"]) == [cell for cell in study.cells.order(settings) if cell in short]
+    assert {cell.name for cell in short if cell.seed == 2} == {
+        "yarn_cream_s8_seed_2_lr_0.0008",
+        "yarn_cream_s8_seed_2_lr_0.0008_short_0.3",
+    }
+    flags = study.cells.flags(short[1], settings, tmp_path, tmp_path)
+    assert flags[flags.index("--short-share") + 1] == "0.3" and "--short-share" not in study.cells.flags(
+        short[0], settings, tmp_path, tmp_path
+    )
+    lines = [
+        result(study, "yarn", "cream", seed, 8e-4, 1.0) | {"share": share, "short": {"code": 10 - 10 * share + seed}}
+        for share in (0.0, 0.3)
+        for seed in (1, 2)
+    ]
+    lines = [line | {"run": f"{line['run']} {line['share']}"} for line in lines]
+    text = study.report.report(study.report.Results(lines))
+    assert "| yarn | cream | 2 |" in text  # the ordinary tables leave out short text
+    assert "| 0 | 2 | 11.500 ± 0.707 |" in text and "| 0.3 | 2 | 8.500 ± 0.707 |" in text
+
+
+def test_short_documents_are_scored_alone_from_their_start(study, tmp_path, monkeypatch):
+    documents = {"code": [np.arange(5), np.arange(10, 13)], "manual": [np.arange(20, 22)]}
+    study.retrieval.save_short(tmp_path / "short.npz", documents)
+    seen = []
+
+    def scores(model, tokens, marks):
+        seen.append((tokens.tolist(), marks.tolist()))
+        return np.full((2, int(marks.sum())), math.log(float(tokens[0]) + 2))
+
+    monkeypatch.setattr(study.retrieval, "_scores", scores)
+    found = study.retrieval.evaluate_short(None, tmp_path / "short.npz")
+    assert seen == [
+        (document.tolist(), [1.0] * (len(document) - 1) + [0.0]) for texts in documents.values() for document in texts
+    ]
+    assert found == {"code": pytest.approx((2**4 * 12**2) ** (1 / 6), abs=1e-3), "manual": 22.0}
+
+
 def test_every_run_has_the_same_tokens(study, tmp_path):
     settings = study.cells.Settings()
     for cell in study.cells.order(settings):
