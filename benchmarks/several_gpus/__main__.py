@@ -57,8 +57,8 @@ def faults(runs: Runs) -> list[Job]:
     def read(text: str) -> dict:
         return report.last_json(text)
 
-    flags = [runs.folder / "faults", runs.machine.count]
-    return [Job("faults", 0, flags, read, script=("benchmarks.several_gpus.faults",), limit=300)]
+    flags, limit = [runs.folder / "faults", runs.machine.count], 110 if runs.machine.gpu else 600
+    return [Job("faults", 0, flags, read, script=("benchmarks.several_gpus.faults",), limit=limit)]
 
 
 def parity_faults(runs: Runs) -> list[Job]:

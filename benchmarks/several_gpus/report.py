@@ -20,6 +20,7 @@ MEASURED = ROOT / "megatron_cream" / "planning" / "measured_runs.json"
 BATCH_OF_ONE, TOKENS, LAYERS = 16, 4096, 32
 TOLERANCE = 0.1
 """Relative error of a prediction from which tests/planning/test_measured.py wants a reason."""
+DEFERRED = "--defer-embedding-wgrad-compute"
 NOT_THE_PLANS = ("--data-path", "--split", "--tokenizer-type", "--train-iters", "--eval-iters")
 """Flags with a value that a plan does not depend on."""
 
@@ -137,7 +138,9 @@ def add_measured(found: dict[str, dict], section: str) -> None:
     text = MEASURED.read_text().rstrip()
     known = {row["what"] for row in json.loads(text)}
     timed = [run for run in found.values() if "tokens_per_second" in run and run["gpu"]]
-    rows = [_measured_row(run, section) for run in timed if ", GPU " not in run["run"]]  # those repeat another
+    # Runs on further GPUs repeat another run, and the planner does not count what deferred gradients keep.
+    timed = [run for run in timed if ", GPU " not in run["run"] and DEFERRED not in run["flags"]]
+    rows = [_measured_row(run, section) for run in timed]
     new = [row for row in rows if row["what"] not in known]
     written = [
         "  {\n" + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items()) + "\n  }" for row in new
@@ -164,6 +167,8 @@ def _measured_row(run: dict, section: str) -> dict:
         "tokens_per_second": round(run["tokens_per_second"]),
         "peak_gib": run["peak_gib"],
     }
+    if stages := given.get("--pipeline-model-parallel-size"):
+        row["stage"] = int(stages[0]) - 1  # the last one prints its memory
     planned = run["planned_tokens_per_second"]
     if planned and abs(planned / run["tokens_per_second"] - 1) >= TOLERANCE:
         row["off"] = (

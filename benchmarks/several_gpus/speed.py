@@ -52,7 +52,8 @@ def seven_b(runs: Runs) -> list[Job]:
     jobs = [_largest(runs, "7b", timed, count) for timed in SPEED[count]]
     if count == 2:
         fp8 = f"{SEVEN_B} {HALF} {FP8} --use-precision-aware-optimizer"
-        jobs.append(_job(runs, "7b one, FP8", 1, fp8, gpus=(0,)))
+        if plan.fits(runs.machine, "7b one, FP8", 1, _with(runs, fp8)):
+            jobs.append(_job(runs, "7b one, FP8", 1, fp8, gpus=(0,)))
     return [job for job in jobs if job]
 
 
@@ -96,7 +97,7 @@ def seventy_b(runs: Runs) -> list[Job]:
     count, memory = runs.machine.count, runs.machine.memory
     for layers in DEPTHS:
         flags = seventy_b_flags(count, layers)
-        if plan.predict(runs.machine.gpu, count, flags)["gib"] <= plan.SHARE * memory:
+        if plan.predict(runs.machine.gpu, count, _with(runs, flags)).get("gib", memory) <= plan.SHARE * memory:
             return [_job(runs, f"70b width, {layers} layers", count, flags, limit=60)]
     return []
 
@@ -110,6 +111,15 @@ def long_flags(count: int, layout: str) -> str:
 def seventy_b_flags(count: int, layers: int) -> str:
     layout = f"{TP[count]} {USER_BUFFERS} --micro-batch-size 2"
     return f"{SEVEN_B} --train-iters 4 {SEVENTY_B} {layout} --num-layers {layers}"
+
+
+def read_steps(text: str) -> list[tuple[float, float, float]]:
+    """Return (tokens/s, MFU in %, GiB) of a log's steps from the third on; of the second if it is the last.
+
+    The first has no speed in the log, and the second is often slower than the rest.
+    """
+    steps = [(float(m[2].replace(",", "")), float(m[3] or 0), float(m[4])) for m in STEP.finditer(text)]
+    return steps[1:] or steps
 
 
 def all_runs() -> list[tuple[int, str]]:
@@ -158,8 +168,7 @@ def _job(
     flags = _with(runs, flags)
 
     def read(text: str) -> dict:
-        steps = [(float(m[2].replace(",", "")), float(m[3] or 0), float(m[4])) for m in STEP.finditer(text)][1:]
-        rates, shares, peaks = zip(*steps, strict=True)
+        rates, shares, peaks = zip(*read_steps(text), strict=True)
         found = plan.predict(runs.machine.gpu, ranks, flags)
         return dict(
             gpus=ranks,

@@ -9,8 +9,6 @@ from benchmarks.several_gpus import plan, report, speed
 from benchmarks.several_gpus.machine import Machine
 from benchmarks.several_gpus.runs import Job, Runs
 
-STEP = "step 2/5 | loss 9.5 | 13,000 tokens/s/GPU | MFU 56.0 % | 70.1 GiB"
-
 
 def timed(name: str, rate: float, **more) -> dict:
     run = dict(run=name, gpus=1, gpu="H100", tokens_per_second=rate, mfu=50.0, peak_gib=60.0, loss=9.0, flags=[])
@@ -73,15 +71,22 @@ def test_measured_runs_are_rows_of_the_planner(monkeypatch, tmp_path):
     file = tmp_path / "measured_runs.json"
     file.write_text('[\n  {\n    "what": "old"\n  }\n]\n')
     monkeypatch.setattr(report, "MEASURED", file)
-    flags = "--num-layers 32 --train-iters 5 --num-layers 16 --data-path /tmp/x --tp-comm-overlap".split()
+    flags = (
+        "--num-layers 32 --train-iters 5 --num-layers 16 --data-path /tmp/x --pipeline-model-parallel-size 4".split()
+    )
     found = {"7b dp8": timed("7b dp8", 12000.4, gpus=8, flags=flags, planned_tokens_per_second=9000)}
     found |= {"faults": {"run": "faults"}, "8 layers one, GPU 3": timed("8 layers one, GPU 3", 1.0)}
     for _ in range(2):  # the second adds nothing
         report.add_measured(found, "2026-11-27, eight GPUs")
     old, row = json.loads(file.read_text())
     assert row["what"] == "7b dp8, 8 H100s" and (row["gpus"], row["tokens_per_second"]) == (8, 12000)
-    assert row["flags"] == ["--num-layers", "16", "--tp-comm-overlap"] and "faster" in row["off"]
+    assert row["flags"] == ["--num-layers", "16", "--pipeline-model-parallel-size", "4"]
+    assert row["stage"] == 3 and "faster" in row["off"]
 
 
 def test_steps_are_read_from_a_log():
-    assert speed.STEP.search(STEP).groups() == ("2", "13,000", "56.0", "70.1")
+    first = "step 1/3 | loss 9.9 | lr 1.00e-04 | grad norm 9.10 | 70.0 GiB"
+    line = "step {}/3 | loss 9.5 | lr 1.00e-04 | grad norm 9.10 | {} tokens/s/GPU | MFU 56.0 % | {}70.1 GiB"
+    second, third = line.format(2, "12,000", "ETA 0:02 | "), line.format(3, "13,000", "")
+    assert speed.read_steps("\n".join(["header", first, second, third])) == [(13000.0, 56.0, 70.1)]
+    assert speed.read_steps("\n".join([first, second])) == [(12000.0, 56.0, 70.1)]  # a run of two long steps
