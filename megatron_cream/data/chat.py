@@ -26,6 +26,8 @@ from megatron_cream.data.time_limit import TemplateTimeout, limit_rendering_time
 
 CHAT_FORMATS = ("llama2", "tokenizer")
 
+_OPEN_THINKING = re.compile(r"<think>\s*\Z")
+
 _REWRITTEN = "chat whose answers the chat template rewrites"
 
 
@@ -183,24 +185,32 @@ class _Rendering:
         return [self._find_answer(i) for i in answers if i not in without_loss]
 
     def _find_answer(self, i: int) -> tuple[int, int]:
-        prompt, _ = self._render(self._messages[:i], add_generation_prompt=True)
+        start = self._find_start(i)
         as_last, _ = self._render(self._messages[: i + 1])
-        if not self.text.startswith(prompt):
-            raise BadDocument(_REWRITTEN)
-        if self.text.startswith(as_last) and len(as_last.rstrip()) > len(prompt):
-            return len(prompt), len(as_last.rstrip())
+        if self.text.startswith(as_last) and len(as_last.rstrip()) > start:
+            return start, len(as_last.rstrip())
         # The template renders the last answer differently from earlier ones: look for the answer's text.
-        answer = self._messages[i]["content"].strip()
-        # The first match after the prompt: the end token may contain the answer's text too.
-        after = len(prompt) if as_last.startswith(prompt) else max(as_last.rfind(answer), 0)
-        at, at_last = self.text.find(answer, len(prompt)), as_last.find(answer, after)
-        if not answer or at < 0 or at_last < 0:
-            raise BadDocument(_REWRITTEN)
-        ending = as_last[at_last + len(answer) :].rstrip()
-        at += len(answer)
-        if not self.text.startswith(ending, at):
-            raise BadDocument(_REWRITTEN)
-        return len(prompt), at + len(ending)
+        content = self._messages[i]["content"]
+        following = "".join(message["content"].strip() for message in self._messages[i + 1 : i + 2])
+        for answer in (content.strip(), content.rpartition("</think>")[2].strip()):
+            # The first match after the prompt: the end token may contain the answer's text too.
+            after = start if as_last[:start] == self.text[:start] else max(as_last.rfind(answer), 0)
+            at, at_last = self.text.find(answer, start), as_last.find(answer, after)
+            if not answer or at < 0 or at_last < 0 or (following and following in self.text[start:at]):
+                continue
+            ending = as_last[at_last + len(answer) :].rstrip()
+            if self.text.startswith(ending, at + len(answer)):
+                return start, at + len(answer) + len(ending)
+        raise BadDocument(_REWRITTEN)
+
+    def _find_start(self, i: int) -> int:
+        """Return where the prompt for message i ends in the text."""
+        prompt, _ = self._render(self._messages[:i], add_generation_prompt=True)
+        # Prompts of reasoning models may open a thinking block, which an answer does not have.
+        for start in (prompt, _OPEN_THINKING.sub("", prompt)):
+            if self.text.startswith(start):
+                return len(start)
+        raise BadDocument(_REWRITTEN)
 
     def _render(
         self, messages: list[Message], add_generation_prompt: bool = False, marks: bool = False

@@ -101,6 +101,7 @@ def extract_chat(record: dict, keys: Sequence[str] = CHAT_KEYS, plain: bool = Tr
         cuts.append("the field 'tools', for which llama2 has no place")
     # Remove the weights: a template must not see them.
     without_loss = frozenset(i for i, message in enumerate(messages) if message.pop("weight", 1) == 0)
+    _check_depth([messages, tools])
     _check_unicode([messages, tools])
     return Chat(messages, None if plain else tools, without_loss, tuple(cuts))
 
@@ -211,6 +212,15 @@ def _parse_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _check_depth(value: Any, left: int = 64) -> None:
+    """Raise BadDocument at lists and objects that are nested more than `left` deep, as recursion is limited."""
+    if left == 0:
+        raise BadDocument("chat that is nested too deeply")
+    if isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_depth(part, left - 1)
 
 
 def _check_unicode(value: Any) -> None:

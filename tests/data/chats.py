@@ -41,6 +41,17 @@ REASONING = (
     "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Like DeepSeek-R1's: the prompt opens a thinking block, and answers lose theirs.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'].split('</think>')[-1].strip() if m['role'] == 'assistant' else m['content'] }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# Like Qwen3's: earlier answers lose their thinking, the last one keeps it.
+LAST_THINKS = REASONING.replace(
+    "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'].split('</think>')[-1].strip() }}"
+).replace("<think>\n\n</think>\n\n", "")
+
 
 @functools.cache
 def _byte_level_bpe():
@@ -132,5 +143,6 @@ CLEANED = [
     (share(Q, A, tools="{"), "'tools' is not a list", None),
     ({"conversations": ["q", "a"]}, "malformed turn", None),
     ({"conversations": "q"}, "not a list of turns", None),
+    (share(Q, A, tools=[functools.reduce(lambda inner, _: {"a": inner}, range(70), {})]), "nested too deeply", None),
     ({"text": "q"}, "no key 'conversations' or 'messages'", None),
 ]

@@ -12,7 +12,19 @@ from megatron_cream.data.chat import TemplateChat
 from megatron_cream.data.chat_records import extract_chat
 from megatron_cream.data.documents import BadDocument
 from megatron_cream.data.tokenizers import load_tokenizer
-from tests.data.chats import CALL, CHATML, LLAMA2, LLAMA3, MISTRAL, REASONING, openai, save_tokenizer, talk
+from tests.data.chats import (
+    CALL,
+    CHATML,
+    LAST_THINKS,
+    LLAMA2,
+    LLAMA3,
+    MISTRAL,
+    REASONING,
+    THINKING,
+    openai,
+    save_tokenizer,
+    talk,
+)
 from tests.data.test_preprocess import ByteTokenizer
 
 UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -89,6 +101,15 @@ def test_templates_that_mark_nothing(load, template, answers):
     assert spans(tokenizer, ids, mask) == answers[1:]
 
 
+@pytest.mark.parametrize("template", [THINKING, LAST_THINKS], ids=["thinking", "last"])
+@pytest.mark.parametrize("first", ["none", "<b", "<think>hm</think>none", "is"])
+def test_answers_that_lose_their_thinking(load, template, first):
+    tokenizer = load(template)
+    ids, mask = TemplateChat(tokenizer)(talk("what is it", first, "what", "<think>so</think>the answer"))
+    last = "<think>so</think>the answer" if template is LAST_THINKS else "the answer"
+    assert spans(tokenizer, ids, mask) == [first.split("</think>")[-1] + "<|im_end|>", last + "<|im_end|>"]
+
+
 def test_tools_and_calls_reach_the_template(load):
     tokenizer = load(LLAMA3)
     record = openai(
@@ -124,6 +145,9 @@ def test_templates_that_cannot_carry_a_chat(load):
     assert rewrites(talk("q", "a"))[1].any()  # found where the text changes from the prompt to the chat's end
     with pytest.raises(BadDocument, match="rewrites"):
         TemplateChat(load(MISTRAL))([{"role": "system", "content": "s"}, *talk("q", "a", "r", "b")])
+    upper = TemplateChat(load(LAST_THINKS.replace("[-1].strip()", "[-1] | upper")))
+    with pytest.raises(BadDocument, match="rewrites"):
+        upper(talk("what", "a", "is", "a"))  # the first "a" is written "A": it must not be found in the second
     with pytest.raises(ValueError, match="no chat template"):
         TemplateChat(load(None))
     with pytest.raises(ValueError, match="HuggingFaceTokenizer"):
