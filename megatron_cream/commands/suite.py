@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _run_one(
         gc.collect()
         if devices.has_cuda():
             torch.cuda.empty_cache()
-    return {"state": "finished", "score": _find_score(read_json(folder / SUMMARY, "a summary")["results"])}
+    return {"state": "finished", "score": _find_score(words, read_json(folder / SUMMARY, "a summary")["results"])}
 
 
 def _list_flags(args: Namespace, command: str) -> list[str]:
@@ -144,15 +144,12 @@ def _has_dataset(name: str) -> bool:
     return True
 
 
-def _find_score(results: dict[str, Any]) -> float | None:
-    """Return the score of a summary, or the first of lm_eval's accuracies; None for perplexity."""
-    if "score" in results:
-        return results["score"]
-    for row in results.values():
-        for metric in ("acc_norm,none", "acc,none"):
-            if isinstance(row.get(metric), float):
-                return row[metric]
-    return None
+def _find_score(words: Sequence[str], results: dict[str, Any]) -> float | None:
+    """Return the score of a summary, or lm_eval's accuracy of the task or group; None for perplexity."""
+    if words[0] != "harness":
+        return results.get("score")
+    row = results.get(words[words.index("--tasks") + 1], {})
+    return next((row[name] for name in ("acc_norm,none", "acc,none") if isinstance(row.get(name), float)), None)
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:

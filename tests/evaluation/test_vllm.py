@@ -13,7 +13,7 @@ from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.commands import evaluate as command
 from megatron_cream.model.rotary import build_rope_scaling
-from tests.evaluation_models import save_tokenizer
+from tests.evaluation_models import records_of, save_own_task, save_tokenizer
 from tests.hf_models import save_model
 from tests.launch import ROOT
 
@@ -88,6 +88,17 @@ def test_bad_lengths_end_before_the_engine_starts(folder, tmp_path, monkeypatch,
         assert run_here(monkeypatch, "needle", *GRID, most, "--model", folder / "out", *VLLM, *flags) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("evaluate.py: error:") == 1, error
+
+
+@pytest.mark.parametrize("folder", ["llama-mha"], indirect=True)
+def test_harness_scores_are_transformers(folder, tmp_path, monkeypatch):
+    flags = ["harness", "--tasks", "own", "--include-path", save_own_task(tmp_path), "--model", folder / "out"]
+    engine = ["--engine", "vllm", "--enforce-eager", "--max-length", 500]
+    ended = evaluate(*flags, *engine, "--output", tmp_path / "vllm")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert run_here(monkeypatch, *flags, "--dtype", "fp32", "--output", tmp_path / "transformers") == 0
+    found = [records_of(tmp_path / name) for name in ("vllm", "transformers")]
+    assert found[0] == found[1] and len({record["score"] for record in found[0]}) == 2
 
 
 WINDOW = """
