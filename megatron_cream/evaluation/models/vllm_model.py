@@ -79,15 +79,15 @@ class VllmModel:
         self._sampling = vllm.SamplingParams
         self._stop_ids = sorted(stop_ids)
         self.tokenizer, self.max_positions = tokenizer, max_positions
-        arguments = settings.engine_arguments(max_positions, prefill_chunk)
-        if arguments.get("max_model_len", 0) > max_positions:  # by the last token of an answer: read_vllm_settings
-            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+        # The length was checked against the model's window, which vLLM may take for shorter. An answer's last token has
+        # no position, and may be one beyond.
+        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         with report_failed_start():
             self._engine = vllm.LLM(
                 model=str(folder),
                 dtype=str(dtype).removeprefix("torch."),
                 skip_tokenizer_init=True,  # prompts and answers are ids
-                **arguments,
+                **settings.engine_arguments(max_positions, prefill_chunk),
             )
         self._max_model_len = self._engine.llm_engine.model_config.max_model_len
 
