@@ -12,7 +12,7 @@ from typing import Any
 from megatron_cream.data.documents import BadDocument
 
 CHAT_KEYS = ("conversations", "messages")
-"""Keys of a record's turns: ShareGPT's and OpenAI's. The first key present and not null is read."""
+"""Keys of a record's turns: ShareGPT's and OpenAI's. The first one that has turns is read."""
 
 ROLES = {
     "human": "user",
@@ -76,7 +76,7 @@ def extract_chat(record: dict, keys: Sequence[str] = CHAT_KEYS, plain: bool = Tr
         BadDocument: there is no answer to a question that could be used.
         UnicodeError: a turn contains lone surrogates.
     """
-    found = [key for key in keys if record.get(key) is not None]
+    found = [key for key in keys if record.get(key)] or [key for key in keys if record.get(key) is not None]
     if not found:
         raise BadDocument(f"no key {' or '.join(map(repr, keys))}")
     turns, cuts = record[found[0]], [f"{key!r} of a record with {found[0]!r}" for key in found[1:]]

@@ -115,6 +115,7 @@ CLEANED = [
     (openai(("developer", "s"), ("User", "q"), ("assistant", "a")), "ss uq aa", []),
     (share(Q, A) | openai(("user", "other")), "uq aa", ["'messages' of a record with 'conversations'"]),
     ({"conversations": None} | openai(("user", "q"), ("gpt", "a")), "uq aa", []),
+    ({"conversations": []} | openai(("user", "q"), ("gpt", "a")), "uq aa", []),
     (openai({"from": None, "value": None, "role": "user", "content": "q"}, ("assistant", "a")), "uq aa", []),
     (share(Q, A, ("system", "s"), Q, A), "uq aa", ["all from a system turn between others"]),
     (share(Q, A, Q, ("gpt", " ")), "uq aa", ["all from an empty turn"]),

@@ -123,7 +123,7 @@ def test_cut_and_dropped_chats_are_counted_and_reported(tmp_path):
     assert rows["dropped: chat with tool calls, which the template does not show"] == "2"
     assert rows["cut: answers before the first question"] == "2"
     assert rows["cut: the field 'tools', which the template does not show"] == "1"
-    assert f"first cut: all from an empty turn on: {path}:54\n" in done.stdout
+    assert f"first cut: all from an empty turn on: {path}:55\n" in done.stdout
     dropped = sum(int(count) for reason, count in rows.items() if reason.startswith("dropped"))
     assert dropped + documents == len(CHATS) + len(odd) + 1
     before = written(tmp_path / "x")

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from megatron_cream.commands.preprocess import read_template
 from megatron_cream.data.chat import TemplateChat
 from megatron_cream.data.chat_records import extract_chat
 from megatron_cream.data.documents import BadDocument
@@ -176,3 +177,12 @@ def test_a_template_is_found_where_transformers_keeps_it(tmp_path, place):
     tokenizer._tokenizer.tokenizer.chat_template = {"rag": LLAMA2, "brief": LLAMA2}
     with pytest.raises(ValueError, match="choose one with --chat-template: brief, rag"):
         TemplateChat(tokenizer)
+
+
+def test_a_template_is_a_file_or_a_name(tmp_path):
+    (tmp_path / "own.jinja").write_text("{{ messages }} é", "utf-8")
+    (tmp_path / "other.jinja").write_bytes(b"\xff")
+    assert read_template(str(tmp_path / "own.jinja")) == "{{ messages }} é"
+    assert (read_template("brief"), read_template(None)) == ("brief", None)
+    with pytest.raises(ValueError, match="--chat-template .*other.jinja: not a UTF-8 text file"):
+        read_template(str(tmp_path / "other.jinja"))
