@@ -49,8 +49,23 @@ def _mark_slow(items):
                 item.add_marker(pytest.mark.slow)
 
 
+def _read_help_texts_once():
+    """Cache the help texts that Megatron reads from its sources for each parser; the tests build hundreds of parsers."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+
+    read, texts = ArgumentGroupFactory._get_field_docstrings, {}
+
+    def read_once(self, kind):
+        if kind not in texts:
+            texts[kind] = read(self, kind)
+        return dict(texts[kind])
+
+    ArgumentGroupFactory._get_field_docstrings = read_once
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
+    _read_help_texts_once()
     _mark_slow(items)
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))

@@ -50,14 +50,14 @@ def build_parser(recipe: bool = True) -> argparse.ArgumentParser:
     return _add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), recipe)
 
 
-@functools.cache
-def _default_values() -> Namespace:
-    return build_parser(recipe=False).parse_args([])
+_defaults: dict[str, Any] = {}
 
 
 def default_values() -> dict[str, Any]:
     """Return {variable: value} for a command line without flags."""
-    return dict(vars(_default_values()))
+    if not _defaults:
+        build_parser(recipe=False)
+    return dict(_defaults)
 
 
 def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argparse.ArgumentParser:
@@ -94,7 +94,8 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
         _escape_help(action)
         if callable(action.type) and action.type not in (str, int, float):
             action.type = functools.partial(_convert, action.type)
-    flag_support.reject_when_parsing(parser)  # before the recipe, so that it compares with the real defaults
+    # Before the recipe, so that it compares with the real defaults.
+    _defaults.update(vars(flag_support.reject_when_parsing(parser)))
     path = recipe_path(sys.argv[1:]) if recipe else None
     if path is not None:
         parser.set_defaults(**read_recipe(path, parser))

@@ -1,6 +1,6 @@
 """The run to plan, from the flags of pretrain_cream.py. Nothing is started."""
 
-import sys
+import functools
 from argparse import Namespace
 
 from megatron_cream.checkpoint import start
@@ -11,6 +11,7 @@ from megatron_cream.config import fill
 from megatron_cream.config.checks import flags as flag_checks
 from megatron_cream.config.checks import numbers as number_checks
 from megatron_cream.config.parser import build_parser, default_values
+from megatron_cream.config.recipe import read_recipe, recipe_path
 from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.model import user_buffers
 from megatron_cream.planning.run import Engine, Layout, Model, Run
@@ -76,12 +77,13 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     return Run(_model(args), layout, engine, gpus, target, steps)
 
 
+_build_parser = functools.cache(build_parser)
+
+
 def _parse(argv: list[str]) -> Namespace:
-    saved, sys.argv = sys.argv, [sys.argv[0], *argv]  # the parser looks for --config there
-    try:
-        return build_parser().parse_args(argv)
-    finally:
-        sys.argv = saved
+    parser = _build_parser(recipe=False)  # building it takes longer than a plan
+    path = recipe_path(argv)
+    return parser.parse_args(argv, Namespace(**read_recipe(path, parser) if path else {}))
 
 
 def _model(args: Namespace) -> Model:
