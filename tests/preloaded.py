@@ -22,7 +22,8 @@ platform.setup()
 JOB = Path(__file__).resolve().parents[1] / "pretrain_cream.py"
 
 
-def main() -> None:
+def import_all() -> None:
+    """Import what ranks and commands import, so that forks need not."""
     import torch
     import torch.utils.tensorboard
     import transformers.models.llama.modeling_llama  # noqa: F401  (imported late by some runs)
@@ -30,6 +31,10 @@ def main() -> None:
     import pretrain_cream  # noqa: F401
 
     torch.set_num_threads(1)  # a fork does not inherit a pool's threads
+
+
+def main() -> None:
+    import_all()
     for line in sys.stdin:
         job = json.loads(line)
         server, process = os.getpid(), os.fork()
@@ -40,10 +45,31 @@ def main() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 
 
-def _launch(job: dict) -> None:
+def launch_ranks(ranks: int, script: str, flags: list[str]) -> int:
+    """Fork the ranks as torchrun starts them, and return the exit code."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, _rank)(script, flags)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _launch(job: dict) -> None:
     code = 1
     try:
         os.setsid()
@@ -51,21 +77,7 @@ def _launch(job: dict) -> None:
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), fd)
         os.chdir(job["cwd"])
         os.environ |= job["environment"]
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=job["ranks"],
-            run_id=str(uuid.uuid4()),
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            start_method="fork",
-            max_restarts=0,
-            monitor_interval=0.1,
-        )
-        elastic_launch(config, _rank)(job["script"], job["flags"])
-        code = 0
-    except ChildFailedError as error:
-        print(error, file=sys.stderr)
+        code = launch_ranks(job["ranks"], job["script"], job["flags"])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -83,7 +95,7 @@ def _rank(script: str, flags: list[str]) -> None:
     # A fork recreates torch's thread pool on first use. Do it here, before several autograd threads do it at once.
     torch.set_num_threads(1)
     sys.argv = [script, *flags]
-    if script != str(JOB):
+    if Path(script).resolve() != JOB:
         runpy.run_path(script, run_name="__main__")
     elif code := pretrain_cream.main():
         sys.exit(code)

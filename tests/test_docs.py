@@ -1,6 +1,7 @@
 """Tests of README and docs: their commands run as written, and the flags and files that they name exist.
 
-Shell blocks without a title are run, on a tiny model. Other blocks have a title that says what they need.
+Shell blocks without a title are run, on a tiny model; those of docs/ in forks (tests/forked_commands.py), those of
+README.md in fresh processes. Other blocks have a title that says what they need.
 """
 
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cream.common import devices
 from megatron_cream.config.parser import build_parser
+from tests.forked_commands import shims
 from tests.processes import ROOT, ending_with_test
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -69,17 +72,27 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def run_block(folder: Path, command: list[str]) -> str:
-    """Run a command in fresh processes, check that it succeeds, and return its output."""
+def environment() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
-    environment = inherited | TINY | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return inherited | TINY | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run_block(folder: Path, text: str, programs: Path | None = None) -> str:
+    """Run a shell block, check that it succeeds, and return its output.
+
+    Args:
+        programs: folder of the `python` and `torchrun` to use; None: of this Python.
+    """
+    command, variables = ["bash", "-euo", "pipefail", "-c", text], environment()
+    if programs:
+        variables["PATH"] = f"{programs}{os.pathsep}{variables['PATH']}"
     log = folder / "log.txt"
     with open(log, "w") as out:
         code = subprocess.run(
-            ending_with_test(command), cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=900
+            ending_with_test(command), cwd=folder, env=variables, stdout=out, stderr=subprocess.STDOUT, timeout=900
         ).returncode
     said = log.read_text(errors="replace")
-    assert code == 0, f"{command[-1]}\n{said[-6000:]}"
+    assert code == 0, f"{text}\n{said[-6000:]}"
     return said
 
 
@@ -87,15 +100,21 @@ def untitled(page: Path) -> list[str]:
     return [text for title, text in blocks(page) if not title]
 
 
-def run_page(folder: Path, page: Path) -> list[str]:
-    return [run_block(folder, ["bash", "-euo", "pipefail", "-c", text]) for text in untitled(page)]
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """The folder of a `python` and a `torchrun` that start fast; None on a machine with a GPU."""
+    return None if devices.has_cuda() else shims(tmp_path_factory.mktemp("docs") / "bin", environment())
+
+
+def run_page(folder: Path, page: Path, programs: Path | None) -> list[str]:
+    return [run_block(folder, text, programs) for text in untitled(page)]
 
 
 @pytest.fixture(scope="module")
-def tutorial(tmp_path_factory):
+def tutorial(tmp_path_factory, programs):
     """(folder in which the tutorial ran, output of each of its blocks)."""
     folder = make_folder(tmp_path_factory.mktemp("docs") / "checkout")
-    return folder, run_page(folder, ROOT / "docs" / "tutorial.md")
+    return folder, run_page(folder, ROOT / "docs" / "tutorial.md", programs)
 
 
 @pytest.mark.slow
@@ -107,9 +126,9 @@ def test_tutorial(tutorial):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [page.name for page in PAGES if page.name != "tutorial.md" and untitled(page)])
-def test_commands_of_page(tutorial, name):
+def test_commands_of_page(tutorial, programs, name):
     folder, _ = tutorial
-    run_page(folder, ROOT / "docs" / name)
+    run_page(folder, ROOT / "docs" / name, programs)
 
 
 @pytest.mark.slow
@@ -125,7 +144,7 @@ def test_own_model_of_readme(tmp_path):
     for written, tiny in TINY_README.items():
         assert written in text, "the README's command has changed"
         text = text.replace(written, tiny)
-    run_block(folder, ["bash", "-euo", "pipefail", "-c", text])
+    run_block(folder, text)
     assert (folder / "SmolLM2-64k" / "config.json").is_file()
 
 
