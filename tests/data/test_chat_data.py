@@ -14,7 +14,7 @@ from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDataset
 from megatron_cream.data.indexed import loss_mask_prefix, read_index
 from megatron_cream.data.preprocess import preprocess
 from tests.data.chats import CHATML, CLEANED, save_tokenizer, share, talk
-from tests.data.test_preprocess import ByteTokenizer, run_tool, written
+from tests.data.test_preprocess import ByteTokenizer, run_in_fork, run_tool, written
 from tests.launch import train, write_documents
 
 
@@ -128,11 +128,11 @@ def test_cut_and_dropped_chats_are_counted_and_reported(tmp_path):
     assert dropped + documents == len(CHATS) + len(odd) + 1
     before = written(tmp_path / "x")
 
-    done = run_tool(*flags, "--overwrite", "--no-append-eod")
-    assert done.returncode == 2 and "--append-eod: cannot be used with --chat-format" in done.stderr
+    done = run_in_fork(*flags, "--overwrite", "--no-append-eod")
+    assert done.code == 2 and "--append-eod: cannot be used with --chat-format" in done.error
     (tmp_path / "b.txt").write_text("text")
-    done = run_tool(*flags, "--overwrite", "--input", tmp_path / "b.txt")
-    assert done.returncode == 2 and "b.txt: a chat is a JSON object or a row" in done.stderr
+    done = run_in_fork(*flags, "--overwrite", "--input", tmp_path / "b.txt")
+    assert done.code == 2 and "b.txt: a chat is a JSON object or a row" in done.error
     assert written(tmp_path / "x") == before
 
 
