@@ -180,7 +180,7 @@ def check(args: argparse.Namespace) -> None:
     if prefix.is_dir() or prefix.suffix in (".bin", ".idx"):
         raise ValueError(f"--output-prefix {prefix}: must be the path without .bin or .idx, such as data/pile")
     try:
-        check_can_create(prefix.absolute().parent, f"--output-prefix {prefix}:")
+        check_can_create(prefix.absolute().parent, "--output-prefix", prefix)
         check_output(prefix, args.overwrite)
     except FileExistsError as error:
         raise ValueError(f"--output-prefix {prefix}: {error}; give another prefix, or --overwrite") from error

@@ -178,13 +178,19 @@ def check_regular(path: Path, what: str) -> None:
         raise UsageError(f"{what}: {path} is not a file")
 
 
-def check_can_create(folder: Path, flag: str) -> None:
-    """Raise UsageError unless `folder`, given with `flag`, exists or can be created."""
+def check_can_create(folder: Path, flag: str, given: Path | None = None) -> None:
+    """Raise UsageError unless `folder` exists or can be created.
+
+    Args:
+        folder: the folder.
+        flag: the flag that names it.
+        given: the value of the flag, if it is not `folder` itself.
+    """
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise UsageError(f"{flag} {folder}: {existing} is not a folder")
+        raise UsageError(f"{flag} {given or folder}: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} {folder}: {existing} is not writable")
+        raise UsageError(f"{flag} {given or folder}: {existing} is not writable")
 
 
 def is_file_name(name: Any) -> bool:

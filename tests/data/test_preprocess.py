@@ -303,6 +303,7 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path, sentencepiece_mo
         ({"--input": tmp_path / "empty"}, "file in this folder; name others with --glob"),
         ({"--input": tmp_path / "empty", "--glob": "*.md"}, "no file in this folder matches '*.md'"),
         ({"--output-prefix": tmp_path / "there"}, "there.bin already exists; give another prefix, or --overwrite"),
+        ({"--output-prefix": path / "x"}, f"error: --output-prefix {path}/x: {path} is not a folder"),
         ({"--output-prefix": tmp_path / "x.bin"}, "x.bin: must be the path without .bin or .idx"),
         ({"--tokenizer-type": "BPE"}, "--tokenizer-type: invalid choice: 'BPE'"),
         ({"--tokenizer-model": tmp_path / "no.model"}, "--tokenizer-model"),
