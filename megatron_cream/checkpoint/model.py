@@ -1,44 +1,93 @@
-"""Build and load a checkpoint's model on one rank, without Megatron's command line."""
+"""Build and load a model on one rank or on those of a tensor-parallel group, without Megatron's command line."""
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
+from megatron_cream.checkpoint.convert import build_reader
 from megatron_cream.checkpoint.families import ModelShape
-from megatron_cream.checkpoint.mapping import Row, list_parameters, megatron_shape, tensor_parallel_shard
-from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.checkpoint.mapping import (
+    Row,
+    list_parameters,
+    megatron_shape,
+    pad_vocab_size,
+    tensor_parallel_shard,
+)
 from megatron_cream.common import devices
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModelConfig
 
 
-def load_model(checkpoint: MegatronCheckpoint, dtype: torch.dtype, attention: str = "sdpa") -> LlamaModel:
-    """Load the whole model in evaluation mode, with this project's layers.
+class Weights(Protocol):
+    """A model's weights: a MegatronCheckpoint, or HfWeights."""
 
-    The vocabulary is not padded. Starts a process group of one rank if there is none.
+    shape: ModelShape
+
+    def read(self, row: Row, layer: int | None, out: Tensor) -> Tensor:
+        """Fill `out` with a whole parameter and return it."""
+
+
+class HfWeights:
+    """The weights of a Hugging Face folder, in Megatron's form."""
+
+    def __init__(self, folder: HfFolder):
+        self.shape, self.read = folder.shape, build_reader(folder)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that run one model together.
+
+    store: through which they find each other; None for a single rank.
+    rank: this process's rank among them.
+    tensor: tensor-parallel size.
+    context: context-parallel size: ranks with the same weights that split keys and values.
+    """
+
+    store: torch.distributed.Store | None = None
+    rank: int = 0
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.tensor * self.context
+
+
+def load_model(weights: Weights, dtype: torch.dtype, attention: str = "sdpa", group: Group | None = None) -> LlamaModel:
+    """Load the model in evaluation mode, with this project's layers; of several ranks each has its part.
+
+    On one rank the vocabulary is not padded. Starts a process group of these ranks if there is none.
 
     Args:
-        checkpoint: checkpoint with the weights.
+        weights: shape and weights.
         dtype: dtype of the parameters.
         attention: one of `ATTENTION_BACKENDS`.
+        group: the ranks; None is a single rank.
     """
-    _start_single_rank()
-    model = _build_model(checkpoint.shape, dtype, attention)
+    _start_group(group or Group())
+    model = _build_model(weights.shape, dtype, attention)
     if devices.has_cuda():
         model.cuda()  # moves this project's norms; Megatron's layers are on the GPU already
-    fill_model(model, checkpoint.shape, checkpoint.read)
-    model.rotary = checkpoint.shape.rotary(by_length=True)
+    fill_model(model, weights.shape, weights.read)
+    model.rotary = weights.shape.rotary(by_length=True)
     return model.eval()
 
 
 def _build_model(shape: ModelShape, dtype: torch.dtype, attention: str) -> LlamaModel:
-    args = shape.megatron_args()
+    args, tensor = shape.megatron_args(), parallel_state.get_tensor_model_parallel_world_size()
     names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels".split()
     names += ["layernorm_epsilon", "add_qkv_bias", "qk_layernorm"]
     config = TransformerConfig(
         **{name: args[name] for name in names},
+        tensor_model_parallel_size=tensor,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
@@ -54,7 +103,7 @@ def _build_model(shape: ModelShape, dtype: torch.dtype, attention: str) -> Llama
     )
     model = LlamaModelConfig(
         transformer=config,
-        vocab_size=shape.vocab_size,
+        vocab_size=pad_vocab_size(shape.vocab_size, tensor),
         should_pad_vocab=False,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="none",
@@ -109,9 +158,13 @@ def _whole_shape(row: Row, shape: ModelShape, parameter, tensor_parallel: int) -
     return megatron_shape(row, shape, padded)
 
 
-def _start_single_rank() -> None:
+def _start_group(group: Group) -> None:
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = group.store or torch.distributed.HashStore()
+        backend = "cpu:gloo,cuda:nccl" if group.size > 1 and devices.has_cuda() else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=group.rank, world_size=group.size)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=group.tensor, context_parallel_size=group.context
+        )
         model_parallel_cuda_manual_seed(1)

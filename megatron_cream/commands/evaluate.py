@@ -15,6 +15,7 @@ a folder (--output). After an interruption the same command resumes.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +25,7 @@ from megatron_cream.common import entry
 from megatron_cream.common.cli import program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import convert_disk_errors
-from megatron_cream.evaluation import harness, pictures, plans, report, sliding_window
+from megatron_cream.evaluation import fit, harness, pictures, plans, ranks, report, sharing, sliding_window
 from megatron_cream.evaluation.engine_flags import read_harness_settings, read_vllm_settings
 from megatron_cream.evaluation.flags import build_parser
 from megatron_cream.evaluation.longppl import KeyTokenRule
@@ -34,6 +35,7 @@ from megatron_cream.evaluation.results import PICTURE, RESULTS, SUMMARY, Results
 from megatron_cream.evaluation.runner import (
     Generation,
     OutOfMemory,
+    PerplexitySettings,
     Plan,
     find_key_tokens_by_model,
     run_perplexity,
@@ -52,6 +54,10 @@ LENGTH_FLAGS = {"needle": "--min-length", "longbench": "--length"}
 
 
 def main() -> int:
+    return ranks.run(_main)
+
+
+def _main() -> int:
     args = build_parser(__doc__).parse_args()
     args.output = args.output or default_output(args)
     kept = "finished results are kept, and the same command resumes"
@@ -59,6 +65,7 @@ def main() -> int:
         kept = "nothing was written"
     try:
         with convert_disk_errors(args.output, "--output", kept):
+            args.ranks = ranks.find_ranks(args)
             RUNS[args.command](args)
         return 0
     except TooShort as error:
@@ -149,10 +156,13 @@ def run_examples(args, source: language_model.Source, plan: Plan, options: dict)
     longest = max(lengths)
     vllm = read_vllm_settings(args, source, longest, len(source.tokenizer.encode_chat("")) if args.chat else 1)
     warn_beyond(source, longest)
+    print_fit(args, source, longest, args.batch_size)
     settings = {"temperature": args.temperature, "top_p": args.top_p, "chat": args.chat, **options}
     with open_output(args, source, settings) as results:
-        records = run_task(lambda: load(args, source, vllm), plan, generation, results)
-        finish(args, results, report.summarise(args.command, records))
+        work = (lambda: load(args, source, vllm), plan, generation, results)
+        records = sharing.run_task(args.ranks, *work) if args.ranks.are_several else run_task(*work)
+        if args.ranks.is_first:
+            finish(args, results, report.summarise(args.command, records))
 
 
 def run_perplexity_command(args) -> None:
@@ -183,6 +193,7 @@ def run_perplexity_command(args) -> None:
         most=args.documents,
     )
     warn_beyond(source, lengths[-1])
+    print_fit(args, source, lengths[-1], 1)
     settings = {
         "dataset": args.dataset,
         "json_key": args.json_key,
@@ -201,20 +212,14 @@ def run_perplexity_command(args) -> None:
         key = {}
         if key_source:
             missing = [document for document in documents if document.name not in results.records]
-            key = find_key_tokens_by_model(lambda: load(args, key_source), missing, source.tokenizer, rule)
-        records = run_perplexity(
-            lambda: load(args, source),
-            documents,
-            convention=args.convention,
-            lengths=lengths,
-            stride=stride,
-            rule=rule if with_longppl else None,
-            longppl_bos=longppl_bos,
-            key=key,
-            results=results,
-        )
+            own = sharing.take_share(args.ranks, missing)
+            key = find_key_tokens_by_model(lambda: load(args, key_source), own, source.tokenizer, rule)
+        measured = PerplexitySettings(args.convention, lengths, stride, rule if with_longppl else None, longppl_bos)
+        run = partial(sharing.run_perplexity, args.ranks) if args.ranks.are_several else run_perplexity
+        records = run(lambda: load(args, source), documents, settings=measured, key=key, results=results)
         described = {"convention": args.convention} | ({"longppl_bos": longppl_bos} if with_longppl else {})
-        finish(args, results, {length: row | described for length, row in summarise_perplexity(records).items()})
+        if args.ranks.is_first:
+            finish(args, results, {length: row | described for length, row in summarise_perplexity(records).items()})
 
 
 def check_convention(args, source: language_model.Source, shortest: int, stride: int, slides: bool) -> None:
@@ -266,31 +271,40 @@ def run_suite(args) -> None:
         model=source.identity(),
         lengths=default_lengths(source),
         parser=build_parser(__doc__),
-        run=lambda each: RUNS[each.command](each),
+        run=partial(run_part, args),
     )
+
+
+def run_part(args, part) -> None:
+    """Run one evaluation of a suite; `part` are its flags."""
+    part.ranks = args.ranks
+    RUNS[part.command](part)
 
 
 def find_model(args, path: str | None = None) -> language_model.Source:
     """Find the model of --model, or of --key-token-model if its path is given."""
+    split = args.ranks.replica_size > 1
     if path:
-        return language_model.find_model(path, dtype=args.dtype, flag="--key-token-model")
+        return language_model.find_model(path, dtype=args.dtype, flag="--key-token-model", split=split)
     return language_model.find_model(
         args.model,
         step=args.ckpt_step,
         tokenizer=args.tokenizer,
         engine=getattr(args, "engine", "auto"),
         dtype=args.dtype,
+        split=split,
     )
 
 
 def load(args, source: language_model.Source, vllm: VllmSettings | None = None) -> language_model.LanguageModel:
-    return language_model.load(source, prefill_chunk=args.prefill_chunk, vllm=vllm)
+    return language_model.load(source, prefill_chunk=args.prefill_chunk, vllm=vllm, ranks=args.ranks)
 
 
 def open_output(args, source: language_model.Source, settings: dict):
     """Open --output for these settings: results of the same settings are continued."""
     described = {"command": args.command, "tokenizer": args.tokenizer, **settings}
-    return open_results(
+    opened = partial(
+        open_results,
         args.output,
         settings={key: _plain(value) for key, value in described.items()},
         model=source.identity(),
@@ -298,6 +312,7 @@ def open_output(args, source: language_model.Source, settings: dict):
         overwrite=args.overwrite,
         facts={"positions": source.max_positions, "tokenizer": source.tokenizer.fingerprint()},
     )
+    return sharing.open_shared(args.ranks, opened) if args.ranks.are_several else opened()
 
 
 def finish(args, results: Results, summary: dict) -> None:
@@ -326,6 +341,13 @@ def warn_beyond(source: language_model.Source, length: int) -> None:
     if length > source.max_positions:
         problem = f"{length} tokens are more than the {source.max_positions} positions of {source.path}"
         print(f"{program_name()}: warning: {problem}", file=sys.stderr)
+
+
+def print_fit(args, source: language_model.Source, length: int, batch: int) -> None:
+    """Print what the weights and the longest batch take of a GPU, or raise UsageError if they cannot fit."""
+    fit.check_split(source, args.ranks)
+    if line := fit.describe_fit(source, args.ranks, tokens=length, batch=batch):
+        print(f"{program_name()}: {line}", file=sys.stderr)
 
 
 def _plain(value):

@@ -4,6 +4,7 @@ They go through a store before the process group exists, and through the group l
 not leave the other ranks waiting for it.
 """
 
+import contextlib
 import itertools
 import os
 import sys
@@ -62,8 +63,18 @@ def print_once(line: str, rank: int, world_size: int) -> None:
             return
         except torch.distributed.DistStoreError:
             pass  # rank 0 printed nothing in time
+        with contextlib.suppress(torch.distributed.DistError):
+            if store and store.add(f"{_PRINTED_KEY}/by", 1) > 1:  # a third rank prints it
+                store.wait([_PRINTED_KEY], _PRINT_TIMEOUT)
+                return
     print(line, file=sys.stderr, flush=True)
     if store:
+        store.set(_PRINTED_KEY, "")
+
+
+def confirm_printed(rank: int, world_size: int) -> None:
+    """Tell the other ranks, which call `print_once`, that this rank has printed its error line."""
+    if _store is not None and (store := open_store(rank, world_size)):
         store.set(_PRINTED_KEY, "")
 
 

@@ -1,6 +1,7 @@
 """The flags of --engine: added to the tasks that generate, checked, and turned into settings of vLLM."""
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
@@ -19,8 +20,7 @@ def add_engine(command: argparse.ArgumentParser, share, *, has_length: bool = Tr
         share: reads a number above 0 and at most 1.
         has_length: whether --max-model-len is for vLLM alone; else the command adds it itself.
     """
-    about = "auto: transformers for a Hugging Face folder, Megatron-Core for a checkpoint"
-    command.add_argument("--engine", choices=ENGINES, default="auto", help=about)
+    add_engine_alone(command, ENGINES if has_length else ("auto", "vllm"))  # lm_eval has no Megatron-Core
     add = command.add_argument_group("with --engine vllm").add_argument
     if has_length:
         about = "maximum tokens of a prompt and its answer (default: what the task needs, within the model's positions)"
@@ -30,6 +30,12 @@ def add_engine(command: argparse.ArgumentParser, share, *, has_length: bool = Tr
     add("--gpu-memory-utilization", type=share, metavar="SHARE", help=about)
     about = "neither compile nor capture CUDA graphs: starts faster, answers more slowly"
     add("--enforce-eager", action="store_true", help=about)
+
+
+def add_engine_alone(command: argparse.ArgumentParser, engines: Sequence[str]) -> None:
+    """Add --engine with these values to the parser of a task."""
+    about = "auto: transformers for a Hugging Face folder, Megatron-Core for a checkpoint or a model on several GPUs"
+    command.add_argument("--engine", choices=engines, default="auto", help=about)
 
 
 def read_vllm_settings(args: argparse.Namespace, source: Source, longest: int, added: int = 1) -> VllmSettings | None:

@@ -7,7 +7,7 @@ import math
 from megatron_cream.checkpoint.convert import DTYPES
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.evaluation.conventions import CONVENTIONS
-from megatron_cream.evaluation.engine_flags import add_engine
+from megatron_cream.evaluation.engine_flags import add_engine, add_engine_alone
 from megatron_cream.evaluation.suites import SUITES
 from megatron_cream.evaluation.tasks import longbench, needle
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
@@ -56,6 +56,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--longppl-bos", action="store_true", help="LongPPL: score the text after a BOS; its authors do not")
     about = "LongPPL: another model that finds the key tokens"
     add("--key-token-model", type=path_or_name, metavar="MODEL", help=about)
+    add_engine_alone(added, ("auto", "megatron"))  # vLLM gives no log-probabilities of a prompt
     _add_prefill(added)
 
     added = command(
@@ -206,8 +207,13 @@ def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of
 
 
 def _add_prefill(command: argparse.ArgumentParser, *synonyms: str) -> None:
+    add = command.add_argument
+    about = "GPUs that share one model, with torchrun; for Megatron-Core"
+    add("--tensor-model-parallel-size", type=positive, default=1, metavar="N", help=about)
+    about = "GPUs that split the keys and values of long prompts; each has the weights"
+    add("--context-parallel-size", type=positive, default=1, metavar="N", help=about)
     about = "tokens of a context read at once; limits memory"
-    command.add_argument("--prefill-chunk", *synonyms, type=positive, default=4096, metavar="N", help=about)
+    add("--prefill-chunk", *synonyms, type=positive, default=4096, metavar="N", help=about)
     _add_model(command)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_cream.evaluation.runner import Plan
 from megatron_cream.evaluation.tasks import kv, lines, longbench, needle
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
-from megatron_cream.evaluation.tasks.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.task import Draft, Example, Tokenizer
 
 
 def plan_needle(
@@ -25,18 +25,16 @@ def plan_needle(
 ) -> Plan:
     """Plan needle: `samples` examples per length and depth. See needle.examples."""
 
-    def examples(lengths: Sequence[int], per_cell: int) -> Iterable[Example]:
-        options = dict(depths=depths, seed=seed, needle=kind, haystack=haystack)
-        return needle.examples(tokenizer, lengths=lengths, per_cell=per_cell, **options)
+    options = dict(depths=depths, seed=seed, needle=kind, haystack=haystack)
 
     def score(example: Example, output: str) -> dict[str, float]:
         scores = {"score": needle.score(example, output)}
         return scores | ({"rouge_l": needle.rouge_l(output)} if kind == "sandwich" else {})
 
-    first = next(iter(examples(lengths[:1], 1)))
+    first = next(iter(needle.examples(tokenizer, lengths=lengths[:1], per_cell=1, **options)))
     score(first, "")  # fails now if a package is missing
-    cells = len(depths) * samples
-    return Plan(examples(lengths, samples), len(lengths) * cells, sum(lengths) * cells, score)
+    drafts = needle.drafts(tokenizer, lengths=lengths, per_cell=samples, **options)
+    return _build_lazily(drafts, lengths, len(depths) * samples, score)
 
 
 def plan_lines(
@@ -59,8 +57,8 @@ def plan_lines(
         made = lines.examples(tokenizer, lengths=lengths, lines=lines_counts, seed=seed, per_cell=samples)
         return _build_plan(made, score)
     next(iter(lines.examples(tokenizer, lengths=lengths[:1], seed=seed)))
-    made = lines.examples(tokenizer, lengths=lengths, seed=seed, per_cell=samples)
-    return Plan(made, len(lengths) * samples, sum(lengths) * samples, score)
+    drafts = lines.drafts(tokenizer, lengths=lengths, seed=seed, per_cell=samples)
+    return _build_lazily(drafts, lengths, samples, score)
 
 
 def plan_kv(
@@ -79,6 +77,10 @@ def plan_kv(
     """
     if files:
         return _build_plan(kv.load(tokenizer, files, gold=gold, most=samples), _wrap_score(kv.score))
+    if lengths and not keys:
+        next(iter(kv.examples(tokenizer, keys=(), lengths=lengths[:1], seed=seed)))
+        drafts = kv.drafts(tokenizer, lengths=lengths, seed=seed, per_cell=samples)
+        return _build_lazily(drafts, lengths, kv.PLACES * samples, _wrap_score(kv.score))
     made = kv.examples(tokenizer, keys=keys, lengths=lengths, gold=gold, seed=seed, per_cell=samples)
     return _build_plan(made, _wrap_score(kv.score))
 
@@ -96,13 +98,11 @@ def plan_ruler(
 ) -> Plan:
     """Plan RULER: `samples` examples of each task at each length. See ruler.examples."""
 
-    def examples(lengths: Sequence[int], per_cell: int) -> Iterable[Example]:
-        options = dict(tasks=tasks, seed=seed, haystack=haystack, squad=squad, hotpotqa=hotpotqa)
-        return ruler.examples(tokenizer, lengths=lengths, per_cell=per_cell, **options)
-
-    per_length = samples * sum(1 for _ in examples(lengths[:1], 1))  # one of each task, at the shortest length
-    made = examples(lengths, samples)
-    return Plan(made, len(lengths) * per_length, sum(lengths) * per_length, _wrap_score(ruler.score))
+    options = dict(tasks=tasks, seed=seed, haystack=haystack, squad=squad, hotpotqa=hotpotqa)
+    first = ruler.examples(tokenizer, lengths=lengths[:1], per_cell=1, **options)
+    per_length = samples * sum(1 for _ in first)  # one of each task, at the shortest length
+    drafts = ruler.drafts(tokenizer, lengths=lengths, per_cell=samples, **options)
+    return _build_lazily(drafts, lengths, per_length, _wrap_score(ruler.score))
 
 
 def plan_longbench(
@@ -118,6 +118,15 @@ def plan_longbench(
     options = dict(length=length, datasets=datasets, most=samples, code_similarity=code_similarity)
     made = longbench.examples(tokenizer, folder=folder, **options)
     return _build_plan(made, _wrap_score(partial(longbench.score, code_similarity=code_similarity)))
+
+
+def _build_lazily(
+    drafts: Iterable[Draft], lengths: Sequence[int], per_length: int, score: Callable[[Example, str], dict[str, float]]
+) -> Plan:
+    """Return a plan of examples that are built only when they are needed, `per_length` at each length."""
+    listed = list(drafts)
+    examples = (draft.build() for draft in listed)
+    return Plan(examples, len(lengths) * per_length, sum(lengths) * per_length, score, listed)
 
 
 def _build_plan(examples: Iterable[Example], score: Callable[[Example, str], dict[str, float]]) -> Plan:

@@ -11,12 +11,13 @@ class WorkBar:
     Args:
         examples: total number of examples.
         tokens: total number of tokens, from which the time left is estimated; None estimates it from examples.
+        shown: False shows nothing.
     """
 
-    def __init__(self, examples: int, tokens: int | None):
+    def __init__(self, examples: int, tokens: int | None, *, shown: bool = True):
         self._examples, self._weighed = examples, tokens is not None
         self._done = self._read = 0
-        self._bar = ProgressBar(tokens or examples, f"0/{examples}", seconds_between_lines=60)
+        self._bar = ProgressBar(tokens or examples, f"0/{examples}", shown=shown, seconds_between_lines=60)
 
     def skip(self, weight: int) -> None:
         """Count an example that an earlier run finished.

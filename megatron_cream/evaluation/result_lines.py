@@ -42,7 +42,7 @@ def read_records(path: Path, *, need_checksums: bool) -> dict[str, dict[str, Any
     found: dict[str, int] = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
-            record = _parse_line(line, need_checksums)
+            record = parse_line(line, need_checksums)
         except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"--output: {path}, line {number}: not a result ({one_line(error)}). Delete that line to evaluate its "
@@ -58,7 +58,7 @@ def read_records(path: Path, *, need_checksums: bool) -> dict[str, dict[str, Any
     return records
 
 
-def _parse_line(line: bytes, need_checksums: bool) -> dict[str, Any]:
+def parse_line(line: bytes, need_checksums: bool) -> dict[str, Any]:
     """Parse a line and check its checksum.
 
     Raises:

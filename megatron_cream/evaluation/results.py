@@ -21,6 +21,7 @@ from megatron_cream.common.files import (
     to_json,
 )
 from megatron_cream.common.versions import find_versions
+from megatron_cream.evaluation import parts
 from megatron_cream.evaluation.result_lines import format_line, is_record, read_records
 
 RESULTS, SUMMARY, PICTURE = "results.jsonl", "summary.json", "picture.png"
@@ -45,6 +46,7 @@ class Results:
     Attributes:
         folder: holds results.jsonl (one line per example), summary.json and picture.png.
         records: records of the finished examples, by name.
+        run: name of this run's parts, if other ranks write some; see parts.py.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Results:
         overwrites: bool,
     ):
         self.folder, self.records = folder, records
+        self.run = parts.make_run_name(parts.compute_digest(description))
         self._description, self._lines, self._overwrites = description, lines, overwrites
 
     def add(self, record: dict[str, Any]) -> None:
@@ -81,7 +84,22 @@ class Results:
             file.flush()
             # A kill between the two leaves results without a summary, from which no run resumes.
             self._lines = _replace_lines(self.folder, line, remove=(PICTURE, SUMMARY))
+        parts.remove_parts(self.folder, keep=self.run)
         self._overwrites = False
+
+    def sort(self, order: dict[str, parts.Order]) -> None:
+        """Sort the lines by `order`, after those that have none, and remove the parts of other ranks.
+
+        Args:
+            order: by name of the example.
+        """
+        names = sorted(self.records, key=lambda name: order.get(name, ()))
+        if names != list(self.records):
+            self.records = {name: self.records[name] for name in names}
+            self._lines.close()
+            self._lines = _replace_lines(self.folder, "".join(map(format_line, self.records.values())))
+        os.fsync(self._lines.fileno())
+        parts.remove_parts(self.folder)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write the final summary.json with the aggregate `results` of all examples."""
@@ -161,7 +179,7 @@ def open_results(
 def _load_earlier(folder: Path, description: dict[str, Any], lines: TextIO) -> tuple[dict[str, dict[str, Any]], TextIO]:
     """Return the records of an earlier run with the same settings, and the file to append to.
 
-    Adds checksums to lines that have none.
+    Adds checksums to lines that have none, and what killed ranks wrote into files of their own.
     """
     path, has_checksums = folder / RESULTS, True
     if (folder / SUMMARY).exists():
@@ -169,7 +187,15 @@ def _load_earlier(folder: Path, description: dict[str, Any], lines: TextIO) -> t
     elif path.stat().st_size:
         raise UsageError(f"--output {folder}: its {RESULTS} has no {SUMMARY}. Give another folder, or --overwrite.")
     records = read_records(path, need_checksums=has_checksums)
-    return records, lines if has_checksums else _replace_lines(folder, "".join(map(format_line, records.values())))
+    if not has_checksums:
+        lines = _replace_lines(folder, "".join(map(format_line, records.values())))
+    for record in parts.take_leftovers(folder, parts.compute_digest(description), records):
+        lines.write(format_line(record))
+        records[record["name"]] = record
+    lines.flush()
+    os.fsync(lines.fileno())
+    parts.remove_parts(folder)
+    return records, lines
 
 
 def _open_locked(folder: Path) -> TextIO:

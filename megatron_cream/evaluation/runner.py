@@ -3,7 +3,7 @@
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NoReturn
@@ -20,9 +20,10 @@ from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.progress import WorkBar
 from megatron_cream.evaluation.results import RESULTS, Results
 from megatron_cream.evaluation.sliding_window import Document
-from megatron_cream.evaluation.tasks.task import Example
+from megatron_cream.evaluation.tasks.task import Draft, Example
 
-_BATCHES_AT_ONCE = 8  # batches of examples that are sorted by length together
+BATCHES_AT_ONCE = 8
+"""Batches of examples that are sorted by length together."""
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -39,12 +40,20 @@ class Plan:
     count: number of examples.
     tokens: total tokens of all examples, or None if unknown.
     score: (example, output) -> {"score": 0 to 1} and any other values to record.
+    drafts: the same examples, not built yet; None where all were built to know their lengths.
     """
 
     examples: Iterable[Example]
     count: int
     tokens: int | None
     score: Callable[[Example, str], dict[str, float]]
+    drafts: Sequence[Draft] | None = None
+
+    def list_drafts(self) -> list[Draft]:
+        """Return the examples as drafts, in order."""
+        if self.drafts is not None:
+            return list(self.drafts)
+        return [Draft(example.name, lambda example=example: example) for example in self.examples]
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,24 @@ class Generation:
     top_p: float = 1.0
     seed: int = 0
     chat: bool = False
+
+
+@dataclass(frozen=True)
+class PerplexitySettings:
+    """What the perplexity of a document is.
+
+    convention: one of conventions.CONVENTIONS, for the perplexity. LongPPL slides as `ours` does.
+    lengths: context lengths in tokens.
+    stride: tokens by which the window moves; at a shorter context, the context length.
+    rule: LongPPL's rule for key tokens; None skips LongPPL.
+    longppl_bos: LongPPL scores the text after a BOS; its authors do not. Key tokens are found with a BOS.
+    """
+
+    convention: str
+    lengths: list[int]
+    stride: int
+    rule: KeyTokenRule | None
+    longppl_bos: bool
 
 
 def run_task(
@@ -81,16 +108,16 @@ def run_task(
             for example in plan.examples:
                 order.append(example.name)
                 if example.name in results.records:
-                    _check_same_example(example, results)
+                    check_same_example(example, results)
                     bar.skip(example.length)
                 else:
                     yield example
 
         todo, model = missing(), None
-        while chunk := list(islice(todo, min(_BATCHES_AT_ONCE * generation.batch_size, sys.maxsize))):
+        while chunk := list(islice(todo, min(BATCHES_AT_ONCE * generation.batch_size, sys.maxsize))):
             model = model or open_model()
-            for batch in _make_batches(model, chunk, generation):
-                for record in _answer_batch(model, batch, plan, generation):
+            for batch in make_batches(model, chunk, generation):
+                for record in answer_batch(model, batch, plan, generation):
                     results.add(record)
                     bar.add(record["length"], record["prompt_tokens"])
     return [results.records[name] for name in order]
@@ -100,11 +127,7 @@ def run_perplexity(
     open_model: Callable[[], LanguageModel],
     documents: list[Document],
     *,
-    convention: str,
-    lengths: list[int],
-    stride: int,
-    rule: KeyTokenRule | None,
-    longppl_bos: bool,
+    settings: PerplexitySettings,
     key: dict[str, Tensor],
     results: Results,
 ) -> list[dict[str, Any]]:
@@ -115,47 +138,60 @@ def run_perplexity(
     Args:
         open_model: loads the model; called only if a document is missing.
         documents: tokenized texts.
-        convention: one of conventions.CONVENTIONS, for the perplexity. LongPPL slides as `ours` does.
-        lengths: context lengths in tokens.
-        stride: tokens by which the window moves; at a shorter context, the context length.
-        rule: LongPPL's rule for key tokens; None skips LongPPL.
-        longppl_bos: LongPPL scores the text after a BOS; its authors do not. Key tokens are found with a BOS.
-        key: document name -> bool [n - 1], the key tokens that another model found. For other documents the model
-            finds them itself, with the longest context.
+        settings: what is measured.
+        key: document name -> the key tokens that another model found.
         results: receives each record as soon as it is made.
 
-    Returns: the records of all documents: {"lengths": {n: {"nll", "tokens", "key_nll", "key_tokens"}}}.
+    Returns: the records of all documents, as `measure_document` returns them.
 
     Raises:
         OutOfMemory: the device ran out of memory; earlier results are kept.
     """
-    by_length, model = sorted(lengths, reverse=True), None
+    model = None
     with WorkBar(len(documents), sum(len(document.tokens) for document in documents)) as bar:
         for document in documents:
             if document.name in results.records:
-                _check_lengths(document, by_length, rule, results)
+                check_lengths(document, settings, results)
                 bar.skip(len(document.tokens))
                 continue
-            record: dict[str, Any] = {"name": document.name, "tokens": len(document.tokens), "lengths": {}}
             model = model or open_model()
-            with report_out_of_memory(len(document.tokens), 1):
-                is_key = key.get(document.name)
-                bos_left_out = int(not longppl_bos and model.tokenizer.bos is not None)
-                for length in by_length:
-                    moves = min(stride, length)
-                    log_probs = conventions.log_probs(convention, model, document.tokens, length, moves)
-                    sums = _sum_losses(log_probs)
-                    if rule:
-                        if is_key is None:  # by the longest context, which holds the document by any convention
-                            is_key = find_key_tokens(model, document.tokens, log_probs, rule)
-                        if bos_left_out or convention != "ours":
-                            text = document.tokens[bos_left_out:]
-                            log_probs = conventions.log_probs("ours", model, text, length, moves)
-                        sums |= _sum_losses(log_probs[is_key[bos_left_out:]], "key_")
-                    record["lengths"][str(length)] = sums
-            results.add(record)
+            results.add(measure_document(model, document, settings, key.get(document.name)))
             bar.add(len(document.tokens), len(document.tokens))
     return [results.records[document.name] for document in documents]
+
+
+def measure_document(
+    model: LanguageModel, document: Document, settings: PerplexitySettings, is_key: Tensor | None
+) -> dict[str, Any]:
+    """Return a document's record: {"name", "tokens", "lengths": {n: {"nll", "tokens", "key_nll", "key_tokens"}}}.
+
+    Args:
+        model: the model.
+        document: the document.
+        settings: what is measured.
+        is_key: bool [n - 1], the key tokens that another model found; None: the model finds them itself, with the
+            longest context.
+
+    Raises:
+        OutOfMemory: the device ran out of memory.
+    """
+    convention, rule = settings.convention, settings.rule
+    record: dict[str, Any] = {"name": document.name, "tokens": len(document.tokens), "lengths": {}}
+    with report_out_of_memory(len(document.tokens), 1):
+        bos_left_out = int(not settings.longppl_bos and model.tokenizer.bos is not None)
+        for length in sorted(settings.lengths, reverse=True):
+            moves = min(settings.stride, length)
+            log_probs = conventions.log_probs(convention, model, document.tokens, length, moves)
+            sums = _sum_losses(log_probs)
+            if rule:
+                if is_key is None:  # by the longest context, which holds the document by any convention
+                    is_key = find_key_tokens(model, document.tokens, log_probs, rule)
+                if bos_left_out or convention != "ours":
+                    text = document.tokens[bos_left_out:]
+                    log_probs = conventions.log_probs("ours", model, text, length, moves)
+                sums |= _sum_losses(log_probs[is_key[bos_left_out:]], "key_")
+            record["lengths"][str(length)] = sums
+    return record
 
 
 def find_key_tokens_by_model(
@@ -187,7 +223,7 @@ def _sum_losses(log_probs: Tensor, prefix: str = "") -> dict[str, float]:
     return {f"{prefix}nll": -log_probs.double().sum().item(), f"{prefix}tokens": len(log_probs)}
 
 
-def _make_batches(model: LanguageModel, examples: list[Example], generation: Generation) -> Iterator[list[tuple]]:
+def make_batches(model: LanguageModel, examples: list[Example], generation: Generation) -> Iterator[list[tuple]]:
     """Yield batches of (example, prompt ids) with similar lengths."""
     plain, chat = model.tokenizer.encode_prompt, model.tokenizer.encode_chat
     pairs = [(example, (chat if generation.chat and example.chat else plain)(example.prompt)) for example in examples]
@@ -196,7 +232,7 @@ def _make_batches(model: LanguageModel, examples: list[Example], generation: Gen
         yield pairs[first : first + generation.batch_size]
 
 
-def _answer_batch(model: LanguageModel, batch: list[tuple], plan: Plan, generation: Generation) -> list[dict[str, Any]]:
+def answer_batch(model: LanguageModel, batch: list[tuple], plan: Plan, generation: Generation) -> list[dict[str, Any]]:
     prompts = [ids for _, ids in batch]
     with report_out_of_memory(max(map(len, prompts)), len(batch)):
         outputs = model.generate(
@@ -245,7 +281,7 @@ def report_out_of_memory(tokens: int, samples: int) -> Iterator[None]:
         ) from error
 
 
-def _check_same_example(example: Example, results: Results) -> None:
+def check_same_example(example: Example, results: Results) -> None:
     """Raise UsageError if the folder's result with this name belongs to another example."""
     record = results.records[example.name]
     values = {"part": example.part, "length": example.length, "depth": example.depth, "answers": list(example.answers)}
@@ -254,8 +290,9 @@ def _check_same_example(example: Example, results: Results) -> None:
             _reject(example.name, f"{key} {record[key]!r}, not {value!r}", results)
 
 
-def _check_lengths(document: Document, lengths: list[int], rule: KeyTokenRule | None, results: Results) -> None:
+def check_lengths(document: Document, settings: PerplexitySettings, results: Results) -> None:
     """Raise UsageError if the folder's result for this document has other context lengths."""
+    lengths, rule = sorted(settings.lengths, reverse=True), settings.rule
     rows = results.records[document.name].get("lengths", {})
     if rows.keys() != set(map(str, lengths)):
         _reject(document.name, f"context lengths {', '.join(rows) or 'none'}, not {lengths}", results)

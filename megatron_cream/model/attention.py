@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_cream.model.context_parallel import context_parallel_attention
 from megatron_cream.model.kernels import support
+from megatron_cream.model.key_shards import KeyShard, attend_to_shards
 from megatron_cream.model.rotary import apply_rotary
 
 # Values of `--attention-backend`. `fused` and `unfused` are kernels of Transformer Engine.
@@ -181,9 +182,12 @@ class _CausalCoreAttention(MegatronModule):
     forward: query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> [s, b, n * d].
     attention_mask is None, except in generation with prompts of several lengths: then it is
     bool [b, keys], False on padding, and there is one query for each sample.
+    key_shard, if set, says which keys and values of a long text this rank has in generation.
     A subclass defines `attend`, which returns [s, b, n, d]: causal attention, aligned at the
     end if there are more keys than queries.
     """
+
+    key_shard: KeyShard | None = None
 
     def __init__(
         self,
@@ -217,6 +221,8 @@ class _CausalCoreAttention(MegatronModule):
             raise ValueError("attention bias and packed sequences need --attention-backend te")
         if attention_mask is not None:
             out_SBND = _attend_unpadded(query, key, value, attention_mask, self.softmax_scale)
+        elif self.key_shard is not None:
+            out_SBND = attend_to_shards(query, key, value, self.key_shard, self.softmax_scale)
         elif self.cp_group is not None:
             out_SBND = context_parallel_attention(self.attend, query, key, value, self.cp_group)
         else:

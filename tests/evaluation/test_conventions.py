@@ -13,7 +13,7 @@ from megatron_cream.evaluation.longppl import KeyTokenRule
 from megatron_cream.evaluation.models.hf_model import HfModel
 from megatron_cream.evaluation.models.tokenizer import open_tokenizer
 from megatron_cream.evaluation.results import open_results
-from megatron_cream.evaluation.runner import run_perplexity, summarise_perplexity
+from megatron_cream.evaluation.runner import PerplexitySettings, run_perplexity, summarise_perplexity
 from megatron_cream.evaluation.sliding_window import Document
 from tests.evaluation_models import save_llama
 
@@ -45,11 +45,7 @@ def measure(llama, tmp_path, convention: str, rule: KeyTokenRule | None = None, 
         records = run_perplexity(
             lambda: model,
             [document],
-            convention=convention,
-            lengths=LENGTHS,
-            stride=STRIDE,
-            rule=rule,
-            longppl_bos=longppl_bos,
+            settings=PerplexitySettings(convention, LENGTHS, STRIDE, rule, longppl_bos),
             key={},
             results=results,
         )

@@ -1,7 +1,7 @@
 """Generation from logits: chooses tokens and stops, in the same way for every engine with a key-value cache."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -31,6 +31,7 @@ def generate(
     temperature: float,
     top_p: float,
     seeds: Sequence[int],
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
     """Return the continuation of each prompt, up to `max_new_tokens` or a stop token.
 
@@ -44,6 +45,7 @@ def generate(
         temperature: sampling temperature; 0 takes the likeliest token.
         top_p: sample from the likeliest tokens that together have this probability.
         seeds: one seed per prompt; its samples do not depend on the rest of the batch.
+        agree: makes the chosen tokens, int64 [b], the same on all ranks that run the model.
 
     Raises:
         NonFiniteLogits: a logit is NaN, or the largest one is infinite.
@@ -57,6 +59,8 @@ def generate(
         if not logits.amax(-1).isfinite().all():
             raise NonFiniteLogits
         tokens = choose(logits)
+        if agree:
+            tokens = agree(tokens)
         for i, token in enumerate(tokens.tolist()):
             if token in stop_ids:
                 unfinished.discard(i)

@@ -24,11 +24,12 @@ from megatron_cream.common.files import read_json
 from megatron_cream.evaluation.models.generation import NonFiniteLogits
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer, has_tokenizer, open_tokenizer
 from megatron_cream.evaluation.models.vllm_model import VllmModel, VllmSettings, import_vllm
+from megatron_cream.evaluation.ranks import Ranks
 from megatron_cream.model.rotary import LENGTH_DEPENDENT_TYPES
 from megatron_cream.patches import platform
 
-ENGINES = ("auto", "vllm")
-"""auto: transformers for a Hugging Face folder, Megatron-Core for a Megatron checkpoint."""
+ENGINES = ("auto", "megatron", "vllm")
+"""auto: Megatron-Core for a Megatron checkpoint, and for a model that several GPUs share; else transformers."""
 
 _SAMPLE_BYTES = 1 << 20
 _IGNORED_SUFFIXES = (".md", ".py", ".png", ".lock")  # files that do not belong to the model
@@ -127,6 +128,7 @@ def find_model(
     engine: str = "auto",
     dtype: str | None = None,
     flag: str = "--model",
+    split: bool = False,
 ) -> Source:
     """Find the kind of a model folder, and read its configuration and tokenizer.
 
@@ -137,10 +139,11 @@ def find_model(
         engine: one of ENGINES.
         dtype: one of convert.DTYPES; None is bfloat16 on a GPU and float32 on a CPU.
         flag: flag of `path`, for messages.
+        split: whether several GPUs share the model.
 
     Raises:
         UsageError: the folder is of neither kind, is damaged or has no tokenizer, or `engine` is vllm and vLLM is not
-            installed.
+            installed, or is megatron and this project does not know the model's family.
     """
     if engine == "vllm":
         import_vllm()
@@ -161,12 +164,18 @@ def find_model(
         )
     hf_folder.check_model(folder)
     output.check_unchanged(folder)
+    if engine == "auto":
+        engine = "megatron" if split else "transformers"
+    if engine == "megatron":
+        hf_folder.HfFolder(folder)  # raises
     given = (tokenizer, "--tokenizer") if tokenizer else (folder, flag)
     opened = open_tokenizer(given[0], flag=given[1])
-    return Source(folder, None, opened, "vllm" if engine == "vllm" else "transformers", torch_dtype, flag)
+    return Source(folder, None, opened, engine, torch_dtype, flag)
 
 
-def load(source: Source, *, prefill_chunk: int, vllm: VllmSettings | None = None) -> LanguageModel:
+def load(
+    source: Source, *, prefill_chunk: int, vllm: VllmSettings | None = None, ranks: Ranks | None = None
+) -> LanguageModel:
     """Load the model, on the GPU if there is one.
 
     The loaded model raises UsageError if its logits are not finite.
@@ -176,11 +185,12 @@ def load(source: Source, *, prefill_chunk: int, vllm: VllmSettings | None = None
         prefill_chunk: tokens of a prompt that are read at once; a larger chunk takes more memory and does not
             change results.
         vllm: settings of the engine vllm; None is their default.
+        ranks: this process's place among the ranks; None is a single rank.
 
     Raises:
         UsageError: the weights cannot be read.
     """
-    return _CheckedModel(_load(source, prefill_chunk, vllm or VllmSettings()), source)
+    return _CheckedModel(_load(source, prefill_chunk, vllm or VllmSettings(), ranks or Ranks()), source)
 
 
 def non_finite_error(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageError:
@@ -228,7 +238,7 @@ class _CheckedModel:
             )
 
 
-def _load(source: Source, prefill_chunk: int, vllm: VllmSettings) -> LanguageModel:
+def _load(source: Source, prefill_chunk: int, vllm: VllmSettings, ranks: Ranks) -> LanguageModel:
     stop_ids = source.tokenizer.stop_ids | _read_stop_ids(source)
     common = dict(tokenizer=source.tokenizer, stop_ids=stop_ids, max_positions=source.max_positions)
     if source.engine == "vllm":
@@ -238,9 +248,12 @@ def _load(source: Source, prefill_chunk: int, vllm: VllmSettings) -> LanguageMod
         prefill_chunk = 1 << 40  # one chunk: the frequencies of all tokens depend on the longest position
     if source.engine == "megatron":
         platform.setup()  # before anything of Megatron is imported
+        from megatron_cream.checkpoint.model import Group, HfWeights
         from megatron_cream.evaluation.models.megatron_model import MegatronModel
 
-        return MegatronModel(source.checkpoint, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
+        weights = source.checkpoint or HfWeights(hf_folder.HfFolder(source.path))
+        group = Group(ranks.replica_store, ranks.rank % ranks.replica_size, ranks.tensor, ranks.context)
+        return MegatronModel(weights, dtype=source.dtype, prefill_chunk=prefill_chunk, group=group, **common)
     from megatron_cream.evaluation.models.hf_model import HfModel
 
     return HfModel(source.path, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)

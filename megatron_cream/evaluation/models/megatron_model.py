@@ -1,4 +1,6 @@
-"""The engine that runs a Megatron checkpoint with Megatron-Core on one rank, with training's layers and positions.
+"""The engine that runs a model with Megatron-Core, with training's layers and positions.
+
+Tensor-parallel and context-parallel ranks call it together, with the same arguments, and get the same results.
 
 Megatron's own StaticInferenceContext keeps the keys and values. All sequences in it have one length, so prompts
 of different lengths are aligned at their ends. Each prompt is read alone, without a mask, into a view of the
@@ -10,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from torch import Tensor
 
-from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.checkpoint.model import load_model
+from megatron_cream.checkpoint.model import Group, Weights, load_model
 from megatron_cream.common import devices
 from megatron_cream.evaluation.models import generation
+from megatron_cream.evaluation.models.sharded_cache import ShardedCache, ShardedText
+from megatron_cream.evaluation.models.static_cache import new_context
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.model.llama import LlamaModel
 
@@ -29,16 +31,17 @@ class MegatronModel:
 
     def __init__(
         self,
-        checkpoint: MegatronCheckpoint,
+        weights: Weights,
         *,
         dtype: torch.dtype,
         prefill_chunk: int,
         tokenizer: ModelTokenizer,
         stop_ids: frozenset[int],
         max_positions: int,
+        group: Group | None = None,
     ):
-        self._model = load_model(checkpoint, dtype)
-        shape = replace(checkpoint.shape, max_position_embeddings=_NO_LIMIT)
+        self._model, self._group = load_model(weights, dtype, group=group), group or Group()
+        shape = replace(weights.shape, max_position_embeddings=_NO_LIMIT)
         self._model.rotary = shape.rotary(by_length=True)
         self._device = "cuda" if devices.has_cuda() else "cpu"
         self._chunk, self._stop_ids = prefill_chunk, stop_ids
@@ -49,43 +52,57 @@ class MegatronModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
-        batch = _RightAlignedBatch(self._model, self._device, self._chunk, room=max_new_tokens)
-        return generation.generate(batch, prompts, max_new_tokens, stop_ids=self._stop_ids, **sampling)
+        agree = _take_from_first_rank if self._group.size > 1 else None
+        options = dict(stop_ids=self._stop_ids, agree=agree)
+        if self._group.context == 1:
+            batch = _RightAlignedBatch(self._model, self._device, self._chunk, room=max_new_tokens)
+            return generation.generate(batch, prompts, max_new_tokens, **options, **sampling)
+        answers = []
+        for prompt, seed in zip(prompts, sampling["seeds"], strict=True):
+            text = ShardedText(self._model, self._device, self._chunk, room=max_new_tokens)
+            answers += generation.generate(text, [prompt], max_new_tokens, **options, **sampling | {"seeds": [seed]})
+        return answers
 
     @torch.inference_mode()
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:
         tokens = tokens.to(self._device)
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         total = inputs.shape[1]
-        context = _new_context(self._model, len(tokens), total) if total > self._chunk else None
+        cache = self._open_cache(len(tokens), total)
         parts = []
-        for begin in range(0, total, self._chunk):
-            end = min(begin + self._chunk, total)
+        for begin in range(0, total, cache.chunk):
+            end = min(begin + cache.chunk, total)
             positions = torch.arange(begin, end, device=self._device).expand(len(tokens), -1)
             # With labels Megatron returns each token's loss, so logits exist for one chunk only.
-            losses = self._model(
-                inputs[:, begin:end], positions, None, labels=labels[:, begin:end], inference_context=context
-            )
-            if context is not None:
-                context.sequence_len_offset = end
+            losses = cache.read(inputs[:, begin:end], positions, labels=labels[:, begin:end])
             parts.append(-losses[:, max(0, start - 1 - begin) :].float())
         return torch.cat(parts, 1).cpu()
 
+    def _open_cache(self, batch: int, length: int) -> "ShardedCache | _WholeCache":
+        if self._group.context == 1:
+            return _WholeCache(self._model, self._chunk, batch, length)
+        return ShardedCache(self._model, self._device, self._chunk, batch=batch, length=length)
 
-def _new_context(model: LlamaModel, batch: int, length: int) -> StaticInferenceContext:
-    """Allocate zeros for the keys and values of `length` tokens of each sample.
 
-    Uninitialized memory would not do: a masked value is multiplied by 0, and 0 times NaN is NaN.
-    """
-    config = model.config
-    context = StaticInferenceContext(batch, length)
-    size = (length, batch, config.num_query_groups, config.kv_channels)
-    for layer in model.decoder.layers:
-        weight = layer.self_attention.linear_qkv.weight
-        context.key_value_memory_dict[layer.layer_number] = tuple(
-            torch.zeros(size, dtype=weight.dtype, device=weight.device) for _ in range(2)
-        )
-    return context
+class _WholeCache:
+    """The keys and values of a batch of texts of one length; none are kept if they are read at once."""
+
+    def __init__(self, model: LlamaModel, chunk: int, batch: int, length: int):
+        self._model, self.chunk = model, chunk
+        self._context = new_context(model, batch, length) if length > chunk else None
+
+    def read(self, tokens: Tensor, positions: Tensor, **options) -> Tensor:
+        """Return the model's output for the next tokens, [b, s]; `options` are the model's."""
+        out = self._model(tokens, positions, None, inference_context=self._context, **options)
+        if self._context is not None:
+            self._context.sequence_len_offset += tokens.shape[1]
+        return out
+
+
+def _take_from_first_rank(tokens: Tensor) -> Tensor:
+    """Return the tokens that the first rank has chosen: a GPU's sums may differ in their last bits."""
+    torch.distributed.broadcast(tokens, src=0)
+    return tokens
 
 
 class _RightAlignedBatch:
@@ -104,7 +121,7 @@ class _RightAlignedBatch:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = int(lengths.max())
-        self._context = _new_context(self._model, len(prompts), width + self._room)
+        self._context = new_context(self._model, len(prompts), width + self._room)
         logits = [self._read(prompt, i, width - len(prompt)) for i, prompt in enumerate(prompts)]
         self._context.sequence_len_offset = width
         # bool [b, keys], False on padding; None if there is no padding.
@@ -141,4 +158,4 @@ class _RightAlignedBatch:
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         with InferenceMode.active():  # returns the logits of the last token only
             logits = self._model(tokens, positions, mask, inference_context=self._context, runtime_gather_output=True)
-        return logits[:, -1]
+        return logits[:, -1, : self._model.real_vocab_size]

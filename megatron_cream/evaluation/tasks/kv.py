@@ -10,18 +10,19 @@ Different here: the wording of the prompt.
 import random
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.evaluation.tasks.filler import LazyList, draw_distinct, fit
 from megatron_cream.evaluation.tasks.sources import check_distinct_names, read_json_lines
-from megatron_cream.evaluation.tasks.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.task import Draft, Example, Tokenizer
 
 MAX_NEW_TOKENS = 50
+PLACES = 5
+"""Number of places of the gold pair at each length, evenly spaced."""
 PUBLISHED = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}
 """Number of pairs -> places of the gold pair, counted from 0, in CREAM's paper."""
-
-_PLACES = 5
 
 
 def examples(
@@ -58,11 +59,24 @@ def examples(
             for i in range(per_cell):
                 pairs = _move(_draw_pairs(f"{seed}/kv/{count}_keys/{i}").first(count), 0, place)
                 yield _build_example(tokenizer, f"kv/{count}_keys/{place}/{i}", pairs, place, part=f"{count}_keys")
+    for draft in drafts(tokenizer, lengths=lengths, seed=seed, per_cell=per_cell):
+        yield draft.build()
+
+
+def drafts(tokenizer: Tokenizer, *, lengths: Sequence[int], seed: int, per_cell: int) -> Iterator[Draft]:
+    """Yield `per_cell` examples for each length and place, not built yet.
+
+    Building raises UsageError if the length is too short.
+    """
+
+    def build(length: int, step: int, i: int) -> Example:
+        pairs, place = _fit_pairs(tokenizer, _draw_pairs(f"{seed}/kv/{length}/{i}"), length, step)
+        return _build_example(tokenizer, f"kv/{length}/{step}/{i}", pairs, place, length=length)
+
     for length in lengths:
-        for step in range(_PLACES):
+        for step in range(PLACES):
             for i in range(per_cell):
-                pairs, place = _fit_pairs(tokenizer, _draw_pairs(f"{seed}/kv/{length}/{i}"), length, step)
-                yield _build_example(tokenizer, f"kv/{length}/{step}/{i}", pairs, place, length=length)
+                yield Draft(f"kv/{length}/{step}/{i}", partial(build, length, step, i))
 
 
 def load(
@@ -104,12 +118,12 @@ def score(example: Example, output: str) -> float:
 
 def choose_places(count: int) -> tuple[int, ...]:
     """Return the places of PUBLISHED, or five places from the first of `count` to the last."""
-    return PUBLISHED.get(count) or tuple(dict.fromkeys(_choose_place(count, step) for step in range(_PLACES)))
+    return PUBLISHED.get(count) or tuple(dict.fromkeys(_choose_place(count, step) for step in range(PLACES)))
 
 
 def _choose_place(count: int, step: int) -> int:
-    """Return the place among `count` for `step`: 0 is the first, _PLACES - 1 the last."""
-    return step * (count - 1) // (_PLACES - 1)
+    """Return the place among `count` for `step`: 0 is the first, PLACES - 1 the last."""
+    return step * (count - 1) // (PLACES - 1)
 
 
 def _check_gold(count: int, gold: Sequence[int] | None) -> None:

@@ -12,12 +12,13 @@ Different here: the wording of the prompt, which ends with the start of the requ
 import random
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.evaluation.tasks.filler import LazyList, draw_distinct, fit
 from megatron_cream.evaluation.tasks.sources import check_distinct_names, load_words, read_json_lines
-from megatron_cream.evaluation.tasks.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.task import Draft, Example, Tokenizer
 
 MAX_NEW_TOKENS = 35
 _LARGEST = 50_000
@@ -51,18 +52,28 @@ def examples(
     for count in lines:
         if count < 2:
             raise UsageError(f"--lines {count}: must be 2 or more")
-    for length in lengths:
-        for i in range(per_cell):
-            name = f"lines/{length}/{i}"
-            record = _Record(f"{seed}/{name}")
-            count = fit(tokenizer, record.prompt, task="lines", length=length, max_new_tokens=MAX_NEW_TOKENS, least=2)
-            yield record.example(name, count, length, part="")
+    for draft in drafts(tokenizer, lengths=lengths, seed=seed, per_cell=per_cell):
+        yield draft.build()
     for count in lines:
         for i in range(per_cell):
             name, part = f"lines/{count}_lines/{i}", f"{count}_lines"
             record = _Record(f"{seed}/{name}")
             length = len(tokenizer.encode(record.prompt(count))) + MAX_NEW_TOKENS
             yield record.example(name, count, length, part)
+
+
+def drafts(tokenizer: Tokenizer, *, lengths: Sequence[int], seed: int, per_cell: int) -> Iterator[Draft]:
+    """Yield `per_cell` examples for each length, not built yet. Building raises UsageError if it is too short."""
+
+    def build(name: str, length: int) -> Example:
+        record = _Record(f"{seed}/{name}")
+        count = fit(tokenizer, record.prompt, task="lines", length=length, max_new_tokens=MAX_NEW_TOKENS, least=2)
+        return record.example(name, count, length, part="")
+
+    for length in lengths:
+        for i in range(per_cell):
+            name = f"lines/{length}/{i}"
+            yield Draft(name, partial(build, name, length))
 
 
 def load(tokenizer: Tokenizer, files: Sequence[Path], *, most: int | None = None) -> Iterator[Example]:

@@ -13,6 +13,7 @@ words that are in the output; for a number it is 0 or 1.
 import random
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks import longbench_metrics
 from megatron_cream.evaluation.tasks.filler import Haystack, fit, load_sentences
-from megatron_cream.evaluation.tasks.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.task import Draft, Example, Tokenizer
 
 MAX_NEW_TOKENS = 50
 KINDS = ("number", "sandwich")
@@ -56,7 +57,13 @@ def build_grid(minimum: int, maximum: int, count: int, depths: int) -> tuple[lis
     return sorted(set(lengths)), np.linspace(0, 1, depths).tolist()
 
 
-def examples(
+def examples(tokenizer: Tokenizer, **options) -> Iterator[Example]:
+    """Yield the examples of `drafts`, which has the arguments."""
+    for draft in drafts(tokenizer, **options):
+        yield draft.build()
+
+
+def drafts(
     tokenizer: Tokenizer,
     *,
     lengths: Sequence[int],
@@ -65,8 +72,8 @@ def examples(
     per_cell: int = 1,
     needle: str = "number",
     haystack: Path | None = None,
-) -> Iterator[Example]:
-    """Yield `per_cell` examples for each length and depth.
+) -> Iterator[Draft]:
+    """Yield `per_cell` examples for each length and depth, not built yet.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -78,7 +85,8 @@ def examples(
         haystack: folder of .txt files; None takes the standard library's prose.
 
     Raises:
-        UsageError: a length is too short, a depth is not in 0 to 1, the needle is unknown, or there is no filler.
+        UsageError: a depth is not in 0 to 1, the needle is unknown, or there is no filler. Building raises it if a
+            length is too short.
     """
     if needle not in KINDS:
         raise UsageError(f"needle {needle}: must be one of {', '.join(KINDS)}")
@@ -86,13 +94,17 @@ def examples(
         if not 0 <= depth <= 1:
             raise UsageError(f"needle depth {depth}: must be from 0 to 1")
     filler = Haystack(tokenizer, load_sentences(haystack))
+
+    def build(name: str, length: int, depth: float) -> Example:
+        fact, question, answers = _draw_needle(needle, random.Random(f"{seed}/{name}"))
+        prompt = _build_prompt(tokenizer, filler, fact, question, length, depth)
+        return Example(name, prompt, answers, MAX_NEW_TOKENS, length, depth, part=needle)
+
     for length in lengths:
         for depth in depths:
             for i in range(per_cell):
                 name = f"needle/{needle}/{length}/{depth:.6g}/{i}"
-                fact, question, answers = _draw_needle(needle, random.Random(f"{seed}/{name}"))
-                prompt = _build_prompt(tokenizer, filler, fact, question, length, depth)
-                yield Example(name, prompt, answers, MAX_NEW_TOKENS, length, depth, part=needle)
+                yield Draft(name, partial(build, name, length, depth))
 
 
 def score(example: Example, output: str) -> float:

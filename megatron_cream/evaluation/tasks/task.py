@@ -1,5 +1,6 @@
 """The types that every long-context task uses: an example with its gold answers, and the tokenizer interface."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,18 @@ class Example:
     depth: float | None = None
     part: str = ""
     chat: bool = True
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An example that is not built yet: building takes time, and another rank may do it.
+
+    name: the example's name.
+    build: builds the example; it is the same at every call.
+    """
+
+    name: str
+    build: Callable[[], Example]
 
 
 class Tokenizer(Protocol):

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.tasks.filler import Haystack, load_sentences
 from megatron_cream.evaluation.tasks.ruler import aggregation, niah, qa, tracing
-from megatron_cream.evaluation.tasks.task import Example, Tokenizer
+from megatron_cream.evaluation.tasks.task import Draft, Example, Tokenizer
 
 TASKS = (*niah.SETTINGS, "vt", "cwe", "fwe", "qa_1", "qa_2")
 """RULER's thirteen tasks. qa_1 needs SQuAD's file and qa_2 HotpotQA's, which the user downloads."""
@@ -25,7 +25,13 @@ THRESHOLD = 85.6
 """Minimum satisfactory score in percent, as in the paper: Llama-2-7B-chat's score at 4K, a mean over all TASKS."""
 
 
-def examples(
+def examples(tokenizer: Tokenizer, **options) -> Iterator[Example]:
+    """Yield the examples of `drafts`, which has the arguments."""
+    for draft in drafts(tokenizer, **options):
+        yield draft.build()
+
+
+def drafts(
     tokenizer: Tokenizer,
     *,
     lengths: Sequence[int],
@@ -35,8 +41,8 @@ def examples(
     haystack: Path | None = None,
     squad: Path | None = None,
     hotpotqa: Path | None = None,
-) -> Iterator[Example]:
-    """Yield `per_cell` examples of each task at each length; an example's part is its task.
+) -> Iterator[Draft]:
+    """Yield `per_cell` examples of each task at each length, not built yet; an example's part is its task.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -49,8 +55,8 @@ def examples(
         hotpotqa: HotpotQA's hotpot_dev_distractor_v1.json.
 
     Raises:
-        UsageError: a task is unknown, a file is missing or of another format, there are fewer questions than
-            examples, a length is too short, or `wonderwords` is not installed.
+        UsageError: a task is unknown, or a file is missing or of another format. Building raises it if there are
+            fewer questions than examples, a length is too short, or `wonderwords` is not installed.
     """
     files = {"qa_1": squad, "qa_2": hotpotqa}
     if tasks is None:
@@ -62,7 +68,8 @@ def examples(
     for length in lengths:
         for task, make in makers.items():
             for i in range(per_cell):
-                yield make(tokenizer, length=length, index=i, seed=f"{seed}/ruler/{task}/{length}/{i}")
+                name = f"ruler/{task}/{length}/{i}"
+                yield Draft(name, partial(make, tokenizer, length=length, index=i, seed=f"{seed}/{name}"))
 
 
 def list_default_tasks(squad: Path | None, hotpotqa: Path | None) -> list[str]:
