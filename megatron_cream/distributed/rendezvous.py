@@ -74,8 +74,9 @@ def print_once(line: str, rank: int, world_size: int) -> None:
 
 def confirm_printed(rank: int, world_size: int) -> None:
     """Tell the other ranks, which call `print_once`, that this rank has printed its error line."""
-    if _store is not None and (store := open_store(rank, world_size)):
-        store.set(_PRINTED_KEY, "")
+    with contextlib.suppress(torch.distributed.DistError):  # the store may have ended
+        if _store is not None and (store := open_store(rank, world_size)):
+            store.set(_PRINTED_KEY, "")
 
 
 def broadcast_from_rank_0(value: str, rank: int, world_size: int) -> str:

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from megatron.core import parallel_state
@@ -20,7 +21,9 @@ from megatron_cream.evaluation.parts import PartResults
 from megatron_cream.evaluation.ranks import Ranks
 from megatron_cream.evaluation.results import RESULTS, SUMMARY, open_results
 from tests.evaluation_models import save_llama
-from tests.launch import ROOT, torchrun
+from tests.faults.kill import wait_for
+from tests.launch import ROOT, TORCHRUN, torchrun
+from tests.processes import ending_with_test
 
 SCRIPT = ROOT / "tools" / "evaluate.py"
 SPLIT = "--tensor-model-parallel-size"
@@ -63,7 +66,7 @@ def read_results(folder: Path) -> tuple[bytes, dict]:
 
 @pytest.mark.parametrize(
     "ranks, engine",
-    [(2, []), (4, [SPLIT, 2]), (4, [SPLIT, 2, "--context-parallel-size", 2])],
+    [(2, []), (4, [SPLIT, 2]), pytest.param(4, [SPLIT, 2, "--context-parallel-size", 2], marks=pytest.mark.slow)],
     ids=["dp2", "tp2-dp2", "tp2-cp2"],
 )
 def test_ranks_have_the_results_of_one(monkeypatch, models, tmp_path, ranks, engine):
@@ -75,6 +78,33 @@ def test_ranks_have_the_results_of_one(monkeypatch, models, tmp_path, ranks, eng
     assert found.stdout.count("numbers: summary.json") == 1
     used = json.loads((tmp_path / "many" / SUMMARY).read_text())["model"]["engine"]
     assert used == ("megatron" if engine else "transformers")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all(monkeypatch, models, tmp_path):
+    """torchrun ends the others, and one rank resumes with the results of both."""
+    flags = [*NEEDLE, "--samples", 20, "--batch-size", 2, "--model", models["hf"], "--output", tmp_path / "out"]
+    command = [*TORCHRUN, "--nproc_per_node=2", SCRIPT, *flags]
+
+    def both_have_results() -> bool:
+        files = list((tmp_path / "out").glob("results*.jsonl"))
+        return len(files) == 2 and all(file.stat().st_size for file in files)
+
+    with open(tmp_path / "log", "w") as log:
+        process = psutil.Popen(ending_with_test(command), stdout=log, stderr=log, cwd=tmp_path)
+    wait_for(both_have_results, process)
+    ranks = [child for child in process.children(recursive=True) if str(SCRIPT) in child.cmdline()]
+    ranks[-1].kill()
+    assert process.wait(60) == 1 and not any(rank.is_running() for rank in ranks)
+    kept = {line for file in (tmp_path / "out").glob("results*.jsonl") for line in read_names(file)}
+    assert run_alone(monkeypatch, *flags) == 0
+    assert kept <= set(read_names(tmp_path / "out" / RESULTS)[: len(kept)])
+    assert len(read_results(tmp_path / "out")[0].splitlines()) == 120
+
+
+def read_names(file: Path) -> list[str]:
+    """Return the names in the complete lines of a results file."""
+    return [json.loads(line)["name"] for line in file.read_bytes().split(b"\n")[:-1]]
 
 
 @pytest.mark.slow
