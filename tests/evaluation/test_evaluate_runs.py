@@ -41,6 +41,7 @@ def test_gold_answers_score_one(tokenizer, tmp_path, task):
     examples = list(plan.examples)
     assert len(examples) == plan.count and sum(e.length for e in examples) == plan.tokens
     assert len({example.name for example in examples}) == plan.count
+    assert [draft.name for draft in plan.list_drafts()] == [example.name for example in examples]
     answers = {e.prompt: " " + ", ".join(e.answers) for e in examples}
     for name, said, expected in (("all", answers, 1.0), ("none", dict.fromkeys(answers, " no"), 0.0)):
         again = all_plans(tokenizer)[task]
