@@ -1,4 +1,4 @@
-"""Redirect a run's output: everything to the terminal, or Megatron's output to a log file."""
+"""The output of a run: where it goes, and how it counts."""
 
 import contextlib
 import io
@@ -11,6 +11,11 @@ from typing import TextIO
 
 from megatron_cream.common import entry
 from megatron_cream.common.errors import UsageError, reason
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 file" or "2,000 files"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cream.common.console import format_count
 from megatron_cream.common.progress_bar import ProgressBar
 from megatron_cream.data.documents import check_files, read_batches
 from megatron_cream.data.encode import Encoder
@@ -202,18 +203,21 @@ def _show_progress(files: list[Source], prefix: Path, state: State, enabled: boo
     def speed() -> str:
         seconds = max(time.perf_counter() - started, 1e-9)
         read, tokens = state.position.disk_bytes - first_byte, state.tokens - first_token
-        return f"{state.documents:,} documents, {read / 1e6 / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
+        documents = format_count(state.documents, "document")
+        return f"{documents}, {read / 1e6 / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
 
     def advance() -> None:
         nonlocal header_printed
         # Print nothing before the first document, which may fail.
         if enabled and not bar.live and state.documents and not header_printed:
-            print(f"preprocess: {len(files)} files, {total / 1e6:.1f} MB, to {prefix}.bin/.idx", file=sys.stderr)
+            what = format_count(len(files), "file")
+            print(f"preprocess: {what}, {total / 1e6:.1f} MB, to {prefix}.bin/.idx", file=sys.stderr)
             header_printed = True
         bar.move(speed(), to=state.position.disk_bytes)
 
     if enabled and state.documents:
-        print(f"preprocess: resuming after {state.documents:,} documents of an unfinished run", file=sys.stderr)
+        done = format_count(state.documents, "document")
+        print(f"preprocess: resuming after {done} of an unfinished run", file=sys.stderr)
     header_printed = False
     with bar:
         yield advance

@@ -5,6 +5,7 @@ each node would write only its part of every checkpoint.
 """
 
 import os
+import secrets
 import socket
 import time
 import traceback
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.distributed.rendezvous import check_on_all_ranks
+from megatron_cream.distributed.rendezvous import broadcast_from_rank_0, check_on_all_ranks
 
 _VISIBILITY_SECONDS = 30.0
 """Seconds that a network file system may take to show a new file on another node."""
@@ -67,8 +68,7 @@ def check_shared(folders: dict[str, str | None], rank: int, world_size: int) -> 
 
 def _check_folder(flag: str, folder: Path, rank: int, world_size: int) -> None:
     # A name that no node has looked up before, because network file systems cache missing files.
-    run = f"{os.environ['TORCHELASTIC_RUN_ID']}-{os.environ['MASTER_PORT']}".replace("/", "_")
-    marker = folder / f".seen-by-all-nodes-{run}"
+    marker = folder / f".seen-by-all-nodes-{broadcast_from_rank_0(secrets.token_hex(8), rank, world_size)}"
 
     def write() -> None:
         if rank == 0:
@@ -97,8 +97,11 @@ def _check_folder(flag: str, folder: Path, rank: int, world_size: int) -> None:
 
 
 def is_multi_node() -> bool:
-    """Return whether torchrun runs on more than one node."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    """Return whether the job may run on more than one node.
+
+    torchrun tells the number of nodes; mpirun, srun and other launchers do not.
+    """
+    return int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def _check_restarts() -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 from megatron_cream.common.advice import command_line
 from megatron_cream.common.files import save_picture
 from megatron_cream.config.recipe import locate
-from megatron_cream.distributed import nodes
+from megatron_cream.distributed import nodes, rendezvous
 
 BASE, EXTEND = "quickstart_base", "quickstart"
 
@@ -57,14 +57,17 @@ def quickstart(train: Callable[[list[str]], None]) -> None:
 def choose_run_folder() -> Path:
     """Return runs/quickstart-TIME: new for each launch, the same on all ranks.
 
-    TIME is the start of the launcher. On several nodes, whose launchers start at different times, return
-    runs/quickstart-ID with torchrun's --rdzv_id.
+    TIME is the start of the first rank's launcher. On several nodes torchrun gives an ID (--rdzv_id), which is used
+    instead.
     """
+    if nodes.is_multi_node() and "TORCHELASTIC_RUN_ID" in os.environ:
+        return Path("runs") / f"quickstart-{os.environ['TORCHELASTIC_RUN_ID']}".replace("/", "_")
+    parent = os.getppid() if "RANK" in os.environ else 0  # 0 too if it is outside this container
+    started = time.localtime(psutil.Process(parent or os.getpid()).create_time())
+    name = time.strftime("quickstart-%Y%m%d-%H%M%S", started)
     if nodes.is_multi_node():
-        return Path("runs") / f"quickstart-{os.environ['TORCHELASTIC_RUN_ID']}".replace("/", "_")  # --rdzv_id
-    launcher = os.getppid() if "RANK" in os.environ else 0  # 0 too if it is outside this container
-    started = time.localtime(psutil.Process(launcher or os.getpid()).create_time())
-    return Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S", started)
+        name = rendezvous.broadcast_from_rank_0(name, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return Path("runs") / name
 
 
 def read_last_perplexity(folder: Path) -> dict[int, float]:

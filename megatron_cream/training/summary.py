@@ -8,6 +8,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_cream.checkpoint import pretrained, start
 from megatron_cream.checkpoint.families import read_config
 from megatron_cream.common.advice import evaluation_command, export_command
+from megatron_cream.common.console import format_count
 from megatron_cream.config import values
 from megatron_cream.config.samplers import sampler_names
 from megatron_cream.data.indexed import open_index
@@ -78,7 +79,7 @@ def _layout(args: Namespace) -> str:
     precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "float32"
     if args.fp8:
         precision += f" with FP8 ({args.fp8})"
-    ranks = "1 rank" if args.world_size == 1 else f"{args.world_size} ranks"
+    ranks = format_count(args.world_size, "rank")
     return (
         f"{ranks}: TP {args.tensor_model_parallel_size}, PP {args.pipeline_model_parallel_size}, "
         f"CP {args.context_parallel_size}, DP {args.data_parallel_size}; micro-batch {args.micro_batch_size}, "
@@ -98,7 +99,7 @@ def _data(args: Namespace) -> str:
     where = "the Python standard library" if args.embedded_data else prefixes[0]
     where = where if len(prefixes) == 1 else f"{len(prefixes)} data sets, first {where}"
     split = f", split {args.split}" if args.split and not blend_per_split else ""
-    return f"{where}: {documents:,} documents, {tokens:,} tokens{split}"
+    return f"{where}: {format_count(documents, 'document')}, {tokens:,} tokens{split}"
 
 
 def describe_steps(args: Namespace, step: tuple[float, str] | None) -> str:
@@ -107,7 +108,7 @@ def describe_steps(args: Namespace, step: tuple[float, str] | None) -> str:
         return "none (--skip-train): the model is evaluated"
     each = args.global_batch_size * args.seq_length
     steps = left = start.count_steps(args)
-    text = f"{steps:,} steps of {each:,} tokens, {_rounded(steps * each)} in all"
+    text = f"{format_count(steps, 'step')} of {each:,} tokens, {_rounded(steps * each)} in all"
     if done := start.find_resumed_step(args):
         left = max(steps - done, 0)
         text += f", {left:,} left"
@@ -128,7 +129,7 @@ def _output(args: Namespace) -> str:
     """Return where the run writes."""
     parts = []
     if args.save and not pretrained.uses_intermediate_folder(args):
-        steps = "" if args.skip_train else f"a checkpoint every {args.save_interval:,} steps, "
+        steps = "" if args.skip_train else f"a checkpoint every {format_count(args.save_interval, 'step')}, "
         parts.append(f"{args.save} ({steps}settings in {Path(args.save) / 'runs'})")
     if args.save_hf:
         parts.append(f"{args.save_hf} (Hugging Face folder, at the end)")

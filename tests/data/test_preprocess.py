@@ -244,7 +244,7 @@ def test_progress_off_a_terminal_is_two_lines(tmp_path, capfd):
     preprocess([path], tmp_path / "x", ByteTokenizer())
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("preprocess: ") for line in lines)
-    assert "1 documents" in lines[1]
+    assert "1 file," in lines[0] and "1 document," in lines[1]
 
 
 def run_tool(*flags: object) -> subprocess.CompletedProcess:

@@ -15,6 +15,8 @@ import pytest
 from megatron_cream.checkpoint import start
 from megatron_cream.common.errors import UsageError
 from megatron_cream.distributed import nodes
+from tests.bad_inputs import free_port
+from tests.bad_inputs import start as fork
 from tests.faults.kill import compare, newest, wait_for
 from tests.launch import ROOT, TINY, torchrun, write_documents
 from tests.processes import ending_with_test
@@ -181,6 +183,28 @@ def test_restarts_on_several_nodes_need_a_store_that_is_new_each_time(monkeypatc
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes"):
         nodes.run_on_all_ranks(lambda: None)
+
+
+def test_ranks_of_another_launcher_check_shared_folders(tmp_path, monkeypatch):
+    """mpirun and srun set no GROUP_WORLD_SIZE, so that the ranks may be on several nodes."""
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(nodes, "_VISIBILITY_SECONDS", 0)
+
+    def run(folder: str) -> list[tuple[int, str]]:
+        def main() -> None:
+            rank = int(os.environ["RANK"])
+            try:
+                nodes.check_shared({"--save": folder.format(rank)}, rank, 2)
+            except UsageError as error:
+                sys.exit(str(error))
+
+        port = free_port()
+        waits = [fork(main, "rank", rank=rank, ranks=2, port=port) for rank in range(2)]
+        return [(ended.code, ended.error) for ended in (wait() for wait in waits)]
+
+    assert run(f"{tmp_path}/shared") == [(0, ""), (0, "")]
+    assert [code for code, _ in run(f"{tmp_path}/of_rank_{{}}")] == [1, 1]
+    assert not list((tmp_path / "shared").iterdir()) and not list((tmp_path / "of_rank_0").iterdir())
 
 
 def test_a_file_missing_on_one_node_ends_the_job_on_all(documents, tmp_path, port):
