@@ -12,7 +12,7 @@ from megatron_cream.common import devices
 from megatron_cream.common.errors import NotAvailable, UsageError, one_line
 from megatron_cream.common.files import atomic_write, read_json, to_json
 from megatron_cream.evaluation.models.language_model import Source, non_finite_error, provide_hf_folder
-from megatron_cream.evaluation.models.vllm_model import VllmSettings, is_finite, report_failed_start
+from megatron_cream.evaluation.models.vllm_model import VllmSettings, is_finite, prepare_start
 from megatron_cream.evaluation.results import Results
 
 FULL_RESULTS = "harness.json"
@@ -151,7 +151,7 @@ def _open_in_vllm(source: Source, folder: Path, vllm: VllmSettings, options: dic
         from lm_eval.models.vllm_causallms import VLLM
     except ImportError as error:
         raise UsageError(f"--engine vllm: lm_eval cannot use this vLLM: {one_line(error)}. Leave it out.") from error
-    with report_failed_start():
+    with prepare_start():
         dtype = str(source.dtype).removeprefix("torch.")
         engine = vllm.engine_arguments(source.max_positions, prefill_chunk=None)
         model = VLLM(pretrained=str(folder), dtype=dtype, batch_size="auto", **engine, **options)

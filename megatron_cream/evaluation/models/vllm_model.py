@@ -79,10 +79,7 @@ class VllmModel:
         self._sampling = vllm.SamplingParams
         self._stop_ids = sorted(stop_ids)
         self.tokenizer, self.max_positions = tokenizer, max_positions
-        # The length was checked against the model's window, which vLLM may take for shorter. An answer's last token has
-        # no position, and may be one beyond.
-        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-        with report_failed_start():
+        with prepare_start():
             self._engine = vllm.LLM(
                 model=str(folder),
                 dtype=str(dtype).removeprefix("torch."),
@@ -150,8 +147,11 @@ def too_long(tokens: int, most: int) -> UsageError:
 
 
 @contextlib.contextmanager
-def report_failed_start() -> Iterator[None]:
-    """Turn an error of vLLM's start into a UsageError."""
+def prepare_start() -> Iterator[None]:
+    """Let vLLM start in the block with the length that it is given; turn its errors into a UsageError."""
+    # The length was checked against the model's window, which vLLM may take for shorter. An answer's last token has no
+    # position, and may be one beyond.
+    os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     try:
         yield
     except (RuntimeError, ValueError, AssertionError, OSError) as error:  # a ValidationError is a ValueError
