@@ -114,6 +114,11 @@ FLAGS = {
     "account of the embedding": (
         "--pipeline-model-parallel-size 2 --account-for-embedding-in-pipeline-split", 2, ["must divide --num-layers"],
     ),
+    "adapters of no rank": ("--lora-rank -1", 1, ["--lora-rank -1", "must not be negative"]),
+    "adapters on random weights": ("--lora-rank 4", 1, ["--lora-rank 4", "give --load-hf MODEL"]),
+    "adapters of an unknown projection": ("--lora-rank 4 --lora-targets q_proj,qkv", 1, ["qkv: choose from q_proj"]),
+    "adapters with an unknown part": ("--lora-rank 4 --lora-train heads", 1, ["--lora-train heads", "embeddings, norms"]),
+    "adapters that drop all": ("--lora-rank 4 --lora-dropout 1", 1, ["--lora-dropout 1.0", "below 1"]),
     "weights that nothing makes": ("--no-initialization", 1, ["--no-initialization", "give --load-hf"]),
     "a profile without a GPU": ("--profile", 1, ["--profile", "add --use-pytorch-profiler"]),
     "a record of no GPU's memory": ("--record-memory-history", 1, ["--record-memory-history", "needs a GPU"]),

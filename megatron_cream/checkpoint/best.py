@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cream.checkpoint import saving
-from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
+from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
+from megatron_cream.checkpoint.megatron_folder import HF
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.common.errors import UsageError
 from megatron_cream.patches import hooks, registry
@@ -44,7 +45,7 @@ class BestCheckpoint:
         if not (self.folder / TRACKER).is_file():
             return
         try:
-            checkpoint = MegatronCheckpoint(self.folder)
+            checkpoint = open_checkpoint(self.folder)
         except UsageError as error:
             raise UsageError(str(error).replace("--checkpoint ", "the best checkpoint in --save: ", 1)) from error
         kept = getattr(checkpoint.args, _SCORE_KEY, None)

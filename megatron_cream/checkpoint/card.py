@@ -44,6 +44,7 @@ _SETTINGS = (
     "optimizer", "seed", "split", "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "context_parallel_size", "data_parallel_size",
 )  # fmt: skip
+_LORA = ("lora_rank", "lora_alpha", "lora_rslora", "lora_dropout", "lora_targets", "lora_train", "lora_plus_ratio")
 """Flags that decide what was trained; the full command line follows them."""
 
 
@@ -154,7 +155,8 @@ def _describe_training(source: MegatronCheckpoint) -> dict[str, str]:
 
 
 def _format_flags(args: Namespace) -> str:
-    values = {name: getattr(args, name, None) for name in _SETTINGS}
+    names = _SETTINGS + _LORA if getattr(args, "lora_rank", 0) else _SETTINGS
+    values = {name: getattr(args, name, None) for name in names}
     values = {name: value for name, value in values.items() if value is not None and value is not False}
     return _format_table({to_flag(name): _to_text(value) for name, value in values.items()})
 

@@ -166,16 +166,22 @@ class MegatronCheckpoint:
 
     def _check(self) -> None:
         for row in rows(self.shape):
-            per_layer = row.is_layered and row.key not in self._tensors
-            for layer in range(self.shape.num_layers) if per_layer else [0]:
-                self._check_parameter(row, layer)
+            self._check_row(row)
 
-    def _check_parameter(self, row: Row, layer: int) -> None:
+    def _check_row(self, row: Row) -> None:
+        self._check_shape(row, megatron_shape(row, self.shape, self.shape.vocab_size))
+
+    def _check_shape(self, row: Row, needed: tuple[int, ...]) -> None:
+        """Check that a parameter is there, for all layers, with the shape `needed` for one layer."""
+        per_layer = row.is_layered and row.key not in self._tensors
+        for layer in range(self.shape.num_layers) if per_layer else [0]:
+            self._check_parameter(row, layer, needed)
+
+    def _check_parameter(self, row: Row, layer: int, needed: tuple[int, ...]) -> None:
         key, stacked = self._find_key(row, layer)
         if key not in self._tensors:
             raise UsageError(f"{self._where}: parameter {row.key} is missing")
         saved = tuple(self._tensors[key].size)
-        needed = megatron_shape(row, self.shape, self.shape.vocab_size)
         needed = (self.shape.num_layers, *needed) if stacked else needed
         fits = saved[0] >= needed[0] and saved[1:] == needed[1:] if row.fusion == "vocabulary" else saved == needed
         if not fits:

@@ -23,6 +23,7 @@ from megatron_cream.checkpoint.mapping import (
 from megatron_cream.common import devices
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModelConfig
+from megatron_cream.model.lora import is_adapter
 
 
 class Weights(Protocol):
@@ -127,7 +128,7 @@ def fill_model(model: LlamaModel, shape: ModelShape, produce) -> None:
         produce: function (row, layer, out) that fills `out` with a whole parameter and returns it:
             `MegatronCheckpoint.read`, or `build_reader` of a Hugging Face folder.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
     group = model.pg_collection.tp
     first = min((layer.layer_number for layer in model.decoder.layers), default=1) - 1
     for row, layer in list_parameters(shape):

@@ -9,10 +9,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_cream.checkpoint import carried, hf_folder, output
-from megatron_cream.checkpoint.convert import build_reader, export_hf
-from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
+from megatron_cream.checkpoint import base_weights, carried, hf_folder, output
+from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
+from megatron_cream.checkpoint.adapters import fill_adapters
+from megatron_cream.checkpoint.convert import export_hf
+from megatron_cream.checkpoint.megatron_folder import HF
 from megatron_cream.checkpoint.model import fill_model
+from megatron_cream.checkpoint.peft_folder import PeftFolder, export_adapter
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.progress_bar import TransferBar
 
@@ -67,17 +70,37 @@ def uses_intermediate_folder(args: Namespace) -> bool:
 
 
 def build_weights_hook(args: Namespace) -> Callable[[list], list] | None:
-    """Return a hook for Megatron's `pre_wrap_hooks` that fills the model from --load-hf.
+    """Return a hook for Megatron's `pre_wrap_hooks` that fills the model from --load-hf, or from the base of adapters.
 
-    None without --load-hf, or if --load has a checkpoint.
+    None if Megatron loads all weights from a checkpoint, or none.
     """
+    if args.lora_base is not None:
+        return _build_adapter_filler(args)
     if args.load_hf is None or (args.load is not None and (Path(args.load) / output.TRACKER).is_file()):
         return None
 
+    return _build_filler(lambda: base_weights.open_folder(args.model_folder))
+
+
+def _build_filler(open_source: Callable[[], base_weights.BaseWeights]) -> Callable[[list], list]:
     def load(chunks: list) -> list:
-        source = hf_folder.HfFolder(args.model_folder)
+        source = open_source()
         for chunk in chunks:
-            fill_model(chunk, source.shape, build_reader(source))
+            fill_model(chunk, source.shape, source.read)
+        return chunks
+
+    return load
+
+
+def _build_adapter_filler(args: Namespace) -> Callable[[list], list]:
+    def load(chunks: list) -> list:
+        base = base_weights.open_base(args.lora_base, flag="--load-hf")
+        is_resumed = args.load is not None and (Path(args.load) / output.TRACKER).is_file()
+        adapter = None if args.load_adapter is None or is_resumed else PeftFolder(Path(args.load_adapter))
+        for chunk in chunks:
+            fill_model(chunk, base.shape, adapter.replace(base.read, base.shape) if adapter else base.read)
+            if adapter:
+                fill_adapters(chunk, adapter.targets, base.shape.num_layers, adapter.get)
         return chunks
 
     return load
@@ -108,8 +131,13 @@ def save_hf(args: Namespace) -> None:
     if args.save_hf is None or args.rank != 0:
         return
     target = Path(args.save_hf).absolute()
-    with TransferBar("exported") as progress:
-        export_hf(MegatronCheckpoint(Path(args.save)), target, flag="--save-hf", with_card=True, progress=progress)
-    print(f"{args.save_hf}: model for {args.target_length} positions", flush=True)
+    source = open_checkpoint(Path(args.save))
+    if args.adapter:
+        export_adapter(source, target, flag="--save-hf")
+    else:
+        with TransferBar("exported") as progress:
+            export_hf(source, target, flag="--save-hf", with_card=True, progress=progress)
+    kind = "adapter" if args.adapter else "model"
+    print(f"{args.save_hf}: {kind} for {args.target_length} positions", flush=True)
     if uses_intermediate_folder(args):
         shutil.rmtree(args.save)

@@ -197,7 +197,7 @@ def _find_memory_shortage(settings, model: list[torch.nn.Module]) -> str:
         return ""
     why = host_memory.find_shortage(
         host_memory.OptimizerGather(
-            parameters=sum(parameter.numel() for chunk in model for parameter in chunk.parameters()),
+            parameters=sum(weight.numel() for chunk in model for weight in chunk.parameters() if weight.requires_grad),
             ranks=host_memory.count_local_ranks(),
             tensor_parallel=parallel_state.get_tensor_model_parallel_world_size(),
             data_parallel=parallel_state.get_data_parallel_world_size(with_context_parallel=True),

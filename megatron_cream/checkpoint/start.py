@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint import hf_folder, hub, opening, output, schedule
+from megatron_cream.checkpoint import hf_folder, hub, opening, output, peft_folder, schedule
+from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
 from megatron_cream.checkpoint.families import ModelShape, read_config
-from megatron_cream.checkpoint.megatron_folder import HF, MegatronCheckpoint
+from megatron_cream.checkpoint.megatron_folder import HF
 from megatron_cream.checkpoint.retention import find_complete_steps
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
@@ -83,7 +84,10 @@ def find_origin(args: Namespace) -> Origin:
 def find_model(args: Namespace) -> tuple[Path | None, ModelShape | None]:
     """Return the Hugging Face folder of the run's original model, and the model's shape."""
     folder = _find_model_folder(args)
-    return folder, None if folder is None else read_config(folder)[1]
+    if folder is None:
+        return None, None
+    shape = read_config(folder)[1]
+    return folder, shape if args.load_adapter is None else peft_folder.take_rope(shape, Path(args.load_adapter))
 
 
 def _find_model_folder(args: Namespace) -> Path | None:
@@ -269,7 +273,8 @@ def check_model(args: Namespace, found: FoundCheckpoint | None) -> None:
         if found.step and not args.no_load_optim:
             schedule.check_schedule(args, found.step.common, f"{found.flag} {found.folder.parent}", found.folder.name)
     if found.step and _is_own_model(found.args):
-        MegatronCheckpoint(found.folder.parent, _parse_step(found.folder), flag=found.flag, checksums=False)
+        base = args.lora_base["folder"] if args.lora_base and found.flag == "--load" else None
+        open_checkpoint(found.folder.parent, _parse_step(found.folder), flag=found.flag, checksums=False, base=base)
 
 
 def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 from megatron_cream.checkpoint import convert, hf_folder, hub, output
+from megatron_cream.checkpoint.adapter_checkpoint import AdapterCheckpoint, open_checkpoint
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
+from megatron_cream.checkpoint.peft_folder import export_adapter
 from megatron_cream.commands.next_step import training_command
 from megatron_cream.common import entry
 from megatron_cream.common.advice import evaluation_command
@@ -75,10 +77,12 @@ def run_import(args) -> int:
 
 def run_export(args) -> int:
     """Convert a Megatron checkpoint to a Hugging Face folder."""
-    source = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
+    source = open_checkpoint(args.checkpoint, args.ckpt_step, base=args.base)
     convert.check_no_overlap(source.path, Path(args.hf_path), flag="--hf-path")
     output.check_target(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
     output.check_unchanged(source.folder)
+    if args.adapter:
+        return _export_adapter(source, args)
     with TransferBar("exported") as progress, convert_disk_errors(args.hf_path, "--hf-path", "nothing was changed"):
         convert.export_hf(
             source,
@@ -95,12 +99,22 @@ def run_export(args) -> int:
     return 0
 
 
+def _export_adapter(source: MegatronCheckpoint, args) -> int:
+    if not isinstance(source, AdapterCheckpoint):
+        raise UsageError(f"--adapter: --checkpoint {args.checkpoint} has all weights, and no adapters")
+    with convert_disk_errors(args.hf_path, "--hf-path", "nothing was changed"):
+        export_adapter(source, Path(args.hf_path), overwrite=args.overwrite)
+    positions = source.shape.max_position_embeddings
+    print(f"{args.hf_path}: adapter of {source.folder.name} for PEFT, for {positions} positions; see its README.md")
+    return 0
+
+
 def run_verify(args) -> int:
     """Compare a checkpoint with a Hugging Face folder; return 1 if they differ."""
     text = read_text(args.text_file, "a text") if args.text_file else args.text
     if not text.strip():
         raise UsageError("--text, --text-file: must contain text")
-    checkpoint = MegatronCheckpoint(args.checkpoint, args.ckpt_step)
+    checkpoint = open_checkpoint(args.checkpoint, args.ckpt_step, base=args.base)
     folder = hf_folder.HfFolder(hub.locate(args.hf_path, flag="--hf-path"))
     from megatron_cream.patches import platform
 
@@ -142,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     dtypes = dict(choices=list(convert.DTYPES), help="cast the weights; default: no cast")
     overwrite = dict(action="store_true", help="replace the output of an earlier conversion")
     step = dict(type=int, metavar="ITERATION", help="default: the newest")
+    moved = "the model under the adapters of a LoRA checkpoint, if it is not where it was in training"
 
     command = commands.add_parser("import", help="Hugging Face folder -> Megatron checkpoint", allow_abbrev=False)
     command.set_defaults(run=run_import)
@@ -182,6 +197,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=path, required=True, help="a folder that --save or --output named")
     command.add_argument("--hf-path", type=path_or_name, required=True, help="the folder to write; must not exist")
     command.add_argument("--ckpt-step", **step)
+    command.add_argument("--base", type=path_or_name, help=moved)
+    command.add_argument("--adapter", action="store_true", help="write the adapter of a LoRA checkpoint, for PEFT")
     command.add_argument("--dtype", **dtypes)
     command.add_argument("--max-shard-size", type=size, default="5GB", help="largest safetensors file (default 5GB)")
     command.add_argument("--overwrite", **overwrite)
@@ -191,6 +208,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", type=path, required=True)
     command.add_argument("--hf-path", type=path_or_name, required=True)
     command.add_argument("--ckpt-step", **step)
+    command.add_argument("--base", type=path_or_name, help=moved)
     command.add_argument("--text", default=TEXT, help="the text on which logits are compared")
     command.add_argument("--text-file", type=path, help="a file with that text")
     return main_parser

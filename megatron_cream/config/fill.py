@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_cream.checkpoint import pretrained, save_hook, start
+from megatron_cream.checkpoint import base_weights, peft_folder, pretrained, save_hook, start
+from megatron_cream.checkpoint.adapters import split_names
 from megatron_cream.checkpoint.mapping import pad_vocab_size
 from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common import devices
@@ -53,6 +54,28 @@ def set_model_shape(args: Namespace, origin: Origin, defaults: dict[str, Any]) -
     args.padded_vocab_size = pad_vocab_size(origin.shape.vocab_size, divisor if divisor % tp == 0 else divisor * tp)
     if args.tokenizer_model is None and not args.embedded_data:
         _set_tokenizer(args, origin.model_folder, defaults["tokenizer_type"])
+
+
+def set_lora(args: Namespace, origin: Origin) -> None:
+    """Set the default of --lora-alpha, and `args.lora_base`: the record of the model under the adapters."""
+    args.lora_base = None
+    if not args.lora_rank:
+        return
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    flag, given = "--load-hf", args.load_hf
+    if given is None:
+        flag, given = "--pretrained-checkpoint", args.pretrained_checkpoint
+    found = origin.checkpoint
+    saved = getattr(found.args, "lora_base", None) if found and found.flag == "--load" else None
+    if saved is not None:
+        where = f"--load {args.load}"
+        args.lora_base = base_weights.find_again(saved, given, where=where, flag="--load-hf")
+    elif given is not None:
+        args.lora_base = base_weights.describe(given, flag=flag, step=args.ckpt_step)
+        if args.load_adapter is not None and origin.shape is not None:
+            trained = [name for name in split_names(args.lora_train) if name != "none"]
+            peft_folder.PeftFolder(Path(args.load_adapter)).check(origin.shape, trained)
 
 
 def _set_tokenizer(args: Namespace, folder: Path, default_type: str) -> None:
@@ -155,6 +178,8 @@ def set_saving(args: Namespace) -> None:
 def set_megatron_flags(args: Namespace) -> None:
     """Set Megatron's own flags from this project's flags, the layout and the machine."""
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]
+    if args.lora_rank:
+        args.pretrained_checkpoint = None  # the weights hook reads it, since it has no adapters
     args.deterministic_mode = args.deterministic_mode or args.deterministic
     shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     args.overlap_grad_reduce, args.overlap_param_gather = choose_overlaps(args, shared, devices.has_cuda())

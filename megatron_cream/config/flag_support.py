@@ -59,6 +59,8 @@ TESTED = {
         exit-duration-in-mins decrease-batch-size-if-needed check-for-large-grads check-for-spiky-loss
         check-weight-hash-across-dp-replicas-interval ddp-pad-buckets-for-high-nccl-busbw""",
     "model/test_llama.py": "disable-bias-linear use-cpu-initialization make-vocab-size-divisible-by",
+    "model/test_lora.py": "lora-targets lora-train lora-dropout",
+    "training/test_lora_runs.py": "lora-rank lora-alpha lora-rslora lora-plus-ratio load-adapter adapter",
     "optimizer/test_one_pass.py": "bf16 tensorboard-dir",
     "training/test_gpu.py": "cuda-graph-impl te-rng-tracker cp-comm-type",
     "checkpoint/test_pretrained.py": "load-hf save-hf ffn-hidden-size rope-scaling-type",

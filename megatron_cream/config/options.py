@@ -150,6 +150,40 @@ class SaveConfig:
     """End a --save-hook command after this many minutes; the end of the run waits no longer than that for it."""
 
 
+@dataclass
+class LoraConfig:
+    """Flags of LoRA, which trains low-rank adapters instead of the model's weights."""
+
+    lora_rank: int = 0
+    """Train adapters of this rank on frozen weights, which --load-hf or --pretrained-checkpoint names. 0: train all
+    weights."""
+
+    lora_alpha: float | None = None
+    """The adapters' product is multiplied by alpha / rank. Default: twice --lora-rank."""
+
+    lora_dropout: float = 0.0
+    """Probability of a zero in the input of the adapters."""
+
+    lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    """The projections with adapters, by Hugging Face's names, separated by commas."""
+
+    lora_train: str = "embeddings,norms"
+    """What trains beside the adapters, separated by commas: embeddings (and the output layer), norms; or none."""
+
+    lora_plus_ratio: float | None = None
+    """LoRA+: the learning rate of B is this many times that of A. Default: 1."""
+
+    lora_rslora: bool = False
+    """Rank-stabilized LoRA: multiply by alpha / sqrt(rank) instead."""
+
+    load_adapter: str | None = None
+    """Start from the adapter in this folder, which PEFT or this project wrote. Rank, alpha, targets and rsLoRA are
+    taken from there, and RoPE if it has a config.json."""
+
+    adapter: bool = False
+    """With --save-hf: write a folder for PEFT, with the adapter alone, and not the merged model."""
+
+
 def project_defaults() -> dict[str, Any]:
     """Return this project's defaults for Megatron's flags: a Llama, and safer settings."""
     cuda = devices.has_cuda()

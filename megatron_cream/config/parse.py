@@ -21,6 +21,7 @@ from megatron_cream.config.checks import data as data_checks
 from megatron_cream.config.checks import evaluation as evaluation_checks
 from megatron_cream.config.checks import flags as flag_checks
 from megatron_cream.config.checks import layout as layout_checks
+from megatron_cream.config.checks import lora as lora_checks
 from megatron_cream.config.checks import numbers as number_checks
 from megatron_cream.config.checks import saving as save_checks
 from megatron_cream.config.describe import describe
@@ -81,6 +82,7 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
 
     flag_checks.check_each(args)
     number_checks.check(args, defaults)
+    lora_checks.check_each(args)
     start.check_save_folder(args)
 
     origin = start.find_origin(args)
@@ -89,6 +91,8 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
 
     fill.set_embedded_data(args)
     fill.set_model_shape(args, origin, defaults)
+    lora_checks.check_checkpoint(args, origin.checkpoint)
+    fill.set_lora(args, origin)
     flag_checks.check_required(args)
     fill.set_derived_values(args)
     fill.set_rope(args, origin, defaults)
@@ -97,6 +101,7 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
     evaluation_checks.check(args)
     save_checks.check(args)
     layout_checks.check(args)
+    lora_checks.check_together(args)
     flag_checks.check_files(args)
     flag_checks.check_weights(args, from_checkpoint=origin.source is not None)
 

@@ -9,6 +9,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_cream.checkpoint.adapters import settings_of, split_names
 from megatron_cream.checkpoint.pretrained import build_weights_hook
 from megatron_cream.common import devices
 from megatron_cream.config.samplers import sampler_options
@@ -45,6 +46,7 @@ def model_config(args: Namespace) -> LlamaModelConfig:
         rope_max_positions=args.max_position_embeddings,
         attention=AttentionBackend(**args.attention),
         real_vocab_size=args.vocab_size,
+        lora=settings_of(args),
     )
 
 
@@ -73,7 +75,14 @@ def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
 
 def flops_per_token(args: Namespace) -> float:
     """Return the model FLOPs of one training token, forward and backward."""
-    return flops.flops_per_token(**_sizes(args), vocab_size=args.padded_vocab_size, seq_length=args.seq_length)
+    whole = flops.flops_per_token(**_sizes(args), vocab_size=args.padded_vocab_size, seq_length=args.seq_length)
+    settings = settings_of(args)
+    if settings is None:
+        return whole
+    frozen = flops.parameters(**_sizes(args), vocab_size=0, tied=True)
+    if "embeddings" not in settings.trained:
+        frozen += args.padded_vocab_size * args.hidden_size
+    return whole - 2.0 * frozen  # they have no weight gradients
 
 
 def count_parameters(args: Namespace) -> int:
@@ -108,4 +117,4 @@ def held_out_files(args: Namespace) -> list[tuple[str, tuple[float, float]]]:
 
 def long_eval_tasks(args: Namespace) -> tuple[str, ...]:
     """Return the names in --long-eval-tasks, without duplicates."""
-    return tuple(dict.fromkeys(name.strip() for name in args.long_eval_tasks.split(",")))
+    return split_names(args.long_eval_tasks)

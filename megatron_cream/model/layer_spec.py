@@ -20,14 +20,26 @@ from megatron_cream.model.attention import CORE_ATTENTIONS, AttentionBackend, Ro
 from megatron_cream.model.kernels import support
 from megatron_cream.model.norm import RMSNorm
 
+# Transformer Engine stores each norm in the linear layer that follows it.
+_FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
 
 def build_block_spec(
-    config: TransformerConfig, backend: AttentionBackend, vp_stage: int | None = None
+    config: TransformerConfig, backend: AttentionBackend, vp_stage: int | None = None, separate_norms: bool = False
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Return the specification of the layers of one pipeline stage.
 
     Both kinds of layers use the same tensor names in a distributed checkpoint, so each
     loads the checkpoints of the other.
+
+    Args:
+        config: Megatron's configuration.
+        backend: the attention backend, which also chooses the kind of layers.
+        vp_stage: number of the virtual pipeline stage.
+        separate_norms: keep Transformer Engine's norms out of its linears, so that adapters can read their output.
     """
     if backend.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -36,9 +48,20 @@ def build_block_spec(
         if backend.name != "te":
             attention.submodules.core_attention = CORE_ATTENTIONS[backend.name]
         layer.submodules.mlp.keywords["submodules"].activation_func = _choose_activation()
+        if separate_norms:
+            _separate_norms(layer.submodules)
         return layer
     layers = [_build_local_layer(config, backend)] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _separate_norms(layer: TransformerLayerSubmodules) -> None:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
+    layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    layer.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
+    layer.sharded_state_dict_keys_map = dict(_FUSED_NORMS)
 
 
 def _choose_activation():
@@ -81,10 +104,6 @@ def _build_local_layer(config: TransformerConfig, backend: AttentionBackend) -> 
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine stores each norm in the linear layer that follows it.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=dict(_FUSED_NORMS),
         ),
     )

@@ -24,6 +24,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.kernels import support
 from megatron_cream.model.layer_spec import build_block_spec
+from megatron_cream.model.lora import LoraSettings, add_adapters
 from megatron_cream.model.rotary import RotaryEmbedding
 
 _NORM_EXTRA_STATE = "norm._extra_state"
@@ -40,25 +41,48 @@ class LlamaModel(GPTModel):
         # Not a module, so that casting the model to bf16 does not change the frequencies.
         self.rotary = rotary
         self.real_vocab_size = real_vocab_size
+        self.has_adapters = False
         self._register_load_state_dict_pre_hook(self._add_norm_extra_states)
+
+    def add_adapters(self, settings: LoraSettings) -> None:
+        """Add LoRA adapters, and freeze the other weights."""
+        add_adapters(self, settings)
+        self.has_adapters = True
+        self._register_load_state_dict_pre_hook(self._keep_frozen_weights)
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.has_adapters and decoder_input is not None and torch.is_grad_enabled():
+            # A recomputed layer has gradients only if its input has, which a frozen embedding does not give it.
+            decoder_input = decoder_input if decoder_input.requires_grad else decoder_input.requires_grad_()
         return (decoder_input, torch.stack(self.rotary.cos_sin(position_ids)), *rest)
 
     def sharded_state_dict(self, *args, **kwargs):
         """Return Megatron's state without the extra states of Transformer Engine's norms.
 
         They are empty, and other layers have none. Without them each kind of layers loads the
-        checkpoints of the other.
+        checkpoints of the other. A model with adapters has only what trains.
         """
         state = super().sharded_state_dict(*args, **kwargs)
+        if self.has_adapters:
+            prefix = kwargs.get("prefix", args[0] if args else "")
+            trained = {prefix + name for name, weight in self.named_parameters() if weight.requires_grad}
+            return {key: value for key, value in state.items() if key in trained}
         return {key: value for key, value in state.items() if not key.endswith(_NORM_EXTRA_STATE)}
 
     def _add_norm_extra_states(self, state_dict, prefix, *_):
         for name, module in self.named_modules():
             has_state = type(module).set_extra_state is not torch.nn.Module.set_extra_state
             if name.endswith("norm") and has_state:
+                state_dict.setdefault(f"{prefix}{name}._extra_state", None)
+
+    def _keep_frozen_weights(self, state_dict, prefix, *_):
+        """Complete the state of a checkpoint, which has only what trains, with the frozen weights."""
+        for name, weight in self.named_parameters():
+            if not weight.requires_grad:
+                state_dict.setdefault(prefix + name, weight.detach())
+        for name, module in self.named_modules():
+            if type(module).set_extra_state is not torch.nn.Module.set_extra_state:
                 state_dict.setdefault(f"{prefix}{name}._extra_state", None)
 
     def compute_language_model_loss(self, labels, logits):
@@ -89,6 +113,7 @@ class LlamaModelConfig(GPTModelConfig):
     rope_max_positions: position ids are in [0, rope_max_positions).
     attention: the chosen attention backend.
     real_vocab_size: size of the tokenizer's vocabulary, without padding.
+    lora: settings of the adapters; None trains all weights.
     """
 
     builder: ClassVar[str] = "megatron_cream.model.llama.LlamaModelBuilder"
@@ -96,6 +121,7 @@ class LlamaModelConfig(GPTModelConfig):
     rope_max_positions: int
     attention: AttentionBackend
     real_vocab_size: int
+    lora: LoraSettings | None = None
 
 
 class LlamaModelBuilder(GPTModelBuilder):
@@ -120,9 +146,11 @@ class LlamaModelBuilder(GPTModelBuilder):
             vocab_size = calculate_padded_vocab_size(
                 vocab_size, model.make_vocab_size_divisible_by, config.tensor_model_parallel_size
             )
-        return LlamaModel(
+        built = LlamaModel(
             config=config,
-            transformer_layer_spec=build_block_spec(config, model.attention, vp_stage),
+            transformer_layer_spec=build_block_spec(
+                config, model.attention, vp_stage, separate_norms=model.lora is not None
+            ),
             vocab_size=vocab_size,
             max_sequence_length=model.rope_max_positions,
             pre_process=pre_process,
@@ -140,3 +168,6 @@ class LlamaModelBuilder(GPTModelBuilder):
                 rope_scaling=model.rope_scaling_config,
             ),
         )
+        if model.lora is not None:
+            built.add_adapters(model.lora)
+        return built

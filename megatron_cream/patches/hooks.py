@@ -154,7 +154,7 @@ FLOAT32_OPTIMIZER_STATE = Patch(
     parameters="self, state_dict",
 )
 
-# The optimizer step: optimizer/one_pass.py, optimizer/finite.py
+# The optimizer step: optimizer/one_pass.py, optimizer/finite.py, optimizer/lora_plus.py
 
 ADAM = Patch(
     "adam",
@@ -216,6 +216,12 @@ COPY_WEIGHTS = Patch(
     _DISTRIBUTED_OPTIMIZER + "DistributedOptimizer._copy_main_params_to_model_params",
     "FusedAdamW has already written the bf16 weights.",
     parameters="self",
+)
+PARAMETER_GROUPS = Patch(
+    "parameter-groups",
+    _TRAINING + "get_standard_config_overrides",
+    "Megatron's flags give no parameters but embeddings and output layer a learning rate of their own.",
+    parameters="config",
 )
 CHECK_NORM = Patch(
     "check-norm",

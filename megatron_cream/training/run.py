@@ -30,7 +30,7 @@ from megatron_cream.common.files import lock_folder
 from megatron_cream.config import parse, values
 from megatron_cream.data.recent import RecentSamples
 from megatron_cream.distributed import launcher, rendezvous, watchdog
-from megatron_cream.optimizer import finite
+from megatron_cream.optimizer import finite, lora_plus
 from megatron_cream.patches import cuda_graphs, install_all, table
 from megatron_cream.training import evaluations, progress, record, signals, summary
 from megatron_cream.training.watch import evaluate_during_training
@@ -129,6 +129,7 @@ def _install_patches(args: Namespace) -> None:
     install_all.install(args)
     schedule.install()
     optimizer_state.install()
+    lora_plus.install(args.lora_plus_ratio)
     if values.can_use_one_pass_optimizer(args):
         from megatron_cream.optimizer import one_pass  # imports Triton
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.checkpoint import pretrained, start
+from megatron_cream.checkpoint.adapters import settings_of
 from megatron_cream.checkpoint.families import read_config
 from megatron_cream.common.advice import evaluation_command, export_command
 from megatron_cream.common.console import format_count
@@ -13,6 +14,7 @@ from megatron_cream.config import values
 from megatron_cream.config.samplers import sampler_names
 from megatron_cream.data.indexed import open_index
 from megatron_cream.model.attention import AttentionBackend
+from megatron_cream.model.lora import TARGETS
 
 
 def describe_run(args: Namespace, step: tuple[float, str] | None = None) -> str:
@@ -26,6 +28,7 @@ def describe_run(args: Namespace, step: tuple[float, str] | None = None) -> str:
         ("model", f"{_model(args)}, {_weights(args)}"),
         ("window", _window(args)),
         *(("rope", line) for line in _rope(args)),
+        *([("lora", _adapters(args))] if args.lora_rank else []),
         ("layout", _layout(args)),
         ("data", _data(args)),
         ("train", describe_steps(args, step)),
@@ -38,6 +41,8 @@ def next_command(args: Namespace) -> str:
     """Return the command to run after this run; "" if it has written no weights."""
     if args.skip_train:
         return ""
+    if args.save_hf and args.adapter:
+        return ""  # its README.md says how to load it
     if args.save_hf:
         return evaluation_command(args.save_hf, args.target_length)
     return export_command(Path(args.save)) if args.save else ""
@@ -55,7 +60,18 @@ def _weights(args: Namespace) -> str:
         return f"resumed from {args.load} at step {step:,}"
     if found := start.find_checkpoint(args):
         return f"weights of {found[1].parent}"
-    return "random weights" if args.load_hf is None else f"weights of {args.load_hf}"
+    named = args.lora_base["name"] if args.lora_base else args.load_hf
+    return "random weights" if named is None else f"weights of {named}"
+
+
+def _adapters(args: Namespace) -> str:
+    """Return the adapters, and what trains beside them."""
+    settings = settings_of(args)
+    assert settings is not None
+    targets = "all projections" if settings.targets == TARGETS else ", ".join(settings.targets)
+    trained = f"; {' and '.join(settings.trained)} train too" if settings.trained else ""
+    origin = f", from {args.load_adapter}" if args.load_adapter else ""
+    return f"rank {settings.rank}, scale {settings.scale:g}, on {targets}{origin}{trained}"
 
 
 def _window(args: Namespace) -> str:

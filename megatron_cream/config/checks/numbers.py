@@ -16,11 +16,14 @@ _POSITIVE = {
     "vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings", "lr", "lr_decay_iters",
     "lr_decay_samples", "norm_epsilon", "adam_eps", "init_method_std", "seed", "num_dataset_builder_threads",
     "dist_ckpt_workers", "tensorboard_log_interval", "recompute_num_layers", "ckpt_step", "most_recent_k",
-    "save_hook_minutes",
+    "save_hook_minutes", "lora_alpha", "lora_plus_ratio",
 }  # fmt: skip
 """Variables that must be above 0. All others may be 0."""
 
-_BELOW_ONE = {"attention_dropout", "hidden_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction"}
+_BELOW_ONE = {
+    "attention_dropout", "hidden_dropout", "lora_dropout", "adam_beta1", "adam_beta2", "sgd_momentum",
+    "lr_warmup_fraction",
+}  # fmt: skip
 """Variables that must be below 1."""
 
 _MAXIMUM = {
@@ -31,7 +34,7 @@ _MAXIMUM = {
     "train_samples": 1 << 48, "seed": (1 << 31) - 1, "num_workers": 1 << 10, "eval_iters": 1 << 40,
     "make_vocab_size_divisible_by": 1 << 20, "distributed_timeout_minutes": 1 << 20,
     "timeout_minutes": 1 << 20,
-    "signal_exit_code": 255,
+    "signal_exit_code": 255, "lora_rank": 1 << 16,
 }  # fmt: skip
 """{variable: largest accepted value}, far beyond any model. A larger value is a typing error, which would otherwise
 end in an attempt to allocate that much memory."""

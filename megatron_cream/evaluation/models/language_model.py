@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream.checkpoint import hf_folder, output
+from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
 from megatron_cream.checkpoint.carried import GENERATION_CONFIG
 from megatron_cream.checkpoint.convert import DTYPES, export_hf
 from megatron_cream.checkpoint.families import shape_from_config
@@ -150,7 +151,7 @@ def find_model(
     torch_dtype = DTYPES[dtype] if dtype else torch.bfloat16 if devices.has_cuda() else torch.float32
     folder = Path(path)
     if (folder / TRACKER).is_file():
-        checkpoint = MegatronCheckpoint(folder, step, flag=flag)
+        checkpoint = open_checkpoint(folder, step, flag=flag)
         output.check_unchanged(checkpoint.folder)
         opened = open_tokenizer(tokenizer, flag="--tokenizer") if tokenizer else _open_own_tokenizer(checkpoint, flag)
         return Source(folder, checkpoint, opened, "vllm" if engine == "vllm" else "megatron", torch_dtype, flag)

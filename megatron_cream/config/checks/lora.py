@@ -1,0 +1,122 @@
+"""Checks of the flags of LoRA."""
+
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+
+from megatron_cream.checkpoint import peft_folder
+from megatron_cream.checkpoint.adapters import split_names
+from megatron_cream.checkpoint.start import FoundCheckpoint
+from megatron_cream.common.cli import to_flag
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config.options import LoraConfig
+from megatron_cream.model.lora import TARGETS, TRAINED
+
+_UNSUPPORTED = {
+    "tp_comm_overlap": False,
+    "fp8_param_gather": False,
+    "delay_wgrad_compute": False,
+    "use_transformer_engine_op_fuser": False,
+    "defer_embedding_wgrad_compute": False,
+    "optimizer_cpu_offload": False,
+    "use_megatron_fsdp": False,
+    "cuda_graph_impl": "none",
+}
+"""{flag that adapters were not tested with: its default}."""
+
+
+_SAVED = ("lora_rank", "lora_alpha", "lora_targets", "lora_train", "lora_rslora", "lora_plus_ratio")
+"""Flags that describe the adapters in a checkpoint."""
+
+
+def check_each(args: Namespace) -> None:
+    """Raise UsageError for a flag of LoRA that is wrong whatever the model is."""
+    _take_adapter(args)
+    if not args.lora_rank:
+        for given in fields(LoraConfig):
+            value = getattr(args, given.name)
+            if value != given.default:
+                raise UsageError(f"{_show(given.name, value)}: only with --lora-rank; give its rank, such as 16")
+        return
+    _check_names("lora_targets", args.lora_targets, TARGETS)
+    if args.lora_train != "none":
+        _check_names("lora_train", args.lora_train, (*TRAINED, "none"))
+        if "none" in split_names(args.lora_train):
+            raise UsageError(f"--lora-train {args.lora_train}: give none alone")
+    for name, default in _UNSUPPORTED.items():
+        if (value := getattr(args, name, default)) != default:
+            raise UsageError(f"{_show(name, value)}: not supported with --lora-rank")
+    if args.optimizer != "adam":
+        raise UsageError(f"--optimizer {args.optimizer}: not supported with --lora-rank")
+
+
+def _take_adapter(args: Namespace) -> None:
+    """Set the flags of LoRA that --load-adapter decides; a flag that contradicts it is an error."""
+    if args.load_adapter is None:
+        return
+    adapter = peft_folder.PeftFolder(Path(args.load_adapter))
+    found = {
+        "lora_rank": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_targets": ",".join(adapter.targets),
+        "lora_rslora": adapter.rank_stabilized,
+    }
+    for given in fields(LoraConfig):
+        if given.name in found:
+            value = getattr(args, given.name)
+            if value not in (given.default, found[given.name]):
+                raise UsageError(
+                    f"{_show(given.name, value)}: the adapter in {args.load_adapter} has {found[given.name]}"
+                )
+            setattr(args, given.name, found[given.name])
+
+
+def check_checkpoint(args: Namespace, found: FoundCheckpoint | None) -> None:
+    """Raise UsageError if the checkpoint has other adapters than the flags of LoRA describe."""
+    if found is None:
+        return
+    saved, where = getattr(found.args, "lora_rank", 0), f"{found.flag} {found.folder.parent}"
+    if saved and found.flag != "--load":
+        raise UsageError(
+            f"{where}: has adapters, and not all weights; merge them first, with tools/convert_hf.py export"
+        )
+    if args.lora_rank and not saved and found.flag == "--load":
+        raise UsageError(
+            f"{where}: {found.folder.name} has all weights, and no adapters. To train adapters on them, give it with "
+            "--pretrained-checkpoint"
+        )
+    if not saved:
+        return
+    if args.lora_alpha is None:
+        args.lora_alpha = found.args.lora_alpha
+    for name in _SAVED:
+        theirs, ours = getattr(found.args, name), getattr(args, name)
+        if theirs != ours:
+            was = f"{where}: {found.folder.name} was saved with {to_flag(name)} {theirs}"
+            raise UsageError(f"{was}, but these flags set {ours}")
+
+
+def check_together(args: Namespace) -> None:
+    """Raise UsageError if the model or the layout cannot have adapters; call it after `fill`."""
+    if not args.lora_rank:
+        return
+    if args.lora_base is None:
+        raise UsageError(
+            f"--lora-rank {args.lora_rank}: needs a model whose weights stay as they are; give --load-hf MODEL"
+        )
+    if args.adapter and args.save_hf is None:
+        raise UsageError("--adapter: only with --save-hf FOLDER")
+    tp = args.tensor_model_parallel_size
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if groups % tp:
+        raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --num-query-groups {groups} with --lora-rank")
+
+
+def _check_names(name: str, text: str, known: tuple[str, ...]) -> None:
+    for each in split_names(text):
+        if each not in known:
+            raise UsageError(f"{to_flag(name)} {text}: {each or 'an empty name'}: choose from {', '.join(known)}")
+
+
+def _show(name: str, value: object) -> str:
+    return to_flag(name) if value is True else f"{to_flag(name)} {value}"

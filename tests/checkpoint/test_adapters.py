@@ -1,0 +1,100 @@
+"""The base model of adapters is recognised, and a PEFT folder that does not fit it is rejected in one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_cream.checkpoint import base_weights
+from megatron_cream.checkpoint.adapters import adapter_rows, adapter_shape, list_layers
+from megatron_cream.checkpoint.convert import import_hf
+from megatron_cream.checkpoint.families import read_config
+from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.checkpoint.mapping import list_parameters, megatron_shape
+from megatron_cream.checkpoint.peft_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, PeftFolder
+from megatron_cream.common.errors import UsageError
+from tests.hf_models import save_model
+
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "bias": "none"}
+HEAD, FIRST_A = "lm_head.weight", "model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "hf"
+    save_model(folder)
+    return folder
+
+
+def test_the_base_model_is_found_again(model, tmp_path):
+    saved = base_weights.describe(model, flag="--load-hf")
+    moved = shutil.copytree(model, tmp_path / "moved")
+    found = base_weights.find_again(saved, str(moved), where="--load run", flag="--load-hf")
+    assert found["folder"] == str(moved) and found["files"] == saved["files"]
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UsageError, match="adapters for another model than .*moved: model.safetensors differs"):
+        base_weights.find_again(saved, str(moved), where="--load run", flag="--load-hf")
+    saved |= {"folder": str(tmp_path / "gone"), "name": str(tmp_path / "gone")}
+    with pytest.raises(UsageError, match="gone, which cannot be read. Give it with --load-hf"):
+        base_weights.find_again(saved, None, where="--load run", flag="--load-hf")
+
+
+def test_a_checkpoint_is_a_base_model_too(model, tmp_path):
+    import_hf(HfFolder(model), tmp_path / "ckpt")
+    record = base_weights.describe(tmp_path / "ckpt", flag="--pretrained-checkpoint")
+    assert record["step"] == "release" and ".metadata" in record["files"]
+    ours, theirs = base_weights.open_base(record, flag=""), base_weights.open_folder(model)
+    for row, layer in list_parameters(ours.shape):
+        size = megatron_shape(row, ours.shape, ours.shape.vocab_size)
+        assert torch.equal(ours.read(row, layer, torch.empty(size)), theirs.read(row, layer, torch.empty(size)))
+        assert ours.dtype(row, layer) == theirs.dtype(row, layer)
+
+
+def write_adapter(folder, shape, changes=None, tensors=None):
+    """Write an adapter of zeros, with changes to its configuration and tensors; None removes a tensor."""
+    folder.mkdir()
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(CONFIG | (changes or {})))
+    found = {
+        row.names(layer)[0]: torch.zeros(adapter_shape(row, shape, 2))
+        for row, layer in list_layers(adapter_rows(CONFIG["target_modules"]), shape.num_layers)
+    } | (tensors or {})
+    save_file({PREFIX + name: tensor for name, tensor in found.items() if tensor is not None}, folder / ADAPTER_WEIGHTS)
+
+
+BAD = {
+    "use_dora True": ({"use_dora": True}, {}),
+    "rank_pattern {'q_proj': 8}": ({"rank_pattern": {"q_proj": 8}}, {}),
+    "peft_type IA3": ({"peft_type": "IA3"}, {}),
+    "must have numbers for r and lora_alpha": ({"r": "2"}, {}),
+    "target_modules all-linear: must be a list of q_proj": ({"target_modules": "all-linear"}, {}),
+    f"tensor {FIRST_A} is missing": ({}, {FIRST_A: None}),
+    f"{FIRST_A} has shape [3, 64]; the model needs [2, 64]": ({}, {FIRST_A: torch.zeros(3, 64)}),
+    f"has {HEAD}, which does not train with --lora-train norms": ({}, {HEAD: torch.zeros(515, 64)}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_adapters(model, tmp_path, message):
+    shape = read_config(model)[1]
+    write_adapter(tmp_path / "adapter", shape, *BAD[message])
+    with pytest.raises(UsageError) as error:
+        PeftFolder(tmp_path / "adapter").check(shape, ["norms"])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_adapters(model, tmp_path):
+    shape = read_config(model)[1]
+    write_adapter(tmp_path / "adapter", shape)
+    PeftFolder(tmp_path / "adapter").check(shape, [])
+    weights = tmp_path / "adapter" / ADAPTER_WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UsageError, match="adapter_model.safetensors cannot be read"):
+        PeftFolder(tmp_path / "adapter")
+    weights.unlink()
+    with pytest.raises(UsageError, match="has no adapter_model.safetensors"):
+        PeftFolder(tmp_path / "adapter")
