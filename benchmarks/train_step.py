@@ -10,6 +10,9 @@ keep everything in bf16 and train on random tokens. A row's figure is the median
 GPU's dense bf16 peak. A second table has ratios of tokens/s between two rows of the same round: median over the rounds,
 smallest and largest. If a row fails, its last lines are printed and the other rows still run.
 
+With --config llama_7b_lora, compare the rows flash, flash-only, peft and peft-recompute: all train the same adapters,
+embeddings and norms of a whole 7B with random weights.
+
 Other flags set sizes and layout (`--config llama_3b --micro-batch-size 4 --global-batch-size 16`); `--gpus 2` gives
 this project's rows and Megatron's more GPUs.
 """
@@ -72,6 +75,8 @@ ROWS |= {
         for name, flags in RECIPES.items()
     },
     "auto": ("this project, as it is installed, attention as measured", "ours", []),
+    "peft": ("transformers + peft + liger-kernel, all in bf16", "peft", []),
+    "peft-recompute": ("the same with gradient checkpointing", "peft-recompute", []),
     "compile": ("transformers + torch.compile", "compile", []),
     "compile-fp8": ("transformers + torch.compile + torchao float8 (tensorwise)", "compile-fp8", []),
 }
@@ -122,7 +127,7 @@ def main() -> None:
             print(f"| {row} | {other} | {middle:.3f} ({low:.3f} to {high:.3f}, {len(ratio)} rounds) |")
 
 
-BESIDE = ("megatron-te", "liger", "megatron-te-fp8")  # rows that the others are compared with
+BESIDE = ("megatron-te", "liger", "megatron-te-fp8", "peft")  # rows that the others are compared with
 
 
 def ratios(row: list[dict], other: list[dict]) -> list[float]:
@@ -209,7 +214,7 @@ def transformers(flags: list[str], kind: str) -> None:
     from megatron_cream.common.devices import peak_flops
     from megatron_cream.model.flops import flops_per_token
 
-    if kind == "liger":
+    if kind == "liger" or kind.startswith("peft"):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
@@ -229,7 +234,12 @@ def transformers(flags: list[str], kind: str) -> None:
         convert_to_float8_training(model, module_filter_fn=lambda module, name: name != "lm_head")
     if kind.startswith("compile"):
         model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if kind.startswith("peft"):
+        from benchmarks.lora import add_adapters
+
+        model = add_adapters(model, c, recompute=kind == "peft-recompute")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     micro, accumulate = c["micro_batch_size"], c["global_batch_size"] // c["micro_batch_size"]
     tokens = micro * accumulate * c["seq_length"]
     flops = flops_per_token(
@@ -241,6 +251,8 @@ def transformers(flags: list[str], kind: str) -> None:
         num_attention_heads=c["num_attention_heads"],
         vocab_size=c["vocab_size"],
         seq_length=c["seq_length"],
+        frozen_layers="lora_rank" in c,
+        frozen_head="embeddings" not in c.get("lora_train", "embeddings"),
     )
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(c["train_iters"]):
@@ -249,7 +261,7 @@ def transformers(flags: list[str], kind: str) -> None:
             ids = torch.randint(0, c["vocab_size"], (micro, c["seq_length"]), device="cuda")
             loss = model(input_ids=ids, labels=ids).loss / accumulate
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         end.record()

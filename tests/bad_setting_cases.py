@@ -127,6 +127,18 @@ FLAGS = {
     "Megatron's model configuration": ("--defer-embedding-wgrad-compute", 1, ["embedding wgrad"]),
     "Megatron's enum": ("--exit-signal SIGWHAT", 1, ["--exit-signal", "SIGWHAT"]),
     "recompute": ("--recompute-granularity full", 1, ["recompute"]),
+    "modules of another model": (
+        "--recompute-granularity selective --recompute-modules moe", 1, ["--recompute-modules moe", "choose from core_attn"],
+    ),
+    "modules without recompute": (
+        "--recompute-modules mlp", 1, ["--recompute-modules mlp: only with --recompute-granularity selective"],
+    ),
+    "an optimizer on the host without a GPU": ("--optimizer-cpu-offload", 1, ["--optimizer-cpu-offload", "needs a GPU"]),
+    "activations on the host without Transformer Engine": (
+        "--fine-grained-activation-offloading --offload-modules core_attn", 1,
+        ["--fine-grained-activation-offloading True", "needs Transformer Engine", "use --recompute-granularity"],
+    ),
+    "FSDP": ("--use-megatron-fsdp", 1, ["--use-megatron-fsdp", "use --use-distributed-optimizer"]),
     "code of a tokenizer's": ("--trust-remote-code", 1, ["--trust-remote-code", "not supported here"]),
     "another format of checkpoints": ("--ckpt-format torch", 1, ["--ckpt-format torch", "--save writes only torch_dist"]),
     "another kind of checkpoints": ("--non-persistent-save-interval 5", 1, ["--save-interval"]),

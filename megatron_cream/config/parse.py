@@ -22,6 +22,7 @@ from megatron_cream.config.checks import evaluation as evaluation_checks
 from megatron_cream.config.checks import flags as flag_checks
 from megatron_cream.config.checks import layout as layout_checks
 from megatron_cream.config.checks import lora as lora_checks
+from megatron_cream.config.checks import memory as memory_checks
 from megatron_cream.config.checks import numbers as number_checks
 from megatron_cream.config.checks import saving as save_checks
 from megatron_cream.config.describe import describe
@@ -81,6 +82,7 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
     defaults = default_values()
 
     flag_checks.check_each(args)
+    memory_checks.check_each(args, has_cuda=devices.has_cuda() or args.print_config)
     number_checks.check(args, defaults)
     lora_checks.check_each(args)
     start.check_save_folder(args)

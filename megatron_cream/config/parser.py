@@ -43,7 +43,7 @@ def parse_flags(argv: list[str] | None) -> Namespace:
     finally:
         sys.argv = saved
     if args.recompute_granularity == "none":
-        args.recompute_granularity = args.recompute_method = args.recompute_num_layers = None
+        args.recompute_granularity = args.recompute_method = args.recompute_num_layers = args.recompute_modules = None
     return args
 
 

@@ -75,14 +75,14 @@ def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
 
 def flops_per_token(args: Namespace) -> float:
     """Return the model FLOPs of one training token, forward and backward."""
-    whole = flops.flops_per_token(**_sizes(args), vocab_size=args.padded_vocab_size, seq_length=args.seq_length)
-    settings = settings_of(args)
-    if settings is None:
-        return whole
-    frozen = flops.parameters(**_sizes(args), vocab_size=0, tied=True)
-    if "embeddings" not in settings.trained:
-        frozen += args.padded_vocab_size * args.hidden_size
-    return whole - 2.0 * frozen  # they have no weight gradients
+    lora = settings_of(args)
+    return flops.flops_per_token(
+        **_sizes(args),
+        vocab_size=args.padded_vocab_size,
+        seq_length=args.seq_length,
+        frozen_layers=lora is not None,
+        frozen_head=lora is not None and "embeddings" not in lora.trained,
+    )
 
 
 def count_parameters(args: Namespace) -> int:

@@ -11,16 +11,19 @@ def flops_per_token(
     num_attention_heads: int,
     vocab_size: int,
     seq_length: int,
+    frozen_layers: bool = False,
+    frozen_head: bool = False,
 ) -> float:
     """Return the floating-point operations of training on one token, forward and backward.
 
-    6 x the parameters in matrix products (without the embedding look-up), plus
-    6 x layers x sequence length x attention width for causal attention.
+    6 x the parameters in matrix products (without the embedding look-up), or 4 x if they are frozen, plus
+    6 x layers x sequence length x attention width for causal attention. LoRA's adapters are not counted.
     """
     attention_width = num_attention_heads * kv_channels
     layer = _layer_weights(hidden_size, ffn_hidden_size, num_query_groups, kv_channels, num_attention_heads)
-    weights = num_layers * layer + hidden_size * vocab_size
-    return 6.0 * weights + 6.0 * num_layers * seq_length * attention_width
+    products = (4.0 if frozen_layers else 6.0) * num_layers * layer
+    products += (4.0 if frozen_head else 6.0) * hidden_size * vocab_size
+    return products + 6.0 * num_layers * seq_length * attention_width
 
 
 def parameters(

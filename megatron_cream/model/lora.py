@@ -6,6 +6,7 @@ the linear, which stays as it is. The frozen weights have no gradients and no op
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +101,7 @@ def _find_linears(layer: nn.Module) -> list[tuple[str, nn.Module]]:
 def _build_hook(adapter: "Adapter"):
     def add_to_output(linear, inputs, output):
         result, *others = output
-        return (result + adapter(inputs[0]), *others)
+        return (adapter(inputs[0], result), *others)
 
     return add_to_output
 
@@ -167,9 +168,10 @@ class Adapter(MegatronModule):
             return 1 if name.endswith("_A") else None
         return 0 if name.endswith("_B") else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the linear's output for its input [s, b, h]."""
-        a = torch.cat([getattr(self, f"{target}_A") for target in self.targets])
+    def forward(self, x: Tensor, result: Tensor) -> Tensor:
+        """Return the linear's output with the adapters' added, for its input [s, b, h]."""
+        every = [getattr(self, f"{target}_A") for target in self.targets]
+        a = torch.cat(every) if len(every) > 1 else every[0]
         low = nn.functional.linear(self._drop(x), a) * self.scale  # [s, b, rank * len(targets)]
         if self.is_row_parallel:
             reduce = (
@@ -182,20 +184,23 @@ class Adapter(MegatronModule):
             low = tensor_parallel.gather_from_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = tensor_parallel.copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        parts = low.chunk(len(self.targets), dim=-1)
-        found = {
-            target: nn.functional.linear(part, getattr(self, f"{target}_B"))
-            for target, part in zip(self.targets, parts, strict=True)
-        }
-        if len(LINEARS[self.linear_name]) == 1:
-            return found[self.targets[0]]
-        for target, width in self.widths.items():
-            if target not in found:
-                found[target] = low.new_zeros(*low.shape[:-1], width)
-        ordered = [found[target] for target in LINEARS[self.linear_name]]
-        return self._join_groups(ordered) if self.linear_name == "linear_qkv" else torch.cat(ordered, dim=-1)
+        return _AddProduct.apply(result, low, self._joined_b())
 
-    def _join_groups(self, parts: list[Tensor]) -> Tensor:
+    def _joined_b(self) -> Tensor:
+        """Return the B of all projections of the linear as one matrix [rank * len(targets), outputs]."""
+        if len(self.widths) == 1:
+            return getattr(self, f"{self.targets[0]}_B").t()
+        like = getattr(self, f"{self.targets[0]}_B")
+        blocks = [
+            getattr(self, f"{target}_B").t() if target in self.targets else like.new_zeros(0, width)
+            for target, width in self.widths.items()
+        ]
+        joined = torch.block_diag(*blocks)
+        if self.linear_name != "linear_qkv":
+            return joined
+        return self._join_groups(joined.split(list(self.widths.values()), dim=-1))
+
+    def _join_groups(self, parts: Sequence[Tensor]) -> Tensor:
         """Return query, key and value in Megatron's order: for each group its query heads, its key, its value."""
         groups = self.config.num_query_groups // self.tp_group.size()
         heads = [part.unflatten(-1, (groups, -1, self.config.kv_channels)) for part in parts]
@@ -219,6 +224,30 @@ class Adapter(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
+
+
+class _AddProduct(torch.autograd.Function):
+    """Add low @ b to the output of a linear in one kernel, without a copy.
+
+    The output is overwritten, which no linear's backward pass reads. It is not marked as dirty, since autograd forbids
+    that for the views that Megatron's and Transformer Engine's functions return.
+    """
+
+    @staticmethod
+    def forward(ctx, result: Tensor, low: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(low, b)
+        flat, low = result.detach().view(-1, b.shape[1]), low.reshape(-1, b.shape[0])
+        if flat.is_cuda:
+            flat.addmm_(low, b)
+        else:  # the CPU's addmm rounds more
+            flat.add_(low @ b)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, b = ctx.saved_tensors
+        flat = grad.reshape(-1, b.shape[1])
+        return grad, (flat @ b.t()).view_as(low), low.reshape(-1, b.shape[0]).t() @ flat
 
 
 def _output_widths(config: TransformerConfig, linear: str) -> dict[str, int]:

@@ -4,23 +4,25 @@ import functools
 from argparse import Namespace
 
 from megatron_cream.checkpoint import start
+from megatron_cream.checkpoint.adapters import settings_of
 from megatron_cream.checkpoint.mapping import pad_vocab_size
 from megatron_cream.common import cli
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import fill
 from megatron_cream.config.checks import flags as flag_checks
+from megatron_cream.config.checks import lora as lora_checks
+from megatron_cream.config.checks import memory as memory_checks
 from megatron_cream.config.checks import numbers as number_checks
 from megatron_cream.config.parser import build_parser, default_values
 from megatron_cream.config.recipe import read_recipe, recipe_path
 from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.model import user_buffers
-from megatron_cream.planning.run import Engine, Layout, Model, Run
+from megatron_cream.planning.run import Engine, Layout, Lora, Model, Run
 
 # Flags whose effect on memory `memory` does not model.
 _NOT_PLANNED = (
     "use_megatron_fsdp",
     "use_torch_fsdp2",
-    "optimizer_cpu_offload",
     "cpu_offloading_num_layers",
     "fine_grained_activation_offloading",
     "fp4",
@@ -33,7 +35,6 @@ _NOT_PLANNED = (
 )
 _DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 _LLAMA2_VOCABULARY = 32000
-_RECOMPUTED = {"core_attn", "layernorm", "mlp"}
 
 
 def run_from_flags(argv: list[str], gpus: int) -> Run:
@@ -53,6 +54,8 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     args = _parse(argv)
     defaults = default_values()
     flag_checks.check_each(args)
+    lora_checks.check_each(args)
+    memory_checks.check_each(args, has_cuda=True)
     number_checks.check(args, defaults)
     model_folder, shape = start.find_model(args)
     if shape is not None:
@@ -105,6 +108,20 @@ def _model(args: Namespace) -> Model:
         tied=not args.untie_embeddings_and_output_weights,
         qkv_bias=args.add_qkv_bias,
         qk_norm=args.qk_layernorm,
+        lora=_lora(args),
+    )
+
+
+def _lora(args: Namespace) -> Lora | None:
+    settings = settings_of(args)
+    if settings is None:
+        return None
+    return Lora(
+        rank=settings.rank,
+        targets=settings.targets,
+        embeddings="embeddings" in settings.trained,
+        norms="norms" in settings.trained,
+        dropout=settings.dropout > 0,
     )
 
 
@@ -135,9 +152,6 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
     data = max(gpus // (tp * pp * cp), 1)
     recompute = "selective" if args.recompute_activations else args.recompute_granularity or "none"
     modules = tuple(args.recompute_modules or ["core_attn"]) if recompute == "selective" else ()
-    for module in modules:
-        if module not in _RECOMPUTED:
-            raise UsageError(f"--recompute-modules {module}: choose from {', '.join(sorted(_RECOMPUTED))}")
     if "layernorm" in modules and not engine.transformer_engine:
         raise UsageError(
             "--recompute-modules layernorm: megatron-core 0.19 rejects it without Transformer Engine; leave it out"
@@ -205,6 +219,7 @@ def _engine(args: Namespace) -> Engine:
         fp8=args.fp8_recipe if args.fp8 else None,
         fp8_parameters=args.fp8_param_gather,
         graphs=args.cuda_graph_impl == "local",
+        optimizer_offload=args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0,
     )
 
 
@@ -215,6 +230,8 @@ def _optimizer_bytes(args: Namespace, element: int, local: bool) -> int:
             if getattr(args, name) != "fp32":
                 value = getattr(args, name)
                 raise UsageError(f"{cli.to_flag(name)} {value}: only with --use-precision-aware-optimizer")
+    elif args.optimizer_cpu_offload:
+        return 12  # Megatron keeps what stays on the GPU in float32
     elif not args.use_distributed_optimizer or local:
         raise UsageError(
             "--use-precision-aware-optimizer: needs --use-distributed-optimizer and Transformer Engine's layers"

@@ -106,9 +106,12 @@ for the host. Each value was fitted on a run that waited, at micro-batch 1: TP 2
 within 0.1 %), a 3B in FP8 and a 1.1B in bf16 on one H100. Three earlier runs with TP 2 on three hosts took 7.5 to
 8.3 ms; their predictions are marked as off."""
 
-HOST_ADAPTER = 0.15e-3
-"""The same for the kernels of one LoRA adapter. Assumed, not measured: two products and a sum in the forward pass, four
-products and two sums in the backward pass."""
+HOST_ADAPTER = 0.25e-3
+"""The same for the kernels of LoRA's adapters at one linear. Assumed, not measured: about 20 kernels."""
+
+OFFLOADED = 0.7e-9
+"""Seconds of an update for each parameter of a rank that --optimizer-cpu-offload moves to the host. Assumed, not
+measured: 8 bytes through PCIe at 20 GB/s, and 28 bytes of the host's memory at 100 GB/s."""
 
 LINKS = {"inside": 0.43, "between": 0.8}
 """Share of a link's stated speed in a ring. inside: in the trace of a run with TP 2 on two H200s, 16.8 MB took 86 us to

@@ -17,8 +17,7 @@ from megatron_cream.planning.hardware import GIB
 from megatron_cream.planning.run import Engine, Layout, Model
 from megatron_cream.planning.weights import (
     adapter_parameters,
-    adapters,
-    has_adapter,
+    joined_adapters,
     layer_weights,
     parameters,
     stage_layers,
@@ -38,12 +37,17 @@ COMMUNICATORS = int(0.8 * GIB)
 WORKSPACE = 3 * 32 * 2**20
 
 
+# Bytes on the host of a parameter that --optimizer-cpu-offload moves there: weight, gradient and moments in float32.
+HOST_COPY = 16
+
+
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes on each rank of one pipeline stage at its peak.
 
     activations: tensors that the layers keep for the backward pass, of all micro-batches in flight.
     loss: final norm, logits and their gradient, if the peak is at the loss.
+    host: of the host's memory, for what --optimizer-cpu-offload moves there.
     working: temporary tensors of the backward pass, if the peak is there.
     buffers: permanent buffers: FP8 weights, workspaces, gathered sequences, placeholders for gradients.
     peak_at: the moment of the peak.
@@ -53,6 +57,7 @@ class Memory:
     parameters: int
     gradients: int
     optimizer: int
+    host: int
     activations: int
     loss: int
     working: int
@@ -155,15 +160,21 @@ def _kept_input(model: Model, linear: str, quantized: int, element: int) -> int:
     """
     if trains_linears(model):
         return quantized
-    return element + model.lora.dropout if has_adapter(model, linear) else 0
+    return element + model.lora.dropout if linear in joined_adapters(model, 1) else 0
 
 
 def _saved_by_adapters(model: Model, layout: Layout, engine: Engine) -> dict[str, int]:
     """Return {tensor: bytes} that the adapters of one layer keep, besides the inputs of their linears."""
     if model.lora is None:
         return {}
-    tokens, _ = tokens_of_rank(layout)
-    return {"adapter ranks": engine.element * tokens * model.lora.rank * len(adapters(model, layout.tensor))}
+    tokens, between = tokens_of_rank(layout)
+    joined = joined_adapters(model, layout.tensor)
+    kept = {"qkv": tokens, "proj": between, "fc1": tokens, "fc2": between}
+    matrices = sum(rank * (inputs + outputs) for at, (rank, inputs, outputs) in joined.items() if at in ("qkv", "fc1"))
+    return {
+        "adapter ranks": engine.element * sum(kept[at] * rank for at, (rank, _, _) in joined.items()),
+        "joined adapters": engine.element * matrices,  # of several projections; a single one is no copy
+    }
 
 
 def gathers_all_keys(layout: Layout, engine: Engine) -> bool:
@@ -218,7 +229,7 @@ def saved_at_loss(model: Model, layout: Layout, engine: Engine) -> dict[str, int
     logits = tokens * model.padded_vocab_size // layout.tensor
     saved = {
         "final norm input": engine.element * between * model.hidden_size + 4 * between,
-        "head input": engine.element * between * model.hidden_size,
+        "head input": engine.element * between * model.hidden_size if trains_head(model) else 0,
     }
     if engine.own_kernels:
         return saved | {"logits": engine.element * logits, "log of the sum": 4 * tokens}
@@ -254,7 +265,8 @@ def _stage(model: Model, layout: Layout, engine: Engine, stage: int) -> Memory:
         stage=stage,
         parameters=parameter_bytes,
         gradients=engine.gradient * trained,
-        optimizer=math.ceil(engine.optimizer * trained / shards),
+        optimizer=math.ceil((1 - engine.optimizer_offload) * engine.optimizer * trained / shards),
+        host=math.ceil(engine.optimizer_offload * HOST_COPY * trained / shards),
         activations=activations,
         loss=loss,
         working=working,
@@ -276,8 +288,9 @@ def _backward_bytes(model: Model, layout: Layout, engine: Engine, layers: int, l
     # Besides the kept tensors there are the residual stream's gradient and the module's gradients. A module's tensors
     # are freed when it is done: fc2's input before SwiGLU's gradient, fc1's output before fc1's gradient.
     fc2 = (hidden if layout.sequence_parallel else 0) + ffn + weights["fc2"]
-    swiglu = 2 * ffn
-    fc1 = gathered + weights["fc1"] - ffn
+    kept = ffn if _kept_input(model, "fc2", 1, 1) else 0
+    swiglu = 3 * ffn - kept
+    fc1 = gathered + weights["fc1"] - kept
     working = engine.element * (residual + max(fc2, swiglu, fc1))
     saved = saved_by_layer(model, layout, engine)
     # Keys and values of all ranks, as on the first rank, whose queries see all of them.

@@ -37,6 +37,7 @@ def print_memory(console: Console, run: Run, own: Memory, usable: float) -> None
         ("parameters", own.parameters, where + _split(layout)),
         ("gradients", own.gradients, f"{8 * engine.gradient} bit"),
         ("optimizer", own.optimizer, f"{engine.optimizer} bytes a parameter" + f" / {shards}" * (shards > 1)),
+        ("of the host", own.host, "optimizer state and gradients of a GPU's rank; not counted below"),
         ("activations", own.activations, f"kept for the backward pass; recompute {_recompute(layout)}"),
         ("logits and loss", own.loss, "with their gradients"),
         ("working", own.working, "temporary tensors of the backward pass"),

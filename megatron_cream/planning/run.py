@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from megatron_cream.model.lora import TARGETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Lora:
     """
 
     rank: int
-    targets: tuple[str, ...] = PROJECTIONS
+    targets: tuple[str, ...] = TARGETS
     embeddings: bool = True
     norms: bool = True
     dropout: bool = False
@@ -109,6 +109,7 @@ class Engine:
     fp8: recipe of the layers' linears in FP8, as in --fp8-recipe; None without FP8.
     fp8_parameters: whether the weights of those linears are stored in FP8.
     graphs: whether each layer is a CUDA graph (--cuda-graph-impl local), which the host launches at once.
+    optimizer_offload: share of the parameters whose optimizer state and update are on the host.
     """
 
     transformer_engine: bool
@@ -123,6 +124,7 @@ class Engine:
     fp8: str | None = None
     fp8_parameters: bool = False
     graphs: bool = False
+    optimizer_offload: float = 0.0
 
     @property
     def gathers_keys(self) -> bool:

@@ -19,6 +19,7 @@ from megatron_cream.planning.hardware import (
     HOST,
     HOST_ADAPTER,
     IDLE,
+    OFFLOADED,
     OVERLAP_COST,
     PASSES,
     PRODUCTS,
@@ -29,8 +30,7 @@ from megatron_cream.planning.hardware import (
 )
 from megatron_cream.planning.run import Engine, Layout, Model
 from megatron_cream.planning.weights import (
-    adapters,
-    frozen_products,
+    joined_adapters,
     stage_layers,
     trained_parameters,
     trains_head,
@@ -98,8 +98,9 @@ def predict(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> S
         num_attention_heads=model.num_attention_heads,
         vocab_size=model.padded_vocab_size,
         seq_length=layout.seq_length,
+        frozen_layers=not trains_linears(model),
+        frozen_head=not trains_head(model),
     )
-    flops -= 2 * frozen_products(model)
     return Speed(time, rate, rate * flops / cluster.gpu.bf16)
 
 
@@ -111,7 +112,7 @@ def launch_seconds(model: Model, layout: Layout, engine: Engine) -> float:
     if engine.graphs:
         return 0.0
     layer = HOST["tensor parallel" if layout.tensor > 1 else "FP8" if engine.fp8 else "alone"]
-    return layer + HOST_ADAPTER * len(adapters(model, layout.tensor))
+    return layer + HOST_ADAPTER * len(joined_adapters(model, layout.tensor))
 
 
 def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: str | None) -> dict[str, float]:
@@ -173,6 +174,9 @@ def _step(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Tim
     through_memory = cluster.gpu.bandwidth * PASSES
     parts["optimizer"] = (moved["optimizer"] + moved["zero gradients"]) / through_memory
     parts["passes"] += moved.get("cast to FP8", 0.0) / through_memory
+    shards = layout.data * layout.context if layout.distributed_optimizer else 1
+    offloaded = engine.optimizer_offload * trained_parameters(model, layout, slowest) / shards
+    parts["optimizer"] += OFFLOADED * offloaded
     layers = stage_layers(model, layout)[slowest]
     if engine.fp8_parameters:
         parts["optimizer"] += layers * FP8_PARAMETERS

@@ -88,9 +88,17 @@ def adapters(model: Model, tensor: int) -> list[Adapter]:
     return [every[name] for name in model.lora.targets]
 
 
-def has_adapter(model: Model, linear: str) -> bool:
-    """Return whether a linear has an adapter, which keeps the linear's input for the backward pass."""
-    return any(adapter.linear == linear for adapter in adapters(model, 1))
+def joined_adapters(model: Model, tensor: int) -> dict[str, tuple[int, int, int]]:
+    """Return {linear: (rank, inputs, outputs)} of a linear's adapters as one, on one tensor-parallel rank.
+
+    Their A are computed as one matrix, and their B as one with a block for each projection, as wide as the linear.
+    """
+    joined: dict[str, tuple[int, int, int]] = {}
+    for adapter in adapters(model, tensor):
+        rank = joined.get(adapter.linear, (0,))[0] + model.lora.rank
+        outputs = layer_weights(model, tensor)[adapter.linear] // adapter.inputs
+        joined[adapter.linear] = (rank, adapter.inputs, outputs)
+    return joined
 
 
 def adapter_parameters(model: Model, layout: Layout, stage: int) -> int:
@@ -129,10 +137,3 @@ def trains_embedding(model: Model) -> bool:
 def trains_head(model: Model) -> bool:
     """Return whether the output layer has a weight gradient."""
     return model.lora is None or model.lora.embeddings
-
-
-def frozen_products(model: Model) -> int:
-    """Return the number of weights in matrix products that have no weight gradient, of the whole model."""
-    layers = 0 if trains_linears(model) else model.num_layers * sum(layer_weights(model, 1).values())
-    head = 0 if trains_head(model) else model.padded_vocab_size * model.hidden_size
-    return layers + head

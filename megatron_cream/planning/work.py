@@ -3,7 +3,7 @@
 from megatron_cream.planning.memory import tokens_of_rank
 from megatron_cream.planning.run import Engine, Layout, Model
 from megatron_cream.planning.weights import (
-    adapters,
+    joined_adapters,
     layer_weights,
     stage_layers,
     trained_parameters,
@@ -37,13 +37,15 @@ def layer_products(model: Model, layout: Layout) -> dict[str, tuple[int, int, in
 
 
 def adapter_products(model: Model, layout: Layout) -> dict[str, list[tuple[int, int, int]]]:
-    """Return {linear: [(rows m, outputs n, inputs k)]} of the adapters' two products each, as in `layer_products`."""
+    """Return {linear: [(rows m, outputs n, inputs k)]} of the adapters' two products, as in `layer_products`.
+
+    The A of all projections of a linear are one matrix, and so are the B.
+    """
     tokens, _ = tokens_of_rank(layout)
-    shapes: dict[str, list[tuple[int, int, int]]] = {}
-    for adapter in adapters(model, layout.tensor):
-        rank = model.lora.rank
-        shapes.setdefault(adapter.linear, []).extend([(tokens, rank, adapter.inputs), (tokens, adapter.outputs, rank)])
-    return shapes
+    return {
+        linear: [(tokens, rank, inputs), (tokens, outputs, rank)]
+        for linear, (rank, inputs, outputs) in joined_adapters(model, layout.tensor).items()
+    }
 
 
 def head_product(model: Model, layout: Layout) -> tuple[int, int, int]:
@@ -90,12 +92,11 @@ def layer_bytes(model: Model, layout: Layout, engine: Engine) -> dict[str, tuple
         rotation = split + 2 * a * (query + key) if engine.te_rotation else _UNFUSED_ROTATION * (query + key)
         moved["rotary and split"] = (rotation, rotation)
         moved["SwiGLU"] = (3 * ffn, 10 * ffn)  # torch.compile's backward kernel makes two passes
-    if every := adapters(model, layout.tensor):
-        # Adapters of one linear share its input, and their outputs are joined before they are added to the linear's.
-        inputs = tokens * sum({each.linear: each.inputs for each in every}.values())
+    if joined := joined_adapters(model, layout.tensor).values():
+        # The second product adds to the linear's output, which it reads; the input's two gradients are summed.
+        inputs, outputs = (tokens * sum(each[at] for each in joined) for at in (1, 2))
         dropped = (2 * a + 1) * inputs if model.lora.dropout else 0
-        added = sum((5 if each.linear in ("qkv", "fc1") else 3) * each.outputs for each in every)
-        moved["adapters"] = (a * tokens * added + dropped, 3 * a * inputs + dropped)
+        moved["adapters"] = (a * outputs + dropped, 3 * a * inputs + dropped)
     if engine.fp8:
         # Each linear's input and the gradient of its output are quantized, together with their transposes.
         shapes = layer_products(model, layout).values()

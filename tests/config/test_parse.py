@@ -1,6 +1,5 @@
 """Tests of the command line: recipes, precedence, and a one-line error for every setting that cannot run."""
 
-import math
 import os
 import sys
 from argparse import Namespace
@@ -16,13 +15,9 @@ from megatron_cream.config.checks import flags as flag_checks
 from megatron_cream.config.parser import build_parser
 from megatron_cream.config.recipe import RECIPES as FOLDER
 from megatron_cream.config.recipe import locate, read_recipe
-from megatron_cream.config.samplers import sampler_options
 from megatron_cream.model import user_buffers
 from megatron_cream.model.attention import AttentionBackend
-from megatron_cream.positions import build_sampler
 from tests.launch import ROOT, torchrun, write_documents
-
-RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 GOOD = {
     "num_layers": 2,
@@ -41,12 +36,6 @@ GOOD = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return str(write_documents(tmp_path_factory.mktemp("data") / "documents"))
-
-
-@pytest.fixture(scope="module")
-def long_data(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("long") / "documents"
-    return str(write_documents(prefix, documents=3, shortest=33000, longest=34000))
 
 
 def read(monkeypatch, tmp_path, recipe: dict, *flags, world_size: int = 1):
@@ -94,27 +83,6 @@ def test_recipes_by_name(monkeypatch, tmp_path):
     assert locate("llama2_7b_32k") == Path("llama2_7b_32k")  # the user's file has precedence
     with pytest.raises(UsageError, match="--config llama3: no such file or recipe; .*: .*llama2_7b_256k"):
         locate("llama3")
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data):
-    sizes = yaml.safe_load(recipe.read_text())
-    model_parallel = [sizes.get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "pipeline_model", "context")]
-    monkeypatch.setenv("WORLD_SIZE", str(max(2, math.prod(model_parallel))))
-    tokenizer = tmp_path / "tokenizer.model"
-    tokenizer.write_bytes(b"")
-    own = ["--data-path", long_data, "--tokenizer-model", str(tokenizer)]
-    if "embedded_data: true" in recipe.read_text():
-        own = []
-    args = parse.read(["--config", str(recipe), *own])
-    sampler = build_sampler(**sampler_options(args), seed=args.seed)
-    plan = sampler.plan(epoch=0, sample=0, document_length=args.target_length)
-    assert len(plan.position_ids) == args.seq_length and plan.position_ids[-1] < args.target_length
-    if "llama2" in recipe.stem:
-        factor = args.target_length / 4096
-        is_larger_theta = args.rotary_base == 500000
-        assert args.rope_scaling_config == (None if is_larger_theta else {"rope_type": "linear", "factor": factor})
-        assert (args.lr, args.global_batch_size, args.adam_beta2, args.weight_decay) == (2e-5, 32, 0.999, 0.0)
 
 
 @pytest.mark.parametrize(

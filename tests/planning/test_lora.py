@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_cream.common.errors import UsageError
 from megatron_cream.planning import step_time
+from megatron_cream.planning.flags import run_from_flags
 from megatron_cream.planning.memory import predict
 from megatron_cream.planning.run import Engine, Layout, Lora
 from megatron_cream.planning.weights import trained_parameters
@@ -56,3 +58,28 @@ def test_lora_needs_less_time_and_memory():
     # The weights' gradients are a third of the products; adapters take little.
     assert 0.6 * full.time.products < times[8].products < times[64].products < full.time.products
     assert times[8].optimizer < 0.02 * full.time.optimizer
+
+
+def test_flags_of_lora():
+    recipe = ["--config", "llama2_7b_32k_lora_24gb"]
+    assert run_from_flags(recipe, 1).model.lora == Lora(rank=16)
+    flags = "--lora-targets q_proj,v_proj --lora-train none --lora-dropout 0.1".split()
+    few = Lora(rank=16, targets=("q_proj", "v_proj"), embeddings=False, norms=False, dropout=True)
+    assert run_from_flags([*recipe, *flags], 1).model.lora == few
+    with pytest.raises(UsageError, match="--lora-targets query: query: choose from q_proj"):
+        run_from_flags([*recipe, "--lora-targets", "query"], 1)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_the_optimizer_on_the_host(fraction):
+    """--optimizer-cpu-offload moves 12 bytes a parameter from the GPU, and costs time and 16 bytes on the host."""
+    flags = "--config llama_7b_width --use-precision-aware-optimizer".split()
+    offload = ["--optimizer-cpu-offload", "--optimizer-offload-fraction", str(fraction)]
+    plain, moved = run_from_flags(flags, 1), run_from_flags([*flags, *offload], 1)
+    count = trained_parameters(moved.model, moved.layout, 0)
+    needed = predict(moved.model, moved.layout, moved.engine)
+    assert (needed.optimizer, needed.host) == ((1 - fraction) * 12 * count, fraction * 16 * count)
+    times = [step_time.predict(run.model, run.layout, run.engine, CLUSTER).time for run in (plain, moved)]
+    assert times[1].optimizer - times[0].optimizer == pytest.approx(fraction * 0.7e-9 * count, rel=0.5)
+    with pytest.raises(UsageError, match="--optimizer-cpu-offload: needs --use-precision-aware-optimizer; add it"):
+        run_from_flags(["--config", "llama_7b_width", "--optimizer-cpu-offload"], 1)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from megatron_cream.model import context_parallel
 from megatron_cream.planning import memory as planned
 from megatron_cream.planning.memory import in_flight, parameters, predict
-from megatron_cream.planning.run import Engine, Layout, Model
+from megatron_cream.planning.run import Engine, Layout, Lora, Model
+from megatron_cream.planning.weights import adapter_parameters, trained_parameters
 
 LLAMA2_7B = Model(
     num_layers=32,
@@ -59,6 +60,10 @@ REAL = {
     "full, scattered": (replace(BASE, recompute="full", tensor=2, scatter_saved=True), 0),
     "mlp": (replace(BASE, recompute="selective", recompute_modules=("mlp",)), 0),
     "core_attn": (replace(BASE, recompute="selective", recompute_modules=("core_attn",)), 0),
+    "LoRA": (BASE, 0),
+    "LoRA, few": (BASE, 0),
+    "LoRA, full": (replace(BASE, recompute="full"), 0),
+    "LoRA, TP and SP": (replace(BASE, tensor=2, sequence_parallel=True), 0),
 }
 
 
@@ -78,9 +83,14 @@ def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, len
     engine = Engine(transformer_engine=False, own_kernels=own_kernels)
     changes = {"TP beyond the groups": dict(num_query_groups=2), "query and key norms": dict(qk_norm=True)}
     changes |= dict.fromkeys(("CP 8", "CP and full", "CP and core_attn"), dict(num_query_groups=8))
-    model = replace(SMALL, **changes.get(name, {}))
+    changes["LoRA, few"] = dict(lora=Lora(rank=4, targets=("q_proj", "v_proj"), embeddings=False, norms=False))
+    with_lora = dict(lora=Lora(rank=4)) if name.startswith("LoRA") else {}
+    model = replace(SMALL, **changes.get(name, with_lora))
     net = build(monkeypatch, model, layout, stage, own_kernels)
-    assert sum(p.numel() for p in net.parameters()) == parameters(model, layout, stage)
+    whole = parameters(model, layout, stage) + adapter_parameters(model, layout, stage)
+    assert sum(p.numel() for p in net.parameters()) == whole
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert trained == trained_parameters(model, layout, stage)
     saved, peak = run(monkeypatch, net, model, layout, stage)
     layers = planned.stage_layers(model, layout)[stage]
     expected = planned.saved_by_layers(model, layout, engine, layers) + planned.angle_bytes(model, layout)
@@ -114,6 +124,7 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
     from megatron_cream.model.attention import SdpaCoreAttention, choose_backend
     from megatron_cream.model.kernels import support
     from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
+    from megatron_cream.model.lora import LoraSettings
 
     start(layout)
     parallel_state.initialize_model_parallel(
@@ -169,6 +180,10 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
         bf16=True,
         **recompute,
     )
+    lora = None
+    if model.lora is not None:
+        trained = ("embeddings",) * model.lora.embeddings + ("norms",) * model.lora.norms
+        lora = LoraSettings(rank=model.lora.rank, alpha=8, targets=model.lora.targets, trained=trained)
     llama = LlamaModelConfig(
         transformer=config,
         vocab_size=model.padded_vocab_size,
@@ -180,6 +195,7 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
         rope_max_positions=512,
         real_vocab_size=model.padded_vocab_size,
         attention=choose_backend("sdpa", has_cuda=False, half=True),
+        lora=lora,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     ends = dict(pre_process=stage == 0, post_process=stage == layout.pipeline - 1)
@@ -259,7 +275,7 @@ def run(monkeypatch, net, model: Model, layout: Layout, stage: int) -> tuple[int
     positions = torch.arange(length).expand(samples, -1).contiguous()
     between = length // layout.tensor if layout.sequence_parallel else length
     shape = (between, samples, model.hidden_size)
-    for parameter in net.parameters():  # like Megatron's hook, which frees it
+    for parameter in (p for p in net.parameters() if p.requires_grad):  # like Megatron's hook, which frees it
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     kept: list[torch.Tensor] = []
     pack = context_parallel._Regather.pack

@@ -126,6 +126,11 @@ RUNS = {
         "bf16",
         f"--attention-backend flash --tensor-model-parallel-size 2 --sequence-parallel {GRAPHS}",
     ),
+    "optimizer on the host": (
+        1,
+        "bf16",
+        "--optimizer-cpu-offload --use-precision-aware-optimizer --use-distributed-optimizer --attention-backend sdpa",
+    ),
     "dp2 overlapped": (2, "bf16", "--use-distributed-optimizer --attention-backend sdpa"),
     "dp2 not": (2, "bf16", "--use-distributed-optimizer --attention-backend sdpa --no-overlap-grad-reduce"),
 }

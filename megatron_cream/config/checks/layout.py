@@ -98,7 +98,8 @@ def _check_transformer_engine_flags(args: Namespace) -> None:
     also += "fine_grained_activation_offloading use_te_activation_func symmetric_ar_type log_max_attention_logit"
     for name, flag in (flags | {name: to_flag(name) for name in also.split()}).items():
         if (value := getattr(args, name)) and not (name == "use_te_activation_func" and devices.has_cuda()):
-            raise UsageError(f"{flag} {value}: needs Transformer Engine's layers, which this run does not have")
+            hint = "; use --recompute-granularity" if name == "fine_grained_activation_offloading" else ""
+            raise UsageError(f"{flag} {value}: needs Transformer Engine's layers, which this run does not have{hint}")
 
 
 def _check_user_buffers(args: Namespace) -> None:

@@ -100,7 +100,8 @@ def check_together(args: Namespace) -> None:
     """Raise UsageError if the model or the layout cannot have adapters; call it after `fill`."""
     if not args.lora_rank:
         return
-    if args.lora_base is None:
+    is_benchmark = args.embedded_data and not (args.save or args.save_hf)  # random weights are good enough
+    if args.lora_base is None and not is_benchmark:
         raise UsageError(
             f"--lora-rank {args.lora_rank}: needs a model whose weights stay as they are; give --load-hf MODEL"
         )
