@@ -5,7 +5,9 @@ Nothing is started here, and no file is written.
 
 import io
 import sys
+import warnings
 from argparse import Namespace
+from dataclasses import dataclass
 
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
@@ -15,7 +17,7 @@ from megatron.training.global_vars import rebuild_tokenizer, set_global_variable
 from megatron_cream.checkpoint import pretrained, start
 from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common import console, devices
-from megatron_cream.common.errors import UsageError, convert_megatron_errors, reason
+from megatron_cream.common.errors import UsageError, convert_megatron_errors, one_line, reason
 from megatron_cream.config import attention_choice, fill, values
 from megatron_cream.config.checks import data as data_checks
 from megatron_cream.config.checks import evaluation as evaluation_checks
@@ -29,6 +31,24 @@ from megatron_cream.config.describe import describe
 from megatron_cream.config.parser import default_values, parse_flags
 from megatron_cream.distributed import nodes, rendezvous
 from megatron_cream.patches import safe_loading, tensorboard
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """The command line after the checks that need no other rank.
+
+    args: Megatron's namespace.
+    origin: where the run starts from.
+    output: what Megatron printed.
+    warnings: what Megatron warned of, such as a flag that it turns off.
+    auto: whether --attention-backend is auto.
+    """
+
+    args: Namespace
+    origin: Origin
+    output: io.StringIO
+    warnings: list[str]
+    auto: bool
 
 
 def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
@@ -45,27 +65,29 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         UsageError: a flag is wrong. Nothing was started or written.
         SystemExit: after --help or --print-config.
     """
-    args, origin, output, auto = nodes.run_on_all_ranks(lambda: _check_on_one_rank(argv))
+    checked = nodes.run_on_all_ranks(lambda: _check_on_one_rank(argv))
+    args, origin = checked.args, checked.origin
     rank, ranks = args.rank, args.world_size
     rendezvous.check_on_all_ranks(lambda: _check_share_of_rank(args), rank, ranks)
     start.check_content(args, origin)
     nodes.check_shared({"--save": args.save, "--data-cache-path": args.data_cache_path}, rank, ranks)
     if rank == 0:
-        warnings = [line for line in args.rope_lines if line.startswith("warning")]  # the summary shows the others
-        for line in [*warnings, *filter(None, [start.resume_warning(args, origin.checkpoint)])]:
+        lines = [line for line in args.rope_lines if line.startswith("warning")]  # the summary shows the others
+        lines += [f"warning: {text}" for text in checked.warnings]
+        for line in [*lines, *filter(None, [start.resume_warning(args, origin.checkpoint)])]:
             print(line, file=sys.stderr, flush=True)
-    if auto and devices.has_cuda() and not (args.deterministic_mode or args.skip_train):
+    if checked.auto and devices.has_cuda() and not (args.deterministic_mode or args.skip_train):
         attention_choice.choose_fastest_backend(args)
     flag_checks.check_kernel_in_environment(args)
     tensorboard.install()
     try:
-        with console.capture_output(output):
+        with console.capture_output(checked.output):
             set_global_variables(args, build_tokenizer=False)  # last, because it opens log files
     except OSError as error:
         if not args.tensorboard_dir:
             raise
         raise UsageError(f"--tensorboard-dir {args.tensorboard_dir}: {reason(error)}") from error
-    return args, output.getvalue()
+    return args, checked.output.getvalue()
 
 
 def read(argv: list[str] | None = None) -> Namespace:
@@ -112,12 +134,8 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
     return args, origin
 
 
-def _check_on_one_rank(argv: list[str] | None) -> tuple[Namespace, Origin, io.StringIO, bool]:
-    """Run the part of `parse` that needs no other rank.
-
-    Returns:
-        The namespace, where the run starts from, Megatron's output, and whether --attention-backend is auto.
-    """
+def _check_on_one_rank(argv: list[str] | None) -> _Checked:
+    """Run the part of `parse` that needs no other rank."""
     args, origin = _read_with_origin(argv)
     if args.print_config:
         if args.rank == 0:
@@ -132,16 +150,22 @@ def _check_on_one_rank(argv: list[str] | None) -> tuple[Namespace, Origin, io.St
     number_checks.check_learning_rates(args)
     auto = args.attention_backend == "auto"
     fill.set_megatron_flags(args)
-    output = _validate(args)
+    output, warned = _validate(args)
     data_checks.check_token_ids(args)
     start.check_model(args, origin.checkpoint)
-    return args, origin, output, auto
+    return _Checked(args, origin, output, warned, auto)
 
 
-def _validate(args: Namespace) -> io.StringIO:
-    """Let Megatron check the flags and fill in its own, and return its output."""
+def _validate(args: Namespace) -> tuple[io.StringIO, list[str]]:
+    """Let Megatron check the flags and fill in its own, and return its output and its warnings."""
     output = io.StringIO()
-    with convert_megatron_errors(""), console.capture_output(output):
+    with (
+        convert_megatron_errors(""),
+        console.capture_output(output),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        # `patches.platform` hides all of Megatron's; these are about the user's flags.
+        warnings.filterwarnings("always", category=UserWarning, module=r"megatron\.training\.")
         if args.use_checkpoint_args:
             theta = args.rotary_base  # already chosen from flags and checkpoint; Megatron would undo that
             load_args_from_checkpoint(args)
@@ -154,7 +178,7 @@ def _validate(args: Namespace) -> io.StringIO:
     args.vocab_size = args.vocab_size or tokenizer.vocab_size  # saved: the vocabulary size without padding
     with convert_megatron_errors(""), console.capture_output(output):  # Megatron's configuration has checks of its own
         pretrain_cfg_container_from_args(args, values.model_config(args))
-    return output
+    return output, [one_line(str(warning.message)) for warning in caught]
 
 
 def _check_share_of_rank(args: Namespace) -> None:
