@@ -299,6 +299,8 @@ ADVICE = [
 NOT_FOLLOWED = {
     "has the columns {}; choose one with --json-key": "data/test_chat_data.py",
     "--tp-comm-overlap": "needs Transformer Engine and GPUs",
+    "--offload-modules {}: only with": "needs Transformer Engine; config/test_memory_flags.py follows it",
+    "--recompute-modules {}: only with": "config/test_memory_flags.py follows it",
     "--attention-backend flash: needs": "needs a GPU",
     "attention bias and packed sequences": "Megatron's own layers, which no flag of this project's asks for",
     "give --wandb-exp-name too": "needs an account",
