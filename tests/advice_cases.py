@@ -297,6 +297,14 @@ ADVICE = [
 ]  # fmt: skip
 
 NOT_FOLLOWED = {
+    "{}: needs {} ranks. Start torchrun": "evaluation/test_ranks.py starts so many",
+    "ranks cannot be shared out. Use": "evaluation/test_ranks.py starts so many",
+    "torchrun --nnodes: an evaluation": "evaluation/test_ranks.py starts them on one node",
+    "rope scaling depends on the whole text": "evaluation/test_ranks.py uses --tensor-model-parallel-size",
+    "torchrun --nproc_per_node {}: this machine": "needs a GPU",
+    "needs --dtype bf16 or fp16 on a GPU": "needs a GPU",
+    "Use --batch-size 1": "needs a full GPU; evaluation/test_ranks.py checks that it fits",
+    "the attention kernel of this run needs": "about the environment; config/test_parse.py follows it",
     "has the columns {}; choose one with --json-key": "data/test_chat_data.py",
     "--tp-comm-overlap": "needs Transformer Engine and GPUs",
     "--offload-modules {}: only with": "needs Transformer Engine; config/test_memory_flags.py follows it",

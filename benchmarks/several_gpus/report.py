@@ -167,8 +167,6 @@ def _measured_row(run: dict, section: str) -> dict:
         "tokens_per_second": round(run["tokens_per_second"]),
         "peak_gib": run["peak_gib"],
     }
-    if stages := given.get("--pipeline-model-parallel-size"):
-        row["stage"] = int(stages[0]) - 1  # the last one prints its memory
     planned = run["planned_tokens_per_second"]
     if planned and abs(planned / run["tokens_per_second"] - 1) >= TOLERANCE:
         row["off"] = (

@@ -62,8 +62,7 @@ TESTED = {
     "model/test_lora.py": "lora-targets lora-train lora-dropout",
     "training/test_lora_runs.py": "lora-rank lora-alpha lora-rslora lora-plus-ratio load-adapter adapter",
     "optimizer/test_one_pass.py": "bf16 tensorboard-dir",
-    "training/test_gpu.py": """
-        cuda-graph-impl te-rng-tracker cp-comm-type optimizer-cpu-offload use-precision-aware-optimizer""",
+    "training/test_gpu.py": "cuda-graph-impl te-rng-tracker cp-comm-type",
     "checkpoint/test_pretrained.py": "load-hf save-hf ffn-hidden-size rope-scaling-type",
     "model/test_rope_scaling.py": "original-max-position-embeddings",
     "checkpoint/test_convert.py": "max-position-embeddings",
@@ -90,7 +89,7 @@ UNTESTED = {
         grad-reduce-in-bf16 attention-softmax-in-fp32 apply-query-key-layer-scaling fp32-residual-connection
         disable-bf16-reduced-precision-matmul distributed-backend record-memory-history memory-snapshot-path profile
         record-shapes nvtx-ranges log-memory-to-tensorboard log-memory-interval log-device-memory-used log-energy
-        gpu-sniff-test-interval flash-attention-version optimizer-offload-fraction
+        gpu-sniff-test-interval flash-attention-version optimizer-cpu-offload optimizer-offload-fraction
         use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params
         optimizer-cuda-graph cuda-graph-warmup-steps cuda-graph-modules cuda-graph-scope batch-invariant-mode""",
     "needs Transformer Engine's layers and a GPU": """
@@ -98,7 +97,7 @@ UNTESTED = {
         te-precision-config-file fused-residual-rmsnorm use-transformer-engine-op-fuser delay-wgrad-compute
         fine-grained-* offload-modules min-offloaded-tensor-size delay-offload-until-cuda-graph
         delta-offload-bytes-across-pp-ranks activation-offload-fraction cpu-offloading-*
-        reuse-grad-buf-for-mxfp8-param-ag symmetric-ar-type log-max-attention-logit
+        reuse-grad-buf-for-mxfp8-param-ag symmetric-ar-type log-max-attention-logit use-precision-aware-optimizer
         main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype tp-comm-* no-tp-comm-*
         hierarchical-context-parallel-sizes use-grouped-gemm-for-dense-mlp use-te-activation-func""",
     "only tools/plan.py reads it; training follows --attention-backend": "transformer-impl",

@@ -81,7 +81,7 @@ def test_measured_runs_are_rows_of_the_planner(monkeypatch, tmp_path):
     old, row = json.loads(file.read_text())
     assert row["what"] == "7b dp8, 8 H100s" and (row["gpus"], row["tokens_per_second"]) == (8, 12000)
     assert row["flags"] == ["--num-layers", "16", "--pipeline-model-parallel-size", "4"]
-    assert row["stage"] == 3 and "faster" in row["off"]
+    assert "stage" not in row and "faster" in row["off"]  # the step line has the fullest stage's memory
 
 
 def test_steps_are_read_from_a_log():
