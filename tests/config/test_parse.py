@@ -347,14 +347,6 @@ def test_an_unknown_flag_prints_one_line(monkeypatch):
         parse.read(["--no-such-flag", "1"])
 
 
-def test_print_config_of_a_two_gpu_recipe_needs_no_launcher(monkeypatch, tmp_path, long_data):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    flags = ["--data-path", long_data, "--tokenizer-model", str(tmp_path / "tokenizer.model"), "--print-config"]
-    args = parse.read(["--config", "llama2_7b_32k", *flags])
-    assert args.world_size == 2 and "TP 2" in describe.describe(args)
-
-
 def test_print_config_runs_nothing(data, tmp_path):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in GOOD.items()]
     result = torchrun(1, *flags, "--data-path", data, "--save", tmp_path / "save", "--print-config")

@@ -9,7 +9,7 @@ import yaml
 from transformers import LlamaConfig
 
 from megatron_cream.checkpoint import base_weights, pretrained
-from megatron_cream.config import parse
+from megatron_cream.config import describe, parse
 from megatron_cream.config.recipe import RECIPES as FOLDER
 from megatron_cream.config.samplers import sampler_options
 from megatron_cream.planning import layouts, memory, step_time
@@ -88,3 +88,11 @@ def test_a_recipe_for_a_card_fits_it_as_it_says(recipe):
     assert f"{peak} GiB of " in text and f"about {rate} tokens/s" in text
     row = next(line for line in TABLE.read_text().splitlines() if f"`{recipe.stem}`" in line)
     assert row.split("|")[-3].strip() == peak and row.split("|")[-2].strip() == rate
+
+
+def test_print_config_of_a_two_gpu_recipe_needs_no_launcher(monkeypatch, tmp_path, long_data):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    flags = ["--data-path", long_data, "--tokenizer-model", str(tmp_path / "tokenizer.model"), "--print-config"]
+    args = parse.read(["--config", "llama2_7b_32k", *flags])
+    assert args.world_size == 2 and "TP 2" in describe.describe(args)
