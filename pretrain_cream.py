@@ -37,6 +37,7 @@ platform.setup()  # before anything of Megatron is imported
 
 import functools
 from argparse import Namespace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -46,24 +47,32 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers, get_tokenizer
 
 from megatron_cream.config import values
-from megatron_cream.data.dataset import LongDocumentDataset
+from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
+from megatron_cream.data.mixed_dataset import MixedDataset
+from megatron_cream.data.packed_dataset import PackedDocumentDataset
 from megatron_cream.data.recent import RecentSamples
+from megatron_cream.data.usage import Usage
+from megatron_cream.model.packed_attention import Documents
 from megatron_cream.planning.expected_time import predict_step
 from megatron_cream.training import run
 
 recent_samples = RecentSamples()
+usage = Usage()
 
 
-def get_batch(data_iterator, samples: int) -> dict[str, torch.Tensor]:
+def get_batch(data_iterator, samples: int) -> dict[str, Any]:
     """Return the next micro-batch of this rank.
 
     Each tensor is [samples, seq_length / context_parallel_size]. Every pipeline stage gets one, since the rotary
     embedding needs `position_ids` in every layer. The first tensor-parallel rank broadcasts it in one tensor of known
     size. Megatron's `broadcast_data` sends the sizes first, and waits for the device to read them, in every
     micro-batch.
+
+    If short texts are mixed in, `documents` has the documents of the samples; it is None if each sample is one.
     """
     names = ["tokens", "labels", "loss_mask", "position_ids"]
-    packed = None
+    names += ["document_starts"] if values.short_mix(get_args()) else []
+    packed = data = None
     if data_iterator is not None:
         data = {name: tensor.long() for name, tensor in next(data_iterator).items()}
         recent_samples.add(get_args().curr_iteration, data)
@@ -73,7 +82,13 @@ def get_batch(data_iterator, samples: int) -> dict[str, torch.Tensor]:
         packed = torch.empty(shape, dtype=torch.long, device="cuda") if packed is None else packed.view(shape)
         torch.distributed.broadcast(packed, group=parallel_state.get_tensor_model_parallel_group(), group_src=0)
     batch = dict(zip(names, packed, strict=True))
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    starts = batch.pop("document_starts", None)
+    cp_group = parallel_state.get_context_parallel_group()
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+    if starts is not None:
+        # The ranks that got the batch by a broadcast wait for the device here.
+        batch["documents"] = Documents.read(data["document_starts"] if data else starts.cpu())
+    return batch
 
 
 def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
@@ -103,7 +118,8 @@ def forward_step(data_iterator, model):
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, args.micro_batch_size if model.training else args.eval_micro_batch_size)
     timers("batch-generator").stop()
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    packed = batch.get("documents")
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
     return losses, functools.partial(loss_func, batch["loss_mask"])
 
 
@@ -119,12 +135,14 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
         left = max(args.train_iters - args.iteration, 0) * args.global_batch_size
         train = max(train, args.consumed_train_samples + left)
     counts = [train, valid + args.consumed_valid_samples if valid else valid, test]
-    datasets = BlendedMegatronDatasetBuilder(
-        LongDocumentDataset,
-        counts,
-        lambda: parallel_state.get_tensor_model_parallel_rank() == 0,
-        values.dataset_config(args, get_tokenizer()),
-    ).build()
+    mix = values.short_mix(args) if train else None
+    short = mix.count_short(train) if mix else 0
+    long_counts = [train - short if short else train, *counts[1:]]
+    datasets = _build(LongDocumentDataset, long_counts, values.dataset_config(args, get_tokenizer()))
+    if mix and short:
+        packed = _build(PackedDocumentDataset, [short, 0, 0], values.short_dataset_config(args, get_tokenizer()))[0]
+        if packed is not None:
+            datasets[0] = usage.dataset = MixedDataset(datasets[0], packed, mix, train)
     # Megatron's samplers reject an empty data set, as with --eval-iters 0.
     return [None if count == 0 else data for data, count in zip(datasets, counts, strict=True)]
 
@@ -132,9 +150,16 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
 train_valid_test_datasets_provider.is_distributed = True
 
 
+def _build(kind: type, counts: list, config: LongDocumentDatasetConfig) -> list:
+    """Build a data set of each split on the first tensor-parallel rank; elsewhere they are None. All ranks call it."""
+    is_built_here = parallel_state.get_tensor_model_parallel_rank() == 0
+    return BlendedMegatronDatasetBuilder(kind, counts, lambda: is_built_here, config).build()
+
+
 def train(argv: list[str] | None = None) -> Namespace:
     """Run one training; see `megatron_cream.training.run.train`."""
-    return run.train(run.Job(train_valid_test_datasets_provider, forward_step, recent_samples, predict_step), argv)
+    job = run.Job(train_valid_test_datasets_provider, forward_step, recent_samples, predict_step, usage)
+    return run.train(job, argv)
 
 
 def main() -> int:

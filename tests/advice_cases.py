@@ -113,6 +113,7 @@ LONG_EVALUATION = "--long-eval-interval 1 --long-eval-tasks perplexity --long-ev
 SHAPE = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --bf16"
 PLANNED = with_(SHAPE, PLAN)
 UNSAVED = without("--save {0}/new")
+SHORT = "--short-data-path {0}/data --short-share 0.3"
 
 ADVICE = [
     # ------------------------------------------------ the trainer: combinations of flags
@@ -164,6 +165,11 @@ ADVICE = [
         "only with --position-sampler {}, not {}", "--position-sampler pi --cream-sigma 2",
         "--position-sampler cream --cream-sigma 2",
     ),
+    trainer("needs --short-data-path with the short texts", "--short-share 0.3", SHORT),
+    trainer("give its share of the samples, such as --short-share 0.3", "--short-data-path {0}/data", SHORT),
+    trainer("the length of a sample; leave it out for that", "--long-min-tokens 50", "", "--long-min-tokens 96"),
+    trainer("cannot keep documents apart; use auto", f"{SHORT} --attention-backend local", SHORT),
+    trainer("give longer ones in --data-path", f"{SHORT} --seq-length 72 --target-length 288", SHORT),
     trainer("add --use-pytorch-profiler", "--profile", "--profile --use-pytorch-profiler"),
     Advice("give --load-hf, --pretrained-checkpoint or --load", with_("--no-initialization"),
            tuple(with_("--no-initialization", base) for base in (FROM_HF, FROM_CKPT, with_(LONGER, RESUME)))),
@@ -310,7 +316,9 @@ NOT_FOLLOWED = {
     "--offload-modules {}: only with": "needs Transformer Engine; config/test_memory_flags.py follows it",
     "--recompute-modules {}: only with": "config/test_memory_flags.py follows it",
     "--attention-backend flash: needs": "needs a GPU",
-    "attention bias and packed sequences": "Megatron's own layers, which no flag of this project's asks for",
+    "not with Transformer Engine's attention and --context-parallel-size": "needs Transformer Engine and GPUs",
+    "which would replay the documents of the first": "needs a GPU",
+    "attention bias needs": "Megatron's own layers, which no flag of this project's asks for",
     "give --wandb-exp-name too": "needs an account",
     "--tokenizer-model is missing": "needs a sentencepiece model; training/test_default_run.py trains with one",
     "torchrun --max-restarts on several nodes": "needs two nodes; tests/slurm has them",

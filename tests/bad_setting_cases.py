@@ -157,6 +157,18 @@ FLAGS = {
     "weights of a blend": ("--data-path nan {0}/data", 1, ["weight nan"]),
     "half a blend": ("--data-path 1 {0}/data {0}/data {0}/data", 1, ["there is no 1.bin"]),
     "negative weight": ("--data-path -1 {0}/data 2 {0}/data", 1, ["-1"]),
+    "share of short texts": (
+        "--short-data-path {0}/data --short-share 1", 1, ["--short-share 1.0: must be at least 0 and below 1"],
+    ),
+    "share of no texts": ("--short-share 0.3", 1, ["--short-share 0.3", "--short-data-path"]),
+    "short texts without a share": ("--short-data-path {0}/data", 1, ["--short-data-path", "data", "--short-share"]),
+    "no short text": (
+        "--short-data-path {0}/data --short-share 0.3 --seq-length 72 --target-length 288", 1,
+        ["--short-data-path", "data", "none of its 20 documents has from 2 to 72 tokens"],
+    ),
+    "short texts that are not there": ("--short-data-path {0}/no --short-share 0.3", 1, ["--short-data-path", "no.bin"]),
+    "long texts that are short": ("--long-min-tokens 50", 1, ["--long-min-tokens 50", "--seq-length 96"]),
+    "no text is that long": ("--long-min-tokens 5000", 1, ["--data-path", "none of its 20 documents has 5000 tokens"]),
     "split leaves no training": ("--split 0,8,2", 1, ["--split 0,8,2", "nothing to train on"]),
     "split of negatives": ("--split 8,-2,0", 1, ["--split 8,-2,0"]),
     "split leaves no long test": ("--split 8,1.999,0.001", 1, ["--split 8,1.999,0.001", "for test"]),
@@ -210,6 +222,10 @@ DATA = {
     "another's dtype": (
         also(documents("other", [[1] * 300], np.int32), lambda w: shutil.copy(w / "other.idx", w / "data.idx")),
         NEW, ["--data-path", "data.bin has"],
+    ),
+    "a short text outside the vocabulary": (
+        documents("other", [[500] * 20]), (*NEW, "--short-data-path", "{0}/other", "--short-share", "0.3"),
+        ["--short-data-path", "contains token id 500"],
     ),
     "all too short": (SHORT, NEW, ["none of its 2 documents has 96 tokens", "longest has 95"]),
     "pickle for data": (put("data.bin", b"\x80\x04cposix\nsystem\n."), NEW, ["--data-path", "data.bin has 17 bytes"]),

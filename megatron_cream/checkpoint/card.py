@@ -35,10 +35,12 @@ _SAMPLERS = {
     "full": "training at the full length",
     "mix": "a mixture of samplers",
 }
-_DATA_FLAGS, _DATA_LISTS = ("data_path", "train_data_path"), ("data_args_path", "per_split_data_args_path")
+_DATA_FLAGS = ("data_path", "train_data_path", "short_data_path")
+_DATA_LISTS = ("data_args_path", "per_split_data_args_path")
 _SETTINGS = (
     "position_sampler", "position_mix", "cream_sigma", "cream_variant", "cream_relativity", "cream_middle",
-    "pose_chunks", "mask_segment_starts", "seq_length", "target_length", "rope_scaling_type", "rope_scaling_factor",
+    "pose_chunks", "mask_segment_starts", "short_share", "long_min_tokens", "seq_length", "target_length",
+    "rope_scaling_type", "rope_scaling_factor",
     "rotary_base", "train_iters", "train_samples", "global_batch_size", "micro_batch_size", "lr", "min_lr",
     "lr_decay_style", "lr_warmup_iters", "lr_warmup_fraction", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2",
     "optimizer", "seed", "split", "tensor_model_parallel_size", "pipeline_model_parallel_size",

@@ -329,11 +329,11 @@ def _get_value(args: Namespace, name: str) -> Any:
     return getattr(args, name, None)
 
 
-_DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+_DATA = ("short_data_path", "data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
 _SAMPLES = (
     "seed", "split", "dataloader_type", "seq_length", "position_sampler", "position_mix", "target_length",
     "cream_sigma", "cream_variant", "cream_relativity", "cream_middle", "pose_chunks",
-    "chat_loss",
+    "chat_loss", "short_share", "long_min_tokens",
 )  # fmt: skip
 
 

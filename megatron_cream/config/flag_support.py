@@ -73,6 +73,7 @@ TESTED = {
     "data/test_data_cache.py": "data-cache-path",
     "data/test_dataset.py": "mask-segment-starts num-workers",
     "data/test_chat_data.py": "tokenizer-type tokenizer-model chat-loss",
+    "data/test_packing.py": "short-data-path short-share long-min-tokens",
     "training/test_determinism.py": "deterministic",
     "optimizer/test_finite.py": "nan-policy",
     "evaluation/test_perplexity.py": "eval-lengths eval-documents num-layers-per-virtual-pipeline-stage",
@@ -145,7 +146,7 @@ REJECTED = {
     "use --rope-scaling-type linear": "rotary-seq-len-interpolation-factor",
     "use --rope-scaling-type yarn": "yarn-* no-yarn-correction-range-round-to-int rope-type",
     "use --position-sampler, which sets position ids": "reset-position-ids",
-    "use one document a sample, which this project's data always has": """
+    "use --short-data-path, which packs documents and keeps attention within each": """
         reset-attention-mask dataloader-inter-document-masking""",
     "use --attention-backend, which chooses the layer spec": "spec use-flash-attn",
     "use --config": "yaml-cfg",

@@ -109,6 +109,22 @@ class CreamConfig:
 
 
 @dataclass
+class ShortTextConfig:
+    """Flags that mix short documents or chats, packed into samples, into the training data."""
+
+    short_data_path: list[str] | None = field(default=None)
+    """Short texts, as --data-path takes them: prefixes, or weights and prefixes. Whole documents of at most
+    --seq-length tokens are packed into samples of --seq-length tokens; attention and positions stay within each
+    document. All of them are used for training, none for validation."""
+
+    short_share: float | None = None
+    """Share of the training samples that are packed short texts, at least 0 and below 1."""
+
+    long_min_tokens: int | None = None
+    """Use only documents of --data-path with at least this many tokens. Default: --seq-length."""
+
+
+@dataclass
 class LongEvalConfig:
     """Flags of the evaluation at long context lengths during training."""
 

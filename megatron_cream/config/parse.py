@@ -27,6 +27,7 @@ from megatron_cream.config.checks import lora as lora_checks
 from megatron_cream.config.checks import memory as memory_checks
 from megatron_cream.config.checks import numbers as number_checks
 from megatron_cream.config.checks import saving as save_checks
+from megatron_cream.config.checks import short_texts as short_text_checks
 from megatron_cream.config.describe import describe
 from megatron_cream.config.parser import default_values, parse_flags
 from megatron_cream.distributed import nodes, rendezvous
@@ -123,6 +124,7 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
 
     flag_checks.check_together(args)
     evaluation_checks.check(args)
+    short_text_checks.check(args)
     save_checks.check(args)
     layout_checks.check(args)
     lora_checks.check_together(args)

@@ -16,13 +16,21 @@ from megatron.training.arguments import add_megatron_arguments, parse_args
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import flag_support
-from megatron_cream.config.options import CreamConfig, LongEvalConfig, LoraConfig, SaveConfig, project_defaults
+from megatron_cream.config.options import (
+    CreamConfig,
+    LongEvalConfig,
+    LoraConfig,
+    SaveConfig,
+    ShortTextConfig,
+    project_defaults,
+)
 from megatron_cream.config.recipe import find_action, read_recipe, recipe_path
 from megatron_cream.model.attention import ATTENTION_BACKENDS
 
 GROUPS = {
     "cream": CreamConfig,
     "LoRA": LoraConfig,
+    "short texts": ShortTextConfig,
     "long evaluation": LongEvalConfig,
     "after a checkpoint": SaveConfig,
 }

@@ -2,10 +2,12 @@
 
 from argparse import Namespace
 
+import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
+from megatron.core.datasets.utils import get_blend_from_list
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -14,6 +16,8 @@ from megatron_cream.checkpoint.pretrained import build_weights_hook
 from megatron_cream.common import devices
 from megatron_cream.config.samplers import sampler_options
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
+from megatron_cream.data.mixed_dataset import Mix
+from megatron_cream.data.packing import count_packed
 from megatron_cream.distributed import watchdog
 from megatron_cream.model import flops
 from megatron_cream.model.attention import AttentionBackend
@@ -53,12 +57,25 @@ def model_config(args: Namespace) -> LlamaModelConfig:
 def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
     """Return the configuration of Megatron's dataset builder and of this project's transform."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return _dataset_config(args, tokenizer, blend=blend, blend_per_split=blend_per_split, split=args.split)
+
+
+def short_dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
+    """Return the configuration of the builder of --short-data-path, all of which is for training."""
+    blend = get_blend_from_list(args.short_data_path)
+    return _dataset_config(args, tokenizer, blend=None, blend_per_split=[blend, None, None], split=None)
+
+
+def short_mix(args: Namespace) -> Mix | None:
+    """Return which training samples are packed short texts; None if none are."""
+    return Mix(args.short_share, args.seed) if args.short_data_path and args.short_share else None
+
+
+def _dataset_config(args: Namespace, tokenizer, **data) -> LongDocumentDatasetConfig:
     return LongDocumentDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
+        **data,
         multiple_validation_sets=args.multiple_validation_sets,
         full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
@@ -70,6 +87,8 @@ def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
         chat_loss=args.chat_loss,
         eod_token=tokenizer.eod if args.eod_mask_loss else None,
         vocab_size=args.vocab_size,
+        mark_documents=short_mix(args) is not None,
+        long_min_tokens=args.long_min_tokens,
     )
 
 
@@ -79,10 +98,20 @@ def flops_per_token(args: Namespace) -> float:
     return flops.flops_per_token(
         **_sizes(args),
         vocab_size=args.padded_vocab_size,
-        seq_length=args.seq_length,
+        seq_length=_mean_context(args),
         frozen_layers=lora is not None,
         frozen_head=lora is not None and "embeddings" not in lora.trained,
     )
+
+
+def _mean_context(args: Namespace) -> float:
+    """Return the mean length, in tokens, of the samples and packed documents that tokens attend within."""
+    if not short_mix(args):
+        return args.seq_length
+    prefixes, weights = get_blend_from_list(args.short_data_path) or ([], None)
+    totals = [count_packed(prefix, args.seq_length) for prefix in prefixes]
+    short = np.average([each.mean_context for each in totals], weights=weights or [each.samples for each in totals])
+    return (1 - args.short_share) * args.seq_length + args.short_share * float(short)
 
 
 def count_parameters(args: Namespace) -> int:

@@ -49,6 +49,12 @@ class LongDocumentDatasetConfig(BlendedMegatronDatasetConfig):
     vocab_size: int | None = None
     """If set, a token id of this or more raises an error here, before it can fail on the GPU."""
 
+    mark_documents: bool = False
+    """Samples have `document_starts` [n], 1 on the first token of each document; here that is the first token."""
+
+    long_min_tokens: int | None = None
+    """If set, documents with fewer tokens are not used, even if they fill a sample (`--long-min-tokens`)."""
+
 
 def open_loss_mask(dataset_path: str, config: LongDocumentDatasetConfig) -> IndexedDataset | None:
     """Open the loss mask of the data at `dataset_path`; return None if every token has loss."""
@@ -85,20 +91,20 @@ class LongDocumentDataset(MegatronDataset):
         indices = range(begin, end)
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         self.sampler = build_sampler(**config.sampler, seed=config.random_seed)
-        minimum = self.sampler.sequence_length
+        minimum = max(self.sampler.sequence_length, config.long_min_tokens or 0)
         file = cache_file(dataset_path, begin, end, minimum, config.path_to_cache)
         self.documents = find_long_documents(dataset.sequence_lengths, begin, end, minimum, file, _warn)
         log_single_rank(
             logger,
             logging.INFO,
             f"> {index_split.name}: {len(self.documents)} of {len(indices)} documents of {dataset_path} have "
-            f"{self.sampler.sequence_length} tokens or more",
+            f"{minimum} tokens or more",
         )
         self.loss_mask = open_loss_mask(dataset_path, config)
         if num_samples and not len(self.documents):
             raise UsageError(
                 f"{index_split.name} split of {dataset_path}: none of its {len(indices)} documents has "
-                f"{self.sampler.sequence_length} tokens; give longer documents, or set eval-iters 0 to "
+                f"{minimum} tokens; give longer documents, or set eval-iters 0 to "
                 "skip validation and test"
             )
 
@@ -128,11 +134,7 @@ class LongDocumentDataset(MegatronDataset):
         length = int(self.dataset.sequence_lengths[document])
         plan = self.sampler.plan(epoch=epoch, sample=sample, document_length=length)
         tokens = self._read(self.dataset, document, plan.token_indices)
-        if self.config.vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-            raise ValueError(
-                f"{self.dataset_path}.bin: document {document} contains token ids {tokens.min()} to {tokens.max()}, "
-                f"but the vocabulary has {self.config.vocab_size}"
-            )
+        check_token_ids(tokens, document, self.dataset_path, self.config.vocab_size)
 
         loss_mask = np.ones(len(tokens), dtype=np.float32)
         loss_mask[-1] = 0.0
@@ -143,7 +145,7 @@ class LongDocumentDataset(MegatronDataset):
             loss_mask[starts - 1] = 0.0
         if self.config.eod_token is not None:
             loss_mask[tokens == self.config.eod_token] = 0.0
-        return {
+        found = {
             "tokens": tokens,
             "labels": np.append(tokens[1:], 0),
             "loss_mask": loss_mask,
@@ -151,6 +153,9 @@ class LongDocumentDataset(MegatronDataset):
             "sample": np.int64(index),
             "document": np.int64(document),
         }
+        if self.config.mark_documents:
+            found["document_starts"] = np.eye(1, len(tokens), dtype=np.int64)[0]
+        return found
 
     @staticmethod
     def _read(dataset: IndexedDataset, document: int, token_indices: np.ndarray) -> np.ndarray:
@@ -159,3 +164,12 @@ class LongDocumentDataset(MegatronDataset):
         runs = np.split(token_indices, breaks)
         reads = [dataset.get(document, offset=int(run[0]), length=len(run)) for run in runs]
         return np.concatenate(reads).astype(np.int64)
+
+
+def check_token_ids(tokens: np.ndarray, document: int, prefix: str, vocab_size: int | None) -> None:
+    """Raise ValueError if a document has token ids outside the vocabulary."""
+    if vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(
+            f"{prefix}.bin: document {document} contains token ids {tokens.min()} to {tokens.max()}, "
+            f"but the vocabulary has {vocab_size}"
+        )

@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
@@ -23,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_cream.model.context_parallel import context_parallel_attention
 from megatron_cream.model.kernels import support
 from megatron_cream.model.key_shards import KeyShard, attend_to_shards
+from megatron_cream.model.packed_attention import Documents, attend_by_bounds, attend_each_document
 from megatron_cream.model.rotary import apply_rotary
 
 # Values of `--attention-backend`. `fused` and `unfused` are kernels of Transformer Engine.
@@ -73,6 +73,21 @@ def find_flash_attention():
         return flash_attn_func
     except ImportError:
         return None
+
+
+@functools.cache
+def find_packed_flash_attention():
+    """Return the installed flash-attention for samples of several documents, called with named `cu_seqlens_q` etc.
+
+    There is one if `find_flash_attention` finds one.
+    """
+    if _has_flash_attention_4():
+        from flash_attn.cute import flash_attn_varlen_func
+
+        return lambda q, k, v, **kw: flash_attn_varlen_func(q, k, v, **kw)[0]
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
 
 
 def is_flash_attention_deterministic() -> bool:
@@ -177,12 +192,13 @@ class RotarySelfAttention(SelfAttention):
 
 
 class _CausalCoreAttention(MegatronModule):
-    """Base class of this project's core attentions: causal, without dropout and packing.
+    """Base class of this project's core attentions: causal, without dropout.
 
     forward: query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> [s, b, n * d].
     attention_mask is None, except in generation with prompts of several lengths: then it is
     bool [b, keys], False on padding, and there is one query for each sample.
     key_shard, if set, says which keys and values of a long text this rank has in generation.
+    packed_seq_params are the `Documents` of packed samples, or None.
     A subclass defines `attend`, which returns [s, b, n, d]: causal attention, aligned at the
     end if there are more keys than queries.
     """
@@ -215,19 +231,25 @@ class _CausalCoreAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Documents | None = None,
     ) -> Tensor:
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("attention bias and packed sequences need --attention-backend te")
+        if attention_bias is not None:
+            raise ValueError("attention bias needs --attention-backend te")
+        packed = packed_seq_params is not None
+        attend = functools.partial(self.attend_packed, packed_seq_params) if packed else self.attend
         if attention_mask is not None:
             out_SBND = _attend_unpadded(query, key, value, attention_mask, self.softmax_scale)
         elif self.key_shard is not None:
             out_SBND = attend_to_shards(query, key, value, self.key_shard, self.softmax_scale)
         elif self.cp_group is not None:
-            out_SBND = context_parallel_attention(self.attend, query, key, value, self.cp_group)
+            out_SBND = context_parallel_attention(attend, query, key, value, self.cp_group)
         else:
-            out_SBND = self.attend(query, key, value)
+            out_SBND = attend(query, key, value)
         return out_SBND.flatten(2)
+
+    def attend_packed(self, documents: Documents, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+        """Return what `attend` returns, within each document."""
+        return attend_each_document(self.attend, documents, query_SBND, key_SBGD, value_SBGD)
 
 
 class SdpaCoreAttention(_CausalCoreAttention):
@@ -258,6 +280,23 @@ class FlashCoreAttention(_CausalCoreAttention):
             q, k, v, softmax_scale=self.softmax_scale, causal=True, deterministic=deterministic
         )
         return out_BSND.view(query_SBND.shape)
+
+    def attend_packed(self, documents, query_SBND, key_SBGD, value_SBGD):
+        def attend(q, k, v, bounds):
+            return find_packed_flash_attention()(
+                q,
+                k,
+                v,
+                cu_seqlens_q=bounds.queries,
+                cu_seqlens_k=bounds.keys,
+                max_seqlen_q=bounds.longest_queries,
+                max_seqlen_k=bounds.longest_keys,
+                softmax_scale=self.softmax_scale,
+                causal=True,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+            )
+
+        return attend_by_bounds(attend, documents, query_SBND, key_SBGD, value_SBGD)
 
 
 def _fold_samples_into_heads(x_SBND: Tensor) -> Tensor:

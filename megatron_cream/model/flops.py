@@ -10,14 +10,15 @@ def flops_per_token(
     kv_channels: int,
     num_attention_heads: int,
     vocab_size: int,
-    seq_length: int,
+    seq_length: float,
     frozen_layers: bool = False,
     frozen_head: bool = False,
 ) -> float:
     """Return the floating-point operations of training on one token, forward and backward.
 
     6 x the parameters in matrix products (without the embedding look-up), or 4 x if they are frozen, plus
-    6 x layers x sequence length x attention width for causal attention. LoRA's adapters are not counted.
+    6 x layers x sequence length x attention width for causal attention. LoRA's adapters are not counted. Packed
+    samples attend within their documents: their sequence length is the mean length of the document that a token is in.
     """
     attention_width = num_attention_heads * kv_channels
     layer = _layer_weights(hidden_size, ffn_hidden_size, num_query_groups, kv_channels, num_attention_heads)

@@ -45,8 +45,7 @@ def build_block_spec(
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         attention = layer.submodules.self_attention
         attention.module = RotarySelfAttention
-        if backend.name != "te":
-            attention.submodules.core_attention = CORE_ATTENTIONS[backend.name]
+        attention.submodules.core_attention = _choose_core_attention(backend)
         layer.submodules.mlp.keywords["submodules"].activation_func = _choose_activation()
         if separate_norms:
             _separate_norms(layer.submodules)
@@ -62,6 +61,14 @@ def _separate_norms(layer: TransformerLayerSubmodules) -> None:
     layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
     layer.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
     layer.sharded_state_dict_keys_map = dict(_FUSED_NORMS)
+
+
+def _choose_core_attention(backend: AttentionBackend) -> type:
+    if backend.name != "te":
+        return CORE_ATTENTIONS[backend.name]
+    from megatron_cream.model.te_attention import PackedTEAttention
+
+    return PackedTEAttention
 
 
 def _choose_activation():

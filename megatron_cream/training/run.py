@@ -29,6 +29,7 @@ from megatron_cream.common.errors import (
 from megatron_cream.common.files import lock_folder
 from megatron_cream.config import parse, values
 from megatron_cream.data.recent import RecentSamples
+from megatron_cream.data.usage import Usage
 from megatron_cream.distributed import launcher, rendezvous, watchdog
 from megatron_cream.optimizer import finite, lora_plus
 from megatron_cream.patches import cuda_graphs, install_all, table
@@ -47,12 +48,14 @@ class Job:
     recent_samples: the samples that the data loader read last, named in the log when a gradient is not finite.
     predict_step: returns the expected seconds of a step and the name of the GPU, or None, from the flags as given and
         as checked.
+    usage: what was used of each source, printed at the end.
     """
 
     datasets: Callable
     forward_step: Callable
     recent_samples: RecentSamples
     predict_step: Callable[[list[str], Namespace], tuple[float, str] | None]
+    usage: Usage
 
 
 def train(job: Job, argv: list[str] | None = None) -> Namespace:
@@ -112,6 +115,9 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
                 non_loss_data_func=evaluations.build_perplexity_callback(args, terminal) if args.eval_lengths else None,
                 store=rendezvous.open_store(args.rank, args.world_size),
             )
+        if args.rank == 0 and not args.skip_train and args.dataloader_type == "single":
+            for line in job.usage.describe(args.consumed_train_samples):
+                say(f"used    {line}")
     return args
 
 

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
+from megatron.core.datasets.utils import get_blend_from_list
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.checkpoint import pretrained, start
@@ -13,6 +14,7 @@ from megatron_cream.common.console import format_count
 from megatron_cream.config import values
 from megatron_cream.config.samplers import sampler_names
 from megatron_cream.data.indexed import open_index
+from megatron_cream.data.packing import MIN_TOKENS, count_packed
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.lora import TARGETS
 
@@ -31,6 +33,7 @@ def describe_run(args: Namespace, step: tuple[float, str] | None = None) -> str:
         *([("lora", _adapters(args))] if args.lora_rank else []),
         ("layout", _layout(args)),
         ("data", _data(args)),
+        *(("short", line) for line in _short_texts(args)),
         ("train", describe_steps(args, step)),
         ("output", _output(args)),
     ]
@@ -116,6 +119,22 @@ def _data(args: Namespace) -> str:
     where = where if len(prefixes) == 1 else f"{len(prefixes)} data sets, first {where}"
     split = f", split {args.split}" if args.split and not blend_per_split else ""
     return f"{where}: {format_count(documents, 'document')}, {tokens:,} tokens{split}"
+
+
+def _short_texts(args: Namespace) -> list[str]:
+    """Return the share of packed short texts, and what each of their data sets has."""
+    if not values.short_mix(args):
+        return []
+    lines = [f"{100 * args.short_share:g} % of the samples are whole short texts, packed"]
+    for prefix in dict.fromkeys(get_blend_from_list(args.short_data_path)[0]):
+        packed = count_packed(prefix, args.seq_length)
+        left_out = [f"{packed.too_long:,} with more than {args.seq_length:,} tokens"] if packed.too_long else []
+        left_out += [f"{packed.too_short:,} with less than {MIN_TOKENS}"] if packed.too_short else []
+        lines.append(
+            f"{prefix}: {packed.documents:,} documents, {packed.tokens:,} tokens in {packed.samples:,} samples, "
+            f"{100 * packed.padding:.1f} % padding" + (f"; left out: {' and '.join(left_out)}" if left_out else "")
+        )
+    return lines
 
 
 def describe_steps(args: Namespace, step: tuple[float, str] | None) -> str:

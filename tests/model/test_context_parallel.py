@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import torch
 from torch import distributed as dist
 from megatron_cream.model import context_parallel as cp
+from functools import partial
 from megatron_cream.model.attention import SdpaCoreAttention
+from megatron_cream.model.packed_attention import Documents, attend_each_document
 
 dist.init_process_group("gloo")
 gathers = 0
@@ -25,10 +27,14 @@ cp.gather_from_sequence_parallel_region = counted
 def attend(q, k, v):
     return SdpaCoreAttention.attend(SimpleNamespace(softmax_scale=0.3), q, k, v)
 
-def plain(q, k, v):
+def plain(q, k, v, documents=None):
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     scores = 0.3 * torch.einsum("sbnd,tbnd->bnst", q, k)
-    scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    if documents:
+        number = [torch.bucketize(torch.arange(len(q)), torch.tensor(ends), right=True) for ends in documents.ends]
+        hidden = torch.stack([hidden | (n[:, None] != n) for n in number])[:, None]
+    scores = scores.masked_fill(hidden, float("-inf"))
     return torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1), v)
 
 pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -66,6 +72,19 @@ for group in (pairs[dist.get_rank() // 2], dist.group.WORLD):
                 torch.testing.assert_close(x.grad, mine(y.grad), rtol=1e-11, atol=1e-12)
         with torch.no_grad():
             torch.testing.assert_close(run(*local), mine(expected), rtol=1e-12, atol=1e-12)
+
+        # Packed samples: documents cross the borders of chunks.
+        s = 2 * ranks * half
+        documents = Documents(ends=((1, 4, s - 4, s), (5, 7, s)))
+        for x in (*whole, *local):
+            x.grad = None
+        expected = plain(*whole, documents)
+        expected.backward(upstream)
+        out = cp.context_parallel_attention(partial(attend_each_document, attend, documents), *local, group)
+        torch.testing.assert_close(out, mine(expected), rtol=1e-12, atol=1e-12)
+        out.backward(mine(upstream))
+        for x, y in zip(local, whole):
+            torch.testing.assert_close(x.grad, mine(y.grad), rtol=1e-11, atol=1e-12)
 print("same")
 dist.barrier()
 """

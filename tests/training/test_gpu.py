@@ -40,6 +40,37 @@ def test_attention_kernels_against_float64(queries, groups):
         assert torch.linalg.norm(out - expected) / torch.linalg.norm(expected) < 1e-2, module.__name__
 
 
+@pytest.mark.parametrize("begin", [0, 128])
+def test_packed_attention_kernels_against_float64(begin):
+    """Output and gradients; a part of the queries, with the keys up to its end, is what a context-parallel rank has."""
+    from types import SimpleNamespace
+
+    from megatron_cream.model.attention import FlashCoreAttention, SdpaCoreAttention
+    from megatron_cream.model.packed_attention import Documents
+
+    torch.manual_seed(0)
+    s, b, d, end = 512, 2, 64, 400
+    documents = Documents(ends=((1, 130, 300, 301, s), (250, s)))
+    exact = [torch.randn(s, b, n, d, device="cuda", dtype=torch.float64)[: end if n < 8 else s] for n in (8, 2, 2)]
+    exact[0] = exact[0][begin:end].contiguous()
+    exact = [x.requires_grad_() for x in exact]
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    upstream = torch.randn_like(exact[0])
+    shell = SimpleNamespace(softmax_scale=None)
+    shell.attend = lambda *xs: SdpaCoreAttention.attend(shell, *xs)
+    expected = SdpaCoreAttention.attend_packed(shell, documents, *exact)
+    expected.backward(upstream)
+    for module in (SdpaCoreAttention, FlashCoreAttention):
+        if module is FlashCoreAttention and find_flash_attention() is None:
+            continue
+        for x in half:
+            x.grad = None
+        out = module.attend_packed(shell, documents, *half)
+        out.backward(upstream.bfloat16())
+        for ours, right in [(out, expected), *((x.grad, y.grad) for x, y in zip(half, exact, strict=True))]:
+            assert torch.linalg.norm(ours.double() - right) / torch.linalg.norm(right) < 2e-2, module.__name__
+
+
 def test_sdpa_makes_no_matrix_of_scores():
     """Peak memory of attention over 16K tokens stays far below one s x s matrix."""
     from types import SimpleNamespace

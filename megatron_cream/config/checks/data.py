@@ -21,6 +21,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import read_text
+from megatron_cream.config.checks import short_texts
 from megatron_cream.data import indexed
 from megatron_cream.data.tokenizers import TokenIdMismatch, check_megatron_ids, has_eod
 
@@ -28,6 +29,7 @@ SAMPLED_BYTES = 64 << 20
 """Number of bytes of all data that are searched for invalid token ids before a run."""
 
 _SPLITS = ("train", "valid", "test")
+_SHORT = "--short-data-path"
 _CACHED = {"-dataset_index.npy": np.int16, "-dataset_sample_index.npy": np.int64}
 """{suffix: dtype} of Megatron's cached indices of a blend: the data set of each sample, and its number there."""
 
@@ -41,15 +43,17 @@ def check(args: Namespace) -> None:
         UsageError: the first problem found.
     """
     prefixes = _prefixes(args)
-    if not prefixes:
+    if all(name == _SHORT for name, _ in prefixes):
         raise UsageError(
             "--data-path is missing: give the prefix of a .bin/.idx pair (tools/preprocess_data.py writes one), "
             "or --embedded-data"
         )
-    need = args.target_length if args.position_sampler == "full" else args.seq_length
+    need = _least_tokens(args)
     for name, prefix in prefixes:
         lengths = _read_index(name, prefix, indexed.open_index).lengths
-        if not indexed.has_long_document(lengths, need):
+        if name == _SHORT:
+            short_texts.check_lengths(name, prefix, lengths, args.seq_length)
+        elif not indexed.has_long_document(lengths, need):
             raise UsageError(
                 f"{name} {prefix}: none of its {len(lengths)} documents has {need} tokens, the length of a sample; "
                 f"the longest has {lengths.max()}"
@@ -80,9 +84,11 @@ def check_splits(args: Namespace) -> None:
     """
     if args.split is None:
         return
-    need = args.target_length if args.position_sampler == "full" else args.seq_length
+    need = _least_tokens(args)
     instead = {"train": "longer documents", "valid": "another share, or --eval-iters 0", "test": "a share of 0"}
     for name, prefix in _prefixes(args):
+        if name == _SHORT:  # all of it is for training
+            continue
         lengths = indexed.open_index(prefix).lengths
         for split, share in zip(_SPLITS, _split_shares(args), strict=True):
             wanted = not args.skip_train if split == "train" else args.eval_iters
@@ -178,6 +184,12 @@ def _split_shares(args: Namespace) -> list[tuple[float, float] | None]:
     return shares
 
 
+def _least_tokens(args: Namespace) -> int:
+    """Return how many tokens a document of the long data must have."""
+    window = args.target_length if args.position_sampler == "full" else args.seq_length
+    return max(window, args.long_min_tokens or 0)
+
+
 def _prefixes(args: Namespace) -> list[tuple[str, str]]:
     """Return (flag, prefix) of all data, without the weights of blends."""
     return [(name, prefix) for name, blend in _blends(args) for prefix in _blend_prefixes(name, blend)]
@@ -185,7 +197,7 @@ def _prefixes(args: Namespace) -> list[tuple[str, str]]:
 
 def _blends(args: Namespace) -> Iterator[tuple[str, list[str]]]:
     """Yield (flag, weights and prefixes as given) of each list of data."""
-    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path", "short_data_path"):
         if getattr(args, name):
             yield to_flag(name), getattr(args, name)
     if args.data_args_path:

@@ -25,7 +25,8 @@ from megatron_cream.positions import build_sampler
 _PATHS = (
     "save", "load", "pretrained_checkpoint", "load_hf", "save_hf", "load_adapter", "tensorboard_dir",
     "data_cache_path", "tokenizer_model", "vocab_file", "merge_file", "data_path", "train_data_path", "valid_data_path",
-    "test_data_path", "data_args_path", "per_split_data_args_path", "tp_comm_overlap_cfg", "wandb_save_dir",
+    "test_data_path", "short_data_path", "data_args_path", "per_split_data_args_path", "tp_comm_overlap_cfg",
+    "wandb_save_dir",
 )  # fmt: skip
 
 
