@@ -1,5 +1,6 @@
 """Tests of chat data: the written tokens, the loss mask, and its use in training."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron_cream.data.packed_dataset import PackedDocumentDataset
 
 from megatron_cream.data.chat import Llama2Chat
 from megatron_cream.data.chat_records import extract_chat
@@ -175,6 +177,32 @@ def test_the_loss_covers_assistant_labels_only(tmp_path, workers, caplog):
         assert mask[-1] == 0 and mask.dtype == np.float32
         seen += mask.sum()
     assert 0.4 < seen / (len(dataset) * N) < 0.6
+
+
+def test_packed_chats_have_loss_on_their_answers(tmp_path):
+    """Chats shorter than a sample are packed whole, with the mask of each."""
+    path = write_chats(tmp_path, "jsonl")
+    tokenizer = ByteTokenizer()
+    preprocess([path], tmp_path / "x", tokenizer, chat_format="llama2", progress=False)
+    for chat_loss in ("answers", "all"):
+        config = LongDocumentDatasetConfig(
+            random_seed=5, sequence_length=256, blend=([str(tmp_path / "x")], None), split="100,0,0",
+            sampler=dict(name="cream", window=256, target=1024), chat_loss=chat_loss,
+        )  # fmt: skip
+        data = BlendedMegatronDatasetBuilder(PackedDocumentDataset, [12, 0, 0], lambda: True, config).build()[0]
+        found = set()
+        for sample in (data[i] for i in range(12)):
+            starts = [*np.flatnonzero(sample["document_starts"]), 256]
+            for begin, end in itertools.pairwise(starts):
+                ids, mask = sample["tokens"][begin:end], sample["loss_mask"][begin : end - 1]
+                if not ids.any():
+                    continue  # padding
+                text = bytes(id for id in ids if id < 256).decode()
+                found.add(text)
+                answer = text.partition("[/INST]")[2].encode()
+                learned = [*answer, tokenizer.eod] if chat_loss == "answers" else ids[1:].tolist()
+                assert sample["labels"][begin : end - 1][mask == 1].tolist() == learned
+        assert len(found) == len(CHATS)
 
 
 def test_the_loss_covers_all_tokens_if_asked(tmp_path, caplog):
