@@ -8,12 +8,12 @@ import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from megatron_cream.data.packed_dataset import PackedDocumentDataset
 
 from megatron_cream.data.chat import Llama2Chat
 from megatron_cream.data.chat_records import extract_chat
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
 from megatron_cream.data.indexed import loss_mask_prefix, read_index
+from megatron_cream.data.packed_dataset import PackedDocumentDataset
 from megatron_cream.data.preprocess import preprocess
 from tests.data.chats import CHATML, CLEANED, save_tokenizer, share, talk
 from tests.data.test_preprocess import ByteTokenizer, run_in_fork, run_tool, written
