@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.checkpoint.mapping import LAYERS, Row, hf_shapes, rows, tensor_parallel_shard
-from megatron_cream.model.lora import LINEARS, NAME, ROW_PARALLEL, TARGETS, TRAINED, LoraSettings
+from megatron_cream.model.lora_settings import LINEARS, NAME, ROW_PARALLEL, TARGETS, TRAINED, LoraSettings
 
 
 def adapter_rows(targets: Sequence[str]) -> list[Row]:

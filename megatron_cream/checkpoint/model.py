@@ -23,7 +23,7 @@ from megatron_cream.checkpoint.mapping import (
 from megatron_cream.common import devices
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModelConfig
-from megatron_cream.model.lora import is_adapter
+from megatron_cream.model.lora_settings import is_adapter
 
 
 class Weights(Protocol):

@@ -22,7 +22,7 @@ from megatron_cream.checkpoint.hf_folder import CONFIG, write_config
 from megatron_cream.checkpoint.mapping import Row, hf_shapes, megatron_shape, split
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import read_json, write_json
-from megatron_cream.model.lora import TARGETS
+from megatron_cream.model.lora_settings import TARGETS
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROPE = ("rope_theta", "rope_scaling", "max_position_embeddings", "original_window")

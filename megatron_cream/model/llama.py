@@ -24,7 +24,8 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.kernels import support
 from megatron_cream.model.layer_spec import build_block_spec
-from megatron_cream.model.lora import LoraSettings, add_adapters
+from megatron_cream.model.lora import add_adapters
+from megatron_cream.model.lora_settings import LoraSettings
 from megatron_cream.model.rotary import RotaryEmbedding
 
 _NORM_EXTRA_STATE = "norm._extra_state"

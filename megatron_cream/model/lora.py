@@ -7,7 +7,6 @@ the linear, which stays as it is. The frozen weights have no gradients and no op
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
@@ -15,56 +14,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-LINEARS = {
-    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "linear_proj": ("o_proj",),
-    "linear_fc1": ("gate_proj", "up_proj"),
-    "linear_fc2": ("down_proj",),
-}
-"""{Megatron's linear: the projections that it computes, in their order}."""
-
-TARGETS = tuple(name for names in LINEARS.values() for name in names)
-ROW_PARALLEL = ("linear_proj", "linear_fc2")
-
-TRAINED = {
-    "embeddings": ("word_embeddings.weight", "output_layer.weight"),
-    "norms": ("norm.weight", "layer_norm_weight"),
-}
-"""{name in --lora-train: ends of the parameters' names}."""
-
-NAME = "lora"
-"""The module of a layer that has its adapters: decoder.layers.0.lora.linear_qkv.q_proj_A."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """The settings of a run's adapters.
-
-    rank: rows of A and columns of B.
-    alpha: the product of B and A is multiplied by alpha / rank.
-    dropout: probability of a zero in the input of A.
-    targets: the projections with adapters, in the order of `TARGETS`.
-    trained: what trains besides adapters: names in `TRAINED`.
-    rank_stabilized: multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023).
-    seed: of the initial A.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    targets: tuple[str, ...] = TARGETS
-    trained: tuple[str, ...] = ("embeddings", "norms")
-    rank_stabilized: bool = False
-    seed: int = 0
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-
-
-def is_adapter(name: str) -> bool:
-    """Tell whether a parameter of the model belongs to an adapter."""
-    return f".{NAME}." in name
+from megatron_cream.model.lora_settings import LINEARS, NAME, ROW_PARALLEL, TARGETS, TRAINED, LoraSettings
 
 
 def add_adapters(model: nn.Module, settings: LoraSettings) -> None:

@@ -3,7 +3,7 @@
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
-from megatron_cream.model.lora import NAME
+from megatron_cream.model.lora_settings import NAME
 from megatron_cream.patches import hooks, registry
 
 _ratio = 1.0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_cream.model.lora import TARGETS
+from megatron_cream.model.lora_settings import TARGETS
 
 
 @dataclass(frozen=True, kw_only=True)

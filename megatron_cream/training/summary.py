@@ -16,7 +16,7 @@ from megatron_cream.config.samplers import sampler_names
 from megatron_cream.data.indexed import open_index
 from megatron_cream.data.packing import MIN_TOKENS, count_packed
 from megatron_cream.model.attention import AttentionBackend
-from megatron_cream.model.lora import TARGETS
+from megatron_cream.model.lora_settings import TARGETS
 
 
 def describe_run(args: Namespace, step: tuple[float, str] | None = None) -> str:

@@ -25,7 +25,7 @@ from megatron_cream.checkpoint.mapping import split
 from megatron_cream.checkpoint.model import fill_model
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
-from megatron_cream.model.lora import LoraSettings
+from megatron_cream.model.lora_settings import LoraSettings
 
 SETTINGS = LoraSettings(rank=4, alpha=6.0, rank_stabilized=True)
 # {variant: (sequence parallelism, settings)}

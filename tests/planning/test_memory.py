@@ -124,7 +124,7 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
     from megatron_cream.model.attention import SdpaCoreAttention, choose_backend
     from megatron_cream.model.kernels import support
     from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
-    from megatron_cream.model.lora import LoraSettings
+    from megatron_cream.model.lora_settings import LoraSettings
 
     start(layout)
     parallel_state.initialize_model_parallel(

@@ -10,7 +10,7 @@ from megatron_cream.checkpoint.start import FoundCheckpoint
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.options import LoraConfig
-from megatron_cream.model.lora import TARGETS, TRAINED
+from megatron_cream.model.lora_settings import TARGETS, TRAINED
 
 _UNSUPPORTED = {
     "tp_comm_overlap": False,
