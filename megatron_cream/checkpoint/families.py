@@ -227,6 +227,8 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
             raise UsageError(f"{path}: architectures {architecture!r}: only {family.architecture} is supported")
     for key, needed in _REQUIRED_VALUES:
         value = raw.get(key)
+        if (key, value) == ("hidden_act", "swish"):
+            continue  # transformers' other name of silu
         if key in raw and value is not None and value != needed:
             shown = "" if isinstance(value, dict) else f" {json.dumps(value)}"
             raise UsageError(f"{path}: {key}{shown}: not supported; only {json.dumps(needed)} is")

@@ -114,6 +114,9 @@ class HfFolder:
     def _hint(self, name: str) -> str:
         if name == "lm_head.weight":
             return ": config.json does not set tie_word_embeddings"
+        longer = next((other for other in self.weights if other.endswith(f".{name}")), None)
+        if longer:
+            return f"; there is {longer}: save the model without its wrapper (torch.compile's or PEFT's)"
         return f"; a {self._model()} needs it"
 
 

@@ -121,6 +121,10 @@ BAD_FOLDERS = {
     "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "has no weights; expected one of model.safetensors"),
     "truncated": (truncated, "model.safetensors: not a readable file of tensors"),
     "missing tensor": (tensors(lambda s: s.pop(Q_PROJ)), f"tensor {Q_PROJ} is missing"),
+    "wrapped": (
+        tensors(lambda s: [s.update({f"_orig_mod.{name}": s.pop(name)}) for name in list(s)]),
+        "there is _orig_mod.model.embed_tokens.weight: save the model without its wrapper",
+    ),
     "missing head": (tensors(lambda s: s.pop("lm_head.weight")), "config.json does not set tie_word_embeddings"),
     "extra tensor": (tensors(lambda s: s.update(extra=torch.ones(2))), "tensor extra is not part of a llama model"),
     "layer too many": (config(num_hidden_layers=2), "tensor model.layers.2.input_layernorm.weight is not part of"),
@@ -138,6 +142,11 @@ BAD_FOLDERS = {
     "pickle with code": (malicious_bin, "pytorch_model.bin: not a readable file of tensors"),
     "pickle of before 2020": (old_pickle, "pytorch_model.bin: not a readable file of tensors"),
 }
+
+
+def test_silu_has_another_name(hf):
+    config(hidden_act="swish")(hf)
+    assert HfFolder(hf).shape.num_layers == 3
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
