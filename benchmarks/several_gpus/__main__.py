@@ -1,4 +1,7 @@
-"""Run the benchmarks of two_gpus.sh, four_gpus.sh or eight_gpus.sh, which set the environment; print their table."""
+"""Run the benchmarks of two_gpus.sh, four_gpus.sh or eight_gpus.sh, and print their table.
+
+The scripts set the environment.
+"""
 
 import argparse
 import sys

@@ -51,8 +51,8 @@ class AdapterCheckpoint(MegatronCheckpoint):
         settings: of the adapters.
 
     Args:
+        path, step, flag, checksums: as in MegatronCheckpoint.
         base: where the base model is; None means where it was in training.
-        others: as in MegatronCheckpoint.
     """
 
     def __init__(self, path: Path, step: int | str, *, flag: str, checksums: bool, base: str | None):

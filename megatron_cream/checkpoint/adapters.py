@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_cream.checkpoint.families import ModelShape
 from megatron_cream.checkpoint.mapping import LAYERS, Row, hf_shapes, rows, tensor_parallel_shard
+from megatron_cream.common.cli import split_names
 from megatron_cream.model.lora_settings import LINEARS, NAME, ROW_PARALLEL, TARGETS, TRAINED, LoraSettings
 
 
@@ -35,11 +36,6 @@ def trained_rows(shape: ModelShape, trained: Sequence[str]) -> list[Row]:
     """Return the rows of the model's own weights that train beside an adapter, by names of `TRAINED`."""
     ends = tuple(end for name in trained for end in TRAINED[name])
     return [row for row in rows(shape) if row.key.endswith(ends)]
-
-
-def split_names(text: str) -> tuple[str, ...]:
-    """Return the names in a list separated by commas, without duplicates."""
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 def settings_of(args: Namespace) -> LoraSettings | None:

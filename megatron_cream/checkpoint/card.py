@@ -46,8 +46,10 @@ _SETTINGS = (
     "optimizer", "seed", "split", "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "context_parallel_size", "data_parallel_size",
 )  # fmt: skip
-_LORA = ("lora_rank", "lora_alpha", "lora_rslora", "lora_dropout", "lora_targets", "lora_train", "lora_plus_ratio")
 """Flags that decide what was trained; the full command line follows them."""
+
+_LORA = ("lora_rank", "lora_alpha", "lora_rslora", "lora_dropout", "lora_targets", "lora_train", "lora_plus_ratio")
+"""The same, of runs with adapters."""
 
 
 def is_trained(source: MegatronCheckpoint) -> bool:

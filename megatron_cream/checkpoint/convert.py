@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Files written at the same time; each thread hashes its file. An import writes this many files of equal size. An
 # export's shards differ in size, and more threads avoid a long wait for the last one.
 _IMPORT_THREADS, _EXPORT_THREADS = 2, 4
-_SPARE_BYTES = 64 << 20  # for tokenizer, metadata and file system overhead
+SPARE_BYTES = 64 << 20  # for tokenizer, metadata and file system overhead
 
 
 def import_hf(
@@ -103,7 +103,7 @@ def import_hf(
     }
     progress = progress or TransferBar(None)
     progress.expect(needs)
-    with output.new_folder(target, flag="--output", overwrite=overwrite, needs_bytes=needs + _SPARE_BYTES) as folder:
+    with output.new_folder(target, flag="--output", overwrite=overwrite, needs_bytes=needs + SPARE_BYTES) as folder:
         step = folder / "release"
         step.mkdir()
         if checkpoint_format == "torch":
@@ -233,7 +233,7 @@ def export_hf(
     needs = sum(group.nbytes for group in groups)
     progress = progress or TransferBar(None)
     progress.expect(needs)
-    with output.new_folder(target, flag=flag, overwrite=overwrite, needs_bytes=needs + _SPARE_BYTES) as folder:
+    with output.new_folder(target, flag=flag, overwrite=overwrite, needs_bytes=needs + SPARE_BYTES) as folder:
         hashes = write_weights(
             folder, groups, max_shard_bytes=max_shard_bytes, threads=_EXPORT_THREADS, progress=progress
         )

@@ -10,9 +10,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_cream.checkpoint.convert import build_reader
 from megatron_cream.checkpoint.families import ModelShape
-from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import (
     Row,
     list_parameters,
@@ -27,19 +25,13 @@ from megatron_cream.model.lora_settings import is_adapter
 
 
 class Weights(Protocol):
-    """A model's weights: a MegatronCheckpoint, or HfWeights."""
+    """A model's weights: a MegatronCheckpoint, or the BaseWeights of a Hugging Face folder."""
 
-    shape: ModelShape
+    @property
+    def shape(self) -> ModelShape: ...
 
     def read(self, row: Row, layer: int | None, out: Tensor) -> Tensor:
         """Fill `out` with a whole parameter and return it."""
-
-
-class HfWeights:
-    """The weights of a Hugging Face folder, in Megatron's form."""
-
-    def __init__(self, folder: HfFolder):
-        self.shape, self.read = folder.shape, build_reader(folder)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_cream.checkpoint import carried, output, window
 from megatron_cream.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from megatron_cream.checkpoint.adapters import adapter_rows, adapter_shape, list_layers, trained_rows
+from megatron_cream.checkpoint.convert import SPARE_BYTES
 from megatron_cream.checkpoint.families import ModelShape, read_config
 from megatron_cream.checkpoint.hf_folder import CONFIG, write_config
 from megatron_cream.checkpoint.mapping import Row, hf_shapes, megatron_shape, split
@@ -25,10 +26,11 @@ from megatron_cream.common.files import read_json, write_json
 from megatron_cream.model.lora_settings import TARGETS
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_ROPE = ("rope_theta", "rope_scaling", "max_position_embeddings", "original_window")
 PREFIX = "base_model.model."
+"""Before the name of each tensor."""
+
+_ROPE = ("rope_theta", "rope_scaling", "max_position_embeddings", "original_window")
 _TIED_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_SPARE_BYTES = 64 << 20
 _PLAIN: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -81,7 +83,7 @@ def export_adapter(
         UsageError: nothing was written; the message says why.
     """
     tensors = collect_tensors(source)
-    needs = sum(tensor.nbytes for tensor in tensors.values()) + _SPARE_BYTES
+    needs = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
     with output.new_folder(target, flag=flag, overwrite=overwrite, needs_bytes=needs) as folder:
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         write_json(folder / ADAPTER_CONFIG, build_config(source, tensors))

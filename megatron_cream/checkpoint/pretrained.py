@@ -70,9 +70,10 @@ def uses_intermediate_folder(args: Namespace) -> bool:
 
 
 def build_weights_hook(args: Namespace) -> Callable[[list], list] | None:
-    """Return a hook for Megatron's `pre_wrap_hooks` that fills the model from --load-hf, or from the base of adapters.
+    """Return a hook for Megatron's `pre_wrap_hooks` that fills the model with weights.
 
-    None if Megatron loads all weights from a checkpoint, or none.
+    They are those of --load-hf, or of the base model of adapters. None if Megatron loads all weights from a
+    checkpoint, or none.
     """
     if args.lora_base is not None:
         return _build_adapter_filler(args)

@@ -77,6 +77,8 @@ def run_import(args) -> int:
 
 def run_export(args) -> int:
     """Convert a Megatron checkpoint to a Hugging Face folder."""
+    if args.adapter and args.dtype:
+        raise UsageError(f"--dtype {args.dtype}: an adapter keeps the dtype of its training; leave it out")
     source = open_checkpoint(args.checkpoint, args.ckpt_step, base=args.base)
     convert.check_no_overlap(source.path, Path(args.hf_path), flag="--hf-path")
     output.check_target(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)

@@ -43,6 +43,16 @@ def to_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """Return the names in a flag's list separated by commas, without duplicates."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def format_flag(name: str, value: object) -> str:
+    """Return a flag as given on the command line; a switch that is on has no value."""
+    return to_flag(name) if value is True else f"{to_flag(name)} {value}"
+
+
 def program_name() -> str:
     """Return the name under which this command was started; its error lines begin with it."""
     return Path(sys.argv[0]).name

@@ -13,10 +13,10 @@ from typing import Any
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_cream.checkpoint import base_weights, peft_folder, pretrained, save_hook, start
-from megatron_cream.checkpoint.adapters import split_names
 from megatron_cream.checkpoint.mapping import pad_vocab_size
 from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common import devices
+from megatron_cream.common.cli import split_names
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import samplers
 from megatron_cream.config.values import long_eval_tasks

@@ -11,9 +11,10 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_cream.checkpoint.adapters import settings_of, split_names
+from megatron_cream.checkpoint.adapters import settings_of
 from megatron_cream.checkpoint.pretrained import build_weights_hook
 from megatron_cream.common import devices
+from megatron_cream.common.cli import split_names
 from megatron_cream.config.samplers import sampler_options
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
 from megatron_cream.data.mixed_dataset import Mix

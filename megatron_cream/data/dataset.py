@@ -68,7 +68,19 @@ def open_loss_mask(dataset_path: str, config: LongDocumentDatasetConfig) -> Inde
     return IndexedDataset(prefix, multimodal=False, mmap=config.mmap_bin_files)
 
 
-class LongDocumentDataset(MegatronDataset):
+class DocumentDataset(MegatronDataset):
+    """Samples of the documents of one PREFIX.bin/.idx, for Megatron's dataset builder."""
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        return low_level_dataset.sequence_lengths.shape[0]
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: LongDocumentDatasetConfig) -> IndexedDataset:
+        return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
+
+
+class LongDocumentDataset(DocumentDataset):
     """Samples of `sampler.sequence_length` tokens with planned position ids.
 
     `__getitem__` returns int64 arrays [n]: `tokens`, `labels` (the next token within the
@@ -107,14 +119,6 @@ class LongDocumentDataset(MegatronDataset):
                 f"{minimum} tokens; give longer documents, or set eval-iters 0 to "
                 "skip validation and test"
             )
-
-    @staticmethod
-    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
-        return low_level_dataset.sequence_lengths.shape[0]
-
-    @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: LongDocumentDatasetConfig) -> IndexedDataset:
-        return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
     @staticmethod
     def _key_config_attributes() -> list[str]:

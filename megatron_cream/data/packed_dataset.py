@@ -1,15 +1,13 @@
 """Samples of whole short documents, or chats, for Megatron's dataset builder."""
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from megatron_cream.common.errors import UsageError
-from megatron_cream.data.dataset import LongDocumentDatasetConfig, check_token_ids, open_loss_mask
+from megatron_cream.data.dataset import DocumentDataset, LongDocumentDatasetConfig, check_token_ids, open_loss_mask
 from megatron_cream.data.packing import MIN_TOKENS, Packing
 
 
-class PackedDocumentDataset(MegatronDataset):
+class PackedDocumentDataset(DocumentDataset):
     """Samples of `config.sequence_length` tokens, each of whole documents that are no longer than that.
 
     `__getitem__` returns the items of a `LongDocumentDataset` sample, with `position_ids` from 0 in each document,
@@ -34,14 +32,6 @@ class PackedDocumentDataset(MegatronDataset):
                 f"--short-data-path {dataset_path}: none of its {end - begin} documents has from {MIN_TOKENS} to "
                 f"{config.sequence_length} tokens (--seq-length); give longer ones in --data-path"
             )
-
-    @staticmethod
-    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
-        return low_level_dataset.sequence_lengths.shape[0]
-
-    @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: LongDocumentDatasetConfig) -> IndexedDataset:
-        return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
     @staticmethod
     def _key_config_attributes() -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_cream.common import devices
-from megatron_cream.common.cli import positive
+from megatron_cream.common.cli import format_flag, positive
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.models.language_model import ENGINES, Source
 from megatron_cream.evaluation.models.vllm_model import VllmSettings, too_long
@@ -20,7 +20,7 @@ def add_engine(command: argparse.ArgumentParser, share, *, has_length: bool = Tr
         share: reads a number above 0 and at most 1.
         has_length: whether --max-model-len is for vLLM alone; else the command adds it itself.
     """
-    add_engine_alone(command, ENGINES if has_length else ("auto", "vllm"))  # lm_eval has no Megatron-Core
+    add_engine_choice(command, ENGINES if has_length else ("auto", "vllm"))  # lm_eval has no Megatron-Core
     add = command.add_argument_group("with --engine vllm").add_argument
     if has_length:
         about = "maximum tokens of a prompt and its answer (default: what the task needs, within the model's positions)"
@@ -32,7 +32,7 @@ def add_engine(command: argparse.ArgumentParser, share, *, has_length: bool = Tr
     add("--enforce-eager", action="store_true", help=about)
 
 
-def add_engine_alone(command: argparse.ArgumentParser, engines: Sequence[str]) -> None:
+def add_engine_choice(command: argparse.ArgumentParser, engines: Sequence[str]) -> None:
     """Add --engine with these values to the parser of a task."""
     about = "auto: transformers for a Hugging Face folder, Megatron-Core for a checkpoint or a model on several GPUs"
     command.add_argument("--engine", choices=engines, default="auto", help=about)
@@ -75,8 +75,7 @@ def read_harness_settings(args: argparse.Namespace, source: Source) -> VllmSetti
 def _reject_flags_of_vllm(args: argparse.Namespace) -> None:
     for name in ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager"):
         if value := getattr(args, name, None):
-            given = "" if value is True else f" {value}"
-            raise UsageError(f"--{name.replace('_', '-')}{given}: only with --engine vllm")
+            raise UsageError(f"{format_flag(name, value)}: only with --engine vllm")
 
 
 def _check_length(flag: str, length: int | None, positions: int) -> None:

@@ -7,7 +7,7 @@ import math
 from megatron_cream.checkpoint.convert import DTYPES
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.evaluation.conventions import CONVENTIONS
-from megatron_cream.evaluation.engine_flags import add_engine, add_engine_alone
+from megatron_cream.evaluation.engine_flags import add_engine, add_engine_choice
 from megatron_cream.evaluation.suites import SUITES
 from megatron_cream.evaluation.tasks import longbench, needle
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
@@ -56,7 +56,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--longppl-bos", action="store_true", help="LongPPL: score the text after a BOS; its authors do not")
     about = "LongPPL: another model that finds the key tokens"
     add("--key-token-model", type=path_or_name, metavar="MODEL", help=about)
-    add_engine_alone(added, ("auto", "megatron"))  # vLLM gives no log-probabilities of a prompt
+    add_engine_choice(added, ("auto", "megatron"))  # vLLM gives no log-probabilities of a prompt
     _add_prefill(added)
 
     added = command(
@@ -124,7 +124,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--limit", type=positive, metavar="N", help="maximum questions per task")
     add("--include-path", type=path, metavar="FOLDER", help="folder of your own tasks, as YAML files")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
-    about = 'JSON that tasks with generated or sized data read, such as {"max_seq_lengths": [4096, 8192]} for ruler'
+    about = 'JSON for tasks that generate or choose data by length, such as {"max_seq_lengths": [4096, 8192]} for ruler'
     add("--metadata", type=_json_object, default={}, metavar="JSON", help=about)
     about = "maximum tokens of a prompt and its answer; longer prompts lose their beginning (default: the model's)"
     add("--max-length", "--max-model-len", type=positive, metavar="N", help=about)
@@ -138,7 +138,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "a list of evaluations: short, long or paper",
         "short: what an extension may have cost, by lm_eval's boolq, piqa, winogrande, truthfulqa_mc2, hellaswag (10 "
         "examples before each question) and arc_challenge (25). long: RULER, needle, kv and lines, LongBench v2 and "
-        "BABILong at --lengths. paper: the evaluations of CREAM's paper. What is not at hand is left out by name.",
+        "BABILong at --lengths. paper: the evaluations of CREAM's paper. Evaluations whose data or package is missing "
+        "are left out by name.",
     )
     add = added.add_argument
     add("suite", choices=SUITES, metavar="NAME", help=", ".join(SUITES))

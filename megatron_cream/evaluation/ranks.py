@@ -36,7 +36,7 @@ class Ranks:
     context: int = 1
 
     @property
-    def are_several(self) -> bool:
+    def is_multi_rank(self) -> bool:
         return self.world_size > 1
 
     @property
@@ -77,14 +77,14 @@ class Ranks:
         return torch.distributed.PrefixStore(f"evaluation/replica/{self.replica}", self.store)
 
 
-def has_several() -> bool:
+def is_multi_rank() -> bool:
     """Return whether a launcher started this process as one of several ranks."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def run(main: Callable[[], int]) -> int:
     """Return the exit code of `main()`; of several ranks only the first prints, and an error is printed once."""
-    if not has_several():
+    if not is_multi_rank():
         return main()
     launcher.end_with_launcher()
     try:
@@ -148,7 +148,7 @@ def find_ranks(args: Namespace) -> Ranks:
     size, sizes = tensor * context, []
     sizes += [f"--tensor-model-parallel-size {tensor}"] if tensor > 1 else []
     sizes += [f"--context-parallel-size {context}"] if context > 1 else []
-    if not has_several():
+    if not is_multi_rank():
         if size > 1:
             raise UsageError(
                 f"{' '.join(sizes)}: needs {size} ranks. Start torchrun --nproc_per_node={size} (or a multiple)."

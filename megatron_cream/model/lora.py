@@ -1,4 +1,6 @@
-"""LoRA on Megatron's parallel linears (Hu et al. 2021), with trained embeddings and norms (LongLoRA, Chen et al. 2023).
+"""LoRA on Megatron's parallel linears, with trained embeddings and norms.
+
+LoRA is of Hu et al. 2021; training embeddings and norms besides is LongLoRA's (Chen et al. 2023).
 
 Each projection of Hugging Face's model (q_proj, gate_proj ...) has its own A and B, also where Megatron computes
 several of them in one linear. So the matrices are those of PEFT's adapters. A hook adds their product to the output of

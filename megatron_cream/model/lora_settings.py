@@ -51,5 +51,5 @@ class LoraSettings:
 
 
 def is_adapter(name: str) -> bool:
-    """Tell whether a parameter of the model belongs to an adapter."""
+    """Return whether a parameter of the model belongs to an adapter."""
     return f".{NAME}." in name

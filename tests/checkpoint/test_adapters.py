@@ -14,6 +14,7 @@ from megatron_cream.checkpoint.families import read_config
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import list_parameters, megatron_shape
 from megatron_cream.checkpoint.peft_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, PeftFolder
+from megatron_cream.commands import convert
 from megatron_cream.common.errors import UsageError
 from tests.hf_models import save_model
 
@@ -85,6 +86,12 @@ def test_bad_adapters(model, tmp_path, message):
     with pytest.raises(UsageError) as error:
         PeftFolder(tmp_path / "adapter").check(shape, ["norms"])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_adapter_is_not_cast(tmp_path):
+    words = f"export --adapter --checkpoint {tmp_path} --hf-path {tmp_path / 'out'} --dtype bf16".split()
+    with pytest.raises(UsageError, match="^--dtype bf16: an adapter keeps the dtype of its training; leave it out$"):
+        convert.run_export(convert.parser().parse_args(words))
 
 
 def test_damaged_adapters(model, tmp_path):

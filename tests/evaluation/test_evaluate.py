@@ -11,40 +11,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
-from megatron_cream.checkpoint.convert import import_hf
-from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.commands import evaluate as command
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.result_lines import format_line
 from megatron_cream.evaluation.results import RESULTS, SUMMARY
 from tests import task_tokenizers
-from tests.evaluation_models import POSITIONS, is_picture, records_of, save_llama, save_own_task, save_tokenizer
+from tests.evaluation_models import (
+    POSITIONS,
+    alone,
+    is_picture,
+    models,
+    records_of,
+    save_llama,
+    save_own_task,
+    save_tokenizer,
+)
+from tests.evaluation_models import run_evaluate as run
 
+__all__ = ["alone", "models"]  # fixtures
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    """Use one thread, which is fastest for small models, and remove the process group afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Return {"hf": Hugging Face folder, "ckpt": Megatron checkpoint of the same model}."""
-    folder = tmp_path_factory.mktemp("models")
-    save_llama(folder / "hf", "llama-gqa-odd-vocabulary")
-    import_hf(HfFolder(folder / "hf"), folder / "ckpt")
-    return {"hf": folder / "hf", "ckpt": folder / "ckpt"}
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +44,6 @@ def texts(tmp_path_factory):
     ]
     file.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
     return file
-
-
-def run(monkeypatch, *flags) -> int:
-    """Run the tool in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-    try:
-        return command.main()
-    except SystemExit as stop:  # raised by argparse
-        return stop.code
 
 
 def summary_of(folder: Path) -> dict:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_cream.commands import evaluate as command
 from megatron_cream.evaluation import pictures, report
 from megatron_cream.evaluation.results import SUMMARY, open_results
 from megatron_cream.evaluation.runner import Generation, Plan, run_task
@@ -18,6 +17,7 @@ from megatron_cream.evaluation.tasks import longbench_metrics as metrics
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
 from megatron_cream.evaluation.tasks.task import Example
 from tests.evaluation_models import Knows, is_picture, save_llama, small_tokenizer
+from tests.evaluation_models import run_evaluate as run
 
 PLAIN = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 """Data sets whose prompts LongBench's pred.py leaves out of the chat template."""
@@ -142,11 +142,6 @@ def test_code_similarities_differ(monkeypatch):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("model") / "hf")
-
-
-def run(monkeypatch, *flags) -> int:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-    return command.main()
 
 
 LONGBENCH = "longbench --length 1500 --data {0}/data".split()

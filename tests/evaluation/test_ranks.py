@@ -2,17 +2,12 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from megatron.core import parallel_state
 
-from megatron_cream.checkpoint.convert import import_hf
-from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.commands import evaluate as command
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation import fit
 from megatron_cream.evaluation import ranks as ranks_module
@@ -20,40 +15,16 @@ from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.parts import PartResults
 from megatron_cream.evaluation.ranks import Ranks
 from megatron_cream.evaluation.results import RESULTS, SUMMARY, open_results
-from tests.evaluation_models import save_llama
+from tests.evaluation_models import alone, models
+from tests.evaluation_models import run_evaluate as run_alone
 from tests.faults.kill import wait_for
 from tests.launch import ROOT, TORCHRUN, torchrun
 from tests.processes import ending_with_test
 
+__all__ = ["alone", "models"]  # fixtures
 SCRIPT = ROOT / "tools" / "evaluate.py"
 SPLIT = "--tensor-model-parallel-size"
 NEEDLE = "needle --min-length 300 --max-length 500 --length-steps 2 --depth-steps 3 --samples 2 --batch-size 1".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    """Use one thread, which is fastest for small models, and remove the process group afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Return {"hf": Hugging Face folder, "ckpt": Megatron checkpoint of the same model}."""
-    folder = tmp_path_factory.mktemp("models")
-    save_llama(folder / "hf", "llama-gqa-odd-vocabulary")
-    import_hf(HfFolder(folder / "hf"), folder / "ckpt")
-    return {"hf": folder / "hf", "ckpt": folder / "ckpt"}
-
-
-def run_alone(monkeypatch, *flags) -> int:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-    return command.main()
 
 
 def read_results(folder: Path) -> tuple[bytes, dict]:

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 
 import pytest
 
@@ -16,6 +15,7 @@ from megatron_cream.evaluation.results import SUMMARY
 from megatron_cream.evaluation.suites import SUITE, SUITES, Options, list_runs
 from tests.evaluation.test_comparison import change_settings, needles, questions, write_result
 from tests.evaluation_models import records_of, save_llama, save_own_task
+from tests.evaluation_models import run_evaluate as run
 
 SHORT = ["boolq", "piqa", "winogrande", "truthfulqa_mc2", "hellaswag", "arc_challenge"]
 NAMES = {
@@ -28,11 +28,6 @@ NAMES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("model") / "hf")
-
-
-def run(monkeypatch, *flags) -> int:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-    return command.main()
 
 
 def states_of(folder) -> dict[str, str]:

@@ -5,9 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_cream.checkpoint import peft_folder
-from megatron_cream.checkpoint.adapters import split_names
 from megatron_cream.checkpoint.start import FoundCheckpoint
-from megatron_cream.common.cli import to_flag
+from megatron_cream.common.cli import format_flag, split_names, to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.options import LoraConfig
 from megatron_cream.model.lora_settings import TARGETS, TRAINED
@@ -24,7 +23,6 @@ _UNSUPPORTED = {
 }
 """{flag that adapters were not tested with: its default}."""
 
-
 _SAVED = ("lora_rank", "lora_alpha", "lora_targets", "lora_train", "lora_rslora", "lora_plus_ratio")
 """Flags that describe the adapters in a checkpoint."""
 
@@ -36,7 +34,7 @@ def check_each(args: Namespace) -> None:
         for given in fields(LoraConfig):
             value = getattr(args, given.name)
             if value != given.default:
-                raise UsageError(f"{_show(given.name, value)}: only with --lora-rank; give its rank, such as 16")
+                raise UsageError(f"{format_flag(given.name, value)}: only with --lora-rank; give its rank, such as 16")
         return
     _check_names("lora_targets", args.lora_targets, TARGETS)
     if args.lora_train != "none":
@@ -45,7 +43,7 @@ def check_each(args: Namespace) -> None:
             raise UsageError(f"--lora-train {args.lora_train}: give none alone")
     for name, default in _UNSUPPORTED.items():
         if (value := getattr(args, name, default)) != default:
-            raise UsageError(f"{_show(name, value)}: not supported with --lora-rank")
+            raise UsageError(f"{format_flag(name, value)}: not supported with --lora-rank")
     if args.optimizer != "adam":
         raise UsageError(f"--optimizer {args.optimizer}: not supported with --lora-rank")
 
@@ -66,7 +64,7 @@ def _take_adapter(args: Namespace) -> None:
             value = getattr(args, given.name)
             if value not in (given.default, found[given.name]):
                 raise UsageError(
-                    f"{_show(given.name, value)}: the adapter in {args.load_adapter} has {found[given.name]}"
+                    f"{format_flag(given.name, value)}: the adapter in {args.load_adapter} has {found[given.name]}"
                 )
             setattr(args, given.name, found[given.name])
 
@@ -117,7 +115,3 @@ def _check_names(name: str, text: str, known: tuple[str, ...]) -> None:
     for each in split_names(text):
         if each not in known:
             raise UsageError(f"{to_flag(name)} {text}: {each or 'an empty name'}: choose from {', '.join(known)}")
-
-
-def _show(name: str, value: object) -> str:
-    return to_flag(name) if value is True else f"{to_flag(name)} {value}"

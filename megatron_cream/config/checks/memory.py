@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 
 RECOMPUTED = ("core_attn", "layernorm", "mlp")
@@ -46,4 +47,4 @@ def _check_optimizer_offload(args: Namespace, has_cuda: bool) -> None:
         raise UsageError("--optimizer-cpu-offload: needs a GPU, and this machine has none; leave it out")
     for name in ("use_precision_aware_optimizer", "use_distributed_optimizer"):
         if not getattr(args, name):
-            raise UsageError(f"--optimizer-cpu-offload: needs --{name.replace('_', '-')}; add it")
+            raise UsageError(f"--optimizer-cpu-offload: needs {to_flag(name)}; add it")

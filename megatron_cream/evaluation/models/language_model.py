@@ -249,10 +249,11 @@ def _load(source: Source, prefill_chunk: int, vllm: VllmSettings, ranks: Ranks) 
         prefill_chunk = 1 << 40  # one chunk: the frequencies of all tokens depend on the longest position
     if source.engine == "megatron":
         platform.setup()  # before anything of Megatron is imported
-        from megatron_cream.checkpoint.model import Group, HfWeights
+        from megatron_cream.checkpoint.base_weights import open_folder
+        from megatron_cream.checkpoint.model import Group
         from megatron_cream.evaluation.models.megatron_model import MegatronModel
 
-        weights = source.checkpoint or HfWeights(hf_folder.HfFolder(source.path))
+        weights = source.checkpoint or open_folder(source.path)
         group = Group(ranks.replica_store, ranks.rank % ranks.replica_size, ranks.tensor, ranks.context)
         return MegatronModel(weights, dtype=source.dtype, prefill_chunk=prefill_chunk, group=group, **common)
     from megatron_cream.evaluation.models.hf_model import HfModel
