@@ -90,9 +90,10 @@ UNTESTED = {
         grad-reduce-in-bf16 attention-softmax-in-fp32 apply-query-key-layer-scaling fp32-residual-connection
         disable-bf16-reduced-precision-matmul distributed-backend record-memory-history memory-snapshot-path profile
         record-shapes nvtx-ranges log-memory-to-tensorboard log-memory-interval log-device-memory-used log-energy
-        gpu-sniff-test-interval flash-attention-version optimizer-cpu-offload optimizer-offload-fraction
+        gpu-sniff-test-interval flash-attention-version optimizer-offload-fraction
         use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params
         optimizer-cuda-graph cuda-graph-warmup-steps cuda-graph-modules cuda-graph-scope batch-invariant-mode""",
+    "needs a GPU; training/test_gpu.py has a run, which has not been made yet": "optimizer-cpu-offload",
     "needs Transformer Engine's layers and a GPU": """
         fp8-* first-last-layers-bf16 num-layers-at-start-in-bf16 num-layers-at-end-in-bf16 fp4-* no-fp8-wgrad
         te-precision-config-file fused-residual-rmsnorm use-transformer-engine-op-fuser delay-wgrad-compute

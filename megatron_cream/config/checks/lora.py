@@ -18,7 +18,6 @@ _UNSUPPORTED = {
     "use_transformer_engine_op_fuser": False,
     "defer_embedding_wgrad_compute": False,
     "optimizer_cpu_offload": False,
-    "use_megatron_fsdp": False,
     "cuda_graph_impl": "none",
 }
 """{flag that adapters were not tested with: its default}."""
