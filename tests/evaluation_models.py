@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.commands import evaluate
 from megatron_cream.data.embedded import source_files
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer, open_tokenizer
 from megatron_cream.evaluation.results import RESULTS
@@ -77,6 +76,8 @@ def models(tmp_path_factory):
 
 def run_evaluate(monkeypatch, *flags) -> int:
     """Run tools/evaluate.py in this process and return its exit code."""
+    from megatron_cream.commands import evaluate  # imports every task
+
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     try:
         return evaluate.main()

@@ -19,7 +19,7 @@ With --chat-format the documents are chats, ShareGPT's {"conversations": [{"from
 OpenAI's {"messages": [{"role", "content"}]}. OUTPUT_PREFIX_loss_mask.bin/.idx is written too, and
 training reads it there: only the assistant's answers count in the loss. Answers before the first
 question and questions after the last answer are removed, as in FastChat. A chat is used up to its
-first turn that cannot be used, such as an empty one; what is cut or dropped is counted.
+first turn that cannot be used, such as an empty one; cuts and dropped chats are counted.
 
 After an interruption the same command resumes. Bad input ends with one line and exit code 2, and
 nothing is written.

@@ -1,4 +1,4 @@
-"""The output of a run: where it goes, and how it counts."""
+"""Redirect a run's output, to the terminal or to a log file; format counts."""
 
 import contextlib
 import io

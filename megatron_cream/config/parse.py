@@ -41,7 +41,7 @@ class _Checked:
     args: Megatron's namespace.
     origin: where the run starts from.
     output: what Megatron printed.
-    warnings: what Megatron warned of, such as a flag that it turns off.
+    warnings: Megatron's warnings, such as about a flag that it turns off.
     auto: whether --attention-backend is auto.
     """
 

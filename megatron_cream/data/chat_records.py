@@ -1,7 +1,7 @@
-"""Read ShareGPT and OpenAI chat records as one form, and say what of a record is not used.
+"""Read ShareGPT and OpenAI chat records as one form, and name the parts of a record that are not used.
 
-A chat is used up to the first turn that cannot be: a wrong role, an empty turn, an image. What is left out of a chat
-that is written is a cut; a chat of which no answer remains is dropped. Both are counted with their reason.
+A chat is used up to the first turn that cannot be used: a wrong role, an empty turn, an image. The rest of such a chat
+is cut; a chat without a usable answer is dropped. Both are counted with their reason.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a run used of each source: samples, documents, tokens and padding, by length.
+"""Report the data that a run used of each source: samples, documents by length, tokens and padding.
 
 Samples are pure functions of their number, so this is computed at the end of a run instead of counted during it.
 """
@@ -23,7 +23,7 @@ class Usage:
     dataset: MixedDataset | None = None
 
     def describe(self, samples: int) -> list[str]:
-        """Return a line for each source: what the first `samples` samples of the run, in order, used of it."""
+        """Return a line for each source, about its part in the first `samples` samples of the run."""
         if self.dataset is None:
             return []
         short = self.dataset.mix.count_short(samples)

@@ -136,7 +136,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     added = command(
         "suite",
         "a list of evaluations: short, long or paper",
-        "short: what an extension may have cost, by lm_eval's boolq, piqa, winogrande, truthfulqa_mc2, hellaswag (10 "
+        "short: short texts, by lm_eval's boolq, piqa, winogrande, truthfulqa_mc2, hellaswag (10 "
         "examples before each question) and arc_challenge (25). long: RULER, needle, kv and lines, LongBench v2 and "
         "BABILong at --lengths. paper: the evaluations of CREAM's paper. Evaluations whose data or package is missing "
         "are left out by name.",

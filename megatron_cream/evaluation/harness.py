@@ -28,7 +28,7 @@ def find_tasks(names: Sequence[str], include: Path | None, metadata: dict[str, A
     Args:
         names: names of tasks or task groups.
         include: a folder with more tasks, as YAML files.
-        metadata: what tasks that generate their data read, such as max_seq_lengths and tokenizer.
+        metadata: values for tasks that generate or choose data by length, such as max_seq_lengths and tokenizer.
 
     Raises:
         UsageError: lm_eval is not installed, a task does not exist, or its data cannot be loaded.

@@ -1,8 +1,8 @@
 """The suites of `evaluate.py suite`: lists of runs of the other commands.
 
-short: what a longer window may cost on short texts; the tasks and examples of CREAM's paper.
-long: what it gains, at each length.
-paper: what CREAM's paper reports.
+short: tasks on short texts, which a longer window may make worse; with the examples of CREAM's paper.
+long: tasks at each length, which it should make better.
+paper: the evaluations of CREAM's paper.
 """
 
 from collections.abc import Sequence

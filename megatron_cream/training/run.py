@@ -48,7 +48,7 @@ class Job:
     recent_samples: the samples that the data loader read last, named in the log when a gradient is not finite.
     predict_step: returns the expected seconds of a step and the name of the GPU, or None, from the flags as given and
         as checked.
-    usage: what was used of each source, printed at the end.
+    usage: describes the data that was used of each source, at the end.
     """
 
     datasets: Callable
