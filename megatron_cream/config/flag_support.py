@@ -34,7 +34,8 @@ TESTED = {
         tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size sequence-parallel
         use-distributed-optimizer overlap-grad-reduce overlap-param-gather ddp-num-buckets recompute-granularity
         recompute-method recompute-num-layers recompute-modules attention-backend eval-micro-batch-size ckpt-step save
-        load save-interval pretrained-checkpoint fp32 train-iters eval-iters data-path split""",
+        load save-interval pretrained-checkpoint fp32 train-iters eval-iters data-path split short-data-path short-share
+        long-min-tokens""",
     "config/test_flag_support.py": """
         no-initialization cross-entropy-loss-fusion deterministic-mode no-masked-softmax-fusion no-bias-gelu-fusion
         no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-persist-layer-norm
@@ -73,7 +74,6 @@ TESTED = {
     "data/test_data_cache.py": "data-cache-path",
     "data/test_dataset.py": "mask-segment-starts num-workers",
     "data/test_chat_data.py": "tokenizer-type tokenizer-model chat-loss",
-    "data/test_packing.py": "short-data-path short-share long-min-tokens",
     "training/test_determinism.py": "deterministic",
     "optimizer/test_finite.py": "nan-policy",
     "evaluation/test_perplexity.py": "eval-lengths eval-documents num-layers-per-virtual-pipeline-stage",

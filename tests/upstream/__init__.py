@@ -205,6 +205,7 @@ HOOKS = {
     "optimizer-shards": "AdamW in one pass",
     "copy-weights": "AdamW in one pass",
     "check-norm": "--nan-policy",
+    "parameter-groups": "--lora-plus-ratio",
     "skip-step": "--nan-policy",
     "training-log": "the line of each step",
     "end-of-step": "the evaluation at long contexts",
