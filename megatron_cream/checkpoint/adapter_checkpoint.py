@@ -58,7 +58,8 @@ class AdapterCheckpoint(MegatronCheckpoint):
     def __init__(self, path: Path, step: int | str, *, flag: str, checksums: bool, base: str | None):
         super().__init__(path, step, flag=flag, checksums=checksums)
         record: dict[str, Any] = self.args.lora_base
-        option = "--load-hf" if flag == "--load" else "--base of tools/convert_hf.py"
+        options = {"--load": "--load-hf", "--checkpoint": "--base"}
+        option = options.get(flag, "--base of tools/convert_hf.py export, and evaluate the merged folder")
         self.base = base_weights.find_again(record, base, where=f"{flag} {path}", flag=option)
         self._weights = base_weights.open_base(self.base, flag=option)
 

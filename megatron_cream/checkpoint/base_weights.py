@@ -100,6 +100,11 @@ def find_again(saved: dict[str, Any], given: str | None, *, where: str, flag: st
     return found
 
 
+def folder_of(record: dict[str, Any] | None) -> str | None:
+    """Return where the base model of a record is; None if a run has no adapters."""
+    return None if record is None else record["folder"]
+
+
 def _last_place(saved: dict[str, Any]) -> str:
     return saved["folder"] if Path(saved["folder"]).is_dir() else saved["name"]
 

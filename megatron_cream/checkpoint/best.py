@@ -34,18 +34,19 @@ class BestCheckpoint:
         save: the run's --save.
         settings: evaluation settings, as plain values; scores compare only under equal settings.
         clean: remove incomplete checkpoints of a killed run; set it on one rank.
+        base: where the base model of adapters is; None means where it was when the best step was saved.
 
     Raises:
         UsageError: the folder has a checkpoint from other evaluation settings, or one without a score.
     """
 
-    def __init__(self, save: Path, settings: dict[str, Any], *, clean: bool):
+    def __init__(self, save: Path, settings: dict[str, Any], *, clean: bool, base: str | None = None):
         self.folder, self._save, self._settings = save / FOLDER, save, settings
         self.step = self.score = self._writing = None
         if not (self.folder / TRACKER).is_file():
             return
         try:
-            checkpoint = open_checkpoint(self.folder)
+            checkpoint = open_checkpoint(self.folder, base=base)
         except UsageError as error:
             raise UsageError(str(error).replace("--checkpoint ", "the best checkpoint in --save: ", 1)) from error
         kept = getattr(checkpoint.args, _SCORE_KEY, None)

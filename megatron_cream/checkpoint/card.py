@@ -219,7 +219,8 @@ def _find_base(args: Namespace, records: list[dict[str, Any]]) -> tuple[str | No
                 cached = f"models--{value.replace('/', '--')}"
                 is_on_hub = flag == "load_hf" and cached in Path(str(settings.get("model_folder"))).parts
                 return (value if is_on_hub else Path(value).absolute().name), is_on_hub
-    return None, False
+    record = getattr(args, "lora_base", None)  # a run with adapters clears --pretrained-checkpoint
+    return (Path(record["name"]).absolute().name if record else None), False
 
 
 def _read_front_matter(card: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Trained embeddings and norms are PEFT's `modules_to_save`. PEFT reads RoPE from 
 folder that is written here has a config.json of its own, with the RoPE of the run.
 """
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,13 +50,14 @@ _PLAIN: dict[str, tuple] = {
 
 _README = """---
 library_name: peft
-base_model: {base}
-tags: [megatron_cream, lora, long-context]
+{front}tags: [megatron_cream, lora, long-context]
 ---
 # {name}
 
 A LoRA adapter (rank {rank}) for a window of {positions} positions. It was trained with the RoPE of the `config.json` in
-this folder. PEFT reads RoPE from the base model, so give it this configuration:
+this folder.
+{export}
+PEFT reads RoPE from the base model, so give it this configuration:
 
 ```python
 from peft import PeftModel
@@ -92,16 +94,27 @@ def export_adapter(
             if source.is_stretched:
                 window.raise_limits(folder, source.shape.max_position_embeddings)
         write_config(folder, source.shape, source.config, next(iter(tensors.values())).dtype)
-        settings = source.settings
-        (folder / "README.md").write_text(
-            _README.format(
-                base=source.base["name"],
-                name=target.name,
-                rank=settings.rank,
-                positions=source.shape.max_position_embeddings,
-            )
-        )
+        text = write_readme(target.name, source.base, source.settings.rank, source.shape.max_position_embeddings)
+        (folder / "README.md").write_text(text)
         output.write_manifest(folder, {})
+
+
+def write_readme(name: str, base: dict[str, Any], rank: int, positions: int) -> str:
+    """Return the README.md of an adapter, which shows how to load it.
+
+    Args:
+        name: of the adapter's folder.
+        base: record of the base model; transformers loads a Megatron checkpoint after its export only.
+        rank: of the adapter.
+        positions: the window.
+    """
+    model, front, export = base["name"], f"base_model: {base['name']}\n", ""
+    if base["step"] is not None:
+        step = "" if base["step"] == "release" else f" --ckpt-step {base['step']}"
+        command = f"python tools/convert_hf.py export --checkpoint {shlex.quote(model)}{step} --hf-path BASE"
+        export = f"\nThe base model is a Megatron checkpoint. Export it first:\n\n```bash\n{command}\n```\n"
+        model, front = "BASE", ""
+    return _README.format(base=model, front=front, export=export, name=name, rank=rank, positions=positions)
 
 
 def collect_tensors(source: AdapterCheckpoint) -> dict[str, Tensor]:
@@ -126,7 +139,7 @@ def build_config(source: AdapterCheckpoint, tensors: dict[str, Tensor]) -> dict[
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": source.base["name"],
+        "base_model_name_or_path": source.base["name"] if source.base["step"] is None else None,
         "inference_mode": True,
         "r": settings.rank,
         "lora_alpha": int(settings.alpha) if settings.alpha.is_integer() else settings.alpha,

@@ -132,7 +132,8 @@ def save_hf(args: Namespace) -> None:
     if args.save_hf is None or args.rank != 0:
         return
     target = Path(args.save_hf).absolute()
-    source = open_checkpoint(Path(args.save))
+    # Its record of the base model may be from before that model moved: a finished run is exported without a step.
+    source = open_checkpoint(Path(args.save), base=base_weights.folder_of(args.lora_base))
     if args.adapter:
         export_adapter(source, target, flag="--save-hf")
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint import hf_folder, hub, opening, output, peft_folder, schedule
+from megatron_cream.checkpoint import base_weights, hf_folder, hub, opening, output, peft_folder, schedule
 from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
 from megatron_cream.checkpoint.families import ModelShape, read_config
 from megatron_cream.checkpoint.megatron_folder import HF
@@ -273,7 +273,7 @@ def check_model(args: Namespace, found: FoundCheckpoint | None) -> None:
         if found.step and not args.no_load_optim:
             schedule.check_schedule(args, found.step.common, f"{found.flag} {found.folder.parent}", found.folder.name)
     if found.step and _is_own_model(found.args):
-        base = args.lora_base["folder"] if args.lora_base and found.flag == "--load" else None
+        base = base_weights.folder_of(args.lora_base) if found.flag == "--load" else None
         open_checkpoint(found.folder.parent, _parse_step(found.folder), flag=found.flag, checksums=False, base=base)
 
 

@@ -81,6 +81,8 @@ def run_export(args) -> int:
         raise UsageError(f"--dtype {args.dtype}: an adapter keeps the dtype of its training; leave it out")
     source = open_checkpoint(args.checkpoint, args.ckpt_step, base=args.base)
     convert.check_no_overlap(source.path, Path(args.hf_path), flag="--hf-path")
+    if isinstance(source, AdapterCheckpoint):  # without its base model the checkpoint is lost
+        convert.check_no_overlap(Path(source.base["folder"]), Path(args.hf_path), flag="--hf-path")
     output.check_target(Path(args.hf_path).absolute(), flag="--hf-path", overwrite=args.overwrite)
     output.check_unchanged(source.folder)
     if args.adapter:

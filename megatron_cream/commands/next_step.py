@@ -1,10 +1,14 @@
 """The command that a tool advises when it has finished."""
 
+import shlex
 from pathlib import Path
 
 from megatron_cream.checkpoint.families import ModelShape, read_config
 from megatron_cream.common.advice import command_line
 from megatron_cream.common.errors import UsageError
+
+_WINDOW = 4096
+"""Window of an unknown model, in tokens."""
 
 _LONGEST_SAMPLE = 8192
 """--seq-length of the advised run is at most this: a sample of a model's whole long window may not fit on a GPU."""
@@ -19,8 +23,7 @@ def training_command(flag: str, weights: str | Path, data: str | Path, shape: Mo
         data: value of --data-path.
         shape: of the model; None if unknown.
     """
-    window = shape.window if shape else 4096
-    sample = window if window <= _LONGEST_SAMPLE else 4096
+    window, sample = shape.window if shape else _WINDOW, sample_length(shape)
     target = -(-4 * window // sample) * sample
     scaling = [] if shape and shape.rope_scaling else ["--rope-scaling-type", "yarn"]  # else the model's own grows
     words = f"--seq-length {sample} --target-length {target} --micro-batch-size 1 --global-batch-size 32"
@@ -28,14 +31,25 @@ def training_command(flag: str, weights: str | Path, data: str | Path, shape: Mo
     return command_line("pretrain_cream", flag, weights, "--data-path", data, *scaling, *words.split())
 
 
-def training_on(data: Path, tokenizer: Path) -> str:
+def training_on(data: Path, tokenizer: Path, longest: int) -> str:
     """Return the command that trains on preprocessed data.
 
     Args:
         data: prefix of the .bin and .idx.
         tokenizer: --tokenizer-model of the preprocessing, which may be the folder of a model.
+        longest: tokens of the longest document. If it is shorter than a sample, the data is packed beside long texts.
     """
     try:
-        return training_command("--load-hf", tokenizer, data, read_config(tokenizer)[1])
+        model, shape = str(tokenizer), read_config(tokenizer)[1]
     except UsageError:  # it is a tokenizer alone, or no model that can be trained here
-        return training_command("--load-hf", "HF_MODEL", data, None)
+        model, shape = "HF_MODEL", None
+    if longest >= sample_length(shape):
+        return training_command("--load-hf", model, data, shape)
+    command = training_command("--load-hf", model, "LONG_DATA", shape)
+    return f"{command} {shlex.join(['--short-data-path', str(data), '--short-share', '0.3'])}"
+
+
+def sample_length(shape: ModelShape | None) -> int:
+    """Return --seq-length of the advised run."""
+    window = shape.window if shape else _WINDOW
+    return window if window <= _LONGEST_SAMPLE else _WINDOW

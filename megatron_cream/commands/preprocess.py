@@ -92,7 +92,7 @@ def main() -> None:
     print_report(report, args.output_prefix)
     from megatron_cream.commands.next_step import training_on  # imports torch, which bad input need not wait for
 
-    print(f"Next: {training_on(args.output_prefix, args.tokenizer_model)}")
+    print(f"Next: {training_on(args.output_prefix, args.tokenizer_model, int(report.lengths.max()))}")
 
 
 def build_parser() -> argparse.ArgumentParser:

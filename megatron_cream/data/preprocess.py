@@ -167,7 +167,7 @@ def preprocess(
                     partial.append(batch)
                     advance()
         if not state.documents:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in state.dropped.items())
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in state.dropped.items())
             raise ValueError(f"--input: no document is left to write ({reasons or 'the inputs are empty'})")
         lengths = partial.finish()
     return PreprocessReport(

@@ -45,6 +45,8 @@ def find_conflict(model: Model, layout: Layout) -> str | None:
             f"--tensor-model-parallel-size {tp}: must divide --num-attention-heads {heads}, and divide or be a "
             f"multiple of --num-query-groups {groups}"
         )
+    if model.lora and groups % tp:
+        return f"--tensor-model-parallel-size {tp}: must divide --num-query-groups {groups} with --lora-rank"
     if model.ffn_hidden_size % tp:
         return f"--tensor-model-parallel-size {tp}: must divide --ffn-hidden-size {model.ffn_hidden_size}"
     ends = [count for count in (layout.first_stage, layout.last_stage) if count is not None]

@@ -8,6 +8,7 @@ from typing import TextIO
 from megatron.training import get_tokenizer
 from megatron.training.utils import is_last_rank
 
+from megatron_cream.checkpoint import base_weights
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.common.files import append_line, to_json
 from megatron_cream.config import values
@@ -32,7 +33,8 @@ def build_watch(args: Namespace, step_line: progress.StepLine) -> Watch:
     score = None if args.long_eval_best == "none" else args.long_eval_best
     if score and not args.skip_train:
         settings = dict(tasks=",".join(names), lengths=lengths, samples=args.long_eval_samples, best=score)
-        best = BestCheckpoint(Path(args.save), settings, clean=args.rank == 0)
+        base = base_weights.folder_of(args.lora_base)
+        best = BestCheckpoint(Path(args.save), settings, clean=args.rank == 0, base=base)
     return Watch(
         evaluation,
         interval=args.long_eval_interval,

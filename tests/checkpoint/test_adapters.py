@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_cream.checkpoint import base_weights
+from megatron_cream.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from megatron_cream.checkpoint.adapters import adapter_rows, adapter_shape, list_layers
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.families import read_config
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import list_parameters, megatron_shape
-from megatron_cream.checkpoint.peft_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, PeftFolder
+from megatron_cream.checkpoint.peft_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, PeftFolder, write_readme
 from megatron_cream.commands import convert
 from megatron_cream.common.errors import UsageError
 from tests.hf_models import save_model
@@ -54,6 +55,25 @@ def test_a_checkpoint_is_a_base_model_too(model, tmp_path):
         size = megatron_shape(row, ours.shape, ours.shape.vocab_size)
         assert torch.equal(ours.read(row, layer, torch.empty(size)), theirs.read(row, layer, torch.empty(size)))
         assert ours.dtype(row, layer) == theirs.dtype(row, layer)
+
+
+@pytest.mark.parametrize("step, option", [("release", ""), (20, " --ckpt-step 20")])
+def test_readme_exports_a_megatron_base(step, option):
+    text = write_readme("adapter", {"name": "run 1", "step": step}, rank=8, positions=1024)
+    assert f"convert_hf.py export --checkpoint 'run 1'{option} --hf-path BASE" in text
+    assert 'AutoModelForCausalLM.from_pretrained("BASE"' in text and "base_model:" not in text
+    plain = write_readme("adapter", {"name": "meta-llama/Llama-2-7b-hf", "step": None}, rank=8, positions=1024)
+    assert "base_model: meta-llama/Llama-2-7b-hf\n" in plain and "convert_hf.py" not in plain
+
+
+def test_export_does_not_replace_the_base_model(model, tmp_path, monkeypatch):
+    """--overwrite replaces an earlier conversion, which may be the model under the adapters."""
+    source = AdapterCheckpoint.__new__(AdapterCheckpoint)
+    source.path, source.base = tmp_path / "run", {"folder": str(model)}
+    monkeypatch.setattr(convert, "open_checkpoint", lambda *_, **__: source)
+    flags = ["export", "--checkpoint", tmp_path / "run", "--overwrite", "--hf-path", model]
+    with pytest.raises(UsageError, match="must not overlap the source folder"):
+        convert.run_export(convert.parser().parse_args([str(flag) for flag in flags]))
 
 
 def write_adapter(folder, shape, changes=None, tensors=None):

@@ -144,3 +144,12 @@ def test_results_go_between_the_two_lines(run):
     assert (
         output.check_manifest(folder, include_texts=True) == [] and (folder / output.MANIFEST).read_bytes() == manifest
     )
+
+
+def test_a_checkpoint_under_adapters_is_the_base_model(run):
+    folder, source = run
+    for file in (source.path / "runs").iterdir():
+        file.unlink()
+    source.args.lora_base = {"name": "/home/me/ckpt", "step": "release"}
+    card.write_card(folder, source, "extended")
+    assert "| base model | ckpt |" in (folder / "README.md").read_text()

@@ -123,7 +123,7 @@ def test_rows_of_other_types_are_counted(tmp_path, stand_in):
     (stand_in / "README.md").unlink()
     (stand_in / "chats.jsonl").unlink()
     (stand_in / "test.jsonl").unlink()
-    with pytest.raises(ValueError, match="no document is left to write .2 key 'text' is not a string, 1 empty text."):
+    with pytest.raises(ValueError, match="no document is left to write .key 'text' is not a string: 2, empty text: 1."):
         run("hf://datasets/owner/name", tmp_path / "x")
 
 

@@ -7,6 +7,7 @@ import pytest
 from megatron_cream.common.errors import UsageError
 from megatron_cream.planning import step_time
 from megatron_cream.planning.flags import run_from_flags
+from megatron_cream.planning.layouts import find_conflict
 from megatron_cream.planning.memory import predict
 from megatron_cream.planning.run import Engine, Layout, Lora
 from megatron_cream.planning.weights import trained_parameters
@@ -68,6 +69,13 @@ def test_flags_of_lora():
     assert run_from_flags([*recipe, *flags], 1).model.lora == few
     with pytest.raises(UsageError, match="--lora-targets query: query: choose from q_proj"):
         run_from_flags([*recipe, "--lora-targets", "query"], 1)
+
+
+def test_adapters_need_whole_groups_on_each_rank():
+    model, layout = replace(SMALL, num_query_groups=2), replace(BASE, tensor=4)
+    assert find_conflict(model, layout) is None
+    conflict = find_conflict(replace(model, lora=Lora(rank=4)), layout)
+    assert conflict == "--tensor-model-parallel-size 4: must divide --num-query-groups 2 with --lora-rank"
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.25])

@@ -1,6 +1,8 @@
 """Runs with adapters: every layout gives equal losses, checkpoints have only what trains, and runs resume."""
 
 import json
+import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_cream.checkpoint import base_weights
 from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
+from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.checkpoint.convert import export_hf
 from megatron_cream.checkpoint.peft_folder import export_adapter
+from megatron_cream.checkpoint.pretrained import save_hf
+from megatron_cream.common.errors import UsageError
 from tests.hf_models import logits_of, relative, save_model, some_tokens
 from tests.launch import train, write_documents
 
@@ -90,6 +96,22 @@ def test_export_for_peft_and_merged(run):
     assert relative(before, expected) > 1e-3
     assert relative(merged, expected) < 1e-5
     assert relative(merged, logits_of(adapted.merge_and_unload(), tokens, ids)) < 1e-5
+
+
+def test_the_base_model_moves_after_the_last_step(run, tmp_path):
+    """Export of a finished run, and the best checkpoint of a resumed one, read the base model where it is now."""
+    folder, save = run[0], tmp_path / "save"
+    shutil.copytree(folder / "run", save / "best")
+    moved = (folder / "hf").rename(tmp_path / "moved")
+    try:
+        base = base_weights.describe(moved, flag="--load-hf")
+        args = dict(save=str(folder / "run"), save_hf=tmp_path / "adapter", adapter=True, target_length=768, rank=0)
+        save_hf(Namespace(**args, lora_base=base))
+        with pytest.raises(UsageError, match="without a long-evaluation score"):  # so it was opened
+            BestCheckpoint(save, {}, clean=True, base=base_weights.folder_of(base))
+    finally:
+        moved.rename(folder / "hf")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
