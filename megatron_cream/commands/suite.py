@@ -6,6 +6,7 @@ import socket
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def run_suite(
             if reason := state.get("reason"):
                 print(f"{program_name()}: {each.name} {state['state']}: {reason}", file=sys.stderr)
         states.append({"name": each.name} | state | {"words": words})
-        _write(args.output, described | {"runs": states})
+        # An interruption must not lose what an earlier run finished further down the list.
+        later = [finished[other.name] for other in runs[len(states) :] if other.name in finished]
+        _write(args.output, described | {"runs": states + later})
     _print_table(args, states)
     if failed := [state["name"] for state in states if state["state"] == "failed"]:
         raise UsageError(f"suite {args.suite}: {', '.join(failed)} failed. The same command runs only these again")
@@ -137,6 +140,12 @@ def _has_dataset(name: str) -> bool:
         return False
     if any(os.environ.get(name) for name in ("HF_ENDPOINT", "https_proxy", "HTTPS_PROXY")):
         return True  # the Hub's name need not be known here
+    return _is_hub_known()
+
+
+@cache
+def _is_hub_known() -> bool:
+    """Return whether the Hub's name resolves; asked once, because a name server that is silent takes long."""
     try:
         socket.getaddrinfo(_HUB, 443)
     except OSError:

@@ -90,7 +90,8 @@ def test_failures_and_missing_files(monkeypatch, model, tmp_path, capsys):
         asked.append(args.command)
         if args.command in broken:
             raise broken[args.command]
-        write_result(args.output, args.command, [], results={"score": 0.5})
+        if not args.output.exists():
+            write_result(args.output, args.command, [], results={"score": 0.5})
 
     for name in ("lines", "kv", "needle", "harness"):
         monkeypatch.setitem(command.RUNS, name, fake)
@@ -106,7 +107,16 @@ def test_failures_and_missing_files(monkeypatch, model, tmp_path, capsys):
     assert asked == ["lines", "kv", "needle", "harness"]
     broken.clear()
     assert run(monkeypatch, *flags) == 0
-    assert asked[4:] == ["lines", "kv"] and list(states_of(tmp_path).values()).count("finished") == 4
+    broken |= {"lines": UsageError("again"), "kv": KeyboardInterrupt()}
+    changed = json.loads((tmp_path / SUITE).read_text())
+    for state in changed["runs"][:2]:  # lines and kv
+        state["state"] = "failed"
+    (tmp_path / SUITE).write_text(json.dumps(changed))
+    assert run(monkeypatch, *flags) == 130
+    assert states_of(tmp_path)["needle"] == "finished", "an interruption keeps what is finished"
+    broken.clear()
+    assert run(monkeypatch, *flags) == 0
+    assert asked[4:] == ["lines", "kv"] * 3 and list(states_of(tmp_path).values()).count("finished") == 4
 
     assert run(monkeypatch, "suite", "short", model, "--output", tmp_path) == 2
     assert "has results of suite paper. Give another folder, or --overwrite" in capsys.readouterr().err
