@@ -17,6 +17,7 @@ from collections.abc import Set
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateSyntaxError
 
 from megatron_cream.common.errors import one_line
 from megatron_cream.data.chat_records import REASONING_FIELDS, Message
@@ -135,7 +136,7 @@ class TemplateChat:
 
         Raises:
             BadDocument: the template rejects the chat, or changes an answer's text.
-            ValueError: the template does not finish in time.
+            ValueError: the template has a syntax error, or does not finish in time.
         """
         (messages, tools), masked = self._chat_tokenizer.mask([messages, tools])
         template = self._tokenizer.get_chat_template(self._template, tools=tools)
@@ -231,6 +232,9 @@ class _Rendering:
                 )
         except TemplateTimeout as error:
             raise ValueError(f"the chat template of {self._tokenizer.name_or_path} {error}") from None
+        except TemplateSyntaxError as error:  # the same for every chat
+            reason = one_line(error, 120)
+            raise ValueError(f"the chat template cannot be parsed: line {error.lineno}: {reason}") from None
         except Exception as error:  # from the template, from jinja or from its sandbox
             raise BadDocument("chat that the chat template rejects", one_line(error, 120)) from None
         (text,), places = rendered

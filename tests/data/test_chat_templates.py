@@ -186,3 +186,9 @@ def test_a_template_is_a_file_or_a_name(tmp_path):
     assert (read_template("brief"), read_template(None)) == ("brief", None)
     with pytest.raises(ValueError, match="--chat-template .*other.jinja: not a UTF-8 text file"):
         read_template(str(tmp_path / "other.jinja"))
+
+
+def test_a_syntax_error_of_a_template_is_no_fault_of_the_chats(tmp_path):
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", save_tokenizer(tmp_path, None))
+    with pytest.raises(ValueError, match="the chat template cannot be parsed: line 2: "):
+        TemplateChat(tokenizer, "{% for m in messages %}\n{{ m.role }")(talk("q", "a"))
