@@ -115,9 +115,10 @@ def _learning_rates(args: Namespace) -> Iterator[tuple[float, float]]:
     """Yield (max_lr, min_lr) of the embeddings and of B in LoRA, which may have their own, then of the rest."""
     least = args.min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
     yield args.decoupled_lr, least
-    ratio = getattr(args, "lora_plus_ratio", None) or 1.0
-    yield args.lr * ratio, args.min_lr * ratio
-    yield args.lr, args.min_lr
+    ratio, rates = getattr(args, "lora_plus_ratio", None), (args.lr, args.min_lr)
+    has_own = ratio and args.lr is not None  # --skip-train needs no learning rate
+    yield (args.lr * ratio, args.min_lr * ratio) if has_own else rates
+    yield rates
 
 
 def _iterate_groups(state: Any) -> Iterator[dict[str, Any]]:

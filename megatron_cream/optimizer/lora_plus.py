@@ -19,7 +19,7 @@ def install(ratio: float | None) -> None:
 
 def _add_group(original, config):
     overrides = original(config=config)
-    if _ratio != 1.0:
+    if _ratio != 1.0 and config.lr is not None:  # --skip-train needs no learning rate
         rates = ParamGroupOverride(max_lr=config.lr * _ratio, min_lr=(config.min_lr or 0.0) * _ratio)
         overrides[ParamKey(name=f"*.{NAME}.*_B")] = rates
     return overrides
