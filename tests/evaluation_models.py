@@ -7,15 +7,11 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib.image
-import pytest
 import torch
-from megatron.core import parallel_state
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from megatron_cream.checkpoint.convert import import_hf
-from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.data.embedded import source_files
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer, open_tokenizer
 from megatron_cream.evaluation.results import RESULTS
@@ -51,27 +47,6 @@ def save_llama(folder: Path, name: str = "llama-mha", *, seed_change: int = 0, b
         model.save_pretrained(folder)
     save_tokenizer(folder, bos=bos)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    """Use one thread, which is fastest for small models, and remove the process group afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Return {"hf": Hugging Face folder, "ckpt": Megatron checkpoint of the same model}."""
-    folder = tmp_path_factory.mktemp("models")
-    save_llama(folder / "hf", "llama-gqa-odd-vocabulary")
-    import_hf(HfFolder(folder / "hf"), folder / "ckpt")
-    return {"hf": folder / "hf", "ckpt": folder / "ckpt"}
 
 
 def run_evaluate(monkeypatch, *flags) -> int:

@@ -1,6 +1,8 @@
 """Tests of the version bounds in requirements*.txt against the versions in constraints.txt."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from packaging.requirements import Requirement
@@ -36,3 +38,10 @@ def test_libraries_with_private_names_in_use_have_an_upper_bound():
     """A newer release may have moved the private names."""
     bounds = {each.name: str(each.specifier) for each in requirements("requirements.txt")}
     assert "<" in bounds["torch"] and "<" in bounds["megatron-core"]
+
+
+def test_helpers_of_the_chain_need_no_pytest():
+    """The chain's commands also run at another Python, which has only what users install."""
+    blocked = "import sys; sys.modules |= dict.fromkeys(['pytest', 'hypothesis', 'peft'])"
+    script = f"{blocked}; import tests.evaluation_models"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300)

@@ -17,16 +17,8 @@ from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.result_lines import format_line
 from megatron_cream.evaluation.results import RESULTS, SUMMARY
 from tests import task_tokenizers
-from tests.evaluation_models import (
-    POSITIONS,
-    alone,
-    is_picture,
-    models,
-    records_of,
-    save_llama,
-    save_own_task,
-    save_tokenizer,
-)
+from tests.evaluation_fixtures import alone, models
+from tests.evaluation_models import POSITIONS, is_picture, records_of, save_llama, save_own_task, save_tokenizer
 from tests.evaluation_models import run_evaluate as run
 
 __all__ = ["alone", "models"]  # fixtures

@@ -15,7 +15,7 @@ from megatron_cream.evaluation.models import language_model
 from megatron_cream.evaluation.parts import PartResults
 from megatron_cream.evaluation.ranks import Ranks
 from megatron_cream.evaluation.results import RESULTS, SUMMARY, open_results
-from tests.evaluation_models import alone, models
+from tests.evaluation_fixtures import alone, models
 from tests.evaluation_models import run_evaluate as run_alone
 from tests.faults.kill import wait_for
 from tests.launch import ROOT, TORCHRUN, torchrun
