@@ -5,7 +5,6 @@ python -m benchmarks.several_gpus.plan    # writes plan.json for H100 and H200
 
 import json
 import sys
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from benchmarks.several_gpus.machine import Machine
 FILE = Path(__file__).with_name("plan.json")
 SHARE = 0.93
 """Share of a GPU's memory that a run may take: fragments, CUDA's context, NCCL and user buffers have the rest."""
-
-_PLANNING = threading.Lock()  # Megatron's parser reads sys.argv
 
 
 @cache
@@ -33,8 +30,7 @@ def predict(gpu: str | None, gpus: int, flags: str) -> dict:
     gpu = gpu or "H200"
     if known := _read().get(key(gpu, gpus, flags)):
         return known
-    with _PLANNING:
-        return _ask_planner(gpu, gpus, flags)
+    return _ask_planner(gpu, gpus, flags)
 
 
 def _ask_planner(gpu: str, gpus: int, flags: str) -> dict:

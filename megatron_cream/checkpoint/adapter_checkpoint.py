@@ -10,7 +10,7 @@ from megatron_cream.checkpoint import base_weights
 from megatron_cream.checkpoint.adapters import adapter_rows, adapter_shape, settings_of, trained_rows
 from megatron_cream.checkpoint.mapping import Row, split
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
-from megatron_cream.checkpoint.opening import find_step_folder, open_step, read_newest_step
+from megatron_cream.checkpoint.opening import Step, find_step_folder, open_step, read_newest_step
 from megatron_cream.common.errors import UsageError
 
 
@@ -35,12 +35,12 @@ def open_checkpoint(
         UsageError: a file or parameter is missing or unreadable.
     """
     step = read_newest_step(path, flag) if step is None else step
-    saved = open_step(find_step_folder(path, step, flag), flag, checksums=checksums)
-    if getattr(saved.args, "lora_rank", 0):
-        return AdapterCheckpoint(path, step, flag=flag, checksums=False, base=base)
+    opened = open_step(find_step_folder(path, step, flag), flag, checksums=checksums)
+    if getattr(opened.args, "lora_rank", 0):
+        return AdapterCheckpoint(path, step, flag=flag, opened=opened, base=base)
     if base is not None:
         raise UsageError(f"--base {base}: {flag} {path} has all weights, and no adapters")
-    return MegatronCheckpoint(path, step, flag=flag, checksums=False)
+    return MegatronCheckpoint(path, step, flag=flag, opened=opened)
 
 
 class AdapterCheckpoint(MegatronCheckpoint):
@@ -51,12 +51,12 @@ class AdapterCheckpoint(MegatronCheckpoint):
         settings: of the adapters.
 
     Args:
-        path, step, flag, checksums: as in MegatronCheckpoint.
+        path, step, flag, opened: as in MegatronCheckpoint.
         base: where the base model is; None means where it was in training.
     """
 
-    def __init__(self, path: Path, step: int | str, *, flag: str, checksums: bool, base: str | None):
-        super().__init__(path, step, flag=flag, checksums=checksums)
+    def __init__(self, path: Path, step: int | str, *, flag: str, opened: Step, base: str | None):
+        super().__init__(path, step, flag=flag, opened=opened)
         record: dict[str, Any] = self.args.lora_base
         options = {"--load": "--load-hf", "--checkpoint": "--base"}
         option = options.get(flag, "--base of tools/convert_hf.py export, and evaluate the merged folder")

@@ -34,9 +34,9 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
 }
 
-# Keys of config.json that would change the model: (key, the only supported value).
+# Keys of config.json that would change the model: (key, the only supported value, its other names).
 _REQUIRED_VALUES = (
-    ("hidden_act", "silu"),
+    ("hidden_act", "silu", "swish"),
     ("attention_bias", False),
     ("mlp_bias", False),
     ("use_sliding_window", False),
@@ -225,11 +225,9 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
     for architecture in raw.get("architectures") or []:
         if not isinstance(architecture, str) or architecture.lower() != family.architecture.lower():  # LLaMAForCausalLM
             raise UsageError(f"{path}: architectures {architecture!r}: only {family.architecture} is supported")
-    for key, needed in _REQUIRED_VALUES:
+    for key, needed, *synonyms in _REQUIRED_VALUES:
         value = raw.get(key)
-        if (key, value) == ("hidden_act", "swish"):
-            continue  # transformers' other name of silu
-        if key in raw and value is not None and value != needed:
+        if key in raw and value is not None and value not in (needed, *synonyms):
             shown = "" if isinstance(value, dict) else f" {json.dumps(value)}"
             raise UsageError(f"{path}: {key}{shown}: not supported; only {json.dumps(needed)} is")
     for key in ("rope_parameters", "rope_scaling"):

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_cream.checkpoint.families import ModelShape, read_config, shape_from_args
 from megatron_cream.checkpoint.mapping import LAYERS, LINEARS, Row, megatron_shape, rows
-from megatron_cream.checkpoint.opening import find_step_folder, open_step, read_newest_step
+from megatron_cream.checkpoint.opening import Step, find_step_folder, open_step, read_newest_step
 from megatron_cream.checkpoint.output import HashingFile
 from megatron_cream.common.errors import UsageError, one_line
 
@@ -57,17 +57,24 @@ class MegatronCheckpoint:
         step: the iteration or "release"; None is the newest.
         flag: the flag that gave `path`, for messages.
         checksums: as in `open_step`.
+        opened: the step, if it was opened before.
 
     Raises:
         UsageError: a file or parameter is missing or unreadable; the message names it.
     """
 
     def __init__(
-        self, path: Path, step: int | str | None = None, *, flag: str = "--checkpoint", checksums: bool = True
+        self,
+        path: Path,
+        step: int | str | None = None,
+        *,
+        flag: str = "--checkpoint",
+        checksums: bool = True,
+        opened: Step | None = None,
     ):
         self.path, self._where = path, f"{flag} {path}"
         self.step = read_newest_step(path, flag) if step is None else step
-        saved = open_step(find_step_folder(path, self.step, flag), flag, checksums=checksums)
+        saved = opened or open_step(find_step_folder(path, self.step, flag), flag, checksums=checksums)
         self.folder, self.args, self._metadata = saved.folder, saved.args, saved.metadata
         self._reader = dcp.FileSystemReader(self.folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)

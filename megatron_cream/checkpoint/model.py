@@ -74,25 +74,34 @@ def load_model(weights: Weights, dtype: torch.dtype, attention: str = "sdpa", gr
     return model.eval()
 
 
-def _build_model(shape: ModelShape, dtype: torch.dtype, attention: str) -> LlamaModel:
-    args, tensor = shape.megatron_args(), parallel_state.get_tensor_model_parallel_world_size()
+def transformer_config(shape: ModelShape, **options) -> TransformerConfig:
+    """Return Megatron's configuration of the layers of a Llama, without dropout; `options` are other fields."""
+    args = shape.megatron_args()
     names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels".split()
     names += ["layernorm_epsilon", "add_qkv_bias", "qk_layernorm"]
-    config = TransformerConfig(
+    return TransformerConfig(
         **{name: args[name] for name in names},
-        tensor_model_parallel_size=tensor,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
+        masked_softmax_fusion=False,
+        **options,
+    )
+
+
+def _build_model(shape: ModelShape, dtype: torch.dtype, attention: str) -> LlamaModel:
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    config = transformer_config(
+        shape,
+        tensor_model_parallel_size=tensor,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu_initialization=not devices.has_cuda(),
         perform_initialization=False,
-        masked_softmax_fusion=False,
     )
     model = LlamaModelConfig(
         transformer=config,

@@ -75,28 +75,15 @@ def build_weights_hook(args: Namespace) -> Callable[[list], list] | None:
     They are those of --load-hf, or of the base model of adapters. None if Megatron loads all weights from a
     checkpoint, or none.
     """
-    if args.lora_base is not None:
-        return _build_adapter_filler(args)
-    if args.load_hf is None or (args.load is not None and (Path(args.load) / output.TRACKER).is_file()):
+    is_resumed = args.load is not None and (Path(args.load) / output.TRACKER).is_file()
+    if args.lora_base is None and (args.load_hf is None or is_resumed):
         return None
 
-    return _build_filler(lambda: base_weights.open_folder(args.model_folder))
-
-
-def _build_filler(open_source: Callable[[], base_weights.BaseWeights]) -> Callable[[list], list]:
     def load(chunks: list) -> list:
-        source = open_source()
-        for chunk in chunks:
-            fill_model(chunk, source.shape, source.read)
-        return chunks
-
-    return load
-
-
-def _build_adapter_filler(args: Namespace) -> Callable[[list], list]:
-    def load(chunks: list) -> list:
-        base = base_weights.open_base(args.lora_base, flag="--load-hf")
-        is_resumed = args.load is not None and (Path(args.load) / output.TRACKER).is_file()
+        if args.lora_base is None:
+            base = base_weights.open_folder(args.model_folder)
+        else:
+            base = base_weights.open_base(args.lora_base, flag="--load-hf")
         adapter = None if args.load_adapter is None or is_resumed else PeftFolder(Path(args.load_adapter))
         for chunk in chunks:
             fill_model(chunk, base.shape, adapter.replace(base.read, base.shape) if adapter else base.read)

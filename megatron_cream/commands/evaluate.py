@@ -159,8 +159,7 @@ def run_examples(args, source: language_model.Source, plan: Plan, options: dict)
     print_fit(args, source, longest, args.batch_size)
     settings = {"temperature": args.temperature, "top_p": args.top_p, "chat": args.chat, **options}
     with open_output(args, source, settings) as results:
-        work = (lambda: load(args, source, vllm), plan, generation, results)
-        records = sharing.run_task(args.ranks, *work) if args.ranks.is_multi_rank else run_task(*work)
+        records = run_task(lambda: load(args, source, vllm), plan, generation, results, args.ranks)
         if args.ranks.is_first:
             finish(args, results, report.summarise(args.command, records))
 
@@ -215,8 +214,8 @@ def run_perplexity_command(args) -> None:
             own = sharing.take_share(args.ranks, missing)
             key = find_key_tokens_by_model(lambda: load(args, key_source), own, source.tokenizer, rule)
         measured = PerplexitySettings(args.convention, lengths, stride, rule if with_longppl else None, longppl_bos)
-        run = partial(sharing.run_perplexity, args.ranks) if args.ranks.is_multi_rank else run_perplexity
-        records = run(lambda: load(args, source), documents, settings=measured, key=key, results=results)
+        options = dict(settings=measured, key=key, results=results, ranks=args.ranks)
+        records = run_perplexity(lambda: load(args, source), documents, **options)
         described = {"convention": args.convention} | ({"longppl_bos": longppl_bos} if with_longppl else {})
         if args.ranks.is_first:
             finish(args, results, {length: row | described for length, row in summarise_perplexity(records).items()})
@@ -312,7 +311,7 @@ def open_output(args, source: language_model.Source, settings: dict):
         overwrite=args.overwrite,
         facts={"positions": source.max_positions, "tokenizer": source.tokenizer.fingerprint()},
     )
-    return sharing.open_shared(args.ranks, opened) if args.ranks.is_multi_rank else opened()
+    return sharing.open_shared(args.ranks, opened)
 
 
 def finish(args, results: Results, summary: dict) -> None:

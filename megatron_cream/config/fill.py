@@ -6,7 +6,7 @@ Nothing is checked here, except that a value can be chosen at all.
 import math
 import os
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from megatron_cream.checkpoint import base_weights, peft_folder, pretrained, sav
 from megatron_cream.checkpoint.mapping import pad_vocab_size
 from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common import devices
-from megatron_cream.common.cli import split_names
+from megatron_cream.common.cli import format_flag, split_names
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import samplers
+from megatron_cream.config.options import LoraConfig
 from megatron_cream.config.values import long_eval_tasks
 from megatron_cream.data import embedded
 from megatron_cream.distributed import watchdog
@@ -56,18 +57,44 @@ def set_model_shape(args: Namespace, origin: Origin, defaults: dict[str, Any]) -
         _set_tokenizer(args, origin.model_folder, defaults["tokenizer_type"])
 
 
+def set_adapter(args: Namespace) -> None:
+    """Set the flags of LoRA that --load-adapter decides.
+
+    Raises:
+        UsageError: the adapter is unreadable, or a flag contradicts it.
+    """
+    if args.load_adapter is None:
+        return
+    adapter = peft_folder.PeftFolder(Path(args.load_adapter))
+    found = {
+        "lora_rank": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_targets": ",".join(adapter.targets),
+        "lora_rslora": adapter.rank_stabilized,
+    }
+    for given in fields(LoraConfig):
+        if given.name in found:
+            value = getattr(args, given.name)
+            if value not in (given.default, found[given.name]):
+                raise UsageError(
+                    f"{format_flag(given.name, value)}: the adapter in {args.load_adapter} has {found[given.name]}"
+                )
+            setattr(args, given.name, found[given.name])
+
+
 def set_lora(args: Namespace, origin: Origin) -> None:
     """Set the default of --lora-alpha, and `args.lora_base`: the record of the model under the adapters."""
     args.lora_base = None
     if not args.lora_rank:
         return
+    found = origin.checkpoint
+    resumed = found.args if found and found.flag == "--load" else None
     if args.lora_alpha is None:
-        args.lora_alpha = 2.0 * args.lora_rank
+        args.lora_alpha = getattr(resumed, "lora_alpha", None) or 2.0 * args.lora_rank
     flag, given = "--load-hf", args.load_hf
     if given is None:
         flag, given = "--pretrained-checkpoint", args.pretrained_checkpoint
-    found = origin.checkpoint
-    saved = getattr(found.args, "lora_base", None) if found and found.flag == "--load" else None
+    saved = getattr(resumed, "lora_base", None)
     if saved is not None:
         where = f"--load {args.load}"
         args.lora_base = base_weights.find_again(saved, given, where=where, flag="--load-hf")

@@ -107,6 +107,7 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
     flag_checks.check_each(args)
     memory_checks.check_each(args, has_cuda=devices.has_cuda() or args.print_config)
     number_checks.check(args, defaults)
+    fill.set_adapter(args)
     lora_checks.check_each(args)
     start.check_save_folder(args)
 

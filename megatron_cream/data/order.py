@@ -20,9 +20,8 @@ def permute(index: int, n: int, key: tuple[int, int]) -> int:
     """
     if not 0 <= index < n:
         raise IndexError(f"index {index} is not in 0 .. {n - 1}")
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    half, round_keys = _schedule(n, key)
     mask = (1 << half) - 1
-    round_keys = [_mix(_mix(key[0]) ^ _mix(key[1] + 0x9E3779B97F4A7C15) ^ r) for r in range(4)]
     while True:
         left, right = index >> half, index & mask
         for round_key in round_keys:
@@ -34,9 +33,8 @@ def permute(index: int, n: int, key: tuple[int, int]) -> int:
 
 def permute_range(count: int, n: int, key: tuple[int, int]) -> np.ndarray:
     """Return the documents at the first `count` places, int64, as `permute` does one by one."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    half, round_keys = _schedule(n, key)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    round_keys = [_mix(_mix(key[0]) ^ _mix(key[1] + 0x9E3779B97F4A7C15) ^ r) for r in range(4)]
     index = np.arange(count, dtype=np.uint64)
     open_ = np.arange(count)  # places whose result is not below n yet
     while len(open_):
@@ -46,6 +44,12 @@ def permute_range(count: int, n: int, key: tuple[int, int]) -> np.ndarray:
         index[open_] = left << shift | right
         open_ = open_[index[open_] >= n]
     return index.astype(np.int64)
+
+
+def _schedule(n: int, key: tuple[int, int]) -> tuple[int, list[int]]:
+    """Return the bits of half an index below n, and the keys of the rounds."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    return half, [_mix(_mix(key[0]) ^ _mix(key[1] + 0x9E3779B97F4A7C15) ^ r) for r in range(4)]
 
 
 def _mix_array(x: np.ndarray) -> np.ndarray:

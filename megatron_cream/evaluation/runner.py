@@ -2,10 +2,8 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NoReturn
 
 import torch
@@ -17,12 +15,15 @@ from megatron_cream.evaluation.longppl import KeyTokenRule, find_key_spans, find
 from megatron_cream.evaluation.models.generation import derive_seed
 from megatron_cream.evaluation.models.language_model import LanguageModel
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
+from megatron_cream.evaluation.parts import PartResults
 from megatron_cream.evaluation.progress import WorkBar
+from megatron_cream.evaluation.ranks import Ranks
 from megatron_cream.evaluation.results import RESULTS, Results
+from megatron_cream.evaluation.sharing import Recorder, claim_batches, take_share
 from megatron_cream.evaluation.sliding_window import Document
 from megatron_cream.evaluation.tasks.task import Draft, Example
 
-BATCHES_AT_ONCE = 8
+_BATCHES_AT_ONCE = 8
 """Batches of examples that are sorted by length together."""
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -86,41 +87,48 @@ class PerplexitySettings:
 
 
 def run_task(
-    open_model: Callable[[], LanguageModel], plan: Plan, generation: Generation, results: Results
+    open_model: Callable[[], LanguageModel],
+    plan: Plan,
+    generation: Generation,
+    results: Results | PartResults,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer and score every example that `results` does not have yet.
+    """Answer and score every example that `results` does not have yet, on all ranks.
 
     Args:
         open_model: loads the model; called only if an example is missing.
         plan: the examples, and how to score them.
         generation: settings of generation.
-        results: receives each record as soon as it is made.
+        results: of this rank, as `sharing.open_shared` opened them; receives each record as soon as it is made.
+        ranks: this process's place; None is a single rank.
 
-    Returns: the records of all the plan's examples, in the plan's order.
+    Returns: on rank 0 the records of all the plan's examples, in the plan's order; elsewhere nothing.
 
     Raises:
         OutOfMemory: the device ran out of memory; earlier results are kept.
     """
-    order: list[str] = []
-    with WorkBar(plan.count, plan.tokens) as bar:
-
-        def missing() -> Iterator[Example]:
-            for example in plan.examples:
-                order.append(example.name)
-                if example.name in results.records:
-                    check_same_example(example, results)
+    ranks, drafts = ranks or Ranks(), plan.list_drafts()
+    missing = [draft for draft in drafts if draft.name not in results.records]
+    size = min(_BATCHES_AT_ONCE * generation.batch_size, max(len(missing), 1))
+    chunks = [missing[first : first + size] for first in range(0, len(missing), size)]
+    with WorkBar(plan.count, plan.tokens, shown=ranks.is_first) as bar:
+        if isinstance(results, Results):
+            for draft in drafts:
+                if draft.name in results.records:
+                    example = draft.build()
+                    _check_same_example(example, results)
                     bar.skip(example.length)
-                else:
-                    yield example
-
-        todo, model = missing(), None
-        while chunk := list(islice(todo, min(BATCHES_AT_ONCE * generation.batch_size, sys.maxsize))):
+        recorder, model = Recorder(ranks, results, bar), None
+        batches, built = [], -1
+        for chunk, number in claim_batches(ranks, [-(-len(chunk) // generation.batch_size) for chunk in chunks]):
             model = model or open_model()
-            for batch in make_batches(model, chunk, generation):
-                for record in answer_batch(model, batch, plan, generation):
-                    results.add(record)
-                    bar.add(record["length"], record["prompt_tokens"])
-    return [results.records[name] for name in order]
+            if chunk != built:
+                batches, built = _make_batches(model, [draft.build() for draft in chunks[chunk]], generation), chunk
+            for place, record in enumerate(_answer_batch(model, batches[number], plan, generation)):
+                recorder.add(record, (chunk, number, place))
+            recorder.merge()
+        recorder.finish()
+    return [results.records[draft.name] for draft in drafts] if ranks.is_first else []
 
 
 def run_perplexity(
@@ -129,9 +137,10 @@ def run_perplexity(
     *,
     settings: PerplexitySettings,
     key: dict[str, Tensor],
-    results: Results,
+    results: Results | PartResults,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure the negative log-likelihood of each document at each context length.
+    """Measure the negative log-likelihood of each document at each context length, on all ranks.
 
     Skips the documents that `results` already has.
 
@@ -140,27 +149,35 @@ def run_perplexity(
         documents: tokenized texts.
         settings: what is measured.
         key: document name -> the key tokens that another model found.
-        results: receives each record as soon as it is made.
+        results: of this rank, as `sharing.open_shared` opened them; receives each record as soon as it is made.
+        ranks: this process's place; None is a single rank.
 
-    Returns: the records of all documents, as `measure_document` returns them.
+    Returns: on rank 0 the records of all documents, as `_measure_document` returns them; elsewhere nothing.
 
     Raises:
         OutOfMemory: the device ran out of memory; earlier results are kept.
     """
-    model = None
-    with WorkBar(len(documents), sum(len(document.tokens) for document in documents)) as bar:
-        for document in documents:
-            if document.name in results.records:
-                check_lengths(document, settings, results)
-                bar.skip(len(document.tokens))
-                continue
+    ranks = ranks or Ranks()
+    missing = [document for document in documents if document.name not in results.records]
+    places = {document.name: place for place, document in enumerate(missing)}
+    total = sum(len(document.tokens) for document in documents)
+    with WorkBar(len(documents), total, shown=ranks.is_first) as bar:
+        if isinstance(results, Results):
+            for document in documents:
+                if document.name in results.records:
+                    _check_lengths(document, settings, results)
+                    bar.skip(len(document.tokens))
+        recorder, model = Recorder(ranks, results, bar), None
+        for document in take_share(ranks, missing):
             model = model or open_model()
-            results.add(measure_document(model, document, settings, key.get(document.name)))
-            bar.add(len(document.tokens), len(document.tokens))
-    return [results.records[document.name] for document in documents]
+            record = _measure_document(model, document, settings, key.get(document.name))
+            recorder.add(record, (places[document.name],))
+            recorder.merge()
+        recorder.finish()
+    return [results.records[document.name] for document in documents] if ranks.is_first else []
 
 
-def measure_document(
+def _measure_document(
     model: LanguageModel, document: Document, settings: PerplexitySettings, is_key: Tensor | None
 ) -> dict[str, Any]:
     """Return a document's record: {"name", "tokens", "lengths": {n: {"nll", "tokens", "key_nll", "key_tokens"}}}.
@@ -223,16 +240,15 @@ def _sum_losses(log_probs: Tensor, prefix: str = "") -> dict[str, float]:
     return {f"{prefix}nll": -log_probs.double().sum().item(), f"{prefix}tokens": len(log_probs)}
 
 
-def make_batches(model: LanguageModel, examples: list[Example], generation: Generation) -> Iterator[list[tuple]]:
-    """Yield batches of (example, prompt ids) with similar lengths."""
+def _make_batches(model: LanguageModel, examples: list[Example], generation: Generation) -> list[list[tuple]]:
+    """Return batches of (example, prompt ids) with similar lengths."""
     plain, chat = model.tokenizer.encode_prompt, model.tokenizer.encode_chat
     pairs = [(example, (chat if generation.chat and example.chat else plain)(example.prompt)) for example in examples]
     pairs.sort(key=lambda pair: (pair[0].max_new_tokens, len(pair[1])))
-    for first in range(0, len(pairs), generation.batch_size):
-        yield pairs[first : first + generation.batch_size]
+    return [pairs[first : first + generation.batch_size] for first in range(0, len(pairs), generation.batch_size)]
 
 
-def answer_batch(model: LanguageModel, batch: list[tuple], plan: Plan, generation: Generation) -> list[dict[str, Any]]:
+def _answer_batch(model: LanguageModel, batch: list[tuple], plan: Plan, generation: Generation) -> list[dict[str, Any]]:
     prompts = [ids for _, ids in batch]
     with report_out_of_memory(max(map(len, prompts)), len(batch)):
         outputs = model.generate(
@@ -281,7 +297,7 @@ def report_out_of_memory(tokens: int, samples: int) -> Iterator[None]:
         ) from error
 
 
-def check_same_example(example: Example, results: Results) -> None:
+def _check_same_example(example: Example, results: Results) -> None:
     """Raise UsageError if the folder's result with this name belongs to another example."""
     record = results.records[example.name]
     values = {"part": example.part, "length": example.length, "depth": example.depth, "answers": list(example.answers)}
@@ -290,7 +306,7 @@ def check_same_example(example: Example, results: Results) -> None:
             _reject(example.name, f"{key} {record[key]!r}, not {value!r}", results)
 
 
-def check_lengths(document: Document, settings: PerplexitySettings, results: Results) -> None:
+def _check_lengths(document: Document, settings: PerplexitySettings, results: Results) -> None:
     """Raise UsageError if the folder's result for this document has other context lengths."""
     lengths, rule = sorted(settings.lengths, reverse=True), settings.rule
     rows = results.records[document.name].get("lengths", {})

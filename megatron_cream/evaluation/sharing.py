@@ -7,34 +7,20 @@ that one rank would make.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_cream.distributed.launcher import waiting_for_peers
 from megatron_cream.distributed.rendezvous import broadcast_from_rank_0
-from megatron_cream.evaluation.models.language_model import LanguageModel
 from megatron_cream.evaluation.parts import Order, PartReader, PartResults
 from megatron_cream.evaluation.progress import WorkBar
 from megatron_cream.evaluation.ranks import Ranks
 from megatron_cream.evaluation.results import Results
-from megatron_cream.evaluation.runner import (
-    BATCHES_AT_ONCE,
-    Generation,
-    PerplexitySettings,
-    Plan,
-    answer_batch,
-    check_lengths,
-    check_same_example,
-    make_batches,
-    measure_document,
-)
 from megatron_cream.evaluation.sliding_window import Document
-from megatron_cream.evaluation.tasks.task import Draft
 
 _POLL = timedelta(seconds=1)
 
@@ -71,7 +57,8 @@ class Recorder:
     def __init__(self, ranks: Ranks, results: Results | PartResults, bar: WorkBar):
         self._ranks, self._results, self._bar = ranks, results, bar
         self._order: dict[str, Order] = {}
-        self._reader = PartReader(results.folder, results.run) if isinstance(results, Results) else None
+        merges = ranks.is_multi_rank and isinstance(results, Results)
+        self._reader = PartReader(results.folder, results.run) if merges else None
 
     def add(self, record: dict[str, Any], order: Order) -> None:
         """Record a result of this rank; only a replica's leader keeps it."""
@@ -115,99 +102,21 @@ class Recorder:
             return False
 
 
-def run_task(
-    ranks: Ranks,
-    open_model: Callable[[], LanguageModel],
-    plan: Plan,
-    generation: Generation,
-    results: Results | PartResults,
-) -> list[dict[str, Any]]:
-    """Answer and score every example that `results` does not have yet, on all ranks.
-
-    Args:
-        ranks: this process's place.
-        open_model: loads the model; called only if an example is missing.
-        plan: the examples, and how to score them.
-        generation: settings of generation.
-        results: of this rank, as `open_shared` opened them.
-
-    Returns: on rank 0 the records of all the plan's examples, in the plan's order; elsewhere nothing.
-
-    Raises:
-        OutOfMemory: the device ran out of memory; earlier results are kept.
-    """
-    drafts = plan.list_drafts()
-    missing = [draft for draft in drafts if draft.name not in results.records]
-    size = min(BATCHES_AT_ONCE * generation.batch_size, max(len(missing), 1))
-    chunks = [missing[first : first + size] for first in range(0, len(missing), size)]
-    with WorkBar(plan.count, plan.tokens, shown=ranks.is_first) as bar:
-        if isinstance(results, Results):
-            for draft in drafts:
-                if draft.name in results.records:
-                    example = draft.build()
-                    check_same_example(example, results)
-                    bar.skip(example.length)
-        recorder, model = Recorder(ranks, results, bar), None
-        batches, built = [], -1
-        for chunk, number in _claim(ranks, [-(-len(chunk) // generation.batch_size) for chunk in chunks]):
-            model = model or open_model()
-            if chunk != built:
-                batches, built = _build_batches(model, chunks[chunk], generation), chunk
-            for place, record in enumerate(answer_batch(model, batches[number], plan, generation)):
-                recorder.add(record, (chunk, number, place))
-            recorder.merge()
-        recorder.finish()
-    return [results.records[draft.name] for draft in drafts] if ranks.is_first else []
-
-
-def run_perplexity(
-    ranks: Ranks,
-    open_model: Callable[[], LanguageModel],
-    documents: list[Document],
-    *,
-    settings: PerplexitySettings,
-    key: dict[str, Tensor],
-    results: Results | PartResults,
-) -> list[dict[str, Any]]:
-    """Measure each document that `results` does not have yet, on all ranks; see runner.run_perplexity.
-
-    Returns: on rank 0 the records of all documents; elsewhere nothing.
-    """
-    missing = [document for document in documents if document.name not in results.records]
-    places = {document.name: place for place, document in enumerate(missing)}
-    total = sum(len(document.tokens) for document in documents)
-    with WorkBar(len(documents), total, shown=ranks.is_first) as bar:
-        if isinstance(results, Results):
-            for document in documents:
-                if document.name in results.records:
-                    check_lengths(document, settings, results)
-                    bar.skip(len(document.tokens))
-        recorder, model = Recorder(ranks, results, bar), None
-        for document in take_share(ranks, missing):
-            model = model or open_model()
-            record = measure_document(model, document, settings, key.get(document.name))
-            recorder.add(record, (places[document.name],))
-            recorder.merge()
-        recorder.finish()
-    return [results.records[document.name] for document in documents] if ranks.is_first else []
-
-
 def take_share(ranks: Ranks, documents: list[Document]) -> list[Document]:
     """Return the documents that this rank's replica measures: they have about the same length."""
     return documents[ranks.replica :: ranks.replicas]
 
 
-def _build_batches(model: LanguageModel, chunk: Sequence[Draft], generation: Generation) -> list[list[tuple]]:
-    return list(make_batches(model, [draft.build() for draft in chunk], generation))
-
-
-def _claim(ranks: Ranks, counts: list[int]) -> Iterator[tuple[int, int]]:
+def claim_batches(ranks: Ranks, counts: list[int]) -> Iterator[tuple[int, int]]:
     """Yield (chunk, batch) of each batch that this rank's replica answers; all its ranks get the same.
 
     Args:
         ranks: this process's place.
         counts: number of batches of each chunk.
     """
+    if not ranks.is_multi_rank:
+        yield from ((chunk, batch) for chunk, count in enumerate(counts) for batch in range(count))
+        return
     if ranks.is_leader:
         claims = _claim_as_leader(ranks.store, counts)
     for number in range(sum(counts) + 1):
@@ -225,11 +134,11 @@ def _claim(ranks: Ranks, counts: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def _claim_as_leader(store: torch.distributed.Store, counts: list[int]) -> Iterator[tuple[int, int]]:
-    def claim_batches(chunk: int) -> Iterator[tuple[int, int]]:
+    def claim_chunk(chunk: int) -> Iterator[tuple[int, int]]:
         while (batch := store.add(f"evaluation/batches/{chunk}", 1) - 1) < counts[chunk]:
             yield chunk, batch
 
     while (chunk := store.add("evaluation/chunks", 1) - 1) < len(counts):
-        yield from claim_batches(chunk)
+        yield from claim_chunk(chunk)
     for chunk in reversed(range(len(counts))):
-        yield from claim_batches(chunk)
+        yield from claim_chunk(chunk)

@@ -54,6 +54,7 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     args = _parse(argv)
     defaults = default_values()
     flag_checks.check_each(args)
+    fill.set_adapter(args)
     lora_checks.check_each(args)
     memory_checks.check_each(args, has_cuda=True)
     number_checks.check(args, defaults)

@@ -183,7 +183,7 @@ def test_a_failure_midway_leaves_nothing_and_touches_nothing(tmp_path, monkeypat
 
 def test_nothing_is_written_where_no_document_is_left(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ["", "a"])
-    with pytest.raises(ValueError, match="1 empty text, 1 shorter than 5 tokens"):
+    with pytest.raises(ValueError, match="empty text: 1, shorter than 5 tokens: 1"):
         preprocess([path], tmp_path / "x", ByteTokenizer(), min_document_tokens=5, progress=False)
     assert os.listdir(tmp_path) == ["a.jsonl"]
 

@@ -15,14 +15,13 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
 from safetensors.torch import load_file
 
 from megatron_cream.checkpoint.adapters import adapter_rows, fill_adapters, list_layers, trained_rows
 from megatron_cream.checkpoint.convert import build_reader
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.mapping import split
-from megatron_cream.checkpoint.model import fill_model
+from megatron_cream.checkpoint.model import fill_model, transformer_config
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
 from megatron_cream.model.lora_settings import LoraSettings
@@ -40,19 +39,10 @@ PEFT = "base_model.model."
 
 def build_model(source: HfFolder, sequence_parallel: bool, settings: LoraSettings):
     shape = source.shape
-    args = shape.megatron_args()
-    names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels".split()
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    config = TransformerConfig(
-        **{name: args[name] for name in [*names, "layernorm_epsilon", "add_qkv_bias", "qk_layernorm"]},
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
+    config = transformer_config(
+        shape,
         use_cpu_initialization=True,
-        masked_softmax_fusion=False,
         tensor_model_parallel_size=groups.tp.size(),
         sequence_parallel=sequence_parallel,
         pipeline_dtype=torch.float32,

@@ -2,9 +2,7 @@
 
 from argparse import Namespace
 from dataclasses import fields
-from pathlib import Path
 
-from megatron_cream.checkpoint import peft_folder
 from megatron_cream.checkpoint.start import FoundCheckpoint
 from megatron_cream.common.cli import format_flag, split_names, to_flag
 from megatron_cream.common.errors import UsageError
@@ -28,7 +26,6 @@ _SAVED = ("lora_rank", "lora_alpha", "lora_targets", "lora_train", "lora_rslora"
 
 def check_each(args: Namespace) -> None:
     """Raise UsageError for a flag of LoRA that is wrong whatever the model is."""
-    _take_adapter(args)
     if not args.lora_rank:
         for given in fields(LoraConfig):
             value = getattr(args, given.name)
@@ -47,27 +44,6 @@ def check_each(args: Namespace) -> None:
         raise UsageError(f"--optimizer {args.optimizer}: not supported with --lora-rank")
 
 
-def _take_adapter(args: Namespace) -> None:
-    """Set the flags of LoRA that --load-adapter decides; a flag that contradicts it is an error."""
-    if args.load_adapter is None:
-        return
-    adapter = peft_folder.PeftFolder(Path(args.load_adapter))
-    found = {
-        "lora_rank": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_targets": ",".join(adapter.targets),
-        "lora_rslora": adapter.rank_stabilized,
-    }
-    for given in fields(LoraConfig):
-        if given.name in found:
-            value = getattr(args, given.name)
-            if value not in (given.default, found[given.name]):
-                raise UsageError(
-                    f"{format_flag(given.name, value)}: the adapter in {args.load_adapter} has {found[given.name]}"
-                )
-            setattr(args, given.name, found[given.name])
-
-
 def check_checkpoint(args: Namespace, found: FoundCheckpoint | None) -> None:
     """Raise UsageError if the checkpoint has other adapters than the flags of LoRA describe."""
     if found is None:
@@ -84,10 +60,10 @@ def check_checkpoint(args: Namespace, found: FoundCheckpoint | None) -> None:
         )
     if not saved:
         return
-    if args.lora_alpha is None:
-        args.lora_alpha = found.args.lora_alpha
     for name in _SAVED:
         theirs, ours = getattr(found.args, name), getattr(args, name)
+        if name == "lora_alpha" and ours is None:
+            continue  # `fill.set_lora` takes the saved one
         if theirs != ours:
             was = f"{where}: {found.folder.name} was saved with {to_flag(name)} {theirs}"
             raise UsageError(f"{was}, but these flags set {ours}")
