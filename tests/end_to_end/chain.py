@@ -4,9 +4,11 @@ import contextlib
 import itertools
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,10 +72,14 @@ class Chain:
 
     @contextlib.contextmanager
     def started(self, script: str, *flags, ranks: int = 0) -> Iterator[tuple[psutil.Popen, Path]]:
-        """Yield the process and its log file; all its processes are ended after the block."""
+        """Yield the process and its log file; all its processes are ended after the block.
+
+        Then a line says how long the command took: pytest -rP shows it.
+        """
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
         command = [next(self._turns), *torchrun, script if script == "-c" else str(ROOT / script), *map(str, flags)]
         log = self.folder / f"log.{next(self._commands)}"
+        start, cpu = time.monotonic(), _cpu_seconds()
         with open(log, "w") as out:
             process = psutil.Popen(
                 ending_with_test(command), stdout=out, stderr=subprocess.STDOUT, cwd=self.folder, env=self._environment
@@ -87,3 +93,11 @@ class Chain:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         each.kill()
                 psutil.wait_procs(left)
+            shown = " ".join(" ".join(map(str, (script, *flags))).removeprefix(f"{ROOT}/").split())[:90]
+            print(f"{time.monotonic() - start:6.1f} s, {_cpu_seconds() - cpu:6.1f} s of CPU: {shown}", flush=True)
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU time of all commands that have ended; not that of a killed torchrun's ranks."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime
