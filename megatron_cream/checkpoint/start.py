@@ -19,7 +19,7 @@ from megatron_cream.checkpoint.megatron_folder import HF
 from megatron_cream.checkpoint.retention import find_complete_steps
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
-from megatron_cream.distributed.rendezvous import check_on_all_ranks
+from megatron_cream.distributed.rendezvous import share_errors
 from megatron_cream.model.rope_choice import ModelRope
 
 # Flags that describe the model of a checkpoint.
@@ -371,18 +371,13 @@ def check_content(args: Namespace, origin: Origin) -> None:
         UsageError: a file is damaged, missing or not plain data; the message names it.
     """
     share, found = (args.rank, args.world_size), origin.checkpoint
-
-    def check_sums() -> None:
-        folder = found.folder if found else args.model_folder if args.load_hf else None
+    folder = found.folder if found else args.model_folder if args.load_hf else None
+    with share_errors():
         if found and args.verify_integrity and not (folder / output.MANIFEST).is_file():
             raise UsageError(f"--verify-integrity: {found.flag} {folder} was saved without {output.MANIFEST}")
         wanted = folder is not None and (args.checkpoint_checksums or args.verify_integrity)
         if wanted and (faults := output.check_manifest(folder, share=share)):
             raise UsageError(f"{found.flag if found else '--load-hf'} {faults[0]}")
-
-    def check_pickles() -> None:
+    with share_errors():  # separate, because other ranks may have verified a file's checksum
         if found and found.step:
             opening.check_pickles(found.step, found.flag, keys=found.step.pickled_keys()[share[0] :: share[1]])
-
-    check_on_all_ranks(check_sums, *share)
-    check_on_all_ranks(check_pickles, *share)  # separate, because other ranks may have verified a file's checksum

@@ -29,7 +29,5 @@ def choose_fastest_backend(args: Namespace) -> None:
     )
     with torch.cuda.device(args.local_rank):
         chosen = attention_speed.choose_fastest(list_alternatives(first, half=args.bf16 or args.fp16), shape)
-    args.attention = json.loads(
-        rendezvous.broadcast_from_rank_0(json.dumps(asdict(chosen)), args.rank, args.world_size)
-    )
+    args.attention = json.loads(rendezvous.broadcast_from_rank_0(json.dumps(asdict(chosen))))
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]

@@ -66,13 +66,14 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
         UsageError: a flag is wrong. Nothing was started or written.
         SystemExit: after --help or --print-config.
     """
-    checked = nodes.run_on_all_ranks(lambda: _check_on_one_rank(argv))
+    with nodes.share_all_errors():
+        checked = _check_on_one_rank(argv)
     args, origin = checked.args, checked.origin
-    rank, ranks = args.rank, args.world_size
-    rendezvous.check_on_all_ranks(lambda: _check_share_of_rank(args), rank, ranks)
+    with rendezvous.share_errors():
+        _check_share_of_rank(args)
     start.check_content(args, origin)
-    nodes.check_shared({"--save": args.save, "--data-cache-path": args.data_cache_path}, rank, ranks)
-    if rank == 0:
+    nodes.check_shared({"--save": args.save, "--data-cache-path": args.data_cache_path})
+    if args.rank == 0:
         lines = [line for line in args.rope_lines if line.startswith("warning")]  # the summary shows the others
         lines += [f"warning: {text}" for text in checked.warnings]
         for line in [*lines, *filter(None, [start.resume_warning(args, origin.checkpoint)])]:

@@ -4,96 +4,92 @@ With several nodes, a data file or a checkpoint may be missing on one of them. I
 each node would write only its part of every checkpoint.
 """
 
+import contextlib
 import os
 import secrets
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError, one_line
-from megatron_cream.distributed.rendezvous import broadcast_from_rank_0, check_on_all_ranks
+from megatron_cream.distributed.rendezvous import broadcast_from_rank_0, share_errors
 
 _VISIBILITY_SECONDS = 30.0
 """Seconds that a network file system may take to show a new file on another node."""
 
 
-def run_on_all_ranks[Result](function: Callable[[], Result]) -> Result:
-    """Call `function` on every rank and return its result.
+@contextlib.contextmanager
+def share_all_errors() -> Iterator[None]:
+    """Raise any error of one rank's block on all ranks. All ranks must enter and leave the block.
 
-    If it fails on one rank, all ranks raise that error, with the node's name unless it is the first node.
+    The error has the node's name, unless it is the first node.
 
     Raises:
         UsageError: the error of the first rank that failed.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        return function()
-    results = []
-
-    def run() -> None:
-        node = f" (on {socket.gethostname()})" if int(os.environ.get("GROUP_RANK", 0)) else ""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if is_multi_node():
+        _check_restarts()
+    node = f" (on {socket.gethostname()})" if int(os.environ.get("GROUP_RANK", 0)) else ""
+    with share_errors():
         try:
-            results.append(function())
+            yield
         except UsageError as error:
             raise UsageError(f"{error}{node}") from error
         except Exception as error:  # the other ranks must not wait for this one
             traceback.print_exc()
             raise UsageError(f"{type(error).__name__}: {one_line(error)}{node}") from error
 
-    if is_multi_node():
-        _check_restarts()
-    check_on_all_ranks(run, int(os.environ["RANK"]), world_size)
-    return results[0]
 
-
-def check_shared(folders: dict[str, str | None], rank: int, world_size: int) -> None:
+def check_shared(folders: dict[str, str | None]) -> None:
     """Check that every node sees the files that rank 0 writes into each folder.
 
     All ranks must call it.
 
     Args:
         folders: {flag: folder}; None is skipped.
-        rank: rank of this process.
-        world_size: number of ranks.
 
     Raises:
         UsageError: a node does not see them.
     """
     for flag, folder in folders.items():
         if folder and is_multi_node():
-            _check_folder(flag, Path(folder), rank, world_size)
+            _check_folder(flag, Path(folder))
 
 
-def _check_folder(flag: str, folder: Path, rank: int, world_size: int) -> None:
+def _check_folder(flag: str, folder: Path) -> None:
     # A name that no node has looked up before, because network file systems cache missing files.
-    marker = folder / f".seen-by-all-nodes-{broadcast_from_rank_0(secrets.token_hex(8), rank, world_size)}"
-
-    def write() -> None:
-        if rank == 0:
+    marker = folder / f".seen-by-all-nodes-{broadcast_from_rank_0(secrets.token_hex(8))}"
+    is_writer = int(os.environ.get("RANK", 0)) == 0
+    with share_errors():
+        if is_writer:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 marker.write_text("")
             except OSError as error:
                 raise UsageError(f"{flag} {folder}: {error.strerror or error}") from error
-
-    def wait_for_marker() -> None:
-        deadline = time.monotonic() + _VISIBILITY_SECONDS
-        while not marker.exists():
-            if time.monotonic() > deadline:
-                raise UsageError(
-                    f"{flag} {folder}: {socket.gethostname()} does not see the files that the first node writes there. "
-                    "Give a folder on a file system that all nodes share."
-                )
-            time.sleep(0.2)
-
-    check_on_all_ranks(write, rank, world_size)
     try:
-        check_on_all_ranks(wait_for_marker, rank, world_size)
+        with share_errors():
+            _wait_for(marker, flag)
     finally:
-        if rank == 0:
+        if is_writer:
             marker.unlink(missing_ok=True)
+
+
+def _wait_for(marker: Path, flag: str) -> None:
+    """Raise UsageError if this node does not see the marker in time."""
+    deadline = time.monotonic() + _VISIBILITY_SECONDS
+    while not marker.exists():
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"{flag} {marker.parent}: {socket.gethostname()} does not see the files that the first node writes "
+                "there. Give a folder on a file system that all nodes share."
+            )
+        time.sleep(0.2)
 
 
 def is_multi_node() -> bool:

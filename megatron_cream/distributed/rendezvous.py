@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -21,21 +21,23 @@ _exchange_numbers = itertools.count()
 _store: torch.distributed.Store | None = None  # stays open: Megatron's own rendezvous uses the same port
 
 
-def check_on_all_ranks(check: Callable[[], None], rank: int, world_size: int) -> None:
-    """Call `check` on every rank; if it fails on one, raise its error on all.
+@contextlib.contextmanager
+def share_errors() -> Iterator[None]:
+    """Raise the UsageError of one rank's block on all ranks. All ranks must enter and leave the block.
 
     Needs no process group.
 
     Raises:
-        UsageError: the error of the first rank whose `check` raised one.
+        UsageError: the error of the first rank whose block raised one.
     """
     fault = ""
     try:
-        check()
+        yield
     except UsageError as error:
         fault = str(error)
-    if world_size > 1:
-        store, name = open_store(rank, world_size), f"megatron_cream/check/{next(_exchange_numbers)}"
+    rank, world_size = _get_place()
+    if store := open_store():
+        name = f"megatron_cream/check/{next(_exchange_numbers)}"
         with waiting_for_peers():
             store.set(f"{name}/{rank}", fault)
             faults = [store.get(f"{name}/{other}").decode() for other in range(world_size)]
@@ -47,14 +49,14 @@ def check_on_all_ranks(check: Callable[[], None], rank: int, world_size: int) ->
         raise UsageError(fault)
 
 
-def print_once(line: str, rank: int, world_size: int) -> None:
+def print_once(line: str) -> None:
     """Print an error line to stderr on one rank, before any rank ends.
 
     torchrun kills the other ranks when the first one ends. Rank 0 prints the line; if it does not within 5 seconds,
     because the error is not on all ranks, another rank prints it.
     """
-    store = open_store(rank, world_size) if _store is not None else None
-    if rank > 0:
+    store = open_store() if _store is not None else None
+    if _get_place()[0] > 0:
         try:
             if store:
                 store.wait([_PRINTED_KEY], _PRINT_TIMEOUT)
@@ -72,25 +74,25 @@ def print_once(line: str, rank: int, world_size: int) -> None:
         store.set(_PRINTED_KEY, "")
 
 
-def confirm_printed(rank: int, world_size: int) -> None:
+def confirm_printed() -> None:
     """Tell the other ranks, which call `print_once`, that this rank has printed its error line."""
     with contextlib.suppress(torch.distributed.DistError):  # the store may have ended
-        if _store is not None and (store := open_store(rank, world_size)):
+        if _store is not None and (store := open_store()):
             store.set(_PRINTED_KEY, "")
 
 
-def broadcast_from_rank_0(value: str, rank: int, world_size: int) -> str:
+def broadcast_from_rank_0(value: str) -> str:
     """Return rank 0's value on every rank. All ranks must call it. Needs no process group."""
-    if world_size == 1:
+    if (store := open_store()) is None:
         return value
-    store, name = open_store(rank, world_size), f"megatron_cream/value/{next(_exchange_numbers)}"
-    if rank == 0:
+    name = f"megatron_cream/value/{next(_exchange_numbers)}"
+    if _get_place()[0] == 0:
         store.set(name, value)
     with waiting_for_peers():
         return store.get(name).decode()
 
 
-def open_store(rank: int, world_size: int) -> torch.distributed.Store | None:
+def open_store() -> torch.distributed.Store | None:
     """Return the store through which the ranks find each other, or None for one rank.
 
     On one node, torchrun keeps its store when it restarts its ranks (--max-restarts), with the addresses of ranks that
@@ -98,6 +100,7 @@ def open_store(rank: int, world_size: int) -> torch.distributed.Store | None:
     each node counts its restarts by itself.
     """
     global _store
+    rank, world_size = _get_place()
     if world_size == 1:
         return None
     if _store is None:
@@ -106,6 +109,11 @@ def open_store(rank: int, world_size: int) -> torch.distributed.Store | None:
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if keeps_store else 0
     return torch.distributed.PrefixStore(f"attempt/{attempt}", _store)
+
+
+def _get_place() -> tuple[int, int]:
+    """Return the rank and the world size that the launcher set, as Megatron reads them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def find_first_reason(reason: str) -> str:

@@ -65,7 +65,7 @@ class Ranks:
 
     @property
     def store(self) -> torch.distributed.Store:
-        store = rendezvous.open_store(self.rank, self.world_size)
+        store = rendezvous.open_store()
         assert store is not None, "only for several ranks"
         return store
 
@@ -88,20 +88,20 @@ def run(main: Callable[[], int]) -> int:
         return main()
     launcher.end_with_launcher()
     try:
-        rank, world_size = launcher.read_environment(os.environ)
+        rank, _ = launcher.read_environment(os.environ)
     except UsageError:  # `find_ranks` raises it again, in main
         return main()
-    rendezvous.open_store(rank, world_size)
+    rendezvous.open_store()
     if rank == 0:
         code = _call(main)
         if code:
-            rendezvous.confirm_printed(rank, world_size)
+            rendezvous.confirm_printed()
         return _leave_group(code)
     words = io.StringIO()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(words):
         code = _call(main)
     if code not in (0, entry.INTERRUPTED) and (lines := words.getvalue().splitlines()):
-        rendezvous.print_once(lines[-1], rank, world_size)
+        rendezvous.print_once(lines[-1])
     return _leave_group(code)
 
 

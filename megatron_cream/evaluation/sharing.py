@@ -36,10 +36,10 @@ def open_shared(ranks: Ranks, open_results: Callable) -> Iterator[Results | Part
     if ranks.is_first:
         with open_results() as results:
             opened = {"folder": str(results.folder), "run": results.run, "finished": list(results.records)}
-            broadcast_from_rank_0(json.dumps(opened), ranks.rank, ranks.world_size)
+            broadcast_from_rank_0(json.dumps(opened))
             yield results
         return
-    opened = json.loads(broadcast_from_rank_0("", ranks.rank, ranks.world_size))
+    opened = json.loads(broadcast_from_rank_0(""))
     part = PartResults(Path(opened["folder"]), ranks.rank, opened["run"], opened["finished"])
     with contextlib.closing(part):
         yield part

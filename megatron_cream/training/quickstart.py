@@ -66,7 +66,7 @@ def choose_run_folder() -> Path:
     started = time.localtime(psutil.Process(parent or os.getpid()).create_time())
     name = time.strftime("quickstart-%Y%m%d-%H%M%S", started)
     if nodes.is_multi_node():
-        name = rendezvous.broadcast_from_rank_0(name, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        name = rendezvous.broadcast_from_rank_0(name)
     return Path("runs") / name
 
 

@@ -95,7 +95,8 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
         saving.install(say, Path(args.save) if args.save else None)
         watch = evaluations.build_watch(args, step_line) if args.long_eval_interval else None
         if args.save:
-            rendezvous.check_on_all_ranks(lambda: _open_folder(args, argv), args.rank, args.world_size)
+            with rendezvous.share_errors():
+                _open_folder(args, argv)
         if args.ckpt_format == "torch_dist":
             args.save_retain_interval = None  # `after_save` deletes old checkpoints instead of Megatron
         finite.install(args.nan_policy, lambda norm: _log_non_finite(norm, job.recent_samples, terminal))
@@ -113,7 +114,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
                 ModelType.encoder_or_decoder,
                 job.forward_step,
                 non_loss_data_func=evaluations.build_perplexity_callback(args, terminal) if args.eval_lengths else None,
-                store=rendezvous.open_store(args.rank, args.world_size),
+                store=rendezvous.open_store(),
             )
         if args.rank == 0 and not args.skip_train and args.dataloader_type == "single":
             for line in job.usage.describe(args.consumed_train_samples):
@@ -234,7 +235,7 @@ def main(train: Callable[[list[str] | None], Namespace]) -> int:
         train: runs one training from a list of flags; from None, with the flags of the command line.
     """
     try:
-        rank, ranks = launcher.get_rank_and_world_size()
+        rank, _ = launcher.get_rank_and_world_size()
     except UsageError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
@@ -246,7 +247,7 @@ def main(train: Callable[[list[str] | None], Namespace]) -> int:
             print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return entry.INTERRUPTED
     except Exception as error:
-        return _end(error, rank, ranks)
+        return _end(error, rank)
     finally:
         after_save.close()
 
@@ -270,7 +271,7 @@ def _run(train: Callable[[list[str] | None], Namespace]) -> None:
         print(f"Next: {command}", flush=True)
 
 
-def _end(error: Exception, rank: int, ranks: int) -> int:
+def _end(error: Exception, rank: int) -> int:
     """Print why the run ends, and return its exit code or exit at once."""
     ending = next((kind for kind in ENDINGS if kind.matches(error)), None)
     if ending is None:
@@ -279,7 +280,7 @@ def _end(error: Exception, rank: int, ranks: int) -> int:
         port = os.environ.get("MASTER_PORT")
         words = ending.message.format(error=error, rank=rank, line=one_line(error), port=port)
         if ending.by == "rank 0":
-            rendezvous.print_once(f"{PROGRAM}: {words}", rank, ranks)
+            rendezvous.print_once(f"{PROGRAM}: {words}")
         else:
             print(f"{PROGRAM}: {words}", file=sys.stderr)
     if ending is None or ending.at_once:

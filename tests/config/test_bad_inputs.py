@@ -196,9 +196,10 @@ def test_an_error_found_only_by_rank_1_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(rendezvous, "_PRINT_TIMEOUT", timedelta(seconds=0.3))
     store = torch.distributed.TCPStore("localhost", 0, is_master=True)
     monkeypatch.setattr(rendezvous, "_store", store)
-    rendezvous.print_once("from rank 1", 1, 2)
-    rendezvous.print_once("from rank 0", 0, 2)
-    rendezvous.print_once("again", 1, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, line in ((1, "from rank 1"), (0, "from rank 0"), (1, "again")):
+        monkeypatch.setenv("RANK", str(rank))
+        rendezvous.print_once(line)
     assert capsys.readouterr().err.split("\n") == ["from rank 1", "from rank 0", ""]
 
 

@@ -182,7 +182,8 @@ def test_restarts_on_several_nodes_need_a_store_that_is_new_each_time(monkeypatc
     for name, value in several.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes"):
-        nodes.run_on_all_ranks(lambda: None)
+        with nodes.share_all_errors():
+            pass
 
 
 def test_ranks_of_another_launcher_check_shared_folders(tmp_path, monkeypatch):
@@ -194,7 +195,7 @@ def test_ranks_of_another_launcher_check_shared_folders(tmp_path, monkeypatch):
         def main() -> None:
             rank = int(os.environ["RANK"])
             try:
-                nodes.check_shared({"--save": folder.format(rank)}, rank, 2)
+                nodes.check_shared({"--save": folder.format(rank)})
             except UsageError as error:
                 sys.exit(str(error))
 
