@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,12 +182,14 @@ def megatron(flags: list[str]) -> None:
     from megatron_cream.optimizer import finite
     from megatron_cream.patches import single_rank_collectives, weight_gradients
 
-    values.build_weights_hook = lambda args: None
+    values.initial_weights = lambda args: None
     flags = [*flags, "--attention-backend", "te", "--position-sampler", "pi"]
 
     def stock_config(args):
         args.position_embedding_type, args.apply_rope_fusion = "rope", True
-        return gpt_config_from_args(args)
+        config = gpt_config_from_args(args)
+        config.lora = None
+        return config
 
     values.model_config = stock_config
     # Disable this project's optimizer, checks and shortcuts, and Megatron's own checks, which would cost it time.
@@ -196,10 +199,10 @@ def megatron(flags: list[str]) -> None:
     real_parse = parse.parse
 
     def parse_without_fusion(argv):
-        args, words = real_parse(argv)
+        parsed = real_parse(argv)
         # Megatron's output layer needs apex for it; Transformer Engine's layers do not.
-        args.gradient_accumulation_fusion = False
-        return args, words
+        parsed.args.gradient_accumulation_fusion = False
+        return replace(parsed, model=stock_config(parsed.args))
 
     parse.parse = parse_without_fusion
     main_job.train(flags)

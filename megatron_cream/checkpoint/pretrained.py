@@ -6,8 +6,9 @@ converted from a Hugging Face folder, or trained from such a checkpoint.
 
 import shutil
 from argparse import Namespace
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_cream.checkpoint import base_weights, carried, hf_folder, output
 from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
@@ -16,47 +17,26 @@ from megatron_cream.checkpoint.convert import export_hf
 from megatron_cream.checkpoint.megatron_folder import HF
 from megatron_cream.checkpoint.model import fill_model
 from megatron_cream.checkpoint.peft_folder import PeftFolder, export_adapter
-from megatron_cream.common.errors import UsageError
+from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common.progress_bar import TransferBar
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
+def check_model_folder(origin: Origin, *, warn: bool) -> None:
+    """Check the folder of the run's original model, if there is one.
 
-def check_hf_folders(args: Namespace) -> None:
-    """Check the folders of --load-hf and --save-hf.
+    Args:
+        origin: where the run starts from.
+        warn: print warnings; False if another rank prints them.
 
     Raises:
-        UsageError: --load-hf is unreadable, or --save-hf must not be written.
+        UsageError: a file is unreadable or missing.
     """
-    if args.load_hf is not None:
-        hf_folder.HfFolder(args.model_folder)
-    if args.model_folder is not None:
-        carried.check_files(args.model_folder, vocabulary=args.vocab_size, warn=args.rank == 0)
-    if args.save_hf is not None:
-        target = Path(args.save_hf).absolute()
-        output.check_target(target, flag="--save-hf", overwrite=False)
-        if uses_intermediate_folder(args):
-            _reject_finished(args, target)
-        _check_outside_save(args, target)
-
-
-def _check_outside_save(args: Namespace, target: Path) -> None:
-    """Raise UsageError if --save-hf is a folder where --save keeps its files."""
-    save, target = Path(args.save).resolve(), target.resolve()
-    below = target.relative_to(save).parts[0] if save in target.parents else ""
-    if target == save or target in save.parents or below in (HF, "runs", "best") or below.startswith("iter_"):
-        raise UsageError(f"--save-hf {args.save_hf}: --save {args.save} keeps its files there; give a folder beside it")
-
-
-def _reject_finished(args: Namespace, target: Path) -> None:
-    """Raise UsageError if an earlier run finished, but its checkpoint was not exported."""
-    tracker = intermediate_folder(target) / output.TRACKER
-    step = tracker.read_text().strip() if tracker.is_file() else ""
-    if step.isdigit() and args.train_iters and int(step) >= args.train_iters:
-        raise UsageError(
-            f"--save-hf {args.save_hf}: step {step} of an earlier run is in {tracker.parent}. Export it with python "
-            f"tools/convert_hf.py export --checkpoint {tracker.parent} --hf-path {args.save_hf}, or delete it."
-        )
+    folder, shape = origin.model_folder, origin.shape
+    if folder is None or shape is None:
+        return
+    if origin.flags.load_hf is not None:
+        hf_folder.HfFolder(folder)
+    carried.check_files(folder, vocabulary=shape.vocab_size, warn=warn)
 
 
 def intermediate_folder(target: Path) -> Path:
@@ -69,29 +49,32 @@ def uses_intermediate_folder(args: Namespace) -> bool:
     return args.save_hf is not None and Path(args.save) == intermediate_folder(Path(args.save_hf).absolute())
 
 
-def build_weights_hook(args: Namespace) -> Callable[[list], list] | None:
-    """Return a hook for Megatron's `pre_wrap_hooks` that fills the model with weights.
+@dataclass(frozen=True)
+class InitialWeights:
+    """The weights that fill a model before training, in Megatron's `pre_wrap_hooks`.
 
-    They are those of --load-hf, or of the base model of adapters. None if Megatron loads all weights from a
-    checkpoint, or none.
+    folder: the Hugging Face folder of all weights; not read if there is a base model.
+    base: the record of the base model of adapters, or None.
+    adapter: the folder of the adapters to start from, or None.
     """
-    is_resumed = args.load is not None and (Path(args.load) / output.TRACKER).is_file()
-    if args.lora_base is None and (args.load_hf is None or is_resumed):
-        return None
 
-    def load(chunks: list) -> list:
-        if args.lora_base is None:
-            base = base_weights.open_folder(args.model_folder)
+    folder: Path | None
+    base: dict[str, Any] | None
+    adapter: Path | None
+
+    def fill(self, chunks: list) -> list:
+        """Fill Megatron's model chunks, and return them."""
+        if self.base is not None:
+            base = base_weights.open_base(self.base, flag="--load-hf")
         else:
-            base = base_weights.open_base(args.lora_base, flag="--load-hf")
-        adapter = None if args.load_adapter is None or is_resumed else PeftFolder(Path(args.load_adapter))
+            assert self.folder is not None
+            base = base_weights.open_folder(self.folder)
+        adapter = None if self.adapter is None else PeftFolder(self.adapter)
         for chunk in chunks:
             fill_model(chunk, base.shape, adapter.replace(base.read, base.shape) if adapter else base.read)
             if adapter:
                 fill_adapters(chunk, adapter.targets, base.shape.num_layers, adapter.get)
         return chunks
-
-    return load
 
 
 def copy_model_files(args: Namespace) -> None:

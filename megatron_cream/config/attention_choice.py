@@ -28,6 +28,6 @@ def choose_fastest_backend(args: Namespace) -> None:
         dtype=args.params_dtype,
     )
     with torch.cuda.device(args.local_rank):
-        chosen = attention_speed.choose_fastest(list_alternatives(first, half=args.bf16 or args.fp16), shape)
+        chosen = attention_speed.choose_fastest(list_alternatives(first, half=shape.dtype != torch.float32), shape)
     args.attention = json.loads(rendezvous.broadcast_from_rank_0(json.dumps(asdict(chosen))))
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]

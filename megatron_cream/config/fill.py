@@ -12,23 +12,50 @@ from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_cream.checkpoint import base_weights, peft_folder, pretrained, save_hook, start
+from megatron_cream.checkpoint import peft_folder, pretrained, save_hook, start
 from megatron_cream.checkpoint.mapping import pad_vocab_size
+from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common import devices
-from megatron_cream.common.cli import format_flag, split_names
+from megatron_cream.common.cli import format_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import samplers
 from megatron_cream.config.options import LoraConfig
-from megatron_cream.config.values import long_eval_tasks
+from megatron_cream.config.values import long_eval_tasks, needs_ring_config
 from megatron_cream.data import embedded
 from megatron_cream.distributed import watchdog
-from megatron_cream.model import user_buffers
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.kernels import support
 from megatron_cream.model.rope_choice import Rope, RopeFlags, choose_rope, has_other_rope
+from megatron_cream.model.user_buffers import RING_CONFIG
 
+_SCHEDULE = (
+    "lr",
+    "min_lr",
+    "decoupled_lr",
+    "decoupled_min_lr",
+    "lr_decay_style",
+    "lr_warmup_init",
+    "lr_warmup_fraction",
+    "lr_wsd_decay_style",
+    "weight_decay",
+    "weight_decay_incr_style",
+)
+_SCHEDULE_LENGTHS = ("lr_decay", "lr_warmup", "lr_wsd_decay")
+"""Each is one flag in steps and one in samples; --train-iters or --train-samples of the run decides which."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def set_restart(args: Namespace) -> None:
+    """Resume from the checkpoint in --save if torchrun restarted this job.
+
+    torchrun restarts its ranks (--max-restarts) with the flags of the first start. Otherwise only --load resumes.
+    """
+    if args.save is None or args.skip_train or not (Path(args.save) / TRACKER).exists():
+        return
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.no_save_optim:
+        args.load, args.ckpt_step, args.finetune = args.save, None, False
+        args.no_load_optim = args.no_load_rng = None
 
 
 def set_embedded_data(args: Namespace) -> None:
@@ -45,7 +72,7 @@ def set_model_shape(args: Namespace, origin: Origin, defaults: dict[str, Any]) -
 
     A tokenizer that a flag sets is kept. `args.model_folder` is set too; training, saving and export read it.
     """
-    args.model_folder = origin.model_folder
+    args.model_folder, args.ckpt_step = origin.model_folder, origin.flags.ckpt_step
     if origin.shape is None or origin.model_folder is None:
         return
     for name, value in origin.shape.megatron_args().items():
@@ -82,27 +109,13 @@ def set_adapter(args: Namespace) -> None:
             setattr(args, given.name, found[given.name])
 
 
-def set_lora(args: Namespace, origin: Origin) -> None:
+def set_lora(args: Namespace, origin: Origin, base: dict[str, Any] | None) -> None:
     """Set the default of --lora-alpha, and `args.lora_base`: the record of the model under the adapters."""
-    args.lora_base = None
-    if not args.lora_rank:
-        return
-    found = origin.checkpoint
-    resumed = found.args if found and found.flag == "--load" else None
-    if args.lora_alpha is None:
-        args.lora_alpha = getattr(resumed, "lora_alpha", None) or 2.0 * args.lora_rank
-    flag, given = "--load-hf", args.load_hf
-    if given is None:
-        flag, given = "--pretrained-checkpoint", args.pretrained_checkpoint
-    saved = getattr(resumed, "lora_base", None)
-    if saved is not None:
-        where = f"--load {args.load}"
-        args.lora_base = base_weights.find_again(saved, given, where=where, flag="--load-hf")
-    elif given is not None:
-        args.lora_base = base_weights.describe(given, flag=flag, step=args.ckpt_step)
-        if args.load_adapter is not None and origin.shape is not None:
-            trained = [name for name in split_names(args.lora_train) if name != "none"]
-            peft_folder.PeftFolder(Path(args.load_adapter)).check(origin.shape, trained)
+    args.lora_base = base
+    if args.lora_rank and args.lora_alpha is None:
+        found = origin.checkpoint
+        saved = getattr(found.args, "lora_alpha", None) if found and found.flag == "--load" else None
+        args.lora_alpha = saved or 2.0 * args.lora_rank
 
 
 def _set_tokenizer(args: Namespace, folder: Path, default_type: str) -> None:
@@ -180,10 +193,10 @@ def set_rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
     )
     found, shape = origin.checkpoint, origin.shape
     saved = start.read_saved_rope(found)
-    if saved and start.is_resume(args, found) and not has_other_rope(flags, saved):
+    if saved and origin.resumed and not has_other_rope(flags, saved):
         chosen = Rope(theta=saved.theta, scaling=saved.scaling, original=saved.original)
     else:
-        model = saved if saved and not start.is_resume(args, found) else shape and shape.rope()
+        model = saved if saved and not origin.resumed else shape and shape.rope()
         try:
             chosen = choose_rope(flags, model, head_dim=args.kv_channels, default_theta=default_theta)
         except ValueError as error:
@@ -202,6 +215,22 @@ def set_saving(args: Namespace) -> None:
         args.save_interval = args.train_iters or 1000
 
 
+def set_schedule(args: Namespace, origin: Origin) -> None:
+    """Use the saved schedule of learning rate and weight decay if the flags ask for it."""
+    found = origin.resumed
+    if not args.use_checkpoint_opt_param_scheduler or args.no_load_optim or found is None or found.step is None:
+        return
+    saved, kind = found.args, "iters" if args.train_iters else "samples"
+    names = [*_SCHEDULE, *(f"{name}_{kind}" for name in _SCHEDULE_LENGTHS if getattr(saved, f"train_{kind}", None))]
+    for name in names:
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+    # Megatron accepts these two only if weight decay changes, and fills them in otherwise.
+    changes = args.weight_decay_incr_style != "constant"
+    for name in ("start_weight_decay", "end_weight_decay"):
+        setattr(args, name, getattr(saved, name) if changes else None)
+
+
 def set_megatron_flags(args: Namespace) -> None:
     """Set Megatron's own flags from this project's flags, the layout and the machine."""
     args.attention_backend = AttnBackend[args.attention["te_kernel"]]
@@ -210,7 +239,7 @@ def set_megatron_flags(args: Namespace) -> None:
     args.deterministic_mode = args.deterministic_mode or args.deterministic
     shared = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     args.overlap_grad_reduce, args.overlap_param_gather = choose_overlaps(args, shared, devices.has_cuda())
-    user_buffers.fill_config(args)
+    set_user_buffers(args)
     args.use_persistent_ckpt_worker = args.use_persistent_ckpt_worker or args.async_save  # else Megatron turns this off
     if args.distributed_timeout_minutes is None:
         # The watchdog must report first: a timed-out collective does not show where the other ranks are.
@@ -220,6 +249,13 @@ def set_megatron_flags(args: Namespace) -> None:
     tp = args.tensor_model_parallel_size
     if args.make_vocab_size_divisible_by % tp == 0:
         args.make_vocab_size_divisible_by //= tp
+
+
+def set_user_buffers(args: Namespace) -> None:
+    """Set the flags of RING_CONFIG if the run needs it."""
+    if needs_ring_config(args):
+        args.tp_comm_overlap_cfg = str(RING_CONFIG)
+        args.tp_comm_overlap_rs_dgrad = True  # overlaps the reduction of the input gradient with its own product
 
 
 def choose_overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool]:

@@ -15,10 +15,11 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 
 from megatron_cream.checkpoint import pretrained, start
-from megatron_cream.checkpoint.start import Origin
+from megatron_cream.checkpoint.start import Origin, StartFlags
 from megatron_cream.common import console, devices
 from megatron_cream.common.errors import UsageError, convert_megatron_errors, one_line, reason
 from megatron_cream.config import attention_choice, fill, values
+from megatron_cream.config.checks import checkpoint as checkpoint_checks
 from megatron_cream.config.checks import data as data_checks
 from megatron_cream.config.checks import evaluation as evaluation_checks
 from megatron_cream.config.checks import flags as flag_checks
@@ -31,7 +32,24 @@ from megatron_cream.config.checks import short_texts as short_text_checks
 from megatron_cream.config.describe import describe
 from megatron_cream.config.parser import default_values, parse_flags
 from megatron_cream.distributed import nodes, rendezvous
+from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.patches import safe_loading, tensorboard
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A checked command line.
+
+    args: Megatron's namespace, filled in.
+    origin: where the run starts from.
+    model: configuration of the model builder.
+    output: what Megatron printed during validation (its list of 800 arguments), which belongs in the run's log.
+    """
+
+    args: Namespace
+    origin: Origin
+    model: LlamaModelConfig
+    output: str
 
 
 @dataclass(frozen=True)
@@ -40,56 +58,53 @@ class _Checked:
 
     args: Megatron's namespace.
     origin: where the run starts from.
-    output: what Megatron printed.
     warnings: Megatron's warnings, such as about a flag that it turns off.
     auto: whether --attention-backend is auto.
     """
 
     args: Namespace
     origin: Origin
-    output: io.StringIO
     warnings: list[str]
     auto: bool
 
 
-def parse(argv: list[str] | None = None) -> tuple[Namespace, str]:
+def parse(argv: list[str] | None = None) -> Parsed:
     """Parse and check the command line on all ranks, and set Megatron's global variables.
 
     Args:
         argv: the flags; None means those of the process.
 
-    Returns:
-        The namespace, and Megatron's output during validation (its list of 800 arguments), which belongs in the run's
-        log.
-
     Raises:
         UsageError: a flag is wrong. Nothing was started or written.
         SystemExit: after --help or --print-config.
     """
+    output = io.StringIO()
     with nodes.share_all_errors():
-        checked = _check_on_one_rank(argv)
+        checked = _check_on_one_rank(argv, output)
     args, origin = checked.args, checked.origin
     with rendezvous.share_errors():
         _check_share_of_rank(args)
-    start.check_content(args, origin)
+    start.check_content(origin, share=(args.rank, args.world_size))
     nodes.check_shared({"--save": args.save, "--data-cache-path": args.data_cache_path})
     if args.rank == 0:
         lines = [line for line in args.rope_lines if line.startswith("warning")]  # the summary shows the others
         lines += [f"warning: {text}" for text in checked.warnings]
-        for line in [*lines, *filter(None, [start.resume_warning(args, origin.checkpoint)])]:
+        for line in [*lines, *filter(None, [checkpoint_checks.resume_warning(args, origin)])]:
             print(line, file=sys.stderr, flush=True)
     if checked.auto and devices.has_cuda() and not (args.deterministic_mode or args.skip_train):
         attention_choice.choose_fastest_backend(args)
     flag_checks.check_kernel_in_environment(args)
     tensorboard.install()
     try:
-        with console.capture_output(checked.output):
+        with console.capture_output(output):
             set_global_variables(args, build_tokenizer=False)  # last, because it opens log files
     except OSError as error:
         if not args.tensorboard_dir:
             raise
         raise UsageError(f"--tensorboard-dir {args.tensorboard_dir}: {reason(error)}") from error
-    return args, checked.output.getvalue()
+    with console.capture_output(output):
+        model = values.model_config(args)
+    return Parsed(args, origin, model, output.getvalue())
 
 
 def read(argv: list[str] | None = None) -> Namespace:
@@ -110,16 +125,32 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
     number_checks.check(args, defaults)
     fill.set_adapter(args)
     lora_checks.check_each(args)
-    start.check_save_folder(args)
 
-    origin = start.find_origin(args)
+    fill.set_restart(args)
+    flags = StartFlags(
+        load=args.load,
+        load_hf=args.load_hf,
+        pretrained_checkpoint=args.pretrained_checkpoint,
+        load_adapter=args.load_adapter,
+        save=args.save,
+        ckpt_step=args.ckpt_step,
+        ckpt_format=args.ckpt_format,
+        finetune=args.finetune,
+        skip_train=args.skip_train,
+        checkpoint_checksums=args.checkpoint_checksums,
+        verify_integrity=args.verify_integrity,
+        layout=(args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
+        lora_rank=args.lora_rank,
+        lora_train=args.lora_train,
+    )
+    origin = start.find_origin(flags)
     if origin.shape is not None and origin.model_folder is not None:
         flag_checks.check_model_agrees(args, origin.shape, origin.model_folder, defaults)
 
     fill.set_embedded_data(args)
     fill.set_model_shape(args, origin, defaults)
     lora_checks.check_checkpoint(args, origin.checkpoint)
-    fill.set_lora(args, origin)
+    fill.set_lora(args, origin, start.find_base(origin))
     flag_checks.check_required(args)
     fill.set_derived_values(args)
     fill.set_rope(args, origin, defaults)
@@ -134,11 +165,12 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
     flag_checks.check_weights(args, from_checkpoint=origin.source is not None)
 
     fill.set_saving(args)
-    pretrained.check_hf_folders(args)
+    pretrained.check_model_folder(origin, warn=args.rank == 0)
+    save_checks.check_export(args)
     return args, origin
 
 
-def _check_on_one_rank(argv: list[str] | None) -> _Checked:
+def _check_on_one_rank(argv: list[str] | None, output: io.StringIO) -> _Checked:
     """Run the part of `parse` that needs no other rank."""
     args, origin = _read_with_origin(argv)
     if args.print_config:
@@ -150,19 +182,18 @@ def _check_on_one_rank(argv: list[str] | None) -> _Checked:
     data_checks.check_splits(args)
     data_checks.check_held_out(args, values.held_out_files(args))
     safe_loading.install()
-    start.adopt_schedule(args, origin.checkpoint)
+    fill.set_schedule(args, origin)
     number_checks.check_learning_rates(args)
     auto = args.attention_backend == "auto"
     fill.set_megatron_flags(args)
-    output, warned = _validate(args)
+    warned = _validate(args, output)
     data_checks.check_token_ids(args)
-    start.check_model(args, origin.checkpoint)
-    return _Checked(args, origin, output, warned, auto)
+    checkpoint_checks.check_model(args, origin)
+    return _Checked(args, origin, warned, auto)
 
 
-def _validate(args: Namespace) -> tuple[io.StringIO, list[str]]:
-    """Let Megatron check the flags and fill in its own, and return its output and its warnings."""
-    output = io.StringIO()
+def _validate(args: Namespace, output: io.StringIO) -> list[str]:
+    """Let Megatron check the flags and fill in its own, write its output, and return its warnings."""
     with (
         convert_megatron_errors(""),
         console.capture_output(output),
@@ -182,7 +213,7 @@ def _validate(args: Namespace) -> tuple[io.StringIO, list[str]]:
     args.vocab_size = args.vocab_size or tokenizer.vocab_size  # saved: the vocabulary size without padding
     with convert_megatron_errors(""), console.capture_output(output):  # Megatron's configuration has checks of its own
         pretrain_cfg_container_from_args(args, values.model_config(args))
-    return output, [one_line(str(warning.message)) for warning in caught]
+    return [one_line(str(warning.message)) for warning in caught]
 
 
 def _check_share_of_rank(args: Namespace) -> None:

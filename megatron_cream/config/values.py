@@ -1,6 +1,7 @@
 """Values computed from the flags: Megatron's configurations, plain numbers and names."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -12,7 +13,8 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_cream.checkpoint.adapters import settings_of
-from megatron_cream.checkpoint.pretrained import build_weights_hook
+from megatron_cream.checkpoint.output import TRACKER
+from megatron_cream.checkpoint.pretrained import InitialWeights
 from megatron_cream.common import devices
 from megatron_cream.common.cli import split_names
 from megatron_cream.config.samplers import sampler_options
@@ -20,10 +22,11 @@ from megatron_cream.data.dataset import LongDocumentDatasetConfig
 from megatron_cream.data.mixed_dataset import Mix
 from megatron_cream.data.packing import count_packed
 from megatron_cream.distributed import watchdog
-from megatron_cream.model import flops
+from megatron_cream.model import flops, user_buffers
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.kernels import support
 from megatron_cream.model.llama import LlamaModelConfig
+from megatron_cream.model.lora_settings import LoraSettings
 from megatron_cream.optimizer import finite
 
 
@@ -42,8 +45,8 @@ def can_use_one_pass_optimizer(args: Namespace) -> bool:
 
 def model_config(args: Namespace) -> LlamaModelConfig:
     """Return the configuration of the model builder."""
-    load = build_weights_hook(args)
-    hooks = [*([load] if load else []), watchdog.report_forward_passes, finite.watch_model]
+    weights = initial_weights(args)
+    hooks = [*([weights.fill] if weights else []), watchdog.report_forward_passes, finite.watch_model]
     options = vars(gpt_config_from_args(args)) | {"pre_wrap_hooks": hooks}
     return LlamaModelConfig(
         **options,
@@ -53,6 +56,24 @@ def model_config(args: Namespace) -> LlamaModelConfig:
         real_vocab_size=args.vocab_size,
         lora=settings_of(args),
     )
+
+
+def initial_weights(args: Namespace) -> InitialWeights | None:
+    """Return the weights of --load-hf, or of the base model of adapters.
+
+    None if Megatron loads all weights from a checkpoint, or none.
+    """
+    is_resumed = args.load is not None and (Path(args.load) / TRACKER).is_file()
+    if args.lora_base is None and (args.load_hf is None or is_resumed):
+        return None
+    adapter = None if args.load_adapter is None or is_resumed else Path(args.load_adapter)
+    return InitialWeights(args.model_folder, args.lora_base, adapter)
+
+
+def needs_ring_config(args: Namespace) -> bool:
+    """Return whether the run uses RING_CONFIG: with overlap of user buffers, no other file, and faster rings."""
+    is_wanted = args.tp_comm_overlap and args.tp_comm_overlap_cfg is None
+    return is_wanted and user_buffers.is_ring_faster(args.tensor_model_parallel_size, bool(args.fp8))
 
 
 def dataset_config(args: Namespace, tokenizer) -> LongDocumentDatasetConfig:
@@ -93,13 +114,18 @@ def _dataset_config(args: Namespace, tokenizer, **data) -> LongDocumentDatasetCo
     )
 
 
-def flops_per_token(args: Namespace) -> float:
-    """Return the model FLOPs of one training token, forward and backward."""
-    lora = settings_of(args)
+def flops_per_token(args: Namespace, lora: LoraSettings | None) -> float:
+    """Return the model FLOPs of one training token, forward and backward.
+
+    Args:
+        args: Megatron's.
+        lora: the adapters, or None.
+    """
+    sizes, context = _sizes(args), _mean_context(args)
     return flops.flops_per_token(
-        **_sizes(args),
+        **sizes,
         vocab_size=args.padded_vocab_size,
-        seq_length=_mean_context(args),
+        seq_length=context,
         frozen_layers=lora is not None,
         frozen_head=lora is not None and "embeddings" not in lora.trained,
     )
@@ -113,6 +139,11 @@ def _mean_context(args: Namespace) -> float:
     totals = [count_packed(prefix, args.seq_length) for prefix in prefixes]
     short = np.average([each.mean_context for each in totals], weights=weights or [each.samples for each in totals])
     return (1 - args.short_share) * args.seq_length + args.short_share * float(short)
+
+
+def count_steps(args: Namespace) -> int:
+    """Return the number of steps of the whole run; 0 if neither --train-iters nor --train-samples is given."""
+    return args.train_iters or (args.train_samples or 0) // args.global_batch_size
 
 
 def count_parameters(args: Namespace) -> int:

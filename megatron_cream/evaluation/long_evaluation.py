@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,6 +11,35 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.evaluation.perplexity import measure_perplexity, read_held_out_documents
 from megatron_cream.evaluation.recall import PLACES, Recall, build_recall_texts, measure_recall
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run evaluates at its target lengths, and when.
+
+    tasks: any of needle, kv, perplexity.
+    lengths: context lengths in tokens, ascending.
+    samples: prompts for each length and depth.
+    held_out: files for `read_held_out_documents`; used by perplexity.
+    interval: steps between two evaluations; the last step is evaluated too.
+    share: maximum share of the run's time for evaluations and best checkpoints. The first evaluation, which measures
+        the cost, and that of the last step are always made.
+    score: name of the Score that checkpoints are compared by; None compares none.
+    folder: --save, where the record is written, or None.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: list[int]
+    samples: int
+    held_out: list[tuple[str, tuple[float, float]]]
+    interval: int
+    share: float
+    score: str | None
+    folder: Path | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings under which scores compare, as plain values."""
+        return dict(tasks=",".join(self.tasks), lengths=self.lengths, samples=self.samples, best=self.score)
 
 
 @dataclass(frozen=True)
@@ -47,18 +78,23 @@ class Result:
 
     recalls: task -> length -> recall.
     perplexity: length -> perplexity.
+    score_name: as in `Settings`.
     """
 
     recalls: dict[str, dict[int, Recall]]
     perplexity: dict[int, float]
+    score_name: str | None = None
 
-    def score(self, name: str) -> Score:
-        """Return the score called `name`: "accuracy" or "perplexity"."""
-        if name == "perplexity":
+    @property
+    def score(self) -> Score | None:
+        """The score that checkpoints are compared by; None if they are not compared."""
+        if self.score_name is None:
+            return None
+        if self.score_name == "perplexity":
             loss = _mean([math.log(value) for value in self.perplexity.values()])
-            return Score(name, math.exp(loss), loss)
+            return Score("perplexity", math.exp(loss), loss)
         recalls = [value for by_length in self.recalls.values() for value in by_length.values()]
-        return Score(name, _mean([r.accuracy for r in recalls]), _mean([r.loss for r in recalls]))
+        return Score(self.score_name, _mean([r.accuracy for r in recalls]), _mean([r.loss for r in recalls]))
 
     def flatten(self) -> dict[str, float]:
         """Return every measured value by a name such as "kv/4096" or "kv loss/4096"."""
@@ -85,32 +121,22 @@ class LongEvaluation:
 
     Args:
         tokenizer: the model's tokenizer; None if perplexity is the only task.
-        tasks: any of needle, kv, perplexity.
-        lengths: context lengths in tokens, ascending.
-        samples: prompts for each length and depth.
-        held_out: files for `read_held_out_documents`.
+        settings: what to evaluate.
 
     Raises:
         UsageError: a length is too short for a task, or no held-out document is long enough.
     """
 
-    def __init__(
-        self,
-        tokenizer: ModelTokenizer | None,
-        *,
-        tasks: tuple[str, ...],
-        lengths: list[int],
-        samples: int,
-        held_out: list[tuple[str, tuple[float, float]]],
-    ):
-        self._lengths, self._documents = lengths, []
+    def __init__(self, tokenizer: ModelTokenizer | None, settings: Settings):
+        lengths, samples = settings.lengths, settings.samples
+        self._lengths, self._documents, self._score_name = lengths, [], settings.score
         self._texts = {
             task: {length: build_recall_texts(tokenizer, task, length, samples) for length in lengths}
-            for task in tasks
+            for task in settings.tasks
             if task != "perplexity"
         }
-        if "perplexity" in tasks:
-            self._documents = read_held_out_documents(held_out, lengths[-1], PLACES * samples)
+        if "perplexity" in settings.tasks:
+            self._documents = read_held_out_documents(settings.held_out, lengths[-1], PLACES * samples)
             if not self._documents:
                 raise UsageError(
                     f"--long-eval-lengths {lengths[-1]}: no held-out document has that many tokens. Give a smaller "
@@ -129,7 +155,7 @@ class LongEvaluation:
         perplexity = {}
         if self._documents:
             perplexity = measure_perplexity(model, self._documents, self._lengths, self._lengths[0] // 2)
-        return Result(recalls, perplexity)
+        return Result(recalls, perplexity, self._score_name)
 
 
 def _mean(values: list[float]) -> float:

@@ -1,6 +1,5 @@
 """Default settings of Transformer Engine's user buffers (--tp-comm-overlap)."""
 
-from argparse import Namespace
 from pathlib import Path
 
 from megatron_cream.common.errors import UsageError
@@ -14,19 +13,6 @@ RING_CONFIG = Path(__file__).with_suffix(".yaml")
 def is_ring_faster(tensor_model_parallel_size: int, fp8: bool) -> bool:
     """Return whether ring exchange was measured to be faster than the default."""
     return tensor_model_parallel_size == 2 and not fp8
-
-
-def needs_ring_config(args: Namespace) -> bool:
-    """Return whether the run uses RING_CONFIG: with overlap, no other file, faster rings."""
-    has_config = args.tp_comm_overlap_cfg is not None
-    return args.tp_comm_overlap and not has_config and is_ring_faster(args.tensor_model_parallel_size, bool(args.fp8))
-
-
-def fill_config(args: Namespace) -> None:
-    """Set the flags of RING_CONFIG if the run needs it."""
-    if needs_ring_config(args):
-        args.tp_comm_overlap_cfg = str(RING_CONFIG)
-        args.tp_comm_overlap_rs_dgrad = True  # overlaps the reduction of the input gradient with its own product
 
 
 def check_config(path: str) -> None:

@@ -8,7 +8,7 @@ from megatron_cream.checkpoint.adapters import settings_of
 from megatron_cream.checkpoint.mapping import pad_vocab_size
 from megatron_cream.common import cli
 from megatron_cream.common.errors import UsageError
-from megatron_cream.config import fill
+from megatron_cream.config import fill, values
 from megatron_cream.config.checks import flags as flag_checks
 from megatron_cream.config.checks import lora as lora_checks
 from megatron_cream.config.checks import memory as memory_checks
@@ -16,7 +16,6 @@ from megatron_cream.config.checks import numbers as number_checks
 from megatron_cream.config.parser import build_parser, default_values
 from megatron_cream.config.recipe import read_recipe, recipe_path
 from megatron_cream.data.tokenizers import load_tokenizer
-from megatron_cream.model import user_buffers
 from megatron_cream.planning.run import Engine, Layout, Lora, Model, Run
 
 # Flags whose effect on memory `memory` does not model.
@@ -58,10 +57,17 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     lora_checks.check_each(args)
     memory_checks.check_each(args, has_cuda=True)
     number_checks.check(args, defaults)
-    model_folder, shape = start.find_model(args)
+    flags = start.StartFlags(
+        load=args.load,
+        load_hf=args.load_hf,
+        pretrained_checkpoint=args.pretrained_checkpoint,
+        load_adapter=args.load_adapter,
+        ckpt_step=args.ckpt_step,
+    )
+    model_folder, shape = start.find_model(flags)
     if shape is not None:
         flag_checks.check_model_agrees(args, shape, model_folder, defaults)
-    fill.set_model_shape(args, start.Origin(model_folder, shape, None, None), defaults)
+    fill.set_model_shape(args, start.Origin(flags, model_folder, shape, None, None), defaults)
     steps = args.train_iters
     args.train_iters = args.train_iters or 1
     args.micro_batch_size = args.micro_batch_size or 1
@@ -181,7 +187,7 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         overlap_grad_reduce=reduce and data * cp > 1,
         overlap_param_gather=gather and data * cp > 1,
         overlap_tensor=args.tp_comm_overlap and engine.transformer_engine and tp > 1,
-        rings=user_buffers.needs_ring_config(args) and engine.transformer_engine,
+        rings=values.needs_ring_config(args) and engine.transformer_engine,
     )
 
 

@@ -72,20 +72,22 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
     """
     table.check_all()
     signals.install()
-    args, words = parse.parse(argv)
-    if message := start.finished_message(args):
+    parsed = parse.parse(argv)
+    args, origin, model, words = parsed.args, parsed.origin, parsed.model, parsed.output
+    if message := summary.finished_message(args, origin):
         if args.rank == 0:
             print(message, flush=True)
         return args
     args.curr_iteration = 0  # Megatron sets it in training, which --skip-train leaves out
     _install_patches(args)
+    flops = values.flops_per_token(args, model.lora)
     with console.redirect_output(args.console, args.save) as terminal:
         print(words if args.console == "progress" else _shorten(words), end="")
         step_line = progress.StepLine(
-            total_steps=start.count_steps(args),
+            total_steps=values.count_steps(args),
             tokens_per_step=args.global_batch_size * args.seq_length,
             ranks=args.world_size,
-            flops_per_token=values.flops_per_token(args),
+            flops_per_token=flops,
             stream=terminal,
         )
 
@@ -96,24 +98,28 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
         watch = evaluations.build_watch(args, step_line) if args.long_eval_interval else None
         if args.save:
             with rendezvous.share_errors():
-                _open_folder(args, argv)
+                _open_folder(args, origin, argv)
         if args.ckpt_format == "torch_dist":
             args.save_retain_interval = None  # `after_save` deletes old checkpoints instead of Megatron
         finite.install(args.nan_policy, lambda norm: _log_non_finite(norm, job.recent_samples, terminal))
         if args.rank == 0:
-            say(summary.describe_run(args, job.predict_step(sys.argv[1:] if argv is None else argv, args)))
+            step = job.predict_step(sys.argv[1:] if argv is None else argv, args)
+            say(summary.describe_run(args, origin, model.lora, step))
+        perplexity = None
+        if args.eval_lengths:
+            perplexity = evaluations.build_perplexity_callback(args, origin.weights, terminal)
         with (
             signals.exit_on_signal(args, say),
             progress.print_steps(step_line, args.log_interval),
-            evaluate_during_training(watch, args),
+            evaluate_during_training(watch, args, origin.weights),
             watchdog.watch(args.timeout_minutes),
         ):
             pretrain(
-                pretrain_cfg_container_from_args(args, values.model_config(args)),
+                pretrain_cfg_container_from_args(args, model),
                 job.datasets,
                 ModelType.encoder_or_decoder,
                 job.forward_step,
-                non_loss_data_func=evaluations.build_perplexity_callback(args, terminal) if args.eval_lengths else None,
+                non_loss_data_func=perplexity,
                 store=rendezvous.open_store(),
             )
         if args.rank == 0 and not args.skip_train and args.dataloader_type == "single":
@@ -145,18 +151,18 @@ def _install_patches(args: Namespace) -> None:
         checksums.install()
 
 
-def _open_folder(args: Namespace, argv: list[str] | None) -> None:
+def _open_folder(args: Namespace, origin: start.Origin, argv: list[str] | None) -> None:
     """Create and lock --save on rank 0, and write its first files."""
     if args.rank != 0:
         return
+    folder = Path(args.save)
     try:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
-        lock_folder(Path(args.save), "--save")
-        if not pretrained.uses_intermediate_folder(args):
-            start.reject_other_run(args)  # it may have saved before the lock was taken
-        pretrained.copy_model_files(args)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(folder, "--save")
+        start.reject_other_run(origin.flags)  # it may have saved before the lock was taken
         record.write(args, sys.argv[1:] if argv is None else argv)
-        loaded = start.find_checkpoint(args)
+        pretrained.copy_model_files(args)
+        loaded = start.find_checkpoint(origin.flags)
         after_save.install(args, loaded and loaded[1])
     except OSError as error:
         raise UsageError(f"--save {args.save}: {reason(error)}") from error

@@ -6,9 +6,8 @@ from pathlib import Path
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_cream.checkpoint import pretrained, start
-from megatron_cream.checkpoint.adapters import settings_of
 from megatron_cream.checkpoint.families import read_config
+from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common.advice import evaluation_command, export_command
 from megatron_cream.common.console import format_count
 from megatron_cream.config import values
@@ -16,26 +15,38 @@ from megatron_cream.config.samplers import sampler_names
 from megatron_cream.data.indexed import open_index
 from megatron_cream.data.packing import MIN_TOKENS, count_packed
 from megatron_cream.model.attention import AttentionBackend
-from megatron_cream.model.lora_settings import TARGETS
+from megatron_cream.model.lora_settings import TARGETS, LoraSettings
 
 
-def describe_run(args: Namespace, step: tuple[float, str] | None = None) -> str:
+def finished_message(args: Namespace, origin: Origin) -> str | None:
+    """Return a message if the checkpoint of --load is at the run's last step, else None."""
+    steps, step = values.count_steps(args), None if args.skip_train else origin.resumed_step
+    if step is None or not steps or step < steps:
+        return None
+    return f"step {step} of {steps} is in {args.load}: nothing is left to train"
+
+
+def describe_run(
+    args: Namespace, origin: Origin, lora: LoraSettings | None, step: tuple[float, str] | None = None
+) -> str:
     """Return the lines that say what the run will do.
 
     Args:
         args: Megatron's, after its validation.
+        origin: where the run starts from.
+        lora: the adapters, or None.
         step: expected seconds of a step and the name of the GPU; None if they are unknown.
     """
     rows = [
-        ("model", f"{_model(args)}, {_weights(args)}"),
+        ("model", f"{_model(args)}, {_weights(args, origin)}"),
         ("window", _window(args)),
         *(("rope", line) for line in _rope(args)),
-        *([("lora", _adapters(args))] if args.lora_rank else []),
+        *([("lora", _adapters(lora, args.load_adapter))] if lora else []),
         ("layout", _layout(args)),
         ("data", _data(args)),
         *(("short", line) for line in _short_texts(args)),
-        ("train", describe_steps(args, step)),
-        ("output", _output(args)),
+        ("train", describe_steps(args, origin.resumed_step, step)),
+        ("output", _output(args, origin.flags.save)),
     ]
     return "".join(f"{name:<8}{text}\n" for name, text in rows)
 
@@ -57,23 +68,21 @@ def _model(args: Namespace) -> str:
     return f"{family}, {_rounded(values.count_parameters(args))} parameters"
 
 
-def _weights(args: Namespace) -> str:
+def _weights(args: Namespace, origin: Origin) -> str:
     """Return where the weights come from."""
-    if (step := start.find_resumed_step(args)) is not None:
+    if (step := origin.resumed_step) is not None:
         return f"resumed from {args.load} at step {step:,}"
-    if found := start.find_checkpoint(args):
-        return f"weights of {found[1].parent}"
+    if origin.source and (origin.source[0] == "--load" or not args.lora_base):
+        return f"weights of {origin.source[1].parent}"
     named = args.lora_base["name"] if args.lora_base else args.load_hf
     return "random weights" if named is None else f"weights of {named}"
 
 
-def _adapters(args: Namespace) -> str:
-    """Return the adapters, and what trains beside them."""
-    settings = settings_of(args)
-    assert settings is not None
+def _adapters(settings: LoraSettings, start: str | None) -> str:
+    """Return the adapters, the folder that they start from, and what trains beside them."""
     targets = "all projections" if settings.targets == TARGETS else ", ".join(settings.targets)
     trained = f"; {' and '.join(settings.trained)} train too" if settings.trained else ""
-    origin = f", from {args.load_adapter}" if args.load_adapter else ""
+    origin = f", from {start}" if start else ""
     return f"rank {settings.rank}, scale {settings.scale:g}, on {targets}{origin}{trained}"
 
 
@@ -137,14 +146,20 @@ def _short_texts(args: Namespace) -> list[str]:
     return lines
 
 
-def describe_steps(args: Namespace, step: tuple[float, str] | None) -> str:
-    """Return the number of steps and tokens, and the expected time."""
+def describe_steps(args: Namespace, done: int | None, step: tuple[float, str] | None) -> str:
+    """Return the number of steps and tokens, and the expected time.
+
+    Args:
+        args: Megatron's.
+        done: steps of the checkpoint that the run resumes from, or None.
+        step: as for `describe_run`.
+    """
     if args.skip_train:
         return "none (--skip-train): the model is evaluated"
     each = args.global_batch_size * args.seq_length
-    steps = left = start.count_steps(args)
+    steps = left = values.count_steps(args)
     text = f"{format_count(steps, 'step')} of {each:,} tokens, {_rounded(steps * each)} in all"
-    if done := start.find_resumed_step(args):
+    if done:
         left = max(steps - done, 0)
         text += f", {left:,} left"
     if step is None:
@@ -160,12 +175,12 @@ def _rough(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def _output(args: Namespace) -> str:
-    """Return where the run writes."""
+def _output(args: Namespace, save: str | None) -> str:
+    """Return where the run writes; `save` is the --save that the user gave."""
     parts = []
-    if args.save and not pretrained.uses_intermediate_folder(args):
+    if save:
         steps = "" if args.skip_train else f"a checkpoint every {format_count(args.save_interval, 'step')}, "
-        parts.append(f"{args.save} ({steps}settings in {Path(args.save) / 'runs'})")
+        parts.append(f"{save} ({steps}settings in {Path(save) / 'runs'})")
     if args.save_hf:
         parts.append(f"{args.save_hf} (Hugging Face folder, at the end)")
     if args.tensorboard_dir:

@@ -6,15 +6,12 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from megatron_cream.checkpoint.best import BestCheckpoint
-from megatron_cream.checkpoint.output import TRACKER
-from megatron_cream.common.cli import to_flag
 from megatron_cream.common.files import append_line, to_json
-from megatron_cream.evaluation.long_evaluation import LongEvaluation, Result, Score
+from megatron_cream.evaluation.long_evaluation import LongEvaluation, Result, Score, Settings
 from megatron_cream.optimizer import finite
 from megatron_cream.patches import hooks, registry
 from megatron_cream.training.progress import StepLine, log_values
@@ -26,30 +23,16 @@ class Watch:
     """The evaluations of one run.
 
     Args:
-        interval: steps between two evaluations.
-        last_step: of the run; it is evaluated too.
-        share: maximum share of the run's time for evaluations and best checkpoints. The first evaluation, which
-            measures the cost, and that of the last step are always made.
-        score: name of the Score that checkpoints are compared by; None compares none.
+        evaluation: evaluates the model.
+        settings: when to evaluate, and what to compare.
         best: the best checkpoint; None keeps none.
-        folder: where the record is written, or None.
         step_line: shows the speed of training, without the time of evaluations; its stream gets the results.
     """
 
     def __init__(
-        self,
-        evaluation: LongEvaluation,
-        *,
-        interval: int,
-        last_step: int,
-        share: float,
-        score: str | None,
-        best: BestCheckpoint | None,
-        folder: Path | None,
-        step_line: StepLine,
+        self, evaluation: LongEvaluation, settings: Settings, best: BestCheckpoint | None, step_line: StepLine
     ):
-        self._evaluation, self._interval, self._last_step, self._share = evaluation, interval, last_step, share
-        self._score, self.best, self._folder, self._step_line = score, best, folder, step_line
+        self._evaluation, self._settings, self.best, self._step_line = evaluation, settings, best, step_line
         self._started, self._spent, self._cost = time.perf_counter(), 0.0, None
 
     def is_due(self, step: int) -> bool:
@@ -57,14 +40,14 @@ class Watch:
 
         All ranks must call it, and get the same answer.
         """
-        if step == self._last_step:
+        if step == self._step_line.total_steps:
             return True
-        if step % self._interval:
+        if step % self._settings.interval:
             return False
         if not (affordable := _broadcast_from_rank_0(self._is_affordable())):
             self._say(
                 f"step {step} | skipped: {self._spent:.1f} s, {100 * self._share_so_far():.1f} % of the time so far, "
-                f"and --long-eval-share is {100 * self._share:g} %"
+                f"and --long-eval-share is {100 * self._settings.share:g} %"
             )
         return affordable
 
@@ -93,7 +76,7 @@ class Watch:
         if weights_flag:
             finite.check_values(result.flatten().values(), weights_flag)
         self._cost = time.perf_counter() - began
-        score = result.score(self._score) if self._score else None
+        score = result.score
         verdict, better = "", False
         if keep:
             self.best.undo_failed()
@@ -117,7 +100,7 @@ class Watch:
         if self._cost is None:
             return True
         elapsed = time.perf_counter() - self._started
-        return self._spent + self._cost <= self._share * (elapsed + self._cost)
+        return self._spent + self._cost <= self._settings.share * (elapsed + self._cost)
 
     def _share_so_far(self) -> float:
         """Return the share of the run's time that evaluations have taken."""
@@ -132,26 +115,17 @@ class Watch:
         if score:
             values[f"mean {score.name}"] = score.value
         log_values({f"long evaluation/{name}": value for name, value in values.items()}, step)
-        if self._folder is None or not _is_last_rank():
+        if self._settings.folder is None or not _is_last_rank():
             return
         line = dict(iteration=step, seconds=round(seconds, 3), share=round(self._share_so_far(), 4))
         line |= {task: {n: asdict(value) for n, value in of.items()} for task, of in result.recalls.items()}
         line |= {"perplexity": result.perplexity} if result.perplexity else {}
         line |= {"score": asdict(score), "best": better} if score else {}
-        append_line(self._folder / RECORD, to_json(line))
-
-
-def loaded_from(args: Namespace) -> str:
-    """Return the flag and value that named a run's weights, for messages."""
-    resumed = args.load and (Path(args.load) / TRACKER).is_file()
-    for name in (["load"] if resumed else []) + ["load_hf", "pretrained_checkpoint"]:
-        if value := getattr(args, name, None):
-            return f"{to_flag(name)} {value}"
-    return "--skip-train"
+        append_line(self._settings.folder / RECORD, to_json(line))
 
 
 @contextlib.contextmanager
-def evaluate_during_training(watch: Watch | None, args: Namespace) -> Iterator[None]:
+def evaluate_during_training(watch: Watch | None, args: Namespace, weights: str) -> Iterator[None]:
     """Evaluate while the block trains; with --skip-train, evaluate the loaded model.
 
     Megatron's evaluation has its own interval, and its callback does not get the state that a checkpoint needs. The
@@ -160,6 +134,7 @@ def evaluate_during_training(watch: Watch | None, args: Namespace) -> Iterator[N
     Args:
         watch: evaluates when it is due; None evaluates nothing.
         args: Megatron's.
+        weights: the flag and value that name the run's weights, for messages.
     """
     if watch is None:
         yield
@@ -187,7 +162,7 @@ def evaluate_during_training(watch: Watch | None, args: Namespace) -> Iterator[N
     def evaluate_loaded(original, *positional, **named):
         built = original(*positional, **named)
         if args.skip_train:
-            watch.evaluate(built[0], args.iteration, weights_flag=loaded_from(args))
+            watch.evaluate(built[0], args.iteration, weights_flag=weights)
         return built
 
     try:

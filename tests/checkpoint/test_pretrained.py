@@ -8,7 +8,7 @@ from megatron_cream.checkpoint import carried, pretrained
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.common.errors import UsageError
-from megatron_cream.config import parse
+from megatron_cream.config import parse, values
 from tests.hf_models import LLAMA3, save_model
 from tests.launch import torchrun, write_documents
 
@@ -97,10 +97,10 @@ def test_bad_weights_are_found_before_anything_starts(folder, tmp_path):
 
 
 def test_a_checkpoint_that_exists_goes_before_hugging_face_weights(folder, tmp_path):
-    assert pretrained.build_weights_hook(read(folder, "--load-hf", folder / "qwen2", "--load", folder / "ckpt")) is None
+    assert values.initial_weights(read(folder, "--load-hf", folder / "qwen2", "--load", folder / "ckpt")) is None
     new = ["--load-hf", folder / "qwen2", "--load", tmp_path / "run", "--save", tmp_path / "run"]
     args = read(folder, *new)
-    assert pretrained.build_weights_hook(args) is not None
+    assert values.initial_weights(args) is not None
     assert args.save_interval == 2  # the run's length: Megatron has no default
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -125,13 +125,12 @@ def test_flags_that_cannot_run(mains, world, case):
 
 def test_checkpoints_saved_by_another_run_are_not_overwritten(tmp_path):
     """The check is repeated once --save is locked: a 30 s run fits between the first check and the lock."""
-    args = Namespace(save=str(tmp_path), load=None, skip_train=False)
-    checkpoint_start.reject_other_run(args)
+    flags = checkpoint_start.StartFlags(save=str(tmp_path))
+    checkpoint_start.reject_other_run(flags)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
     with pytest.raises(UsageError, match=f"--save {tmp_path}: contains the checkpoints of an earlier run"):
-        checkpoint_start.reject_other_run(args)
-    args.load = f"{tmp_path}/."
-    checkpoint_start.reject_other_run(args)
+        checkpoint_start.reject_other_run(flags)
+    checkpoint_start.reject_other_run(replace(flags, load=f"{tmp_path}/."))
 
 
 def test_intact_input_passes_every_check(mains, world):
@@ -268,7 +267,7 @@ def test_the_only_checkpoint_is_found_without_its_tracker(world, checksums):
         (world / STEP / "integrity.json").unlink()
     flags = [part.replace("{0}", str(world)) for part in (*RESUME, "--save", "{0}/run", *LONGER)][1:]
     step = 2 if checksums else None
-    assert start(lambda: 7 if parse.parse(flags)[0].ckpt_step == step else 8, TRAINER)().code == 7
+    assert start(lambda: 7 if parse.parse(flags).args.ckpt_step == step else 8, TRAINER)().code == 7
 
 
 @pytest.mark.parametrize(

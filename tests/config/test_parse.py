@@ -278,7 +278,7 @@ def test_the_user_buffer_configuration_is_checked_early(text, words, tmp_path):
 def test_user_buffers_send_in_rings_where_that_was_measured(flags, rings):
     args = build_parser(recipe=False).parse_args(flags.split())
     given = args.tp_comm_overlap_cfg
-    user_buffers.fill_config(args)
+    fill.set_user_buffers(args)
     assert args.tp_comm_overlap_cfg == (str(user_buffers.RING_CONFIG) if rings else given)
     assert args.tp_comm_overlap_rs_dgrad is rings
     user_buffers.check_config(str(user_buffers.RING_CONFIG))

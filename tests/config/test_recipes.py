@@ -60,7 +60,7 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
         window = 8192 if "llama3" in recipe.stem else 4096
         own = ["--data-path", long_data, "--load-hf", write_config(tmp_path, values, window)]
         monkeypatch.setattr(base_weights, "describe", lambda given, **_: {"name": given, "folder": given})
-        monkeypatch.setattr(pretrained, "check_hf_folders", lambda args: None)  # a config without weights
+        monkeypatch.setattr(pretrained, "check_model_folder", lambda *_, **__: None)  # a config without weights
     args = parse.read(["--config", str(recipe), *own])
     sampler = build_sampler(**sampler_options(args), seed=args.seed)
     plan = sampler.plan(epoch=0, sample=0, document_length=args.target_length)

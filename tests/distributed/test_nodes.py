@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import pytest
 from megatron_cream.checkpoint import start
 from megatron_cream.common.errors import UsageError
 from megatron_cream.distributed import nodes
+from megatron_cream.training.summary import finished_message
 from tests.bad_inputs import free_port
 from tests.bad_inputs import start as fork
 from tests.faults.kill import compare, newest, wait_for
@@ -100,13 +102,17 @@ def test_a_finished_run_started_again_does_nothing(tmp_path):
     """A job may be requeued when its run is complete; Megatron would fail on its data."""
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
     (tmp_path / "iter_0000008").mkdir()
-    started = dict(load=str(tmp_path), save=str(tmp_path), pretrained_checkpoint=None, ckpt_step=None, skip_train=False)
-    args = Namespace(**started, finetune=False, train_iters=8)
-    assert start.finished_message(args) == f"step 8 of 8 is in {tmp_path}: nothing is left to train"
+    folder = str(tmp_path)
+    resumed = start.find_origin(start.StartFlags(load=folder, save=folder, ckpt_format="fsdp_dtensor"))
+    args = Namespace(load=folder, skip_train=False, train_iters=8)
+    message = f"step 8 of 8 is in {tmp_path}: nothing is left to train"
+    assert finished_message(args, resumed) == message
     by_samples = dict(train_iters=None, train_samples=72, global_batch_size=9)
-    assert start.finished_message(Namespace(**vars(args) | by_samples)) == start.finished_message(args)
-    for other in (dict(train_iters=9), dict(skip_train=True), dict(finetune=True), dict(load=None)):
-        assert start.finished_message(Namespace(**vars(args) | other)) is None
+    assert finished_message(Namespace(**vars(args) | by_samples), resumed) == message
+    for other in (dict(train_iters=9), dict(skip_train=True)):
+        assert finished_message(Namespace(**vars(args) | other), resumed) is None
+    for flags in (replace(resumed.flags, finetune=True), start.StartFlags()):
+        assert finished_message(args, start.find_origin(flags)) is None
 
 
 @pytest.fixture

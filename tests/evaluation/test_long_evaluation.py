@@ -22,7 +22,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse
 from megatron_cream.data import embedded
 from megatron_cream.data.tokenizers import load_tokenizer
-from megatron_cream.evaluation.long_evaluation import Result, Score
+from megatron_cream.evaluation.long_evaluation import Result, Score, Settings
 from megatron_cream.evaluation.models.megatron_model import MegatronModel
 from megatron_cream.evaluation.models.tokenizer import TrainingTokenizer
 from megatron_cream.evaluation.recall import PLACES, Recall, build_recall_texts, measure_recall
@@ -135,9 +135,9 @@ def test_score_is_the_mean_over_tasks_and_lengths():
         "needle": {512: Recall(1.0, 1.0, 0.5), 1024: Recall(0.5, 0.9, 1.5)},
         "kv": {512: Recall(0.0, 0.2, 4.0), 1024: Recall(0.5, 0.6, 2.0)},
     }
-    result = Result(recalls, {512: 2.0, 1024: 8.0})
-    assert result.score("accuracy") == Score("accuracy", 0.5, 2.0)
-    score = result.score("perplexity")
+    perplexity = {512: 2.0, 1024: 8.0}
+    assert Result(recalls, perplexity, "accuracy").score == Score("accuracy", 0.5, 2.0)
+    score = Result(recalls, perplexity, "perplexity").score
     assert score.value == pytest.approx(4.0) and score.loss == pytest.approx(math.log(4.0))
 
 
@@ -185,16 +185,8 @@ def test_evaluations_stay_within_their_share_of_time(share, interval, cost, seed
             return Result({}, {8: 2.0})
 
         line = progress.StepLine(total_steps=200, tokens_per_step=1, ranks=1, flops_per_token=1.0, stream=stream)
-        watch = watch_module.Watch(
-            evaluation,
-            interval=interval,
-            last_step=200,
-            share=share,
-            score=None,
-            best=None,
-            folder=None,
-            step_line=line,
-        )
+        chosen = Settings(("perplexity",), [8], 1, [], interval=interval, share=share, score=None, folder=None)
+        watch = watch_module.Watch(evaluation, chosen, None, line)
         clock.now, spent, done, first = 0.0, 0.0, 0, True
         for step in range(1, 201):
             clock.now += rng.uniform(0.1, 2.0)

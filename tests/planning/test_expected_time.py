@@ -6,7 +6,6 @@ from argparse import Namespace
 import pytest
 import torch
 
-from megatron_cream.checkpoint import start
 from megatron_cream.common import devices
 from megatron_cream.planning.expected_time import predict_step
 from megatron_cream.training.summary import describe_steps
@@ -31,7 +30,7 @@ def test_the_summary_has_the_time_of_the_planner(monkeypatch, capsys, name, kind
     on_gpu(monkeypatch, name)
     found = predict_step(FLAGS, ARGS)
     assert found == (pytest.approx(seconds), kind)
-    steps, _, expected = describe_steps(ARGS, found).partition("; ")
+    steps, _, expected = describe_steps(ARGS, None, found).partition("; ")
     assert steps == "1,000 steps of 131,072 tokens, 131M in all"
     assert expected == f"about {seconds / 3.6:.1f} h by plan on 2 x {kind}"
 
@@ -49,7 +48,7 @@ def test_no_expected_time_without_a_gpu_or_a_model_of_the_flags(monkeypatch):
     on_gpu(monkeypatch, "NVIDIA H200")
     assert predict_step([*FLAGS, "--use-torch-fsdp2"], ARGS) is None
     assert predict_step(FLAGS, Namespace(**vars(ARGS) | {"attention": {"name": "local"}})) is None
-    assert describe_steps(ARGS, None).endswith("; each step's line has the time left (ETA)")
+    assert describe_steps(ARGS, None, None).endswith("; each step's line has the time left (ETA)")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +59,5 @@ def test_no_expected_time_without_a_gpu_or_a_model_of_the_flags(monkeypatch):
         (40, 7.5, "131M in all, 960 left; about 2.0 h by plan"),
     ],
 )
-def test_the_expected_time_is_that_of_the_steps_left(monkeypatch, done, seconds, shown):
-    monkeypatch.setattr(start, "find_resumed_step", lambda args: done)
-    assert shown in describe_steps(ARGS, (seconds, "H100"))
+def test_the_expected_time_is_that_of_the_steps_left(done, seconds, shown):
+    assert shown in describe_steps(ARGS, done, (seconds, "H100"))

@@ -13,6 +13,7 @@ from megatron.training import checkpointing
 
 from megatron_cream.checkpoint import start
 from megatron_cream.common.errors import UsageError
+from megatron_cream.config import fill
 from megatron_cream.data.recent import RecentSamples
 from megatron_cream.patches import tracker as tracker_patch
 from megatron_cream.training import signals
@@ -159,19 +160,21 @@ def test_samples_of_a_step_keep_no_worker_file_open():
 def test_an_earlier_runs_folder_is_not_overwritten(tmp_path, monkeypatch):
     """The folder is rejected without --load, unless torchrun restarted the ranks of this job."""
 
-    def flags(**given):
+    def check(**given):
         none = dict(load=None, skip_train=False, no_save_optim=None, ckpt_step=None, finetune=False)
-        return Namespace(**none | dict(save=str(tmp_path), no_load_optim=None, no_load_rng=None) | given)
+        args = Namespace(**none | dict(save=str(tmp_path), no_load_optim=None, no_load_rng=None) | given)
+        fill.set_restart(args)
+        start.reject_other_run(start.StartFlags(load=args.load, save=args.save))
+        return args
 
-    start.check_save_folder(flags())
+    check()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
     for load in (None, "elsewhere"):
         with pytest.raises(UsageError, match=f"--save {tmp_path}: contains .* Add --load {tmp_path}"):
-            start.check_save_folder(flags(load=load))
-    start.check_save_folder(flags(load=str(tmp_path)))
+            check(load=load)
+    check(load=str(tmp_path))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    args = flags(load="elsewhere", finetune=True, no_load_optim=True)
-    start.check_save_folder(args)
+    args = check(load="elsewhere", finetune=True, no_load_optim=True)
     assert (args.load, args.finetune, args.no_load_optim) == (str(tmp_path), False, None)
 
 
