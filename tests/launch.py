@@ -1,12 +1,6 @@
 """Run pretrain_cream.py with real ranks, as torchrun starts them, and read its logged losses."""
 
-import functools
-import json
-import os
-import select
-import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,10 +9,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.processes import ending_with_test
+from tests import forked_commands
+from tests.processes import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 VOCABULARY = 100  # padded to 128: the padding must not show in the loss
 
 # A tiny Llama with grouped-query attention.
@@ -51,51 +44,20 @@ def torchrun(
 ) -> subprocess.CompletedProcess:
     """Run `torchrun --standalone --nproc_per_node=ranks script flags` and capture the output.
 
-    Without a GPU the ranks are forked from a process that has imported everything (tests/preloaded.py).
+    Without a GPU the ranks are forked from a process that has imported everything (tests/forked_commands.py).
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("NVTE_")}  # a model in this process sets them
-    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    flags, cwd = [str(flag) for flag in flags], str(cwd or ROOT)
-    if torch.cuda.is_available():
-        command = [*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=cwd)
-    with tempfile.TemporaryDirectory() as folder:
-        out, error = Path(folder, "out"), Path(folder, "error")
-        job = dict(
-            ranks=ranks,
-            script=str(script),
-            flags=flags,
-            cwd=cwd,
-            environment=environment,
-            out=str(out),
-            error=str(error),
+    command = [*forked_commands.torchrun(), f"--nproc_per_node={ranks}", script, *flags]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        ended = subprocess.run(
+            [str(word) for word in command],
+            stdout=out,
+            stderr=error,
+            timeout=timeout,
+            env=forked_commands.environment(),
+            cwd=cwd or ROOT,
         )
-        code = _run_preloaded(job, timeout)
-        return subprocess.CompletedProcess(flags, code, out.read_text(), error.read_text())
-
-
-@functools.cache
-def _preloaded() -> subprocess.Popen:
-    """Start tests.preloaded once; it ends with this process."""
-    command = ending_with_test([sys.executable, "-m", "tests.preloaded"])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=ROOT, env=environment
-    )
-
-
-def _run_preloaded(job: dict, timeout: int) -> int:
-    server = _preloaded()
-    server.stdin.write(json.dumps(job).encode() + b"\n")
-    process = int(server.stdout.readline())
-    late = not select.select([server.stdout], [], [], timeout)[0]
-    if late:
-        os.killpg(process, signal.SIGKILL)
-    code = int(server.stdout.readline())
-    if late:
-        raise subprocess.TimeoutExpired(job["flags"], timeout)
-    return code
+        texts = [(file.seek(0), file.read())[1] for file in (out, error)]
+    return subprocess.CompletedProcess(command, ended.returncode, *texts)
 
 
 def _died_of(words: str) -> str:

@@ -1,7 +1,7 @@
 """Tests of README and docs: their commands run as written, and the flags and files that they name exist.
 
-Shell blocks without a title are run, on a tiny model; those of docs/ in forks (tests/forked_commands.py), those of
-README.md in fresh processes. Other blocks have a title that says what they need.
+Shell blocks without a title are run, on a tiny model, in forks (tests/forked_commands.py); tests/end_to_end runs the
+same chain in fresh processes. Other blocks have a title that says what they need.
 """
 
 import os
@@ -138,13 +138,13 @@ def test_code_of_api():
 
 
 @pytest.mark.slow
-def test_own_model_of_readme(tmp_path):
+def test_own_model_of_readme(tmp_path, programs):
     folder = make_folder(tmp_path / "checkout")
     (text,) = [text for _, text in blocks(ROOT / "README.md") if "--load-hf" in text]
     for written, tiny in TINY_README.items():
         assert written in text, "the README's command has changed"
         text = text.replace(written, tiny)
-    run_block(folder, text)
+    run_block(folder, text, programs)
     assert (folder / "SmolLM2-64k" / "config.json").is_file()
 
 

@@ -16,7 +16,6 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_cream.model.context_parallel import context_parallel_attention
@@ -257,12 +256,16 @@ class SdpaCoreAttention(_CausalCoreAttention):
 
     def attend(self, query_SBND, key_SBND, value_SBND):
         q, k, v = (_fold_samples_into_heads(x).transpose(1, 2) for x in (query_SBND, key_SBND, value_SBND))
-        same = q.shape[2] == k.shape[2]
+        same, mask = q.shape[2] == k.shape[2], None
+        if not same:
+            from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes two seconds
+
+            mask = causal_lower_right(q.shape[2], k.shape[2])
         out_BNSD = scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if same else causal_lower_right(q.shape[2], k.shape[2]),
+            attn_mask=mask,
             is_causal=same,
             scale=self.softmax_scale,
             enable_gqa=q.shape[1] != k.shape[1],

@@ -72,12 +72,12 @@ _CUDA_ONLY_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex",
 
 def _install_cpu() -> None:
     global _installed
-    # Megatron compiles small functions at first use. On a CPU that takes longer than it saves.
+    # Megatron compiles small functions at first use. On a CPU that takes longer than it saves, and to import the
+    # compiler takes two seconds: torch.compile here returns what it is given, as it does where dynamo is disabled.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    torch.compile = _leave_uncompiled
     for package in _CUDA_ONLY_PACKAGES:
         sys.modules.setdefault(package, None)
-    import torch._dynamo
-
     _replace_torch_cuda()
     _installed = _CudaToCpu()
     _installed.__enter__()
@@ -87,6 +87,10 @@ def _install_cpu() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _leave_uncompiled(model=None, **options):
+    return model if model is not None else lambda model: model
 
 
 _CPU = torch.device("cpu")
@@ -184,11 +188,8 @@ def _replace_torch_cuda() -> None:
         total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     )
 
-    def nothing(*_, **__):
-        return None
-
-    def zero(*_, **__):
-        return 0
+    def returning(value):  # a function for each name: dynamo has different rules for them, and allows one a function
+        return lambda *_, **__: value
 
     def is_available() -> bool:
         caller = sys._getframe(1).f_globals.get("__name__", "")
@@ -197,27 +198,27 @@ def _replace_torch_cuda() -> None:
     stand_ins = dict(
         is_available=is_available,
         is_initialized=lambda: False,
-        current_device=zero,
+        current_device=returning(0),
         device_count=lambda: 1,
-        set_device=nothing,
-        synchronize=nothing,
-        empty_cache=nothing,
-        ipc_collect=nothing,
+        set_device=returning(None),
+        synchronize=returning(None),
+        empty_cache=returning(None),
+        ipc_collect=returning(None),
         Stream=_Stream,
         Event=_Event,
         current_stream=lambda *_: stream,
         default_stream=lambda *_: stream,
         stream=lambda s: s if s is not None else contextlib.nullcontext(),
-        set_stream=nothing,
+        set_stream=returning(None),
         is_current_stream_capturing=lambda: False,
         manual_seed=torch.manual_seed,
         get_rng_state=lambda *_: torch.get_rng_state(),
         set_rng_state=lambda state, *_: torch.set_rng_state(state),
-        memory_allocated=zero,
-        memory_reserved=zero,
-        max_memory_allocated=zero,
-        max_memory_reserved=zero,
-        reset_peak_memory_stats=nothing,
+        memory_allocated=returning(0),
+        memory_reserved=returning(0),
+        max_memory_allocated=returning(0),
+        max_memory_reserved=returning(0),
+        reset_peak_memory_stats=returning(None),
         memory_stats=lambda *_: _ZeroStats(),
         mem_get_info=lambda *_: (properties.total_memory, properties.total_memory),
         get_device_properties=lambda *_: properties,
@@ -226,7 +227,7 @@ def _replace_torch_cuda() -> None:
     )
     for name, stand_in in stand_ins.items():
         setattr(cuda, name, stand_in)
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = nothing
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = returning(None)
     cuda.nvtx.range = lambda *_, **__: contextlib.nullcontext()
 
 

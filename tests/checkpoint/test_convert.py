@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from megatron_cream.checkpoint.mapping import list_parameters
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.model import load_model
 from megatron_cream.model.rotary import build_rope_scaling
+from tests import forked_commands
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import MODELS, logits_of, relative, save_model, some_tokens
 from tests.launch import ROOT, train, write_documents
@@ -39,7 +39,7 @@ def no_process_group_is_left():
 
 
 def run_tool(*flags) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "convert_hf.py"), *map(str, flags)]
+    command = [*forked_commands.python(), str(ROOT / "tools" / "convert_hf.py"), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

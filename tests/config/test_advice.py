@@ -11,6 +11,7 @@ import pytest
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse
+from tests import forked_commands
 from tests.advice_cases import ADVICE, INSTEAD, NOT_FOLLOWED, with_
 from tests.bad_inputs import TRAINER, Ended, free_port, start
 from tests.config.test_bad_inputs import good, mains, world  # noqa: F401  (fixtures)
@@ -74,7 +75,7 @@ def run(mains, world: Path, command, ranks: int = 1, trains: bool = False):  # n
     name, *flags = [part.replace("{0}", str(world)) for part in command]
     checked = name == TRAINER and not trains and not {"--load", "--save-hf", "--help"} & set(flags)
     if name == TRAINER and not checked and ranks == 1:  # a fork after use of torch's threads may abort
-        done = subprocess.run([sys.executable, ROOT / name, *flags], capture_output=True, text=True)
+        done = subprocess.run([*forked_commands.python(), ROOT / name, *flags], capture_output=True, text=True)
         return Ended(done.returncode, done.stdout, done.stderr)
     main, port = (lambda: checks_alone(flags)) if checked else mains[name], free_port()
     waits = [start(main, name, *flags, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from megatron_cream.config.parser import build_parser
 from megatron_cream.data import documents, indexed
 from megatron_cream.data.documents import BadDocument, Batch, Position, extract_text, read_documents
 from megatron_cream.data.preprocess import preprocess
+from tests import forked_commands
 from tests.config.test_parse import GOOD, read
 from tests.data.test_chat_data import build
 from tests.data.test_preprocess import ByteTokenizer
@@ -213,7 +213,7 @@ def test_the_run_ends_with_exit_code_2_and_writes_nothing(tmp_path):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in recipe.items()]
     result = subprocess.run(
         [
-            sys.executable,
+            *forked_commands.python(),
             ROOT / "pretrain_cream.py",
             *flags,
             "--data-path",

@@ -62,7 +62,7 @@ from tests.bad_inputs import (
     start,
 )
 from tests.bad_setting_cases import DATA, EMPTY_PATHS, FLAGS, RECIPES, TOOL_CASES
-from tests.launch import ROOT, TORCHRUN
+from tests.launch import ROOT
 
 CASES = {
     **{f"checkpoint: {name}": case for name, case in CHECKPOINTS.items()},
@@ -212,7 +212,7 @@ def test_bad_input_under_torchrun(world):
     )
     ended = subprocess.run([sys.executable, *one], capture_output=True, text=True, cwd=world)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    command = [*TORCHRUN, "--nproc_per_node=2", *two]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *two]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=world)
     assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
     assert ended.stderr.count("num_hidden_layers 'two'") == 1

@@ -1,7 +1,6 @@
 """Tests of the command line: recipes, precedence, and a one-line error for every setting that cannot run."""
 
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_cream.config.recipe import RECIPES as FOLDER
 from megatron_cream.config.recipe import locate, read_recipe
 from megatron_cream.model import user_buffers
 from megatron_cream.model.attention import AttentionBackend
+from tests import forked_commands
 from tests.launch import ROOT, torchrun, write_documents
 
 GOOD = {
@@ -326,7 +326,15 @@ def test_exit_code_2_comes_before_any_process_group(tmp_path, data):
 
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in (GOOD | {"target_length": 500}).items()]
     result = subprocess.run(
-        [sys.executable, ROOT / "pretrain_cream.py", *flags, "--data-path", data, "--save", tmp_path / "save"],
+        [
+            *forked_commands.python(),
+            ROOT / "pretrain_cream.py",
+            *flags,
+            "--data-path",
+            data,
+            "--save",
+            tmp_path / "save",
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,

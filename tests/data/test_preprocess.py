@@ -9,7 +9,6 @@ import lzma
 import os
 import random
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from megatron_cream.data import documents
 from megatron_cream.data.indexed import paths as output_paths
 from megatron_cream.data.preprocess import preprocess
 from megatron_cream.data.tokenizers import bos_to_prepend, load_tokenizer
+from tests import forked_commands
 from tests.bad_inputs import Ended, start
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
@@ -248,7 +248,8 @@ def test_progress_off_a_terminal_is_two_lines(tmp_path, capfd):
 
 
 def run_tool(*flags: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, TOOL, *map(str, flags)], capture_output=True, text=True, timeout=300)
+    command = [*forked_commands.python(), TOOL, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def run_in_fork(*flags: object) -> Ended:

@@ -20,6 +20,7 @@ platform.setup()
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.checks import flags as flag_checks
 from megatron_cream.distributed import launcher
+from tests import forked_commands
 from tests.launch import ROOT
 from tests.processes import ending_with_test
 
@@ -85,7 +86,7 @@ def test_impossible_torchrun_variables(changes, words):
 
 def test_an_invalid_environment_prints_one_line():
     plain = {key: value for key, value in os.environ.items() if key not in ALL}
-    command = [sys.executable, "pretrain_cream.py", "--print-config"]
+    command = [*forked_commands.python(), "pretrain_cream.py", "--print-config"]
     result = subprocess.run(command, cwd=ROOT, env=plain | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "RANK is missing" in result.stderr
 
@@ -96,7 +97,7 @@ def test_a_port_in_use_prints_one_line(tmp_path):
         taken.listen()
         port = str(taken.getsockname()[1])
         given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        command = [sys.executable, str(ROOT / "pretrain_cream.py"), "--config", "quickstart"]
+        command = [*forked_commands.python(), str(ROOT / "pretrain_cream.py"), "--config", "quickstart"]
         result = subprocess.run(command, cwd=tmp_path, env=os.environ | given, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.splitlines()[-1].endswith("the port is in use. Set another"), (
         result.stderr

@@ -20,6 +20,7 @@ from megatron_cream.evaluation.comparison.sides import read_pairs
 from megatron_cream.evaluation.models.language_model import compute_digest
 from megatron_cream.evaluation.result_lines import format_line
 from megatron_cream.evaluation.results import FORMER_SETTINGS, RESULTS, SUMMARY
+from tests import forked_commands
 from tests.processes import ROOT
 
 LENGTHS, DEPTHS = (4096, 8192), (0.0, 0.5, 1.0)
@@ -120,7 +121,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_a_page_in_a_fresh_process(sides, tmp_path):
+def test_the_documented_command_writes_a_page(sides, tmp_path):
     """The documented command, run in another folder, writes numbers, pictures and a self-contained HTML file."""
     base, extended = sides
     model = tmp_path / "somewhere" / "extended"  # the path that the results name
@@ -131,7 +132,7 @@ def test_a_page_in_a_fresh_process(sides, tmp_path):
         summary = json.loads((folder / SUMMARY).read_text())
         summary["model"]["digest"] = compute_digest([model])
         (folder / SUMMARY).write_text(json.dumps(summary))
-    words = [sys.executable, ROOT / "tools" / "evaluate.py", "compare", "base", "extended"]
+    words = [*forked_commands.python(), ROOT / "tools" / "evaluate.py", "compare", "base", "extended"]
     result = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     out = extended / "compare"

@@ -19,6 +19,7 @@ from megatron_cream.planning.flags import run_from_flags
 from megatron_cream.planning.hardware import GIB
 from megatron_cream.planning.memory import predict
 from megatron_cream.planning.run import Layout, Model
+from tests import forked_commands
 from tests.launch import ROOT
 
 RECIPE = str(FOLDER / "llama2_7b_32k.yaml")
@@ -93,7 +94,7 @@ def tool(monkeypatch, *arguments: str) -> int:
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess:
-    words = [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments]
+    words = [*forked_commands.python(), str(ROOT / "tools" / "plan.py"), *arguments]
     return subprocess.run(words, capture_output=True, text=True, timeout=300)
 
 

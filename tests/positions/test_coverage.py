@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_cream.positions import build_sampler
 from megatron_cream.positions.coverage import coverage, distances
+from tests import forked_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,7 @@ def test_coverage_counts_samples():
 
 
 def run(*flags):
-    command = [sys.executable, ROOT / "tools" / "plot_positions.py", *flags]
+    command = [*forked_commands.python(), ROOT / "tools" / "plot_positions.py", *flags]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
 
 
