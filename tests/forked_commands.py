@@ -28,6 +28,8 @@ from megatron_cream.common.processes import end_with_parent
 from megatron_cream.patches import platform
 from tests.processes import ROOT, ending_with_test
 
+platform.setup()  # here: a process that a rank spawns imports this module, as that of the rank
+
 JOB = ROOT / "pretrain_cream.py"
 READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TORCH_", "OMP_", "TRITON_", "NVTE_")
 
@@ -102,7 +104,6 @@ def main(address: str) -> None:
 
 def _import_all() -> None:
     """Import what ranks and commands import, so that forks need not."""
-    platform.setup()
     import torch
     import torch._dynamo  # an optimizer imports it
     import torch.utils.tensorboard

@@ -40,9 +40,9 @@ def one_node(documents, tmp_path_factory):
     return folder / "run"
 
 
-def flags(documents: Path, save: Path) -> list:
-    """Return the flags of a run with TP 2 and, across the nodes, DP 2 with the distributed optimizer."""
-    layout = ["--tensor-model-parallel-size", 2, "--use-distributed-optimizer"]
+def flags(documents: Path, save: Path, tp: int = 2) -> list:
+    """Return the flags of a run with TP in a node and, across the nodes, DP 2 with the distributed optimizer."""
+    layout = ["--tensor-model-parallel-size", tp, "--use-distributed-optimizer"]
     steps = ["--train-iters", STEPS, "--lr-decay-iters", STEPS, "--save-interval", 2]
     return [
         *TINY,
@@ -155,14 +155,14 @@ def test_two_hosts_whose_names_do_not_resolve(documents, one_node, tmp_path, nam
     compare(one_node, tmp_path / "run", STEPS)
 
 
-def test_a_lost_node_rejoins(documents, one_node, tmp_path, port):
+def test_a_lost_node_rejoins(documents, tmp_path, port):
     """Kill one torchrun with its ranks, and start it again as a cluster would. The other torchrun stays."""
     logs = [tmp_path / "0.log", tmp_path / "1.log", tmp_path / "1.again.log"]
     save = tmp_path / "run"
 
     def start(log: Path) -> subprocess.Popen:
-        options = [*node(port, first=log is logs[0]), "--max_restarts=3"]
-        return launch(log, flags(documents, save), options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        options = [*node(port, first=log is logs[0], ranks=1), "--max_restarts=3"]
+        return launch(log, flags(documents, save, tp=1), options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
     stays, lost = start(logs[0]), start(logs[1])
     wait_for(lambda: newest(save) >= 2, lost)
@@ -173,7 +173,9 @@ def test_a_lost_node_rejoins(documents, one_node, tmp_path, port):
     before = newest(save)
     assert before < STEPS
     assert ended([stays, start(logs[2])], logs) == [0, 0], logs[0].read_text()[-3000:] + logs[2].read_text()[-3000:]
-    compare(one_node, save, STEPS)
+    done = torchrun(2, *flags(documents, tmp_path / "one_node", tp=1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    compare(tmp_path / "one_node", save, STEPS)
     assert f"successfully loaded checkpoint from {save}" in "".join(log.read_text() for log in logs)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.faults.kill import compare, newest
-from tests.launch import write_documents
+from tests.launch import torchrun, write_documents
 from tests.slurm import cluster
 from tests.slurm.jobs import STEPS, flags, preempt
 
@@ -17,10 +17,11 @@ def slurm(tmp_path_factory):
 
 
 def test_a_stopped_job_requeues_and_ends_bit_identical(slurm, tmp_path):
-    """Run two nodes with one rank each: once undisturbed, and once with scancel --signal=USR1."""
+    """Stop a job of two nodes with one rank each by scancel --signal=USR1; two ranks of one node run undisturbed."""
     documents = write_documents(tmp_path / "documents", documents=20)
     alone, told = tmp_path / "alone", tmp_path / "told"
-    slurm.wait(slurm.train(*flags(documents, alone)))
+    done = torchrun(2, *flags(documents, alone))
+    assert done.returncode == 0, done.stderr[-3000:]
     job = slurm.train(*flags(documents, told))
     step = preempt(slurm, job, told)
     assert 0 < step < STEPS

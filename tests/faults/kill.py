@@ -30,7 +30,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.launch import TINY, write_documents
+from tests.launch import TINY, torchrun, write_documents
 from tests.processes import ending_with_test
 
 _OF = "TEST_RUN_OF"  # environment variable of a launch's processes: its --save
@@ -115,8 +115,7 @@ def kill_under_torchrun(folder: Path, *, kills: int, seed: int, steps: int) -> N
     rng = random.Random(seed)
     documents = write_documents(folder / "documents", documents=20)
     alone, killed, log = folder / "alone", folder / "killed", folder / "killed.log"
-    process = launch(documents, alone, steps, folder / "alone.log")
-    assert process.wait() == 0, (folder / "alone.log").read_text()[-3000:]
+    run_undisturbed(documents, alone, steps)
     flags = ["--save", killed, "--save-interval", 2]
     process = launch(documents, killed, steps, log, f"--max-restarts={kills}", flags=flags)
     for i in range(kills):
@@ -152,9 +151,7 @@ def launch(
         flags: flags that replace --save, --load and --save-interval.
     """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", *options]
-    command += [*script, *TINY, "--fp32", "--data-path", documents, "--split", "90,10,0"]
-    command += ["--use-distributed-optimizer", "--train-iters", steps, "--lr-decay-iters", steps]
-    command += ["--save", save, "--load", save, "--save-interval", 2] if flags is None else flags
+    command += [*script, *run_flags(documents, save, steps, flags)]
     with open(log, "w") as out:
         return subprocess.Popen(
             ending_with_test(command),
@@ -164,6 +161,29 @@ def launch(
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", _OF: str(save)},
         )
+
+
+def run_flags(documents: Path, save: Path, steps: int, flags: list | None = None) -> list:
+    saving = ["--save", save, "--load", save, "--save-interval", 2] if flags is None else flags
+    schedule = ["--train-iters", steps, "--lr-decay-iters", steps]
+    return [
+        *TINY,
+        "--fp32",
+        "--data-path",
+        documents,
+        "--split",
+        "90,10,0",
+        "--use-distributed-optimizer",
+        *schedule,
+        *saving,
+    ]
+
+
+def run_undisturbed(documents: Path, save: Path, steps: int) -> str:
+    """Run the training of `launch` to its end, and return its output."""
+    done = torchrun(2, *run_flags(documents, save, steps))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def newest(save: Path) -> int:

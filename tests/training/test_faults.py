@@ -17,7 +17,17 @@ from megatron_cream.config import fill
 from megatron_cream.data.recent import RecentSamples
 from megatron_cream.patches import tracker as tracker_patch
 from megatron_cream.training import signals
-from tests.faults.kill import compare, kill, kill_under_torchrun, launch, newest, ranks, wait_for, writing
+from tests.faults.kill import (
+    compare,
+    kill,
+    kill_under_torchrun,
+    launch,
+    newest,
+    ranks,
+    run_undisturbed,
+    wait_for,
+    writing,
+)
 from tests.launch import ROOT, write_documents
 
 
@@ -38,10 +48,9 @@ def test_torchrun_restarts_killed_ranks(tmp_path):
 def test_a_run_killed_before_its_first_tracker_resumes(tmp_path):
     """The checkpoint is found complete by its checksums, and the resumed run ends bit-identical."""
     documents, alone, cut = write_documents(tmp_path / "documents", documents=20), tmp_path / "alone", tmp_path / "cut"
-    assert launch(documents, alone, 4, tmp_path / "log").wait(timeout=300) == 0
+    run_undisturbed(documents, alone, 4)
     shutil.copytree(alone / "iter_0000002", cut / "iter_0000002")
-    assert launch(documents, cut, 4, tmp_path / "log").wait(timeout=300) == 0
-    words = (tmp_path / "log").read_text()
+    words = run_undisturbed(documents, cut, 4)
     assert newest(cut) == 4 and "step 3/4" in words and "step 1/4" not in words, words[-3000:]
     compare(alone, cut, 4)
 
@@ -83,7 +92,7 @@ def test_a_rank_that_cannot_write_loses_only_that_checkpoint(tmp_path, asynchron
     flags = ["--save", save, "--load", save, "--save-interval", 2, "--deterministic"]
     flags += ["--async-save"] if asynchronous else []
     log = tmp_path / "log"
-    process = launch(documents, save, 40, log, flags=flags)
+    process = launch(documents, save, 20, log, flags=flags)
     wait_for(lambda: newest(save) >= 2, process)
     for victim in (ranks(process)[1], *ranks(process)[1].children(recursive=True)):
         # Above the size of the log, which this rank writes too, and below that of its shard.
@@ -97,10 +106,10 @@ def test_a_rank_that_cannot_write_loses_only_that_checkpoint(tmp_path, asynchron
     whole = {path.name for path in save.glob("iter_*")}
     assert f"iter_{before + 2:07d}" not in whole, "the half-written folder is gone"
     if asynchronous:
-        assert code == 1 and "error: the last checkpoint is missing: step 40" in words
-        assert newest(save) == before and "step 40/40" in words
+        assert code == 1 and "error: the last checkpoint is missing: step 20" in words
+        assert newest(save) == before and "step 20/20" in words
     else:
-        assert code == 0 and newest(save) == 40, words[-3000:]
+        assert code == 0 and newest(save) == 20, words[-3000:]
     settings = yaml.safe_load(next((save / "runs").glob("*.yaml")).read_text())
     assert settings["environment"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # --deterministic
 
