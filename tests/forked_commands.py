@@ -31,7 +31,10 @@ from tests.processes import ROOT, ending_with_test
 platform.setup()  # here: a process that a rank spawns imports this module, as that of the rank
 
 JOB = ROOT / "pretrain_cream.py"
-READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TORCH_", "OMP_", "TRITON_", "NVTE_")
+READ_AT_IMPORT = {
+    *("HF_HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE"),
+    *("HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "XDG_CACHE_HOME", "OMP_NUM_THREADS", "TRITON_INTERPRET"),
+}
 
 _SHIM = """#!{python} -IS
 import json, os, socket, sys
@@ -160,7 +163,7 @@ def _read_initial_environment() -> dict[str, str]:
 
 
 def _read_at_import(environment) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    return {name: value for name, value in environment.items() if name in READ_AT_IMPORT}
 
 
 def _python_path(environment) -> set[str]:

@@ -9,6 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_cream.patches import platform
+
+platform.setup()
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
