@@ -31,7 +31,7 @@ LONGEST = (
 KEPT = {
     "checkpoint/test_after_save.py": 5, "checkpoint/test_convert_faults.py": 8, "commands/test_no_room.py": 4,
     "commands/test_tool_faults.py": 12, "common/test_entry.py": 10, "config/test_advice.py": 5,
-    "config/test_bad_inputs.py": 25, "data/test_resume_preprocess.py": 2, "distributed/test_nodes.py": 1,
+    "config/test_bad_inputs.py": 25, "distributed/test_nodes.py": 1,
     "distributed/test_processes.py": 1, "evaluation/test_evaluate.py": 4, "evaluation/test_long_evaluation_runs.py": 1,
     "examples/test_slurm.py": 0, "examples/test_study.py": 3, "examples/test_study_real.py": 1,
     "optimizer/test_one_pass.py": 1, "planning/test_measured.py": 15, "planning/test_traffic.py": 0, "training/test_default_run.py": 0,

@@ -26,7 +26,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("ci", ["true", "false"])
+@pytest.mark.parametrize("ci", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_only_gpus_may_be_missing_in_ci(tmp_path, ci):
     for number, other in enumerate(["", *OTHERS.values()]):
         (tmp_path / f"test_{number}.py").write_text(TESTS + other)

@@ -53,9 +53,16 @@ def convert_megatron_errors(prefix: str) -> Iterator[None]:
 def is_dead_data_worker(error: Exception) -> bool:
     """Return whether the error reports that a data loader worker died.
 
-    torch raises it from a signal handler, anywhere in the rank's code.
+    torch raises it from a signal handler, anywhere in the rank's code. A worker that dies while it hands over a batch
+    ends the connection first.
     """
+    if isinstance(error, OSError | EOFError):
+        return _passed_through(error, "multiprocessing/resource_sharer.py")
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def _passed_through(error: Exception, file: str) -> bool:
+    return any(frame.filename.endswith(file) for frame in traceback.extract_tb(error.__traceback__))
 
 
 def is_full_shared_memory(error: Exception) -> bool:
@@ -64,8 +71,7 @@ def is_full_shared_memory(error: Exception) -> bool:
     The system's error for a semaphore names no file.
     """
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-        frames = traceback.extract_tb(error.__traceback__)
-        return any(frame.filename.endswith("multiprocessing/synchronize.py") for frame in frames)
+        return _passed_through(error, "multiprocessing/synchronize.py")
     return isinstance(error, RuntimeError) and bool(_NO_SHARED_MEMORY.search(str(error)))
 
 

@@ -225,7 +225,7 @@ ENDINGS = (
     ),
     Ending(
         is_dead_data_worker,
-        "error: rank {rank}: a data loader worker died: {line} Check free memory, room in /dev/shm (docker "
+        "error: rank {rank}: a data loader worker died: {line}. Check free memory, room in /dev/shm (docker "
         "--shm-size), and that no file of --data-path changed; or use --num-workers 0",
         1,
         at_once=True,
@@ -284,7 +284,7 @@ def _end(error: Exception, rank: int) -> int:
         sys.excepthook(type(error), error, error.__traceback__)
     else:
         port = os.environ.get("MASTER_PORT")
-        words = ending.message.format(error=error, rank=rank, line=one_line(error), port=port)
+        words = ending.message.format(error=error, rank=rank, line=one_line(error).rstrip("."), port=port)
         if ending.by == "rank 0":
             rendezvous.print_once(f"{PROGRAM}: {words}")
         else:

@@ -167,6 +167,7 @@ def test_a_hook_may_outlive_the_run(tmp_path, capfd):
     os.kill(int((tmp_path / "log").read_text().splitlines()[1]), signal.SIGKILL)  # it is still alive
 
 
+@pytest.mark.slow
 def test_asynchronous_saves_run_hooks_and_resume_at_another_layout(tmp_path):
     """The newest two steps and every fourth one are kept, and each hook gets a complete checkpoint."""
     documents, save = write_documents(tmp_path / "documents"), tmp_path / "save"

@@ -3,10 +3,13 @@
 import shutil
 import signal
 
+import pytest
+
 from tests.faults.kill import launch, newest, ranks, wait_for
 from tests.launch import write_documents
 
 
+@pytest.mark.slow
 def test_a_deleted_save_folder_loses_checkpoints_but_no_step(tmp_path):
     """Checkpoints are written again when the folder is back; if it stays away, the exit code is 1."""
     documents, save, away = write_documents(tmp_path / "documents", documents=20), tmp_path / "run", tmp_path / "away"

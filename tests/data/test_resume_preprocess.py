@@ -84,6 +84,7 @@ def dies_at(moment: int | None, inputs, prefix, **options) -> int:
     return steps.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chats, overwrite", [(False, True), (True, False), (True, True)])
 def test_a_run_killed_at_any_step_resumes(tmp_path, chats, overwrite):
     inputs = write_input(tmp_path / "in", chats)

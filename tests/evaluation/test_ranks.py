@@ -38,7 +38,13 @@ def read_results(folder: Path) -> tuple[bytes, dict]:
 
 @pytest.mark.parametrize(
     "ranks, engine",
-    [(2, []), (4, [SPLIT, 2]), pytest.param(2, ["--context-parallel-size", 2], marks=pytest.mark.slow)],
+    [
+        (2, []),
+        *(
+            pytest.param(n, flags, marks=pytest.mark.slow)
+            for n, flags in [(4, [SPLIT, 2]), (2, ["--context-parallel-size", 2])]
+        ),
+    ],
     ids=["dp2", "tp2-dp2", "cp2"],
 )
 def test_ranks_have_the_results_of_one(monkeypatch, models, tmp_path, ranks, engine):

@@ -1,9 +1,12 @@
 """Short fault tests; tests/faults/ has the long ones."""
 
+import multiprocessing
+import os
 import resource
 import shutil
 import signal
 from argparse import Namespace
+from multiprocessing import resource_sharer
 
 import psutil
 import pytest
@@ -12,7 +15,7 @@ import yaml
 from megatron.training import checkpointing
 
 from megatron_cream.checkpoint import start
-from megatron_cream.common.errors import UsageError
+from megatron_cream.common.errors import UsageError, is_dead_data_worker
 from megatron_cream.config import fill
 from megatron_cream.data.recent import RecentSamples
 from megatron_cream.patches import tracker as tracker_patch
@@ -143,6 +146,7 @@ def test_a_rank_that_fails_alone_ends_the_job(tmp_path, ranks):
     assert log.count("Traceback (most recent call last):") == 2, "the rank's and torchrun's, none of a rank left alone"
 
 
+@pytest.mark.slow
 def test_a_killed_data_worker_prints_one_line(tmp_path):
     """Killed as by the out-of-memory killer: the job ends with one line and leaves no process."""
     documents, save = write_documents(tmp_path / "documents", documents=20), tmp_path / "run"
@@ -155,8 +159,25 @@ def test_a_killed_data_worker_prints_one_line(tmp_path):
     assert process.wait(timeout=300) == 1
     assert not psutil.wait_procs(started, timeout=300)[1]
     log = (tmp_path / "log").read_text()
-    assert "pretrain_cream.py: error: rank 1: a data loader worker died: DataLoader worker (pid" in log
+    assert "pretrain_cream.py: error: rank 1: a data loader worker died: " in log
     assert log.count("Traceback") == 1, "torchrun's"
+
+
+def test_a_data_worker_killed_while_it_hands_over_a_batch_is_recognized():
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe()
+
+    def worker():
+        sender.send(resource_sharer.DupFd(1))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = context.Process(target=worker)
+    process.start()
+    handle = receiver.recv()
+    process.join()
+    with pytest.raises((OSError, EOFError)) as caught:
+        handle.detach()
+    assert is_dead_data_worker(caught.value)
 
 
 def test_samples_of_a_step_keep_no_worker_file_open():
