@@ -1,6 +1,7 @@
 """Measure prompts of 32K to 256K tokens: prefill time, time per generated token, GPU memory.
 
     python benchmarks/long_prompts.py FOLDER [--config llama_1b] [--lengths 32768 65536 131072 262144]
+        [--kv-cache-dtype fp8]
 
 Writes a model of the recipe's shape, with random weights and linear RoPE scaling, to FOLDER in Hugging Face format and
 imports it as a Megatron checkpoint. The evaluation's engine for each of the two formats reads one random prompt of each
@@ -31,6 +32,7 @@ from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.config.recipe import locate
+from megatron_cream.evaluation.models.fp8_memory import KV_CACHE_DTYPES
 from megatron_cream.evaluation.models.hf_model import HfModel
 from megatron_cream.evaluation.models.megatron_model import MegatronModel
 
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072, 262144])
     parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--prefill-chunk", type=int, default=4096)
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     args = parser.parse_args()
     recipe = yaml.safe_load(locate(args.config).read_text())
     recipe["num_layers"] = args.layers or recipe["num_layers"]
@@ -54,6 +57,7 @@ def main() -> None:
     common = dict(
         dtype=torch.bfloat16 if CUDA else torch.float32,
         prefill_chunk=args.prefill_chunk,
+        kv_cache_dtype=args.kv_cache_dtype,
         tokenizer=None,
         stop_ids=frozenset(),
         max_positions=max(args.lengths),

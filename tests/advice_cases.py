@@ -310,6 +310,8 @@ NOT_FOLLOWED = {
     "torchrun --nproc_per_node {}: this machine": "needs a GPU",
     "needs --dtype bf16 or fp16 on a GPU": "needs a GPU",
     "Use --batch-size 1": "needs a full GPU; evaluation/test_ranks.py checks that it fits",
+    "Use --kv-cache-dtype fp8": "needs a full GPU; evaluation/test_fp8.py checks that it fits",
+    "--kv-cache-dtype fp8: lm_eval": "needs vLLM; evaluation/test_fp8.py has the line, and runs without the flag",
     "the attention kernel of this run needs": "about the environment; config/test_parse.py follows it",
     "has the columns {}; choose one with --json-key": "data/test_chat_data.py",
     "--tp-comm-overlap": "needs Transformer Engine and GPUs",

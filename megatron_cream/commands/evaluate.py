@@ -282,16 +282,15 @@ def run_part(args, part) -> None:
 
 def find_model(args, path: str | None = None) -> language_model.Source:
     """Find the model of --model, or of --key-token-model if its path is given."""
-    split = args.ranks.replica_size > 1
+    options = dict(dtype=args.dtype, split=args.ranks.replica_size > 1, kv_cache_dtype=args.kv_cache_dtype)
     if path:
-        return language_model.find_model(path, dtype=args.dtype, flag="--key-token-model", split=split)
+        return language_model.find_model(path, flag="--key-token-model", **options)
     return language_model.find_model(
         args.model,
         step=args.ckpt_step,
         tokenizer=args.tokenizer,
         engine=getattr(args, "engine", "auto"),
-        dtype=args.dtype,
-        split=split,
+        **options,
     )
 
 

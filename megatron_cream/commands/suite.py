@@ -24,7 +24,7 @@ from megatron_cream.evaluation.runner import OutOfMemory
 from megatron_cream.evaluation.suites import SUITE, Options, Run, list_runs, read_states
 from megatron_cream.evaluation.tasks.filler import TooShort
 
-_MODEL_FLAGS = ("ckpt_step", "tokenizer", "dtype")
+_MODEL_FLAGS = ("ckpt_step", "tokenizer", "dtype", "kv_cache_dtype")
 _TASK_FLAGS = (
     "batch_size", "chat", "engine", "tensor_parallel_size", "gpu_memory_utilization", "enforce_eager",
 )  # fmt: skip

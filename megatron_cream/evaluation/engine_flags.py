@@ -7,7 +7,8 @@ import torch
 
 from megatron_cream.common import devices
 from megatron_cream.common.cli import format_flag, positive
-from megatron_cream.common.errors import UsageError
+from megatron_cream.common.errors import NotAvailable, UsageError
+from megatron_cream.evaluation.models.fp8_memory import KV_CACHE_DTYPES
 from megatron_cream.evaluation.models.language_model import ENGINES, Source
 from megatron_cream.evaluation.models.vllm_model import VllmSettings, too_long
 
@@ -33,9 +34,11 @@ def add_engine(command: argparse.ArgumentParser, share, *, has_length: bool = Tr
 
 
 def add_engine_choice(command: argparse.ArgumentParser, engines: Sequence[str]) -> None:
-    """Add --engine with these values to the parser of a task."""
+    """Add --engine with these values, and --kv-cache-dtype, to the parser of a task."""
     about = "auto: transformers for a Hugging Face folder, Megatron-Core for a checkpoint or a model on several GPUs"
     command.add_argument("--engine", choices=engines, default="auto", help=about)
+    about = "of the keys and values: auto, that of the model; fp8, half of bf16's memory, with small errors"
+    command.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help=about)
 
 
 def read_vllm_settings(args: argparse.Namespace, source: Source, longest: int, added: int = 1) -> VllmSettings | None:
@@ -67,6 +70,11 @@ def read_harness_settings(args: argparse.Namespace, source: Source) -> VllmSetti
     """Do the same for the task harness, whose --max-length is for both engines."""
     if source.engine != "vllm":
         _reject_flags_of_vllm(args)
+        if args.kv_cache_dtype == "fp8":
+            raise NotAvailable(
+                "--kv-cache-dtype fp8: lm_eval with transformers keeps keys and values in the model's dtype. Use "
+                "--engine vllm, or leave the flag out."
+            )
         return None
     _check_length("--max-length", args.max_length, source.max_positions)
     return _make_settings(args, args.max_length)
@@ -87,4 +95,6 @@ def _make_settings(args: argparse.Namespace, length: int | None) -> VllmSettings
     gpus = args.tensor_parallel_size or 1
     if devices.has_cuda() and gpus > torch.cuda.device_count():
         raise UsageError(f"--tensor-parallel-size {gpus}: there are {torch.cuda.device_count()} GPUs here")
-    return VllmSettings(length, gpus, args.gpu_memory_utilization, args.enforce_eager, args.batch_size)
+    return VllmSettings(
+        length, gpus, args.gpu_memory_utilization, args.enforce_eager, args.batch_size, args.kv_cache_dtype
+    )

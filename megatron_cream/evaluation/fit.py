@@ -1,6 +1,7 @@
 """Whether a model's weights, keys and values fit into the GPUs, before anything is loaded."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from megatron_cream.checkpoint.mapping import list_parameters, megatron_shape
 from megatron_cream.common import devices
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import read_json
+from megatron_cream.evaluation.models.fp8_memory import count_bytes
 from megatron_cream.evaluation.models.language_model import Source
 from megatron_cream.evaluation.ranks import Ranks
 from megatron_cream.model.rotary import LENGTH_DEPENDENT_TYPES
@@ -46,7 +48,9 @@ def read_shape(source: Source) -> ModelShape | None:
     return None
 
 
-def compute_need(shape: ModelShape, dtype: torch.dtype, ranks: Ranks, tokens: int, batch: int) -> Need:
+def compute_need(
+    shape: ModelShape, dtype: torch.dtype, ranks: Ranks, tokens: int, batch: int, kv_cache_dtype: str = "auto"
+) -> Need:
     """Return what `batch` sequences of `tokens` tokens need on each GPU.
 
     Under context parallelism, prompts are read one after the other.
@@ -57,8 +61,9 @@ def compute_need(shape: ModelShape, dtype: torch.dtype, ranks: Ranks, tokens: in
         size = torch.Size(megatron_shape(row, shape, shape.vocab_size)).numel()
         weights += size // tensor if row.split_axis is not None else size
     groups = max(shape.num_query_groups // tensor, 1)
-    keys_values = 2 * shape.num_layers * groups * shape.kv_channels * tokens * batch
-    return Need(weights * dtype.itemsize, keys_values * dtype.itemsize // ranks.context)
+    numbers = 2 * groups * shape.kv_channels * tokens * batch // ranks.context
+    keys_values = count_bytes(shape.num_layers, numbers, shape.kv_channels, dtype, kv_cache_dtype)
+    return Need(weights * dtype.itemsize, keys_values)
 
 
 def check_split(source: Source, ranks: Ranks) -> None:
@@ -104,26 +109,39 @@ def describe_fit(source: Source, ranks: Ranks, *, tokens: int, batch: int, memor
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if devices.has_cuda() else 0
     if not memory or shape is None or source.engine == "vllm":
         return None
-    need = compute_need(shape, source.dtype, ranks, tokens, batch)
+    need = compute_need(shape, source.dtype, ranks, tokens, batch, source.kv_cache_dtype)
+    kept = " in FP8" if source.kv_cache_dtype == "fp8" else ""
     parts = (
-        f"{need.weights / GIB:.1f} GiB of weights and {need.keys_values / GIB:.1f} GiB of keys and values "
+        f"{need.weights / GIB:.1f} GiB of weights and {need.keys_values / GIB:.1f} GiB of keys and values{kept} "
         f"({tokens:,} tokens x {batch}) on each GPU of {memory / GIB:.0f} GiB"
     )
     if need.fits(memory):
         shared, size = f"{ranks.replicas} x " if ranks.replicas > 1 else "", ranks.replica_size
         return f"{shared}{size} GPU{'s' if size > 1 else ''} a model: {parts}"
-    advice = _advise(shape, source.dtype, ranks, tokens=tokens, batch=batch, memory=memory)
+    advice = _advise(shape, source, ranks, tokens=tokens, batch=batch, memory=memory)
     raise UsageError(f"--tensor-model-parallel-size {ranks.tensor}: {parts} cannot fit. {advice}")
 
 
-def _advise(shape: ModelShape, dtype: torch.dtype, ranks: Ranks, *, tokens: int, batch: int, memory: int) -> str:
-    """Return the flags with which it fits: a smaller batch, more GPUs, or both."""
+def _advise(shape: ModelShape, source: Source, ranks: Ranks, *, tokens: int, batch: int, memory: int) -> str:
+    """Return the flags with which it fits: a smaller batch, FP8, more GPUs, or several of them."""
 
-    def fits(layout: Ranks, prompts: int) -> bool:
-        return compute_need(shape, dtype, layout, tokens, prompts).fits(memory)
+    def fits(layout: Ranks, prompts: int, kv_cache_dtype: str) -> bool:
+        return compute_need(shape, source.dtype, layout, tokens, prompts, kv_cache_dtype).fits(memory)
 
-    if batch > 1 and fits(ranks, 1):
+    if batch > 1 and fits(ranks, 1, source.kv_cache_dtype):
         return "Use --batch-size 1."
+    more = _find_layout(shape, batch, lambda layout, prompts: fits(layout, prompts, source.kv_cache_dtype))
+    prompts = next((prompts for prompts in (batch, 1) if fits(ranks, prompts, "fp8")), None)
+    if prompts:  # only where --kv-cache-dtype is auto: otherwise it would have fit, or a smaller batch
+        one, other = " --batch-size 1" if prompts < batch else "", f", or {more}" if more else ""
+        return f"Use --kv-cache-dtype fp8{one}, which halves keys and values{other}."
+    if not more and (more := _find_layout(shape, batch, lambda layout, prompts: fits(layout, prompts, "fp8"))):
+        more += " --kv-cache-dtype fp8, which halves keys and values"
+    return f"Use {more or 'shorter lengths'}."
+
+
+def _find_layout(shape: ModelShape, batch: int, fits: Callable[[Ranks, int], bool]) -> str | None:
+    """Return the launch and flags of the smallest layout that fits with this batch, or else with one prompt."""
     sizes = [size for size in range(1, _MOST_GPUS + 1) if _can_split(shape, size)]
     layouts = [Ranks(0, size, size) for size in sizes]
     # The key heads may be too few for tensor parallelism alone.
@@ -135,5 +153,5 @@ def _advise(shape: ModelShape, dtype: torch.dtype, ranks: Ranks, *, tokens: int,
                     f"torchrun --nproc_per_node={layout.world_size} with --tensor-model-parallel-size {layout.tensor}"
                 )
                 flags += f" --context-parallel-size {layout.context}" if layout.context > 1 else ""
-                return f"Use {flags}{' --batch-size 1' if prompts < batch else ''}."
-    return "Use shorter lengths."
+                return f"{flags}{' --batch-size 1' if prompts < batch else ''}"
+    return None

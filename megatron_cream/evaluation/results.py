@@ -299,7 +299,7 @@ def _check_same_run(folder: Path, now: dict[str, Any]) -> bool:
         key = different[0]
         reason = f"{key} {shorten(old.get(key))}, not {shorten(new.get(key))}"
     elif not same_model:
-        reason = "another model, or another --engine or --dtype"
+        reason = "another model, or another --engine, --dtype or --kv-cache-dtype"
     else:
         return _CHECKSUMS in before
     raise UsageError(f"--output {folder}: its results were made with {reason}. Give another folder, or --overwrite.")

@@ -134,9 +134,10 @@ def test_results_of_other_settings_are_rejected(monkeypatch, models, tmp_path, c
         (models["hf"], "--seed", 1): "seed 0, not 1",
         (models["hf"], "--samples", 3): "samples 2, not 3",
         (models["hf"], "--chat"): "chat false, not true",
-        (models["hf"], "--dtype", "bf16"): "another model, or another --engine or --dtype",
-        (tmp_path / "trained",): "another model, or another --engine or --dtype",
-        (models["ckpt"],): "another model, or another --engine or --dtype",
+        (models["hf"], "--dtype", "bf16"): "another model, or another --engine, --dtype or --kv-cache-dtype",
+        (models["hf"], "--kv-cache-dtype", "fp8"): "another model, or another --engine, --dtype or --kv-cache-dtype",
+        (tmp_path / "trained",): "another model, or another --engine, --dtype or --kv-cache-dtype",
+        (models["ckpt"],): "another model, or another --engine, --dtype or --kv-cache-dtype",
     }.items():
         assert run(monkeypatch, *flags, *extra) == 2
         message = capsys.readouterr().err
@@ -144,8 +145,9 @@ def test_results_of_other_settings_are_rejected(monkeypatch, models, tmp_path, c
     assert (tmp_path / "out" / RESULTS).read_bytes() == before
     assert run(monkeypatch, *flags, tmp_path / "moved") == 0  # the same model in another folder
     assert (tmp_path / "out" / RESULTS).read_bytes() == before
-    assert run(monkeypatch, *flags, models["hf"], "--seed", 1, "--overwrite") == 0
-    assert summary_of(tmp_path / "out")["settings"]["seed"] == 1
+    assert run(monkeypatch, *flags, models["hf"], "--seed", 1, "--kv-cache-dtype", "fp8", "--overwrite") == 0
+    summary = summary_of(tmp_path / "out")
+    assert summary["settings"]["seed"] == 1 and summary["model"]["kv_cache_dtype"] == "fp8"
     assert (tmp_path / "out" / RESULTS).read_bytes() != before
 
 
@@ -180,6 +182,11 @@ def bad_inputs(models: dict[str, Path], texts: Path, folder: Path):
         ([*NEEDLE, *output, *hf, "--enforce-eager"], "--enforce-eager: only with --engine vllm"),
         ([*NEEDLE, *output, *hf, "--max-model-len", 9], "--max-model-len 9: only with --engine vllm"),
         (["harness", *output, *hf, "--tasks", "own", "--tensor-parallel-size", 2], "only with --engine vllm"),
+        (
+            ["harness", *output, *hf, "--tasks", "own", "--kv-cache-dtype", "fp8"],
+            "fp8: lm_eval with transformers keeps",
+        ),
+        ([*NEEDLE, *output, *hf, "--kv-cache-dtype", "fp4"], "--kv-cache-dtype: invalid choice: 'fp4'"),
         (["harness", *output, *hf, "--tasks", "own", "--metadata", "[1]"], "--metadata: '[1]': must be a JSON object"),
         ([*NEEDLE, *output, "--chat", "--model", plain], "--chat: the model's tokenizer has no chat template"),
         ([*NEEDLE, *hf, "--output", folder / "file"], f"--output {folder / 'file'}: exists and is not a folder"),

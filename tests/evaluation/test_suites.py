@@ -39,6 +39,7 @@ def test_every_evaluation_of_a_suite_is_a_command(name, tmp_path):
     """All flags of each run parse, and the published numbers of examples are asked for."""
     words = ["suite", name, "hf", "--lengths", 4096, 8192, "--samples", 3, "--limit", 5, "--haystack", tmp_path]
     words += ["--dataset", "books", "--longbench", "LongBench", "--engine", "vllm", "--enforce-eager", "--chat"]
+    words += ["--kv-cache-dtype", "fp8"]
     args = build_parser("").parse_args(list(map(str, words)))
     runs = list_runs(name, Options(args.lengths, *(getattr(args, each) for each in list(Options.__annotations__)[1:])))
     assert [each.name for each in runs] == NAMES[name] and not any(each.missing for each in runs)
@@ -46,6 +47,7 @@ def test_every_evaluation_of_a_suite_is_a_command(name, tmp_path):
     for each in runs:
         parsed = build_parser("").parse_args([*each.words, *suite._list_flags(args, each.words[0])])
         assert parsed.model == "hf" and getattr(parsed, "enforce_eager", True)
+        assert parsed.kv_cache_dtype == "fp8"
         if parsed.command == "harness":
             assert parsed.limit == 5 and each.dataset
             shots[each.name] = parsed.num_fewshot

@@ -55,7 +55,7 @@ def format_card_results(comparison: Comparison) -> str:
     """Return the results as Markdown for the extended model's card: the models, how they ran, gain and cost."""
     base, extended = comparison.pairs[0].base, comparison.pairs[0].extended
     devices = ", ".join(sorted({pair.extended.gpu for pair in comparison.pairs}))
-    how = escape_markdown(f"{extended.model.get('engine')} in {extended.model.get('dtype')} on {devices}")
+    how = escape_markdown(f"{extended.model.get('engine')} in {extended.dtype} on {devices}")
     about = (
         f"Compared with {escape_markdown(base.model_name)} (digest `{str(base.model['digest'])[:12]}`) on the same "
         f"examples. The extended model ran with {how}."
@@ -134,7 +134,7 @@ def _build_model_table(comparison: Comparison) -> str:
         "window": [f"{window:,} tokens" if window else "unknown" for window in windows],
         "step": [escape_markdown(str(side.model.get("step") or "-")) for side in sides],
         "digest": [f"`{str(side.model['digest'])[:12]}`" for side in sides],
-        "ran with": [escape_markdown(f"{side.model.get('engine')}, {side.model.get('dtype')}") for side in sides],
+        "ran with": [escape_markdown(f"{side.model.get('engine')}, {side.dtype}") for side in sides],
         "results": [escape_markdown(str(side.folder.parent if several else side.folder)) for side in sides],
     }
     rows = [format_row(["", "base", "extended"]), format_row(["---"] * 3)]

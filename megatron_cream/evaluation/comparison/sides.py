@@ -42,6 +42,12 @@ class Result:
         return Path(self.summary["model_path"]).name or self.summary["model_path"]
 
     @property
+    def dtype(self) -> str:
+        """The model's dtype, and that of keys and values if it is another."""
+        kept = self.model.get("kv_cache_dtype")
+        return f"{self.model.get('dtype')}{f' with keys and values in {kept}' if kept else ''}"
+
+    @property
     def gpu(self) -> str:
         name = self.summary.get("versions", {}).get("gpu", "none")
         return "a CPU" if name == "none" else f"GPU {name}"
@@ -127,8 +133,8 @@ def describe_differences(pairs: list[Pair]) -> list[str]:
     """Return a sentence for each thing beside the model that differs and may move scores a little."""
     found = {}
     for pair in pairs:
-        for name in ("dtype", "engine"):
-            ours, theirs = pair.base.model.get(name), pair.extended.model.get(name)
+        for name, default in (("dtype", None), ("engine", None), ("kv_cache_dtype", "auto")):
+            ours, theirs = (side.model.get(name, default) for side in (pair.base, pair.extended))
             if ours != theirs:
                 found[f"The base model ran with {name} {ours}, the extended model with {name} {theirs}."] = True
         ours, theirs = (side.gpu for side in (pair.base, pair.extended))

@@ -31,17 +31,22 @@ class HfModel:
         tokenizer: ModelTokenizer,
         stop_ids: frozenset[int],
         max_positions: int,
+        kv_cache_dtype: str = "auto",
     ):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # missing weights are reported below
         device = "cuda" if devices.has_cuda() else "cpu"
         try:
+            if kv_cache_dtype == "fp8":  # raises before the weights are read
+                _new_cache(AutoConfig.from_pretrained(folder, trust_remote_code=False), 0, kv_cache_dtype)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
             )
+        except UsageError:
+            raise
         except Exception as error:  # for example a damaged file, or an architecture that is unknown or has no sdpa
             reason = one_line(error)
             raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
@@ -50,7 +55,7 @@ class HfModel:
         if wrong:
             raise UsageError(f"--model {folder}: weight {wrong[0]} is missing or has another shape")
         self._model = model.to(device).eval()
-        self._chunk, self._stop_ids = prefill_chunk, stop_ids
+        self._chunk, self._stop_ids, self._kv_cache_dtype = prefill_chunk, stop_ids, kv_cache_dtype
         self.tokenizer, self.max_positions = tokenizer, max_positions
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
@@ -58,7 +63,8 @@ class HfModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
-        batch = _LeftPaddedBatch(self._model, self._chunk)
+        cache = _new_cache(self._model.config, max(map(len, prompts)) + max_new_tokens, self._kv_cache_dtype)
+        batch = _LeftPaddedBatch(self._model, self._chunk, cache)
         return generation.generate(batch, prompts, max_new_tokens, stop_ids=self._stop_ids, **sampling)
 
     @torch.inference_mode()
@@ -66,7 +72,8 @@ class HfModel:
         tokens = tokens.to(self._model.device)
         inputs = tokens[:, :-1]  # the prediction after the last token is not scored
         total = inputs.shape[1]
-        cache = _new_cache(self._model) if total > self._chunk else None
+        cached = total > self._chunk or self._kv_cache_dtype == "fp8"
+        cache = _new_cache(self._model.config, total, self._kv_cache_dtype) if cached else None
         parts = []
         for begin in range(0, total, self._chunk):
             end = min(begin + self._chunk, total)
@@ -100,18 +107,23 @@ def _cache_argument(model) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _new_cache(model):
+def _new_cache(config, length: int, kv_cache_dtype: str):
+    """Make a cache of transformers for texts of at most `length` tokens."""
+    if kv_cache_dtype == "fp8":
+        from megatron_cream.evaluation.models.hf_fp8_cache import new_fp8_cache
+
+        return new_fp8_cache(config, length)
     from transformers import DynamicCache
 
-    return DynamicCache(config=model.config)
+    return DynamicCache(config=config)
 
 
 class _LeftPaddedBatch:
     """A CachedBatch with masked padding before the shorter prompts, and positions that start after it."""
 
-    def __init__(self, model, chunk: int):
+    def __init__(self, model, chunk: int, cache):
         self._model, self._chunk = model, chunk
-        self._cache, self._cache_argument = _new_cache(model), _cache_argument(model)
+        self._cache, self._cache_argument = cache, _cache_argument(model)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         width = max(map(len, prompts))

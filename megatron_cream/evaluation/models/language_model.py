@@ -78,6 +78,7 @@ class Source:
     engine: transformers, megatron or vllm.
     dtype: dtype in which the model runs.
     flag: flag of `path`, for messages.
+    kv_cache_dtype: one of KV_CACHE_DTYPES.
     """
 
     path: Path
@@ -86,6 +87,7 @@ class Source:
     engine: str
     dtype: torch.dtype
     flag: str = "--model"
+    kv_cache_dtype: str = "auto"
 
     @property
     def max_positions(self) -> int:
@@ -118,6 +120,7 @@ class Source:
             "digest": compute_digest([folder for folder in folders if folder]),
             "engine": self.engine,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({"kv_cache_dtype": self.kv_cache_dtype} if self.kv_cache_dtype != "auto" else {}),
         }
 
 
@@ -130,6 +133,7 @@ def find_model(
     dtype: str | None = None,
     flag: str = "--model",
     split: bool = False,
+    kv_cache_dtype: str = "auto",
 ) -> Source:
     """Find the kind of a model folder, and read its configuration and tokenizer.
 
@@ -141,6 +145,7 @@ def find_model(
         dtype: one of convert.DTYPES; None is bfloat16 on a GPU and float32 on a CPU.
         flag: flag of `path`, for messages.
         split: whether several GPUs share the model.
+        kv_cache_dtype: one of KV_CACHE_DTYPES.
 
     Raises:
         UsageError: the folder is of neither kind, is damaged or has no tokenizer, or `engine` is vllm and vLLM is not
@@ -149,12 +154,13 @@ def find_model(
     if engine == "vllm":
         import_vllm()
     torch_dtype = DTYPES[dtype] if dtype else torch.bfloat16 if devices.has_cuda() else torch.float32
+    last = (torch_dtype, flag, kv_cache_dtype)
     folder = Path(path)
     if (folder / TRACKER).is_file():
         checkpoint = open_checkpoint(folder, step, flag=flag)
         output.check_unchanged(checkpoint.folder)
         opened = open_tokenizer(tokenizer, flag="--tokenizer") if tokenizer else _open_own_tokenizer(checkpoint, flag)
-        return Source(folder, checkpoint, opened, "vllm" if engine == "vllm" else "megatron", torch_dtype, flag)
+        return Source(folder, checkpoint, opened, "vllm" if engine == "vllm" else "megatron", *last)
     if step is not None:
         raise UsageError(f"--ckpt-step {step}: only with a Megatron checkpoint, but {flag} {path} is not one")
     folder = locate(path, flag=flag)
@@ -171,7 +177,7 @@ def find_model(
         hf_folder.HfFolder(folder)  # raises
     given = (tokenizer, "--tokenizer") if tokenizer else (folder, flag)
     opened = open_tokenizer(given[0], flag=given[1])
-    return Source(folder, None, opened, engine, torch_dtype, flag)
+    return Source(folder, None, opened, engine, *last)
 
 
 def load(
@@ -245,6 +251,7 @@ def _load(source: Source, prefill_chunk: int, vllm: VllmSettings, ranks: Ranks) 
     if source.engine == "vllm":
         with provide_hf_folder(source) as folder:
             return VllmModel(folder, dtype=source.dtype, prefill_chunk=prefill_chunk, settings=vllm, **common)
+    common["kv_cache_dtype"] = source.kv_cache_dtype  # vLLM's is in its settings
     if _read_rope_type(source) in LENGTH_DEPENDENT_TYPES:
         prefill_chunk = 1 << 40  # one chunk: the frequencies of all tokens depend on the longest position
     if source.engine == "megatron":

@@ -38,13 +38,14 @@ class MegatronModel:
         tokenizer: ModelTokenizer,
         stop_ids: frozenset[int],
         max_positions: int,
+        kv_cache_dtype: str = "auto",
         group: Group | None = None,
     ):
         self._model, self._group = load_model(weights, dtype, group=group), group or Group()
         shape = replace(weights.shape, max_position_embeddings=_NO_LIMIT)
         self._model.rotary = shape.rotary(by_length=True)
         self._device = "cuda" if devices.has_cuda() else "cpu"
-        self._chunk, self._stop_ids = prefill_chunk, stop_ids
+        self._chunk, self._stop_ids, self._kv_cache_dtype = prefill_chunk, stop_ids, kv_cache_dtype
         self.tokenizer, self.max_positions = tokenizer, max_positions
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
@@ -54,12 +55,13 @@ class MegatronModel:
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
         agree = _take_from_first_rank if self._group.size > 1 else None
         options = dict(stop_ids=self._stop_ids, agree=agree)
+        cache = dict(room=max_new_tokens, kv_cache_dtype=self._kv_cache_dtype)
         if self._group.context == 1:
-            batch = _RightAlignedBatch(self._model, self._device, self._chunk, room=max_new_tokens)
+            batch = _RightAlignedBatch(self._model, self._device, self._chunk, **cache)
             return generation.generate(batch, prompts, max_new_tokens, **options, **sampling)
         answers = []
         for prompt, seed in zip(prompts, sampling["seeds"], strict=True):
-            text = ShardedText(self._model, self._device, self._chunk, room=max_new_tokens)
+            text = ShardedText(self._model, self._device, self._chunk, **cache)
             answers += generation.generate(text, [prompt], max_new_tokens, **options, **sampling | {"seeds": [seed]})
         return answers
 
@@ -80,16 +82,21 @@ class MegatronModel:
 
     def _open_cache(self, batch: int, length: int) -> "ShardedCache | _WholeCache":
         if self._group.context == 1:
-            return _WholeCache(self._model, self._chunk, batch, length)
-        return ShardedCache(self._model, self._device, self._chunk, batch=batch, length=length)
+            return _WholeCache(self._model, self._chunk, batch, length, self._kv_cache_dtype)
+        options = dict(batch=batch, length=length, kv_cache_dtype=self._kv_cache_dtype)
+        return ShardedCache(self._model, self._device, self._chunk, **options)
 
 
 class _WholeCache:
-    """The keys and values of a batch of texts of one length; none are kept if they are read at once."""
+    """The keys and values of a batch of texts of one length.
 
-    def __init__(self, model: LlamaModel, chunk: int, batch: int, length: int):
+    Texts that are read at once need none, but in FP8 they are rounded all the same.
+    """
+
+    def __init__(self, model: LlamaModel, chunk: int, batch: int, length: int, kv_cache_dtype: str):
         self._model, self.chunk = model, chunk
-        self._context = new_context(model, batch, length) if length > chunk else None
+        kept = length > chunk or kv_cache_dtype == "fp8"
+        self._context = new_context(model, batch, length, kv_cache_dtype) if kept else None
 
     def read(self, tokens: Tensor, positions: Tensor, **options) -> Tensor:
         """Return the model's output for the next tokens, [b, s]; `options` are the model's."""
@@ -113,15 +120,17 @@ class _RightAlignedBatch:
         device: "cuda" or "cpu".
         chunk: tokens of a prompt that are read at once.
         room: maximum tokens that can be appended.
+        kv_cache_dtype: one of KV_CACHE_DTYPES.
     """
 
-    def __init__(self, model: LlamaModel, device: str, chunk: int, room: int):
+    def __init__(self, model: LlamaModel, device: str, chunk: int, room: int, kv_cache_dtype: str):
         self._model, self._device, self._chunk, self._room = model, device, chunk, room
+        self._kv_cache_dtype = kv_cache_dtype
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = int(lengths.max())
-        self._context = new_context(self._model, len(prompts), width + self._room)
+        self._context = new_context(self._model, len(prompts), width + self._room, self._kv_cache_dtype)
         logits = [self._read(prompt, i, width - len(prompt)) for i, prompt in enumerate(prompts)]
         self._context.sequence_len_offset = width
         # bool [b, keys], False on padding; None if there is no padding.
@@ -143,7 +152,8 @@ class _RightAlignedBatch:
         context = self._context
         whole = context.key_value_memory_dict
         context.key_value_memory_dict = {
-            layer: tuple(memory[padding:, row : row + 1] for memory in pair) for layer, pair in whole.items()
+            layer: tuple(memory.narrow(0, padding, memory.size(0) - padding).narrow(1, row, 1) for memory in pair)
+            for layer, pair in whole.items()
         }
         tokens = torch.tensor([prompt], device=self._device)
         context.sequence_len_offset = 0

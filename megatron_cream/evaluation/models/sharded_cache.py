@@ -28,15 +28,26 @@ class ShardedCache:
         batch: number of texts.
         length: tokens of each text.
         room: further tokens that may follow, one at a time.
+        kv_cache_dtype: one of KV_CACHE_DTYPES.
     """
 
-    def __init__(self, model: LlamaModel, device: str, chunk: int, *, batch: int, length: int, room: int = 0):
+    def __init__(
+        self,
+        model: LlamaModel,
+        device: str,
+        chunk: int,
+        *,
+        batch: int,
+        length: int,
+        room: int = 0,
+        kv_cache_dtype: str = "auto",
+    ):
         group = model.pg_collection.cp
         self.chunk = min(chunk, -(-length // (_CHUNKS_PER_RANK * group.size())))
         chunks = -(-length // self.chunk)
         kept = -(-chunks // group.size()) * self.chunk + -(-room // group.size())
         # Megatron also writes the keys that another rank keeps, behind its own, where the next ones replace them.
-        self._context = new_context(model, batch, kept + self.chunk)
+        self._context = new_context(model, batch, kept + self.chunk, kv_cache_dtype)
         self._model, self._device, self._turn = model, device, 0
         self._shard = KeyShard(group)
         for layer in model.decoder.layers:
@@ -59,14 +70,16 @@ class ShardedText:
         device: "cuda" or "cpu".
         chunk: most tokens that are read at once.
         room: maximum tokens that can be appended.
+        kv_cache_dtype: one of KV_CACHE_DTYPES.
     """
 
-    def __init__(self, model: LlamaModel, device: str, chunk: int, room: int):
+    def __init__(self, model: LlamaModel, device: str, chunk: int, room: int, kv_cache_dtype: str = "auto"):
         self._model, self._device, self._chunk, self._room = model, device, chunk, room
+        self._kv_cache_dtype = kv_cache_dtype
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         (prompt,) = prompts
-        options = dict(batch=1, length=len(prompt), room=self._room)
+        options = dict(batch=1, length=len(prompt), room=self._room, kv_cache_dtype=self._kv_cache_dtype)
         self._cache, self._read = ShardedCache(self._model, self._device, self._chunk, **options), 0
         for begin in range(0, len(prompt), self._cache.chunk):
             logits = self.step(torch.tensor(prompt[begin : begin + self._cache.chunk], device=self._device))

@@ -29,6 +29,7 @@ class VllmSettings:
     gpu_memory_utilization: share of each GPU's memory for weights, keys and values; None is vLLM's default.
     enforce_eager: run without compilation and CUDA graphs: starts faster, answers more slowly.
     max_num_seqs: maximum prompts at once; None is vLLM's default.
+    kv_cache_dtype: dtype of keys and values; auto is the model's, or what its folder was calibrated for.
     """
 
     max_model_len: int | None = None
@@ -36,6 +37,7 @@ class VllmSettings:
     gpu_memory_utilization: float | None = None
     enforce_eager: bool = False
     max_num_seqs: int | None = None
+    kv_cache_dtype: str = "auto"
 
     def engine_arguments(self, max_positions: int, prefill_chunk: int | None) -> dict[str, Any]:
         """Return the arguments of vllm.LLM.
@@ -53,6 +55,7 @@ class VllmSettings:
             "max_num_seqs": min(filter(None, (self.max_num_seqs, prefill_chunk)), default=None),  # vLLM requires it
             "max_num_batched_tokens": prefill_chunk,
             "enable_chunked_prefill": True,
+            "kv_cache_dtype": None if self.kv_cache_dtype == "auto" else self.kv_cache_dtype,
         }
         return {name: value for name, value in given.items() if value is not None}
 
