@@ -260,7 +260,7 @@ TOOL_CASES = {
             put("texts.jsonl", json.dumps({"messages": [dict(role=r, content="a") for r in ("user", "assistant")]})),
             put("hf/chat_template.jinja", "{% for i in range(10**9) %}{{ i }}{% endfor %}"),
         ),
-        (*PREPARE, "--chat-format", "tokenizer"), ["--input", "1 chat that the chat template rejects"],
+        (*PREPARE, "--chat-format", "tokenizer"), ["--input", "chat that the chat template rejects: 1"],
     ),
     "preprocess: workers": (also(), (*PREPARE, "--workers", "0"), ["--workers 0"]),
     "preprocess: glob": (also(), (*PREPARE, "--glob", "/etc/*", "--input", "{0}/hf"), ["--input", "--glob"]),
