@@ -220,15 +220,15 @@ def shape_from_config(raw: dict[str, Any], path: Path) -> ModelShape:
     raw = {key: value for key, value in raw.items() if key not in _DTYPE_KEYS}
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
-        raise UsageError(f"{path}: model_type {model_type!r}: only {', '.join(FAMILIES)} are supported")
+        raise UsageError(f"{path}: model_type {_quote(model_type)}: only {', '.join(FAMILIES)} are supported")
     family = FAMILIES[model_type]
     for architecture in raw.get("architectures") or []:
         if not isinstance(architecture, str) or architecture.lower() != family.architecture.lower():  # LLaMAForCausalLM
-            raise UsageError(f"{path}: architectures {architecture!r}: only {family.architecture} is supported")
+            raise UsageError(f"{path}: architectures {_quote(architecture)}: only {family.architecture} is supported")
     for key, needed, *synonyms in _REQUIRED_VALUES:
         value = raw.get(key)
         if key in raw and value is not None and value not in (needed, *synonyms):
-            shown = "" if isinstance(value, dict) else f" {json.dumps(value)}"
+            shown = "" if isinstance(value, dict) else f" {one_line(json.dumps(value), 60)}"
             raise UsageError(f"{path}: {key}{shown}: not supported; only {json.dumps(needed)} is")
     for key in ("rope_parameters", "rope_scaling"):
         factor = (raw.get(key) or {}).get("partial_rotary_factor", 1.0)
@@ -290,8 +290,13 @@ def _original_window(raw: dict[str, Any], scaling: dict[str, Any]) -> int | None
     if window is None and type(raw.get("max_sequence_length")) is int and scaling.get("factor"):
         window = round(raw["max_sequence_length"] / scaling["factor"])
     if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f"original_max_position_embeddings {window!r}: must be a whole number above 0")
+        raise ValueError(f"original_max_position_embeddings {_quote(window)}: must be a whole number above 0")
     return window
+
+
+def _quote(value: Any) -> str:
+    """Return a value of a file for a message; a damaged file may have thousands of characters there."""
+    return one_line(repr(value), 60)
 
 
 def check_types(raw: Any, path: Path) -> None:
@@ -306,7 +311,7 @@ def check_types(raw: Any, path: Path) -> None:
         raise UsageError(f"{path}: not a readable model configuration: not a JSON object")
 
     def reject(name: str, right: str):
-        raise UsageError(f"{path}: {name} {one_line(repr(raw[name]), 60)}: must be {right}")
+        raise UsageError(f"{path}: {name} {_quote(raw[name])}: must be {right}")
 
     given = {name for name, value in raw.items() if value is not None}
     if isinstance(raw.get("model_type"), str) and raw["model_type"] not in FAMILIES:

@@ -165,6 +165,11 @@ ROPES = st.dictionaries(
 )
 @example("qwen2", {"num_hidden_layers": 10**12})
 @example("llama", {"head_dim": 2**60})
+@example("llama", {"use_sliding_window": ["long" * 999]})
+@example("long" * 999, {})
+@example("llama", {"architectures": ["long" * 999]})
+@example("llama", {"rope_scaling": {"rope_type": "linear", "factor": "long" * 999}})
+@example("llama", {"max_position_embeddings": "long" * 999, "hidden_act": "long" * 999})
 def test_any_configuration(hf, model_type, changes):
     raw = json.loads((hf / "config.json").read_text()) | {"model_type": model_type, "architectures": None} | changes
     raw = json.loads(json.dumps(raw))
