@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_in_the_interpreter():
     """Run in a separate process, because TRITON_INTERPRET must be set before Triton is imported."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not in_the_interpreter"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", __file__, "-k", "not in_the_interpreter"]
     result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
 

@@ -44,6 +44,7 @@ def test_one_line_names_model_and_tensor(monkeypatch, capsys, models, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval")
 def test_harness(monkeypatch, capsys, models, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"q": "1", "gold": 1}\n')
