@@ -86,10 +86,10 @@ def prepare(folder: Path, *, length: int, documents: int, source: Path | None = 
     for prefix, texts in ((corpus.text, train), (corpus.valid, valid)):
         encoded = words.encode(texts, add_bos=True, add_eos=True, num_threads=-1)
         numbers[prefix.name] = _write(prefix, [np.array(ids, np.uint16) for ids in encoded])
-    stream = np.fromfile(paths(corpus.text)[0], np.uint16)
+    stream, symbols = np.fromfile(paths(corpus.text)[0], np.uint16), corpus.symbols()
     for count in PAIRS:
         rng = np.random.default_rng(count)
-        some = (pair_document(rng, stream, corpus.symbols(), length, count) for _ in range(documents))
+        some = (pair_document(rng, stream, symbols, length, count) for _ in range(documents))
         numbers[corpus.pairs(count).name] = _write(corpus.pairs(count), list(some))
     # Written last, because its presence marks the corpus as complete.
     complete.write_text(json.dumps({"source": source.name, "files": len(files), "tokens": numbers}, indent=1) + "\n")

@@ -21,8 +21,8 @@ def recall_by_depth(
     samples: int,
     seed: int = 0,
     batch_tokens: int = 1 << 17,
-) -> dict[float, float]:
-    """Return the share of contexts for which the model recalls the value, for each depth.
+) -> dict[float, tuple[float, float]]:
+    """Return the share of contexts for which the model recalls the value, and the value's mean loss, for each depth.
 
     A context is `length` tokens of held-out text that states PAIRS pairs. One of them stands at `depth` (0: start,
     after OPENING tokens; 1: end), and the context ends with the key of that one. The value is recalled if it is the
@@ -34,18 +34,20 @@ def recall_by_depth(
         symbols: token ids of the keys, and of the values.
         samples: contexts for each depth; the same for every model.
 
-    Returns: depth -> share, 0 to 1.
+    Returns: depth -> share, 0 to 1, and loss, in nats.
     """
     result, rows = {}, max(1, batch_tokens // length)
     for depth in depths:
         rng = np.random.default_rng((seed, length, round(1000 * depth)))
         made = [context(rng, haystack, symbols, length, depth) for _ in range(samples)]
-        found = 0
+        found, losses = 0, 0.0
         for start in range(0, samples, rows):
             tokens, answers = zip(*made[start : start + rows])
-            likeliest = _likeliest(model, np.stack(tokens))
-            found += int((likeliest == np.array(answers)).sum())
-        result[depth] = found / samples
+            log_likelihoods = _log_likelihoods(model, np.stack(tokens))
+            values = torch.tensor(answers)
+            found += int((log_likelihoods.argmax(-1) == values).sum())
+            losses -= float(log_likelihoods.gather(1, values[:, None]).sum())
+        result[depth] = found / samples, losses / samples
     return result
 
 
@@ -67,9 +69,10 @@ def context(
 
 
 @torch.inference_mode()
-def _likeliest(model, tokens: np.ndarray) -> np.ndarray:
+def _log_likelihoods(model, tokens: np.ndarray) -> torch.Tensor:
+    """Return the log likelihoods of the token after each context, float32 [contexts, vocabulary]."""
     batch = torch.from_numpy(tokens).to(model.device)
-    return model(batch, logits_to_keep=1, use_cache=False).logits[:, -1].argmax(-1).cpu().numpy()
+    return model(batch, logits_to_keep=1, use_cache=False).logits[:, -1].float().log_softmax(-1).cpu()
 
 
 def load(folder: Path):

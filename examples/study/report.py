@@ -1,5 +1,7 @@
 """Table and pictures of the study, made from its results."""
 
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,34 +40,43 @@ class _Results:
     """Measurements, by method and factor, over the seeds."""
 
     def __init__(self, results: list[dict]):
-        self._all = results
+        # Results of before the part `scalings` have neither a scaling nor a learning rate.
+        self._all = [{"scaling": methods.PUBLISHED, "rate": methods.RATE} | r for r in results]
         self.factors = sorted({r["factor"] for r in results if r["method"] != "base"})
-        self.methods = [m for m in (*methods.METHODS, *methods.SIGMAS) if any(r["method"] == m for r in results)]
+        self.rates = {scaling: chosen_rate(self._all, scaling) for scaling in methods.SCALINGS}
 
-    def of(self, method: str, factor: int) -> list[dict]:
-        return [r for r in self._all if (r["method"], r["factor"]) == (method, factor)]
+    def of(self, method: str, factor: int, scaling: str = methods.PUBLISHED, rate: float = methods.RATE) -> list[dict]:
+        wanted = (method, factor, scaling, rate)
+        return [r for r in self._all if (r["method"], r["factor"], r["scaling"], r["rate"]) == wanted]
+
+    def recipes(self, factor: int) -> list[tuple[str, str, float]]:
+        """Return scaling, method and learning rate of every row of a factor's table."""
+        rates = [(scaling, rate) for scaling, rate in self.rates.items() if rate is not None]
+        rates = list(dict.fromkeys([(methods.PUBLISHED, methods.RATE), *rates]))
+        every = ((scaling, method, rate) for scaling, rate in rates for method in methods.ALL)
+        return [(scaling, m, rate) for scaling, m, rate in every if self.of(m, factor, scaling, rate)]
 
     def over_seeds(self, method: str, factor: int, value: Callable[[dict], float]) -> tuple[float, float] | None:
-        """Return the mean and standard deviation of `value`, or None if there is no run."""
-        values = [value(r) for r in self.of(method, factor)]
-        return (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
+        """Return the mean and standard deviation of `value` with linear scaling, or None if there is no run."""
+        return _spread([value(r) for r in self.of(method, factor)])
 
 
 def table(results: list[dict]) -> str:
-    """Return Markdown tables: one of the bases, then one per factor with a row per method."""
-    study, seeds = _Results(results), len({r["seed"] for r in results})
+    """Return Markdown tables: the bases, the learning rates, one per factor with a row per recipe, and the pairs."""
+    study = _Results(results)
     lengths = sorted({int(n) for r in results for n in r["recall"]})
-    lines = [f"Mean and deviation over {seeds} seeds. Recall in %, over all depths unless it says otherwise.", ""]
-    lines += _row(["before", *(f"recall at {n}" for n in lengths)]) + _row(["---"] * (len(lengths) + 1))
-    lines += _row(
-        ["the base", *(_cell(study.over_seeds("base", 1, lambda r: 100 * mean_recall(r, n))) for n in lengths)]
-    )
+    lines = ["Mean and deviation over seeds. Recall in %, over all depths unless it says otherwise.", ""]
+    lines += _head(["before", "seeds", *(f"recall at {n}" for n in lengths)])
+    bases = [study.over_seeds("base", 1, lambda r, n=n: 100 * mean_recall(r, n)) for n in lengths]
+    lines += _row(["the base", str(len(study.of("base", 1))), *map(_cell, bases)])
+    lines += _rate_lines(study)
     for factor in study.factors:
         window, longest = methods.WINDOW, methods.WINDOW * factor
-        head = [f"s = {factor}", f"recall at {longest}", "at the worst depth", f"recall at {window}"]
-        head += [f"perplexity at {longest}", f"perplexity at {window}", "GPU seconds"]
-        lines += ["", *_row(head), *_row(["---"] * len(head))]
-        for method in study.methods:
+        head = [f"s = {factor}", "positions", "learning rate", "seeds", f"recall at {longest}", "at the worst depth"]
+        head += [f"recall at {window}", f"perplexity at {longest}", f"perplexity at {window}", "GPU seconds"]
+        lines += ["", *_head(head)]
+        for scaling, method, rate in study.recipes(factor):
+            found = study.of(method, factor, scaling, rate)
             measures = [
                 lambda r: 100 * mean_recall(r, longest),
                 lambda r: 100 * min(r["recall"][str(longest)].values()),
@@ -73,18 +84,118 @@ def table(results: list[dict]) -> str:
                 lambda r: r["perplexity"][str(longest)],
                 lambda r: r["perplexity"][str(window)],
             ]
-            if not study.of(method, factor):
-                continue
             places = [1, 1, 1, 2, 2]
-            cells = [_cell(study.over_seeds(method, factor, m), p) for m, p in zip(measures, places)]
-            alone = [r["seconds"] for r in study.of(method, factor) if r["alone"]]
-            lines += _row([method, *cells, f"{alone[0]:.1f}" if alone else ""])
-    return "\n".join(lines) + "\n"
+            cells = [_cell(_spread([m(r) for r in found]), p) for m, p in zip(measures, places)]
+            alone = [r["seconds"] for r in found if r["alone"]]
+            cells = [f"{rate:g}", str(len(found)), *cells, f"{alone[0]:.1f}" if alone else ""]
+            lines += _row([scaling, method, *cells])
+    return "\n".join([*lines, *_pair_lines(study)]) + "\n"
+
+
+def _rate_lines(study: _Results) -> list[str]:
+    """Return the table of the learning rates that were tried, if any."""
+    scores = {scaling: _scores(study._all, scaling) for scaling in methods.SCALINGS}
+    if not any(scores.values()):
+        return []
+    lines = ["", "Loss of the answers plus log perplexity by learning rate, `cream`, one seed; the least is used.", ""]
+    lines += _head(["scaling", *(f"{rate:g}" for rate in methods.RATES)])
+    for scaling, found in scores.items():
+        best = min(found, key=found.get, default=None)
+        cells = ["" if rate not in found else f"{found[rate]:.3f}" for rate in methods.RATES]
+        cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(methods.RATES, cells)]
+        lines += _row([scaling, *cells]) if found else []
+    return lines
+
+
+def chosen_rate(results: list[dict], scaling: str) -> float | None:
+    """Return the learning rate with the lowest score, or None if none has been tried for the scaling."""
+    scores = _scores(results, scaling)
+    return min(scores, key=scores.get) if scores else None
+
+
+def _scores(results: list[dict], scaling: str) -> dict[float, float]:
+    """Return the score of each learning rate that was tried with `cream` on one seed, as in the study of a real model.
+
+    It is the mean loss of the answers over lengths, plus the mean log perplexity over lengths, in nats.
+    """
+    tried: dict[tuple, dict[float, float]] = {}
+    for r in results:
+        if r["method"] == "cream" and r.get("scaling") == scaling and "loss" in r:
+            score = statistics.fmean(r["loss"].values()) + statistics.fmean(map(math.log, r["perplexity"].values()))
+            if math.isfinite(score):
+                tried.setdefault((r["seed"], r["factor"]), {})[r["rate"]] = score
+    return max(tried.values(), key=len) if any(len(scores) > 1 for scores in tried.values()) else {}
+
+
+def _pair_lines(study: _Results) -> list[str]:
+    """Return the table of differences, over the seeds that both recipes of a pair have."""
+    head = ["s", "what is the same", "pair", "seeds", "recall at the target, points", "beyond"]
+    head += ["recall over lengths, points", "beyond", "perplexity at the target, %", "beyond"]
+    rows = []
+    for factor in study.factors:
+        longest = methods.WINDOW * factor
+        lengths = [methods.WINDOW * 2**i for i in range(1, factor.bit_length())]
+        measures = [
+            lambda r: 100 * mean_recall(r, longest),
+            lambda r: statistics.fmean(100 * mean_recall(r, n) for n in lengths),
+            lambda r: 100 * math.log(r["perplexity"][str(longest)]),
+        ]
+        for same, first, second in _pairs(study.recipes(factor)):
+            one, two = (
+                {r["seed"]: r for r in study.of(m, factor, scaling, rate)} for scaling, m, rate in (first, second)
+            )
+            seeds = sorted(one.keys() & two.keys())
+            if len(seeds) < 2:
+                continue
+            differences = [_difference([m(one[s]) for s in seeds], [m(two[s]) for s in seeds]) for m in measures]
+            cells = [text for difference in differences for text in difference]
+            names = [" ".join(part for part in recipe[:2] if part != same) for recipe in (first, second)]
+            rows += _row([str(factor), same, f"{names[0]} - {names[1]}", str(len(seeds)), *cells])
+    if not rows:
+        return []
+    rule = "`yes`: more than twice the standard error that the seeds' deviations give."
+    return ["", f"**Pairs**: the first less the second, on the same bases. {rule}", "", *_head(head), *rows]
+
+
+def _pairs(recipes: list[tuple[str, str, float]]) -> Iterable[tuple[str, tuple, tuple]]:
+    """Yield what is the same and two recipes: against CREAM as published, by scaling, and by positions."""
+    # Only the held learning rate of each scaling: it has the seeds of the other scalings.
+    held = list({(scaling, method): (scaling, method, rate) for scaling, method, rate in recipes}.values())
+    if {scaling for scaling, *_ in held} == {methods.PUBLISHED}:
+        return
+    published = next((recipe for recipe in held if recipe[:2] == (methods.PUBLISHED, "cream")), None)
+    for recipe in held:
+        if published and recipe[0] != methods.PUBLISHED and recipe[1] != "cream":
+            yield "nothing", recipe, published
+    for first, second in itertools.combinations(held, 2):
+        if first[1] == second[1]:
+            first, second = (second, first) if first[0] == methods.PUBLISHED else (first, second)
+            yield first[1], first, second
+        elif first[0] == second[0] and "cream" in (first[1], second[1]):
+            first, second = (first, second) if second[1] == "cream" else (second, first)
+            yield first[0], first, second
+
+
+def _difference(one: list[float], two: list[float]) -> tuple[str, str]:
+    """Return the difference of the means with its standard error, and whether it exceeds twice that."""
+    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (one, two)))
+    difference = statistics.fmean(one) - statistics.fmean(two)
+    return f"{difference:+.1f} ± {error:.1f}", "yes" if abs(difference) > 2 * error else "no"
 
 
 def mean_recall(result: dict, length: int) -> float:
     """Return the mean recall over all depths."""
     return statistics.mean(result["recall"][str(length)].values())
+
+
+def _spread(values: list[float]) -> tuple[float, float] | None:
+    if not values:
+        return None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _head(cells: list[str]) -> list[str]:
+    return _row(cells) + _row(["---"] * len(cells))
 
 
 def _row(cells: Iterable[str]) -> list[str]:

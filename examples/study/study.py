@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -42,9 +43,10 @@ def main() -> int:
     flags = _parser().parse_args()
     deadline = time.monotonic() + 60 * flags.minutes
     longest = methods.WINDOW * max(flags.factors)
-    corpus = prepare(flags.output / "corpus", length=longest, documents=flags.documents, source=flags.source)
-    study = Study(flags, corpus, deadline)
+    study = Study(flags, deadline)
     try:
+        # Meanwhile the study's processes import the trainer.
+        study.corpus = prepare(flags.output / "corpus", length=longest, documents=flags.documents, source=flags.source)
         return _study(study)
     finally:
         study.close()
@@ -52,29 +54,35 @@ def main() -> int:
 
 def _study(study: "Study") -> int:
     flags = study.flags
-    bases = [methods.base(seed) for seed in flags.seeds]
-    if not study.do(bases):
+    if not study.do([methods.base(seed) for seed in flags.seeds]):
         return _later()
-    if study.failed:
-        return 1
-    for run in bases:
-        mean = report.mean_recall(study.results[run.name], methods.WINDOW)
-        if mean < flags.learned:
-            print(
-                f"{run.name}: recall at {methods.WINDOW} tokens is {mean:.3f}, below {flags.learned}: it is not extended"
-            )
-            return 1
-    extensions = [run for run in methods.extensions(flags.seeds, flags.factors) if run.method in flags.methods]
-    done = study.do(extensions)
+    seeds = [seed for seed in flags.seeds if study.has_learned(methods.base(seed))]
+    done = not seeds or all(study.do(runs) for runs in _parts(study, seeds))
     report.write(list(study.results.values()), flags.output)
     return 1 if study.failed else 0 if done else _later()
+
+
+def _parts(study: "Study", seeds: list[int]) -> Iterator[list[methods.Run]]:
+    """Yield runs that can be executed beside each other; later ones depend on the results of earlier ones."""
+    flags = study.flags
+    chosen = lambda runs: [run for run in runs if run.method in flags.methods]
+    if "samplers" in flags.parts:
+        yield chosen(methods.extensions(seeds, flags.factors))
+    if "scalings" in flags.parts:
+        yield [run for scaling in methods.SCALINGS for run in methods.choosing(scaling, seeds[0], flags.factors)]
+        results = list(study.results.values())
+        rates = {scaling: report.chosen_rate(results, scaling) or methods.RATE for scaling in methods.SCALINGS}
+        yield chosen(methods.scaled(seeds, flags.factors, rates))
 
 
 class Study:
     """Execute the runs that have no result yet, and write each result as soon as it arrives."""
 
-    def __init__(self, flags: argparse.Namespace, corpus: Corpus, deadline: float):
-        self.flags, self.corpus, self.deadline = flags, corpus, deadline
+    corpus: Corpus
+
+    def __init__(self, flags: argparse.Namespace, deadline: float):
+        self.flags, self.deadline = flags, deadline
+        flags.output.mkdir(parents=True, exist_ok=True)
         self.file = flags.output / "results.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.results = {result["run"]: result for result in map(json.loads, lines)}
@@ -85,6 +93,9 @@ class Study:
             gpu: ProcessPoolExecutor(flags.jobs, get_context("spawn"), end_with_parent, (signal.SIGKILL, os.getpid()))
             for gpu in range(flags.gpus)
         }
+        for gpu, pool in self.pools.items():
+            for _ in range(flags.jobs):
+                pool.submit(worker.start, gpu)
 
     def do(self, wanted: list[methods.Run]) -> bool:
         """Execute the runs of `wanted` that have no result; return False if the time runs out first."""
@@ -108,6 +119,20 @@ class Study:
             if not done:
                 return False
         return True
+
+    def has_learned(self, base: methods.Run) -> bool:
+        """Return whether a base recalls enough to be extended; print a line if it does not."""
+        if base.name not in self.results:
+            return False  # it failed
+        mean = report.mean_recall(self.results[base.name], methods.WINDOW)
+        if mean < self.flags.learned:
+            self.failed.append(base.name)
+            print(
+                f"{base.name}: recall at {methods.WINDOW} tokens is {mean:.3f}, below {self.flags.learned}: "
+                "it is not extended",
+                flush=True,
+            )
+        return mean >= self.flags.learned
 
     def _next(self, waiting: list[methods.Run], going: list[tuple[methods.Run, int]]) -> tuple[methods.Run, int] | None:
         """Return a run that can start now and the least busy GPU for it, or None.
@@ -178,9 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, default=gpus, help="GPUs of this machine to use; default: all")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--factors", type=int, nargs="+", default=[4, 8, 16])
-    add(
-        "--methods", nargs="+", default=[*methods.METHODS, *methods.SIGMAS], choices=[*methods.METHODS, *methods.SIGMAS]
-    )
+    parts = ["samplers", "scalings"]
+    add("--parts", nargs="+", default=parts, choices=parts, help="parts of the study; default: both")
+    add("--methods", nargs="+", default=[*methods.ALL], choices=[*methods.ALL])
     add("--samples", type=int, default=32, help="contexts for each length and depth")
     add("--documents", type=int, default=1500, help="documents of each number of pairs")
     add("--learned", type=float, default=LEARNED, help="recall that a base must have to be extended")

@@ -1,6 +1,7 @@
 """Tests of examples/study: its data, its measure of recall, and the whole command on a tiny Llama."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,10 @@ def test_recall_is_the_share_that_is_found_at_each_depth(study):
     found = study.recall.recall_by_depth(
         _Reader(300), np.arange(3000) % 900, (KEYS, VALUES), 512, depths, samples=9, batch_tokens=1024
     )
-    assert found == {0.0: 1.0, 0.25: 1.0, 0.5: 1.0, 0.75: 0.0, 1.0: 0.0}
+    assert {depth: share for depth, (share, _) in found.items()} == {0.0: 1.0, 0.25: 1.0, 0.5: 1.0, 0.75: 0.0, 1.0: 0.0}
+    likeliest, others = math.log(math.e + 2999) - 1, math.log(math.e + 2999)  # _Reader's logits are 1 and 0
+    losses = {depth: pytest.approx(likeliest if share else others) for depth, (share, _) in found.items()}
+    assert {depth: loss for depth, (_, loss) in found.items()} == losses
 
 
 def test_the_trainer_accepts_every_run(study, tmp_path):
@@ -95,16 +99,28 @@ def test_the_trainer_accepts_every_run(study, tmp_path):
     from megatron_cream.config.samplers import sampler_options
 
     corpus = study.corpus.prepare(tmp_path / "corpus", length=4096, documents=2, source=ROOT / "megatron_cream")
-    samplers = {}
-    for run in [study.methods.base(0), *study.methods.extensions([0], [4, 8, 16])]:
-        flags = study.methods.flags(run, tmp_path, corpus)
-        if run.method != "base":
-            del flags[(place := flags.index("--pretrained-checkpoint")) : place + 2]  # there is no checkpoint yet
-        args = parse.read(flags)
-        samplers[run.name] = sampler_options(args)
-        assert args.global_batch_size % args.micro_batch_size == 0
-        assert samplers[run.name]["target"] == study.methods.WINDOW * run.factor
-    assert len(samplers) == 1 + 3 * len(study.methods.METHODS) + len(study.methods.SIGMAS)
+    samplers, ropes = {}, {}
+    methods = study.methods
+    rates = dict.fromkeys(methods.SCALINGS, 6e-4)
+    scaled = [run for run in methods.scaled([0], [4, 8, 16], rates) if run.method in methods.BEYOND or run.factor == 8]
+    for run in [methods.base(0), *methods.extensions([0], [4, 8, 16]), *scaled]:
+        stages = methods.stages(run, tmp_path, corpus)
+        assert len(stages) == (2 if run.method == methods.LONG_END else 1)
+        for flags in stages:
+            while "--pretrained-checkpoint" in flags:  # there is no checkpoint yet
+                del flags[(place := flags.index("--pretrained-checkpoint")) : place + 2]
+            args = parse.read(flags)
+            samplers[run.name], ropes[run.name] = sampler_options(args), (args.rotary_base, args.rope_scaling_config)
+            assert args.global_batch_size % args.micro_batch_size == 0
+            assert samplers[run.name]["target"] == methods.WINDOW * run.factor
+            assert run.method == "base" or (args.lr, args.min_lr) == (run.rate, pytest.approx(run.rate / 10))
+    assert len(samplers) == 1 + 3 * len(methods.METHODS) + len(methods.SIGMAS) + len(scaled)
+    assert ropes["theta_mix_s_8_seed_0_lr_0_0006"] == (500_000, None)
+    assert ropes["wide_theta_mix_s_8_seed_0_lr_0_0006"] == (1_750_000, None)
+    assert (
+        ropes["yarn_mix_s_8_seed_0_lr_0_0006"][1]["factor"] == 8 and ropes["yarn_mix_s_8_seed_0_lr_0_0006"][0] == 10_000
+    )
+    assert samplers["theta_cream_long_end_s_8_seed_0_lr_0_0006"]["window"] == 2048  # of the last steps
     cream = dict(name="cream", window=256, target=2048, sigma=3.0, variant="paper", relativity=0.5)
     assert samplers["cream_s_8_seed_0"] == cream
     assert samplers["cream_no_gaussian_s_8_seed_0"] == {k: v for k, v in cream.items() if k != "sigma"} | {
@@ -142,7 +158,21 @@ def finished(tmp_path_factory):
     """The folder of a study of two methods that was stopped at once and resumed."""
     folder = tmp_path_factory.mktemp("study")
     command = [sys.executable, str(STUDY / "study.py"), "--output", str(folder), "--seeds", "0", "--factors", "4"]
-    command += ["--methods", "cream", "full", "--samples", "1", "--documents", "4", "--learned", "0", "--jobs", "1"]
+    command += [
+        "--parts",
+        "samplers",
+        "--methods",
+        "cream",
+        "full",
+        "--samples",
+        "1",
+        "--documents",
+        "4",
+        "--learned",
+        "0",
+        "--jobs",
+        "1",
+    ]
     command += ["--source", str(ROOT / "megatron_cream")]
     first = subprocess.run([*command, "--minutes", "0", "--", *TINY], capture_output=True, text=True, timeout=300)
     assert first.returncode == 0 and "goes on from here" in first.stdout, first.stderr
@@ -165,19 +195,73 @@ def test_the_command_resumes_and_writes_a_table_and_pictures(finished):
     assert not list(finished.glob("*.hf")) and (finished / "base_s_1_seed_0").is_dir()
 
 
-def test_the_table_holds_means_and_deviations(study):
-    def result(method, factor, seed, recall, perplexity):
-        return dict(
-            run=f"{method}{seed}",
-            method=method,
-            factor=factor,
-            seed=seed,
-            alone=seed == 0,
-            seconds=7.0,
-            recall={n: {"0.0": recall - 0.1, "1.0": recall + 0.1} for n in ("256", "1024")},
-            perplexity={n: perplexity for n in ("256", "1024")},
-        )
+def _result(method, factor, seed, recall, perplexity, **more):
+    return dict(
+        run=f"{method}{factor}{seed}{more}",
+        method=method,
+        factor=factor,
+        seed=seed,
+        alone=seed == 0,
+        seconds=7.0,
+        recall={n: {"0.0": recall - 0.1, "1.0": recall + 0.1} for n in ("256", "512", "1024")},
+        perplexity={n: perplexity for n in ("256", "512", "1024")},
+        **more,
+    )
 
-    results = [result("base", 1, 0, 0.9, 1.0), result("cream", 4, 0, 0.5, 4.0), result("cream", 4, 1, 0.7, 6.0)]
+
+def test_the_table_holds_means_and_deviations(study):
+    results = [_result("base", 1, 0, 0.9, 1.0), _result("cream", 4, 0, 0.5, 4.0), _result("cream", 4, 1, 0.7, 6.0)]
     table = study.report.table(results)
-    assert "| cream | 60.0 ± 14.1 | 50.0 ± 14.1 | 60.0 ± 14.1 | 5.00 ± 1.41 | 5.00 ± 1.41 | 7.0 |" in table
+    row = "| linear | cream | 0.0003 | 2 | 60.0 ± 14.1 | 50.0 ± 14.1 | 60.0 ± 14.1 | 5.00 ± 1.41 | 5.00 ± 1.41 | 7.0 |"
+    assert row in table and "Pairs" not in table and "learning rate, `cream`" not in table
+
+
+def test_learning_rates_are_chosen_and_pairs_have_the_same_bases(study):
+    def scaled(scaling, rate, seed, recall, perplexity):
+        loss = {n: 1 - recall for n in ("256", "512", "1024")}
+        return _result("cream", 4, seed, recall, perplexity, scaling=scaling, rate=rate, loss=loss)
+
+    # An older result of linear scaling, with another base: it is in the table of the factor, and in no pair.
+    results = [_result("cream", 4, 0, 0.1, 9.0)]
+    results += [scaled("linear", rate, 3, 0.5, 5.0 - 1000 * rate) for rate in study.methods.RATES]
+    results += [scaled("linear", 1.2e-3, 4, 0.6, 4.0)]
+    results += [scaled("theta", 3e-4, seed, 0.9, 2.0 + seed / 100) for seed in (3, 4)]
+    results += [scaled("theta", 6e-4, 3, 0.9, float("nan"))]
+    results += [scaled("theta", 1.5e-4, 3, 0.9, 2.5)]
+    rates = {scaling: study.report.chosen_rate(results, scaling) for scaling in study.methods.SCALINGS}
+    assert rates == {"linear": 1.2e-3, "theta": 3e-4, "wide theta": None, "yarn": None}
+    table = study.report.table(results)
+    assert "| linear | cream | 0.0003 | 2 |" in table and "| linear | cream | 0.0012 | 2 | 55.0 ± 7.1" in table
+    assert "| linear | cream | 0.0006 |" not in table  # it was only tried
+    assert "| linear | 2.079 | 2.048 | 1.982 | **1.835** |" in table
+    (pair,) = [line for line in table.splitlines() if "theta - linear" in line]
+    assert pair.startswith("| 4 | cream | theta - linear | 2 | +35.0 ± 5.0 | yes | +35.0 ± 5.0 | yes | -65.")
+
+
+def test_the_runs_of_the_part_scalings_take_the_chosen_rates(study):
+    methods, results = study.methods, {}
+    command = SimpleNamespace(
+        results=results,
+        flags=SimpleNamespace(parts=["scalings"], factors=[4, 8, 16], methods=["cream", "mix"], output=None),
+    )
+    parts = study.command._parts(command, [3, 4, 5])
+    tried = next(parts)
+    assert len(tried) == len({run.name for run in tried}) == len(methods.SCALINGS) * len(methods.RATES)
+    assert {(run.method, run.factor, run.seed) for run in tried} == {("cream", 8, 3)}
+    for run in tried:
+        best = 1.2e-3 if run.scaling == "linear" else 6e-4
+        loss = {"256": abs(run.rate - best)}
+        results[run.name] = _result("cream", 8, 3, 0.5, 5.0, scaling=run.scaling, rate=run.rate, loss=loss)
+    (scaled,) = parts
+    assert {(run.scaling, run.rate) for run in scaled} == {
+        ("linear", 1.2e-3),
+        ("theta", 6e-4),
+        ("wide theta", 6e-4),
+        ("yarn", 6e-4),
+    }
+    assert len({run.name for run in scaled}) == len(scaled) == 4 * 2 * 3 * 3
+    assert {run.name for run in scaled[:9]} == {
+        f"{name}cream_s_8_seed_{seed}_lr_{rate}"
+        for seed in (3, 4, 5)
+        for name, rate in (("", "0_0012"), ("theta_", "0_0006"), ("yarn_", "0_0006"))
+    }
