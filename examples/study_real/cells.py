@@ -19,7 +19,11 @@ SAMPLERS = {
     "mix": ["--position-mix", "cream=0.6,pose=0.2,pi=0.2"],
     "randpos": ["--position-sampler", "randpos"],
     "full": ["--position-sampler", "full"],
+    "cream lora": ["--lora-rank", "32"],
+    "cream lora+8": ["--lora-rank", "32", "--lora-plus-ratio", "8"],
 }
+ADAPTERS = ("cream lora", "cream lora+8")
+"""CREAM's positions, trained by LoRA in place of all weights; at the learning rate that all weights have."""
 BEST = ("theta", "yarn")
 """The scalings with the best scores at the first seed: they get all samplers before the others do."""
 WITHIN_SPREAD = ("pose", "pi", "mix", "cream even")
@@ -121,7 +125,9 @@ def order(settings: Settings) -> list[Cell]:
         cells += block(BEST, WITHIN_SPREAD, settings.seeds, factor)
         cells += block(BEST, ["full"], later, factor)
     for factor in settings.factors:
-        cells += block(SCALINGS, [sampler for sampler in SAMPLERS if sampler != "full"], settings.seeds, factor)
+        windows = [sampler for sampler in SAMPLERS if sampler not in ("full", *ADAPTERS)]
+        cells += block(SCALINGS, windows, settings.seeds, factor)
+    cells += block(BEST[:1], ADAPTERS, settings.seeds)
     return list(dict.fromkeys(cells + short(settings)))
 
 

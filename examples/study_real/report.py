@@ -31,6 +31,8 @@ _COLOURS = {
     "mix": "#4f8f4f",
     "randpos": "#8a6fb0",
     "full": "0.35",
+    "cream lora": "#c0559a",
+    "cream lora+8": "#e08fc0",
     "base": "0.65",
 }
 Value = Callable[[dict], float]

@@ -105,9 +105,9 @@ def _evaluate(cell: cells.Cell, settings: cells.Settings, data: Path, runs: Path
 
     import torch
 
+    from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
     from megatron_cream.checkpoint.convert import import_hf
     from megatron_cream.checkpoint.hf_folder import HfFolder
-    from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
     from megatron_cream.checkpoint.model import load_model
     from megatron_cream.common import devices
 
@@ -118,7 +118,7 @@ def _evaluate(cell: cells.Cell, settings: cells.Settings, data: Path, runs: Path
     if not cell.trains:
         shutil.rmtree(saved, ignore_errors=True)
         import_hf(HfFolder(cells.model_folder(cell.scaling, data, cell.factor)), saved)
-    checkpoint = MegatronCheckpoint(saved)
+    checkpoint = open_checkpoint(saved)  # an adapter is merged into the model from which it started
     cuda = devices.has_cuda()
     for attention in ("auto", "sdpa") if cuda else ("sdpa",):
         try:
