@@ -23,16 +23,28 @@ _COLOURS = {
     "cream, no continuity": "#8a6fb0",
     "cream, no relativity": "#b04a3a",
 }
+RECIPES = {
+    "linear, cream": ((methods.PUBLISHED, "cream"), "#b04a3a"),
+    "yarn, cream": (("yarn", "cream"), "#8a6fb0"),
+    "theta, cream": (("theta", "cream"), "#2a6f97"),
+    "wide theta, cream": ((methods.WIDE, "cream"), "#57a0a8"),
+    "theta, cream + randpos": (("theta", "cream + randpos"), "#d08c2e"),
+    "theta, cream, long end": (("theta", methods.LONG_END), "0.35"),
+}
+"""Scaling, method and colour of the lines of scalings.png."""
+_COLOURS |= {name: colour for name, (_, colour) in RECIPES.items()}
 
 
 def write(results: list[dict], folder: Path) -> None:
-    """Write table.md, recall.png, perplexity.png and cost.png to `folder`, from the results so far."""
+    """Write table.md, recall.png, perplexity.png, cost.png and scalings.png to `folder`, from the results so far."""
     study = _Results(results)
     if not study.factors:
         return
     (folder / "table.md").write_text(table(results))
     _by_depth(study, folder / "recall.png")
     _by_length(study, folder / "perplexity.png")
+    if any(study.of("cream", factor, "theta", study.rates["theta"]) for factor in study.factors):
+        _by_scaling(study, folder / "scalings.png")
     _cost_and_sigma(study, folder / "cost.png")
 
 
@@ -267,6 +279,34 @@ def _by_length(study: _Results, path: Path) -> None:
         panel.set_title(f"extended to {methods.WINDOW * factor} (s = {factor})", fontsize=10)
         panel.set_xlabel("tokens of context")
     axes[0][0].set_ylabel("held-out perplexity")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save_picture(figure, path, dpi=130)
+
+
+def _by_scaling(study: _Results, path: Path) -> None:
+    """Draw recall and perplexity by length for some recipes of the part `scalings`."""
+    figure, axes = _plots(2, len(study.factors), 3.0)
+    for column, factor in zip(axes.T, study.factors):
+        lengths = [methods.WINDOW * 2**i for i in range(factor.bit_length())]
+        for name, ((scaling, method), _) in RECIPES.items():
+            rate = study.rates[scaling]
+            found = study.of(method, factor, scaling, methods.RATE if rate is None else rate)
+            found = [r for r in found if "loss" in r]  # of the part `scalings`
+            if not found:
+                continue
+            recall = [_spread([100 * mean_recall(r, n) for r in found]) for n in lengths]
+            perplexity = [_spread([r["perplexity"][str(n)] for r in found]) for n in lengths]
+            _line(column[0], lengths, recall, name)
+            _line(column[1], lengths, perplexity, name)
+        for panel in column:
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(lengths, [str(n) for n in lengths])
+            panel.minorticks_off()
+        column[0].set_title(f"extended to {methods.WINDOW * factor} (s = {factor})", fontsize=10)
+        column[0].set_ylim(-3, 103)
+        column[1].set_xlabel("tokens of context")
+    axes[0][0].set_ylabel("recall, %")
+    axes[1][0].set_ylabel("held-out perplexity")
     axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_picture(figure, path, dpi=130)
 

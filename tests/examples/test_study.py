@@ -216,7 +216,7 @@ def test_the_table_holds_means_and_deviations(study):
     assert row in table and "Pairs" not in table and "learning rate, `cream`" not in table
 
 
-def test_learning_rates_are_chosen_and_pairs_have_the_same_bases(study):
+def test_learning_rates_are_chosen_and_pairs_have_the_same_bases(study, tmp_path):
     def scaled(scaling, rate, seed, recall, perplexity):
         loss = {n: 1 - recall for n in ("256", "512", "1024")}
         return _result("cream", 4, seed, recall, perplexity, scaling=scaling, rate=rate, loss=loss)
@@ -235,6 +235,8 @@ def test_learning_rates_are_chosen_and_pairs_have_the_same_bases(study):
     assert "| linear | cream | 0.0006 |" not in table  # it was only tried
     assert "| linear | 2.079 | 2.048 | 1.982 | **1.835** |" in table
     (pair,) = [line for line in table.splitlines() if "theta - linear" in line]
+    study.report.write(results, tmp_path)
+    assert (tmp_path / "scalings.png").stat().st_size > 10_000 and (tmp_path / "table.md").read_text() == table
     assert pair.startswith("| 4 | cream | theta - linear | 2 | +35.0 ± 5.0 | yes | +35.0 ± 5.0 | yes | -65.")
 
 
