@@ -3,15 +3,13 @@
     python benchmarks/checkpoints.py FOLDER      # a small model on two ranks, CPU or GPU
     python benchmarks/checkpoints.py FOLDER --nproc 2 --config llama_7b_width --num-layers 32 \\
         --tensor-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 --saves 1 --interval 4 \\
-        --rows sync-dp async-dp sync-gloo async-gloo      # the full 7B, 95 GB a checkpoint
+        --rows sync async      # the full 7B, 95 GB a checkpoint
 
 Other flags go to pretrain_cream.py. Each row is a separate run, one after the other, that saves every --interval steps
 and keeps only the newest checkpoint, so that FOLDER needs room for two, or for one with --saves 1. The checkpoint of
 the last row that can be resharded is loaded at --resume's layout; rows -dp can only be loaded at their own tensor and
-pipeline parallelism. By default every rank gathers the distributed optimizer, in the host's memory and, one buffer at a
-time, in the GPU's; rows -gloo gather it on one rank of each data-parallel group, in the host's memory only. "Stands
-still" counts the time that a save takes from training (collecting the state, handing it to the writer, and finalizing
-the checkpoint once it is written), not the training steps in between.
+pipeline parallelism. "Stands still" counts the time that a save takes from training (collecting the state, handing it to
+the writer, and finalizing the checkpoint once it is written), not the training steps in between.
 """
 
 import argparse
@@ -43,15 +41,10 @@ from megatron_cream.config.recipe import locate
 ROWS = {
     "sync": ("synchronous", []),
     "async": ("--async-save", ["--async-save"]),
-    "sync-dp": ("synchronous, optimizer as it lies on the ranks", ["--no-dist-ckpt-optim-fully-reshardable"]),
+    "sync-dp": ("synchronous, optimizer in Megatron's buffers", ["--no-dist-ckpt-optim-fully-reshardable"]),
     "async-dp": (
-        "--async-save, optimizer as it lies on the ranks",
+        "--async-save, optimizer in Megatron's buffers",
         ["--async-save", "--no-dist-ckpt-optim-fully-reshardable"],
-    ),
-    "sync-gloo": ("synchronous, optimizer gathered by gloo", ["--distrib-optim-fully-reshardable-mem-efficient"]),
-    "async-gloo": (
-        "--async-save, optimizer gathered by gloo",
-        ["--async-save", "--distrib-optim-fully-reshardable-mem-efficient"],
     ),
     "sync-plain": ("synchronous, no checksums", ["--no-checkpoint-checksums"]),
     "async-plain": ("--async-save, no checksums", ["--async-save", "--no-checkpoint-checksums"]),

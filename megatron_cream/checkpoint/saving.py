@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_cream.checkpoint import after_save, host_memory
 from megatron_cream.checkpoint.output import TRACKER
-from megatron_cream.common import files
+from megatron_cream.common import devices, files
 from megatron_cream.common.errors import one_line
 from megatron_cream.common.safe_pickle import to_plain
 from megatron_cream.distributed import watchdog
@@ -192,18 +192,14 @@ def _probe_write(folder: Path, rank: int) -> str:
 
 
 def _find_memory_shortage(settings, model: list[torch.nn.Module]) -> str:
-    gathered = settings.use_distributed_optimizer and settings.dist_ckpt_optim_fully_reshardable
-    if not gathered or settings.no_save_optim:
+    if not settings.use_distributed_optimizer or settings.no_save_optim:
         return ""
+    on_host = not devices.has_cuda() or settings.optimizer_cpu_offload or settings.use_precision_aware_optimizer
     why = host_memory.find_shortage(
-        host_memory.OptimizerGather(
-            parameters=sum(weight.numel() for chunk in model for weight in chunk.parameters() if weight.requires_grad),
-            ranks=host_memory.count_local_ranks(),
-            tensor_parallel=parallel_state.get_tensor_model_parallel_world_size(),
-            data_parallel=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-            one_per_group=settings.distrib_optim_fully_reshardable_mem_efficient,
-        ),
-        asynchronous=settings.async_save,
+        sum(weight.numel() for chunk in model for weight in chunk.parameters() if weight.requires_grad),
+        ranks=host_memory.count_local_ranks(),
+        data_parallel=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        in_shared_memory=settings.async_save and on_host,
     )
     return f"{why} (rank {settings.rank})" if why else ""
 
@@ -316,6 +312,9 @@ def _reason(error: BaseException) -> str:
 
 def _report_write_errors(original, self):
     write, preload, arguments = original(self)
+    if preload and not checkpointing.get_args().async_save:
+        # Not to pinned memory: torch would round it up to powers of two and keep it until the run ends.
+        preload = functools.partial(self.preload_tensors, self.write_buckets, non_blocking=False)
     return (functools.partial(_write, write) if write else None), preload, arguments
 
 

@@ -89,8 +89,8 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
         "--no-dist-ckpt-optim-fully-reshardable",
         dest="dist_ckpt_optim_fully_reshardable",
         action="store_false",
-        help="Save the distributed optimizer as it is sharded over the ranks: faster and without host memory, but it "
-        "resumes only with the same tensor and pipeline parallelism.",
+        help="Save the distributed optimizer as Megatron's buffers, which resume only with the same tensor and "
+        "pipeline parallelism.",
     )
     _require_action(parser, "recompute_granularity").choices = ("full", "selective", "none")
     for name in ("overlap-grad-reduce", "overlap-param-gather"):

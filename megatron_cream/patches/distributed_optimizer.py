@@ -1,4 +1,4 @@
-"""Save and resume the distributed optimizer: torch's AdamW, padded buckets, float32."""
+"""Save and resume the distributed optimizer: torch's AdamW, float32."""
 
 import torch
 
@@ -31,12 +31,6 @@ LOAD_WITHOUT_AUTOGRAD = Patch(
     "Megatron writes in place into parameters that require a gradient, which torch rejects.",
     parameters="self, state_dict",
 )
-UNPADDED_BUCKETS = Patch(
-    "unpadded-buckets",
-    _OPTIMIZER + "sharded_param_state_fully_reshardable",
-    "A fully reshardable checkpoint of several buckets contains the wrong optimizer state.",
-    parameters="self, model_sharded_state_dict, is_loading, metadata",
-)
 
 
 def install() -> None:
@@ -45,7 +39,6 @@ def install() -> None:
 
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _resume_with_torch_adam()
-    registry.install(UNPADDED_BUCKETS, _save_without_padding)
     registry.install(LOAD_WITHOUT_AUTOGRAD, _load_without_autograd)
 
 
@@ -89,32 +82,3 @@ def _load_without_autograd(original, self, *args, **kwargs):
     """
     with torch.no_grad():
         return original(self, *args, **kwargs)
-
-
-def _save_without_padding(original, self, *args, **kwargs):
-    """Save the optimizer state with parameter offsets that exclude bucket padding.
-
-    --overlap-grad-reduce makes several buckets. Megatron concatenates the ranks' state without the padding at the end
-    of each bucket, and then cuts it at offsets that count the padding: every parameter after a padded bucket gets the
-    moments and master weights of its neighbours.
-    """
-    padded = [buffer.param_index_map for buffer in self.buffers]
-    for buffer in self.buffers:
-        buffer.param_index_map = _build_unpadded_index_map(buffer)
-    try:
-        return original(self, *args, **kwargs)
-    finally:
-        for buffer, index_map in zip(self.buffers, padded, strict=True):
-            buffer.param_index_map = index_map
-
-
-def _build_unpadded_index_map(buffer) -> dict:
-    """Return {parameter: (start, end, bucket index)} in elements of a buffer without padding."""
-    shifts, total = [], 0
-    for bucket in buffer.buckets:
-        shifts.append(total - bucket.offset)
-        total += bucket.numel_unpadded
-    return {
-        param: (start + shifts[bucket], end + shifts[bucket], bucket)
-        for param, (start, end, bucket) in buffer.param_index_map.items()
-    }

@@ -154,6 +154,21 @@ FLOAT32_OPTIMIZER_STATE = Patch(
     parameters="self, state_dict",
 )
 
+# The distributed optimizer in a checkpoint: checkpoint/optimizer_shards.py
+
+OPTIMIZER_SLICES = Patch(
+    "optimizer-slices",
+    _DISTRIBUTED_OPTIMIZER + "DistributedOptimizer.sharded_param_state_fully_reshardable",
+    "Megatron gathers the whole optimizer on each rank while training waits.",
+    parameters="self, model_sharded_state_dict, is_loading, metadata",
+)
+LOAD_OPTIMIZER_SLICES = Patch(
+    "load-optimizer-slices",
+    _DISTRIBUTED_OPTIMIZER + "DistributedOptimizer.load_parameter_state_from_fully_reshardable",
+    "Megatron loads the whole optimizer on each rank and keeps a part of it.",
+    parameters="self, state_dict",
+)
+
 # The optimizer step: optimizer/one_pass.py, optimizer/finite.py, optimizer/lora_plus.py
 
 ADAM = Patch(

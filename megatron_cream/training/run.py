@@ -16,7 +16,16 @@ from megatron.core.enums import ModelType
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from megatron_cream.checkpoint import after_save, checksums, optimizer_state, pretrained, saving, schedule, start
+from megatron_cream.checkpoint import (
+    after_save,
+    checksums,
+    optimizer_shards,
+    optimizer_state,
+    pretrained,
+    saving,
+    schedule,
+    start,
+)
 from megatron_cream.common import console, entry
 from megatron_cream.common.errors import (
     UsageError,
@@ -142,6 +151,7 @@ def _install_patches(args: Namespace) -> None:
     install_all.install(args)
     schedule.install()
     optimizer_state.install()
+    optimizer_shards.install()
     lora_plus.install(args.lora_plus_ratio)
     if values.can_use_one_pass_optimizer(args):
         from megatron_cream.optimizer import one_pass  # imports Triton

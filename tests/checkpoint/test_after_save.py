@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cream.checkpoint import after_save, host_memory, retention
-from megatron_cream.checkpoint.host_memory import OptimizerGather
 from megatron_cream.checkpoint.retention import Retention
 from megatron_cream.checkpoint.save_hook import SaveHook
 from tests.launch import train, write_documents
@@ -221,26 +220,21 @@ def test_best_is_not_counted_among_the_checkpoints(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ranks, tensor, data, one_per_group, memory, shared",
+    "ranks, data, gigabytes",
     [
-        (8, 1, 8, False, 8 * 12, 12),  # 7B on one host: eight copies, of which each rank writes an eighth
-        (8, 1, 8, True, 12, 12),
-        (8, 8, 4, False, 8 * 12, 24),
-        (8, 8, 4, True, 8 * 12, 8 * 12),
-        (1, 1, 1, False, 12, 12),
-    ],
+        (8, 8, 12),
+        (8, 16, 6),
+        (8, 4, 24),
+        (1, 1, 12),
+    ],  # 8, 4: TP 2 on one host, so that all ranks have 2 x 1e9 parameters
 )
-def test_a_save_too_large_for_host_memory_prints_one_line(
-    monkeypatch, ranks, tensor, data, one_per_group, memory, shared
-):
-    gathered = OptimizerGather(10**9, ranks, tensor, data, one_per_group)
-    assert (gathered.host_bytes(), gathered.shared_bytes()) == (memory * 10**9, shared * 10**9)
-
-    def said(memory_left: float, shared_left: float, asynchronous: bool) -> str:
+def test_a_save_too_large_for_host_memory_prints_one_line(monkeypatch, ranks, data, gigabytes):
+    def said(memory_left: float, shared_left: float, in_shared_memory: bool) -> str:
         monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: Namespace(available=memory_left * 1e9))
         monkeypatch.setattr(host_memory.shutil, "disk_usage", lambda _: Namespace(free=shared_left * 1e9))
-        return host_memory.find_shortage(gathered, asynchronous=asynchronous)
+        sharing = {"ranks": ranks, "data_parallel": data, "in_shared_memory": in_shared_memory}
+        return host_memory.find_shortage(10**9, **sharing)
 
-    assert not said(memory, shared, True) and not said(memory, 0, False)
-    assert f"{memory:.1f} GB of this host's memory" in said(memory - 1, shared, False)
-    assert f"needs {shared:.1f} GB in /dev/shm for the optimizer" in said(memory, shared - 1, True)
+    assert not said(gigabytes, gigabytes, True) and not said(gigabytes, 0, False)
+    assert f"{gigabytes:.1f} GB of this host's memory" in said(gigabytes - 1, gigabytes, False)
+    assert f"needs {gigabytes:.1f} GB in /dev/shm for the optimizer" in said(gigabytes, gigabytes - 1, True)

@@ -17,13 +17,6 @@ class Patch(NamedTuple):
 
 
 PATCHES = {
-    "unpadded-buckets": Patch(
-        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_param_state_fully_reshardable",
-        (
-            "test_distributed_optimizer.py::test_each_weight_is_saved_with_its_own_moments",
-            "test_distributed_optimizer.py::test_the_script_of_the_report_passes",
-        ),
-    ),
     "state-before-loading": Patch(
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_state_dict",
         ("test_distributed_optimizer.py::test_a_new_optimizer_says_what_it_loads",),
@@ -167,6 +160,13 @@ PATCHES = {
 """By the patch's name: those that correct a fault."""
 
 WORKAROUNDS = {
+    "unpadded-buckets": Patch(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.sharded_param_state_fully_reshardable",
+        (
+            "test_distributed_optimizer.py::test_each_weight_is_saved_with_its_own_moments",
+            "test_distributed_optimizer.py::test_the_script_of_the_report_passes",
+        ),
+    ),
     "evaluation-at-its-first-step": Patch(
         "megatron.training.training:get_train_valid_test_num_samples",
         ("test_schedule.py::test_validation_samples_suffice_for_the_evaluation_at_its_first_step",),
@@ -193,6 +193,8 @@ HOOKS = {
     "forget-queue": "with `call-writer`: the class forgets a writer that died",
     "forget-preload-queue": "with `call-writer`: the class forgets a writer that died",
     "forget-results": "with `call-writer`: the class forgets a writer that died",
+    "optimizer-slices": "each rank saves its part of the optimizer, which nothing gathers",
+    "load-optimizer-slices": "as `optimizer-slices`, for loading",
     "known-graphs": "a list of the graphs, which NCCL waits for when its groups are destroyed: this takes two GPUs to show",
     "adam": "AdamW in one pass",
     "pytorch-adam": "AdamW in one pass",
