@@ -39,8 +39,9 @@ PUBLISHED, WIDE = "linear", "wide theta"
 SCALINGS = (PUBLISHED, "theta", WIDE, "yarn")
 RATE = 3e-4
 """Learning rate of the part `samplers`."""
-RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3)
-"""Learning rates that the part `scalings` chooses from, for each scaling."""
+RATES = (3e-4, 6e-4, 1.2e-3)
+"""Learning rates that the part `scalings` chooses from for each of TRIED; WIDE takes that of `theta`."""
+TRIED = (PUBLISHED, "theta", "yarn")
 
 BASE_BLEND = {"text": 0.3, 2: 0.14, 4: 0.14, 8: 0.14, 16: 0.14, 32: 0.14}
 EXTEND_BLEND = {"text": 0.6, 8: 0.1, 32: 0.15, 128: 0.15}
@@ -102,13 +103,12 @@ def scaled(seeds: list[int], factors: list[int], rates: dict[str, float]) -> lis
     plain = ["pose", "pi", "cream, no Gaussian", "mix"]
     blocks = [
         ([PUBLISHED, "theta", "yarn"], ["cream"]),
+        (["theta"], ["cream + randpos", LONG_END]),
         ([WIDE], ["cream"]),
-        (["theta"], ["cream + randpos", LONG_END, "pose, 8 chunks"]),
-        (["theta"], plain),
-        ([WIDE], ["cream + randpos", LONG_END, "pose, 8 chunks"]),
+        (["theta"], ["pose, 8 chunks", *plain]),
         ([PUBLISHED, "yarn"], plain),
+        ([WIDE], ["cream + randpos", LONG_END, "pose, 8 chunks", *plain]),
         ([PUBLISHED, "yarn"], ["cream + randpos", LONG_END, "pose, 8 chunks"]),
-        ([WIDE], plain),
     ]
     order = sorted(factors, key=lambda factor: (factor != 8, -factor))
     return [

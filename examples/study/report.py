@@ -106,7 +106,7 @@ def table(results: list[dict]) -> str:
 
 def _rate_lines(study: _Results) -> list[str]:
     """Return the table of the learning rates that were tried, if any."""
-    scores = {scaling: _scores(study._all, scaling) for scaling in methods.SCALINGS}
+    scores = {scaling: _scores(study._all, scaling) for scaling in methods.TRIED}
     if not any(scores.values()):
         return []
     lines = ["", "Loss of the answers plus log perplexity by learning rate, `cream`, one seed; the least is used.", ""]
@@ -120,8 +120,8 @@ def _rate_lines(study: _Results) -> list[str]:
 
 
 def chosen_rate(results: list[dict], scaling: str) -> float | None:
-    """Return the learning rate with the lowest score, or None if none has been tried for the scaling."""
-    scores = _scores(results, scaling)
+    """Return the learning rate with the lowest score, or None if none has been tried."""
+    scores = _scores(results, "theta" if scaling == methods.WIDE else scaling)
     return min(scores, key=scores.get) if scores else None
 
 

@@ -69,7 +69,7 @@ def _parts(study: "Study", seeds: list[int]) -> Iterator[list[methods.Run]]:
     if "samplers" in flags.parts:
         yield chosen(methods.extensions(seeds, flags.factors))
     if "scalings" in flags.parts:
-        yield [run for scaling in methods.SCALINGS for run in methods.choosing(scaling, seeds[0], flags.factors)]
+        yield [run for scaling in methods.TRIED for run in methods.choosing(scaling, seeds[0], flags.factors)]
         results = list(study.results.values())
         rates = {scaling: report.chosen_rate(results, scaling) or methods.RATE for scaling in methods.SCALINGS}
         yield chosen(methods.scaled(seeds, flags.factors, rates))
