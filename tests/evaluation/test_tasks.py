@@ -1,5 +1,7 @@
 """Prompts of the long-context tasks: length, questions and reproducibility."""
 
+import argparse
+import ast
 import json
 import math
 import random
@@ -19,6 +21,7 @@ from megatron_cream.evaluation.tasks.filler import (
     Haystack,
     LazyList,
     draw_distinct,
+    find_strings,
     fit,
     load_sentences,
     split_sentences,
@@ -282,6 +285,12 @@ def test_standard_library_filler():
     found = load_sentences()
     assert len(set(found)) == len(found) and sum(map(len, found)) > 500_000
     assert all(sentence == " ".join(sentence.split()) != "" for sentence in found)
+
+
+def test_strings_are_found_in_the_order_of_ast_walk():
+    tree = ast.parse(Path(argparse.__file__).read_bytes())
+    walked = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert list(find_strings(tree)) == walked
 
 
 @settings(deadline=None)

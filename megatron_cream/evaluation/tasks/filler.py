@@ -21,6 +21,7 @@ class TooShort(UsageError):
 _PARAGRAPH_END = re.compile(r"\n\s*\n")
 # A sentence ends after a full stop, unless the next word starts with a lower-case letter.
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[^a-z\s])")
+_WITHOUT_STRINGS = {ast.Name, ast.Load, ast.Store, ast.Del}
 
 
 def load_sentences(folder: Path | None = None) -> list[str]:
@@ -168,12 +169,27 @@ def _read_standard_library() -> tuple[str, ...]:
             tree = ast.parse(path.read_bytes())
         except SyntaxError:  # test files with intentional errors
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                for paragraph in _PARAGRAPH_END.split(node.value):
-                    if _is_prose(text := " ".join(paragraph.split())):
-                        found |= dict.fromkeys(split_sentences(text))
+        for string in find_strings(tree):
+            for paragraph in _PARAGRAPH_END.split(string):
+                if _is_prose(text := " ".join(paragraph.split())):
+                    found |= dict.fromkeys(split_sentences(text))
     return tuple(found)
+
+
+def find_strings(tree: ast.AST) -> Iterator[str]:
+    """Yield the strings of a syntax tree in the order of ast.walk, which takes four times as long."""
+    nodes = [tree]
+    for node in nodes:  # it grows
+        if type(node) is ast.Constant:
+            if isinstance(node.value, str):
+                yield node.value
+            continue
+        for name in node._fields:
+            value = getattr(node, name)
+            if type(value) is list:
+                nodes += [each for each in value if isinstance(each, ast.AST)]
+            elif isinstance(value, ast.AST) and type(value) not in _WITHOUT_STRINGS:
+                nodes.append(value)
 
 
 def _is_prose(text: str) -> bool:
