@@ -1,8 +1,11 @@
+import gc
 import os
 import sys
 from pathlib import Path
 
 import pytest
+
+gc.disable()  # until the tests run: collections take a quarter of the imports' time and find nothing
 
 # Both are read when torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest runs several tests at a time
@@ -13,10 +16,10 @@ sys.path.insert(0, str(ROOT))
 # Commands under test start torchrun and python, also where the virtual environment is not activated.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
-from megatron_cream.common import devices
-from megatron_cream.patches import platform
+from tests import forked_commands, help_texts
+from tests.skips import pytest_make_collect_report, pytest_runtest_makereport
 
-platform.setup()
+__all__ = ["pytest_make_collect_report", "pytest_runtest_makereport"]  # hooks
 
 
 # Files are distributed to the workers in this order: a long file that starts last would run alone.
@@ -49,23 +52,20 @@ def _mark_slow(items):
                 item.add_marker(pytest.mark.slow)
 
 
-def _read_help_texts_once():
-    """Cache the help texts that Megatron reads from its sources for each parser; the tests build hundreds of parsers."""
-    from megatron.training.argument_utils import ArgumentGroupFactory
+def pytest_configure(config):
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        forked_commands.share()  # this process starts the workers, and needs neither torch nor Megatron
+        return
+    from megatron_cream.patches import platform
 
-    read, texts = ArgumentGroupFactory._get_field_docstrings, {}
-
-    def read_once(self, kind):
-        if kind not in texts:
-            texts[kind] = read(self, kind)
-        return dict(texts[kind])
-
-    ArgumentGroupFactory._get_field_docstrings = read_once
+    platform.setup()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    _read_help_texts_once()
+    from megatron_cream.common import devices
+
+    help_texts.read_once()
     _mark_slow(items)
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
@@ -76,21 +76,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="gpu: needs a CUDA device"))
 
 
-def _fail_if_skipped_in_ci(report):
-    """If CI=true, turn a skip into a failure unless a GPU is missing: no other machine runs tests that CI skips."""
-    if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
-        reason = report.longrepr[2].removeprefix("Skipped: ")
-        if not reason.startswith("gpu: "):
-            report.outcome = "failed"
-            report.longrepr = f"skipped, which CI does not allow: {reason}"
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport():
-    return _fail_if_skipped_in_ci((yield))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report():
-    return _fail_if_skipped_in_ci((yield))
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays alive: later collections skip it
+    gc.enable()

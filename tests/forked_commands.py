@@ -1,40 +1,23 @@
 """Run `python SCRIPT` and `torchrun SCRIPT` in forks of a process that has imported everything.
 
 Importing Megatron, torch and transformers takes five seconds of CPU time per process. `programs` is a folder with a
-`python` and a `torchrun` that send their command line, folder, environment and open files to such a process, which
-forks; torch's own launcher forks the ranks. What those programs cannot take from there they run afresh: another script
-than one of the project's, or an environment that matters while a module is imported. tests/end_to_end runs the same
-commands in fresh processes. Not for machines with a GPU: CUDA cannot be used in a forked process.
+`python` and a `torchrun` that send their command line, folder, environment and open files to the server, which forks
+(tests/fork_server.py). pytest's workers share one server. tests/end_to_end runs commands in fresh processes. Not for
+machines with a GPU: CUDA cannot be used in a forked process.
 """
 
 import atexit
 import functools
-import importlib
-import json
 import os
-import runpy
-import select
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import traceback
 from pathlib import Path
 
-from megatron_cream.common import devices
-from megatron_cream.common.processes import end_with_parent
-from megatron_cream.patches import platform
 from tests.processes import ROOT, ending_with_test
 
-platform.setup()  # here: a process that a rank spawns imports this module, as that of the rank
-
-JOB = ROOT / "pretrain_cream.py"
-READ_AT_IMPORT = {
-    *("HF_HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE"),
-    *("HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "XDG_CACHE_HOME", "OMP_NUM_THREADS", "TRITON_INTERPRET"),
-}
+_SHARED = "TEST_PROGRAMS"  # environment variable: the folder of the programs that pytest's workers share
 
 _SHIM = """#!{python} -IS
 import json, os, socket, sys
@@ -46,20 +29,39 @@ socket.send_fds(server, [json.dumps(words).encode()], [0, 1, 2])
 sys.exit(int(server.recv(16) or 1))
 """
 
+_SERVE_WHEN_CONNECTED = """
+import os, select, sys
+select.select([int(sys.argv[1])], [], [])
+os.execv(sys.executable, [sys.executable, "-m", "tests.fork_server", sys.argv[1]])
+"""
+
 
 def python() -> list[str]:
     """Return the first words of a command that runs a script of the project."""
-    return [sys.executable] if devices.has_cuda() else [str(_programs() / "python")]
+    return [sys.executable] if _has_cuda() else [str(_programs() / "python")]
 
 
 def torchrun() -> list[str]:
     """Return the first words of a command that runs a script on several ranks of this machine."""
     fresh = [sys.executable, "-m", "torch.distributed.run"]
-    return [*(fresh if devices.has_cuda() else [str(_programs() / "torchrun")]), "--standalone"]
+    return [*(fresh if _has_cuda() else [str(_programs() / "torchrun")]), "--standalone"]
+
+
+def _has_cuda() -> bool:
+    from megatron_cream.common import devices
+
+    return devices.has_cuda()
+
+
+def share() -> None:
+    """Let the processes that this one starts use one server. It ends with this process."""
+    os.environ[_SHARED] = str(_programs())
 
 
 @functools.cache
 def _programs() -> Path:
+    if shared := os.environ.get(_SHARED):
+        return Path(shared)
     folder = tempfile.TemporaryDirectory(prefix="programs")
     atexit.register(folder.cleanup)
     return shims(Path(folder.name) / "bin", environment())
@@ -73,155 +75,19 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def shims(folder: Path, environment: dict[str, str]) -> Path:
-    """Start the server, which ends with this process, and return the folder with `python` and `torchrun`."""
+    """Return the folder with `python` and `torchrun`. Their server ends with this process.
+
+    The server imports everything when the first command comes, which waits for it.
+    """
     folder.mkdir()
     address = str(folder / "socket")
     for name in ("python", "torchrun"):
         shim = folder / name
         shim.write_text(_SHIM.format(python=sys.executable, address=address, name=name))
         shim.chmod(0o755)
-    command = ending_with_test([sys.executable, "-m", "tests.forked_commands", address])
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
-    assert server.stdout.readline() == b"ready\n"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.bind(address)
+        server.listen()
+        command = ending_with_test([sys.executable, "-ISc", _SERVE_WHEN_CONNECTED, server.fileno()])
+        subprocess.Popen(command, pass_fds=[server.fileno()], cwd=ROOT, env=environment)
     return folder
-
-
-def main(address: str) -> None:
-    _import_all()
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server.bind(address)
-    server.listen()
-    print("ready", flush=True)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    own = os.getpid()
-    while True:
-        connection, _ = server.accept()
-        if os.fork() == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            end_with_parent(parent=own)
-            server.close()
-            _answer(connection)
-            os._exit(0)
-        connection.close()
-
-
-def _import_all() -> None:
-    """Import what ranks and commands import, so that forks need not."""
-    import torch
-    import torch._dynamo  # an optimizer imports it
-    import torch.utils.tensorboard
-    import transformers.models.llama.modeling_llama  # noqa: F401  (imported late by some runs)
-
-    import pretrain_cream  # noqa: F401
-
-    for name in ("convert", "evaluate", "plan", "plot_positions", "preprocess"):
-        importlib.import_module(f"megatron_cream.commands.{name}")
-    torch.set_num_threads(1)  # a fork does not inherit a pool's threads
-
-
-def _answer(connection: socket.socket) -> None:
-    """Run one command in a fork, and send its exit code. If the sender is killed, the command ends."""
-    text, files, _, _ = socket.recv_fds(connection, 1 << 18, 3)
-    own, process = os.getpid(), os.fork()
-    if process == 0:
-        end_with_parent(parent=own)
-        connection.close()
-        _run(files, **json.loads(text))
-    if connection in select.select([os.pidfd_open(process), connection], [], [])[0]:
-        return
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    connection.send(str(code if code >= 0 else 128 - code).encode())
-
-
-def _run(files: list[int], words: list[str], folder: str, environment: dict[str, str]) -> None:
-    """Turn this fork into the process of the command."""
-    for fd, file in enumerate(files):
-        os.dup2(file, fd)
-        os.close(file)
-    os.chdir(folder)
-    started_with = _read_initial_environment()
-    known = _read_at_import(started_with) == _read_at_import(environment)
-    known &= _python_path(environment) <= _python_path(started_with)
-    set_by_imports = {name: value for name, value in os.environ.items() if name not in started_with}
-    os.environ.clear()
-    os.environ |= set_by_imports | environment
-    is_script = words[0] == "torchrun" or words[1].endswith(".py")
-    if not known or not is_script:
-        for name in set_by_imports.keys() - environment.keys():
-            del os.environ[name]
-        module = ["-m", "torch.distributed.run"] if words[0] == "torchrun" else []
-        os.execv(sys.executable, [sys.executable, *module, *words[1:]])
-    sys.stdin, sys.stdout = (open(fd, mode, closefd=False) for fd, mode in enumerate("rw"))
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
-    _exit(_run_ranks if words[0] == "torchrun" else _run_script, words[1:])
-
-
-def _read_initial_environment() -> dict[str, str]:
-    """Return the variables that the server was started with."""
-    lines = Path("/proc/self/environ").read_bytes().decode(errors="surrogateescape").split("\0")
-    return dict(line.split("=", 1) for line in lines if line)
-
-
-def _read_at_import(environment) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name in READ_AT_IMPORT}
-
-
-def _python_path(environment) -> set[str]:
-    return set(filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)))
-
-
-def _exit(function, words: list[str]) -> None:
-    """Call the function, and end this process as Python does."""
-    code: object = None
-    try:
-        function(words)
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    if not isinstance(code, int | None):
-        print(code, file=sys.stderr)
-        code = 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code or 0)
-
-
-def _run_script(words: list[str]) -> None:
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).resolve().parent))
-    runpy.run_path(words[0], run_name="__main__")
-
-
-def _run_ranks(words: list[str]) -> None:
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    run.run_script_path = _run_rank
-    try:
-        run.main(["--start-method=fork", "--run-path", *words])
-    except ChildFailedError as error:
-        sys.exit(str(error))
-
-
-def _run_rank(script: str, *words: str) -> None:
-    import torch
-
-    import pretrain_cream
-
-    end_with_parent()
-    # A fork recreates torch's thread pool on first use. Do it here, before several autograd threads do it at once.
-    torch.set_num_threads(1)
-    sys.stdout.reconfigure(line_buffering=True)
-    if Path(script).resolve() != JOB:
-        return _run_script([script, *words])
-    sys.argv = [script, *words]
-    if code := pretrain_cream.main():
-        sys.exit(code)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

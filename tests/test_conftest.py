@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.launch import ROOT
+from tests import skips
+from tests.processes import ROOT
 
 TESTS = """
 import pytest
@@ -26,12 +27,18 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("ci", ["true", pytest.param("false", marks=pytest.mark.slow)])
+def test_the_rule_is_installed(pytestconfig):
+    for name in ("pytest_make_collect_report", "pytest_runtest_makereport"):
+        functions = [each.function for each in getattr(pytestconfig.hook, name).get_hookimpls()]
+        assert getattr(skips, name) in functions
+
+
+@pytest.mark.parametrize("ci", ["true", "false"])
 def test_only_gpus_may_be_missing_in_ci(tmp_path, ci):
     for number, other in enumerate(["", *OTHERS.values()]):
         (tmp_path / f"test_{number}.py").write_text(TESTS + other)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:warnings", "-rfE"]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.skips", "-p", "no:warnings", "-rfE"]
     command += ["--continue-on-collection-errors"]
     environment = {**os.environ, "CI": ci, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True, env=environment, cwd=tmp_path)

@@ -1,8 +1,9 @@
-"""Tests of the whole chain: extend a Hugging Face model once or twice, with each command in a fresh process.
+"""Tests of the whole chain: extend a Hugging Face model once or twice, with the commands that each step advises.
 
-By default a tiny model is extended once. `-m slow` extends it twice. `-m real_model` extends a pretrained model twice:
-REAL_MODEL is the folder made by fetch_model.sh. CHAIN_PYTHON lists interpreters, separated by colons, that take turns
-at running the commands.
+By default a tiny model is extended once. Only the first and the last command are fresh processes there; the others are
+forks (tests/forked_commands.py). All commands are fresh processes where the model is extended twice, which .ci/run
+does: `-m slow` takes a tiny model, `-m real_model` a pretrained one, from the folder REAL_MODEL that fetch_model.sh
+made. CHAIN_PYTHON lists interpreters, separated by colons, that take turns at running the fresh processes.
 """
 
 import json
@@ -75,7 +76,7 @@ REAL = Model(
 
 @pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "twice"])
 def test_tiny_model(tmp_path, twice):
-    chain = Chain(tmp_path)
+    chain = Chain(tmp_path, forked=not twice)
     chain.run_code(TINY_MODEL, ROOT)
     extend(chain, TINY)
     if twice:
@@ -97,7 +98,7 @@ def extend(chain: Chain, model: Model) -> None:
     folder = chain.folder
     write_texts(folder / "docs.jsonl")
     tokenizer = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model model".split()
-    chain.run("tools/preprocess_data.py", "--input", "docs.jsonl", "--output-prefix", "data", *tokenizer)
+    chain.run("tools/preprocess_data.py", "--input", "docs.jsonl", "--output-prefix", "data", *tokenizer, fresh=True)
     imported = chain.run("tools/convert_hf.py", "import", "--hf-path", "model", "--output", "imported")
 
     script, *train = [word.replace("DATA", "data") for word in advised(imported)]
@@ -155,7 +156,7 @@ def steps_of(log: str) -> list[int]:
 def find_needle(chain: Chain, *command: str, length: int) -> None:
     """Run an evaluation with one needle at one length."""
     flags = f"--min-length {length} --max-length {length} --length-steps 1 --depth-steps 1 --samples 1 --overwrite"
-    chain.run(*command, *flags.split(), "--output", "needle")
+    chain.run(*command, *flags.split(), "--output", "needle", fresh=True)
     assert results(chain, "needle")["examples"] == 1
 
 
