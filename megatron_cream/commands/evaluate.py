@@ -26,7 +26,7 @@ from megatron_cream.common.cli import program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import convert_disk_errors
 from megatron_cream.evaluation import fit, harness, pictures, plans, ranks, report, sharing, sliding_window
-from megatron_cream.evaluation.engine_flags import read_harness_settings, read_vllm_settings
+from megatron_cream.evaluation.engine_flags import check_cuda_graphs, read_harness_settings, read_vllm_settings
 from megatron_cream.evaluation.flags import build_parser
 from megatron_cream.evaluation.longppl import KeyTokenRule
 from megatron_cream.evaluation.models import language_model
@@ -148,6 +148,7 @@ def run_longbench(args) -> None:
 
 def run_examples(args, source: language_model.Source, plan: Plan, options: dict) -> None:
     """Run the examples of a plan; `options` are the settings that identify its results."""
+    check_cuda_graphs(args, source)
     if args.chat:
         source.tokenizer.encode_chat("")  # raises if there is no chat template
     generation = Generation(args.batch_size, args.temperature, args.top_p, args.seed, args.chat)
@@ -295,7 +296,9 @@ def find_model(args, path: str | None = None) -> language_model.Source:
 
 
 def load(args, source: language_model.Source, vllm: VllmSettings | None = None) -> language_model.LanguageModel:
-    return language_model.load(source, prefill_chunk=args.prefill_chunk, vllm=vllm, ranks=args.ranks)
+    graphs = getattr(args, "cuda_graphs", None) is not False  # perplexity has no such flag
+    options = dict(prefill_chunk=args.prefill_chunk, vllm=vllm, ranks=args.ranks, cuda_graphs=graphs)
+    return language_model.load(source, **options)
 
 
 def open_output(args, source: language_model.Source, settings: dict):

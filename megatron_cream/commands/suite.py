@@ -120,6 +120,8 @@ def _list_flags(args: Namespace, command: str) -> list[str]:
     for name in (*_MODEL_FLAGS, *(() if command == "perplexity" else _TASK_FLAGS)):
         if value := getattr(args, name):
             words += [to_flag(name), *([] if value is True else [str(value)])]
+    if args.cuda_graphs is not None and command not in ("perplexity", "harness"):
+        words.append("--cuda-graphs" if args.cuda_graphs else "--no-cuda-graphs")
     return words
 
 

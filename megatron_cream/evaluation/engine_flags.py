@@ -9,8 +9,9 @@ from megatron_cream.common import devices
 from megatron_cream.common.cli import format_flag, positive
 from megatron_cream.common.errors import NotAvailable, UsageError
 from megatron_cream.evaluation.models.fp8_memory import KV_CACHE_DTYPES
-from megatron_cream.evaluation.models.language_model import ENGINES, Source
+from megatron_cream.evaluation.models.language_model import ENGINES, Source, read_rope_type
 from megatron_cream.evaluation.models.vllm_model import VllmSettings, too_long
+from megatron_cream.model.rotary import LENGTH_DEPENDENT_TYPES
 
 
 def add_engine(command: argparse.ArgumentParser, share, *, has_length: bool = True) -> None:
@@ -39,6 +40,29 @@ def add_engine_choice(command: argparse.ArgumentParser, engines: Sequence[str]) 
     command.add_argument("--engine", choices=engines, default="auto", help=about)
     about = "of the keys and values: auto, that of the model; fp8, half of bf16's memory, with small errors"
     command.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help=about)
+
+
+def add_cuda_graphs(command: argparse.ArgumentParser) -> None:
+    """Add --cuda-graphs and --no-cuda-graphs to the parser of a task that generates."""
+    about = "generate by CUDA graphs, in Megatron-Core on one GPU for each model (default: on there)"
+    command.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, help=about)
+
+
+def check_cuda_graphs(args: argparse.Namespace, source: Source) -> None:
+    """Raise UsageError for --cuda-graphs where generation cannot use them."""
+    if not args.cuda_graphs:
+        return
+    if not devices.has_cuda():
+        raise UsageError("--cuda-graphs: there is no GPU here")
+    if source.engine != "megatron":
+        raise UsageError(f"--cuda-graphs: only with --engine megatron; this model runs in {source.engine}")
+    if args.ranks.replica_size > 1:
+        raise UsageError("--cuda-graphs: not for a model that several GPUs share")
+    if (rope_type := read_rope_type(source)) in LENGTH_DEPENDENT_TYPES:
+        raise UsageError(
+            f"--cuda-graphs: the rope_type of {source.flag} {source.path} is {rope_type}, whose frequencies change "
+            "while a text grows. Leave the flag out"
+        )
 
 
 def read_vllm_settings(args: argparse.Namespace, source: Source, longest: int, added: int = 1) -> VllmSettings | None:

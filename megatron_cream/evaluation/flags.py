@@ -7,7 +7,7 @@ import math
 from megatron_cream.checkpoint.convert import DTYPES
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.evaluation.conventions import CONVENTIONS
-from megatron_cream.evaluation.engine_flags import add_engine, add_engine_choice
+from megatron_cream.evaluation.engine_flags import add_cuda_graphs, add_engine, add_engine_choice
 from megatron_cream.evaluation.suites import SUITES
 from megatron_cream.evaluation.tasks import longbench, needle
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
@@ -154,6 +154,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     add("--batch-size", type=positive, help="prompts per batch (default: each task's own)")
     add_engine(added, _probability, has_length=False)
+    add_cuda_graphs(added)
     _add_model(added, "model", metavar="MODEL")
 
     added = command(
@@ -204,6 +205,7 @@ def _add_generation(command: argparse.ArgumentParser, *, samples: int | None, of
     add("--chat", action="store_true", help=about)
     add("--batch-size", type=positive, default=4, help="prompts per batch; changes answers only by rounding")
     add_engine(command, _probability)
+    add_cuda_graphs(command)
     _add_prefill(command, "--max-num-batched-tokens")
 
 

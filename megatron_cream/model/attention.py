@@ -194,8 +194,8 @@ class _CausalCoreAttention(MegatronModule):
     """Base class of this project's core attentions: causal, without dropout.
 
     forward: query [s, b, n, d], key and value [s, b, g, d] (g divides n) -> [s, b, n * d].
-    attention_mask is None, except in generation with prompts of several lengths: then it is
-    bool [b, keys], False on padding, and there is one query for each sample.
+    attention_mask is None, except in generation: then it is bool [b, keys], False on padding and on memory
+    for tokens to come, and there is one query for each sample.
     key_shard, if set, says which keys and values of a long text this rank has in generation.
     packed_seq_params are the `Documents` of packed samples, or None.
     A subclass defines `attend`, which returns [s, b, n, d]: causal attention, aligned at the
@@ -237,7 +237,7 @@ class _CausalCoreAttention(MegatronModule):
         packed = packed_seq_params is not None
         attend = functools.partial(self.attend_packed, packed_seq_params) if packed else self.attend
         if attention_mask is not None:
-            out_SBND = _attend_unpadded(query, key, value, attention_mask, self.softmax_scale)
+            out_SBND = _attend_to_named(query, key, value, attention_mask, self.softmax_scale)
         elif self.key_shard is not None:
             out_SBND = attend_to_shards(query, key, value, self.key_shard, self.softmax_scale)
         elif self.cp_group is not None:
@@ -311,11 +311,12 @@ def _fold_samples_into_heads(x_SBND: Tensor) -> Tensor:
     return x_SBND.flatten(1, 2).unsqueeze(0)
 
 
-def _attend_unpadded(query_1BND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, keys_BS: Tensor, scale) -> Tensor:
-    """Return the attention of one query per sample to its real keys, [1, b, n, d].
+def _attend_to_named(query_1BND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, keys_BS: Tensor, scale) -> Tensor:
+    """Return the attention of one query per sample to the keys that are True in keys_BS, [1, b, n, d]."""
+    if support.can_use_kernels(query_1BND):
+        from megatron_cream.model.kernels.decoding import attend_one_query
 
-    keys_BS: bool [b, keys], False on padding.
-    """
+        return attend_one_query(query_1BND, key_SBGD, value_SBGD, keys_BS, scale)
     key_BGSD, value_BGSD = (x.permute(1, 2, 0, 3) for x in (key_SBGD, value_SBGD))
     # Query heads of a group become queries of its key head, so keys need not be repeated.
     query_BGND = query_1BND[0].unflatten(1, (key_SBGD.shape[2], -1))

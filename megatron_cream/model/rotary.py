@@ -111,6 +111,11 @@ class RotaryEmbedding:
         self.inv_freq = _compute_inv_freq(head_dim, self._scaled_theta, scaling, max_position_embeddings)
         self._inv_freq_float64: dict[torch.device, Tensor] = {}
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether `cos_sin` waits for the device to learn the longest position, and then computes frequencies."""
+        return self._by_length
+
     def cos_sin(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the angles position * inv_freq, times the attention factor.
 

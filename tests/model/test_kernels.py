@@ -62,6 +62,28 @@ def test_split_and_rotate(groups, per_group, d, dtype, bound):
 
 
 @kernel_test
+@pytest.mark.parametrize("b, groups, per_group, d, keys", [(2, 2, 4, 64, 700), (3, 1, 1, 24, 90), (1, 2, 20, 80, 2500)])
+@pytest.mark.parametrize("half, bound", [(False, 1e-6), (True, 1e-2)])
+def test_attention_of_one_query(b, groups, per_group, d, keys, half, bound):
+    """With gaps, and with keys that are all hidden at either end, as padding and room for tokens are."""
+    from megatron_cream.model.kernels.decoding import attend_one_query
+
+    torch.manual_seed(0)
+    dtype = (torch.bfloat16 if CUDA else torch.float16) if half else torch.float32  # the interpreter has no bf16 dot
+    shapes = ((1, b, groups * per_group, d), (keys, b, groups, d), (keys, b, groups, d))
+    query, key, value = (torch.randn(shape).to(dtype).to(DEVICE) for shape in shapes)
+    seen = torch.rand(b, keys) < 0.9
+    seen[0, : keys // 2] = seen[-1, -keys // 3 :] = False
+    seen = seen.to(DEVICE)
+    exact = [x.double().permute(1, 2, 0, 3) for x in (query, key, value)]
+    exact[1:] = [x.repeat_interleave(per_group, 1) for x in exact[1:]]
+    for scale in (None, 0.5):
+        ours = attend_one_query(query, key, value, seen, scale)
+        expected = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=seen[:, None, None], scale=scale)
+        assert ours.dtype == dtype and relative(ours, expected.permute(2, 0, 1, 3)) < bound
+
+
+@kernel_test
 @pytest.mark.parametrize("width, real", [(5000, 5000), (4224, 4100), (100, 7)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 def test_cross_entropy(width, real, dtype, bound):

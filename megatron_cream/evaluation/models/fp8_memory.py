@@ -86,16 +86,26 @@ class Fp8Memory:
 
     def __setitem__(self, place: tuple, x: Tensor) -> None:
         """Write; a token and head with NaN or infinity becomes NaN, so that the logits show it."""
-        largest = x.abs().amax(-1, keepdim=True).float()
-        exponents = (torch.frexp(largest).exponent - _LARGEST_EXPONENT).clamp(-126, 126)
-        factors = _power_of_two(-exponents).masked_fill(~largest.isfinite(), float("nan"))
-        self._numbers[place] = (x.float() * factors).to(torch.float8_e4m3fn)
-        self._exponents[place] = exponents.to(torch.int8)
+        self._numbers[place], self._exponents[place] = _round(x)
 
-    def __getitem__(self, place: tuple) -> Tensor:
+    def index_copy_(self, dim: int, index: Tensor, x: Tensor) -> None:
+        """Write at the places of `index`, as `Tensor.index_copy_` does; dim is not the last."""
+        numbers, exponents = _round(x)
+        self._numbers.view(torch.uint8).index_copy_(dim, index, numbers.view(torch.uint8))  # FP8 has no such kernel
+        self._exponents.index_copy_(dim, index, exponents)
+
+    def __getitem__(self, place: tuple | slice) -> Tensor:
         """Read into the shared buffer."""
         numbers = self._numbers[place]
         return self._buffer.take(numbers.shape).copy_(numbers).mul_(_power_of_two(self._exponents[place]))
+
+
+def _round(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x in float8_e4m3fn, and the exponents of the powers of two in int8, [..., 1]."""
+    largest = x.abs().amax(-1, keepdim=True).float()
+    exponents = (torch.frexp(largest).exponent - _LARGEST_EXPONENT).clamp(-126, 126)
+    factors = _power_of_two(-exponents).masked_fill(~largest.isfinite(), float("nan"))
+    return (x.float() * factors).to(torch.float8_e4m3fn), exponents.to(torch.int8)
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:

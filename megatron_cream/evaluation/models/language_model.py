@@ -181,7 +181,12 @@ def find_model(
 
 
 def load(
-    source: Source, *, prefill_chunk: int, vllm: VllmSettings | None = None, ranks: Ranks | None = None
+    source: Source,
+    *,
+    prefill_chunk: int,
+    vllm: VllmSettings | None = None,
+    ranks: Ranks | None = None,
+    cuda_graphs: bool = True,
 ) -> LanguageModel:
     """Load the model, on the GPU if there is one.
 
@@ -193,11 +198,12 @@ def load(
             change results.
         vllm: settings of the engine vllm; None is their default.
         ranks: this process's place among the ranks; None is a single rank.
+        cuda_graphs: generate by CUDA graphs where the engine megatron can.
 
     Raises:
         UsageError: the weights cannot be read.
     """
-    return _CheckedModel(_load(source, prefill_chunk, vllm or VllmSettings(), ranks or Ranks()), source)
+    return _CheckedModel(_load(source, prefill_chunk, vllm or VllmSettings(), ranks or Ranks(), cuda_graphs), source)
 
 
 def non_finite_error(source: Source, weights: Iterable[tuple[str, Tensor]]) -> UsageError:
@@ -245,14 +251,14 @@ class _CheckedModel:
             )
 
 
-def _load(source: Source, prefill_chunk: int, vllm: VllmSettings, ranks: Ranks) -> LanguageModel:
+def _load(source: Source, prefill_chunk: int, vllm: VllmSettings, ranks: Ranks, cuda_graphs: bool) -> LanguageModel:
     stop_ids = source.tokenizer.stop_ids | _read_stop_ids(source)
     common = dict(tokenizer=source.tokenizer, stop_ids=stop_ids, max_positions=source.max_positions)
     if source.engine == "vllm":
         with provide_hf_folder(source) as folder:
             return VllmModel(folder, dtype=source.dtype, prefill_chunk=prefill_chunk, settings=vllm, **common)
     common["kv_cache_dtype"] = source.kv_cache_dtype  # vLLM's is in its settings
-    if _read_rope_type(source) in LENGTH_DEPENDENT_TYPES:
+    if read_rope_type(source) in LENGTH_DEPENDENT_TYPES:
         prefill_chunk = 1 << 40  # one chunk: the frequencies of all tokens depend on the longest position
     if source.engine == "megatron":
         platform.setup()  # before anything of Megatron is imported
@@ -262,13 +268,15 @@ def _load(source: Source, prefill_chunk: int, vllm: VllmSettings, ranks: Ranks) 
 
         weights = source.checkpoint or open_folder(source.path)
         group = Group(ranks.replica_store, ranks.rank % ranks.replica_size, ranks.tensor, ranks.context)
-        return MegatronModel(weights, dtype=source.dtype, prefill_chunk=prefill_chunk, group=group, **common)
+        options = dict(dtype=source.dtype, prefill_chunk=prefill_chunk, cuda_graphs=cuda_graphs, group=group)
+        return MegatronModel(weights, **options, **common)
     from megatron_cream.evaluation.models.hf_model import HfModel
 
     return HfModel(source.path, dtype=source.dtype, prefill_chunk=prefill_chunk, **common)
 
 
-def _read_rope_type(source: Source) -> str | None:
+def read_rope_type(source: Source) -> str | None:
+    """Return the `rope_type` in the model's configuration, or None if it has none."""
     if source.checkpoint:
         return (source.checkpoint.shape.rope_scaling or {}).get("rope_type")
     config = read_json(source.path / "config.json", "a model configuration in JSON")

@@ -4,8 +4,9 @@ Tensor-parallel and context-parallel ranks call it together, with the same argum
 
 Megatron's own StaticInferenceContext keeps the keys and values. All sequences in it have one length, so prompts
 of different lengths are aligned at their ends. Each prompt is read alone, without a mask, into a view of the
-memory that starts after its padding. Then all sequences generate together, one token at a time, with the padding
-masked.
+memory that starts after its padding. Then all sequences generate together, one token at a time: each step reads the
+whole memory, with the padding and the room for further tokens masked. So all steps have the same shapes, and on a GPU a
+CUDA graph repeats them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,8 +19,9 @@ from torch import Tensor
 from megatron_cream.checkpoint.model import Group, Weights, load_model
 from megatron_cream.common import devices
 from megatron_cream.evaluation.models import generation
+from megatron_cream.evaluation.models.cuda_graph import GraphRunner, Runner
 from megatron_cream.evaluation.models.sharded_cache import ShardedCache, ShardedText
-from megatron_cream.evaluation.models.static_cache import new_context
+from megatron_cream.evaluation.models.static_cache import append_at, new_context
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 from megatron_cream.model.llama import LlamaModel
 
@@ -39,6 +41,7 @@ class MegatronModel:
         stop_ids: frozenset[int],
         max_positions: int,
         kv_cache_dtype: str = "auto",
+        cuda_graphs: bool = True,
         group: Group | None = None,
     ):
         self._model, self._group = load_model(weights, dtype, group=group), group or Group()
@@ -47,6 +50,9 @@ class MegatronModel:
         self._device = "cuda" if devices.has_cuda() else "cpu"
         self._chunk, self._stop_ids, self._kv_cache_dtype = prefill_chunk, stop_ids, kv_cache_dtype
         self.tokenizer, self.max_positions = tokenizer, max_positions
+        # Several ranks would record collectives: no such graph has been tried.
+        can_record = self._device == "cuda" and self._group.size == 1 and not self._model.rotary.depends_on_length
+        self._cuda_graphs = cuda_graphs and can_record
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         return self._model.named_parameters()
@@ -57,7 +63,8 @@ class MegatronModel:
         options = dict(stop_ids=self._stop_ids, agree=agree)
         cache = dict(room=max_new_tokens, kv_cache_dtype=self._kv_cache_dtype)
         if self._group.context == 1:
-            batch = _RightAlignedBatch(self._model, self._device, self._chunk, **cache)
+            run = GraphRunner() if self._cuda_graphs else None
+            batch = _RightAlignedBatch(self._model, self._device, self._chunk, run=run, **cache)
             return generation.generate(batch, prompts, max_new_tokens, **options, **sampling)
         answers = []
         for prompt, seed in zip(prompts, sampling["seeds"], strict=True):
@@ -121,30 +128,45 @@ class _RightAlignedBatch:
         chunk: tokens of a prompt that are read at once.
         room: maximum tokens that can be appended.
         kv_cache_dtype: one of KV_CACHE_DTYPES.
+        run: runs each step; None just calls it.
     """
 
-    def __init__(self, model: LlamaModel, device: str, chunk: int, room: int, kv_cache_dtype: str):
+    def __init__(
+        self,
+        model: LlamaModel,
+        device: str,
+        chunk: int,
+        room: int,
+        kv_cache_dtype: str = "auto",
+        run: Runner | None = None,
+    ):
         self._model, self._device, self._chunk, self._room = model, device, chunk, room
-        self._kv_cache_dtype = kv_cache_dtype
+        self._kv_cache_dtype, self._run = kv_cache_dtype, run
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = int(lengths.max())
         self._context = new_context(self._model, len(prompts), width + self._room, self._kv_cache_dtype)
         logits = [self._read(prompt, i, width - len(prompt)) for i, prompt in enumerate(prompts)]
-        self._context.sequence_len_offset = width
-        # bool [b, keys], False on padding; None if there is no padding.
-        keys = torch.arange(width + self._room) >= width - lengths[:, None]
-        self._mask = None if bool(keys.all()) else keys.to(self._device)
+        self._context.sequence_len_offset = width  # of all steps: they take their place from `_place`
+        self._tokens = torch.empty(len(prompts), 1, dtype=torch.int64, device=self._device)
         self._positions = lengths[:, None].to(self._device)
+        self._padding = (width - lengths)[:, None].to(self._device)
+        self._keys = torch.arange(width + self._room, device=self._device)
+        self._place = torch.tensor([width], device=self._device)
+        append_at(self._context, self._place)
         return torch.cat(logits)
 
     def step(self, tokens: Tensor) -> Tensor:
-        end = self._context.sequence_len_offset + 1
-        mask = None if self._mask is None else self._mask[:, :end]
-        logits = self._forward(tokens[:, None], self._positions, mask)
-        self._context.sequence_len_offset = end
-        self._positions = self._positions + 1
+        self._tokens.copy_(tokens[:, None])
+        return self._run(self._append) if self._run else self._append()
+
+    def _append(self) -> Tensor:
+        """Append `_tokens`. All that changes between steps is in tensors, and no shape does: see GraphRunner."""
+        mask = (self._keys >= self._padding) & (self._keys <= self._place)
+        logits = self._forward(self._tokens, self._positions, mask)
+        self._place.add_(1)
+        self._positions.add_(1)
         return logits
 
     def _read(self, prompt: Sequence[int], row: int, padding: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
+from torch import Tensor
 
 from megatron_cream.evaluation.models.fp8_memory import Fp8Memory, ReadBuffer
 from megatron_cream.model.llama import LlamaModel
@@ -23,3 +24,31 @@ def new_context(model: LlamaModel, batch: int, length: int, kv_cache_dtype: str 
             for buffer in buffers
         )
     return context
+
+
+def append_at(context: StaticInferenceContext, place: Tensor) -> None:
+    """Let the next tokens be written at `place`, int64 [1], and the whole memory be read.
+
+    The caller moves `place`, and masks the rest of the memory. So each step has the same shapes and reads its place
+    from the device, as a CUDA graph needs.
+    """
+    context.key_value_memory_dict = {
+        layer: tuple(_AppendedMemory(memory, place) for memory in pair)
+        for layer, pair in context.key_value_memory_dict.items()
+    }
+
+
+class _AppendedMemory:
+    """Keys or values of one layer, which Megatron writes and reads by slices; this class ignores them."""
+
+    def __init__(self, memory: Tensor | Fp8Memory, place: Tensor):
+        self._memory, self._place = memory, place
+
+    def size(self, dim: int) -> int:
+        return self._memory.size(dim)
+
+    def __setitem__(self, _slices: tuple, x: Tensor) -> None:
+        self._memory.index_copy_(0, self._place, x)
+
+    def __getitem__(self, _slices: tuple) -> Tensor:
+        return self._memory[:]
