@@ -114,6 +114,7 @@ SHAPE = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --bf16"
 PLANNED = with_(SHAPE, PLAN)
 UNSAVED = without("--save {0}/new")
 SHORT = "--short-data-path {0}/data --short-share 0.3"
+NF4 = "--lora-rank 4 --lora-base-dtype nf4"
 
 ADVICE = [
     # ------------------------------------------------ the trainer: combinations of flags
@@ -177,6 +178,9 @@ ADVICE = [
            (with_("--lora-alpha 3 --lora-rank 16", FROM_HF),)),
     Advice("needs a model whose weights stay as they are; give --load-hf MODEL", with_("--lora-rank 4"),
            (with_("--lora-rank 4", FROM_HF),)),
+    Advice("layers cannot hold NF4; use auto", with_(f"{NF4} --attention-backend te", FROM_HF), (with_(NF4, FROM_HF),)),
+    Advice("not with --lora-base-dtype nf4; leave one of them out", with_(f"{NF4} --fp8-format hybrid", FROM_HF),
+           (with_(NF4, FROM_HF),)),
     Advice("--adapter: only with --save-hf FOLDER", with_("--lora-rank 4 --adapter", FROM_HF),
            (with_("--lora-rank 4 --adapter --save-hf {0}/adapter", FROM_HF),)),
     Advice("To train adapters on them, give it with --pretrained-checkpoint", with_(f"--lora-rank 4 {LONGER}", RESUME),
@@ -358,6 +362,8 @@ INSTEAD = {
     "reset_position_ids": ("--reset-position-ids", "--position-sampler cream"),
     "spec": ("--spec a b", "--attention-backend auto"),
     "non_persistent_save_interval": ("--non-persistent-save-interval 1", "--save-interval 1"),
+    "use_megatron_fsdp": ("--use-megatron-fsdp", "--use-distributed-optimizer"),
+    "use_torch_fsdp2": ("--use-torch-fsdp2", "--use-distributed-optimizer"),
     "enable_ft_package": ("--enable-ft-package", "--timeout-minutes 5"),
 }
 """Megatron's name -> its flag, and this project's, of `flag_support.REJECTED`."""

@@ -119,6 +119,10 @@ FLAGS = {
     "adapters of an unknown projection": ("--lora-rank 4 --lora-targets q_proj,qkv", 1, ["qkv: choose from q_proj"]),
     "adapters with an unknown part": ("--lora-rank 4 --lora-train heads", 1, ["--lora-train heads", "embeddings, norms"]),
     "adapters that drop all": ("--lora-rank 4 --lora-dropout 1", 1, ["--lora-dropout 1.0", "below 1"]),
+    "NF4 in other layers": (
+        "--lora-rank 4 --lora-base-dtype nf4 --attention-backend te", 1, ["--attention-backend te", "use auto"],
+    ),
+    "NF4 without adapters": ("--lora-base-dtype nf4", 1, ["--lora-base-dtype nf4: only with --lora-rank"]),
     "weights that nothing makes": ("--no-initialization", 1, ["--no-initialization", "give --load-hf"]),
     "a profile without a GPU": ("--profile", 1, ["--profile", "add --use-pytorch-profiler"]),
     "a record of no GPU's memory": ("--record-memory-history", 1, ["--record-memory-history", "needs a GPU"]),

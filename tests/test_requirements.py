@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 
 from tests.launch import ROOT
 
-FILES = ("requirements.txt", "requirements-dev.txt", "requirements-eval.txt")
+FILES = ("requirements.txt", "requirements-dev.txt", "requirements-eval.txt", "requirements-qlora.txt")
 
 
 def requirements(name: str) -> list[Requirement]:

@@ -51,6 +51,7 @@ def settings_of(args: Namespace) -> LoraSettings | None:
         trained=tuple(name for name in TRAINED if name in trained),
         rank_stabilized=args.lora_rslora,
         seed=args.seed,
+        base_dtype=getattr(args, "lora_base_dtype", "model"),
     )
 
 

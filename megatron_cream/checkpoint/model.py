@@ -1,7 +1,7 @@
 """Build and load a model on one rank or on those of a tensor-parallel group, without Megatron's command line."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -22,6 +22,7 @@ from megatron_cream.common import devices
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModel, LlamaModelBuilder, LlamaModelConfig
 from megatron_cream.model.lora_settings import is_adapter
+from megatron_cream.model.nf4 import Nf4Weight
 
 
 class Weights(Protocol):
@@ -129,7 +130,8 @@ def fill_model(model: LlamaModel, shape: ModelShape, produce) -> None:
         produce: function (row, layer, out) that fills `out` with a whole parameter and returns it:
             `MegatronCheckpoint.read`, or `build_reader` of a Hugging Face folder.
     """
-    parameters = {name: parameter for name, parameter in model.named_parameters() if not is_adapter(name)}
+    parameters: dict[str, Any] = {name: weight for name, weight in model.named_parameters() if not is_adapter(name)}
+    parameters |= {name: module for name, module in model.named_modules() if isinstance(module, Nf4Weight)}
     group = model.pg_collection.tp
     first = min((layer.layer_number for layer in model.decoder.layers), default=1) - 1
     for row, layer in list_parameters(shape):

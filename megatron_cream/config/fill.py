@@ -152,6 +152,7 @@ def set_derived_values(args: Namespace) -> None:
             has_cuda=cuda,
             half=args.bf16 or args.fp16,
             deterministic=args.deterministic or args.deterministic_mode,
+            own_layers=args.lora_base_dtype == "nf4",
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

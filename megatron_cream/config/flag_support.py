@@ -61,7 +61,8 @@ TESTED = {
         check-weight-hash-across-dp-replicas-interval ddp-pad-buckets-for-high-nccl-busbw""",
     "model/test_llama.py": "disable-bias-linear use-cpu-initialization make-vocab-size-divisible-by",
     "model/test_lora.py": "lora-targets lora-train lora-dropout",
-    "training/test_lora_runs.py": "lora-rank lora-alpha lora-rslora lora-plus-ratio load-adapter adapter",
+    "training/test_lora_runs.py": """
+        lora-rank lora-alpha lora-rslora lora-plus-ratio lora-base-dtype load-adapter adapter""",
     "optimizer/test_one_pass.py": "bf16 tensorboard-dir",
     "training/test_gpu.py": "cuda-graph-impl te-rng-tracker cp-comm-type",
     "checkpoint/test_pretrained.py": "load-hf save-hf ffn-hidden-size rope-scaling-type",
@@ -159,7 +160,7 @@ REJECTED = {
     "use --cuda-graph-impl local": "enable-cuda-graph",
     "use --cuda-graph-impl local; this one cannot replay position ids that change": "external-cuda-graph",
     "use a tokenizer without custom code": "trust-remote-code",
-    "use --use-distributed-optimizer; this project does not support FSDP's checkpoints": """
+    "use --use-distributed-optimizer; this project's optimizer and checkpoints are not tested with FSDP": """
         use-megatron-fsdp use-torch-fsdp2 torch-fsdp2-no-reshard-after-forward megatron-fsdp-* fsdp-*
         data-parallel-sharding-strategy outer-dp-sharding-strategy suggested-communication-unit-size
         keep-fp8-transpose-cache enable-full-sharding-in-hsdp no-strict-fsdp-dtensor-load""",

@@ -192,6 +192,10 @@ class LoraConfig:
     lora_rslora: bool = False
     """Rank-stabilized LoRA: multiply by alpha / sqrt(rank) instead."""
 
+    lora_base_dtype: Literal["model", "nf4"] = "model"
+    """Number format of the frozen weights of the layers' linears: the model's, or NF4 (QLoRA), which takes a quarter of
+    bf16's memory, needs torchao, and runs in this project's layers."""
+
     load_adapter: str | None = None
     """Start from the adapter in this folder, which PEFT or this project wrote. Rank, alpha, targets and rsLoRA are
     taken from there, and RoPE if it has a config.json."""

@@ -102,7 +102,9 @@ def _has_flash_attention_4() -> bool:
     return find_flash_attention() is not None and "flash_attn.cute" in sys.modules
 
 
-def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic: bool = False) -> AttentionBackend:
+def choose_backend(
+    requested: str, *, has_cuda: bool, half: bool, deterministic: bool = False, own_layers: bool = False
+) -> AttentionBackend:
     """Return the implementation for a value of `--attention-backend`.
 
     Args:
@@ -110,11 +112,12 @@ def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic:
         has_cuda: whether there is a CUDA device.
         half: whether training is in bf16 or fp16, which flash-attn needs.
         deterministic: whether runs must be bit-identical (--deterministic).
+        own_layers: whether the run needs this project's layers, also where Transformer Engine is installed.
 
     Raises:
         ValueError: the requested backend is unknown or cannot run on this machine.
     """
-    te = has_cuda and has_transformer_engine()
+    te = has_cuda and has_transformer_engine() and not own_layers
     installed = has_cuda and find_flash_attention() is not None
     flash = installed and half and not (deterministic and not is_flash_attention_deterministic())
     if requested not in ATTENTION_BACKENDS:
@@ -138,6 +141,8 @@ def choose_backend(requested: str, *, has_cuda: bool, half: bool, deterministic:
             "te": "Transformer Engine is installed",
             "sdpa": "neither Transformer Engine nor flash-attn is installed" if has_cuda else "no CUDA device",
         }[name]
+        if own_layers and name == "sdpa" and has_cuda:
+            reason = "flash-attn is not installed"
         if installed and half and not flash:
             reason = "flash-attn has no deterministic backward on this GPU"
     if name in ("fused", "unfused"):
@@ -152,7 +157,8 @@ def list_alternatives(first: AttentionBackend, *, half: bool) -> list[AttentionB
     """Return `first` and what else `auto` may choose in the same kind of layers."""
     names = ["flash"] if half and find_flash_attention() is not None else []
     names += ["te"] if first.transformer_engine else []
-    others = [choose_backend(name, has_cuda=True, half=half) for name in names if name != first.name]
+    own = not first.transformer_engine
+    others = [choose_backend(name, has_cuda=True, half=half, own_layers=own) for name in names if name != first.name]
     sdpa = AttentionBackend("sdpa", first.transformer_engine, "auto", first.reason)
     return [first, *others, *([sdpa] if first.name != "sdpa" else [])]
 

@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_cream.model.attention import CORE_ATTENTIONS, AttentionBackend, RotarySelfAttention
 from megatron_cream.model.kernels import support
+from megatron_cream.model.lora_settings import LoraSettings
+from megatron_cream.model.nf4 import Nf4ColumnParallelLinear, Nf4RowParallelLinear
 from megatron_cream.model.norm import RMSNorm
 
 # Transformer Engine stores each norm in the linear layer that follows it.
@@ -28,7 +30,10 @@ _FUSED_NORMS = {
 
 
 def build_block_spec(
-    config: TransformerConfig, backend: AttentionBackend, vp_stage: int | None = None, separate_norms: bool = False
+    config: TransformerConfig,
+    backend: AttentionBackend,
+    vp_stage: int | None = None,
+    lora: LoraSettings | None = None,
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Return the specification of the layers of one pipeline stage.
 
@@ -39,7 +44,7 @@ def build_block_spec(
         config: Megatron's configuration.
         backend: the attention backend, which also chooses the kind of layers.
         vp_stage: number of the virtual pipeline stage.
-        separate_norms: keep Transformer Engine's norms out of its linears, so that adapters can read their output.
+        lora: settings of the adapters; None trains all weights.
     """
     if backend.transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -47,10 +52,12 @@ def build_block_spec(
         attention.module = RotarySelfAttention
         attention.submodules.core_attention = _choose_core_attention(backend)
         layer.submodules.mlp.keywords["submodules"].activation_func = _choose_activation()
-        if separate_norms:
-            _separate_norms(layer.submodules)
+        if lora is not None:
+            _separate_norms(layer.submodules)  # so that adapters can read their output
         return layer
-    layers = [_build_local_layer(config, backend)] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    is_nf4 = lora is not None and lora.base_dtype == "nf4"
+    linears = (Nf4ColumnParallelLinear, Nf4RowParallelLinear) if is_nf4 else (ColumnParallelLinear, RowParallelLinear)
+    layers = [_build_local_layer(config, backend, *linears)] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
@@ -83,15 +90,17 @@ def _choose_activation():
     return SwiGlu
 
 
-def _build_local_layer(config: TransformerConfig, backend: AttentionBackend) -> ModuleSpec:
+def _build_local_layer(
+    config: TransformerConfig, backend: AttentionBackend, column_parallel: type, row_parallel: type
+) -> ModuleSpec:
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=RotarySelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column_parallel,
             core_attention=CORE_ATTENTIONS[backend.name],
-            linear_proj=RowParallelLinear,
+            linear_proj=row_parallel,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
@@ -99,7 +108,7 @@ def _build_local_layer(config: TransformerConfig, backend: AttentionBackend) -> 
     mlp = partial(
         MLP.as_mlp_submodule,
         submodules=MLPSubmodules(
-            linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=_choose_activation()
+            linear_fc1=column_parallel, linear_fc2=row_parallel, activation_func=_choose_activation()
         ),
     )
     return ModuleSpec(

@@ -149,9 +149,7 @@ class LlamaModelBuilder(GPTModelBuilder):
             )
         built = LlamaModel(
             config=config,
-            transformer_layer_spec=build_block_spec(
-                config, model.attention, vp_stage, separate_norms=model.lora is not None
-            ),
+            transformer_layer_spec=build_block_spec(config, model.attention, vp_stage, model.lora),
             vocab_size=vocab_size,
             max_sequence_length=model.rope_max_positions,
             pre_process=pre_process,

@@ -20,6 +20,9 @@ TRAINED = {
 }
 """{name in --lora-train: ends of the parameters' names}."""
 
+NF4_BLOCK = 64
+"""Frozen weights in NF4 that share a scale, as in QLoRA."""
+
 NAME = "lora"
 """The module of a layer that has its adapters: decoder.layers.0.lora.linear_qkv.q_proj_A."""
 
@@ -35,6 +38,7 @@ class LoraSettings:
     trained: what trains besides adapters: names in `TRAINED`.
     rank_stabilized: multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023).
     seed: of the initial A.
+    base_dtype: number format of the frozen linears: "model", as in the rest of the model, or "nf4".
     """
 
     rank: int
@@ -44,6 +48,7 @@ class LoraSettings:
     trained: tuple[str, ...] = ("embeddings", "norms")
     rank_stabilized: bool = False
     seed: int = 0
+    base_dtype: str = "model"
 
     @property
     def scale(self) -> float:

@@ -129,6 +129,7 @@ def _lora(args: Namespace) -> Lora | None:
         embeddings="embeddings" in settings.trained,
         norms="norms" in settings.trained,
         dropout=settings.dropout > 0,
+        nf4=settings.base_dtype == "nf4",
     )
 
 
@@ -209,7 +210,7 @@ def _engine(args: Namespace) -> Engine:
     backend = args.attention_backend
     if backend in ("local", "unfused"):
         raise UsageError(f"--attention-backend {backend}: stores attention scores, which are not modelled; use flash")
-    local = args.transformer_impl == "local" or backend == "sdpa"
+    local = args.transformer_impl == "local" or backend == "sdpa" or args.lora_base_dtype == "nf4"
     if local and backend in ("te", "fused"):
         raise UsageError(f"--attention-backend {backend}: needs --transformer-impl transformer_engine")
     if local and args.fp8:

@@ -17,8 +17,10 @@ from megatron_cream.planning.hardware import GIB
 from megatron_cream.planning.run import Engine, Layout, Model
 from megatron_cream.planning.weights import (
     adapter_parameters,
+    has_nf4,
     joined_adapters,
     layer_weights,
+    nf4_bytes,
     parameters,
     stage_layers,
     trained_parameters,
@@ -261,6 +263,8 @@ def _stage(model: Model, layout: Layout, engine: Engine, stage: int) -> Memory:
     trained = trained_parameters(model, layout, stage)
     if engine.fp8_parameters:
         parameter_bytes -= (engine.element - 1) * linears
+    if has_nf4(model):
+        parameter_bytes -= engine.element * linears - nf4_bytes(linears, engine.element)
     return Memory(
         stage=stage,
         parameters=parameter_bytes,
@@ -283,7 +287,8 @@ def _backward_bytes(model: Model, layout: Layout, engine: Engine, layers: int, l
     ffn = tokens * model.ffn_hidden_size // layout.tensor
     gathered = hidden + residual if layout.sequence_parallel else hidden
     weights = layer_weights(model, layout.tensor)
-    if (engine.transformer_engine and engine.fused_weight_gradients) or not trains_linears(model):
+    fused = engine.transformer_engine and engine.fused_weight_gradients
+    if (fused or not trains_linears(model)) and not has_nf4(model):  # an unpacked weight is as large as its gradient
         weights = dict.fromkeys(weights, 0)  # none, or one of each, which `_buffer_bytes` counts
     # Besides the kept tensors there are the residual stream's gradient and the module's gradients. A module's tensors
     # are freed when it is done: fc2's input before SwiGLU's gradient, fc1's output before fc1's gradient.

@@ -14,6 +14,7 @@ class Lora:
     embeddings: whether the embedding and the output layer train.
     norms: whether the norms train.
     dropout: whether each adapter drops a part of its input, of which it keeps a copy.
+    nf4: whether the frozen linears of the layers are in NF4.
     """
 
     rank: int
@@ -21,6 +22,7 @@ class Lora:
     embeddings: bool = True
     norms: bool = True
     dropout: bool = False
+    nf4: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_cream.model.lora_settings import NF4_BLOCK
 from megatron_cream.planning.run import Layout, Model
 
 
@@ -122,6 +123,19 @@ def trained_parameters(model: Model, layout: Layout, stage: int) -> int:
     total += vocabulary if first and trains_embedding(model) else 0
     total += vocabulary if last and trains_head(model) and not (model.tied and first) else 0
     return total
+
+
+def has_nf4(model: Model) -> bool:
+    """Return whether the layers' linears are in NF4."""
+    return model.lora is not None and model.lora.nf4
+
+
+def nf4_bytes(weights: int, element: int) -> int:
+    """Return the bytes of weights in NF4: a code each, a scale for 64, and a scale of scales for 256 of those.
+
+    The last is as wide as a number of the model, `element` bytes.
+    """
+    return weights // 2 + weights // NF4_BLOCK + element * (weights // (256 * NF4_BLOCK))
 
 
 def trains_linears(model: Model) -> bool:

@@ -3,8 +3,10 @@
 from megatron_cream.planning.memory import tokens_of_rank
 from megatron_cream.planning.run import Engine, Layout, Model
 from megatron_cream.planning.weights import (
+    has_nf4,
     joined_adapters,
     layer_weights,
+    nf4_bytes,
     stage_layers,
     trained_parameters,
     trains_embedding,
@@ -97,6 +99,9 @@ def layer_bytes(model: Model, layout: Layout, engine: Engine) -> dict[str, tuple
         inputs, outputs = (tokens * sum(each[at] for each in joined) for at in (1, 2))
         dropped = (2 * a + 1) * inputs if model.lora.dropout else 0
         moved["adapters"] = (a * outputs + dropped, 3 * a * inputs + dropped)
+    if has_nf4(model):
+        weights = sum(layer_weights(model, tp).values())
+        moved["unpack NF4"] = (nf4_bytes(weights, a) + a * weights,) * 2
     if engine.fp8:
         # Each linear's input and the gradient of its output are quantized, together with their transposes.
         shapes = layer_products(model, layout).values()

@@ -83,7 +83,8 @@ def _adapters(settings: LoraSettings, start: str | None) -> str:
     targets = "all projections" if settings.targets == TARGETS else ", ".join(settings.targets)
     trained = f"; {' and '.join(settings.trained)} train too" if settings.trained else ""
     origin = f", from {start}" if start else ""
-    return f"rank {settings.rank}, scale {settings.scale:g}, on {targets}{origin}{trained}"
+    base = ", on frozen weights in NF4" if settings.base_dtype == "nf4" else ""
+    return f"rank {settings.rank}, scale {settings.scale:g}, on {targets}{origin}{base}{trained}"
 
 
 def _window(args: Namespace) -> str:

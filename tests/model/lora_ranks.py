@@ -1,9 +1,11 @@
 """Compute a model's loss and gradients with adapters, on each rank of a tensor-parallel group.
 
 torchrun ... lora_ranks.py FOLDER: FOLDER has the model in hf/, PEFT's adapter in peft/, and the batch in batch.pt. Rank 0
-writes VARIANT.pt: the losses, and the whole gradient of each trained parameter by PEFT's name.
+writes VARIANT.pt: the losses, and the whole gradient of each trained parameter by PEFT's name. Those in NF4, which need
+torchao, have the unpacked weights too.
 """
 
+import importlib.util
 import os
 import sys
 from dataclasses import replace
@@ -24,11 +26,12 @@ from safetensors.torch import load_file
 from megatron_cream.checkpoint.adapters import adapter_rows, fill_adapters, list_layers, trained_rows
 from megatron_cream.checkpoint.convert import build_reader
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.checkpoint.mapping import split
+from megatron_cream.checkpoint.mapping import hf_shapes, list_parameters, split
 from megatron_cream.checkpoint.model import fill_model, transformer_config
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
 from megatron_cream.model.lora_settings import LoraSettings
+from megatron_cream.model.nf4 import Nf4Weight
 
 SETTINGS = LoraSettings(rank=4, alpha=6.0, rank_stabilized=True)
 # {variant: (sequence parallelism, settings)}
@@ -36,6 +39,8 @@ VARIANTS = {
     "all": (False, SETTINGS),
     "sequence-parallel": (True, SETTINGS),
     "adapters-only": (False, replace(SETTINGS, trained=())),  # recomputed layers whose input has no gradient
+    "nf4": (False, replace(SETTINGS, base_dtype="nf4")),
+    "nf4-sequence-parallel": (True, replace(SETTINGS, base_dtype="nf4")),
     "some-targets": (False, replace(SETTINGS, targets=("q_proj", "v_proj", "gate_proj", "down_proj"), dropout=0.5)),
 }
 PEFT = "base_model.model."
@@ -79,6 +84,20 @@ def gather(tensor: torch.Tensor, axis: int | None, group) -> torch.Tensor:
     return torch.cat(parts, axis)
 
 
+def unpack_base(model, shape, group) -> dict[str, torch.Tensor]:
+    """Return the whole weights that are in NF4, by PEFT's name; each rank has packed its own part."""
+    modules, found = dict(model.named_modules()), {}
+    for row, layer in list_parameters(shape):
+        module = modules.get(row.module_name(layer, False))
+        if isinstance(module, Nf4Weight):
+            whole = gather(module.unpack(), row.split_axis, group)
+            if row.fusion == "gate_up":
+                whole = torch.cat([torch.cat(part) for part in zip(*(x.chunk(2) for x in whole.chunk(group.size())))])
+            parts = zip(row.names(layer), split(row, whole, shape), hf_shapes(row, shape), strict=True)
+            found |= {PEFT + name: part.reshape(size).clone() for name, part, size in parts}
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.distributed.init_process_group("gloo")
@@ -86,7 +105,8 @@ def main() -> None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     model_parallel_cuda_manual_seed(1)
     for name, variant in VARIANTS.items():
-        if ranks > 1 or not variant[0]:
+        lacks_torchao = variant[1].base_dtype == "nf4" and importlib.util.find_spec("torchao") is None
+        if (ranks > 1 or not variant[0]) and not lacks_torchao:
             found = compute_gradients(folder, *variant)
             if torch.distributed.get_rank() == 0:
                 torch.save(found, folder / f"{name}.pt")
@@ -112,7 +132,7 @@ def compute_gradients(folder: Path, sequence_parallel: bool, settings: LoraSetti
     model.ddp_config = DistributedDataParallelConfig()  # read by the next function
     _allreduce_non_tensor_model_parallel_grads([model], model.config, groups.tp)
     parameters = dict(model.named_parameters())
-    found = {"losses": losses.detach()}
+    found = {"losses": losses.detach(), **unpack_base(model, shape, groups.tp)}
     table = [*adapter_rows(settings.targets), *trained_rows(shape, settings.trained)]
     for row, layer in list_layers(table, shape.num_layers):
         (name,) = {row.module_name(layer, is_te) for is_te in (True, False)} & parameters.keys()

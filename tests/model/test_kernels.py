@@ -120,6 +120,21 @@ def test_swiglu(dtype, bound):
     assert relative(x.grad, plain.grad) < bound
 
 
+@kernel_test
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3 if CUDA else 1e-2)])
+@pytest.mark.parametrize("size", [(96, 64), (64, 4096)])  # 96 blocks share scales of scales by 32s, 4096 by 256s
+def test_unpack_nf4(size, dtype, bound):
+    """The kernel agrees with torchao's operations; Triton's interpreter truncates to bf16."""
+    pytest.importorskip("torchao")
+    from megatron_cream.model.kernels import nf4
+    from megatron_cream.model.nf4 import Nf4Weight
+
+    torch.manual_seed(0)
+    weight = torch.randn(size).to(dtype).to(DEVICE)
+    packed = Nf4Weight(weight).packed
+    assert relative(nf4.unpack(packed), packed.get_original_weight().double()) < bound
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="gpu: cuBLAS writes float32 from bf16 only there")
 def test_weight_gradient():

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_cream.evaluation.perplexity import measure_perplexity
 from megatron_cream.model.attention import choose_backend
 from megatron_cream.model.llama import LlamaModelBuilder, LlamaModelConfig
+from megatron_cream.model.lora_settings import LoraSettings
 from megatron_cream.patches import cuda_graphs
 
 SHAPE = dict(hidden_size=64, ffn_hidden_size=176, num_layers=3, num_attention_heads=4)
@@ -31,7 +32,7 @@ def one_rank(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def megatron_llama(groups, *, kv_heads, tied, backend, scaling):
+def megatron_llama(groups, *, kv_heads, tied, backend, scaling, lora=None, **options):
     config = TransformerConfig(
         **SHAPE,
         num_query_groups=kv_heads,
@@ -44,6 +45,7 @@ def megatron_llama(groups, *, kv_heads, tied, backend, scaling):
         use_cpu_initialization=True,
         bias_activation_fusion=True,
         masked_softmax_fusion=False,
+        **options,
     )
     model = LlamaModelConfig(
         transformer=config,
@@ -57,6 +59,7 @@ def megatron_llama(groups, *, kv_heads, tied, backend, scaling):
         rope_max_positions=TARGET,
         real_vocab_size=VOCABULARY,
         attention=choose_backend(backend, has_cuda=False, half=False),
+        lora=lora,
     )
     return LlamaModelBuilder(model).build_model(groups, pre_process=True, post_process=True)
 
@@ -143,6 +146,30 @@ def test_logits_losses_and_gradients(one_rank, backend, kv_heads, tied, scaling)
     assert relative(ours_grad, theirs.model.layers[0].mlp.down_proj.weight.grad) < 1e-4
     embedding = ours.embedding.word_embeddings.weight.grad[:VOCABULARY]
     assert relative(embedding, theirs.model.embed_tokens.weight.grad) < 1e-4
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8.0)], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("modules", [["core_attn"], ["mlp"], ["core_attn", "mlp"], None], ids=str)
+def test_recompute_leaves_losses_and_gradients_alone(one_rank, modules, lora):
+    """Every module that --recompute-modules can name with these layers, alone and together, and whole layers."""
+    options = dict(kv_heads=2, tied=False, backend="sdpa", scaling=None, lora=lora)
+    plain = megatron_llama(one_rank, **options)
+    options |= dict(recompute_granularity="selective", recompute_modules=modules)
+    if modules is None:
+        options |= dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=2)
+    recomputed = megatron_llama(one_rank, **options)
+    for name, parameter in plain.named_parameters():  # B starts as zeros
+        parameter.data.normal_(std=0.05)
+        recomputed.get_parameter(name).data.copy_(parameter)
+    tokens, labels = torch.randint(0, VOCABULARY, (2, 2, WINDOW))
+    ids = torch.arange(WINDOW).expand(2, -1)
+    losses = [model(tokens, ids, None, labels=labels) for model in (plain, recomputed)]
+    assert torch.equal(*losses)
+    for each in losses:
+        each.sum().backward()
+    for name, parameter in plain.named_parameters():
+        grad = recomputed.get_parameter(name).grad
+        assert grad is parameter.grad or torch.equal(grad, parameter.grad), name
 
 
 def test_rotary_follows_position_ids(one_rank):

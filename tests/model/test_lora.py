@@ -1,12 +1,14 @@
 """Adapters against PEFT's: equal weights give equal losses and gradients, on one rank and on two."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig
 from megatron.training import training
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from megatron_cream.checkpoint.adapters import settings_of
 from megatron_cream.config import parse
@@ -39,23 +41,42 @@ def reference(tmp_path_factory):
     )
     model = get_peft_model(base, options).eval()
     model.save_pretrained(folder / "peft")
-    model.double()  # so that only our rounding counts
     tokens, ids = some_tokens(base)
     labels = torch.randint(0, base.config.vocab_size, tokens.shape, generator=torch.Generator().manual_seed(2))
     batch = {"tokens": tokens, "ids": ids, "labels": labels}
     torch.save(batch, folder / "batch.pt")
-    losses = losses_of(model, batch)
-    losses.sum().backward()
-    expected = {"losses": losses.detach()}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            expected[name.replace(".modules_to_save.default", "").replace(".default", "")] = weight.grad
+    expected = compute_gradients(model, batch)
     left_out = [name for name in TARGETS if name not in VARIANTS["some-targets"][1].targets]
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name and any(target in name for target in left_out):
                 weight.zero_()
         return folder, expected, losses_of(model, batch)
+
+
+def compute_gradients(model, batch) -> dict[str, torch.Tensor]:
+    """Return the losses and the gradient of each trained parameter of a PEFT model, by its name in an adapter."""
+    losses = losses_of(model.double(), batch)  # in float64, so that only our rounding counts
+    losses.sum().backward()
+    expected = {"losses": losses.detach()}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            expected[name.replace(".modules_to_save.default", "").replace(".default", "")] = weight.grad
+    return expected
+
+
+@pytest.fixture(scope="module")
+def variants(reference):
+    """Return a function that runs lora_ranks.py on a number of ranks, once, and returns {variant: results}."""
+
+    @functools.cache
+    def compute(ranks):
+        result = torchrun(ranks, reference[0], script=RANKS)
+        assert result.returncode == 0, result.stderr[-3000:]
+        found = {name: reference[0] / f"{name}.pt" for name in VARIANTS}
+        return {name: torch.load(path) for name, path in found.items() if path.exists()}
+
+    return compute
 
 
 def losses_of(model, batch) -> torch.Tensor:
@@ -68,20 +89,39 @@ def losses_of(model, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_losses_and_gradients(reference, ranks):
-    folder, expected, fewer = reference
-    result = torchrun(ranks, folder, script=RANKS)
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_losses_and_gradients(reference, variants, ranks):
+    _, expected, fewer = reference
     for variant in ["all", "adapters-only", *["sequence-parallel"] * (ranks == 2)]:
-        ours = torch.load(folder / f"{variant}.pt")
+        ours = variants(ranks)[variant]
         names = [name for name in expected if variant != "adapters-only" or "lora_" in name or name == "losses"]
         assert ours.keys() == set(names)
         for name in names:
             error = relative(ours[name].reshape(expected[name].shape), expected[name])
             assert error < (1e-5 if name == "losses" else 2e-5), f"{variant}: {name}: {error}"
-    ours = torch.load(folder / "some-targets.pt")
+    ours = variants(ranks)["some-targets"]
     assert relative(ours["losses"], fewer) < 1e-5
     assert 0.01 < relative(ours["dropped"], fewer) < 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_losses_and_gradients_on_frozen_weights_in_nf4(reference, variants, ranks):
+    """PEFT computes the same on the unpacked weights, which are within NF4's error of the model's."""
+    pytest.importorskip("torchao")
+    folder = reference[0]
+    for variant in ["nf4", *["nf4-sequence-parallel"] * (ranks == 2)]:
+        ours = dict(variants(ranks)[variant])
+        model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+        model = PeftModel.from_pretrained(model, folder / "peft", is_trainable=True).eval()
+        for name, weight in model.named_parameters():
+            if ".base_layer." in name:
+                unpacked = ours.pop(name.replace(".base_layer", ""))
+                assert 0.02 < relative(unpacked, weight) < 0.15, name
+                weight.data = unpacked
+        expected = compute_gradients(model, torch.load(folder / "batch.pt"))
+        assert ours.keys() == expected.keys()
+        for name in ours:
+            error = relative(ours[name].reshape(expected[name].shape), expected[name])
+            assert error < (1e-5 if name == "losses" else 3e-5), f"{variant}: {name}: {error}"
 
 
 def test_settings_of_flags(reference, tmp_path):

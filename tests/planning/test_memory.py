@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from megatron_cream.model import context_parallel
+from megatron_cream.model.nf4 import Nf4Weight
 from megatron_cream.planning import memory as planned
 from megatron_cream.planning.memory import in_flight, parameters, predict
 from megatron_cream.planning.run import Engine, Layout, Lora, Model
@@ -64,6 +65,7 @@ REAL = {
     "LoRA, few": (BASE, 0),
     "LoRA, full": (replace(BASE, recompute="full"), 0),
     "LoRA, TP and SP": (replace(BASE, tensor=2, sequence_parallel=True), 0),
+    "LoRA, NF4": (replace(BASE, tensor=2, sequence_parallel=True), 0),
 }
 
 
@@ -84,11 +86,15 @@ def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, len
     changes = {"TP beyond the groups": dict(num_query_groups=2), "query and key norms": dict(qk_norm=True)}
     changes |= dict.fromkeys(("CP 8", "CP and full", "CP and core_attn"), dict(num_query_groups=8))
     changes["LoRA, few"] = dict(lora=Lora(rank=4, targets=("q_proj", "v_proj"), embeddings=False, norms=False))
-    with_lora = dict(lora=Lora(rank=4)) if name.startswith("LoRA") else {}
+    is_nf4 = name == "LoRA, NF4"
+    with_lora = dict(lora=Lora(rank=4, nf4=is_nf4)) if name.startswith("LoRA") else {}
     model = replace(SMALL, **changes.get(name, with_lora))
+    if is_nf4:
+        pytest.importorskip("torchao")
     net = build(monkeypatch, model, layout, stage, own_kernels)
     whole = parameters(model, layout, stage) + adapter_parameters(model, layout, stage)
-    assert sum(p.numel() for p in net.parameters()) == whole
+    packed = [module.packed for module in net.modules() if isinstance(module, Nf4Weight)]
+    assert sum(p.numel() for p in [*net.parameters(), *packed]) == whole
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert trained == trained_parameters(model, layout, stage)
     saved, peak = run(monkeypatch, net, model, layout, stage)
@@ -100,6 +106,8 @@ def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, len
     if own_kernels:
         one = replace(layout, global_batch=layout.micro_batch)  # one micro-batch in flight
         predicted = planned._stage(model, one, engine, stage)
+        held = [x for each in packed for x in (getattr(each, name) for name in each.__tensor_flatten__()[0])]
+        assert sum(x.nbytes for x in [*net.parameters(), *held]) == pytest.approx(predicted.parameters, rel=0.01)
         gathered = predicted.buffers - planned.WORKSPACE
         total = predicted.activations + predicted.loss + predicted.working + gathered
         assert peak == pytest.approx(total, rel=0.01)
@@ -134,9 +142,9 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
     monkeypatch.setattr(support, "can_use_kernels", lambda x: own_kernels)
     if own_kernels:
         triton = pytest.importorskip("triton")
-        from megatron_cream.model.kernels import cross_entropy, rotary, swiglu
+        from megatron_cream.model.kernels import cross_entropy, nf4, rotary, swiglu
 
-        for module in (cross_entropy, rotary, swiglu):
+        for module in (cross_entropy, nf4, rotary, swiglu):
             for kernel in (name for name, value in vars(module).items() if isinstance(value, triton.JITFunction)):
                 monkeypatch.setattr(module, kernel, Launched())
     # Save the tensors that GPU kernels save; torch's CPU fallbacks save others.
@@ -183,7 +191,8 @@ def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bo
     lora = None
     if model.lora is not None:
         trained = ("embeddings",) * model.lora.embeddings + ("norms",) * model.lora.norms
-        lora = LoraSettings(rank=model.lora.rank, alpha=8, targets=model.lora.targets, trained=trained)
+        base = "nf4" if model.lora.nf4 else "model"
+        lora = LoraSettings(rank=model.lora.rank, alpha=8, targets=model.lora.targets, trained=trained, base_dtype=base)
     llama = LlamaModelConfig(
         transformer=config,
         vocab_size=model.padded_vocab_size,

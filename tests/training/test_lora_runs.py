@@ -72,6 +72,25 @@ def test_resume_at_another_layout(run):
     assert found.keys() == {3, 4} and relative_error(found, losses) < 1e-5
 
 
+def test_frozen_weights_in_nf4(run, tmp_path):
+    """Losses are near those of unpacked weights, checkpoints have the same tensors, and a resumed run is bit-identical."""
+    pytest.importorskip("torchao")
+    folder, flags, losses = run
+    layout = "--lora-base-dtype nf4 --tensor-model-parallel-size 2 --sequence-parallel".split()
+    save = ["--save", tmp_path / "run", "--save-interval", 2]
+    found = train(2, tmp_path / "whole", *flags, *save, *layout, base=BASE)
+    assert found.keys() == losses.keys() and 1e-5 < relative_error(found, losses) < 0.02
+    load = ["--data-path", folder / "documents", "--load", tmp_path / "run", "--ckpt-step", 2]
+    assert train(2, tmp_path / "same", *load, *layout, base=BASE) == {3: found[3], 4: found[4]}
+    keys = [
+        FileSystemReader(each / "run" / "iter_0000004").read_metadata().state_dict_metadata
+        for each in (folder, tmp_path)
+    ]
+    assert {key for key in keys[0] if key.startswith("decoder.")} == {
+        key for key in keys[1] if key.startswith("decoder.")
+    }
+
+
 @pytest.mark.slow
 def test_every_layout_starts_with_the_same_adapters(run):
     folder, flags, losses = run

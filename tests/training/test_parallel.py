@@ -23,11 +23,11 @@ LAYOUTS = {
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp2-selective-recompute": (
         2,
-        "--pipeline-model-parallel-size 2 --recompute-granularity selective --recompute-modules core_attn",
+        "--pipeline-model-parallel-size 2 --recompute-granularity selective --recompute-modules core_attn mlp",
     ),
     "cp4-selective-recompute": (
         4,
-        "--context-parallel-size 4 --recompute-granularity selective --recompute-modules core_attn",
+        "--context-parallel-size 4 --recompute-granularity selective --recompute-modules core_attn mlp",
     ),
     "cp2-overlap": (
         2,

@@ -1,5 +1,6 @@
 """Checks of the flags of LoRA."""
 
+import importlib.util
 from argparse import Namespace
 from dataclasses import fields
 
@@ -7,7 +8,7 @@ from megatron_cream.checkpoint.start import FoundCheckpoint
 from megatron_cream.common.cli import format_flag, split_names, to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.options import LoraConfig
-from megatron_cream.model.lora_settings import TARGETS, TRAINED
+from megatron_cream.model.lora_settings import NF4_BLOCK, TARGETS, TRAINED
 
 _UNSUPPORTED = {
     "tp_comm_overlap": False,
@@ -20,8 +21,13 @@ _UNSUPPORTED = {
 }
 """{flag that adapters were not tested with: its default}."""
 
-_SAVED = ("lora_rank", "lora_alpha", "lora_targets", "lora_train", "lora_rslora", "lora_plus_ratio")
+_SAVED = ("lora_rank", "lora_alpha", "lora_targets", "lora_train", "lora_rslora", "lora_plus_ratio", "lora_base_dtype")
 """Flags that describe the adapters in a checkpoint."""
+
+_DEFAULTS = {given.name: given.default for given in fields(LoraConfig)}
+
+_TRANSFORMER_ENGINE = ("te", "fused", "unfused")
+"""Attention backends that run in Transformer Engine's layers only."""
 
 
 def check_each(args: Namespace) -> None:
@@ -42,6 +48,13 @@ def check_each(args: Namespace) -> None:
             raise UsageError(f"{format_flag(name, value)}: not supported with --lora-rank")
     if args.optimizer != "adam":
         raise UsageError(f"--optimizer {args.optimizer}: not supported with --lora-rank")
+    if args.lora_base_dtype == "nf4" and args.fp8:
+        raise UsageError(f"--fp8-format {args.fp8}: not with --lora-base-dtype nf4; leave one of them out")
+    if args.lora_base_dtype == "nf4" and args.attention_backend in _TRANSFORMER_ENGINE:
+        raise UsageError(
+            f"--attention-backend {args.attention_backend}: not with --lora-base-dtype nf4, because Transformer "
+            "Engine's layers cannot hold NF4; use auto"
+        )
 
 
 def check_checkpoint(args: Namespace, found: FoundCheckpoint | None) -> None:
@@ -61,7 +74,7 @@ def check_checkpoint(args: Namespace, found: FoundCheckpoint | None) -> None:
     if not saved:
         return
     for name in _SAVED:
-        theirs, ours = getattr(found.args, name), getattr(args, name)
+        theirs, ours = getattr(found.args, name, _DEFAULTS[name]), getattr(args, name)
         if name == "lora_alpha" and ours is None:
             continue  # `fill.set_lora` takes the saved one
         if theirs != ours:
@@ -84,6 +97,15 @@ def check_together(args: Namespace) -> None:
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if groups % tp:
         raise UsageError(f"--tensor-model-parallel-size {tp}: must divide --num-query-groups {groups} with --lora-rank")
+    if args.lora_base_dtype == "nf4":
+        if args.hidden_size % NF4_BLOCK:
+            raise UsageError(
+                f"--lora-base-dtype nf4: --hidden-size {args.hidden_size} must be a multiple of {NF4_BLOCK}"
+            )
+        if importlib.util.find_spec("torchao") is None:
+            raise UsageError(
+                "--lora-base-dtype nf4: needs torchao, which is not installed; pip install 'torchao>=0.18'"
+            )
 
 
 def _check_names(name: str, text: str, known: tuple[str, ...]) -> None:

@@ -1,0 +1,70 @@
+"""Tests of the flags that save memory, on a CUDA device. Run: pytest -m gpu"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from megatron_cream.model.attention import find_flash_attention, has_transformer_engine
+from tests.hf_models import save_model
+from tests.launch import train, write_documents
+
+pytestmark = pytest.mark.gpu
+
+BASE = (
+    "--seq-length 96 --target-length 384 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --rope-scaling-type linear "
+    "--tokenizer-type NullTokenizer --num-workers 0 --eval-iters 0 --train-iters 4 --split 90,10,0"
+).split()
+ON_HOST = (
+    "--attention-backend te --fine-grained-activation-offloading --offload-modules core_attn qkv_linear "
+    "--min-offloaded-tensor-size 1024"
+)
+ADAPTERS = "--lora-rank 8 --lora-plus-ratio 4"
+# name: (what trains, other flags, bound of the losses' relative error beside sdpa in float32)
+RUNS = {
+    "adapters, te": (ADAPTERS, "--attention-backend te", 2e-2),
+    "adapters, flash": (ADAPTERS, "--attention-backend flash", 2e-2),
+    "adapters, norms and MLP recomputed, te": (
+        ADAPTERS,
+        "--attention-backend te --recompute-granularity selective --recompute-modules layernorm mlp",
+        2e-2,
+    ),
+    "adapters, attention on the host, te": (ADAPTERS, ON_HOST, 2e-2),
+    "all weights, attention on the host, te": ("", ON_HOST, 2e-2),
+    "adapters on NF4": (ADAPTERS, "--lora-base-dtype nf4 --attention-backend auto", 1e-1),
+}
+
+
+def lacks(name: str) -> str | None:
+    """Return what this machine lacks for a run, or None."""
+    if name.endswith("flash") and find_flash_attention() is None:
+        return "flash-attn"
+    return "Transformer Engine" if name.endswith("te") and not has_transformer_engine() else None
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """Start all runs at once from one model, and return {name: future of the losses}."""
+    folder = tmp_path_factory.mktemp("gpu")
+    save_model(folder / "hf", "llama-gqa-odd-vocabulary", hidden_size=256, intermediate_size=688, head_dim=64)
+    flags = [*BASE, "--data-path", write_documents(folder / "documents"), "--load-hf", folder / "hf"]
+    runs = {trains: (trains, "--fp32 --attention-backend sdpa") for trains in ("", ADAPTERS)}
+    runs |= {name: run[:2] for name, run in RUNS.items() if lacks(name) is None}
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(max(os.cpu_count() // 2, 1)) as pool:
+        patch.setenv("NVTE_CPU_OFFLOAD_V1", "1")  # Megatron requires it to offload with Transformer Engine 2.10
+        yield {
+            name: pool.submit(train, 1, folder / f"tb{i}", *flags, *trains.split(), *extra.split(), base=(), fp32=False)
+            for i, (name, (trains, extra)) in enumerate(runs.items())
+        }
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trains_as_without_it(losses, name):
+    """Losses agree with those of the same weights in this project's layers in float32."""
+    if lack := lacks(name):
+        pytest.skip(f"gpu: needs {lack}")
+    trains, _, bound = RUNS[name]
+    reference, mine = losses[trains].result(), losses[name].result()
+    print(name, mine, reference)
+    assert mine.keys() == reference.keys() and reference[4] < reference[1]
+    assert max(abs(mine[step] - reference[step]) / reference[step] for step in reference) < bound
