@@ -74,6 +74,7 @@ class BestCheckpoint:
             score: score of the step, as plain values.
         """
         if args.rank == 0:
+            self.remove_earlier()
             shutil.rmtree(self._step_folder(step), ignore_errors=True)  # incomplete, from a killed run
             if (self._save / HF).is_dir():
                 with contextlib.suppress(OSError):  # if the disk is full, the checkpoint fails too, with a warning

@@ -22,7 +22,7 @@ class Usage:
 
     dataset: MixedDataset | None = None
 
-    def describe(self, samples: int) -> list[str]:
+    def describe_sources(self, samples: int) -> list[str]:
         """Return a line for each source, about its part in the first `samples` samples of the run."""
         if self.dataset is None:
             return []

@@ -132,7 +132,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
                 store=rendezvous.open_store(),
             )
         if args.rank == 0 and not args.skip_train and args.dataloader_type == "single":
-            for line in job.usage.describe(args.consumed_train_samples):
+            for line in job.usage.describe_sources(args.consumed_train_samples):
                 say(f"used    {line}")
     return args
 

@@ -141,34 +141,32 @@ def evaluate_during_training(watch: Watch | None, args: Namespace, weights: str)
         return
     from megatron.training import training
 
-    def evaluate_after(original, model, optimizer, scheduler, step, flops, context, data_iterator):
-        state = (model, optimizer, scheduler, flops, context)
-        # The run's own checkpoint comes first: after a signal there is little time.
-        exits = original(model, optimizer, scheduler, step, flops, context, data_iterator)
-        if watch.best and args.rank == 0:
-            watch.best.remove_earlier()
-        if not exits and watch.is_due(step):
-
-            def keep(score: Score) -> None:
-                with watch.best.saving(args, step, asdict(score)):
-                    training.save_checkpoint_and_time(step, *state, train_data_iterator=data_iterator)
-                if args.rank == 0:
-                    watch.best.remove_earlier()
-
-            pause = _paused(args, model, optimizer)
-            watch.evaluate(model, step, pause=pause, keep=keep if watch.best else None)
-        return exits
-
     def evaluate_loaded(original, *positional, **named):
         built = original(*positional, **named)
         if args.skip_train:
             watch.evaluate(built[0], args.iteration, weights_flag=weights)
         return built
 
+    def evaluate_after(original, model, optimizer, scheduler, step, flops, context, data_iterator):
+        state = (model, optimizer, scheduler, flops, context)
+        # The run's own checkpoint comes first: after a signal there is little time.
+        exits = original(model, optimizer, scheduler, step, flops, context, data_iterator)
+        if not exits and watch.is_due(step):
+
+            def keep(score: Score) -> None:
+                with watch.best.saving(args, step, asdict(score)):
+                    training.save_checkpoint_and_time(step, *state, train_data_iterator=data_iterator)
+
+            pause = _paused(args, model, optimizer)
+            watch.evaluate(model, step, pause=pause, keep=keep if watch.best else None)
+        if watch.best and args.rank == 0:
+            watch.best.remove_earlier()  # also of an asynchronous save, which may be complete only now
+        return exits
+
     try:
         with (
-            registry.override(hooks.END_OF_STEP, evaluate_after),
             registry.override(hooks.MODEL_SETUP, evaluate_loaded),
+            registry.override(hooks.END_OF_STEP, evaluate_after),
         ):
             yield
     finally:

@@ -114,7 +114,7 @@ def test_usage_counts_what_was_used(tmp_path):
     usage, samples = Usage(), 128 + 37
     usage.dataset = MixedDataset(long, short, Mix(0.6, 3), samples)
     items = [usage.dataset[i] for i in range(samples)]
-    lines = usage.describe(samples)
+    lines = usage.describe_sources(samples)
     assert usage.dataset.mix.count_short(samples) > len(short) and len(lines) == 3
 
     def count(source: int) -> tuple[int, int, int]:
