@@ -20,10 +20,10 @@ from rich.table import Table
 from megatron_cream.common.cli import OneLineParser, path, positive, program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import check_picture, convert_disk_errors, save_picture
+from megatron_cream.config.samplers import read_shares
 from megatron_cream.positions import SAMPLERS, build_sampler
 from megatron_cream.positions.coverage import Coverage, coverage
 from megatron_cream.positions.cream import MIDDLES
-from megatron_cream.positions.mix import read_shares
 
 MAX_SAMPLES = 10_000_000
 

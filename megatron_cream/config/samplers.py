@@ -5,7 +5,6 @@ from typing import Any
 
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
-from megatron_cream.positions.mix import read_shares
 
 OWN_FLAGS = {
     "cream": ("cream_sigma", "cream_variant", "cream_relativity", "cream_middle"),
@@ -81,3 +80,22 @@ def _read_mix(args: Namespace) -> dict[str, float]:
         return read_shares(args.position_mix)
     except ValueError as error:
         raise UsageError(f"--position-mix {args.position_mix}: {error}") from error
+
+
+def read_shares(text: str) -> dict[str, float]:
+    """Parse shares from text such as `cream=0.6,pose=0.2,pi=0.2`.
+
+    Raises:
+        ValueError: a part has no number, or a name occurs twice. One line.
+    """
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, share = (word.strip() for word in part.partition("="))
+        try:
+            value = float(share)
+        except ValueError:
+            raise ValueError(f"{part.strip()!r} is not NAME=SHARE, such as cream=0.6") from None
+        if name in shares:
+            raise ValueError(f"{name} is listed twice")
+        shares[name] = value
+    return shares

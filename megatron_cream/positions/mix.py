@@ -61,22 +61,3 @@ class MixSampler(Sampler):
     def plan(self, epoch: int, sample: int, document_length: int):
         epoch, sample, document_length = self._check_arguments(epoch, sample, document_length)
         return self.parts[self.choose(epoch, sample)].plan(epoch, sample, document_length)
-
-
-def read_shares(text: str) -> dict[str, float]:
-    """Parse shares from text such as `cream=0.6,pose=0.2,pi=0.2`.
-
-    Raises:
-        ValueError: a part has no number, or a name occurs twice. One line.
-    """
-    shares: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, share = (word.strip() for word in part.partition("="))
-        try:
-            value = float(share)
-        except ValueError:
-            raise ValueError(f"{part.strip()!r} is not NAME=SHARE, such as cream=0.6") from None
-        if name in shares:
-            raise ValueError(f"{name} is listed twice")
-        shares[name] = value
-    return shares

@@ -14,6 +14,7 @@ from megatron_cream.config.checks import flags as flag_checks
 from megatron_cream.config.parser import build_parser
 from megatron_cream.config.recipe import RECIPES as FOLDER
 from megatron_cream.config.recipe import locate, read_recipe
+from megatron_cream.config.samplers import read_shares
 from megatron_cream.model import user_buffers
 from megatron_cream.model.attention import AttentionBackend
 from tests import forked_commands
@@ -362,3 +363,10 @@ def test_print_config_runs_nothing(data, tmp_path):
     printed = yaml.safe_load(result.stdout)
     assert printed["target_length"] == 512
     assert "# attention: sdpa" in result.stdout
+
+
+@pytest.mark.parametrize("text", ["cream", "cream=", "cream=x", "cream=1,,pi=1", "pi=1,pi=1", ""])
+def test_invalid_shares(text):
+    with pytest.raises(ValueError, match="NAME=SHARE|twice"):
+        read_shares(text)
+    assert read_shares("cream=0.6, pose=0.2,pi=.2") == {"cream": 0.6, "pose": 0.2, "pi": 0.2}

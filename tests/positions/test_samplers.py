@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cream.positions import SAMPLERS, build_sampler
-from megatron_cream.positions.mix import read_shares
 from megatron_cream.positions.random import unit, word_source, words
 from megatron_cream.positions.randpos import _first_distinct
 from megatron_cream.positions.sampler import Arrays, Integers
@@ -233,13 +232,6 @@ def test_a_mixture_draws_as_one_of_its_samplers(seed, epoch, sample):
     plan, expected = mix.plan(epoch, sample, 1000), alone.plan(epoch, sample, 1000)
     np.testing.assert_array_equal(plan.position_ids, expected.position_ids)
     np.testing.assert_array_equal(plan.token_indices, expected.token_indices)
-
-
-@pytest.mark.parametrize("text", ["cream", "cream=", "cream=x", "cream=1,,pi=1", "pi=1,pi=1", ""])
-def test_invalid_shares(text):
-    with pytest.raises(ValueError, match="NAME=SHARE|twice"):
-        read_shares(text)
-    assert read_shares("cream=0.6, pose=0.2,pi=.2") == {"cream": 0.6, "pose": 0.2, "pi": 0.2}
 
 
 def test_epochs():
