@@ -60,7 +60,7 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: Path, parse_special: bo
         if tokenizer_type == "HuggingFaceTokenizer":
             # Otherwise transformers warns of "indexing errors" at a document longer than the model's window.
             tokenizer._tokenizer.tokenizer.model_max_length = sys.maxsize
-        check_megatron_ids(tokenizer, tokenizer_model)
+        check_megatron_ids(tokenizer)
         if not parse_special:
             keep_as_text(tokenizer)
     except TokenIdMismatch:
@@ -76,10 +76,10 @@ class TokenIdMismatch(ValueError):
     """transformers' token ids differ from those of the tokenizer.json. One line with the folder."""
 
 
-def check_megatron_ids(tokenizer: Any, folder: str | Path) -> None:
+def check_megatron_ids(tokenizer: Any) -> None:
     """Check Megatron's tokenizer as `check_token_ids` does, if it wraps one of transformers."""
     if getattr(tokenizer, "library", "") == "huggingface":
-        check_token_ids(Path(folder), tokenizer._tokenizer.tokenizer)  # Megatron's wrapper has no public access
+        check_token_ids(Path(tokenizer.path), tokenizer._tokenizer.tokenizer)  # Megatron's wrapper has no public access
 
 
 def check_token_ids(folder: Path, tokenizer: Any) -> None:

@@ -128,7 +128,7 @@ def check_tokenizer(args: Namespace, found: Any) -> None:
         found: Megatron's tokenizer.
     """
     try:
-        check_megatron_ids(found, args.tokenizer_model)
+        check_megatron_ids(found)
     except TokenIdMismatch as error:
         raise UsageError(f"--tokenizer-model {error}") from error
     if args.eod_mask_loss and not has_eod(found):
