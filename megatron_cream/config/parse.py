@@ -18,7 +18,7 @@ from megatron_cream.checkpoint import pretrained, start
 from megatron_cream.checkpoint.start import Origin, StartFlags
 from megatron_cream.common import console, devices
 from megatron_cream.common.errors import UsageError, convert_megatron_errors, one_line, reason
-from megatron_cream.config import attention_choice, fill, values
+from megatron_cream.config import attention_choice, fill, run_data, values
 from megatron_cream.config.checks import checkpoint as checkpoint_checks
 from megatron_cream.config.checks import data as data_checks
 from megatron_cream.config.checks import evaluation as evaluation_checks
@@ -31,6 +31,7 @@ from megatron_cream.config.checks import saving as save_checks
 from megatron_cream.config.checks import short_texts as short_text_checks
 from megatron_cream.config.describe import describe
 from megatron_cream.config.parser import default_values, parse_flags
+from megatron_cream.config.run_data import RunData
 from megatron_cream.distributed import nodes, rendezvous
 from megatron_cream.model.llama import LlamaModelConfig
 from megatron_cream.patches import safe_loading, tensorboard
@@ -42,12 +43,14 @@ class Parsed:
 
     args: Megatron's namespace, filled in.
     origin: where the run starts from.
+    data: the data that it reads.
     model: configuration of the model builder.
     output: what Megatron printed during validation (its list of 800 arguments), which belongs in the run's log.
     """
 
     args: Namespace
     origin: Origin
+    data: RunData
     model: LlamaModelConfig
     output: str
 
@@ -58,12 +61,14 @@ class _Checked:
 
     args: Megatron's namespace.
     origin: where the run starts from.
+    data: the data that it reads.
     warnings: Megatron's warnings, such as about a flag that it turns off.
     auto: whether --attention-backend is auto.
     """
 
     args: Namespace
     origin: Origin
+    data: RunData
     warnings: list[str]
     auto: bool
 
@@ -81,9 +86,9 @@ def parse(argv: list[str] | None = None) -> Parsed:
     output = io.StringIO()
     with nodes.share_all_errors():
         checked = _check_on_one_rank(argv, output)
-    args, origin = checked.args, checked.origin
+    args, origin, data = checked.args, checked.origin, checked.data
     with rendezvous.share_errors():
-        _check_share_of_rank(args)
+        _check_share_of_rank(args, data)
     start.check_content(origin, share=(args.rank, args.world_size))
     nodes.check_shared({"--save": args.save, "--data-cache-path": args.data_cache_path})
     if args.rank == 0:
@@ -104,7 +109,7 @@ def parse(argv: list[str] | None = None) -> Parsed:
         raise UsageError(f"--tensorboard-dir {args.tensorboard_dir}: {reason(error)}") from error
     with console.capture_output(output):
         model = values.model_config(args)
-    return Parsed(args, origin, model, output.getvalue())
+    return Parsed(args, origin, data, model, output.getvalue())
 
 
 def read(argv: list[str] | None = None) -> Namespace:
@@ -113,10 +118,11 @@ def read(argv: list[str] | None = None) -> Namespace:
     Raises:
         UsageError: a flag is wrong.
     """
-    return _read_with_origin(argv)[0]
+    return _read(argv)[0]
 
 
-def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
+def _read(argv: list[str] | None) -> tuple[Namespace, Origin, RunData]:
+    """Do what `read` does, and return also where the run starts from and the data that it reads."""
     args = parse_flags(argv)
     defaults = default_values()
 
@@ -161,35 +167,37 @@ def _read_with_origin(argv: list[str] | None) -> tuple[Namespace, Origin]:
     save_checks.check(args)
     layout_checks.check(args)
     lora_checks.check_together(args)
+    data = run_data.read(args)
+    data_checks.check(args, data)
     flag_checks.check_files(args)
     flag_checks.check_weights(args, from_checkpoint=origin.source is not None)
 
     fill.set_saving(args)
     pretrained.check_model_folder(origin, warn=args.rank == 0)
     save_checks.check_export(args)
-    return args, origin
+    return args, origin, data
 
 
 def _check_on_one_rank(argv: list[str] | None, output: io.StringIO) -> _Checked:
     """Run the part of `parse` that needs no other rank."""
-    args, origin = _read_with_origin(argv)
+    args, origin, data = _read(argv)
     if args.print_config:
         if args.rank == 0:
             print(describe(args))
         raise SystemExit(0)
     flag_checks.check_graphs_with_segments(args)
     fill.use_expandable_segments(args)
-    data_checks.check_splits(args)
-    data_checks.check_held_out(args, values.held_out_files(args))
+    data_checks.check_splits(args, data)
+    data_checks.check_held_out(args, data)
     safe_loading.install()
     fill.set_schedule(args, origin)
     number_checks.check_learning_rates(args)
     auto = args.attention_backend == "auto"
     fill.set_megatron_flags(args)
     warned = _validate(args, output)
-    data_checks.check_token_ids(args)
+    data_checks.check_token_ids(args, data)
     checkpoint_checks.check_model(args, origin)
-    return _Checked(args, origin, warned, auto)
+    return _Checked(args, origin, data, warned, auto)
 
 
 def _validate(args: Namespace, output: io.StringIO) -> list[str]:
@@ -216,8 +224,8 @@ def _validate(args: Namespace, output: io.StringIO) -> list[str]:
     return [one_line(str(warning.message)) for warning in caught]
 
 
-def _check_share_of_rank(args: Namespace) -> None:
+def _check_share_of_rank(args: Namespace, data: RunData) -> None:
     """Check the GPU, the save hook and the share of the data files that belong to this rank."""
     flag_checks.check_gpu_of_rank(args.local_rank)
     save_checks.check_on_rank(args)
-    data_checks.check_whole(args, (args.rank, args.world_size))
+    data_checks.check_whole(data, (args.rank, args.world_size))

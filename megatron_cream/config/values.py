@@ -4,10 +4,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -17,10 +13,10 @@ from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.checkpoint.pretrained import InitialWeights
 from megatron_cream.common import devices
 from megatron_cream.common.cli import split_names
+from megatron_cream.config.run_data import RunData
 from megatron_cream.config.samplers import sampler_options
 from megatron_cream.data.dataset import LongDocumentDatasetConfig
 from megatron_cream.data.mixed_dataset import Mix
-from megatron_cream.data.packing import count_packed
 from megatron_cream.distributed import watchdog
 from megatron_cream.model import flops, user_buffers
 from megatron_cream.model.attention import AttentionBackend
@@ -114,14 +110,15 @@ def _dataset_config(args: Namespace, tokenizer, **data) -> LongDocumentDatasetCo
     )
 
 
-def flops_per_token(args: Namespace, lora: LoraSettings | None) -> float:
+def flops_per_token(args: Namespace, data: RunData, lora: LoraSettings | None) -> float:
     """Return the model FLOPs of one training token, forward and backward.
 
     Args:
         args: Megatron's.
+        data: the data of the run.
         lora: the adapters, or None.
     """
-    sizes, context = _sizes(args), _mean_context(args)
+    sizes, context = _sizes(args), _mean_context(args, data)
     return flops.flops_per_token(
         **sizes,
         vocab_size=args.padded_vocab_size,
@@ -131,13 +128,14 @@ def flops_per_token(args: Namespace, lora: LoraSettings | None) -> float:
     )
 
 
-def _mean_context(args: Namespace) -> float:
+def _mean_context(args: Namespace, data: RunData) -> float:
     """Return the mean length, in tokens, of the samples and packed documents that tokens attend within."""
     if not short_mix(args):
         return args.seq_length
-    prefixes, weights = get_blend_from_list(args.short_data_path) or ([], None)
-    totals = [count_packed(prefix, args.seq_length) for prefix in prefixes]
-    short = np.average([each.mean_context for each in totals], weights=weights or [each.samples for each in totals])
+    counts = data.count_short()
+    totals = [counts[prefix] for prefix in data.short]
+    weights = data.short_weights or [each.samples for each in totals]
+    short = np.average([each.mean_context for each in totals], weights=weights)
     return (1 - args.short_share) * args.seq_length + args.short_share * float(short)
 
 
@@ -162,18 +160,6 @@ def _sizes(args: Namespace) -> dict[str, int]:
         kv_channels=args.kv_channels,
         num_attention_heads=args.num_attention_heads,
     )
-
-
-def held_out_files(args: Namespace) -> list[tuple[str, tuple[float, float]]]:
-    """Return [(prefix, (first, last))] of the validation data.
-
-    `first` and `last` are fractions of the file's documents, between which validation reads.
-    """
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    if blend_per_split is not None:
-        return [(prefix, (0.0, 1.0)) for prefix in (blend_per_split[1] or ([],))[0]]
-    share = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[1]
-    return [(prefix, share) for prefix in blend[0]] if blend and share else []
 
 
 def long_eval_tasks(args: Namespace) -> tuple[str, ...]:

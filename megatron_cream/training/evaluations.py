@@ -12,6 +12,7 @@ from megatron_cream.checkpoint import base_weights
 from megatron_cream.checkpoint.best import BestCheckpoint
 from megatron_cream.common.files import append_line, to_json
 from megatron_cream.config import values
+from megatron_cream.config.run_data import RunData
 from megatron_cream.evaluation import perplexity
 from megatron_cream.evaluation.long_evaluation import LongEvaluation, Settings
 from megatron_cream.evaluation.models.tokenizer import TrainingTokenizer
@@ -20,13 +21,13 @@ from megatron_cream.training import progress
 from megatron_cream.training.watch import Watch
 
 
-def build_watch(args: Namespace, step_line: progress.StepLine) -> Watch:
+def build_watch(args: Namespace, data: RunData, step_line: progress.StepLine) -> Watch:
     """Build the evaluation at the target lengths (--long-eval-interval)."""
     settings = Settings(
         tasks=values.long_eval_tasks(args),
         lengths=args.long_eval_lengths,
         samples=args.long_eval_samples,
-        held_out=values.held_out_files(args),
+        held_out=data.held_out,
         interval=args.long_eval_interval,
         share=args.long_eval_share,
         score=None if args.long_eval_best == "none" else args.long_eval_best,
@@ -40,17 +41,18 @@ def build_watch(args: Namespace, step_line: progress.StepLine) -> Watch:
     return Watch(evaluation, settings, best, step_line)
 
 
-def build_perplexity_callback(args: Namespace, weights: str, terminal: TextIO) -> Callable:
+def build_perplexity_callback(args: Namespace, data: RunData, weights: str, terminal: TextIO) -> Callable:
     """Return the function that Megatron calls with the model at the end of every evaluation.
 
     Args:
         args: Megatron's.
+        data: the data of the run.
         weights: the flag and value that name the run's weights, for messages.
         terminal: the stream that gets the results.
     """
     folder = Path(args.save) if args.save else None
     longest = max(args.eval_lengths)
-    documents = perplexity.read_held_out_documents(values.held_out_files(args), longest, args.eval_documents)
+    documents = perplexity.read_held_out_documents(data.held_out, longest, args.eval_documents)
 
     def evaluate(model) -> None:
         scored = min(args.eval_lengths) // 2

@@ -82,16 +82,16 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
     table.check_all()
     signals.install()
     parsed = parse.parse(argv)
-    args, origin, model, words = parsed.args, parsed.origin, parsed.model, parsed.output
+    args, origin, data, model = parsed.args, parsed.origin, parsed.data, parsed.model
     if message := summary.finished_message(args, origin):
         if args.rank == 0:
             print(message, flush=True)
         return args
     args.curr_iteration = 0  # Megatron sets it in training, which --skip-train leaves out
     _install_patches(args)
-    flops = values.flops_per_token(args, model.lora)
+    flops = values.flops_per_token(args, data, model.lora)
     with console.redirect_output(args.console, args.save) as terminal:
-        print(words if args.console == "progress" else _shorten(words), end="")
+        print(parsed.output if args.console == "progress" else _shorten(parsed.output), end="")
         step_line = progress.StepLine(
             total_steps=values.count_steps(args),
             tokens_per_step=args.global_batch_size * args.seq_length,
@@ -104,7 +104,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
             print(line, file=terminal, flush=True)
 
         saving.install(say, Path(args.save) if args.save else None)
-        watch = evaluations.build_watch(args, step_line) if args.long_eval_interval else None
+        watch = evaluations.build_watch(args, data, step_line) if args.long_eval_interval else None
         if args.save:
             with rendezvous.share_errors():
                 _open_folder(args, origin, argv)
@@ -113,10 +113,10 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
         finite.install(args.nan_policy, lambda norm: _log_non_finite(norm, job.recent_samples, terminal))
         if args.rank == 0:
             step = job.predict_step(sys.argv[1:] if argv is None else argv, args)
-            say(summary.describe_run(args, origin, model.lora, step))
+            say(summary.describe_run(args, origin, data, model.lora, step))
         perplexity = None
         if args.eval_lengths:
-            perplexity = evaluations.build_perplexity_callback(args, origin.weights, terminal)
+            perplexity = evaluations.build_perplexity_callback(args, data, origin.weights, terminal)
         with (
             signals.exit_on_signal(args, say),
             progress.print_steps(step_line, args.log_interval),

@@ -3,17 +3,14 @@
 from argparse import Namespace
 from pathlib import Path
 
-from megatron.core.datasets.utils import get_blend_from_list
-from megatron.training.utils import get_blend_and_blend_per_split
-
 from megatron_cream.checkpoint.families import read_config
 from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common.advice import evaluation_command, export_command
 from megatron_cream.common.console import format_count
 from megatron_cream.config import values
+from megatron_cream.config.run_data import RunData
 from megatron_cream.config.samplers import sampler_names
-from megatron_cream.data.indexed import open_index
-from megatron_cream.data.packing import MIN_TOKENS, count_packed
+from megatron_cream.data.packing import MIN_TOKENS
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.lora_settings import TARGETS, LoraSettings
 
@@ -27,13 +24,14 @@ def finished_message(args: Namespace, origin: Origin) -> str | None:
 
 
 def describe_run(
-    args: Namespace, origin: Origin, lora: LoraSettings | None, step: tuple[float, str] | None = None
+    args: Namespace, origin: Origin, data: RunData, lora: LoraSettings | None, step: tuple[float, str] | None = None
 ) -> str:
     """Return the lines that say what the run will do.
 
     Args:
         args: Megatron's, after its validation.
         origin: where the run starts from.
+        data: the data that it reads.
         lora: the adapters, or None.
         step: expected seconds of a step and the name of the GPU; None if they are unknown.
     """
@@ -43,8 +41,8 @@ def describe_run(
         *(("rope", line) for line in _rope(args)),
         *([("lora", _adapters(lora, args.load_adapter))] if lora else []),
         ("layout", _layout(args)),
-        ("data", _data(args)),
-        *(("short", line) for line in _short_texts(args)),
+        ("data", _data(args, data)),
+        *(("short", line) for line in _short_texts(args, data)),
         ("train", describe_steps(args, origin.resumed_step, step)),
         ("output", _output(args, origin.flags.save)),
     ]
@@ -116,28 +114,23 @@ def _layout(args: Namespace) -> str:
     )
 
 
-def _data(args: Namespace) -> str:
+def _data(args: Namespace, data: RunData) -> str:
     """Return the path of the data, and its documents and tokens."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    chosen = blend_per_split[0] if blend_per_split else blend
-    prefixes = list(dict.fromkeys(chosen[0])) if chosen else []
-    if not prefixes:
+    if not data.train:
         return "none"
-    indexes = [open_index(prefix) for prefix in prefixes]
-    documents, tokens = sum(len(index.lengths) for index in indexes), sum(index.tokens for index in indexes)
-    where = "the Python standard library" if args.embedded_data else prefixes[0]
-    where = where if len(prefixes) == 1 else f"{len(prefixes)} data sets, first {where}"
-    split = f", split {args.split}" if args.split and not blend_per_split else ""
+    documents, tokens = data.count_long()
+    where = "the Python standard library" if args.embedded_data else data.train[0]
+    where = where if len(data.train) == 1 else f"{len(data.train)} data sets, first {where}"
+    split = f", split {args.split}" if args.split else ""
     return f"{where}: {format_count(documents, 'document')}, {tokens:,} tokens{split}"
 
 
-def _short_texts(args: Namespace) -> list[str]:
+def _short_texts(args: Namespace, data: RunData) -> list[str]:
     """Return the share of packed short texts, and what each of their data sets has."""
     if not values.short_mix(args):
         return []
     lines = [f"{100 * args.short_share:g} % of the samples are whole short texts, packed"]
-    for prefix in dict.fromkeys(get_blend_from_list(args.short_data_path)[0]):
-        packed = count_packed(prefix, args.seq_length)
+    for prefix, packed in data.count_short().items():
         left_out = [f"{packed.too_long:,} with more than {args.seq_length:,} tokens"] if packed.too_long else []
         left_out += [f"{packed.too_short:,} with less than {MIN_TOKENS}"] if packed.too_short else []
         lines.append(

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
+from megatron_cream.config import run_data
 from megatron_cream.config.checks import data as data_checks
 from megatron_cream.patches import platform
 
@@ -286,6 +287,11 @@ def test_short_documents_are_rejected_as_the_data_set_does(tmp_path_factory, len
         right = built[0] is not None and (not evaluated or built[1] is not None)
     except UsageError:
         right = False
-    assert (
-        value_or_one_line(lambda: data_checks.check(args) or data_checks.check_splits(args) or True) is not None
-    ) == right
+
+    def check() -> bool:
+        data = run_data.read(args)
+        data_checks.check(args, data)
+        data_checks.check_splits(args, data)
+        return True
+
+    assert (value_or_one_line(check) is not None) == right

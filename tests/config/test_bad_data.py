@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_cream.common.errors import UsageError
+from megatron_cream.config import run_data
 from megatron_cream.config.checks import data as data_checks
 from megatron_cream.config.parser import build_parser
 from megatron_cream.data import documents, indexed
@@ -130,7 +131,7 @@ def test_damaged_data_is_rejected_for_every_data_flag(monkeypatch, tmp_path, kin
         (tmp_path / "lists").write_text(lists)
         data = {flag: str(tmp_path / "lists")}
     with pytest.raises(UsageError) as caught:
-        data_checks.check_whole(read(monkeypatch, tmp_path, GOOD | data))
+        data_checks.check_whole(run_data.read(read(monkeypatch, tmp_path, GOOD | data)))
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"--{flag.replace('_', '-')} {prefix}: ")
     assert not [word for word in words if word not in message], message
@@ -160,23 +161,23 @@ def test_data_settings_that_cannot_run(monkeypatch, tmp_path, changed, words):
         read(monkeypatch, tmp_path, recipe | {"eval_iters": 0})
 
 
-def arguments_of(prefix: str, vocabulary: int):
-    args = build_parser(recipe=False).parse_args(["--data-path", prefix])
+def check_token_ids(prefix: str, vocabulary: int) -> None:
+    args = build_parser(recipe=False).parse_args(["--data-path", prefix, "--seq-length", "2"])
     args.vocab_size = vocabulary
-    return args
+    data_checks.check_token_ids(args, run_data.read(args))
 
 
 def test_token_ids_beyond_the_vocabulary(tmp_path):
     prefix = write(tmp_path / "x", LISTS)  # ids 0 to 199
-    data_checks.check_token_ids(arguments_of(prefix, 200))
+    check_token_ids(prefix, 200)
     with pytest.raises(UsageError, match=r"--data-path .*x: contains token id 199, but the vocabulary .* has 199;"):
-        data_checks.check_token_ids(arguments_of(prefix, 199))
+        check_token_ids(prefix, 199)
     negative = write(tmp_path / "negative", [[1, -1, 2]])
     with pytest.raises(UsageError, match="contains token id -1"):
-        data_checks.check_token_ids(arguments_of(negative, 200))
+        check_token_ids(negative, 200)
     write(indexed.loss_mask_prefix(prefix), [[2] * len(tokens) for tokens in LISTS], np.uint8)
     with pytest.raises(UsageError, match="_loss_mask.bin is not a loss mask: it has values other than 0 and 1"):
-        data_checks.check_token_ids(arguments_of(prefix, 200))
+        check_token_ids(prefix, 200)
 
 
 def test_only_a_bounded_part_of_large_data_is_read(tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import check_can_create, check_path
 from megatron_cream.config import samplers
-from megatron_cream.config.checks import data as data_checks
 from megatron_cream.model.rotary import RotaryEmbedding
 from megatron_cream.positions import build_sampler
 
@@ -236,8 +235,7 @@ def _check_rope(args: Namespace) -> None:
 
 
 def check_files(args: Namespace) -> None:
-    """Raise UsageError for missing or unusable data, tokenizer files and output folders."""
-    data_checks.check(args)
+    """Raise UsageError for missing or unusable tokenizer files and output folders."""
     model = args.tokenizer_model
     if args.tokenizer_type in ("SentencePieceTokenizer", "Llama2Tokenizer"):
         if model is None:
