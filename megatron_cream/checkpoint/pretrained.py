@@ -45,7 +45,7 @@ def intermediate_folder(target: Path) -> Path:
 
 
 def uses_intermediate_folder(args: Namespace) -> bool:
-    """Tell whether --save is the intermediate folder of --save-hf."""
+    """Return whether --save is the intermediate folder of --save-hf."""
     return args.save_hf is not None and Path(args.save) == intermediate_folder(Path(args.save_hf).absolute())
 
 

@@ -173,8 +173,9 @@ def _read(argv: list[str] | None) -> tuple[Namespace, Origin, RunData]:
     flag_checks.check_weights(args, from_checkpoint=origin.source is not None)
 
     fill.set_saving(args)
+    is_intermediate = pretrained.uses_intermediate_folder(args)
     pretrained.check_model_folder(origin, warn=args.rank == 0)
-    save_checks.check_export(args)
+    save_checks.check_export(args, is_intermediate)
     return args, origin, data
 
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_cream.checkpoint import output, pretrained, save_hook
+from megatron_cream.checkpoint import output, save_hook
 from megatron_cream.checkpoint.megatron_folder import HF
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
@@ -31,15 +31,19 @@ def check(args: Namespace) -> None:
         raise UsageError(f"--save-retain-interval {keep}: must be a multiple of --save-interval {interval}")
 
 
-def check_export(args: Namespace) -> None:
-    """Raise UsageError if --save-hf must not be written; call it after `fill.set_saving`."""
+def check_export(args: Namespace, is_intermediate: bool) -> None:
+    """Raise UsageError if --save-hf must not be written; call it after `fill.set_saving`.
+
+    Args:
+        args: the parsed flags.
+        is_intermediate: whether --save is the folder that an export removes.
+    """
     if args.save_hf is None:
         return
     target = Path(args.save_hf).absolute()
     output.check_target(target, flag="--save-hf", overwrite=False)
-    intermediate = pretrained.intermediate_folder(target)
-    if Path(args.save) == intermediate:
-        _reject_finished(args, intermediate / output.TRACKER)
+    if is_intermediate:
+        _reject_finished(args, Path(args.save) / output.TRACKER)
     _check_outside_save(args, target)
 
 
