@@ -68,7 +68,7 @@ def read_newest_step(path: Path, flag: str) -> int | str:
         text = file.read(64).strip()
     if text != b"release" and not re.fullmatch(rb"[0-9]{1,15}", text):
         found = text.decode(errors="replace")
-        raise UsageError(f"{flag} {path}: {TRACKER} contains {one_line(repr(found), 60)}; must be a number or release")
+        raise UsageError(f"{flag} {path}: {TRACKER} contains {found!r}; must be a number or release")
     return "release" if text == b"release" else int(text)
 
 
