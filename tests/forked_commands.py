@@ -17,6 +17,9 @@ from pathlib import Path
 
 from tests.processes import ROOT, ending_with_test
 
+FRESH_TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+"""The first words of a command that runs a script on several ranks, each in a process that is not forked."""
+
 _SHARED = "TEST_PROGRAMS"  # environment variable: the folder of the programs that pytest's workers share
 
 _SHIM = """#!{python} -IS
@@ -43,8 +46,7 @@ def python() -> list[str]:
 
 def torchrun() -> list[str]:
     """Return the first words of a command that runs a script on several ranks of this machine."""
-    fresh = [sys.executable, "-m", "torch.distributed.run"]
-    return [*(fresh if _has_cuda() else [str(_programs() / "torchrun")]), "--standalone"]
+    return FRESH_TORCHRUN if _has_cuda() else [str(_programs() / "torchrun"), "--standalone"]
 
 
 def _has_cuda() -> bool:
@@ -67,11 +69,11 @@ def _programs() -> Path:
     return shims(Path(folder.name) / "bin", environment())
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """Return the environment in which a command finds the package, with `variables`."""
+def environment() -> dict[str, str]:
+    """Return the environment in which a command finds the package."""
     path = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("NVTE_")}  # a model in this process sets them
-    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def shims(folder: Path, environment: dict[str, str]) -> Path:

@@ -62,6 +62,7 @@ from tests.bad_inputs import (
     start,
 )
 from tests.bad_setting_cases import DATA, EMPTY_PATHS, FLAGS, RECIPES, TOOL_CASES
+from tests.forked_commands import FRESH_TORCHRUN
 from tests.launch import ROOT
 
 CASES = {
@@ -212,7 +213,7 @@ def test_bad_input_under_torchrun(world):
     )
     ended = subprocess.run([sys.executable, *one], capture_output=True, text=True, cwd=world)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1, ended.stderr
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *two]
+    command = [*FRESH_TORCHRUN, "--nproc_per_node=2", *two]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=world)
     assert ended.returncode != 0 and "exitcode  : 2" in ended.stderr
     assert ended.stderr.count("num_hidden_layers 'two'") == 1

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import psutil
@@ -132,8 +131,8 @@ def test_more_ranks_than_gpus_prints_one_line(monkeypatch):
 def test_ranks_end_with_a_torchrun_that_was_killed_while_they_started(tmp_path):
     """Kill torchrun before training starts; training/test_faults.py kills it during training."""
     flags = ["--config", "quickstart", "--save", tmp_path / "new", "--train-iters", "100000"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = ending_with_test([*command, ROOT / "pretrain_cream.py", *flags])
+    command = [*forked_commands.FRESH_TORCHRUN, "--nproc_per_node=2", ROOT / "pretrain_cream.py", *flags]
+    command = ending_with_test(command)
     torchrun = subprocess.Popen(command, cwd=tmp_path)
     ranks = []
     while len(ranks) < 2 or not all(_ends_with_its_parent(rank) for rank in ranks):

@@ -19,8 +19,8 @@ from megatron_cream.distributed import nodes
 from megatron_cream.training.summary import finished_message
 from tests.bad_inputs import free_port
 from tests.bad_inputs import start as fork
-from tests.faults.kill import compare, newest, wait_for
-from tests.launch import ROOT, TINY, torchrun, write_documents
+from tests.faults.kill import compare, newest, run_flags, wait_for
+from tests.launch import ROOT, torchrun, write_documents
 from tests.processes import ending_with_test
 
 STEPS = 8
@@ -42,22 +42,7 @@ def one_node(documents, tmp_path_factory):
 
 def flags(documents: Path, save: Path, tp: int = 2) -> list:
     """Return the flags of a run with TP in a node and, across the nodes, DP 2 with the distributed optimizer."""
-    layout = ["--tensor-model-parallel-size", tp, "--use-distributed-optimizer"]
-    steps = ["--train-iters", STEPS, "--lr-decay-iters", STEPS, "--save-interval", 2]
-    return [
-        *TINY,
-        "--fp32",
-        *layout,
-        *steps,
-        "--data-path",
-        documents,
-        "--split",
-        "90,10,0",
-        "--save",
-        save,
-        "--load",
-        save,
-    ]
+    return [*run_flags(documents, save, STEPS), "--tensor-model-parallel-size", tp]
 
 
 def launch(log: Path, flags: list, options: list, prefix: tuple = (), cwd: Path = ROOT, **env) -> subprocess.Popen:

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from megatron_cream.data.tokenizers import load_tokenizer
 from megatron_cream.evaluation.models.tokenizer import TrainingTokenizer
 from megatron_cream.evaluation.tasks import kv
 from tests.faults.kill import compare, newest, ranks, ranks_of_folder, wait_for, writing
+from tests.forked_commands import FRESH_TORCHRUN
 from tests.launch import ROOT, TINY, torchrun, write_documents
 from tests.processes import ending_with_test
 
@@ -137,8 +137,7 @@ def test_a_kill_during_best_leaves_the_previous_one(tmp_path):
     flags += ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
     flags += ["--save", save, "--load", save, "--save-interval", 1, "--console", "progress"]
     flags += ["--long-eval-interval", 1, "--long-eval-tasks", "perplexity", "--long-eval-share", 1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += [str(ROOT / "pretrain_cream.py"), *map(str, flags)]
+    command = [*FRESH_TORCHRUN, "--nproc_per_node=2", str(ROOT / "pretrain_cream.py"), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(ending_with_test(command), cwd=ROOT, env=environment, start_new_session=True)
     wait_for(lambda: newest(best) >= 2 and writing(best, newest(best)), process)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,7 @@ from megatron_cream.evaluation.results import RESULTS, SUMMARY, open_results
 from tests.evaluation_fixtures import alone, models
 from tests.evaluation_models import run_evaluate as run_alone
 from tests.faults.kill import wait_for
+from tests.forked_commands import FRESH_TORCHRUN
 from tests.launch import ROOT, torchrun
 from tests.processes import ending_with_test
 
@@ -62,7 +62,7 @@ def test_ranks_have_the_results_of_one(monkeypatch, models, tmp_path, ranks, eng
 def test_a_killed_rank_ends_all(monkeypatch, models, tmp_path):
     """torchrun ends the others, and one rank resumes with the results of both."""
     flags = [*NEEDLE, "--samples", 20, "--batch-size", 2, "--model", models["hf"], "--output", tmp_path / "out"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT, *flags]
+    command = [*FRESH_TORCHRUN, "--nproc_per_node=2", SCRIPT, *flags]
 
     def both_have_results() -> bool:
         files = list((tmp_path / "out").glob("results*.jsonl"))

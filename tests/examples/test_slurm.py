@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.faults.kill import compare, newest
+from tests.faults.kill import compare, newest, run_flags
 from tests.launch import torchrun, write_documents
 from tests.slurm import cluster
-from tests.slurm.jobs import STEPS, flags, preempt
+from tests.slurm.jobs import STEPS, preempt
 
 pytestmark = pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing()))
 
@@ -20,9 +20,9 @@ def test_a_stopped_job_requeues_and_ends_bit_identical(slurm, tmp_path):
     """Stop a job of two nodes with one rank each by scancel --signal=USR1; two ranks of one node run undisturbed."""
     documents = write_documents(tmp_path / "documents", documents=20)
     alone, told = tmp_path / "alone", tmp_path / "told"
-    done = torchrun(2, *flags(documents, alone))
+    done = torchrun(2, *run_flags(documents, alone, STEPS))
     assert done.returncode == 0, done.stderr[-3000:]
-    job = slurm.train(*flags(documents, told))
+    job = slurm.train(*run_flags(documents, told, STEPS))
     step = preempt(slurm, job, told)
     assert 0 < step < STEPS
     assert slurm.wait(job)["Restarts"] == "1"

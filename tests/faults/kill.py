@@ -30,6 +30,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tests.forked_commands import FRESH_TORCHRUN
 from tests.launch import TINY, torchrun, write_documents
 from tests.processes import ending_with_test
 
@@ -150,7 +151,7 @@ def launch(
         options: options of torchrun.
         flags: flags that replace --save, --load and --save-interval.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", *options]
+    command = [*FRESH_TORCHRUN, f"--nproc_per_node={ranks}", *options]
     command += [*script, *run_flags(documents, save, steps, flags)]
     with open(log, "w") as out:
         return subprocess.Popen(
@@ -163,7 +164,8 @@ def launch(
         )
 
 
-def run_flags(documents: Path, save: Path, steps: int, flags: list | None = None) -> list:
+def run_flags(documents: Path, save: Path | str, steps: int, flags: list | None = None) -> list:
+    """Return the flags of a small run that saves and resumes; `flags` replace those of --save."""
     saving = ["--save", save, "--load", save, "--save-interval", 2] if flags is None else flags
     schedule = ["--train-iters", steps, "--lr-decay-iters", steps]
     return [

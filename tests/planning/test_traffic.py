@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
 from megatron_cream.planning import communication
 from megatron_cream.planning.flags import run_from_flags
+from tests.forked_commands import FRESH_TORCHRUN
 from tests.launch import ROOT, TINY, write_documents
 
 FLAGS = [*TINY, *"--num-layers 4 --train-iters 2 --split 80,10,10 --console progress --fp32".split()]
@@ -47,8 +47,8 @@ def heard(tmp_path_factory):
         for name, extra in LAYOUTS.items()
     }
     (folder / "layouts.json").write_text(json.dumps(flags))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += [str(ROOT / "tests" / "traffic.py"), str(folder), str(folder / "layouts.json")]
+    script = [ROOT / "tests" / "traffic.py", folder, folder / "layouts.json"]
+    command = [*FRESH_TORCHRUN, "--nproc_per_node=2", *map(str, script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=folder)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"

@@ -16,29 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults.kill import compare, newest
-from tests.launch import TINY, write_documents
+from tests.faults.kill import compare, newest, run_flags
+from tests.launch import write_documents
 from tests.slurm.cluster import Slurm, slurm
 
 STEPS, LONG = 16, 150
-
-
-def flags(documents: Path, save: Path | str, *more, steps: int = STEPS) -> list:
-    run = ["--train-iters", steps, "--lr-decay-iters", steps, "--save-interval", 2, "--use-distributed-optimizer"]
-    return [
-        *TINY,
-        "--fp32",
-        *run,
-        "--data-path",
-        documents,
-        "--split",
-        "90,10,0",
-        "--save",
-        save,
-        "--load",
-        save,
-        *more,
-    ]
 
 
 def preempt(cluster: Slurm, job: int, save: Path) -> int:
@@ -76,7 +58,7 @@ def main() -> int:
     with slurm(folder / "slurm") as cluster:
         alone, chosen = folder / "alone", [name for name in stops if name in args.jobs]
         if chosen:
-            cluster.wait(cluster.train(*flags(documents, alone, steps=LONG)))
+            cluster.wait(cluster.train(*run_flags(documents, alone, LONG)))
             print("left alone: done", flush=True)
         for name in chosen:
             told, more = stops[name]
@@ -89,14 +71,14 @@ def main() -> int:
 
 
 def by_signal(cluster: Slurm, documents: Path, save: Path, more: list) -> None:
-    job = cluster.train(*flags(documents, save, *more, steps=LONG))
+    job = cluster.train(*run_flags(documents, save, LONG), *more)
     preempt(cluster, job, save)
     assert cluster.wait(job)["Restarts"] == "1"
 
 
 def by_time_limit(cluster: Slurm, documents: Path, save: Path, more: list) -> None:
     """Lower the time limit once there is a checkpoint; Slurm checks it twice a minute."""
-    job = cluster.train(*flags(documents, save, *more, steps=LONG), options=["--time=60", "--signal=USR1@60"])
+    job = cluster.train(*run_flags(documents, save, LONG), *more, options=["--time=60", "--signal=USR1@60"])
     wait_for_checkpoint(cluster, job, save)
     run_time = cluster.state(job)["RunTime"].split(":")
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(run_time[1]) + 2}")
@@ -106,7 +88,7 @@ def by_time_limit(cluster: Slurm, documents: Path, save: Path, more: list) -> No
 
 
 def by_preemption(cluster: Slurm, documents: Path, save: Path, more: list) -> None:
-    job = cluster.train(*flags(documents, save, *more, steps=LONG), options=["--cpus-per-task=32"])
+    job = cluster.train(*run_flags(documents, save, LONG), *more, options=["--cpus-per-task=32"])
     wait_for_checkpoint(cluster, job, save)
     other = cluster.run(
         "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
@@ -117,7 +99,7 @@ def by_preemption(cluster: Slurm, documents: Path, save: Path, more: list) -> No
 
 def array(cluster: Slurm, documents: Path, folder: Path) -> None:
     folder.mkdir()
-    given = flags(documents, f"{folder}/seed%a", "--seed", "%a")
+    given = [*run_flags(documents, f"{folder}/seed%a", STEPS), "--seed", "%a"]
     first = cluster.train(*given, options=["--array=1-2"])
     for seed in (1, 2):
         cluster.wait(f"{first}_{seed}")
@@ -135,7 +117,7 @@ def failed(cluster: Slurm, documents: Path, save: Path) -> None:
 
 def not_again(cluster: Slurm, documents: Path, save: Path, end) -> None:
     """Check that a job ended by `end` is not requeued; its save folder is named after the expected state."""
-    job = cluster.train(*flags(documents, save, steps=LONG))
+    job = cluster.train(*run_flags(documents, save, LONG))
     wait_for_checkpoint(cluster, job, save)
     end(job)
     state = cluster.wait(job, save.name.upper())

@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.checkpoint.test_convert import run_tool
+from tests.forked_commands import FRESH_TORCHRUN
 from tests.launch import ROOT
 
 
@@ -21,7 +21,7 @@ def run(tmp_path_factory):
         return max((ROOT / "runs").glob("quickstart-*")), SimpleNamespace(stdout=out, stderr=err)
     folder = tmp_path_factory.mktemp("default")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*FRESH_TORCHRUN, "--nproc_per_node=2"]
     result = subprocess.run(
         [*command, str(ROOT / "pretrain_cream.py")], capture_output=True, text=True, cwd=folder, env=env, timeout=900
     )
