@@ -192,6 +192,7 @@ FLAGS = {
     "hook's time": (
         "--save {0}/new --save-hook true --save-hook-minutes 0", 1, ["--save-hook-minutes 0.0", "above 0"],
     ),
+    "two lists of data": ("--valid-data-path {0}/data", 1, ["--valid-data-path with --data-path", "one of the two"]),
     "two precisions": ("--fp16", 1, ["--fp16 with --fp32"]),
     "a signal that no process hears": ("--exit-signal SIGKILL", 1, ["--exit-signal SIGKILL", "SIGTERM"]),
     "another data loader": ("--dataloader-type external", 1, ["--dataloader-type external"]),

@@ -27,6 +27,9 @@ _PATHS = (
     "test_data_path", "short_data_path", "data_args_path", "per_split_data_args_path", "tp_comm_overlap_cfg",
     "wandb_save_dir",
 )  # fmt: skip
+_WHOLE_DATA = ("data_path", "data_args_path", "per_split_data_args_path")
+"""Each names all of the long data."""
+_DATA = (*_WHOLE_DATA, "train_data_path", "valid_data_path", "test_data_path")
 
 
 def check_each(args: Namespace) -> None:
@@ -34,6 +37,7 @@ def check_each(args: Namespace) -> None:
     _check_paths(args)
     _check_supported(args)
     _check_embedded_data(args)
+    _check_data(args)
 
 
 def check_together(args: Namespace) -> None:
@@ -144,9 +148,16 @@ def _check_paths(args: Namespace) -> None:
 
 def _check_embedded_data(args: Namespace) -> None:
     """Raise UsageError for data or a tokenizer given with --embedded-data."""
-    for name in ("data_path", "train_data_path", "valid_data_path", "tokenizer_model"):
+    for name in (*_DATA, "tokenizer_model"):
         if args.embedded_data and getattr(args, name):
             raise UsageError(f"{to_flag(name)} with --embedded-data: give one of the two")
+
+
+def _check_data(args: Namespace) -> None:
+    """Raise UsageError for two flags that name the same data, of which Megatron would ignore one or fail."""
+    given = [name for name in _DATA if getattr(args, name)]
+    if len(given) > 1 and given[0] in _WHOLE_DATA:
+        raise UsageError(f"{to_flag(given[1])} with {to_flag(given[0])}: give one of the two")
 
 
 def check_model_agrees(args: Namespace, shape: ModelShape, folder: Path, defaults: dict[str, Any]) -> None:
