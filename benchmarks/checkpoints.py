@@ -9,7 +9,8 @@ Other flags go to pretrain_cream.py. Each row is a separate run, one after the o
 and keeps only the newest checkpoint, so that FOLDER needs room for two, or for one with --saves 1. The checkpoint of
 the last row that can be resharded is loaded at --resume's layout; rows -dp can only be loaded at their own tensor and
 pipeline parallelism. "Stands still" counts the time that a save takes from training (collecting the state, handing it to
-the writer, and finalizing the checkpoint once it is written), not the training steps in between.
+the writer, and finalizing the checkpoint once it is written), not the training steps in between. The next step waits
+for the copies from the GPU before it updates the weights, if they are not finished: its time is given too.
 """
 
 import argparse
@@ -107,7 +108,8 @@ def main() -> int:
 
 
 def words(save: dict) -> str:
-    return f"step {save['step']}: still {save['still']:.2f} s, whole after {save['whole']:.1f} s"
+    after = f", next step {save['next']:.2f} s" if "next" in save else ""
+    return f"step {save['step']}: still {save['still']:.2f} s{after}, whole after {save['whole']:.1f} s"
 
 
 def steps_words(found: dict) -> str:
@@ -238,6 +240,8 @@ class Clock:
             beside, began = self._pending is not None, _now()
             result = original(*args, **kwargs)
             (self.beside if beside else self.alone).append(_now() - began)
+            if beside:
+                self._pending.setdefault("next", _now() - began)
             return result
 
         return step

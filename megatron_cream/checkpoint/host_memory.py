@@ -10,7 +10,7 @@ import shutil
 
 import psutil
 
-_SHARED = "/dev/shm"
+SHARED = "/dev/shm"
 _BYTES = 12  # of one parameter
 
 
@@ -34,10 +34,10 @@ def find_shortage(parameters: int, *, ranks: int, data_parallel: int, in_shared_
             f"copying the optimizer needs {need / 1e9:.1f} GB of this host's memory, but {free / 1e9:.1f} GB are "
             "free. --no-save-optim saves the weights alone."
         )
-    free = shutil.disk_usage(_SHARED).free
+    free = shutil.disk_usage(SHARED).free
     if in_shared_memory and need > free:
         return (
-            f"--async-save needs {need / 1e9:.1f} GB in {_SHARED} for the optimizer, but {free / 1e9:.1f} GB are free. "
+            f"--async-save needs {need / 1e9:.1f} GB in {SHARED} for the optimizer, but {free / 1e9:.1f} GB are free. "
             "Make it larger, or save without --async-save."
         )
     return ""

@@ -92,10 +92,7 @@ def _iterate_slices(optimizer) -> Iterator[tuple[torch.nn.Parameter, slice]]:
 
 
 def _to_saved(optimizer, values: torch.Tensor) -> torch.Tensor:
-    """Return flat float32 values that the next training step does not change while they are written.
-
-    Values on a GPU are returned as they are: they are copied to the host before that step.
-    """
+    """Return flat float32 values, without a copy if possible."""
     if optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
         values = values.cpu()  # a copy that the optimizer made for this call, and memory of the GPU
     return values.detach().float().flatten()
@@ -115,7 +112,7 @@ def _build_blocks(
             values = None
             if data is not None:
                 values = data[start - part.start :][: math.prod(sizes)].view(sizes)
-                values = values if values.is_cuda else values.clone()  # the writer would share the memory
+                values = values if values.is_cuda else values.clone()  # a writer may share the memory
             start += math.prod(sizes)
             yield ShardedTensor(
                 key=piece.key,

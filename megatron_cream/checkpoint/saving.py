@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_cream.checkpoint import after_save, host_memory
+from megatron_cream.checkpoint import after_save, host_memory, staging
 from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.common import devices, files
 from megatron_cream.common.errors import one_line
@@ -192,9 +192,9 @@ def _probe_write(folder: Path, rank: int) -> str:
 
 
 def _find_memory_shortage(settings, model: list[torch.nn.Module]) -> str:
-    if not settings.use_distributed_optimizer or settings.no_save_optim:
+    if not settings.use_distributed_optimizer or settings.no_save_optim or staging.has_memory():
         return ""
-    on_host = not devices.has_cuda() or settings.optimizer_cpu_offload or settings.use_precision_aware_optimizer
+    on_host = not devices.has_cuda() or settings.optimizer_cpu_offload
     why = host_memory.find_shortage(
         sum(weight.numel() for chunk in model for weight in chunk.parameters() if weight.requires_grad),
         ranks=host_memory.count_local_ranks(),

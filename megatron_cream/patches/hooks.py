@@ -96,6 +96,23 @@ CALL_WRITER = Patch(
     parameters="self, async_req",
 )
 
+# Copies for the writer of --async-save: checkpoint/staging.py
+
+STAGE_TENSORS = Patch(
+    "stage-tensors",
+    _CALLER + "schedule_async_call",
+    "Training waits while the writer copies the tensors from the GPU.",
+    parameters="self, async_req",
+    after=("call-writer",),
+)
+SEND_BEFORE_WAITING = Patch(
+    "send-before-waiting",
+    _CALLER + "is_current_async_call_done",
+    "A save that is not yet sent to the writer must be sent before anything waits for it.",
+    parameters="self, blocking, no_dist",
+    after=("writer-is-done",),
+)
+
 # Checksums: checkpoint/checksums.py
 
 HASH_SHARDS = Patch(

@@ -24,6 +24,7 @@ from megatron_cream.checkpoint import (
     pretrained,
     saving,
     schedule,
+    staging,
     start,
 )
 from megatron_cream.common import console, entry
@@ -104,6 +105,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
             print(line, file=terminal, flush=True)
 
         saving.install(say, Path(args.save) if args.save else None)
+        staging.install(in_background=not args.optimizer_cuda_graph)
         watch = evaluations.build_watch(args, data, step_line) if args.long_eval_interval else None
         if args.save:
             with rendezvous.share_errors():

@@ -195,6 +195,8 @@ HOOKS = {
     "forget-results": "with `call-writer`: the class forgets a writer that died",
     "optimizer-slices": "each rank saves its part of the optimizer, which nothing gathers",
     "load-optimizer-slices": "as `optimizer-slices`, for loading",
+    "stage-tensors": "training goes on while the tensors are copied from the GPU",
+    "send-before-waiting": "with `stage-tensors`: what is waited for must have been sent",
     "known-graphs": "a list of the graphs, which NCCL waits for when its groups are destroyed: this takes two GPUs to show",
     "adam": "AdamW in one pass",
     "pytorch-adam": "AdamW in one pass",

@@ -1,0 +1,187 @@
+"""Copy what `--async-save` writes to the host while training goes on.
+
+In Megatron the writer process copies the tensors from the GPU, and training waits. Here the training process copies
+them on a CUDA stream of its own, to memory that it shares with the writer, and waits only before the optimizer changes
+them. The memory is kept for the next save, because mapping and pinning it takes longer than the copies. If there is too
+little shared memory, the writer copies the tensors as in Megatron.
+"""
+
+import contextlib
+import functools
+import math
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from megatron_cream.checkpoint import host_memory
+from megatron_cream.patches import hooks, registry
+
+_ALIGNMENT = 512  # bytes
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in the shared memory."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _Staged(NamedTuple):
+    """What the writer gets: the shared memory, and Megatron's buckets with places instead of tensors."""
+
+    memory: torch.Tensor
+    buckets: list
+
+
+class _Handover(NamedTuple):
+    """A save whose tensors are being copied.
+
+    copied: recorded behind the copies.
+    send: sends the save to the writer.
+    sources: the tensors, which must not be freed before.
+    """
+
+    copied: torch.cuda.Event
+    send: Callable[[], None]
+    sources: list
+
+
+_memory: torch.Tensor | None = None
+_handover: _Handover | None = None
+_in_background = True
+_is_waiting_before_steps = False
+
+
+def install(*, in_background: bool) -> None:
+    """Install the replacements; call before `pretrain`, after those of `saving`.
+
+    Args:
+        in_background: let training go on while tensors are copied. Otherwise it waits: a CUDA graph of the optimizer's
+            step does not call what waits before a step.
+    """
+    global _in_background, _is_waiting_before_steps
+    _in_background = in_background
+    registry.install(hooks.STAGE_TENSORS, _stage)
+    registry.install(hooks.SEND_BEFORE_WAITING, _send_before_waiting)
+    if not _is_waiting_before_steps:
+        register_optimizer_step_pre_hook(lambda *_: _send())
+        _is_waiting_before_steps = True
+
+
+def has_memory() -> bool:
+    """Tell whether an earlier save has left its memory for the next one."""
+    return _memory is not None
+
+
+# In the training process.
+
+
+def _stage(original, self, request) -> None:
+    """Begin to copy the tensors of a save, and send it to the writer when they are copied."""
+    global _handover
+    _send()  # requests stay in order
+    if request.async_fn is None or request.preload_fn is None:
+        return original(self, request)
+    rank, buckets, results = request.async_fn_args
+    if self.process is None:  # otherwise Megatron takes the save for a finished one until it is sent
+        self.process = PersistentAsyncCaller._get_process(rank)
+    memory = _reserve(buckets)
+    if memory is None:
+        return original(self, request)
+    staged, copied = _copy(buckets, memory)
+    write = functools.partial(_write_staged, request.async_fn)
+    request = request._replace(async_fn=write, async_fn_args=[rank, staged, results], preload_fn=None)
+    if copied is None:
+        return original(self, request)
+    _handover = _Handover(copied, functools.partial(original, self, request), buckets)
+    if not _in_background:
+        _send()
+
+
+def _send_before_waiting(original, self, blocking: bool = False, no_dist: bool = False) -> bool:
+    """Check whether the writer has finished, after it got what it is to write."""
+    if _handover and (blocking or _handover.copied.query() or not self.process.is_alive()):
+        _send()
+    return original(self, blocking, no_dist)
+
+
+def _send() -> None:
+    """Wait for the copies, and send the save to the writer."""
+    global _handover
+    if _handover:
+        (copied, send, _), _handover = _handover, None
+        copied.synchronize()
+        send()
+
+
+def _copy(buckets: list, memory: torch.Tensor) -> tuple[_Staged, torch.cuda.Event | None]:
+    """Copy the tensors to the shared memory; return an event if the copies are not finished."""
+    placed, end = [], 0
+    copies: list[tuple[_Place, torch.Tensor]] = []
+    for path, name, (objects, tensors) in buckets:
+        places = []
+        for item, tensor in tensors:
+            place = _Place(end, tensor.shape, tensor.dtype)
+            places.append((item, place))
+            copies.append((place, tensor))
+            end += _align(_count_bytes(place))
+        placed.append((path, name, (objects, places)))
+    stream = torch.cuda.Stream() if any(tensor.is_cuda for _, tensor in copies) else None
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+        for place, tensor in copies:
+            region = memory[place.offset :][: _count_bytes(place)]
+            region.view(place.dtype).view(place.shape).copy_(tensor, non_blocking=True)
+    return _Staged(memory, placed), stream.record_event() if stream else None
+
+
+def _reserve(buckets: list) -> torch.Tensor | None:
+    """Return shared memory for the tensors: that of the save before, if it suffices. None if there is too little."""
+    global _memory
+    tensors = [tensor for _, _, (_, in_bucket) in buckets for _, tensor in in_bucket]
+    size = sum(_align(tensor.numel() * tensor.itemsize) for tensor in tensors)
+    if _memory is not None and _memory.numel() >= size:
+        return _memory
+    pinned = any(tensor.is_cuda for tensor in tensors)
+    if _memory is not None and pinned:
+        torch.cuda.cudart().cudaHostUnregister(_memory.data_ptr())
+    _memory = None  # before the new memory is reserved
+    if shutil.disk_usage(host_memory.SHARED).free < size * host_memory.count_local_ranks():
+        return None
+    _memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    # If it cannot be pinned, the copies are slower.
+    if pinned and int(torch.cuda.cudart().cudaHostRegister(_memory.data_ptr(), size, 0)):
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # takes the error, which the next kernel would report
+    return _memory
+
+
+def _align(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _count_bytes(place: _Place) -> int:
+    return math.prod(place.shape) * place.dtype.itemsize
+
+
+# In the writer process.
+
+
+def _write_staged(write: Callable, rank: int, staged: _Staged, results) -> None:
+    buckets = [
+        (path, name, (objects, [(item, _view(staged.memory, place)) for item, place in places]))
+        for path, name, (objects, places) in staged.buckets
+    ]
+    write(rank, buckets, results)
+
+
+def _view(memory: torch.Tensor, place: _Place) -> torch.Tensor:
+    """Return a tensor whose storage is its own bytes alone, because torch saves the whole storage of a tensor."""
+    region = memory.numpy()[place.offset :][: _count_bytes(place)]
+    return torch.from_numpy(region).view(place.dtype).view(place.shape)
