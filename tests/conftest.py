@@ -35,7 +35,7 @@ KEPT = {
     "checkpoint/test_after_save.py": 5, "checkpoint/test_convert_faults.py": 8, "commands/test_no_room.py": 4,
     "commands/test_tool_faults.py": 12, "common/test_entry.py": 10, "config/test_advice.py": 5,
     "config/test_bad_inputs.py": 25, "distributed/test_nodes.py": 1,
-    "distributed/test_processes.py": 1, "evaluation/test_evaluate.py": 4, "evaluation/test_long_evaluation_runs.py": 1,
+    "distributed/test_processes.py": 1, "evaluation/test_evaluate.py": 4, "evaluation/test_long_evaluation_runs.py": 0,
     "examples/test_slurm.py": 0, "examples/test_study.py": 3, "examples/test_study_real.py": 1,
     "optimizer/test_one_pass.py": 0, "planning/test_measured.py": 15, "planning/test_traffic.py": 0, "training/test_default_run.py": 0,
     "upstream/test_checkpoints.py": 0, "upstream/test_distributed_optimizer.py": 0,

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_cream.checkpoint import carried, output
 from megatron_cream.common.errors import UsageError
+from tests import forked_commands
 from tests.evaluation_models import save_tokenizer
 from tests.launch import ROOT
 
@@ -175,7 +175,6 @@ def test_checking_does_not_contact_the_hub(folder):
     """Run in a process without network: transformers would ask the Hub for missing files."""
     script = "import socket, sys\ndef none(*a): raise SystemExit('asked the network')\nsocket.socket.connect = none\n"
     script += "from pathlib import Path\nfrom megatron_cream.checkpoint import carried\ncarried.check_files(Path(sys.argv[1]))"
-    ended = subprocess.run(
-        [sys.executable, "-c", script, folder], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    command = [*forked_commands.python(), "-c", script, folder]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr

@@ -128,7 +128,11 @@ def test_weights_are_fetched_once(repository, tmp_path):
     # Without the Hub, the cached files are found.
     ended = import_by_name(hub.endpoint, tmp_path / "cache", tmp_path / "again")
     assert ended.returncode == 0, ended.stderr
-    ended = import_by_name(hub.endpoint, tmp_path / "empty", tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_a_name_that_is_nowhere_prints_one_line(tmp_path):
+    ended = import_by_name("http://127.0.0.1:9", tmp_path / "empty", tmp_path / "none")
     line = ended.stderr.strip().splitlines()[-1]
     assert ended.returncode == 2 and f"--hf-path {NAME}: no such folder, and cannot be downloaded from the" in line
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from megatron_cream.checkpoint.families import shape_from_config
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.model.rotary import build_rope_scaling
+from tests import forked_commands
 from tests.evaluation_models import save_llama
 
 BEFORE, AFTER = 512, 4096
@@ -168,10 +168,11 @@ print(ids.shape[1], model.generate(ids, do_sample=False).shape[1])
 """
 
 
-def test_generation_in_a_fresh_process(checkpoint, stretched):
+def test_generation_in_a_process_of_its_own(checkpoint, stretched):
     if stretched.name != "linear":
         return
-    ended = subprocess.run([sys.executable, "-c", GENERATE, stretched], capture_output=True, text=True, timeout=300)
+    command = [*forked_commands.python(), "-c", GENERATE, stretched]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
     prompt, whole = map(int, ended.stdout.split())
     assert BEFORE < prompt < whole <= prompt + 7

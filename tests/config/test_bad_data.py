@@ -299,6 +299,7 @@ TEXT = st.text() | st.text(st.characters(categories=["Cs", "Ll"]))
 VALUE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["text", "a"]) | TEXT, inner),
+    max_leaves=20,
 )
 LINE = (
     st.binary()

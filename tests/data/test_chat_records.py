@@ -61,7 +61,9 @@ def test_answers_of_weight_zero_have_no_loss():
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    max_leaves=20,
 )
 TURN = st.fixed_dictionaries(
     {},

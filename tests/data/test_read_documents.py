@@ -204,6 +204,7 @@ def test_a_missing_package_prints_one_line(tmp_path, monkeypatch, name, package)
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
 )
 
 

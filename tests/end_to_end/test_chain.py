@@ -111,6 +111,9 @@ def extend(chain: Chain, model: Model) -> None:
     assert 2 <= before < model.steps, killed[-3000:]
     resumed = chain.run(script, *train, ranks=2)
     assert steps_of(resumed) == list(range(before + 1, model.steps + 1)), resumed[-3000:]
+    evaluated = map(json.loads, (folder / "run" / "long_evaluation.jsonl").read_text().splitlines())
+    last = model.steps // 4 * 4
+    assert before >= last or last in {line["iteration"] for line in evaluated}
 
     exported = chain.run(*advised(resumed))
     check_exported(chain, "run", "run-hf", model, model.targets[0])
