@@ -49,6 +49,7 @@ def _silence_import_warnings() -> None:
     in use) and about deprecated APIs that Megatron itself calls.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers enums as torch deprecates it
     for module in ("megatron", "torch", "transformer_engine"):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=module)

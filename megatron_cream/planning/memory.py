@@ -172,11 +172,12 @@ def _saved_by_adapters(model: Model, layout: Layout, engine: Engine) -> dict[str
     tokens, between = tokens_of_rank(layout)
     joined = joined_adapters(model, layout.tensor)
     kept = {"qkv": tokens, "proj": between, "fc1": tokens, "fc2": between}
-    matrices = sum(rank * (inputs + outputs) for at, (rank, inputs, outputs) in joined.items() if at in ("qkv", "fc1"))
-    return {
-        "adapter ranks": engine.element * sum(kept[at] * rank for at, (rank, _, _) in joined.items()),
-        "joined adapters": engine.element * matrices,  # of several projections; a single one is no copy
-    }
+    saved = {"attention adapters": 0, "mlp adapters": 0}
+    for at, (rank, inputs, outputs) in joined.items():
+        matrices = rank * (inputs + outputs) if at in ("qkv", "fc1") else 0  # joined ones; a single one is no copy
+        module = "attention" if at in ("qkv", "proj") else "mlp"
+        saved[f"{module} adapters"] += engine.element * (kept[at] * rank + matrices)
+    return saved
 
 
 def gathers_all_keys(layout: Layout, engine: Engine) -> bool:
@@ -195,10 +196,11 @@ def dropped_by_recompute(model: Model, layout: Layout, engine: Engine) -> set[st
     dropped = set()
     if "core_attn" in layout.recompute_modules:
         dropped |= {"attention log-sum-exp"}
+        dropped |= set() if _kept_input(model, "proj", 1, 1) else {"attention output"}
     if "layernorm" in layout.recompute_modules and not fused_norms:
         dropped |= {"qkv input", "fc1 input"}
     if "mlp" in layout.recompute_modules:
-        dropped |= {"fc1 output", "fc2 input"}
+        dropped |= {"fc1 output", "fc2 input", "mlp adapters"} & saved_by_layer(model, layout, engine).keys()
         # The checkpoint keeps the MLP's input. With the norm inside fc1 that is the residual stream, kept anyway.
         dropped |= {"fc1 input"} if fused_norms else set()
     return dropped
@@ -217,7 +219,10 @@ def saved_by_layers(model: Model, layout: Layout, engine: Engine, layers: int) -
         recomputed = min(layout.recompute_layers, layers)
         return recomputed * checkpoint + (layers - recomputed) * sum(saved.values())
     dropped = dropped_by_recompute(model, layout, engine)
-    return layers * sum(value for name, value in saved.items() if name not in dropped)
+    each = sum(value for name, value in saved.items() if name not in dropped)
+    if "fc1 output" in dropped and not _kept_input(model, "fc1", 1, 1):
+        each += engine.element * tokens_of_rank(layout)[1] * model.hidden_size  # the checkpoint keeps the MLP's input
+    return layers * each
 
 
 def angle_bytes(model: Model, layout: Layout) -> int:
@@ -310,7 +315,8 @@ def _backward_bytes(model: Model, layout: Layout, engine: Engine, layers: int, l
             working += engine.element * residual  # the layer's output; the scattered first input is gathered
     else:
         dropped = dropped_by_recompute(model, layout, engine)
-        working += sum(saved[name] for name in dropped)
+        # Attention is recomputed when the MLP's tensors are freed, which are larger.
+        working += sum(saved[name] for name in dropped if not name.startswith("attention "))
         working += engine.element * residual if "fc1 output" in dropped else 0  # the MLP's output
     if everything:
         # The MLP's tensors are freed. The gathered tensors, queries and output have gradients, one half at a time.

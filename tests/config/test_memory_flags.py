@@ -15,6 +15,10 @@ OFFLOAD = "--optimizer-cpu-offload"
         (OFFLOAD, f"{OFFLOAD}: needs --use-precision-aware-optimizer; add it"),
         (f"{OFFLOAD} --use-precision-aware-optimizer", f"{OFFLOAD}: needs --use-distributed-optimizer; add it"),
         ("--offload-modules core_attn", "--offload-modules core_attn: only with --fine-grained-activation-offloading"),
+        (
+            "--fine-grained-activation-offloading --offload-modules attn_proj",
+            "--offload-modules attn_proj: needs core_attn",
+        ),
         ("--offload-modules moe_act", "--offload-modules moe_act: choose from attn_norm"),
     ],
 )

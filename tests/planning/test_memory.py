@@ -64,6 +64,8 @@ REAL = {
     "LoRA": (BASE, 0),
     "LoRA, few": (BASE, 0),
     "LoRA, full": (replace(BASE, recompute="full"), 0),
+    "LoRA, mlp": (replace(BASE, recompute="selective", recompute_modules=("mlp",)), 0),
+    "LoRA, few, mlp": (replace(BASE, recompute="selective", recompute_modules=("mlp", "core_attn")), 0),
     "LoRA, TP and SP": (replace(BASE, tensor=2, sequence_parallel=True), 0),
     "LoRA, NF4": (replace(BASE, tensor=2, sequence_parallel=True), 0),
 }
@@ -85,7 +87,8 @@ def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, len
     engine = Engine(transformer_engine=False, own_kernels=own_kernels)
     changes = {"TP beyond the groups": dict(num_query_groups=2), "query and key norms": dict(qk_norm=True)}
     changes |= dict.fromkeys(("CP 8", "CP and full", "CP and core_attn"), dict(num_query_groups=8))
-    changes["LoRA, few"] = dict(lora=Lora(rank=4, targets=("q_proj", "v_proj"), embeddings=False, norms=False))
+    few = dict(lora=Lora(rank=4, targets=("q_proj", "v_proj"), embeddings=False, norms=False))
+    changes |= dict.fromkeys(("LoRA, few", "LoRA, few, mlp"), few)
     is_nf4 = name == "LoRA, NF4"
     with_lora = dict(lora=Lora(rank=4, nf4=is_nf4)) if name.startswith("LoRA") else {}
     model = replace(SMALL, **changes.get(name, with_lora))

@@ -28,6 +28,8 @@ def check_each(args: Namespace, has_cuda: bool) -> None:
     if args.offload_modules and not args.fine_grained_activation_offloading:
         modules = " ".join(args.offload_modules)
         raise UsageError(f"--offload-modules {modules}: only with --fine-grained-activation-offloading; add it")
+    if "attn_proj" in (args.offload_modules or []) and "core_attn" not in args.offload_modules:
+        raise UsageError("--offload-modules attn_proj: needs core_attn too, whose output is its input; add core_attn")
     if args.optimizer_cpu_offload:
         _check_optimizer_offload(args, has_cuda)
 
