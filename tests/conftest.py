@@ -54,8 +54,11 @@ def _mark_slow(items):
 
 def pytest_configure(config):
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        forked_commands.share()  # this process starts the workers, and needs neither torch nor Megatron
-        return
+        forked_commands.share()  # by the workers that this process starts
+
+
+@pytest.hookimpl(tryfirst=True)  # before a module of tests is imported; a process that starts workers imports none
+def pytest_pycollect_makemodule():
     from megatron_cream.patches import platform
 
     platform.setup()

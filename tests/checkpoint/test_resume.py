@@ -81,6 +81,7 @@ def test_resuming_without_the_distributed_optimizer(runs, alone, layout):
         assert resumed[step] == pytest.approx(alone[step], rel=1e-5), f"step {step}"
 
 
+@pytest.mark.slow
 def test_resuming_without_the_distributed_optimizer_in_half_precision(runs, tmp_path):
     """The master weights have another name too; the losses equal those of a run with the distributed optimizer."""
     half = dict(fp32=False)
