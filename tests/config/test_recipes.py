@@ -72,22 +72,38 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
         assert (args.lr, args.global_batch_size, args.adam_beta2, args.weight_decay) == (2e-5, 32, 0.999, 0.0)
 
 
+def plan(flags: list[str], gpus: int) -> tuple[memory.Memory, step_time.Speed]:
+    """Return the planned memory and speed on H100s."""
+    run = run_from_flags(flags, gpus)
+    assert run.find_misfit() is None
+    gpu = GPUS["H100"]
+    cluster = Cluster(gpu=gpu, host=8, inside=gpu.nvlink, between=gpu.network)
+    return (
+        memory.predict(run.model, run.layout, run.engine),
+        step_time.predict(run.model, run.layout, run.engine, cluster),
+    )
+
+
 @pytest.mark.parametrize("recipe", PLANNED, ids=lambda path: path.stem)
 def test_a_recipe_for_a_card_fits_it_as_it_says(recipe):
     """plan.py says that it fits; the figures in the recipe and in docs/memory.md are the plan's."""
     gpus = 8 if "8x" in recipe.stem else 1
     card = int(re.search(r"(\d+)gb$", recipe.stem)[1])
-    run = run_from_flags(["--config", str(recipe)], gpus)
-    needed = memory.predict(run.model, run.layout, run.engine)
-    assert run.find_misfit() is None and needed.device < layouts.usable(card * GIB)
-    gpu = GPUS["H100"]
-    cluster = Cluster(gpu=gpu, host=8, inside=gpu.nvlink, between=gpu.network)
-    speed = step_time.predict(run.model, run.layout, run.engine, cluster)
+    needed, speed = plan(["--config", str(recipe)], gpus)
+    assert needed.device < layouts.usable(card * GIB)
     peak, rate = f"{needed.device / GIB:.1f}", f"{round(speed.tokens_per_second, -2):,.0f}"
     text = re.sub(r"\n# ", " ", recipe.read_text())
     assert f"{peak} GiB of " in text and f"about {rate} tokens/s" in text
     row = next(line for line in TABLE.read_text().splitlines() if f"`{recipe.stem}`" in line)
     assert row.split("|")[-3].strip() == peak and row.split("|")[-2].strip() == rate
+
+
+@pytest.mark.parametrize("row", [line for line in TABLE.read_text().splitlines() if "| `--config" in line])
+def test_a_row_of_flags_fits_the_card_as_it_says(row):
+    _, _, card, flags, peak, rate, _ = (cell.strip() for cell in row.split("|"))
+    needed, speed = plan(flags.strip("`").split(), gpus=1)
+    assert needed.device < layouts.usable(int(card.removesuffix(" GB")) * GIB)
+    assert (f"{needed.device / GIB:.1f}", f"{round(speed.tokens_per_second, -2):,.0f}") == (peak, rate)
 
 
 def test_print_config_of_a_two_gpu_recipe_needs_no_launcher(monkeypatch, tmp_path, long_data):
