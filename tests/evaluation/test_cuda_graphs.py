@@ -67,13 +67,17 @@ class Replay:
         return self.out.clone()
 
 
+aten = torch.ops.aten
+_WAITING = (aten.item, aten._local_scalar_dense, aten.is_nonzero, aten.nonzero, aten.masked_select, aten.equal)
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, operations: list[tuple]):
         super().__init__()
         self._operations = operations
 
     def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
-        assert operation is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        assert operation.overloadpacket not in _WAITING, f"{operation}: the host waits for the device"
         result = operation(*args, **(kwargs or {}))
         self._operations.append((operation, args, kwargs or {}, result))
         return result
