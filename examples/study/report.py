@@ -142,31 +142,37 @@ def _scores(results: list[dict], scaling: str) -> dict[float, float]:
 def _pair_lines(study: _Results) -> list[str]:
     """Return the table of differences, over the seeds that both recipes of a pair have."""
     head = ["s", "what is the same", "pair", "seeds", "recall at the target, points", "beyond"]
-    head += ["recall over lengths, points", "beyond", "perplexity at the target, %", "beyond"]
+    head += ["recall over lengths, points", "beyond", "loss over lengths", "beyond"]
+    head += ["log perplexity at the target", "beyond", "log perplexity over lengths", "beyond"]
     rows = []
     for factor in study.factors:
         longest = methods.WINDOW * factor
         lengths = [methods.WINDOW * 2**i for i in range(1, factor.bit_length())]
         measures = [
-            lambda r: 100 * mean_recall(r, longest),
-            lambda r: statistics.fmean(100 * mean_recall(r, n) for n in lengths),
-            lambda r: 100 * math.log(r["perplexity"][str(longest)]),
+            (1, lambda r: 100 * mean_recall(r, longest)),
+            (1, lambda r: statistics.fmean(100 * mean_recall(r, n) for n in lengths)),
+            (3, lambda r: statistics.fmean(r["loss"][str(n)] for n in lengths)),
+            (3, lambda r: math.log(r["perplexity"][str(longest)])),
+            (3, lambda r: statistics.fmean(math.log(r["perplexity"][str(n)]) for n in lengths)),
         ]
         for same, first, second in _pairs(study.recipes(factor)):
             one, two = (
-                {r["seed"]: r for r in study.of(m, factor, scaling, rate)} for scaling, m, rate in (first, second)
+                {r["seed"]: r for r in study.of(m, factor, scaling, rate) if "loss" in r}
+                for scaling, m, rate in (first, second)
             )
             seeds = sorted(one.keys() & two.keys())
             if len(seeds) < 2:
                 continue
-            differences = [_difference([m(one[s]) for s in seeds], [m(two[s]) for s in seeds]) for m in measures]
-            cells = [text for difference in differences for text in difference]
+            cells = []
+            for places, m in measures:
+                cells += _difference([m(one[s]) for s in seeds], [m(two[s]) for s in seeds], places)
             names = [" ".join(part for part in recipe[:2] if part != same) for recipe in (first, second)]
             rows += _row([str(factor), same, f"{names[0]} - {names[1]}", str(len(seeds)), *cells])
     if not rows:
         return []
     rule = "`yes`: more than twice the standard error that the seeds' deviations give."
-    return ["", f"**Pairs**: the first less the second, on the same bases. {rule}", "", *_head(head), *rows]
+    means = "Means over lengths are over those beyond the window; the loss is that of the answers."
+    return ["", f"**Pairs**: the first less the second, on the same bases. {means} {rule}", "", *_head(head), *rows]
 
 
 def _pairs(recipes: list[tuple[str, str, float]]) -> Iterable[tuple[str, tuple, tuple]]:
@@ -188,11 +194,11 @@ def _pairs(recipes: list[tuple[str, str, float]]) -> Iterable[tuple[str, tuple, 
             yield first[0], first, second
 
 
-def _difference(one: list[float], two: list[float]) -> tuple[str, str]:
+def _difference(one: list[float], two: list[float], places: int) -> tuple[str, str]:
     """Return the difference of the means with its standard error, and whether it exceeds twice that."""
     error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (one, two)))
     difference = statistics.fmean(one) - statistics.fmean(two)
-    return f"{difference:+.1f} ± {error:.1f}", "yes" if abs(difference) > 2 * error else "no"
+    return f"{difference:+.{places}f} ± {error:.{places}f}", "yes" if abs(difference) > 2 * error else "no"
 
 
 def mean_recall(result: dict, length: int) -> float:
@@ -303,7 +309,6 @@ def _by_scaling(study: _Results, path: Path) -> None:
             panel.set_xticks(lengths, [str(n) for n in lengths])
             panel.minorticks_off()
         column[0].set_title(f"extended to {methods.WINDOW * factor} (s = {factor})", fontsize=10)
-        column[0].set_ylim(-3, 103)
         column[1].set_xlabel("tokens of context")
     axes[0][0].set_ylabel("recall, %")
     axes[1][0].set_ylabel("held-out perplexity")

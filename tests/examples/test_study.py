@@ -237,7 +237,9 @@ def test_learning_rates_are_chosen_and_pairs_have_the_same_bases(study, tmp_path
     (pair,) = [line for line in table.splitlines() if "theta - linear" in line]
     study.report.write(results, tmp_path)
     assert (tmp_path / "scalings.png").stat().st_size > 10_000 and (tmp_path / "table.md").read_text() == table
-    assert pair.startswith("| 4 | cream | theta - linear | 2 | +35.0 ± 5.0 | yes | +35.0 ± 5.0 | yes | -65.")
+    assert pair.startswith(
+        "| 4 | cream | theta - linear | 2 | +35.0 ± 5.0 | yes | +35.0 ± 5.0 | yes | -0.350 ± 0.050 | yes | -0.65"
+    )
 
 
 def test_the_runs_of_the_part_scalings_take_the_chosen_rates(study):
