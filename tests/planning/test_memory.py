@@ -122,7 +122,8 @@ def no_process_group_is_left():
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # a skipped test has none
+        torch.distributed.destroy_process_group()
 
 
 def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bool):
