@@ -7,7 +7,7 @@ import pytest
 
 from megatron_cream.model.attention import find_flash_attention, has_transformer_engine
 from tests.hf_models import save_model
-from tests.launch import train, write_documents
+from tests.launch import ROOT, train, write_documents
 
 pytestmark = pytest.mark.gpu
 
@@ -19,6 +19,15 @@ ON_HOST = (
     "--attention-backend te --fine-grained-activation-offloading --offload-modules core_attn qkv_linear "
     "--min-offloaded-tensor-size 1024"
 )
+# Megatron requires the variable to offload with Transformer Engine 2.10; tests pass no NVTE_ variables on.
+OFFLOADING_JOB = """
+import os
+os.environ["NVTE_CPU_OFFLOAD_V1"] = "1"
+if __name__ == "__main__":
+    import sys
+    import pretrain_cream as job
+    sys.exit(job.main())
+"""
 ADAPTERS = "--lora-rank 8 --lora-plus-ratio 4"
 # name: (what trains, other flags, bound of the losses' relative error beside sdpa in float32)
 RUNS = {
@@ -50,10 +59,21 @@ def losses(tmp_path_factory):
     flags = [*BASE, "--data-path", write_documents(folder / "documents"), "--load-hf", folder / "hf"]
     runs = {trains: (trains, "--fp32 --attention-backend sdpa") for trains in ("", ADAPTERS)}
     runs |= {name: run[:2] for name, run in RUNS.items() if lacks(name) is None}
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(max(os.cpu_count() // 2, 1)) as pool:
-        patch.setenv("NVTE_CPU_OFFLOAD_V1", "1")  # Megatron requires it to offload with Transformer Engine 2.10
+    job = folder / "offloading_job.py"
+    job.write_text(OFFLOADING_JOB)
+    with ThreadPoolExecutor(max(os.cpu_count() // 2, 1)) as pool:
         yield {
-            name: pool.submit(train, 1, folder / f"tb{i}", *flags, *trains.split(), *extra.split(), base=(), fp32=False)
+            name: pool.submit(
+                train,
+                1,
+                folder / f"tb{i}",
+                *flags,
+                *trains.split(),
+                *extra.split(),
+                base=(),
+                fp32=False,
+                script=job if extra == ON_HOST else ROOT / "pretrain_cream.py",
+            )
             for i, (name, (trains, extra)) in enumerate(runs.items())
         }
 
