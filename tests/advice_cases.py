@@ -195,7 +195,7 @@ ADVICE = [
     trainer("leaves for {} has {} tokens; give {}", "--split 8,1.999,0.001", "--split 8,2,0"),
     trainer("give the tokenizer that the data was made with", "--vocab-size 60", ""),
     Advice(
-        "--valid-data-path is missing: --train-data-path needs it; give it, or --eval-iters 0",
+        "{}, or --eval-iters 0",
         with_("--train-data-path {0}/data", NEW_WITHOUT_DATA),
         (
             with_("--train-data-path {0}/data --valid-data-path {0}/data", NEW_WITHOUT_DATA),

@@ -137,7 +137,7 @@ def set_derived_values(args: Namespace) -> None:
         args.bf16 = False
     if args.skip_train and args.train_iters is None and args.train_samples is None:
         args.train_iters = 1  # Megatron sizes its data sets by it; no step is run
-    if (args.train_data_path or args.per_split_data_args_path) and not args.data_args_path:
+    if args.train_data_path or args.valid_data_path or args.test_data_path or args.per_split_data_args_path:
         args.split = None
     args.target_length = args.target_length or args.seq_length
     samplers.fill(args)

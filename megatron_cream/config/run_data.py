@@ -78,6 +78,10 @@ def read(args: Namespace) -> RunData:
     shares = _read_shares(args)
     whole, per_split = get_blend_and_blend_per_split(args)
     train, valid, _ = per_split or (whole, whole, whole)
+    if not train and not args.skip_train:
+        raise UsageError(_describe_missing(args, "train"))
+    if not valid and args.eval_iters:
+        raise UsageError(f"{_describe_missing(args, 'valid')}, or --eval-iters 0")
     share = (0.0, 1.0) if per_split else shares[1]
     short, short_weights = next((given[1:] for given in lists if given[0] == SHORT), ([], None))
     return RunData(
@@ -101,13 +105,19 @@ def _lists(args: Namespace) -> Iterator[tuple[str, list[str]]]:
             yield to_flag(name), getattr(args, name)
     if args.data_args_path:
         flag = to_flag("data_args_path")
-        yield flag, _read_file(flag, args.data_args_path).split()
+        items = _read_file(flag, args.data_args_path).split()
+        if not items:
+            raise UsageError(f"{flag} {args.data_args_path}: is empty; write prefixes of .bin/.idx pairs into it")
+        yield flag, items
     if args.per_split_data_args_path:
         flag = to_flag("per_split_data_args_path")
         try:
             found = json.loads(_read_file(flag, args.per_split_data_args_path))
             blends = [found[split] for split in SPLITS]
             lists = [blend.split() if isinstance(blend, str) else list(blend or []) for blend in blends]
+            for split, blend, items in zip(SPLITS, blends, lists, strict=True):
+                if blend is not None and not items:  # Megatron crashes on it
+                    raise ValueError(f"{split} is empty; write null for no data")
             if not all(isinstance(item, str) for items in lists for item in items):
                 raise ValueError("must map train, valid and test to lists of text")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -115,6 +125,15 @@ def _lists(args: Namespace) -> Iterator[tuple[str, list[str]]]:
             raise UsageError(f"{where}: not a valid list of data: {one_line(error)}") from error
         for items in filter(None, lists):
             yield flag, items
+
+
+def _describe_missing(args: Namespace, split: str) -> str:
+    """Return the message that the data of a split is missing, for flags that name each split's own."""
+    if args.per_split_data_args_path:
+        flag = to_flag("per_split_data_args_path")
+        return f"{flag} {args.per_split_data_args_path}: names no data for {split}; name some"
+    given = next(name for name in SPLITS if getattr(args, f"{name}_data_path"))
+    return f"--{split}-data-path is missing: --{given}-data-path needs it; give it"
 
 
 def _read_file(flag: str, path: str) -> str:
@@ -145,8 +164,6 @@ def _read_shares(args: Namespace) -> list[Share | None]:
         UsageError: --split cannot be parsed, or leaves nothing to train on or to validate on.
     """
     if args.split is None:
-        if args.train_data_path and not args.valid_data_path and args.eval_iters:
-            raise UsageError("--valid-data-path is missing: --train-data-path needs it; give it, or --eval-iters 0")
         return []
     try:
         if not re.fullmatch(r"[.0-9]+([,/ ]+[.0-9]+){0,2}", args.split.strip()):  # Megatron reads -2 as 2

@@ -143,6 +143,11 @@ def test_damaged_data_is_rejected_for_every_data_flag(monkeypatch, tmp_path, kin
         ({"split": "100,0,0"}, ["--split 100,0,0", "--eval-iters 0"]),
         ({"split": "most"}, ["--split most", "969,30,1"]),
         ({"data_path": None, "train_data_path": "PREFIX"}, ["--valid-data-path is missing"]),
+        (
+            {"data_path": None, "valid_data_path": "PREFIX"},
+            ["--train-data-path is missing: --valid-data-path needs it"],
+        ),
+        ({"data_path": None, "test_data_path": "PREFIX", "eval_iters": 0}, ["--train-data-path is missing"]),
         ({"data_path": None, "data_args_path": "no/list"}, ["--data-args-path no/list", "No such file"]),
         (
             {"data_path": None, "per_split_data_args_path": __file__},
@@ -159,6 +164,33 @@ def test_data_settings_that_cannot_run(monkeypatch, tmp_path, changed, words):
     assert not [word for word in words if word not in str(caught.value)], caught.value
     if "split" in changed and changed["split"] == "100,0,0":
         read(monkeypatch, tmp_path, recipe | {"eval_iters": 0})
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"train": None}, ["names no data for train"]),
+        ({"valid": None}, ["names no data for valid", "--eval-iters 0"]),
+        ({"test": ""}, ["test is empty; write null"]),
+        ({"train": []}, ["train is empty; write null"]),
+        (None, ["--data-args-path", "is empty"]),
+    ],
+)
+def test_lists_of_data_that_name_too_little(monkeypatch, tmp_path, changed, words):
+    lists = dict.fromkeys(("train", "valid", "test"), [write(tmp_path / "x", LISTS)])
+    file = tmp_path / "list"
+    file.write_text("" if changed is None else json.dumps(lists | changed))
+    flag = "data_args_path" if changed is None else "per_split_data_args_path"
+    with pytest.raises(UsageError) as caught:
+        read(monkeypatch, tmp_path, GOOD | {flag: str(file)})
+    assert f"--{flag.replace('_', '-')} {file}: " in str(caught.value)
+    assert not [word for word in words if word not in str(caught.value)], caught.value
+
+
+def test_held_out_data_alone_without_training(monkeypatch, tmp_path):
+    prefix = write(tmp_path / "x", LISTS)
+    args = read(monkeypatch, tmp_path, GOOD | {"valid_data_path": [prefix], "skip_train": True})
+    assert args.split is None and run_data.read(args).held_out == [(prefix, (0.0, 1.0))]
 
 
 def check_token_ids(prefix: str, vocabulary: int) -> None:
