@@ -216,6 +216,7 @@ ADVICE = [
     trainer("{}: only with --long-eval-interval", "--long-eval-samples 1", LONG_EVALUATION),
     # ------------------------------------------------ the trainer: checkpoints
     Advice("{}: only with --save", with_("--most-recent-k 2", UNSAVED), (with_("--most-recent-k 2"),)),
+    Advice("--async-save: only with --save", with_("--async-save", UNSAVED), (with_("--async-save"),)),
     trainer("needs --ckpt-format torch_dist", "--most-recent-k 2 --ckpt-format torch",
             "--most-recent-k 2 --ckpt-format torch_dist"),
     trainer("{}: only with --save-hook", "--save-hook-minutes 3", "--save-hook-minutes 3 --save-hook true"),

@@ -131,6 +131,7 @@ def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data
 BAD = [
     ({"most_recent_k": 2}, 1, ["--most-recent-k 2: only with --save"]),
     ({"save_hook": "true"}, 1, ["--save-hook true: only with --save"]),
+    ({"async_save": True}, 1, ["--async-save: only with --save"]),
     ({"target_length": 500}, 1, ["--target-length 500", "multiple of --seq-length 128", "512"]),
     ({"seq_length": 10}, 1, ["--target-length 512", "multiple of --seq-length 10"]),
     ({"num_layers": None}, 1, ["--num-layers is missing"]),

@@ -26,6 +26,8 @@ def check(args: Namespace) -> None:
             raise UsageError(f"{shown}: needs --ckpt-format torch_dist, not {args.ckpt_format}")
         if given.name == "save_hook_minutes" and args.save_hook is None:
             raise UsageError(f"{shown}: only with --save-hook")
+    if args.async_save and args.save is None:
+        raise UsageError("--async-save: only with --save")
     keep, interval = args.save_retain_interval, args.save_interval
     if keep and interval and keep % interval:
         raise UsageError(f"--save-retain-interval {keep}: must be a multiple of --save-interval {interval}")
