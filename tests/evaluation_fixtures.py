@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from tests.evaluation_models import save_llama
+from tests.process_groups import leave_process_group
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -16,9 +16,7 @@ def alone():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from megatron_cream.patches import platform
 
 platform.setup()
 
-from megatron.core import parallel_state
 
 from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
@@ -26,6 +25,7 @@ from tests import forked_commands
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import MODELS, logits_of, relative, save_model, some_tokens
 from tests.launch import ROOT, train, write_documents
+from tests.process_groups import leave_process_group
 
 WINDOW = 128
 
@@ -33,9 +33,7 @@ WINDOW = 128
 @pytest.fixture(scope="module", autouse=True)
 def no_process_group_is_left():
     yield
-    parallel_state.destroy_model_parallel()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 def run_tool(*flags) -> subprocess.CompletedProcess:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +22,7 @@ from megatron_cream.evaluation.models.megatron_model import MegatronModel
 from megatron_cream.evaluation.ranks import Ranks
 from megatron_cream.model.rotary import RotaryEmbedding
 from tests.hf_models import save_model
+from tests.process_groups import leave_process_group
 
 GREEDY = dict(temperature=0.0, top_p=1.0)
 
@@ -30,9 +30,7 @@ GREEDY = dict(temperature=0.0, top_p=1.0)
 @pytest.fixture(scope="module", autouse=True)
 def no_process_group_is_left():
     yield
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 def open_checkpoint(folder, name: str = "llama-gqa-odd-vocabulary", **options) -> MegatronCheckpoint:

@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from transformers import LlamaConfig
 
 from megatron_cream.checkpoint.convert import import_hf
@@ -27,6 +26,7 @@ from megatron_cream.evaluation.ranks import Ranks
 from megatron_cream.evaluation.results import SUMMARY
 from tests.evaluation.test_comparison import needles, write_result
 from tests.hf_models import save_model
+from tests.process_groups import leave_process_group
 
 GREEDY = dict(temperature=0.0, top_p=1.0)
 
@@ -76,9 +76,7 @@ def engines(tmp_path_factory):
         "transformers": lambda **options: HfModel(folder / "hf", **common, **options),
         "megatron": lambda **options: MegatronModel(checkpoint, **common, **options),
     }
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
 from megatron_cream.checkpoint.convert import export_hf, import_hf
@@ -18,6 +17,7 @@ from megatron_cream.evaluation.models.hf_model import HfModel
 from megatron_cream.evaluation.models.megatron_model import MegatronModel
 from megatron_cream.model.rotary import build_rope_scaling
 from tests.hf_models import save_model
+from tests.process_groups import leave_process_group
 
 GREEDY = dict(temperature=0.0, top_p=1.0)
 # Very different lengths, one shorter than a chunk, so that some chunks are only padding.
@@ -32,9 +32,7 @@ SCALINGS = {
 @pytest.fixture(scope="module", autouse=True)
 def no_process_group_is_left():
     yield
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module", params=SCALINGS)

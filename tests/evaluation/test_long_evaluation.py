@@ -12,7 +12,6 @@ import torch
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
 from megatron_cream.checkpoint.convert import import_hf
@@ -32,6 +31,7 @@ from megatron_cream.training import watch as watch_module
 from tests.evaluation_models import small_tokenizer
 from tests.hf_models import save_model
 from tests.launch import write_documents
+from tests.process_groups import leave_process_group
 
 VOCABULARY = 1003
 
@@ -51,8 +51,7 @@ def models(tmp_path_factory):
         max_positions=512,
     )
     yield ours, AutoModelForCausalLM.from_pretrained(folder / "hf", attn_implementation="eager").eval()
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 def some_texts(lengths_and_firsts) -> list[ScoredText]:

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from transformers import AutoModelForCausalLM
 
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.evaluation.models.language_model import find_model, load
 from tests.evaluation_models import save_llama
+from tests.process_groups import leave_process_group
 
 SCALINGS = {
     "dynamic": {"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
@@ -29,9 +29,7 @@ SCALINGS = {
 @pytest.fixture(autouse=True)
 def no_process_group_is_left():
     yield
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.mark.parametrize("name", SCALINGS)

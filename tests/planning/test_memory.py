@@ -18,6 +18,8 @@ from megatron_cream.planning import memory as planned
 from megatron_cream.planning.memory import in_flight, parameters, predict
 from megatron_cream.planning.run import Engine, Layout, Lora, Model
 from megatron_cream.planning.weights import adapter_parameters, trained_parameters
+from tests.planning.stand_ins import Attention, Launched, Norm
+from tests.process_groups import leave_process_group
 
 LLAMA2_7B = Model(
     num_layers=32,
@@ -119,11 +121,7 @@ def test_saved_tensors_and_peak(monkeypatch, no_process_group_is_left, name, len
 @pytest.fixture
 def no_process_group_is_left():
     yield
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if torch.distributed.is_initialized():  # a skipped test has none
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 def build(monkeypatch, model: Model, layout: Layout, stage: int, own_kernels: bool):
@@ -220,42 +218,6 @@ def start(layout: Layout) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.gpus)
-
-
-class Launched:
-    """Stand-in for a Triton kernel that does nothing; its wrapper still allocates the outputs."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: None
-
-
-class Norm(torch.autograd.Function):
-    """Stand-in that saves the tensors of torch's fused RMSNorm on a GPU: input, weight, 1 / rms in float32."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-        ctx.save_for_backward(x, weight, rstd)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
-
-
-class Attention(torch.autograd.Function):
-    """Stand-in that saves flash-attention's tensors: query, key, value, output, one float32 per head and query."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
 class Allocations(TorchDispatchMode):
