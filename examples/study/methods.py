@@ -39,7 +39,7 @@ PUBLISHED, WIDE = "linear", "wide theta"
 SCALINGS = (PUBLISHED, "theta", WIDE, "yarn")
 RATE = 3e-4
 """Learning rate of the part `samplers`."""
-RATES = (3e-4, 6e-4, 1.2e-3)
+RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
 """Learning rates that the part `scalings` chooses from for each of TRIED; WIDE takes that of `theta`."""
 TRIED = (PUBLISHED, "theta", "yarn")
 
@@ -103,12 +103,13 @@ def scaled(seeds: list[int], factors: list[int], rates: dict[str, float]) -> lis
     plain = ["pose", "pi", "cream, no Gaussian", "mix"]
     blocks = [
         ([PUBLISHED, "theta", "yarn"], ["cream"]),
-        (["theta"], ["cream + randpos", LONG_END]),
+        (["yarn"], [LONG_END, "cream + randpos", "pose", "pi"]),
         ([WIDE], ["cream"]),
-        (["theta"], ["pose, 8 chunks", *plain]),
-        ([PUBLISHED, "yarn"], plain),
-        ([WIDE], ["cream + randpos", LONG_END, "pose, 8 chunks", *plain]),
-        ([PUBLISHED, "yarn"], ["cream + randpos", LONG_END, "pose, 8 chunks"]),
+        (["theta"], [LONG_END, "cream + randpos"]),
+        (["yarn"], ["pose, 8 chunks", "cream, no Gaussian", "mix"]),
+        ([PUBLISHED, "theta"], ["pose, 8 chunks", *plain]),
+        ([WIDE], [LONG_END, "cream + randpos", "pose, 8 chunks", *plain]),
+        ([PUBLISHED], [LONG_END, "cream + randpos"]),
     ]
     order = sorted(factors, key=lambda factor: (factor != 8, -factor))
     return [

@@ -28,8 +28,8 @@ RECIPES = {
     "yarn, cream": (("yarn", "cream"), "#8a6fb0"),
     "theta, cream": (("theta", "cream"), "#2a6f97"),
     "wide theta, cream": ((methods.WIDE, "cream"), "#57a0a8"),
-    "theta, cream + randpos": (("theta", "cream + randpos"), "#d08c2e"),
-    "theta, cream, long end": (("theta", methods.LONG_END), "0.35"),
+    "yarn, cream + randpos": (("yarn", "cream + randpos"), "#d08c2e"),
+    "yarn, cream, long end": (("yarn", methods.LONG_END), "0.35"),
 }
 """Scaling, method and colour of the lines of scalings.png."""
 _COLOURS |= {name: colour for name, (_, colour) in RECIPES.items()}
@@ -170,7 +170,7 @@ def _pair_lines(study: _Results) -> list[str]:
             rows += _row([str(factor), same, f"{names[0]} - {names[1]}", str(len(seeds)), *cells])
     if not rows:
         return []
-    rule = "`yes`: more than twice the standard error that the seeds' deviations give."
+    rule = "`yes`: more than twice the standard error of these differences."
     means = "Means over lengths are over those beyond the window; the loss is that of the answers."
     return ["", f"**Pairs**: the first less the second, on the same bases. {means} {rule}", "", *_head(head), *rows]
 
@@ -195,9 +195,13 @@ def _pairs(recipes: list[tuple[str, str, float]]) -> Iterable[tuple[str, tuple, 
 
 
 def _difference(one: list[float], two: list[float], places: int) -> tuple[str, str]:
-    """Return the difference of the means with its standard error, and whether it exceeds twice that."""
-    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (one, two)))
-    difference = statistics.fmean(one) - statistics.fmean(two)
+    """Return the mean difference over bases with its standard error, and whether it exceeds twice that.
+
+    Each base is one of a pair: what makes a base recall more or less than others is in both values.
+    """
+    differences = [a - b for a, b in zip(one, two, strict=True)]
+    difference = statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
     return f"{difference:+.{places}f} ± {error:.{places}f}", "yes" if abs(difference) > 2 * error else "no"
 
 
