@@ -2,8 +2,8 @@
 
 In Megatron the writer process copies the tensors from the GPU, and training waits. Here the training process copies
 them on a CUDA stream of its own, to memory that it shares with the writer, and waits only before the optimizer changes
-them. The memory is kept for the next save, because mapping and pinning it takes longer than the copies. If there is too
-little shared memory, the writer copies the tensors as in Megatron.
+them. To start the writer and to map and pin the memory takes longer than the copies, so this is done in the first step,
+and the memory is kept for all saves. If there is too little of it, the writer copies the tensors as in Megatron.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
+import psutil
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -21,6 +22,7 @@ from megatron_cream.checkpoint import host_memory
 from megatron_cream.patches import hooks, registry
 
 _ALIGNMENT = 512  # bytes
+_SAVED = 14  # bytes of a parameter: weight in bf16, and in float32 the weight and the optimizer's two moments
 
 
 class _Place(NamedTuple):
@@ -55,6 +57,7 @@ _memory: torch.Tensor | None = None
 _handover: _Handover | None = None
 _in_background = True
 _is_waiting_before_steps = False
+_is_prepared = False
 
 
 def install(*, in_background: bool) -> None:
@@ -69,7 +72,7 @@ def install(*, in_background: bool) -> None:
     registry.install(hooks.STAGE_TENSORS, _stage)
     registry.install(hooks.SEND_BEFORE_WAITING, _send_before_waiting)
     if not _is_waiting_before_steps:
-        register_optimizer_step_pre_hook(lambda *_: _send())
+        register_optimizer_step_pre_hook(_before_step)
         _is_waiting_before_steps = True
 
 
@@ -81,6 +84,26 @@ def has_memory() -> bool:
 # In the training process.
 
 
+def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:
+    global _is_prepared
+    _send()
+    if not _is_prepared:
+        _is_prepared = True
+        _prepare([weight for group in optimizer.param_groups for weight in group["params"]])
+
+
+def _prepare(weights: list[torch.Tensor]) -> None:
+    """Start the writer and reserve memory for what this rank will save, if these weights of the optimizer are on a GPU.
+
+    A first save that needs more reserves it then.
+    """
+    if _memory is None and all(weight.is_cuda for weight in weights):
+        count = sum(weight.numel() for weight in weights)
+        # Ranks do not share the weights quite evenly, because they save whole tensors.
+        _reserve(int(1.02 * _SAVED * count) + min(2 * count, 1 << 29), pinned=True)
+        PersistentAsyncCaller._get_process(torch.distributed.get_rank())
+
+
 def _stage(original, self, request) -> None:
     """Begin to copy the tensors of a save, and send it to the writer when they are copied."""
     global _handover
@@ -90,7 +113,9 @@ def _stage(original, self, request) -> None:
     rank, buckets, results = request.async_fn_args
     if self.process is None:  # otherwise Megatron takes the save for a finished one until it is sent
         self.process = PersistentAsyncCaller._get_process(rank)
-    memory = _reserve(buckets)
+    tensors = [tensor for _, _, (_, in_bucket) in buckets for _, tensor in in_bucket]
+    size = sum(_align(tensor.numel() * tensor.itemsize) for tensor in tensors)
+    memory = _reserve(size, pinned=any(tensor.is_cuda for tensor in tensors))
     if memory is None:
         return original(self, request)
     staged, copied = _copy(buckets, memory)
@@ -141,18 +166,16 @@ def _copy(buckets: list, memory: torch.Tensor) -> tuple[_Staged, torch.cuda.Even
     return _Staged(memory, placed), stream.record_event() if stream else None
 
 
-def _reserve(buckets: list) -> torch.Tensor | None:
-    """Return shared memory for the tensors: that of the save before, if it suffices. None if there is too little."""
+def _reserve(size: int, *, pinned: bool) -> torch.Tensor | None:
+    """Return shared memory of at least `size` bytes: what is reserved, if it suffices. None if there is too little."""
     global _memory
-    tensors = [tensor for _, _, (_, in_bucket) in buckets for _, tensor in in_bucket]
-    size = sum(_align(tensor.numel() * tensor.itemsize) for tensor in tensors)
     if _memory is not None and _memory.numel() >= size:
         return _memory
-    pinned = any(tensor.is_cuda for tensor in tensors)
     if _memory is not None and pinned:
         torch.cuda.cudart().cudaHostUnregister(_memory.data_ptr())
     _memory = None  # before the new memory is reserved
-    if shutil.disk_usage(host_memory.SHARED).free < size * host_memory.count_local_ranks():
+    free = min(shutil.disk_usage(host_memory.SHARED).free, psutil.virtual_memory().available)
+    if free < size * host_memory.count_local_ranks():
         return None
     _memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
     # If it cannot be pinned, the copies are slower.

@@ -36,6 +36,7 @@ def sent(monkeypatch):
     monkeypatch.setattr(staging, "_memory", None)
     monkeypatch.setattr(staging, "_handover", None)
     monkeypatch.setattr(staging, "_in_background", True)
+    monkeypatch.setattr(staging, "_is_prepared", False)
     monkeypatch.setattr(registry, "install", lambda *_: None)
     staging.install(in_background=True)
     requests = []
@@ -135,3 +136,25 @@ def test_too_little_shared_memory_leaves_the_copies_to_the_writer(sent, monkeypa
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Namespace(free=100))
     stage(sent, TENSORS)
     assert sent[0].preload_fn and sent[0].async_fn_args[1][0][2][1] == list(TENSORS.items())
+
+
+def test_memory_is_reserved_in_the_first_step(sent, monkeypatch):
+    """On a GPU, for all that the rank will save, so that the first save waits for no memory."""
+    started = []
+    monkeypatch.setattr(staging.PersistentAsyncCaller, "_get_process", started.append)
+    monkeypatch.setattr(staging.torch.distributed, "get_rank", lambda: 3)
+    monkeypatch.setattr(staging, "_reserve", lambda size, pinned: started.append((size, pinned)))
+    weights = [Namespace(is_cuda=True, numel=lambda: 1000), Namespace(is_cuda=True, numel=lambda: 2000)]
+    optimizer = Namespace(param_groups=[{"params": weights[:1]}, {"params": weights[1:]}])
+    for _ in range(2):
+        staging._before_step(optimizer)
+    (size, pinned), rank = started
+    assert pinned and rank == 3 and 3000 * 14 < size < 3000 * 17
+
+
+def test_no_memory_is_reserved_for_weights_on_the_host(sent, monkeypatch):
+    monkeypatch.setattr(staging, "_reserve", None)
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    torch.optim.SGD([weight], lr=1.0).step()
+    assert not staging.has_memory()
