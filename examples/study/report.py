@@ -43,30 +43,62 @@ def write(results: list[dict], folder: Path) -> None:
     (folder / "table.md").write_text(table(results))
     _by_depth(study, folder / "recall.png")
     _by_length(study, folder / "perplexity.png")
-    if any(study.of("cream", factor, "theta", study.rates["theta"]) for factor in study.factors):
+    if any(study.held("theta", "cream", factor) for factor in study.factors):
         _by_scaling(study, folder / "scalings.png")
     _cost_and_sigma(study, folder / "cost.png")
 
 
 class _Results:
-    """Measurements, by method and factor, over the seeds."""
+    """Measurements, by method and factor, over the seeds.
+
+    rates: the learning rates that were chosen: {scaling: {seed of the search: rate}}. A search's rates are for its seed and
+        the seeds after it, up to the next search's.
+    """
 
     def __init__(self, results: list[dict]):
         # Results of before the part `scalings` have neither a scaling nor a learning rate.
-        self._all = [{"scaling": methods.PUBLISHED, "rate": methods.RATE} | r for r in results]
+        self.all = [{"scaling": methods.PUBLISHED, "rate": methods.RATE} | r for r in results]
         self.factors = sorted({r["factor"] for r in results if r["method"] != "base"})
-        self.rates = {scaling: chosen_rate(self._all, scaling) for scaling in methods.SCALINGS}
+        seeds = sorted({r["seed"] for r in results})
+        self.rates = {
+            scaling: {seed: rate for seed in seeds if (rate := chosen_rate(self.all, scaling, seed)) is not None}
+            for scaling in methods.SCALINGS
+        }
+        samplers = [r for r in self.all if (r["scaling"], r["rate"]) == (methods.PUBLISHED, methods.RATE)]
+        tried = {seed for rates in self.rates.values() for seed in rates}
+        # A search also has a run of `cream` at the rate of the part `samplers`.
+        self._with_samplers = {
+            r["seed"] for r in samplers if r["method"] not in ("base", "cream") or r["seed"] not in tried
+        }
+
+    def held(self, scaling: str, method: str, factor: int) -> list[dict]:
+        """Return the results at the rate that was chosen for their seed."""
+        found = [r for r in self.all if (r["scaling"], r["method"], r["factor"]) == (scaling, method, factor)]
+        return [r for r in found if r["rate"] == self._held_rate(scaling, r["seed"])]
 
     def of(self, method: str, factor: int, scaling: str = methods.PUBLISHED, rate: float = methods.RATE) -> list[dict]:
-        wanted = (method, factor, scaling, rate)
-        return [r for r in self._all if (r["method"], r["factor"], r["scaling"], r["rate"]) == wanted]
+        """Return the results at one rate: those of `held`, and those of the part `samplers`."""
+        found = [r for r in self.held(scaling, method, factor) if r["rate"] == rate]
+        if (scaling, rate) == (methods.PUBLISHED, methods.RATE):
+            found += [
+                r
+                for r in self.all
+                if (r["method"], r["factor"], r["scaling"], r["rate"]) == (method, factor, scaling, rate)
+                and (r["seed"] in self._with_samplers or method == "base")
+                and r not in found
+            ]
+        return found
 
     def recipes(self, factor: int) -> list[tuple[str, str, float]]:
         """Return scaling, method and learning rate of every row of a factor's table."""
-        rates = [(scaling, rate) for scaling, rate in self.rates.items() if rate is not None]
+        rates = [(scaling, rate) for scaling, chosen in self.rates.items() for rate in sorted(set(chosen.values()))]
         rates = list(dict.fromkeys([(methods.PUBLISHED, methods.RATE), *rates]))
         every = ((scaling, method, rate) for scaling, rate in rates for method in methods.ALL)
         return [(scaling, m, rate) for scaling, m, rate in every if self.of(m, factor, scaling, rate)]
+
+    def _held_rate(self, scaling: str, seed: int) -> float | None:
+        searches = [search for search in self.rates[scaling] if search <= seed]
+        return self.rates[scaling][max(searches)] if searches else None
 
     def over_seeds(self, method: str, factor: int, value: Callable[[dict], float]) -> tuple[float, float] | None:
         """Return the mean and standard deviation of `value` with linear scaling, or None if there is no run."""
@@ -106,37 +138,40 @@ def table(results: list[dict]) -> str:
 
 def _rate_lines(study: _Results) -> list[str]:
     """Return the table of the learning rates that were tried, if any."""
-    scores = {scaling: _scores(study._all, scaling) for scaling in methods.TRIED}
-    if not any(scores.values()):
+    scores = {
+        (seed, scaling): _scores(study.all, scaling, seed) for scaling in methods.TRIED for seed in study.rates[scaling]
+    }
+    if not scores:
         return []
     lines = ["", "Loss of the answers plus log perplexity by learning rate, `cream`, one seed; the least is used.", ""]
-    lines += _head(["scaling", *(f"{rate:g}" for rate in methods.RATES)])
-    for scaling, found in scores.items():
-        best = min(found, key=found.get, default=None)
+    lines += _head(["scaling", "seed", *(f"{rate:g}" for rate in methods.RATES)])
+    for (seed, scaling), found in sorted(scores.items()):
+        best = min(found, key=found.get)
         cells = ["" if rate not in found else f"{found[rate]:.3f}" for rate in methods.RATES]
         cells = [f"**{cell}**" if rate == best else cell for rate, cell in zip(methods.RATES, cells)]
-        lines += _row([scaling, *cells]) if found else []
+        lines += _row([scaling, str(seed), *cells])
     return lines
 
 
-def chosen_rate(results: list[dict], scaling: str) -> float | None:
-    """Return the learning rate with the lowest score, or None if none has been tried."""
-    scores = _scores(results, "theta" if scaling == methods.WIDE else scaling)
+def chosen_rate(results: list[dict], scaling: str, seed: int) -> float | None:
+    """Return the learning rate with the lowest score, or None if this seed has not tried several."""
+    scores = _scores(results, "theta" if scaling == methods.WIDE else scaling, seed)
     return min(scores, key=scores.get) if scores else None
 
 
-def _scores(results: list[dict], scaling: str) -> dict[float, float]:
-    """Return the score of each learning rate that was tried with `cream` on one seed, as in the study of a real model.
+def _scores(results: list[dict], scaling: str, seed: int) -> dict[float, float]:
+    """Return the score of each learning rate that was tried with `cream` on a seed, as in the study of a real model.
 
     It is the mean loss of the answers over lengths, plus the mean log perplexity over lengths, in nats.
     """
-    tried: dict[tuple, dict[float, float]] = {}
+    tried: dict[int, dict[float, float]] = {}
     for r in results:
-        if r["method"] == "cream" and r.get("scaling") == scaling and "loss" in r:
+        if (r["method"], r.get("scaling"), r["seed"]) == ("cream", scaling, seed) and "loss" in r:
             score = statistics.fmean(r["loss"].values()) + statistics.fmean(map(math.log, r["perplexity"].values()))
             if math.isfinite(score):
-                tried.setdefault((r["seed"], r["factor"]), {})[r["rate"]] = score
-    return max(tried.values(), key=len) if any(len(scores) > 1 for scores in tried.values()) else {}
+                tried.setdefault(r["factor"], {})[r["rate"]] = score
+    most = max(tried.values(), key=len, default={})
+    return most if len(most) > 1 else {}
 
 
 def _pair_lines(study: _Results) -> list[str]:
@@ -155,10 +190,10 @@ def _pair_lines(study: _Results) -> list[str]:
             (3, lambda r: math.log(r["perplexity"][str(longest)])),
             (3, lambda r: statistics.fmean(math.log(r["perplexity"][str(n)]) for n in lengths)),
         ]
-        for same, first, second in _pairs(study.recipes(factor)):
+        recipes = [(scaling, m) for scaling in methods.SCALINGS for m in methods.ALL if study.held(scaling, m, factor)]
+        for same, first, second in _pairs(recipes):
             one, two = (
-                {r["seed"]: r for r in study.of(m, factor, scaling, rate) if "loss" in r}
-                for scaling, m, rate in (first, second)
+                {r["seed"]: r for r in study.held(*recipe, factor) if "loss" in r} for recipe in (first, second)
             )
             seeds = sorted(one.keys() & two.keys())
             if len(seeds) < 2:
@@ -166,24 +201,22 @@ def _pair_lines(study: _Results) -> list[str]:
             cells = []
             for places, m in measures:
                 cells += _difference([m(one[s]) for s in seeds], [m(two[s]) for s in seeds], places)
-            names = [" ".join(part for part in recipe[:2] if part != same) for recipe in (first, second)]
+            names = [" ".join(part for part in recipe if part != same) for recipe in (first, second)]
             rows += _row([str(factor), same, f"{names[0]} - {names[1]}", str(len(seeds)), *cells])
     if not rows:
         return []
     rule = "`yes`: more than twice the standard error of these differences."
-    means = "Means over lengths are over those beyond the window; the loss is that of the answers."
+    means = "Each recipe has the rate that was chosen for its seed. Means over lengths are over those beyond the window; the loss is that of the answers."
     return ["", f"**Pairs**: the first less the second, on the same bases. {means} {rule}", "", *_head(head), *rows]
 
 
-def _pairs(recipes: list[tuple[str, str, float]]) -> Iterable[tuple[str, tuple, tuple]]:
+def _pairs(held: list[tuple[str, str]]) -> Iterable[tuple[str, tuple, tuple]]:
     """Yield what is the same and two recipes: against CREAM as published, by scaling, and by positions."""
-    # Only the held learning rate of each scaling: it has the seeds of the other scalings.
-    held = list({(scaling, method): (scaling, method, rate) for scaling, method, rate in recipes}.values())
-    if {scaling for scaling, *_ in held} == {methods.PUBLISHED}:
+    if {scaling for scaling, _ in held} == {methods.PUBLISHED}:
         return
-    published = next((recipe for recipe in held if recipe[:2] == (methods.PUBLISHED, "cream")), None)
+    published = (methods.PUBLISHED, "cream")
     for recipe in held:
-        if published and recipe[0] != methods.PUBLISHED and recipe[1] != "cream":
+        if published in held and recipe[0] != methods.PUBLISHED and recipe[1] != "cream":
             yield "nothing", recipe, published
     for first, second in itertools.combinations(held, 2):
         if first[1] == second[1]:
@@ -299,9 +332,7 @@ def _by_scaling(study: _Results, path: Path) -> None:
     for column, factor in zip(axes.T, study.factors):
         lengths = [methods.WINDOW * 2**i for i in range(factor.bit_length())]
         for name, ((scaling, method), _) in RECIPES.items():
-            rate = study.rates[scaling]
-            found = study.of(method, factor, scaling, methods.RATE if rate is None else rate)
-            found = [r for r in found if "loss" in r]  # of the part `scalings`
+            found = study.held(scaling, method, factor)
             if not found:
                 continue
             recall = [_spread([100 * mean_recall(r, n) for r in found]) for n in lengths]
@@ -316,7 +347,12 @@ def _by_scaling(study: _Results, path: Path) -> None:
         column[1].set_xlabel("tokens of context")
     axes[0][0].set_ylabel("recall, %")
     axes[1][0].set_ylabel("held-out perplexity")
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    lines = {
+        line.get_label(): line for panel in axes[0] for line in panel.lines
+    }  # not every recipe ran at every factor
+    axes[0][-1].legend(
+        handles=list(lines.values()), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
     save_picture(figure, path, dpi=130)
 
 

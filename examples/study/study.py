@@ -71,7 +71,8 @@ def _parts(study: "Study", seeds: list[int]) -> Iterator[list[methods.Run]]:
     if "scalings" in flags.parts:
         yield [run for scaling in methods.TRIED for run in methods.choosing(scaling, seeds[0], flags.factors)]
         results = list(study.results.values())
-        rates = {scaling: report.chosen_rate(results, scaling) or methods.RATE for scaling in methods.SCALINGS}
+        best = {scaling: report.chosen_rate(results, scaling, seeds[0]) for scaling in methods.SCALINGS}
+        rates = {scaling: rate or methods.RATE for scaling, rate in best.items()}
         yield chosen(methods.scaled(seeds, flags.factors, rates))
 
 

@@ -35,7 +35,7 @@ _COLOURS = {
     "cream lora+8": "#e08fc0",
     "base": "0.65",
 }
-Value = Callable[[dict], float]
+Value = Callable[[dict], float | None]
 
 
 class Results:
@@ -132,7 +132,8 @@ def _table(results: Results, factor: int, columns: list[tuple[str, Value, int]])
     head = ["scaling", "positions", "seeds", *(title for title, _, _ in columns)]
     lines = _row(head) + _row(["---"] * len(head))
     for scaling, sampler, found in results.groups(factor):
-        shown = [_cell([value(e) for e in found], places) for _, value, places in columns]
+        values = [[v for e in found if (v := value(e)) is not None] for _, value, _ in columns]
+        shown = [_cell(v, places) for v, (_, _, places) in zip(values, columns, strict=True)]
         lines += _row([scaling, "(not trained)" if sampler == "base" else sampler, str(len(found)), *shown])
     return lines
 
@@ -156,7 +157,8 @@ def _shares_table(shares: dict[float, list[dict]]) -> list[str]:
     head = ["share", "seeds", *(title for title, _, _ in columns)]
     lines += _row(head) + _row(["---"] * len(head))
     for share, found in shares.items():
-        shown = [_cell([value(e) for e in found], places) for _, value, places in columns]
+        values = [[v for e in found if (v := value(e)) is not None] for _, value, _ in columns]
+        shown = [_cell(v, places) for v, (_, _, places) in zip(values, columns, strict=True)]
         lines += _row([f"{share:g}", str(len(found)), *shown])
     return lines
 
@@ -208,8 +210,10 @@ def _standard_error(results: Results, factor: int, task: str, length: str) -> fl
     return statistics.median(errors)
 
 
-def _seconds(results: Results, evaluation: dict) -> float:
-    return results.training.get(evaluation["run"], {}).get("seconds", 0.0)
+def _seconds(results: Results, evaluation: dict) -> float | None:
+    """Return the GPU seconds of a run's steps; None if another run used the GPU beside it."""
+    training = results.training.get(evaluation["run"], {})
+    return None if training.get("shared_gpu") else training.get("seconds", 0.0)
 
 
 def _row(columns: Iterable[str]) -> list[str]:
@@ -217,6 +221,8 @@ def _row(columns: Iterable[str]) -> list[str]:
 
 
 def _cell(values: list[float], places: int) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.fmean(values):.{places}f}"
     return mean if len(values) == 1 else f"{mean} ± {_deviation(values):.{places}f}"
 

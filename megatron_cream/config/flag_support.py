@@ -65,6 +65,7 @@ TESTED = {
         lora-rank lora-alpha lora-rslora lora-plus-ratio lora-base-dtype load-adapter adapter""",
     "optimizer/test_one_pass.py": "bf16 tensorboard-dir",
     "training/test_gpu.py": "cuda-graph-impl te-rng-tracker cp-comm-type optimizer-cpu-offload",
+    "training/test_gpu_memory.py": "fine-grained-activation-offloading offload-modules min-offloaded-tensor-size",
     "checkpoint/test_pretrained.py": "load-hf save-hf ffn-hidden-size rope-scaling-type",
     "model/test_rope_scaling.py": "original-max-position-embeddings",
     "checkpoint/test_convert.py": "max-position-embeddings",
@@ -94,8 +95,6 @@ UNTESTED = {
         gpu-sniff-test-interval flash-attention-version optimizer-offload-fraction
         use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params
         optimizer-cuda-graph cuda-graph-warmup-steps cuda-graph-modules cuda-graph-scope batch-invariant-mode""",
-    "needs a GPU; training/test_gpu_memory.py has a run, which has not been made yet": """
-        fine-grained-activation-offloading offload-modules min-offloaded-tensor-size""",
     "needs Transformer Engine's layers and a GPU": """
         fp8-* first-last-layers-bf16 num-layers-at-start-in-bf16 num-layers-at-end-in-bf16 fp4-* no-fp8-wgrad
         te-precision-config-file fused-residual-rmsnorm use-transformer-engine-op-fuser delay-wgrad-compute

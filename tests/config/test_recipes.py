@@ -66,9 +66,8 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
     plan = sampler.plan(epoch=0, sample=0, document_length=args.target_length)
     assert len(plan.position_ids) == args.seq_length and plan.position_ids[-1] < args.target_length
     if "llama2" in recipe.stem:
-        factor = args.target_length / 4096
-        is_larger_theta = args.rotary_base == 500000
-        assert args.rope_scaling_config == (None if is_larger_theta else {"rope_type": "linear", "factor": factor})
+        rope, scaling = args.rope_scaling_config, "linear" if "paper" in recipe.stem else "yarn"
+        assert (rope["rope_type"], rope["factor"]) == (scaling, args.target_length / 4096)
         assert (args.lr, args.global_batch_size, args.adam_beta2, args.weight_decay) == (2e-5, 32, 0.999, 0.0)
 
 

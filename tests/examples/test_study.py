@@ -221,22 +221,28 @@ def test_learning_rates_are_chosen_and_pairs_have_the_same_bases(study, tmp_path
         loss = {n: 1 - recall for n in ("256", "512", "1024")}
         return _result("cream", 4, seed, recall, perplexity, scaling=scaling, rate=rate, loss=loss)
 
-    # An older result of linear scaling, with another base: it is in the table of the factor, and in no pair.
+    # An older result of linear scaling, with another base: it is in the table of the factor, alone, and in no pair.
     results = [_result("cream", 4, 0, 0.1, 9.0)]
     results += [scaled("linear", rate, 3, 0.5, 5.0 - 1000 * rate) for rate in (3e-4, 6e-4, 1.2e-3)]
     results += [scaled("linear", 1.2e-3, 4, 0.6, 4.0)]
     results += [scaled("theta", 3e-4, seed, 0.9, 2.0 + seed / 100) for seed in (3, 4)]
     results += [scaled("theta", 6e-4, 3, 0.9, float("nan"))]
     results += [scaled("theta", 1.2e-3, 3, 0.9, 2.5)]
-    rates = {scaling: study.report.chosen_rate(results, scaling) for scaling in study.methods.SCALINGS}
+    rates = {scaling: study.report.chosen_rate(results, scaling, 3) for scaling in study.methods.SCALINGS}
     assert rates == {"linear": 1.2e-3, "theta": 3e-4, "wide theta": 3e-4, "yarn": None}
     table = study.report.table(results)
-    assert "| linear | cream | 0.0003 | 2 |" in table and "| linear | cream | 0.0012 | 2 | 55.0 ± 7.1" in table
+    assert "| linear | cream | 0.0003 | 1 | 10.0" in table and "| linear | cream | 0.0012 | 2 | 55.0 ± 7.1" in table
     assert "| linear | cream | 0.0006 |" not in table  # it was only tried
-    assert "| linear |  | 2.048 | 1.982 | **1.835** |  |" in table
+    assert "| linear | 3 |  | 2.048 | 1.982 | **1.835** |  |" in table
     (pair,) = [line for line in table.splitlines() if "theta - linear" in line]
     study.report.write(results, tmp_path)
     assert (tmp_path / "scalings.png").stat().st_size > 10_000 and (tmp_path / "table.md").read_text() == table
+    # A later search, on a base of its own, changes nothing for the seeds before it, and is paired at its own rates.
+    later = [scaled("linear", rate, 7, 0.5, 4.0 + 1000 * rate) for rate in (3e-4, 6e-4)]
+    later += [scaled("theta", rate, 7, 0.8, 4.0 - 1000 * rate) for rate in (3e-4, 6e-4)]
+    both = study.report.table(results + later)
+    assert "| linear | cream | 0.0012 | 2 | 55.0 ± 7.1" in both and "| theta | cream | 0.0006 | 1 | 80.0" in both
+    assert "| cream | theta - linear | 3 | +33.3 ± 3.3 | yes |" in both
     assert pair.startswith(
         "| 4 | cream | theta - linear | 2 | +35.0 ± 5.0 | yes | +35.0 ± 5.0 | yes | -0.350 ± 0.050 | yes | -0.65"
     )
