@@ -1,4 +1,4 @@
-"""The layouts that two_gpus.sh, four_gpus.sh and eight_gpus.sh run, by the number of GPUs."""
+"""The layouts that two_gpus.sh, four_gpus.sh and eight_gpus.sh run, by the number of GPUs, and the flags of each run."""
 
 from dataclasses import dataclass
 
@@ -64,6 +64,8 @@ SEVEN_B = f"--num-layers 32 --micro-batch-size 1 --attention-backend flash --tra
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max"
 BATCH, HALF = "--global-batch-size 32", "--global-batch-size 16"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+BESIDE = (16, 8)
+"""Layers of the one-GPU runs from which the time of the whole model is extrapolated where it does not fit."""
 MICRO_BATCHES = (32, 16, 8, 4, 2, 1)
 
 
@@ -162,3 +164,33 @@ SEVENTY_B = (
     "--num-query-groups 8 --global-batch-size 8"
 )
 DEPTHS = (80, 72, 64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8)
+
+
+def list_runs() -> list[tuple[int, str]]:
+    """Return (GPUs, flags) of all runs that the scripts for four and eight GPUs can start."""
+    found = [(1, f"{SEVEN_B} {HALF}"), *((1, f"{SEVEN_B} {HALF} --num-layers {layers}") for layers in BESIDE)]
+    for count in (4, 8):
+        layouts = [(count, timed) for timed in SPEED[count] + MORE.get(count, [])]
+        layouts += [(4, timed) for pair in TUNING for timed in pair]
+        found += [(ranks, flags) for ranks, timed in layouts for _, flags in list_sizes(timed)]
+        found.append((count, f"{SEVEN_B} --global-batch-size {count} {OVERLAP}"))
+        found += [(count, long_flags(count, how[count])) for how in (CP, TP)]
+        found += [(count, seventy_b_flags(count, layers)) for layers in DEPTHS]
+    return list(dict.fromkeys(found))
+
+
+def list_sizes(timed: Timed) -> list[tuple[int, str]]:
+    """Return (micro-batch, flags) of each micro-batch that may run, largest first."""
+    sizes = [size for size in MICRO_BATCHES if size <= timed.largest]
+    return [(size, f"{SEVEN_B} {BATCH} {timed.flags} --micro-batch-size {size}") for size in sizes]
+
+
+def long_flags(count: int, layout: str) -> str:
+    tokens = LONG[count]
+    sizes = f"--seq-length {tokens} --target-length {tokens} --position-sampler full --global-batch-size 1"
+    return f"{SEVEN_B} --train-iters 2 {sizes} {RECOMPUTE} {layout}"
+
+
+def seventy_b_flags(count: int, layers: int) -> str:
+    layout = f"{TP[count]} {USER_BUFFERS} --micro-batch-size 2"
+    return f"{SEVEN_B} --train-iters 4 {SEVENTY_B} {layout} --num-layers {layers}"

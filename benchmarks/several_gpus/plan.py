@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from benchmarks.several_gpus.layouts import CONFIG, list_runs
 from benchmarks.several_gpus.machine import Machine
 
 FILE = Path(__file__).with_name("plan.json")
@@ -37,7 +38,6 @@ def _ask_planner(gpu: str, gpus: int, flags: str) -> dict:
     from megatron_cream.patches import platform
 
     platform.setup()
-    from benchmarks.several_gpus.layouts import CONFIG
     from megatron_cream.common.errors import UsageError
     from megatron_cream.planning import measured
 
@@ -62,11 +62,9 @@ def fits(machine: Machine, name: str, gpus: int, flags: str) -> bool:
 
 
 def main() -> None:
-    from benchmarks.several_gpus import speed
-
     known, wanted = ({} if "--again" in sys.argv else _read()), {}
     for gpu in ("H100", "H200"):
-        for gpus, flags in speed.all_runs():
+        for gpus, flags in list_runs():
             name = key(gpu, gpus, flags)
             wanted[name] = known.get(name) or _ask_planner(gpu, gpus, flags)
     lines = [f"{json.dumps(name)}: {json.dumps(plan)}" for name, plan in wanted.items()]

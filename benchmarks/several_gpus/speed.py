@@ -6,31 +6,27 @@ from dataclasses import replace
 
 from benchmarks.several_gpus import plan
 from benchmarks.several_gpus.layouts import (
-    BATCH,
+    BESIDE,
     CONFIG,
     CP,
     DEPTHS,
     FP8,
     HALF,
-    LONG,
-    MICRO_BATCHES,
     MORE,
     OVERLAP,
-    RECOMPUTE,
     SEVEN_B,
-    SEVENTY_B,
     SPEED,
     TP,
     TUNING,
-    USER_BUFFERS,
     Timed,
+    list_sizes,
+    long_flags,
+    seventy_b_flags,
 )
 from benchmarks.several_gpus.runs import JOB, Job, Runs
 
 STEP = re.compile(r"^step (\d+)/.*? ([\d,]+) tokens/s/\w+ \| (?:MFU ([\d.]+) % \| )?.*?([\d.]+) GiB$", re.M)
 WITHOUT_TE = ("benchmarks/train_step.py", "child", "without")
-BESIDE = (16, 8)
-"""Layers of the one-GPU runs from which the time of the whole model is extrapolated where it does not fit."""
 
 
 def one(runs: Runs) -> list[Job]:
@@ -102,17 +98,6 @@ def seventy_b(runs: Runs) -> list[Job]:
     return []
 
 
-def long_flags(count: int, layout: str) -> str:
-    tokens = LONG[count]
-    sizes = f"--seq-length {tokens} --target-length {tokens} --position-sampler full --global-batch-size 1"
-    return f"{SEVEN_B} --train-iters 2 {sizes} {RECOMPUTE} {layout}"
-
-
-def seventy_b_flags(count: int, layers: int) -> str:
-    layout = f"{TP[count]} {USER_BUFFERS} --micro-batch-size 2"
-    return f"{SEVEN_B} --train-iters 4 {SEVENTY_B} {layout} --num-layers {layers}"
-
-
 def read_steps(text: str) -> list[tuple[float, float, float]]:
     """Return (tokens/s, MFU in %, GiB) of a log's steps from the third on; of the second if it is the last.
 
@@ -122,28 +107,9 @@ def read_steps(text: str) -> list[tuple[float, float, float]]:
     return steps[1:] or steps
 
 
-def all_runs() -> list[tuple[int, str]]:
-    """Return (GPUs, flags) of all runs that the scripts for four and eight GPUs can start."""
-    found = [(1, f"{SEVEN_B} {HALF}"), *((1, f"{SEVEN_B} {HALF} --num-layers {layers}") for layers in BESIDE)]
-    for count in (4, 8):
-        layouts = [(count, timed) for timed in SPEED[count] + MORE.get(count, [])]
-        layouts += [(4, timed) for pair in TUNING for timed in pair]
-        found += [(ranks, flags) for ranks, timed in layouts for _, flags in _sizes(timed)]
-        found.append((count, f"{SEVEN_B} --global-batch-size {count} {OVERLAP}"))
-        found += [(count, long_flags(count, how[count])) for how in (CP, TP)]
-        found += [(count, seventy_b_flags(count, layers)) for layers in DEPTHS]
-    return list(dict.fromkeys(found))
-
-
-def _sizes(timed: Timed) -> list[tuple[int, str]]:
-    """Return (micro-batch, flags) of each micro-batch that may run, largest first."""
-    sizes = [size for size in MICRO_BATCHES if size <= timed.largest]
-    return [(size, f"{SEVEN_B} {BATCH} {timed.flags} --micro-batch-size {size}") for size in sizes]
-
-
 def _largest(runs: Runs, model: str, timed: Timed, ranks: int, gpus: tuple[int, ...] | None = None) -> Job | None:
     """Return the job with the largest micro-batch that fits."""
-    for size, flags in _sizes(timed):
+    for size, flags in list_sizes(timed):
         name = f"{model} {timed.name}" + (f", micro-batch {size}" if size > 1 else "")
         if plan.fits(runs.machine, name, ranks, _with(runs, flags)):
             return _job(runs, name, ranks, flags, gpus, script=WITHOUT_TE if timed.own_layers else JOB)

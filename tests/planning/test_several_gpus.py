@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.several_gpus import plan, report, speed
+from benchmarks.several_gpus import layouts, plan, report, speed
 from benchmarks.several_gpus.machine import Machine
 from benchmarks.several_gpus.runs import Job, Runs
 
@@ -17,7 +17,7 @@ def timed(name: str, rate: float, **more) -> dict:
 
 def test_every_run_has_a_plan():
     plans = json.loads(plan.FILE.read_text())
-    wanted = {plan.key(gpu, gpus, flags) for gpu in ("H100", "H200") for gpus, flags in speed.all_runs()}
+    wanted = {plan.key(gpu, gpus, flags) for gpu in ("H100", "H200") for gpus, flags in layouts.list_runs()}
     assert plans.keys() == wanted, "run python -m benchmarks.several_gpus.plan"
 
 
