@@ -1,7 +1,7 @@
 """Tests of bad input to every command line: one clear line, exit code 2, nothing written, nothing executed.
 
-Each case of bad_input_cases.py and bad_setting_cases.py damages a copy of good files and runs main() in a forked
-process; a few run as real processes.
+Each case of bad_input_cases.py, bad_folder_cases.py and bad_setting_cases.py damages a copy of good files and runs
+main() in a forked process; a few run as real processes.
 """
 
 import io
@@ -29,9 +29,9 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse
 from megatron_cream.distributed import rendezvous
 from megatron_cream.patches import safe_loading
+from tests.bad_folder_cases import FOLDERS
 from tests.bad_input_cases import (
     CHECKPOINTS,
-    FOLDERS,
     FROM_CKPT,
     FROM_CLASSIC,
     FROM_EXPORT,
