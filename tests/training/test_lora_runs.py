@@ -91,11 +91,17 @@ def test_frozen_weights_in_nf4(run, tmp_path):
     }
 
 
+LAYOUTS = {
+    "pp2": "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "cp2": "--context-parallel-size 2",
+}
+
+
 @pytest.mark.slow
-def test_every_layout_starts_with_the_same_adapters(run):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_starts_with_the_same_adapters(run, name):
     folder, flags, losses = run
-    layout = "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-method uniform"
-    found = train(2, folder / "pp2", *flags, *layout.split(), "--recompute-num-layers", 1, base=BASE)
+    found = train(2, folder / name, *flags, *LAYOUTS[name].split(), base=BASE)
     assert found.keys() == losses.keys() and relative_error(found, losses) < 1e-5
 
 
