@@ -317,6 +317,7 @@ NOT_FOLLOWED = {
     "Use --batch-size 1": "needs a full GPU; evaluation/test_ranks.py checks that it fits",
     "Use --kv-cache-dtype fp8": "needs a full GPU; evaluation/test_fp8.py checks that it fits",
     "--cuda-graphs: only with --engine megatron": "needs a GPU; evaluation/test_cuda_graphs.py has the line",
+    "--cuda-graphs: only for a Megatron checkpoint": "needs a GPU; evaluation/test_suites.py has the line",
     "--kv-cache-dtype fp8: lm_eval": "needs vLLM; evaluation/test_fp8.py has the line, and runs without the flag",
     "the attention kernel of this run needs": "about the environment; config/test_parse.py follows it",
     "has the columns {}; choose one with --json-key": "data/test_chat_data.py",

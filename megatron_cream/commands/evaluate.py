@@ -26,7 +26,12 @@ from megatron_cream.common.cli import program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import convert_disk_errors
 from megatron_cream.evaluation import fit, harness, pictures, plans, ranks, report, sharing, sliding_window
-from megatron_cream.evaluation.engine_flags import check_cuda_graphs, read_harness_settings, read_vllm_settings
+from megatron_cream.evaluation.engine_flags import (
+    check_chat,
+    check_cuda_graphs,
+    read_harness_settings,
+    read_vllm_settings,
+)
 from megatron_cream.evaluation.flags import build_parser
 from megatron_cream.evaluation.longppl import KeyTokenRule
 from megatron_cream.evaluation.models import language_model
@@ -149,8 +154,7 @@ def run_longbench(args) -> None:
 def run_examples(args, source: language_model.Source, plan: Plan, options: dict) -> None:
     """Run the examples of a plan; `options` are the settings that identify its results."""
     check_cuda_graphs(args, source)
-    if args.chat:
-        source.tokenizer.encode_chat("")  # raises if there is no chat template
+    check_chat(args, source)
     generation = Generation(args.batch_size, args.temperature, args.top_p, args.seed, args.chat)
     made = plan.examples if isinstance(plan.examples, list) else []  # their lengths may come from keys or files
     lengths = [*(options.get("lengths") or []), options.get("length", 0), *(example.length for example in made)]
@@ -241,6 +245,7 @@ def check_convention(args, source: language_model.Source, shortest: int, stride:
 def run_harness(args) -> None:
     source = find_model(args)
     names = [name for name in args.tasks.split(",") if name]
+    check_chat(args, source)
     vllm = read_harness_settings(args, source)
     manager = harness.find_tasks(
         names, args.include_path, harness.find_tokenizer(source, args.tokenizer) | args.metadata
@@ -268,7 +273,7 @@ def run_suite(args) -> None:
     source = find_model(args)
     suite.run_suite(
         args,
-        model=source.identity(),
+        source=source,
         lengths=default_lengths(source),
         parser=build_parser(__doc__),
         run=partial(run_part, args),

@@ -19,10 +19,19 @@ from megatron_cream.common.advice import command_line
 from megatron_cream.common.cli import program_name, to_flag
 from megatron_cream.common.errors import NotAvailable, UsageError, one_line
 from megatron_cream.common.files import atomic_write, read_json, to_json
+from megatron_cream.evaluation.engine_flags import (
+    check_chat,
+    check_cuda_graphs,
+    check_harness_cache,
+    check_vllm_flags,
+)
+from megatron_cream.evaluation.harness import check_include_path
+from megatron_cream.evaluation.models.hf_model import check_cache_dtype
+from megatron_cream.evaluation.models.language_model import Source
 from megatron_cream.evaluation.results import SUMMARY
 from megatron_cream.evaluation.runner import OutOfMemory
 from megatron_cream.evaluation.suites import SUITE, Options, Run, list_runs, read_states
-from megatron_cream.evaluation.tasks.filler import TooShort
+from megatron_cream.evaluation.tasks.filler import TooShort, load_sentences
 
 _MODEL_FLAGS = ("ckpt_step", "tokenizer", "dtype", "kv_cache_dtype")
 _TASK_FLAGS = (
@@ -37,7 +46,7 @@ DEFAULT_OUTPUT = Path("runs", "evaluation")
 def run_suite(
     args: Namespace,
     *,
-    model: dict[str, Any],
+    source: Source,
     lengths: list[int],
     parser: ArgumentParser,
     run: Callable[[Namespace], None],
@@ -48,18 +57,19 @@ def run_suite(
 
     Args:
         args: the flags of `suite`.
-        model: the model's `Source.identity()`.
+        source: the model.
         lengths: the default of --lengths.
         parser: reads the flags of each evaluation.
         run: runs one evaluation.
 
     Raises:
-        UsageError: no evaluation has results, or one failed.
+        UsageError: every evaluation would reject a flag, none has results, or one failed.
     """
     given = {name: getattr(args, name) for name in Options.__dataclass_fields__ if name != "lengths"}
     options = Options(lengths=args.lengths or lengths, **given)
     runs = list_runs(args.suite, options)
-    described = {"suite": args.suite, "model": model, "lengths": options.lengths}
+    _check_flags(args, source, runs)
+    described = {"suite": args.suite, "model": source.identity(), "lengths": options.lengths}
     finished, states = _find_finished(args, described), []
     for each in runs:
         words = [*each.words, *_list_flags(args, each.words[0])]
@@ -79,6 +89,20 @@ def run_suite(
     if not any(state["state"] == "finished" for state in states):
         raise UsageError(f"suite {args.suite}: nothing was run. The lines above say what is missing")
     _print_next(args, options)
+
+
+def _check_flags(args: Namespace, source: Source, runs: Sequence[Run]) -> None:
+    """Raise UsageError for a flag that each evaluation that takes it would reject."""
+    check_cuda_graphs(args, source)
+    check_chat(args, source)
+    check_vllm_flags(args, source)
+    if all(each.words[0] == "harness" for each in runs):
+        check_harness_cache(args, source)
+    if source.engine == "transformers":
+        check_cache_dtype(source.path, args.kv_cache_dtype)
+    check_include_path(args.include_path)
+    if args.haystack:
+        load_sentences(args.haystack)
 
 
 def _find_finished(args: Namespace, described: dict[str, Any]) -> dict[str, dict[str, Any]]:

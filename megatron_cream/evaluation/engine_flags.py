@@ -53,15 +53,44 @@ def check_cuda_graphs(args: argparse.Namespace, source: Source) -> None:
     if not args.cuda_graphs:
         return
     if not devices.has_cuda():
-        raise UsageError("--cuda-graphs: there is no GPU here")
+        raise UsageError("--cuda-graphs: there is no GPU here. Leave the flag out")
     if source.engine != "megatron":
-        raise UsageError(f"--cuda-graphs: only with --engine megatron; this model runs in {source.engine}")
+        where = f"this model runs in {source.engine}. Otherwise leave the flag out"
+        if args.command == "suite":  # its --engine has no value megatron
+            raise UsageError(f"--cuda-graphs: only for a Megatron checkpoint and without --engine vllm; {where}")
+        raise UsageError(f"--cuda-graphs: only with --engine megatron; {where}")
     if args.ranks.replica_size > 1:
         raise UsageError("--cuda-graphs: not for a model that several GPUs share")
     if (rope_type := read_rope_type(source)) in LENGTH_DEPENDENT_TYPES:
         raise UsageError(
             f"--cuda-graphs: the rope_type of {source.flag} {source.path} is {rope_type}, whose frequencies change "
             "while a text grows. Leave the flag out"
+        )
+
+
+def check_chat(args: argparse.Namespace, source: Source) -> None:
+    """Raise UsageError for --chat if the tokenizer has no chat template, or one that cannot be used."""
+    if args.chat:
+        source.tokenizer.encode_chat("")
+
+
+def check_vllm_flags(args: argparse.Namespace, source: Source) -> None:
+    """Raise UsageError for flags of vLLM with another engine, and for more GPUs than there are."""
+    if source.engine != "vllm":
+        for name in ("max_model_len", "tensor_parallel_size", "gpu_memory_utilization", "enforce_eager"):
+            if value := getattr(args, name, None):
+                raise UsageError(f"{format_flag(name, value)}: only with --engine vllm")
+    elif devices.has_cuda() and (args.tensor_parallel_size or 1) > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise UsageError(f"--tensor-parallel-size {args.tensor_parallel_size}: there are {gpus} GPUs here")
+
+
+def check_harness_cache(args: argparse.Namespace, source: Source) -> None:
+    """Raise NotAvailable for --kv-cache-dtype fp8 if lm_eval runs the model with transformers."""
+    if source.engine != "vllm" and args.kv_cache_dtype == "fp8":
+        raise NotAvailable(
+            "--kv-cache-dtype fp8: lm_eval with transformers keeps keys and values in the model's dtype. Use "
+            "--engine vllm, or leave the flag out."
         )
 
 
@@ -77,10 +106,8 @@ def read_vllm_settings(args: argparse.Namespace, source: Source, longest: int, a
     Raises:
         UsageError: a flag of vLLM without --engine vllm, or vLLM would reject its value or the prompts.
     """
+    check_vllm_flags(args, source)
     if source.engine != "vllm":
-        if getattr(args, "max_model_len", None):
-            raise UsageError(f"--max-model-len {args.max_model_len}: only with --engine vllm")
-        _reject_flags_of_vllm(args)
         return None
     length, positions = args.max_model_len, source.max_positions
     _check_length("--max-model-len", length, positions)
@@ -92,22 +119,12 @@ def read_vllm_settings(args: argparse.Namespace, source: Source, longest: int, a
 
 def read_harness_settings(args: argparse.Namespace, source: Source) -> VllmSettings | None:
     """Do the same for the task harness, whose --max-length is for both engines."""
+    check_vllm_flags(args, source)
+    check_harness_cache(args, source)
     if source.engine != "vllm":
-        _reject_flags_of_vllm(args)
-        if args.kv_cache_dtype == "fp8":
-            raise NotAvailable(
-                "--kv-cache-dtype fp8: lm_eval with transformers keeps keys and values in the model's dtype. Use "
-                "--engine vllm, or leave the flag out."
-            )
         return None
     _check_length("--max-length", args.max_length, source.max_positions)
     return _make_settings(args, args.max_length)
-
-
-def _reject_flags_of_vllm(args: argparse.Namespace) -> None:
-    for name in ("tensor_parallel_size", "gpu_memory_utilization", "enforce_eager"):
-        if value := getattr(args, name, None):
-            raise UsageError(f"{format_flag(name, value)}: only with --engine vllm")
 
 
 def _check_length(flag: str, length: int | None, positions: int) -> None:
@@ -117,8 +134,6 @@ def _check_length(flag: str, length: int | None, positions: int) -> None:
 
 def _make_settings(args: argparse.Namespace, length: int | None) -> VllmSettings:
     gpus = args.tensor_parallel_size or 1
-    if devices.has_cuda() and gpus > torch.cuda.device_count():
-        raise UsageError(f"--tensor-parallel-size {gpus}: there are {torch.cuda.device_count()} GPUs here")
     return VllmSettings(
         length, gpus, args.gpu_memory_utilization, args.enforce_eager, args.batch_size, args.kv_cache_dtype
     )

@@ -38,8 +38,7 @@ def find_tasks(names: Sequence[str], include: Path | None, metadata: dict[str, A
         from lm_eval.tasks import get_task_dict
     except ImportError as error:
         raise NotAvailable(f"harness: {error}: pip install lm_eval accelerate") from error
-    if include is not None and not include.is_dir():
-        raise UsageError(f"--include-path {include}: no such folder. Give a folder with tasks in YAML files.")
+    check_include_path(include)
     manager = _index_tasks(None if include is None else str(include), json.dumps(metadata))
     for name in names:
         if not manager.match_tasks([name]):
@@ -50,6 +49,12 @@ def find_tasks(names: Sequence[str], include: Path | None, metadata: dict[str, A
         reason = one_line(error)
         raise NotAvailable(f"--tasks {','.join(names)}: lm_eval cannot set it up: {reason}") from error
     return manager
+
+
+def check_include_path(folder: Path | None) -> None:
+    """Raise UsageError if the folder of the user's own tasks does not exist."""
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"--include-path {folder}: no such folder. Give a folder with tasks in YAML files.")
 
 
 @lru_cache(maxsize=1)

@@ -189,6 +189,7 @@ def bad_inputs(models: dict[str, Path], texts: Path, folder: Path):
         ([*NEEDLE, *output, *hf, "--kv-cache-dtype", "fp4"], "--kv-cache-dtype: invalid choice: 'fp4'"),
         (["harness", *output, *hf, "--tasks", "own", "--metadata", "[1]"], "--metadata: '[1]': must be a JSON object"),
         ([*NEEDLE, *output, "--chat", "--model", plain], "--chat: the model's tokenizer has no chat template"),
+        (["harness", *output, "--tasks", "own", "--chat", "--model", plain], "--chat: the model's tokenizer has no"),
         ([*NEEDLE, *hf, "--output", folder / "file"], f"--output {folder / 'file'}: exists and is not a folder"),
         ([*NEEDLE, *output, *hf, "--min-length", 30], "--min-length: context length 30: too short for needle"),
         ([*NEEDLE, *output, *hf, "--min-length", 1000], "--min-length 1000: must be at most --max-length"),

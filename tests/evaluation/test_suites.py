@@ -2,11 +2,13 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 
 from megatron_cream.commands import evaluate as command
 from megatron_cream.commands import suite
+from megatron_cream.common import devices
 from megatron_cream.common.errors import NotAvailable, UsageError
 from megatron_cream.evaluation.comparison import measures
 from megatron_cream.evaluation.comparison.sides import read_pairs
@@ -14,8 +16,9 @@ from megatron_cream.evaluation.flags import build_parser
 from megatron_cream.evaluation.results import SUMMARY
 from megatron_cream.evaluation.suites import SUITE, SUITES, Options, list_runs
 from tests.evaluation.test_comparison import change_settings, needles, questions, write_result
-from tests.evaluation_models import records_of, save_llama, save_own_task
+from tests.evaluation_models import records_of, save_llama, save_own_task, save_tokenizer
 from tests.evaluation_models import run_evaluate as run
+from tests.hf_models import save_model
 
 SHORT = ["boolq", "piqa", "winogrande", "truthfulqa_mc2", "hellaswag", "arc_challenge"]
 NAMES = {
@@ -125,6 +128,46 @@ def test_failures_and_missing_files(monkeypatch, model, tmp_path, capsys):
     monkeypatch.setattr(suite, "_has_dataset", lambda name: False)
     assert run(monkeypatch, "suite", "short", model, "--output", tmp_path / "none") == 2
     assert "suite short: nothing was run" in capsys.readouterr().err
+
+
+def test_flags_that_every_evaluation_rejects_are_one_line_at_the_start(monkeypatch, model, tmp_path, capsys):
+    def start(args):
+        raise UsageError("started")
+
+    for name in ("ruler", "needle", "kv", "lines", "harness"):
+        monkeypatch.setitem(command.RUNS, name, start)
+    monkeypatch.setattr(suite, "_has_dataset", lambda name: True)
+    monkeypatch.setattr(devices, "has_cuda", lambda: False)
+    output = ["--lengths", 1024, "--output", tmp_path / "out"]
+    plain, sliding = shutil.copytree(model, tmp_path / "plain"), tmp_path / "sliding"
+    (plain / "chat_template.jinja").unlink()
+    save_model(sliding, "mistral", sliding_window=32)
+    save_tokenizer(sliding)
+    (tmp_path / "prose.txt").write_text("A sentence of prose.")
+    capsys.readouterr()
+    for name, folder, flags, words in (
+        ("long", model, ["--cuda-graphs"], "--cuda-graphs: there is no GPU here. Leave the flag out"),
+        ("long", model, ["--enforce-eager"], "--enforce-eager: only with --engine vllm"),
+        ("short", model, ["--tensor-parallel-size", 2], "--tensor-parallel-size 2: only with --engine vllm"),
+        ("paper", model, ["--gpu-memory-utilization", 0.5], "--gpu-memory-utilization 0.5: only with --engine vllm"),
+        ("short", plain, ["--chat"], "--chat: the model's tokenizer has no chat template"),
+        ("short", model, ["--kv-cache-dtype", "fp8"], "fp8: lm_eval with transformers keeps"),
+        ("long", sliding, ["--kv-cache-dtype", "fp8"], "fp8: no layer of this model attends to the whole text"),
+        ("short", model, ["--include-path", tmp_path / "none"], f"--include-path {tmp_path / 'none'}: no such folder"),
+        ("long", model, ["--haystack", tmp_path / "none"], f"--haystack {tmp_path / 'none'}: no such folder"),
+    ):
+        assert run(monkeypatch, "suite", name, folder, *output, *flags) == 2, flags
+        shown = capsys.readouterr()
+        assert shown.err.startswith("evaluate.py: error: ") and shown.err.count("\n") == 1 and words in shown.err, shown
+        assert not shown.out and not (tmp_path / "out").exists(), flags
+
+    for flags in (["--no-cuda-graphs", "--kv-cache-dtype", "fp8"], ["--chat", "--haystack", tmp_path]):
+        assert run(monkeypatch, "suite", "long", model, *output, *flags) == 2
+        assert "needle failed: started" in capsys.readouterr().err, flags
+    monkeypatch.setattr(devices, "has_cuda", lambda: True)
+    assert run(monkeypatch, "suite", "long", model, *output, "--cuda-graphs") == 2
+    line = "--cuda-graphs: only for a Megatron checkpoint and without --engine vllm; this model runs in transformers"
+    assert line in capsys.readouterr().err
 
 
 def test_two_suites_compare(tmp_path, monkeypatch, capsys):

@@ -1,7 +1,8 @@
 """The engine that runs a Hugging Face folder with transformers."""
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -33,23 +34,17 @@ class HfModel:
         max_positions: int,
         kv_cache_dtype: str = "auto",
     ):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # missing weights are reported below
         device = "cuda" if devices.has_cuda() else "cpu"
-        try:
-            if kv_cache_dtype == "fp8":  # raises before the weights are read
-                _new_cache(AutoConfig.from_pretrained(folder, trust_remote_code=False), 0, kv_cache_dtype)
+        check_cache_dtype(folder, kv_cache_dtype)
+        with _report_load_errors(folder):
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
             )
-        except UsageError:
-            raise
-        except Exception as error:  # for example a damaged file, or an architecture that is unknown or has no sdpa
-            reason = one_line(error)
-            raise UsageError(f"--model {folder}: transformers cannot load it: {reason}") from error
         # transformers initializes such weights with random numbers.
         wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
         if wrong:
@@ -90,6 +85,26 @@ class HfModel:
             if scored < end:
                 parts.append(_pick_log_probs(logits, tokens[:, scored + 1 : end + 1]))
         return torch.cat(parts, 1).cpu()
+
+
+def check_cache_dtype(folder: Path, kv_cache_dtype: str) -> None:
+    """Raise UsageError if the folder's model cannot keep its keys and values in this dtype; reads no weights."""
+    if kv_cache_dtype == "fp8":
+        from transformers import AutoConfig
+
+        with _report_load_errors(folder):
+            _new_cache(AutoConfig.from_pretrained(folder, trust_remote_code=False), 0, kv_cache_dtype)
+
+
+@contextlib.contextmanager
+def _report_load_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of transformers in the block into UsageError."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # for example a damaged file, or an architecture that is unknown or has no sdpa
+        raise UsageError(f"--model {folder}: transformers cannot load it: {one_line(error)}") from error
 
 
 def _pick_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
