@@ -23,6 +23,7 @@ class Checked:
     row: the entry of the file, with these keys.
         config, flags: the command line; gpus: number of GPUs (default: 1); gpu: their kind.
         engine: fields of `Engine` that no flag sets, for Megatron's own model and this project's earlier kernels.
+        model: fields of `Model` that differ from the recipe and have no flag.
         tokens_per_second: of each GPU.
         peak_gib: peak of torch's allocator, on the fullest pipeline stage or on `stage`.
         fits: the constants of `hardware` that were fitted on it; beside: the same on the second run of such a fit.
@@ -52,9 +53,10 @@ def load_runs() -> list[dict]:
 
 
 def build_run(row: dict) -> Run:
-    """Return the run of a row, from its flags and its `engine`."""
+    """Return the run of a row, from its flags, its `engine` and its `model`."""
     found = run_from_flags(["--config", row["config"], *row["flags"]], row.get("gpus", 1))
-    return replace(found, engine=replace(found.engine, **row.get("engine", {})))
+    engine, model = (replace(getattr(found, name), **row.get(name, {})) for name in ("engine", "model"))
+    return replace(found, engine=engine, model=model)
 
 
 def build_cluster(row: dict) -> Cluster:

@@ -41,7 +41,7 @@ def print_memory(console: Console, run: Run, own: Memory, usable: float) -> None
         ("activations", own.activations, f"kept for the backward pass; recompute {_recompute(layout)}"),
         ("logits and loss", own.loss, "with their gradients"),
         ("working", own.working, "temporary tensors of the backward pass"),
-        ("buffers", own.buffers, "workspaces, placeholders for gradients, gathered sequences, FP8 weights"),
+        ("buffers", own.buffers, "workspaces, placeholders for gradients, gathered sequences, FP8 weights, graphs"),
         ("torch's peak", own.allocated, f"at: {own.peak_at}"),
         ("on the device", own.device, _outside(own)),
     ]

@@ -119,7 +119,10 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
     source = "as in runs with TP 2 on two hosts" if run.layout.tensor > 1 else "as in one run on an H100"
     host = 1e3 * launch_seconds(run.model, run.layout, run.engine)
     if run.engine.graphs:
-        lines.append("the host launches a layer's CUDA graphs in negligible time; their memory is not modelled")
+        lines.append(
+            "the host launches a layer's CUDA graphs in negligible time; the memory that they hold is inferred from "
+            "the peaks of two models on one GPU"
+        )
     else:
         lines.append(f"the host takes {host:.1f} ms to launch a layer, forward and backward, {source}")
     if run.layout.context > 1 and not run.engine.gathers_keys:
