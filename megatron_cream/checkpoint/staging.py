@@ -22,7 +22,8 @@ from megatron_cream.checkpoint import host_memory
 from megatron_cream.patches import hooks, registry
 
 _ALIGNMENT = 512  # bytes
-_SAVED = 14  # bytes of a parameter: weight in bf16, and in float32 the weight and the optimizer's two moments
+# Bytes of a parameter: the weight in bf16; in float32 the weight again and the optimizer's two moments.
+_WEIGHT, _OPTIMIZER = 2, 12
 
 
 class _Place(NamedTuple):
@@ -58,17 +59,21 @@ _handover: _Handover | None = None
 _in_background = True
 _is_waiting_before_steps = False
 _is_prepared = False
+_bytes_to_reserve = 0  # for a parameter
 
 
-def install(*, in_background: bool) -> None:
+def install(*, in_background: bool, reserve: bool, optimizer: bool = True) -> None:
     """Install the replacements; call before `pretrain`, after those of `saving`.
 
     Args:
         in_background: let training go on while tensors are copied. Otherwise it waits: a CUDA graph of the optimizer's
             step does not call what waits before a step.
+        reserve: get ready for saves in the first step, because there will be some.
+        optimizer: they save its state too.
     """
-    global _in_background, _is_waiting_before_steps
+    global _in_background, _is_waiting_before_steps, _bytes_to_reserve
     _in_background = in_background
+    _bytes_to_reserve = reserve * (_WEIGHT + optimizer * _OPTIMIZER)
     registry.install(hooks.STAGE_TENSORS, _stage)
     registry.install(hooks.SEND_BEFORE_WAITING, _send_before_waiting)
     if not _is_waiting_before_steps:
@@ -77,7 +82,7 @@ def install(*, in_background: bool) -> None:
 
 
 def has_memory() -> bool:
-    """Tell whether an earlier save has left its memory for the next one."""
+    """Tell whether the memory of a save is reserved."""
     return _memory is not None
 
 
@@ -87,7 +92,7 @@ def has_memory() -> bool:
 def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:
     global _is_prepared
     _send()
-    if not _is_prepared:
+    if _bytes_to_reserve and not _is_prepared:
         _is_prepared = True
         _prepare([weight for group in optimizer.param_groups for weight in group["params"]])
 
@@ -97,10 +102,10 @@ def _prepare(weights: list[torch.Tensor]) -> None:
 
     A first save that needs more reserves it then.
     """
-    if _memory is None and all(weight.is_cuda for weight in weights):
+    if _memory is None and weights and all(weight.is_cuda for weight in weights):
         count = sum(weight.numel() for weight in weights)
         # Ranks do not share the weights quite evenly, because they save whole tensors.
-        _reserve(int(1.02 * _SAVED * count) + min(2 * count, 1 << 29), pinned=True)
+        _reserve(int(1.02 * _bytes_to_reserve * count) + min(2 * count, 1 << 29), pinned=True)
         PersistentAsyncCaller._get_process(torch.distributed.get_rank())
 
 

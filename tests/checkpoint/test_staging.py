@@ -38,7 +38,7 @@ def sent(monkeypatch):
     monkeypatch.setattr(staging, "_in_background", True)
     monkeypatch.setattr(staging, "_is_prepared", False)
     monkeypatch.setattr(registry, "install", lambda *_: None)
-    staging.install(in_background=True)
+    staging.install(in_background=True, reserve=True)
     requests = []
     yield requests
     assert staging._handover is None
@@ -120,7 +120,7 @@ def test_what_is_waited_for_is_sent_first(sent, event, blocking, ready, alive, e
 
 
 def test_a_graph_of_the_step_cannot_wait(sent, event):
-    staging.install(in_background=False)
+    staging.install(in_background=False, reserve=True)
     stage(sent, TENSORS)
     assert event.is_ready and len(sent) == 1
 
@@ -138,8 +138,10 @@ def test_too_little_shared_memory_leaves_the_copies_to_the_writer(sent, monkeypa
     assert sent[0].preload_fn and sent[0].async_fn_args[1][0][2][1] == list(TENSORS.items())
 
 
-def test_memory_is_reserved_in_the_first_step(sent, monkeypatch):
+@pytest.mark.parametrize("optimizer, least", [(True, 14), (False, 2)])
+def test_memory_is_reserved_in_the_first_step(sent, monkeypatch, optimizer, least):
     """On a GPU, for all that the rank will save, so that the first save waits for no memory."""
+    staging.install(in_background=True, reserve=True, optimizer=optimizer)
     started = []
     monkeypatch.setattr(staging.PersistentAsyncCaller, "_get_process", started.append)
     monkeypatch.setattr(staging.torch.distributed, "get_rank", lambda: 3)
@@ -149,7 +151,7 @@ def test_memory_is_reserved_in_the_first_step(sent, monkeypatch):
     for _ in range(2):
         staging._before_step(optimizer)
     (size, pinned), rank = started
-    assert pinned and rank == 3 and 3000 * 14 < size < 3000 * 17
+    assert pinned and rank == 3 and 3000 * least < size < 3000 * (least + 3)
 
 
 def test_no_memory_is_reserved_for_weights_on_the_host(sent, monkeypatch):
@@ -158,3 +160,9 @@ def test_no_memory_is_reserved_for_weights_on_the_host(sent, monkeypatch):
     weight.grad = torch.ones(2)
     torch.optim.SGD([weight], lr=1.0).step()
     assert not staging.has_memory()
+
+
+def test_no_memory_is_reserved_without_asynchronous_saves(sent, monkeypatch):
+    monkeypatch.setattr(staging, "_prepare", None)
+    staging.install(in_background=True, reserve=False)
+    staging._before_step(Namespace(param_groups=[{"params": [Namespace(is_cuda=True, numel=lambda: 1000)]}]))
