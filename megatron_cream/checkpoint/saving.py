@@ -192,7 +192,9 @@ def _probe_write(folder: Path, rank: int) -> str:
 
 
 def _find_memory_shortage(settings, model: list[torch.nn.Module]) -> str:
-    if not settings.use_distributed_optimizer or settings.no_save_optim or staging.has_memory():
+    if not settings.use_distributed_optimizer or settings.no_save_optim:
+        return ""
+    if settings.async_save and staging.has_memory():
         return ""
     on_host = not devices.has_cuda() or settings.optimizer_cpu_offload
     why = host_memory.find_shortage(

@@ -2,8 +2,9 @@
 
 In Megatron the writer process copies the tensors from the GPU, and training waits. Here the training process copies
 them on a CUDA stream of its own, to memory that it shares with the writer, and waits only before the optimizer changes
-them. To start the writer and to map and pin the memory takes longer than the copies, so this is done in the first step,
-and the memory is kept for all saves. If there is too little of it, the writer copies the tensors as in Megatron.
+them. Mapping and pinning the memory takes longer than the copies, so this is done in the first step where its size is
+known then, and the memory is kept for all saves. If there is too little of it, the writer copies the tensors as in
+Megatron.
 """
 
 import contextlib
@@ -22,8 +23,7 @@ from megatron_cream.checkpoint import host_memory
 from megatron_cream.patches import hooks, registry
 
 _ALIGNMENT = 512  # bytes
-# Bytes of a parameter: the weight in bf16; in float32 the weight again and the optimizer's two moments.
-_WEIGHT, _OPTIMIZER = 2, 12
+_SAVED = 14  # bytes of a parameter: weight in bf16, and in float32 the weight and the optimizer's two moments
 
 
 class _Place(NamedTuple):
@@ -58,22 +58,20 @@ _memory: torch.Tensor | None = None
 _handover: _Handover | None = None
 _in_background = True
 _is_waiting_before_steps = False
-_is_prepared = False
-_bytes_to_reserve = 0  # for a parameter
+_reserves_in_first_step = False
 
 
-def install(*, in_background: bool, reserve: bool, optimizer: bool = True) -> None:
+def install(*, in_background: bool, in_first_step: bool) -> None:
     """Install the replacements; call before `pretrain`, after those of `saving`.
 
     Args:
         in_background: let training go on while tensors are copied. Otherwise it waits: a CUDA graph of the optimizer's
             step does not call what waits before a step.
-        reserve: get ready for saves in the first step, because there will be some.
-        optimizer: they save its state too.
+        in_first_step: reserve the memory before the first step, for the weights and state of the optimizer that steps
+            first; otherwise the first save does.
     """
-    global _in_background, _is_waiting_before_steps, _bytes_to_reserve
-    _in_background = in_background
-    _bytes_to_reserve = reserve * (_WEIGHT + optimizer * _OPTIMIZER)
+    global _in_background, _is_waiting_before_steps, _reserves_in_first_step
+    _in_background, _reserves_in_first_step = in_background, in_first_step
     registry.install(hooks.STAGE_TENSORS, _stage)
     registry.install(hooks.SEND_BEFORE_WAITING, _send_before_waiting)
     if not _is_waiting_before_steps:
@@ -82,7 +80,7 @@ def install(*, in_background: bool, reserve: bool, optimizer: bool = True) -> No
 
 
 def has_memory() -> bool:
-    """Tell whether the memory of a save is reserved."""
+    """Tell whether the memory of the next asynchronous save is reserved."""
     return _memory is not None
 
 
@@ -90,23 +88,22 @@ def has_memory() -> bool:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:
-    global _is_prepared
+    global _reserves_in_first_step
     _send()
-    if _bytes_to_reserve and not _is_prepared:
-        _is_prepared = True
-        _prepare([weight for group in optimizer.param_groups for weight in group["params"]])
+    if _reserves_in_first_step:
+        _reserves_in_first_step = False
+        _reserve_for([weight for group in optimizer.param_groups for weight in group["params"]])
 
 
-def _prepare(weights: list[torch.Tensor]) -> None:
-    """Start the writer and reserve memory for what this rank will save, if these weights of the optimizer are on a GPU.
+def _reserve_for(weights: list[torch.Tensor]) -> None:
+    """Reserve memory for what this rank will save, if these weights of the optimizer are on a GPU.
 
     A first save that needs more reserves it then.
     """
     if _memory is None and weights and all(weight.is_cuda for weight in weights):
         count = sum(weight.numel() for weight in weights)
         # Ranks do not share the weights quite evenly, because they save whole tensors.
-        _reserve(int(1.02 * _bytes_to_reserve * count) + min(2 * count, 1 << 29), pinned=True)
-        PersistentAsyncCaller._get_process(torch.distributed.get_rank())
+        _reserve(int(1.02 * _SAVED * count) + min(2 * count, 1 << 29), pinned=True)
 
 
 def _stage(original, self, request) -> None:
@@ -182,7 +179,10 @@ def _reserve(size: int, *, pinned: bool) -> torch.Tensor | None:
     free = min(shutil.disk_usage(host_memory.SHARED).free, psutil.virtual_memory().available)
     if free < size * host_memory.count_local_ranks():
         return None
-    _memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    try:
+        _memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    except RuntimeError:  # other processes have taken it meanwhile
+        return None
     # If it cannot be pinned, the copies are slower.
     if pinned and int(torch.cuda.cudart().cudaHostRegister(_memory.data_ptr(), size, 0)):
         with contextlib.suppress(RuntimeError):

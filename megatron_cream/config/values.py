@@ -39,6 +39,16 @@ def can_use_one_pass_optimizer(args: Namespace) -> bool:
     return devices.has_cuda() and support.HAS_TRITON and is_plain_adam
 
 
+def is_async_save_size_known(args: Namespace) -> bool:
+    """Return whether what a rank copies for --async-save follows from its optimizer's weights before the first step.
+
+    Without the distributed optimizer a rank has the whole state and saves a part. With --optimizer-cpu-offload the
+    first step itself takes host memory for the state. A CUDA graph may capture the first step.
+    """
+    others = ("no_save_optim", "optimizer_cpu_offload", "optimizer_cuda_graph", "use_megatron_fsdp", "use_torch_fsdp2")
+    return args.async_save and args.use_distributed_optimizer and not any(getattr(args, name) for name in others)
+
+
 def model_config(args: Namespace) -> LlamaModelConfig:
     """Return the configuration of the model builder."""
     weights = initial_weights(args)

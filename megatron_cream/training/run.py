@@ -105,8 +105,9 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
             print(line, file=terminal, flush=True)
 
         saving.install(say, Path(args.save) if args.save else None)
-        in_background = not args.optimizer_cuda_graph
-        staging.install(in_background=in_background, reserve=args.async_save, optimizer=not args.no_save_optim)
+        staging.install(
+            in_background=not args.optimizer_cuda_graph, in_first_step=values.is_async_save_size_known(args)
+        )
         watch = evaluations.build_watch(args, data, step_line) if args.long_eval_interval else None
         if args.save:
             with rendezvous.share_errors():

@@ -7,6 +7,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_cream.checkpoint import staging
+from megatron_cream.config import values
 from megatron_cream.patches import registry
 
 TENSORS = {
@@ -36,9 +37,9 @@ def sent(monkeypatch):
     monkeypatch.setattr(staging, "_memory", None)
     monkeypatch.setattr(staging, "_handover", None)
     monkeypatch.setattr(staging, "_in_background", True)
-    monkeypatch.setattr(staging, "_is_prepared", False)
+    monkeypatch.setattr(staging, "_reserves_in_first_step", False)
     monkeypatch.setattr(registry, "install", lambda *_: None)
-    staging.install(in_background=True, reserve=True)
+    staging.install(in_background=True, in_first_step=False)
     requests = []
     yield requests
     assert staging._handover is None
@@ -120,7 +121,7 @@ def test_what_is_waited_for_is_sent_first(sent, event, blocking, ready, alive, e
 
 
 def test_a_graph_of_the_step_cannot_wait(sent, event):
-    staging.install(in_background=False, reserve=True)
+    staging.install(in_background=False, in_first_step=False)
     stage(sent, TENSORS)
     assert event.is_ready and len(sent) == 1
 
@@ -132,37 +133,69 @@ def test_another_request_does_not_overtake_a_save(sent, event):
     assert len(sent) == 2 and sent[1] is other
 
 
-def test_too_little_shared_memory_leaves_the_copies_to_the_writer(sent, monkeypatch):
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Namespace(free=100))
+@pytest.mark.parametrize("said_free", [100, 1 << 60])
+def test_too_little_shared_memory_leaves_the_copies_to_the_writer(sent, monkeypatch, said_free):
+    """Whether the system says so before, or another process takes the memory meanwhile."""
+
+    def fail(size):
+        raise RuntimeError("unable to allocate shared memory")
+
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Namespace(free=said_free))
+    monkeypatch.setattr(staging.torch.UntypedStorage, "_new_shared", fail)
     stage(sent, TENSORS)
     assert sent[0].preload_fn and sent[0].async_fn_args[1][0][2][1] == list(TENSORS.items())
 
 
-@pytest.mark.parametrize("optimizer, least", [(True, 14), (False, 2)])
-def test_memory_is_reserved_in_the_first_step(sent, monkeypatch, optimizer, least):
-    """On a GPU, for all that the rank will save, so that the first save waits for no memory."""
-    staging.install(in_background=True, reserve=True, optimizer=optimizer)
-    started = []
-    monkeypatch.setattr(staging.PersistentAsyncCaller, "_get_process", started.append)
-    monkeypatch.setattr(staging.torch.distributed, "get_rank", lambda: 3)
-    monkeypatch.setattr(staging, "_reserve", lambda size, pinned: started.append((size, pinned)))
-    weights = [Namespace(is_cuda=True, numel=lambda: 1000), Namespace(is_cuda=True, numel=lambda: 2000)]
-    optimizer = Namespace(param_groups=[{"params": weights[:1]}, {"params": weights[1:]}])
+class OnGpu:
+    """Stands in for a weight on a GPU."""
+
+    is_cuda = True
+
+    def numel(self) -> int:
+        return 1000
+
+
+@pytest.mark.parametrize("asked, expected", [(True, 1), (False, 0)])
+def test_memory_is_reserved_in_the_first_step_if_asked(sent, monkeypatch, asked, expected):
+    """For all that the rank will save, so that the first save waits for no memory."""
+    reserved = []
+    monkeypatch.setattr(staging, "_reserve", lambda size, pinned: reserved.append((size, pinned)))
+    staging.install(in_background=True, in_first_step=asked)
     for _ in range(2):
-        staging._before_step(optimizer)
-    (size, pinned), rank = started
-    assert pinned and rank == 3 and 3000 * least < size < 3000 * (least + 3)
+        staging._before_step(Namespace(param_groups=[{"params": [OnGpu()]}, {"params": [OnGpu(), OnGpu()]}]))
+    assert len(reserved) == expected
+    for size, pinned in reserved:
+        assert pinned and 3000 * 14 < size < 3000 * 17
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, True),
+        ({"async_save": False}, False),  # no save of the run uses the memory
+        ({"use_distributed_optimizer": False}, False),  # each rank has all state, and saves its share
+        ({"no_save_optim": True}, False),
+        ({"optimizer_cpu_offload": True}, False),  # the state is not allocated yet
+        ({"optimizer_cuda_graph": True}, False),  # a capture must not register memory
+    ],
+)
+def test_memory_is_reserved_early_only_for_runs_whose_saves_use_it(changes, expected):
+    run = dict(
+        async_save=True,
+        use_distributed_optimizer=True,
+        no_save_optim=None,
+        optimizer_cpu_offload=False,
+        optimizer_cuda_graph=False,
+        use_megatron_fsdp=False,
+        use_torch_fsdp2=False,
+    )
+    assert values.is_async_save_size_known(Namespace(**run | changes)) is expected
 
 
 def test_no_memory_is_reserved_for_weights_on_the_host(sent, monkeypatch):
     monkeypatch.setattr(staging, "_reserve", None)
+    staging.install(in_background=True, in_first_step=True)
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     torch.optim.SGD([weight], lr=1.0).step()
     assert not staging.has_memory()
-
-
-def test_no_memory_is_reserved_without_asynchronous_saves(sent, monkeypatch):
-    monkeypatch.setattr(staging, "_prepare", None)
-    staging.install(in_background=True, reserve=False)
-    staging._before_step(Namespace(param_groups=[{"params": [Namespace(is_cuda=True, numel=lambda: 1000)]}]))
