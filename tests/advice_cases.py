@@ -224,6 +224,10 @@ ADVICE = [
         "Add --load {} to resume from them, or give another folder", with_("--save {0}/run"),
         (with_(f"--save {{0}}/run --load {{0}}/run {LONGER}"), NEW),
     ),
+    Advice(
+        "To resume, give --rope-scaling-type {}{} --rotary-base {}", with_(f"--rotary-base 5e5 {LONGER}", RESUME),
+        (with_(f"--rope-scaling-type linear --rope-scaling-factor 4 --rotary-base 10000 {LONGER}", RESUME),),
+    ),
     Advice("Use --ckpt-step to resume from one of them", GO_ON, (with_(f"--ckpt-step 2 {LONGER}", GO_ON),), untracked),
     Advice(
         "was saved with --no-save-optim. To resume with the weights only, add --no-load-optim", with_("--train-iters 3", RESUME),

@@ -68,6 +68,7 @@ def test_every_recipe_parses_and_plans(recipe, monkeypatch, tmp_path, long_data)
     if "llama2" in recipe.stem:
         rope, scaling = args.rope_scaling_config, "linear" if "paper" in recipe.stem else "yarn"
         assert (rope["rope_type"], rope["factor"]) == (scaling, args.target_length / 4096)
+        assert rope.get("original_max_position_embeddings", 4096) == 4096
         assert (args.lr, args.global_batch_size, args.adam_beta2, args.weight_decay) == (2e-5, 32, 0.999, 0.0)
 
 

@@ -51,6 +51,7 @@ def check_model(args: Namespace, origin: Origin) -> None:
             raise UsageError(
                 f"{found.flag} {found.folder.parent}: {found.folder.name} was saved with "
                 f"{to_flag(_SET_BY.get(name, name))} {saved}, but these flags set {ours}"
+                f"{_advise_rope(name, found.args)}"
             )
     if resumed:
         _check_optimizer(args, found)
@@ -60,6 +61,16 @@ def check_model(args: Namespace, origin: Origin) -> None:
         base = base_weights.folder_of(args.lora_base) if found.flag == "--load" else None
         step = parse_step(found.folder)
         open_checkpoint(found.folder.parent, step, flag=found.flag, checksums=False, base=base)
+
+
+def _advise_rope(name: str, saved: Namespace) -> str:
+    """Return the flags of the saved rotary embedding, if it is what differs and flags can give it."""
+    scaling = getattr(saved, "rope_scaling_config", None)
+    kind = scaling["rope_type"] if scaling else "none"
+    if name not in ("rotary_base", "rope_scaling_config") or kind not in ("none", "linear", "ntk", "yarn"):
+        return ""
+    factor = f" --rope-scaling-factor {scaling['factor']:g}" if scaling else ""
+    return f". To resume, give --rope-scaling-type {kind}{factor} --rotary-base {saved.rotary_base:g}"
 
 
 def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
