@@ -10,7 +10,7 @@ With a recipe, and any flag of Megatron or of this project on top of it (--help 
 
 To print all settings and exit:
 
-    python pretrain_cream.py --config llama2_7b_32k --print-config
+    python pretrain_cream.py --config llama2_7b_32k --data-path data/pile ... --print-config
 """
 
 import sys
