@@ -153,7 +153,9 @@ class PartialOutput:
             self.state.complete = True
             self._save()
         self._rename_files()
-        return np.array(read_index(self._prefix).lengths)
+        lengths = np.array(read_index(self._prefix).lengths)
+        self.discard()  # last: while there is a state, the next run finishes one that was killed here
+        return lengths
 
     def _rename_files(self) -> None:
         renames = self._list_renames()
@@ -165,7 +167,6 @@ class PartialOutput:
         for source, target in renames:
             if source.exists():
                 os.replace(source, target)
-        self.discard()
 
     def _list_renames(self) -> list[tuple[Path, Path]]:
         """Return (partial file, final path) of all output files, the data's .idx last."""

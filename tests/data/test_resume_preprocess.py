@@ -291,8 +291,8 @@ def test_repeated_kills_with_workers(tmp_path):
         preprocess(inputs, {str(prefix)!r}, Slow(), workers=2, tokenizer_id="bytes")
         """
     )
-    kills, state = 0, Path(f"{prefix}.partial", "state.json")
-    while not read_complete(prefix) or state.exists():  # a kill may come after the renames, before the state is deleted
+    kills, partial_folder = 0, Path(f"{prefix}.partial")
+    while not read_complete(prefix) or (partial_folder / "state.json").exists():  # killed after the renames
         process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
         try:
             _, errors = process.communicate(timeout=0.7 + 0.13 * kills)
@@ -304,6 +304,7 @@ def test_repeated_kills_with_workers(tmp_path):
             assert kills < 30
     assert kills >= 2
     assert written(prefix) == written(tmp_path / "whole")
+    assert not partial_folder.exists()
 
 
 def read_complete(prefix: Path) -> bool:
