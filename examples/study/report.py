@@ -73,21 +73,12 @@ class _Results:
 
     def held(self, scaling: str, method: str, factor: int) -> list[dict]:
         """Return the results at the rate that was chosen for their seed."""
-        found = [r for r in self.all if (r["scaling"], r["method"], r["factor"]) == (scaling, method, factor)]
-        return [r for r in found if r["rate"] == self._held_rate(scaling, r["seed"])]
+        return [r for r in self._find(scaling, method, factor) if self._is_held(r)]
 
     def of(self, method: str, factor: int, scaling: str = methods.PUBLISHED, rate: float = methods.RATE) -> list[dict]:
         """Return the results at one rate: those of `held`, and those of the part `samplers`."""
-        found = [r for r in self.held(scaling, method, factor) if r["rate"] == rate]
-        if (scaling, rate) == (methods.PUBLISHED, methods.RATE):
-            found += [
-                r
-                for r in self.all
-                if (r["method"], r["factor"], r["scaling"], r["rate"]) == (method, factor, scaling, rate)
-                and (r["seed"] in self._with_samplers or method == "base")
-                and r not in found
-            ]
-        return found
+        found = [r for r in self._find(scaling, method, factor) if r["rate"] == rate]
+        return [r for r in found if self._is_held(r) or self._is_of_samplers(r)]
 
     def recipes(self, factor: int) -> list[tuple[str, str, float]]:
         """Return scaling, method and learning rate of every row of a factor's table."""
@@ -96,9 +87,17 @@ class _Results:
         every = ((scaling, method, rate) for scaling, rate in rates for method in methods.ALL)
         return [(scaling, m, rate) for scaling, m, rate in every if self.of(m, factor, scaling, rate)]
 
-    def _held_rate(self, scaling: str, seed: int) -> float | None:
-        searches = [search for search in self.rates[scaling] if search <= seed]
-        return self.rates[scaling][max(searches)] if searches else None
+    def _find(self, scaling: str, method: str, factor: int) -> list[dict]:
+        return [r for r in self.all if (r["scaling"], r["method"], r["factor"]) == (scaling, method, factor)]
+
+    def _is_held(self, result: dict) -> bool:
+        rates = self.rates[result["scaling"]]
+        search = max((seed for seed in rates if seed <= result["seed"]), default=None)
+        return search is not None and result["rate"] == rates[search]
+
+    def _is_of_samplers(self, result: dict) -> bool:
+        of_part = (result["scaling"], result["rate"]) == (methods.PUBLISHED, methods.RATE)
+        return of_part and (result["seed"] in self._with_samplers or result["method"] == "base")
 
     def over_seeds(self, method: str, factor: int, value: Callable[[dict], float]) -> tuple[float, float] | None:
         """Return the mean and standard deviation of `value` with linear scaling, or None if there is no run."""
@@ -206,7 +205,10 @@ def _pair_lines(study: _Results) -> list[str]:
     if not rows:
         return []
     rule = "`yes`: more than twice the standard error of these differences."
-    means = "Each recipe has the rate that was chosen for its seed. Means over lengths are over those beyond the window; the loss is that of the answers."
+    means = (
+        "Each recipe has the rate that was chosen for its seed. Means over lengths are over those beyond the window; the "
+        "loss is that of the answers."
+    )
     return ["", f"**Pairs**: the first less the second, on the same bases. {means} {rule}", "", *_head(head), *rows]
 
 
@@ -347,9 +349,8 @@ def _by_scaling(study: _Results, path: Path) -> None:
         column[1].set_xlabel("tokens of context")
     axes[0][0].set_ylabel("recall, %")
     axes[1][0].set_ylabel("held-out perplexity")
-    lines = {
-        line.get_label(): line for panel in axes[0] for line in panel.lines
-    }  # not every recipe ran at every factor
+    # Not every recipe ran at every factor.
+    lines = {line.get_label(): line for panel in axes[0] for line in panel.lines}
     axes[0][-1].legend(
         handles=list(lines.values()), frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5)
     )

@@ -45,7 +45,7 @@ def is_async_save_size_known(args: Namespace) -> bool:
     Without the distributed optimizer a rank has the whole state and saves a part. With --optimizer-cpu-offload the
     first step itself takes host memory for the state. A CUDA graph may capture the first step.
     """
-    others = ("no_save_optim", "optimizer_cpu_offload", "optimizer_cuda_graph", "use_megatron_fsdp", "use_torch_fsdp2")
+    others = ("no_save_optim", "optimizer_cpu_offload", "optimizer_cuda_graph")
     return args.async_save and args.use_distributed_optimizer and not any(getattr(args, name) for name in others)
 
 

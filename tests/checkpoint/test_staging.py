@@ -186,8 +186,6 @@ def test_memory_is_reserved_early_only_for_runs_whose_saves_use_it(changes, expe
         no_save_optim=None,
         optimizer_cpu_offload=False,
         optimizer_cuda_graph=False,
-        use_megatron_fsdp=False,
-        use_torch_fsdp2=False,
     )
     assert values.is_async_save_size_known(Namespace(**run | changes)) is expected
 
