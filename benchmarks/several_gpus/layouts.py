@@ -10,8 +10,14 @@ OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
 NO_OVERLAP = "--no-overlap-grad-reduce --no-overlap-param-gather"
 INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 1"
 """Each pipeline stage has layers from several places of the model, so that it waits less."""
+GROUPS = "--microbatch-group-size-per-virtual-pipeline-stage 8"
+"""A stage executes eight micro-batches in one of its chunks before the next, so that it does not wait for the one that
+its neighbour has just begun."""
 USER_BUFFERS = "--tp-comm-overlap"
 RINGS = "--tp-comm-overlap-cfg megatron_cream/model/user_buffers.yaml --tp-comm-overlap-rs-dgrad"
+
+CHANNELS, TWO_CHANNELS = (f"NCCL_MAX_P2P_NCHANNELS={count}" for count in (4, 2))
+"""Multiprocessors that a transfer between stages occupies, also while it waits for the other GPU."""
 
 # ---------------------------------------------------------------- losses
 
@@ -78,12 +84,14 @@ class Timed:
     largest: the largest micro-batch; the largest up to it that fits the memory runs. With tensor parallelism a larger
         micro-batch restores the size of each product.
     own_layers: whether Transformer Engine is hidden from the run.
+    environment: variables, as NAME=VALUE.
     """
 
     name: str
     flags: str
     largest: int = 1
     own_layers: bool = False
+    environment: str = ""
 
 
 SPEED = {
@@ -103,7 +111,12 @@ SPEED = {
         Timed("dp4", OVERLAP),
         Timed("tp2 x dp2", f"{TP[2]} {USER_BUFFERS} {OVERLAP}", 4),
         Timed("pp2 x dp2", f"{PP[2]} {OVERLAP}"),
-        Timed("pp2 x dp2, interleaved", f"{PP[2]} {INTERLEAVED} {OVERLAP}"),
+        Timed(
+            "pp2 x dp2, interleaved, groups, channels",
+            f"{PP[2]} {INTERLEAVED} {GROUPS} {OVERLAP}",
+            environment=CHANNELS,
+        ),
+        Timed("tp2 x dp2, larger", f"{TP[2]} {USER_BUFFERS} {OVERLAP}", 8),
     ],
     8: [
         Timed("dp8", OVERLAP),
@@ -128,31 +141,19 @@ TUNING = [
     # (TP 4, PP 4), which run beside each other if the machine has eight GPUs.
     (
         Timed("tp4, rings", f"{TP[4]} {USER_BUFFERS} {RINGS}", 8),
-        Timed("pp4, interleaved by 1", f"{PP[4]} --num-layers-per-virtual-pipeline-stage 1"),
+        Timed("pp4, interleaved, groups, channels", f"{PP[4]} {INTERLEAVED} {GROUPS}", environment=CHANNELS),
+    ),
+    (
+        Timed("tp4, rings, larger", f"{TP[4]} {USER_BUFFERS} {RINGS}", 16),
+        Timed("pp4, interleaved, channels", f"{PP[4]} {INTERLEAVED}", environment=CHANNELS),
     ),
     (
         Timed("tp4, user buffers of Transformer Engine", f"{TP[4]} {USER_BUFFERS}", 8),
+        Timed("pp4, interleaved, groups, two channels", f"{PP[4]} {INTERLEAVED} {GROUPS}", environment=TWO_CHANNELS),
+    ),
+    (
+        Timed("tp4", TP[4], 8),
         Timed("pp4", PP[4]),
-    ),
-    (
-        Timed(
-            "tp4, rings, gathers in pairs",
-            f"{TP[4]} {USER_BUFFERS} --tp-comm-overlap-cfg benchmarks/user_buffers_aggregated.yaml "
-            "--tp-comm-overlap-rs-dgrad",
-            8,
-        ),
-        Timed(
-            "pp4, interleaved by 1, head's gradient last",
-            f"{PP[4]} --num-layers-per-virtual-pipeline-stage 1 --defer-embedding-wgrad-compute",
-        ),
-    ),
-    (
-        Timed(
-            "tp4, rings in the forward pass",
-            f"{TP[4]} {USER_BUFFERS} --tp-comm-overlap-cfg benchmarks/user_buffers_forward.yaml",
-            8,
-        ),
-        Timed("pp4, interleaved by 2", f"{PP[4]} --num-layers-per-virtual-pipeline-stage 2"),
     ),
 ]
 
@@ -161,8 +162,18 @@ LONG = {2: 32768, 4: 131072, 8: 262144}
 
 SEVENTY_B = (
     "--hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 --group-query-attention "
-    "--num-query-groups 8 --global-batch-size 8"
+    "--num-query-groups 8 --global-batch-size 16"
 )
+SEVENTY_B_LAYOUTS = {
+    2: {"tp2": f"{TP[2]} {USER_BUFFERS} --micro-batch-size 2"},
+    4: {
+        "tp4": f"{TP[4]} {USER_BUFFERS} --micro-batch-size 2",
+        "tp2 x pp2": f"{TP[2]} {PP[2]} {USER_BUFFERS}",
+        "tp4, FP8": f"{TP[4]} {USER_BUFFERS} {FP8} --micro-batch-size 2",
+        "tp2 x pp2, FP8": f"{TP[2]} {PP[2]} {USER_BUFFERS} {FP8}",
+    },
+    8: {"tp8": f"{TP[8]} {USER_BUFFERS} --micro-batch-size 2"},
+}
 DEPTHS = (80, 72, 64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8)
 
 
@@ -175,7 +186,9 @@ def list_runs() -> list[tuple[int, str]]:
         found += [(ranks, flags) for ranks, timed in layouts for _, flags in list_sizes(timed)]
         found.append((count, f"{SEVEN_B} --global-batch-size {count} {OVERLAP}"))
         found += [(count, long_flags(count, how[count])) for how in (CP, TP)]
-        found += [(count, seventy_b_flags(count, layers)) for layers in DEPTHS]
+        found += [
+            (count, seventy_b_flags(how, layers)) for how in SEVENTY_B_LAYOUTS[count].values() for layers in DEPTHS
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -191,6 +204,5 @@ def long_flags(count: int, layout: str) -> str:
     return f"{SEVEN_B} --train-iters 2 {sizes} {RECOMPUTE} {layout}"
 
 
-def seventy_b_flags(count: int, layers: int) -> str:
-    layout = f"{TP[count]} {USER_BUFFERS} --micro-batch-size 2"
+def seventy_b_flags(layout: str, layers: int) -> str:
     return f"{SEVEN_B} --train-iters 4 {SEVENTY_B} {layout} --num-layers {layers}"

@@ -15,6 +15,7 @@ from benchmarks.several_gpus.layouts import (
     MORE,
     OVERLAP,
     SEVEN_B,
+    SEVENTY_B_LAYOUTS,
     SPEED,
     TP,
     TUNING,
@@ -89,13 +90,16 @@ def documents(runs: Runs, gpus: tuple[int, ...] = ()) -> Job:
 
 
 def seventy_b(runs: Runs) -> list[Job]:
-    """Time a 70B's layers with tensor parallelism, as many as fit."""
+    """Time a 70B's layers in each layout, as many as fit."""
     count, memory = runs.machine.count, runs.machine.memory
-    for layers in DEPTHS:
-        flags = seventy_b_flags(count, layers)
-        if plan.predict(runs.machine.gpu, count, _with(runs, flags)).get("gib", memory) <= plan.SHARE * memory:
-            return [_job(runs, f"70b width, {layers} layers", count, flags, limit=60)]
-    return []
+    jobs = []
+    for name, how in SEVENTY_B_LAYOUTS[count].items():
+        for layers in DEPTHS:
+            flags = seventy_b_flags(how, layers)
+            if plan.predict(runs.machine.gpu, count, _with(runs, flags)).get("gib", memory) <= plan.SHARE * memory:
+                jobs.append(_job(runs, f"70b width {name}, {layers} layers", count, flags, limit=75))
+                break
+    return jobs
 
 
 def read_steps(text: str) -> list[tuple[float, float, float]]:
@@ -112,7 +116,8 @@ def _largest(runs: Runs, model: str, timed: Timed, ranks: int, gpus: tuple[int, 
     for size, flags in list_sizes(timed):
         name = f"{model} {timed.name}" + (f", micro-batch {size}" if size > 1 else "")
         if plan.fits(runs.machine, name, ranks, _with(runs, flags)):
-            return _job(runs, name, ranks, flags, gpus, script=WITHOUT_TE if timed.own_layers else JOB)
+            script = WITHOUT_TE if timed.own_layers else JOB
+            return _job(runs, name, ranks, flags, gpus, script=script, environment=timed.environment)
     return None
 
 
@@ -129,6 +134,7 @@ def _job(
     *,
     script: tuple[str, ...] = JOB,
     limit: float = 75,
+    environment: str = "",
 ) -> Job:
     """Return a timed run of the 7B or a similar model."""
     flags = _with(runs, flags)
@@ -149,4 +155,5 @@ def _job(
             flags=flags.split(),
         )
 
-    return Job(name, ranks, ["--config", CONFIG, *flags.split()], read, gpus, script, limit)
+    variables = dict(each.split("=") for each in environment.split())
+    return Job(name, ranks, ["--config", CONFIG, *flags.split()], read, gpus, script, limit, variables)

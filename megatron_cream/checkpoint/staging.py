@@ -10,7 +10,9 @@ Megatron.
 import contextlib
 import functools
 import math
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -176,18 +178,32 @@ def _reserve(size: int, *, pinned: bool) -> torch.Tensor | None:
     if _memory is not None and pinned:
         torch.cuda.cudart().cudaHostUnregister(_memory.data_ptr())
     _memory = None  # before the new memory is reserved
-    free = min(shutil.disk_usage(host_memory.SHARED).free, psutil.virtual_memory().available)
-    if free < size * host_memory.count_local_ranks():
-        return None
+    shared = shutil.disk_usage(host_memory.SHARED)
+    # The other ranks of this host reserve as much each; what is used already may be theirs.
+    others = max((host_memory.count_local_ranks() - 1) * size - shared.used, 0)
+    free = min(shared.free, psutil.virtual_memory().available)
+    if free < size + others:
+        return _say_too_little(size, free)
     try:
         _memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
     except RuntimeError:  # other processes have taken it meanwhile
-        return None
+        return _say_too_little(size, free)
     # If it cannot be pinned, the copies are slower.
     if pinned and int(torch.cuda.cudart().cudaHostRegister(_memory.data_ptr(), size, 0)):
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device="cuda")  # takes the error, which the next kernel would report
     return _memory
+
+
+def _say_too_little(size: int, free: int) -> None:
+    ranks = host_memory.count_local_ranks()
+    print(
+        f"warning: --async-save: copies of {size / 1e9:.1f} GB for each of {ranks} local ranks need "
+        f"{ranks * size / 1e9:.1f} GB in {host_memory.SHARED} and in the host's memory; {free / 1e9:.1f} GB are free. "
+        f"So training waits while rank {os.environ.get('RANK', 0)} copies from its GPU.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _align(size: int) -> int:

@@ -173,6 +173,7 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         context=cp,
         data=data,
         virtual_pipeline=_virtual_stages(args, pp),
+        micro_batch_group=args.microbatch_group_size_per_vp_stage,
         first_stage=args.decoder_first_pipeline_num_layers,
         last_stage=args.decoder_last_pipeline_num_layers,
         sequence_parallel=args.sequence_parallel and tp > 1,

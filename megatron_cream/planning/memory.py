@@ -94,13 +94,13 @@ def in_flight(layout: Layout, stage: int) -> float:
     """Return the maximum number of micro-batches whose activations a stage keeps.
 
     A micro-batch in one chunk of interleaved stages counts as a fraction. In Megatron's schedules, 1F1B starts with
-    pipeline - stage micro-batches, and the interleaved schedule with 2 (pipeline - stage - 1) + (virtual - 1) pipeline
+    pipeline - stage micro-batches, and the interleaved schedule with 2 (pipeline - stage - 1) + (virtual - 1) group
     + 1 chunks.
     """
     p, v = layout.pipeline, layout.virtual_pipeline
     if v == 1:
         return min(layout.micro_batches, p - stage)
-    chunks = 2 * (p - stage - 1) + (v - 1) * p + 1
+    chunks = 2 * (p - stage - 1) + (v - 1) * (layout.micro_batch_group or p) + 1
     return min(layout.micro_batches * v, chunks) / v
 
 

@@ -49,6 +49,8 @@ class Model:
 class Layout:
     """The split of the work over ranks, micro-batches and recompute.
 
+    micro_batch_group: micro-batches that an interleaved stage executes in one chunk before the next; None: as many as
+        there are stages.
     first_stage, last_stage: number of layers of these pipeline stages, if given; the other stages share the rest.
     recompute: none, selective (of `recompute_modules`), or full by `recompute_method`: uniform keeps the input
         of every `recompute_layers` layers, block recomputes the first `recompute_layers` layers of each stage.
@@ -65,6 +67,7 @@ class Layout:
     context: int = 1
     data: int = 1
     virtual_pipeline: int = 1
+    micro_batch_group: int | None = None
     first_stage: int | None = None
     last_stage: int | None = None
     sequence_parallel: bool = False

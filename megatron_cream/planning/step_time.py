@@ -182,7 +182,7 @@ def _step(model: Model, layout: Layout, engine: Engine, cluster: Cluster) -> Tim
     offloaded = engine.optimizer_offload * trained_parameters(model, layout, slowest) / shards
     parts["optimizer"] += OFFLOADED * offloaded
     layers = stage_layers(model, layout)[slowest]
-    if engine.fp8_parameters:
+    if engine.fp8_parameters and trains_linears(model):
         parts["optimizer"] += layers * FP8_PARAMETERS
     passes = layers + work.repeated_layers(layout, layers) / 2  # a forward pass has about half of the launches
     launched = passes * launch_seconds(model, layout, engine)

@@ -134,16 +134,29 @@ def test_another_request_does_not_overtake_a_save(sent, event):
 
 
 @pytest.mark.parametrize("said_free", [100, 1 << 60])
-def test_too_little_shared_memory_leaves_the_copies_to_the_writer(sent, monkeypatch, said_free):
+def test_too_little_shared_memory_leaves_the_copies_to_the_writer(sent, monkeypatch, capsys, said_free):
     """Whether the system says so before, or another process takes the memory meanwhile."""
 
     def fail(size):
         raise RuntimeError("unable to allocate shared memory")
 
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Namespace(free=said_free))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Namespace(free=said_free, used=0))
     monkeypatch.setattr(staging.torch.UntypedStorage, "_new_shared", fail)
     stage(sent, TENSORS)
     assert sent[0].preload_fn and sent[0].async_fn_args[1][0][2][1] == list(TENSORS.items())
+    assert "warning: --async-save: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "reserved, room, expected", [(0, 4, True), (0, 3.9, False), (3, 1, True), (3, 0.9, False), (2, 1.9, False)]
+)
+def test_the_last_of_four_ranks_needs_no_room_for_those_before_it(sent, monkeypatch, reserved, room, expected):
+    """`reserved` ranks have their memory, and there is room for `room` more."""
+    size = 1 << 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    usage = Namespace(free=int(room * size), used=reserved * size)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
+    assert (staging._reserve(size, pinned=False) is not None) is expected
 
 
 class OnGpu:

@@ -313,17 +313,24 @@ def test_gradients_and_optimizer(monkeypatch, no_process_group_is_left, distribu
     assert sum(p.numel() * p.element_size() for p in net.parameters()) == predicted.parameters
 
 
-@pytest.mark.parametrize("pipeline, virtual, micro_batches", [(2, 1, 8), (4, 1, 8), (8, 1, 4), (4, 2, 8), (2, 4, 4)])
-def test_micro_batches_in_flight_as_in_megatrons_schedules(pipeline, virtual, micro_batches):
+@pytest.mark.parametrize(
+    "pipeline, virtual, micro_batches, group",
+    [(2, 1, 8, None), (4, 1, 8, None), (8, 1, 4, None), (4, 2, 8, None), (2, 4, 4, None), (4, 2, 16, 8), (2, 4, 8, 3)],
+)
+def test_micro_batches_in_flight_as_in_megatrons_schedules(pipeline, virtual, micro_batches, group):
     from types import SimpleNamespace
 
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
-    layout = replace(BASE, pipeline=pipeline, virtual_pipeline=virtual, global_batch=2 * micro_batches)
+    layout = replace(
+        BASE, pipeline=pipeline, virtual_pipeline=virtual, global_batch=2 * micro_batches, micro_batch_group=group
+    )
     for stage in range(pipeline):
-        group = SimpleNamespace(size=lambda: pipeline, rank=lambda stage=stage: stage)
-        steps = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None)
-        total, _, warmup, remaining = get_pp_rank_microbatches(micro_batches, virtual, pipeline, p2p_communicator=steps)
+        ranks = SimpleNamespace(size=lambda: pipeline, rank=lambda stage=stage: stage)
+        steps = SimpleNamespace(pp_group=ranks, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None)
+        total, _, warmup, remaining = get_pp_rank_microbatches(
+            micro_batches, virtual, group or pipeline, p2p_communicator=steps
+        )
         assert in_flight(layout, stage) * virtual == min(warmup + 1, total)
 
 

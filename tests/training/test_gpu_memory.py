@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.exit(job.main())
 """
 ADAPTERS = "--lora-rank 8 --lora-plus-ratio 4"
+FP8 = "--fp8-format hybrid --fp8-amax-history-len 16 --fp8-amax-compute-algo max"
 # name: (what trains, other flags, bound of the losses' relative error beside sdpa in float32)
 RUNS = {
     "adapters, te": (ADAPTERS, "--attention-backend te", 2e-2),
@@ -37,6 +38,13 @@ RUNS = {
         ADAPTERS,
         "--attention-backend te --recompute-granularity selective --recompute-modules layernorm mlp",
         2e-2,
+    ),
+    "adapters, FP8, te": (ADAPTERS, f"--attention-backend te {FP8} --fp8-recipe delayed", 5e-2),
+    "adapters, FP8 tensorwise, te": (ADAPTERS, f"--attention-backend te {FP8} --fp8-recipe tensorwise", 5e-2),
+    "adapters on FP8 weights, te": (
+        ADAPTERS,
+        f"--attention-backend te {FP8} --fp8-recipe tensorwise --fp8-param-gather --use-distributed-optimizer",
+        5e-2,
     ),
     "adapters, attention on the host, te": (ADAPTERS, ON_HOST, 2e-2),
     "all weights, attention on the host, te": ("", ON_HOST, 2e-2),

@@ -12,7 +12,6 @@ from megatron_cream.model.lora_settings import NF4_BLOCK, TARGETS, TRAINED
 
 _UNSUPPORTED = {
     "tp_comm_overlap": False,
-    "fp8_param_gather": False,
     "delay_wgrad_compute": False,
     "use_transformer_engine_op_fuser": False,
     "defer_embedding_wgrad_compute": False,
