@@ -13,6 +13,8 @@ smallest and largest. If a row fails, its last lines are printed and the other r
 With --config llama_7b_lora, compare the rows flash, flash-only, peft and peft-recompute: all train the same adapters,
 embeddings and norms of a whole 7B with random weights.
 
+All rows but auto run without CUDA graphs, unless the flags `--cuda-graph-impl local --te-rng-tracker` are given.
+
 Other flags set sizes and layout (`--config llama_3b --micro-batch-size 4 --global-batch-size 16`); `--gpus 2` gives
 this project's rows and Megatron's more GPUs.
 """
@@ -145,7 +147,9 @@ def run(row: str, args, flags: list[str], log: Path) -> tuple[str, str]:
     _, kind, extra = ROWS[row]
     ranks = args.gpus if kind in ("ours", "without", "megatron") else 1
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-    command = [*launcher, __file__, "child", kind, "--config", args.config, *extra, *flags]
+    # Without graphs unless the flags or the row ask for them, so that a row is the same in each setting.
+    graphs = ["--cuda-graph-impl", "none"] if row != "auto" and kind in ("ours", "without", "megatron") else []
+    command = [*launcher, __file__, "child", kind, "--config", args.config, *graphs, *extra, *flags]
     result = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "8"}
     )
@@ -198,8 +202,8 @@ def megatron(flags: list[str]) -> None:
     finite.install = lambda *_: None
     real_parse = parse.parse
 
-    def parse_without_fusion(argv):
-        parsed = real_parse(argv)
+    def parse_without_fusion(argv, *rest):
+        parsed = real_parse(argv, *rest)
         # Megatron's output layer needs apex for it; Transformer Engine's layers do not.
         parsed.args.gradient_accumulation_fusion = False
         return replace(parsed, model=stock_config(parsed.args))

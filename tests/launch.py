@@ -77,5 +77,10 @@ def train(
     precision = ["--fp32"] if fp32 else []
     result = torchrun(ranks, *base, *precision, "--tensorboard-dir", folder, *flags, script=script)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{_died_of(result.stderr)}\n{result.stderr[-6000:]}"
+    return read_losses(folder)
+
+
+def read_losses(folder: Path) -> dict[int, float]:
+    """Return step -> loss from a TensorBoard folder."""
     events = EventAccumulator(str(folder)).Reload()
     return {event.step: event.value for event in events.Scalars("lm loss")}

@@ -1,5 +1,8 @@
 """The accelerator of this machine and its peak speed by NVIDIA's data sheets."""
 
+import contextlib
+import ctypes
+
 import torch
 
 # Dense bf16 peak in TFLOP/s, by a part of torch's device name. From NVIDIA's data sheets.
@@ -18,11 +21,32 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def gpu_kind() -> str | None:
-    """Return the key of PEAK_TFLOPS for this machine's GPUs; None without a GPU, or if it is unknown."""
+def read_gpu_name() -> str | None:
+    """Return the name of the first visible GPU without initializing CUDA in torch; None without a GPU.
+
+    torch.cuda.get_device_name initializes it, and torch's allocator reads PYTORCH_CUDA_ALLOC_CONF then, once.
+    """
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = (
+            driver.cuInit(0)
+            or driver.cuDeviceGet(ctypes.byref(device), 0)
+            or driver.cuDeviceGetName(name, len(name), device)
+        )
+        return None if failed else name.value.decode(errors="replace")
+    return None
+
+
+def gpu_kind(name: str | None = None) -> str | None:
+    """Return the key of PEAK_TFLOPS for this machine's GPUs; None without a GPU, or if it is unknown.
+
+    Args:
+        name: torch's name of the GPU; None asks torch, which initializes CUDA.
+    """
     if not has_cuda():
         return None
-    name = torch.cuda.get_device_name()
+    name = name or torch.cuda.get_device_name()
     # The longest name that matches: "GH200" before "H200", "H100 PCIe" before "H100".
     return max((part for part in PEAK_TFLOPS if part in name), key=len, default=None)
 

@@ -6,6 +6,7 @@ Nothing is checked here, except that a value can be chosen at all.
 import math
 import os
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -277,12 +278,31 @@ def choose_overlaps(args: Namespace, ranks: int, cuda: bool) -> tuple[bool, bool
     return reduce, default and reduce if gather is None else gather
 
 
+def set_graphs(args: Namespace, argv: list[str], choose: Callable[[list[str], Namespace], str | None]) -> str | None:
+    """Set --cuda-graph-impl and --te-rng-tracker where neither was given, and return why there are graphs.
+
+    Call it before `use_expandable_segments`. It returns None if there are none, or if the flags decided.
+
+    Args:
+        args: Megatron's namespace; --cuda-graph-impl is None if it was not given.
+        argv: the run's flags.
+        choose: returns why the run should use graphs, or None, from both.
+    """
+    if args.cuda_graph_impl is not None:
+        return None
+    args.cuda_graph_impl = "none"
+    reason = None if args.te_rng_tracker else choose(argv, args)
+    if reason:
+        args.cuda_graph_impl, args.te_rng_tracker = "local", True
+    return reason
+
+
 def use_expandable_segments(args: Namespace) -> None:
     """Turn on expandable segments in torch's allocator, unless the environment configures it.
 
-    All of this project's memory figures were measured with them. torch reads the setting at the first allocation.
+    All of this project's memory figures were measured with them. torch reads the setting when it initializes CUDA.
     Megatron rejects it together with CUDA graphs and with NCCL user buffers.
     """
-    is_allowed = args.cuda_graph_impl == "none" and not args.nccl_ub
+    is_allowed = args.cuda_graph_impl != "local" and not args.nccl_ub
     if is_allowed and "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -240,6 +240,8 @@ def project_defaults() -> dict[str, Any]:
         # fill.choose_overlaps derives them from the layout.
         overlap_grad_reduce=None,
         overlap_param_gather=None,
+        # fill.set_graphs decides it by the planner.
+        cuda_graph_impl=None,
         # The alternative, nvrx, needs another package, and no test here uses it.
         async_strategy="mcore",
         tokenizer_type="SentencePieceTokenizer",

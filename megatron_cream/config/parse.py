@@ -7,6 +7,7 @@ import io
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -46,6 +47,7 @@ class Parsed:
     data: the data that it reads.
     model: configuration of the model builder.
     output: what Megatron printed during validation (its list of 800 arguments), which belongs in the run's log.
+    graphs: why the run uses CUDA graphs though no flag says so; None if it does not.
     """
 
     args: Namespace
@@ -53,6 +55,7 @@ class Parsed:
     data: RunData
     model: LlamaModelConfig
     output: str
+    graphs: str | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class _Checked:
     data: the data that it reads.
     warnings: Megatron's warnings, such as about a flag that it turns off.
     auto: whether --attention-backend is auto.
+    graphs: as in `Parsed`.
     """
 
     args: Namespace
@@ -71,13 +75,19 @@ class _Checked:
     data: RunData
     warnings: list[str]
     auto: bool
+    graphs: str | None
 
 
-def parse(argv: list[str] | None = None) -> Parsed:
+GraphChoice = Callable[[list[str], Namespace], str | None]
+
+
+def parse(argv: list[str] | None = None, choose_graphs: GraphChoice = lambda argv, args: None) -> Parsed:
     """Parse and check the command line on all ranks, and set Megatron's global variables.
 
     Args:
         argv: the flags; None means those of the process.
+        choose_graphs: returns why a run whose flags do not decide it should use CUDA graphs, or None, from its flags
+            as given and as checked.
 
     Raises:
         UsageError: a flag is wrong. Nothing was started or written.
@@ -85,7 +95,7 @@ def parse(argv: list[str] | None = None) -> Parsed:
     """
     output = io.StringIO()
     with nodes.share_all_errors():
-        checked = _check_on_one_rank(argv, output)
+        checked = _check_on_one_rank(argv, output, choose_graphs)
     args, origin, data = checked.args, checked.origin, checked.data
     with rendezvous.share_errors():
         _check_share_of_rank(args, data)
@@ -96,7 +106,9 @@ def parse(argv: list[str] | None = None) -> Parsed:
         lines += [f"warning: {text}" for text in checked.warnings]
         for line in [*lines, *filter(None, [checkpoint_checks.resume_warning(args, origin)])]:
             print(line, file=sys.stderr, flush=True)
-    if checked.auto and devices.has_cuda() and not (args.deterministic_mode or args.skip_train):
+    # A run that chose graphs keeps the attention that was tested in them.
+    is_fixed = args.deterministic_mode or args.skip_train or checked.graphs
+    if checked.auto and devices.has_cuda() and not is_fixed:
         attention_choice.choose_fastest_backend(args)
     flag_checks.check_kernel_in_environment(args)
     tensorboard.install()
@@ -109,7 +121,7 @@ def parse(argv: list[str] | None = None) -> Parsed:
         raise UsageError(f"--tensorboard-dir {args.tensorboard_dir}: {reason(error)}") from error
     with console.capture_output(output):
         model = values.model_config(args)
-    return Parsed(args, origin, data, model, output.getvalue())
+    return Parsed(args, origin, data, model, output.getvalue(), checked.graphs)
 
 
 def read(argv: list[str] | None = None) -> Namespace:
@@ -179,13 +191,14 @@ def _read(argv: list[str] | None) -> tuple[Namespace, Origin, RunData]:
     return args, origin, data
 
 
-def _check_on_one_rank(argv: list[str] | None, output: io.StringIO) -> _Checked:
+def _check_on_one_rank(argv: list[str] | None, output: io.StringIO, choose_graphs: GraphChoice) -> _Checked:
     """Run the part of `parse` that needs no other rank."""
     args, origin, data = _read(argv)
     if args.print_config:
         if args.rank == 0:
             print(describe(args))
         raise SystemExit(0)
+    graphs = fill.set_graphs(args, sys.argv[1:] if argv is None else argv, choose_graphs)
     flag_checks.check_graphs_with_segments(args)
     fill.use_expandable_segments(args)
     data_checks.check_splits(args, data)
@@ -198,7 +211,7 @@ def _check_on_one_rank(argv: list[str] | None, output: io.StringIO) -> _Checked:
     warned = _validate(args, output)
     data_checks.check_token_ids(args, data)
     checkpoint_checks.check_model(args, origin)
-    return _Checked(args, origin, data, warned, auto)
+    return _Checked(args, origin, data, warned, auto, graphs)
 
 
 def _validate(args: Namespace, output: io.StringIO) -> list[str]:

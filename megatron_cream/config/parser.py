@@ -84,6 +84,12 @@ def _add_arguments(parser: argparse.ArgumentParser, recipe: bool = True) -> argp
     # One flag for all attention kernels: Megatron's names (all of Transformer Engine) and this project's.
     attention = _require_action(parser, "attention_backend")
     attention.type, attention.choices = str, ATTENTION_BACKENDS
+    graphs = _require_action(parser, "cuda_graph_impl")
+    graphs.help = (
+        "CUDA graphs of each layer, which the host launches at once: local (Megatron's own) or none. Default: local if "
+        "the planner knows the GPU, the host is the limit by its plan, and such runs were tested with graphs; else "
+        "none. docs/training.md has the conditions."
+    )
     # Negative flags, so that the command line can undo a recipe and this project's default.
     parser.add_argument(
         "--no-dist-ckpt-optim-fully-reshardable",

@@ -13,6 +13,7 @@ from megatron_cream.patches import (
     cuda_graphs,
     dataset_helpers,
     distributed_optimizer,
+    rng_states,
     single_rank_collectives,
     tokenizers,
     tracker,
@@ -30,6 +31,7 @@ def install(args: Namespace) -> None:
     async_writer.install()
     tokenizers.install()
     cuda_graphs.install()
+    rng_states.install()
     if devices.has_cuda():
         weight_gradients.install()
     distributed_optimizer.install()

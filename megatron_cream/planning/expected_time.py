@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,21 +11,37 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.planning import step_time
 from megatron_cream.planning.flags import run_from_flags
 from megatron_cream.planning.hardware import GPUS, Cluster
+from megatron_cream.planning.run import Engine, Layout, Model
 
 _OTHER_VARIANTS = ("PCI", "NVL", "40GB", "MIG")  # parts of device names that the data sheets in GPUS do not describe
 
 
-def predict_step(argv: list[str], args: Namespace) -> tuple[float, str] | None:
-    """Return the predicted seconds of a step and the name of the GPU; None if the planner does not know them.
+@dataclass(frozen=True)
+class OwnRun:
+    """The run of these flags on this machine, as the planner sees it.
+
+    kind: the key of its GPUs in `hardware.GPUS`.
+    """
+
+    model: Model
+    layout: Layout
+    engine: Engine
+    cluster: Cluster
+    kind: str
+
+
+def find_own_run(argv: list[str], args: Namespace, gpu_name: str) -> OwnRun | None:
+    """Return the run of these flags on this machine; None if the planner does not know its GPU or its flags.
 
     It knows the GPUs of `hardware.GPUS`, and not every flag.
 
     Args:
         argv: the run's flags.
-        args: the same flags after all checks: the attention and the ranks of this run.
+        args: the same flags after all checks: the attention, the graphs and the ranks of this run.
+        gpu_name: torch's name of the GPU.
     """
-    kind = devices.gpu_kind()
-    if kind not in GPUS or any(part in torch.cuda.get_device_name().upper() for part in _OTHER_VARIANTS):
+    kind = devices.gpu_kind(gpu_name)
+    if kind not in GPUS or any(part in gpu_name.upper() for part in _OTHER_VARIANTS):
         return None
     attention = args.attention
     if attention["name"] == "local":
@@ -34,8 +50,29 @@ def predict_step(argv: list[str], args: Namespace) -> tuple[float, str] | None:
     host = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
     try:
         run = run_from_flags(argv, args.world_size)
-        engine = replace(run.engine, transformer_engine=attention["transformer_engine"], attention=attention["name"])
-        cluster = Cluster(gpu=gpu, host=host, inside=gpu.nvlink, between=gpu.network)
-        return step_time.predict(run.model, run.layout, engine, cluster).time.step, kind
+    except UsageError:
+        return None
+    engine = replace(
+        run.engine,
+        transformer_engine=attention["transformer_engine"],
+        attention=attention["name"],
+        graphs=args.cuda_graph_impl == "local",
+    )
+    cluster = Cluster(gpu=gpu, host=host, inside=gpu.nvlink, between=gpu.network)
+    return OwnRun(run.model, run.layout, engine, cluster, kind)
+
+
+def predict_step(argv: list[str], args: Namespace) -> tuple[float, str] | None:
+    """Return the predicted seconds of a step and the name of the GPU; None if the planner does not know them.
+
+    Args:
+        argv: the run's flags.
+        args: the same flags after all checks.
+    """
+    own = find_own_run(argv, args, torch.cuda.get_device_name()) if devices.has_cuda() else None
+    if own is None:
+        return None
+    try:
+        return step_time.predict(own.model, own.layout, own.engine, own.cluster).time.step, own.kind
     except UsageError:
         return None

@@ -56,6 +56,8 @@ class Job:
     datasets: provides the training, validation and test data.
     forward_step: computes the loss of one micro-batch.
     recent_samples: the samples that the data loader read last, named in the log when a gradient is not finite.
+    choose_graphs: returns why the run should use CUDA graphs though no flag says so, or None, from the flags as given
+        and as checked.
     predict_step: returns the expected seconds of a step and the name of the GPU, or None, from the flags as given and
         as checked.
     usage: describes the data that was used of each source, at the end.
@@ -64,6 +66,7 @@ class Job:
     datasets: Callable
     forward_step: Callable
     recent_samples: RecentSamples
+    choose_graphs: parse.GraphChoice
     predict_step: Callable[[list[str], Namespace], tuple[float, str] | None]
     usage: Usage
 
@@ -82,7 +85,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
     """
     table.check_all()
     signals.install()
-    parsed = parse.parse(argv)
+    parsed = parse.parse(argv, job.choose_graphs)
     args, origin, data, model = parsed.args, parsed.origin, parsed.data, parsed.model
     if message := summary.finished_message(args, origin):
         if args.rank == 0:
@@ -117,7 +120,7 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
         finite.install(args.nan_policy, lambda norm: _log_non_finite(norm, job.recent_samples, terminal))
         if args.rank == 0:
             step = job.predict_step(sys.argv[1:] if argv is None else argv, args)
-            say(summary.describe_run(args, origin, data, model.lora, step))
+            say(summary.describe_run(args, origin, data, model.lora, step, parsed.graphs))
         perplexity = None
         if args.eval_lengths:
             perplexity = evaluations.build_perplexity_callback(args, data, origin.weights, terminal)

@@ -24,7 +24,12 @@ def finished_message(args: Namespace, origin: Origin) -> str | None:
 
 
 def describe_run(
-    args: Namespace, origin: Origin, data: RunData, lora: LoraSettings | None, step: tuple[float, str] | None = None
+    args: Namespace,
+    origin: Origin,
+    data: RunData,
+    lora: LoraSettings | None,
+    step: tuple[float, str] | None = None,
+    graphs: str | None = None,
 ) -> str:
     """Return the lines that say what the run will do.
 
@@ -34,6 +39,7 @@ def describe_run(
         data: the data that it reads.
         lora: the adapters, or None.
         step: expected seconds of a step and the name of the GPU; None if they are unknown.
+        graphs: why the run uses CUDA graphs though no flag says so; None if it does not.
     """
     rows = [
         ("model", f"{_model(args)}, {_weights(args, origin)}"),
@@ -41,6 +47,7 @@ def describe_run(
         *(("rope", line) for line in _rope(args)),
         *([("lora", _adapters(lora, args.load_adapter))] if lora else []),
         ("layout", _layout(args)),
+        *([("graphs", graphs)] if graphs else []),
         ("data", _data(args, data)),
         *(("short", line) for line in _short_texts(args, data)),
         ("train", describe_steps(args, origin.resumed_step, step)),

@@ -14,7 +14,7 @@ from tests.planning.test_command import tool
 FLAGS = ["--config", "llama2_7b_32k"]
 ARGS = Namespace(
     attention={"name": "flash", "transformer_engine": True}, world_size=2, load=None, pretrained_checkpoint=None,
-    finetune=False, skip_train=False, train_iters=1000, global_batch_size=32, seq_length=4096,
+    finetune=False, skip_train=False, cuda_graph_impl="none", train_iters=1000, global_batch_size=32, seq_length=4096,
 )  # fmt: skip
 
 

@@ -6,7 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from megatron_cream.common import devices
 from megatron_cream.model.attention import find_flash_attention, has_transformer_engine
+from megatron_cream.planning.hardware import GPUS
+from tests.graph_runs import run_and_resume
 from tests.launch import ROOT, train, write_documents
 
 pytestmark = pytest.mark.gpu
@@ -145,10 +148,13 @@ GRAPHS = "--cuda-graph-impl local --te-rng-tracker --eval-interval 2 --eval-iter
 RUNS = {
     "unfused": (1, "fp32", "--attention-backend unfused"),  # loads the checkpoint in other layers
     "megatron's step": (1, "fp32", "--attention-backend sdpa"),
-    "bf16 flash": (1, "bf16", "--attention-backend flash"),
+    "bf16 flash": (1, "bf16", "--attention-backend flash --cuda-graph-impl none"),
     "bf16 te": (1, "bf16", "--attention-backend te"),
     "bf16 sdpa": (1, "bf16", "--attention-backend sdpa"),
     "flash in cuda graphs te": (1, "bf16", f"--attention-backend flash {GRAPHS}"),
+    # The default leaves these two without graphs (planning/graph_choice.py).
+    "attention in cuda graphs te": (1, "bf16", f"--attention-backend te {GRAPHS}"),
+    "dp2 flash in cuda graphs te": (2, "bf16", f"--attention-backend flash --use-distributed-optimizer {GRAPHS}"),
     "cp2 sdpa": (2, "bf16", f"{CP} sdpa"),
     "cp2 flash": (2, "bf16", f"{CP} flash"),
     "cp2 te": (2, "bf16", f"{CP} te --cp-comm-type p2p"),
@@ -220,6 +226,21 @@ def test_trains_as_sdpa_on_one_gpu_does_in_float32(losses, name):
     bound = 2e-3 if RUNS[name][1] == "fp32" else 2e-2
     assert mine.keys() == reference.keys()
     assert max(abs(mine[s] - reference[s]) / reference[s] for s in reference) < bound
+
+
+def test_a_run_that_chooses_graphs_by_itself_resumes_as_one_without(tmp_path):
+    """From checkpoints with and without graphs; losses are those of a run with --cuda-graph-impl none."""
+    if find_flash_attention() is None or not has_transformer_engine() or devices.gpu_kind() not in GPUS:
+        pytest.skip(f"gpu: needs flash-attn, Transformer Engine and one of {', '.join(GPUS)}")
+    runs = run_and_resume(tmp_path)
+    reference = runs["none"].losses
+    for name, ran in runs.items():
+        print(name, ran.losses)
+        chosen = not name.startswith("none")
+        assert ran.graphs == (("local", True) if chosen else ("none", False)), name
+        assert ("\ngraphs  CUDA graphs, because" in ran.output) is chosen, name
+        assert list(ran.losses) == ([3, 4] if "from" in name else [1, 2, 3, 4]), name
+        assert max(abs(loss - reference[s]) / reference[s] for s, loss in ran.losses.items()) < 1e-2, name
 
 
 def test_hugging_face_weights_open_in_every_layer_stack(tmp_path):

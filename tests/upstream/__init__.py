@@ -198,6 +198,7 @@ HOOKS = {
     "stage-tensors": "training goes on while the tensors are copied from the GPU",
     "send-before-waiting": "with `stage-tensors`: what is waited for must have been sent",
     "known-graphs": "a list of the graphs, which NCCL waits for when its groups are destroyed: this takes two GPUs to show",
+    "rng-states": "a checkpoint is the same with CUDA graphs as without: this takes a GPU to show",
     "adam": "AdamW in one pass",
     "pytorch-adam": "AdamW in one pass",
     "apex-or-te-adam": "AdamW in one pass",

@@ -52,13 +52,18 @@ def check_graphs_with_segments(args: Namespace) -> None:
     NCCL registers the memory that a graph sends from, unless NCCL_GRAPH_REGISTER is 0. With expandable segments that
     ends in illegal memory accesses.
     """
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        is_expandable = "expandable_segments:true" in os.environ.get(name, "").lower()
-        if args.cuda_graph_impl != "none" and is_expandable and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
-            raise UsageError(
-                f"--cuda-graph-impl {args.cuda_graph_impl} with {name}={os.environ[name]} in the environment: NCCL "
-                "cannot register memory in expandable segments; remove one of them, or set NCCL_GRAPH_REGISTER=0"
-            )
+    name = expandable_segments_variable()
+    if args.cuda_graph_impl != "none" and name and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+        raise UsageError(
+            f"--cuda-graph-impl {args.cuda_graph_impl} with {name}={os.environ[name]} in the environment: NCCL "
+            "cannot register memory in expandable segments; remove one of them, or set NCCL_GRAPH_REGISTER=0"
+        )
+
+
+def expandable_segments_variable() -> str | None:
+    """Return the environment variable that turns expandable segments on; None if none does."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return next((name for name in names if "expandable_segments:true" in os.environ.get(name, "").lower()), None)
 
 
 def check_kernel_in_environment(args: Namespace) -> None:
@@ -92,7 +97,7 @@ def _check_supported(args: Namespace) -> None:
     """
     if args.async_save and args.async_strategy != "mcore":
         raise UsageError(f"--async-strategy {args.async_strategy}: not supported here; use mcore")
-    if args.cuda_graph_impl not in ("none", "local"):
+    if args.cuda_graph_impl not in (None, "none", "local"):
         # The others record a layer with Megatron's table of angles, or need a data loader that reuses one buffer.
         raise UsageError(
             f"--cuda-graph-impl {args.cuda_graph_impl}: cannot replay position ids that change with each sample; "

@@ -16,7 +16,6 @@ _UNSUPPORTED = {
     "use_transformer_engine_op_fuser": False,
     "defer_embedding_wgrad_compute": False,
     "optimizer_cpu_offload": False,
-    "cuda_graph_impl": "none",
 }
 """{flag that adapters were not tested with: its default}."""
 
@@ -45,6 +44,8 @@ def check_each(args: Namespace) -> None:
     for name, default in _UNSUPPORTED.items():
         if (value := getattr(args, name, default)) != default:
             raise UsageError(f"{format_flag(name, value)}: not supported with --lora-rank")
+    if args.cuda_graph_impl not in (None, "none"):  # None: not given
+        raise UsageError(f"--cuda-graph-impl {args.cuda_graph_impl}: not supported with --lora-rank")
     if args.optimizer != "adam":
         raise UsageError(f"--optimizer {args.optimizer}: not supported with --lora-rank")
     if args.lora_base_dtype == "nf4" and args.fp8:

@@ -37,7 +37,7 @@ def _check_attention(args: Namespace) -> None:
             f"{flag}: not with Transformer Engine's attention and --context-parallel-size "
             f"{args.context_parallel_size}; use --attention-backend flash or sdpa"
         )
-    if args.cuda_graph_impl != "none":
+    if args.cuda_graph_impl not in (None, "none"):  # None: not given
         raise UsageError(
             f"{flag}: not with --cuda-graph-impl {args.cuda_graph_impl}, which would replay the documents of the first "
             "sample; leave one of them out"
