@@ -87,7 +87,8 @@ def main() -> int:
             print(f"{row:14} " + "; ".join(words(s) for s in found["saves"]) + f"; {steps_words(found)}", flush=True)
         if found and row == (reshardable or args.rows)[-1]:
             layout = args.resume if reshardable or args.resume else ""
-            loaded = resume(args, [*common, *ROWS[row][1]], save, steps, layout)
+            written = [flag for flag in ROWS[row][1] if flag != "--async-save"]  # the resumed run saves nothing
+            loaded = resume(args, [*common, *written], save, steps, layout)
             print(f"loaded: {loaded}", flush=True)
     (args.folder / "results.json").write_text(json.dumps({"flags": flags, "rows": results, "load": loaded}, indent=1))
     print("\n| row | training stands still, s | until whole, s | GB | GB/s |\n|---|---|---|---|---|")

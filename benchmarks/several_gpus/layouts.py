@@ -10,14 +10,8 @@ OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
 NO_OVERLAP = "--no-overlap-grad-reduce --no-overlap-param-gather"
 INTERLEAVED = "--num-layers-per-virtual-pipeline-stage 1"
 """Each pipeline stage has layers from several places of the model, so that it waits less."""
-GROUPS = "--microbatch-group-size-per-virtual-pipeline-stage 8"
-"""A stage executes eight micro-batches in one of its chunks before the next, so that it does not wait for the one that
-its neighbour has just begun."""
 USER_BUFFERS = "--tp-comm-overlap"
 RINGS = "--tp-comm-overlap-cfg megatron_cream/model/user_buffers.yaml --tp-comm-overlap-rs-dgrad"
-
-CHANNELS, TWO_CHANNELS = (f"NCCL_MAX_P2P_NCHANNELS={count}" for count in (4, 2))
-"""Multiprocessors that a transfer between stages occupies, also while it waits for the other GPU."""
 
 # ---------------------------------------------------------------- losses
 
@@ -67,6 +61,8 @@ PRECISIONS = {
 
 CONFIG = "llama_7b_width"
 SEVEN_B = f"--num-layers 32 --micro-batch-size 1 --attention-backend flash --train-iters 5 --eval-iters 0 {DISTRIBUTED}"
+MORE_STEPS = "--train-iters 10"
+"""Pipeline stages are slower in their first steps."""
 FP8 = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max"
 BATCH, HALF = "--global-batch-size 32", "--global-batch-size 16"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -84,14 +80,12 @@ class Timed:
     largest: the largest micro-batch; the largest up to it that fits the memory runs. With tensor parallelism a larger
         micro-batch restores the size of each product.
     own_layers: whether Transformer Engine is hidden from the run.
-    environment: variables, as NAME=VALUE.
     """
 
     name: str
     flags: str
     largest: int = 1
     own_layers: bool = False
-    environment: str = ""
 
 
 SPEED = {
@@ -110,12 +104,8 @@ SPEED = {
     4: [
         Timed("dp4", OVERLAP),
         Timed("tp2 x dp2", f"{TP[2]} {USER_BUFFERS} {OVERLAP}", 4),
-        Timed("pp2 x dp2", f"{PP[2]} {OVERLAP}"),
-        Timed(
-            "pp2 x dp2, interleaved, groups, channels",
-            f"{PP[2]} {INTERLEAVED} {GROUPS} {OVERLAP}",
-            environment=CHANNELS,
-        ),
+        Timed("pp2 x dp2", f"{PP[2]} {OVERLAP} {MORE_STEPS}"),
+        Timed("pp2 x dp2, interleaved", f"{PP[2]} {INTERLEAVED} {OVERLAP} {MORE_STEPS}"),
         Timed("tp2 x dp2, larger", f"{TP[2]} {USER_BUFFERS} {OVERLAP}", 8),
     ],
     8: [
@@ -140,20 +130,24 @@ MORE = {
 TUNING = [
     # (TP 4, PP 4), which run beside each other if the machine has eight GPUs.
     (
-        Timed("tp4, rings", f"{TP[4]} {USER_BUFFERS} {RINGS}", 8),
-        Timed("pp4, interleaved, groups, channels", f"{PP[4]} {INTERLEAVED} {GROUPS}", environment=CHANNELS),
+        Timed("tp4, rings", f"{TP[4]} {USER_BUFFERS}", 8),
+        Timed("pp4, interleaved by 1", f"{PP[4]} {INTERLEAVED} {MORE_STEPS}"),
     ),
     (
-        Timed("tp4, rings, larger", f"{TP[4]} {USER_BUFFERS} {RINGS}", 16),
-        Timed("pp4, interleaved, channels", f"{PP[4]} {INTERLEAVED}", environment=CHANNELS),
+        Timed("tp4, rings, larger", f"{TP[4]} {USER_BUFFERS}", 16),
+        Timed("pp4", f"{PP[4]} {MORE_STEPS}"),
     ),
     (
-        Timed("tp4, user buffers of Transformer Engine", f"{TP[4]} {USER_BUFFERS}", 8),
-        Timed("pp4, interleaved, groups, two channels", f"{PP[4]} {INTERLEAVED} {GROUPS}", environment=TWO_CHANNELS),
+        Timed(
+            "tp4, user buffers of Transformer Engine",
+            f"{TP[4]} {USER_BUFFERS} --tp-comm-overlap-cfg benchmarks/user_buffers_of_te.yaml",
+            8,
+        ),
+        Timed("pp4, interleaved by 1, larger", f"{PP[4]} {INTERLEAVED} {MORE_STEPS}", 2),
     ),
     (
         Timed("tp4", TP[4], 8),
-        Timed("pp4", PP[4]),
+        Timed("pp4, interleaved by 2", f"{PP[4]} --num-layers-per-virtual-pipeline-stage 2 {MORE_STEPS}"),
     ),
 ]
 

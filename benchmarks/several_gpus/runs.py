@@ -29,7 +29,6 @@ class Job:
     read: function that returns the results from the log; it raises if the log has none.
     gpus: indices of its GPUs; None: all, but none with 0 ranks.
     limit: seconds after which it is killed.
-    environment: variables of its environment besides this process's.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Job:
     gpus: tuple[int, ...] | None = None
     script: tuple[str, ...] = JOB
     limit: float = 600
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -137,7 +135,7 @@ class Runs:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=os.environ | visible | job.environment,
+                env=os.environ | visible,
             )
         return _Started(job, process, log, signal, gpus)
 

@@ -117,7 +117,7 @@ def _largest(runs: Runs, model: str, timed: Timed, ranks: int, gpus: tuple[int, 
         name = f"{model} {timed.name}" + (f", micro-batch {size}" if size > 1 else "")
         if plan.fits(runs.machine, name, ranks, _with(runs, flags)):
             script = WITHOUT_TE if timed.own_layers else JOB
-            return _job(runs, name, ranks, flags, gpus, script=script, environment=timed.environment)
+            return _job(runs, name, ranks, flags, gpus, script=script)
     return None
 
 
@@ -134,7 +134,6 @@ def _job(
     *,
     script: tuple[str, ...] = JOB,
     limit: float = 75,
-    environment: str = "",
 ) -> Job:
     """Return a timed run of the 7B or a similar model."""
     flags = _with(runs, flags)
@@ -155,5 +154,4 @@ def _job(
             flags=flags.split(),
         )
 
-    variables = dict(each.split("=") for each in environment.split())
-    return Job(name, ranks, ["--config", CONFIG, *flags.split()], read, gpus, script, limit, variables)
+    return Job(name, ranks, ["--config", CONFIG, *flags.split()], read, gpus, script, limit)

@@ -12,7 +12,7 @@ RING_CONFIG = Path(__file__).with_suffix(".yaml")
 
 def is_ring_faster(tensor_model_parallel_size: int, fp8: bool) -> bool:
     """Return whether ring exchange was measured to be faster than the default."""
-    return tensor_model_parallel_size == 2 and not fp8
+    return tensor_model_parallel_size in (2, 4) and not fp8
 
 
 def check_config(path: str) -> None:

@@ -256,7 +256,8 @@ def transfer_seconds(transfer: Transfer, layout: Layout, cluster: Cluster) -> fl
     in_a_host = max(min(size, cluster.host // distance), 1)
     crosses = in_a_host < size
     hop = HOP_BETWEEN if crosses else HOP_INSIDE
-    inside, between = LINKS["inside"] * cluster.inside, LINKS["between"] * cluster.between
+    share = LINKS["pair" if size == 2 or transfer.operation == "send" else "inside"]
+    inside, between = share * cluster.inside, LINKS["between"] * cluster.between
     if transfer.operation == "send":
         return hop + transfer.nbytes / (between if crosses else inside)
     speed = min(inside, in_a_host * between) if crosses else inside

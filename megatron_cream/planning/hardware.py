@@ -120,9 +120,11 @@ OFFLOADED = 0.7e-9
 measured: 8 bytes through PCIe at 20 GB/s, and 28 bytes of the host's memory at 100 GB/s. Two runs beside other jobs
 took 1.0e-9 and 1.2e-9."""
 
-LINKS = {"inside": 0.43, "between": 0.8}
-"""Share of a link's stated speed in a ring. inside: in the trace of a run with TP 2 on two H200s, 16.8 MB took 86 us to
-gather and 90 us to reduce (NCCL's LL protocol, without multicast). between: assumed."""
+LINKS = {"pair": 0.43, "inside": 0.835, "between": 0.8}
+"""Share of a link's stated speed in a ring. pair: of two GPUs of a host. In the trace of a run with TP 2 on two H200s,
+16.8 MB took 86 us to gather and 90 us to reduce (NCCL's LL protocol, without multicast); the runs on two GPUs that move
+more at once agree with the same share. inside: of more GPUs of a host, fitted on the 7B with TP 4 without user buffers
+on four H200s; an all-reduce of 1 GiB on eight H100s reached 0.80. between: assumed."""
 
 OVERLAP_COST = 0.883
 """Share of an overlapped transfer's time by which it still slows computation, because it uses multiprocessors, memory

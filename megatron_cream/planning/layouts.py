@@ -164,7 +164,7 @@ def _splits(model: Model, base: Layout, gpus: int, host: int) -> Iterator[Layout
                         overlap_grad_reduce=is_sharded,
                         overlap_param_gather=is_sharded,
                         overlap_tensor=base.overlap_tensor and tp > 1,
-                        rings=base.rings and tp == 2,
+                        rings=base.rings and is_ring_faster(tp, fp8=False),
                     )
                     if find_conflict(model, layout) is None:
                         yield layout

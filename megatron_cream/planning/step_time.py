@@ -254,7 +254,8 @@ def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster,
     if layout.pipeline > 1:
         transfer = communication.stage_transfer(model, layout, engine)
         duration = communication.transfer_seconds(transfer, layout, cluster)
-        forward["pipeline"] = backward["pipeline"] = _cost(duration, duration if transfer.overlapped else 0.0)
+        cost = _cost(duration, duration if transfer.overlapped else 0.0)
+        forward["pipeline"] = backward["pipeline"] = layout.virtual_pipeline * cost
     return _MicroBatch(forward, backward)
 
 

@@ -272,7 +272,8 @@ def test_the_user_buffer_configuration_is_checked_early(text, words, tmp_path):
     [
         ("--tensor-model-parallel-size 2 --tp-comm-overlap", True),
         ("--tensor-model-parallel-size 2", False),
-        ("--tensor-model-parallel-size 4 --tp-comm-overlap", False),
+        ("--tensor-model-parallel-size 4 --tp-comm-overlap", True),
+        ("--tensor-model-parallel-size 8 --tp-comm-overlap", False),
         ("--tensor-model-parallel-size 2 --tp-comm-overlap --fp8-format hybrid", False),
         ("--tensor-model-parallel-size 2 --tp-comm-overlap --tp-comm-overlap-cfg own.yaml", False),
     ],

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 from scipy.optimize import brentq
 
-from megatron_cream.planning import hardware, measured, step_time
+from megatron_cream.planning import communication, hardware, measured, step_time
 from megatron_cream.planning.step_time import Time, predict
 from tests.planning.test_command import tool
 from tests.planning.test_step_time import CLUSTER
@@ -116,6 +116,9 @@ def test_constants_are_the_profiles(monkeypatch):
     for launch, fits in {"tensor parallel": "the host", "FP8": "the host, FP8", "alone": "the host, alone"}.items():
         host = fitted(share(step_time.HOST, launch), *a_step(named(fits)))
         assert host == pytest.approx(table[launch], rel=0.01)
+    links = dict(hardware.LINKS)
+    among_four = fitted(share(communication.LINKS, "inside"), *a_step(named("transfers among four")))
+    assert among_four == pytest.approx(links["inside"], rel=0.01)
     rings, beside = named("transfers in rings"), named("transfers in rings", "beside")
     gained = rings["tokens_per_second"] / beside["tokens_per_second"]
 

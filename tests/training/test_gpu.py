@@ -152,9 +152,6 @@ RUNS = {
     "bf16 te": (1, "bf16", "--attention-backend te"),
     "bf16 sdpa": (1, "bf16", "--attention-backend sdpa"),
     "flash in cuda graphs te": (1, "bf16", f"--attention-backend flash {GRAPHS}"),
-    # The default leaves these two without graphs (planning/graph_choice.py).
-    "attention in cuda graphs te": (1, "bf16", f"--attention-backend te {GRAPHS}"),
-    "dp2 flash in cuda graphs te": (2, "bf16", f"--attention-backend flash --use-distributed-optimizer {GRAPHS}"),
     "cp2 sdpa": (2, "bf16", f"{CP} sdpa"),
     "cp2 flash": (2, "bf16", f"{CP} flash"),
     "cp2 te": (2, "bf16", f"{CP} te --cp-comm-type p2p"),
