@@ -107,10 +107,12 @@ def report(results: Results) -> str:
             lines += _table(results, factor, [(n, accuracy(task, n), 1) for n in lengths])
             lines += ["", f"**{title}**: loss of an answer's token, by length", ""]
             lines += _table(results, factor, [(n, loss(task, n), 3) for n in lengths])
-        lines += ["", "**Perplexity** of held-out text, by length of its context; GPU seconds of a run's steps", ""]
+        cut = f"the end of held-out texts of {lengths[-1]} tokens"  # so targets score different tokens
+        lines += ["", f"**Perplexity** of {cut}, by length of context; GPU seconds of a run's steps", ""]
         columns = [(f"{kind} {n}", perplexity(kind, n), 3) for kind in kinds for n in lengths]
         lines += _table(results, factor, [*columns, ("GPU seconds", lambda e: _seconds(results, e), 0)])
-        lines += ["", *_pairs(results, factor)]
+        if pairs := _pairs(results, factor):
+            lines += ["", *pairs]
     if shares := results.of_share():
         lines += ["", *_shares_table(shares)]
     return "\n".join(lines) + "\n"
@@ -166,7 +168,7 @@ def _shares_table(shares: dict[float, list[dict]]) -> list[str]:
 def _pairs(results: Results, factor: int) -> list[str]:
     """Return a table of differences between samplers, and between scalings with `cream`, that have several seeds.
 
-    It says whether a difference exceeds what the seeds' spread explains.
+    It says whether a difference exceeds what the seeds' spread explains. Without such a pair there is no table.
     """
     lengths, kinds = results.lengths(factor), list(results.evaluations[0]["perplexity"])
     longer = lengths[1:]
@@ -175,13 +177,14 @@ def _pairs(results: Results, factor: int) -> list[str]:
         (lambda e: statistics.fmean(loss(t, n)(e) for t in e["tasks"] for n in longer), 3),
         (lambda e: statistics.fmean(math.log(perplexity(k, n)(e)) for k in kinds for n in longer), 4),
     ]
-    lines = [
+    title = [
         "**Pairs**, mean over tasks (or kinds of text) and the lengths beyond the window: the first less the second. "
         "`yes`: more than twice the standard error that the seeds' deviations give.",
         "",
     ]
     head = ["what is the same", "pair", "found, points", "beyond", "loss", "beyond", "log perplexity", "beyond"]
-    lines += _row(head) + _row(["---"] * len(head))
+    title += _row(head) + _row(["---"] * len(head))
+    lines = []
     several = [(scaling, sampler, found) for scaling, sampler, found in results.groups(factor) if len(found) > 1]
     same = {scaling: {name: found for s, name, found in several if s == scaling} for scaling in SCALINGS}
     same["cream"] = {scaling: found for scaling, name, found in several if name == "cream"}
@@ -197,7 +200,7 @@ def _pairs(results: Results, factor: int) -> list[str]:
                     "yes" if abs(difference) > 2 * error else "no",
                 ]
             lines += _row(row)
-    return lines
+    return title + lines if lines else []
 
 
 def _standard_error(results: Results, factor: int, task: str, length: str) -> float:

@@ -146,6 +146,9 @@ def test_the_report_compares_differences_with_the_spread(study, tmp_path):
     assert "| ntk | cream - pose | +30.0 ± 0.8 | yes | +0.000 ± 0.000 | no | +0.0000 ± 0.0000 | no |" in text
     assert "| ntk | cream - pi | +21.0 ± 17.3 | no |" in text
     assert "| cream | yarn - ntk | +10.0 ± 0.8 | yes |" in text
+    alone = [line | {"factor": 2, "run": f"{line['run']} s2"} for line in lines[1:3]]  # one seed of each sampler
+    both = study.report.report(study.report.Results([*lines, *alone]))
+    assert both.count("| ntk | pose | 1 |") > 0 and both.count("**Pairs**") == text.count("**Pairs**") == 1
     study.report.draw(results, tmp_path)
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("retrieval", "depth", "perplexity"))
 
