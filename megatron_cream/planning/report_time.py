@@ -133,8 +133,8 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         )
     if run.gpus > 1:
         lines += [
-            f"{links}; a ring reaches {LINKS['pair']:.0%} of it between two GPUs of a host, {LINKS['inside']:.0%} among "
-            f"more (one run each on H200s), and {LINKS['between']:.0%} between hosts (not measured)",
+            f"{links}; a ring reaches {LINKS['pair']:.0%} of it between two GPUs of a host, {LINKS['inside']:.0%} "
+            f"among more (one run each on H200s), and {LINKS['between']:.0%} between hosts (not measured)",
             f"overlapped transfers slow computation by {OVERLAP_COST:.0%} of their time, as in one run with TP 2; all "
             "GPUs have the same speed",
             f"gradients are reduced in buckets of {communication.BUCKET / 1e6:g} million parameters or more",

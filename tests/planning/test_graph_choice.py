@@ -169,12 +169,14 @@ def test_the_expected_time_is_that_with_the_graphs(monkeypatch):
 )
 def test_flags_decide_before_the_planner(flags, decides, expected, monkeypatch):
     """And segments of the allocator are chosen after the graphs."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that both are as before after the test
+        monkeypatch.delenv(name)
     args = build_parser(recipe=False).parse_args(flags.split())
     reason = fill.set_graphs(args, [], lambda argv, args: "reason")
     assert (reason, args.cuda_graph_impl, args.te_rng_tracker) == ("reason" if decides else None, *expected)
     fill.use_expandable_segments(args)
     assert ("PYTORCH_CUDA_ALLOC_CONF" in os.environ) == (expected[0] == "none")
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
 
 
 def test_a_choice_against_graphs_is_none():
