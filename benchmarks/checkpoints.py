@@ -237,6 +237,7 @@ class Clock:
         return whole
 
     def step(self, original):
+        @functools.wraps(original)
         def step(*args, **kwargs):
             beside, began = self._pending is not None, _now()
             result = original(*args, **kwargs)

@@ -2,9 +2,9 @@
 
 In Megatron the writer process copies the tensors from the GPU, and training waits. Here the training process copies
 them on a CUDA stream of its own, to memory that it shares with the writer, and waits only before the optimizer changes
-them. Mapping and pinning the memory takes longer than the copies, so this is done in the first step where its size is
-known then, and the memory is kept for all saves. If there is too little of it, the writer copies the tensors as in
-Megatron.
+them. The copies begin with the next step, because Megatron's timers wait for the whole GPU at the end of a save.
+Mapping and pinning the memory takes longer than the copies, so this is done in the first step where its size is known
+then, and the memory is kept for all saves. If there is too little of it, the writer copies the tensors as in Megatron.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import psutil
@@ -43,17 +44,22 @@ class _Staged(NamedTuple):
     buckets: list
 
 
-class _Handover(NamedTuple):
-    """A save whose tensors are being copied.
+@dataclass
+class _Handover:
+    """A save whose tensors are still to be copied, or are being copied.
 
-    copied: recorded behind the copies.
+    copies: the tensors and where they go.
+    memory: the shared memory.
     send: sends the save to the writer.
-    sources: the tensors, which must not be freed before.
+    has_begun: whether the copies have been started.
+    copied: recorded behind the copies from a GPU.
     """
 
-    copied: torch.cuda.Event
+    copies: list[tuple[_Place, torch.Tensor]]
+    memory: torch.Tensor
     send: Callable[[], None]
-    sources: list
+    has_begun: bool = False
+    copied: torch.cuda.Event | None = None
 
 
 _memory: torch.Tensor | None = None
@@ -76,6 +82,7 @@ def install(*, in_background: bool, in_first_step: bool) -> None:
     _in_background, _reserves_in_first_step = in_background, in_first_step
     registry.install(hooks.STAGE_TENSORS, _stage)
     registry.install(hooks.SEND_BEFORE_WAITING, _send_before_waiting)
+    registry.install(hooks.BEGIN_STEP, _begin_step)
     if not _is_waiting_before_steps:
         register_optimizer_step_pre_hook(_before_step)
         _is_waiting_before_steps = True
@@ -87,6 +94,11 @@ def has_memory() -> bool:
 
 
 # In the training process.
+
+
+def _begin_step(original, *args, **kwargs):
+    _begin_copies()
+    return original(*args, **kwargs)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:
@@ -109,7 +121,7 @@ def _reserve_for(weights: list[torch.Tensor]) -> None:
 
 
 def _stage(original, self, request) -> None:
-    """Begin to copy the tensors of a save, and send it to the writer when they are copied."""
+    """Prepare the copies of a save, which the writer gets when they are made."""
     global _handover
     _send()  # requests stay in order
     if request.async_fn is None or request.preload_fn is None:
@@ -119,37 +131,50 @@ def _stage(original, self, request) -> None:
         self.process = PersistentAsyncCaller._get_process(rank)
     tensors = [tensor for _, _, (_, in_bucket) in buckets for _, tensor in in_bucket]
     size = sum(_align(tensor.numel() * tensor.itemsize) for tensor in tensors)
-    memory = _reserve(size, pinned=any(tensor.is_cuda for tensor in tensors))
+    is_on_gpu = _has_gpu_tensors(tensors)
+    memory = _reserve(size, pinned=is_on_gpu)
     if memory is None:
         return original(self, request)
-    staged, copied = _copy(buckets, memory)
+    staged, copies = _place(buckets, memory)
     write = functools.partial(_write_staged, request.async_fn)
     request = request._replace(async_fn=write, async_fn_args=[rank, staged, results], preload_fn=None)
-    if copied is None:
-        return original(self, request)
-    _handover = _Handover(copied, functools.partial(original, self, request), buckets)
-    if not _in_background:
+    _handover = _Handover(copies, memory, functools.partial(original, self, request))
+    if not (_in_background and is_on_gpu):
         _send()
 
 
 def _send_before_waiting(original, self, blocking: bool = False, no_dist: bool = False) -> bool:
     """Check whether the writer has finished, after it got what it is to write."""
-    if _handover and (blocking or _handover.copied.query() or not self.process.is_alive()):
-        _send()
+    if _handover:
+        is_copied = _handover.copied is not None and _handover.copied.query()
+        if blocking or is_copied or not self.process.is_alive():
+            _send()
     return original(self, blocking, no_dist)
 
 
+def _has_gpu_tensors(tensors: list[torch.Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors)
+
+
+def _begin_copies() -> None:
+    """Start the copies that are prepared."""
+    if _handover and not _handover.has_begun:
+        _handover.has_begun, _handover.copied = True, _copy(_handover.copies, _handover.memory)
+
+
 def _send() -> None:
-    """Wait for the copies, and send the save to the writer."""
+    """Make the copies that are prepared, wait for them, and send the save to the writer."""
     global _handover
     if _handover:
-        (copied, send, _), _handover = _handover, None
-        copied.synchronize()
-        send()
+        _begin_copies()
+        handover, _handover = _handover, None
+        if handover.copied is not None:
+            handover.copied.synchronize()
+        handover.send()
 
 
-def _copy(buckets: list, memory: torch.Tensor) -> tuple[_Staged, torch.cuda.Event | None]:
-    """Copy the tensors to the shared memory; return an event if the copies are not finished."""
+def _place(buckets: list, memory: torch.Tensor) -> tuple[_Staged, list[tuple[_Place, torch.Tensor]]]:
+    """Return what the writer gets, and the copies that fill it."""
     placed, end = [], 0
     copies: list[tuple[_Place, torch.Tensor]] = []
     for path, name, (objects, tensors) in buckets:
@@ -160,14 +185,19 @@ def _copy(buckets: list, memory: torch.Tensor) -> tuple[_Staged, torch.cuda.Even
             copies.append((place, tensor))
             end += _align(_count_bytes(place))
         placed.append((path, name, (objects, places)))
-    stream = torch.cuda.Stream() if any(tensor.is_cuda for _, tensor in copies) else None
+    return _Staged(memory, placed), copies
+
+
+def _copy(copies: list[tuple[_Place, torch.Tensor]], memory: torch.Tensor) -> torch.cuda.Event | None:
+    """Copy the tensors to the shared memory; return an event if the copies are not finished."""
+    stream = torch.cuda.Stream() if _has_gpu_tensors([tensor for _, tensor in copies]) else None
     if stream:
         stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
         for place, tensor in copies:
             region = memory[place.offset :][: _count_bytes(place)]
             region.view(place.dtype).view(place.shape).copy_(tensor, non_blocking=True)
-    return _Staged(memory, placed), stream.record_event() if stream else None
+    return stream.record_event() if stream else None
 
 
 def _reserve(size: int, *, pinned: bool) -> torch.Tensor | None:

@@ -105,6 +105,13 @@ STAGE_TENSORS = Patch(
     parameters="self, async_req",
     after=("call-writer",),
 )
+BEGIN_STEP = Patch(
+    "begin-step",
+    _TRAINING + "train_step",
+    "Megatron's timers wait for the whole GPU at the end of a save, so the copies can begin with the next step only.",
+    parameters="forward_step_func, data_iterator, model, optimizer, opt_param_scheduler, config, "
+    "forward_backward_func, iteration, pg_collection, p2p_communicator",
+)
 SEND_BEFORE_WAITING = Patch(
     "send-before-waiting",
     _CALLER + "is_current_async_call_done",

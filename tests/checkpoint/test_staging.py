@@ -22,7 +22,7 @@ TENSORS = {
 class Event:
     """Stands in for the event behind the copies from a GPU."""
 
-    is_ready = False
+    is_recorded = is_ready = False
 
     def query(self) -> bool:
         return self.is_ready
@@ -47,8 +47,19 @@ def sent(monkeypatch):
 
 @pytest.fixture
 def event(monkeypatch):
-    event, copy = Event(), staging._copy
-    monkeypatch.setattr(staging, "_copy", lambda *args: (copy(*args)[0], event))
+    """The event behind the copies; the tensors pass for those of a GPU until they are copied."""
+    event, copy, reserve, has = Event(), staging._copy, staging._reserve, staging._has_gpu_tensors
+
+    def copy_from_host(*args):
+        with monkeypatch.context() as patches:
+            patches.setattr(staging, "_has_gpu_tensors", has)
+            copy(*args)
+        event.is_recorded = True
+        return event
+
+    monkeypatch.setattr(staging, "_copy", copy_from_host)
+    monkeypatch.setattr(staging, "_reserve", lambda size, pinned: reserve(size, pinned=False))
+    monkeypatch.setattr(staging, "_has_gpu_tensors", lambda tensors: True)
     return event
 
 
@@ -98,6 +109,9 @@ def test_a_step_waits_for_the_copies(sent, event):
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     stage(sent, TENSORS)
+    assert not event.is_recorded  # Megatron's timers would wait for the copies
+    seen = staging._begin_step(lambda value: (value, event.is_recorded, event.is_ready), "a step")
+    assert seen == ("a step", True, False)
     weight.grad = torch.ones(2)  # forward and backward pass
     assert not sent and not event.is_ready
     optimizer.step()
@@ -113,6 +127,8 @@ def test_a_step_waits_for_the_copies(sent, event):
 def test_what_is_waited_for_is_sent_first(sent, event, blocking, ready, alive, expected):
     """A check of the writer without waiting sends a save only when it is copied, or if the writer was killed."""
     caller = stage(sent, TENSORS, alive)
+    if ready:
+        staging._begin_step(lambda: None)
     event.is_ready = ready
     seen = staging._send_before_waiting(lambda *_: len(sent), caller, blocking)
     assert seen == expected

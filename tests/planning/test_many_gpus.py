@@ -29,5 +29,9 @@ def test_docs_say_what_the_planner_says_of_many_gpus(monkeypatch, capsys):
         best = json.loads(capsys.readouterr().out)["layouts"][0]
         names = ("tensor", "pipeline", "context", "data", "micro_batch")
         assert [str(best["layout"][name]) for name in names] == layout
-        said = f"{best['memory']['device'] / 2**30:.1f}", f"{best['tokens_per_second']:,.0f}", f"{best['utilization']:.1%}"
+        said = (
+            f"{best['memory']['device'] / 2**30:.1f}",
+            f"{best['tokens_per_second']:,.0f}",
+            f"{best['utilization']:.1%}",
+        )
         assert said == (gib, rate, mfu.replace(" %", "%"))

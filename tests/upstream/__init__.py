@@ -196,6 +196,7 @@ HOOKS = {
     "optimizer-slices": "each rank saves its part of the optimizer, which nothing gathers",
     "load-optimizer-slices": "as `optimizer-slices`, for loading",
     "stage-tensors": "training goes on while the tensors are copied from the GPU",
+    "begin-step": "with `stage-tensors`: the copies run beside the next step",
     "send-before-waiting": "with `stage-tensors`: what is waited for must have been sent",
     "known-graphs": "a list of the graphs, which NCCL waits for when its groups are destroyed: this takes two GPUs to show",
     "rng-states": "a checkpoint is the same with CUDA graphs as without: this takes a GPU to show",
