@@ -46,13 +46,12 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers, get_tokenizer
 
-from megatron_cream.common import devices
 from megatron_cream.config import values
-from megatron_cream.data import transport
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
 from megatron_cream.data.mixed_dataset import MixedDataset
 from megatron_cream.data.packed_dataset import PackedDocumentDataset
 from megatron_cream.data.recent import RecentSamples
+from megatron_cream.data.transport import ThroughPipe
 from megatron_cream.data.usage import Usage
 from megatron_cream.model.packed_attention import Documents
 from megatron_cream.planning.expected_time import predict_step
@@ -77,10 +76,9 @@ def get_batch(data_iterator, samples: int) -> dict[str, Any]:
     names += ["document_starts"] if values.short_mix(get_args()) else []
     packed = data = None
     if data_iterator is not None:
-        data = transport.read_batch(next(data_iterator))
+        data = {name: tensor.long() for name, tensor in next(data_iterator).items()}
         recent_samples.add(get_args().curr_iteration, data)
-        packed = torch.stack([data[name] for name in names])
-        packed = (packed.pin_memory() if devices.has_cuda() else packed).cuda(non_blocking=True)
+        packed = torch.stack([data[name].cuda(non_blocking=True) for name in names])
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         shape = (len(names), samples, get_args().seq_length)
         packed = torch.empty(shape, dtype=torch.long, device="cuda") if packed is None else packed.view(shape)
@@ -149,7 +147,7 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
             datasets[0] = usage.dataset = MixedDataset(datasets[0], packed, mix, train)
     # Megatron's samplers reject an empty data set, as with --eval-iters 0.
     kept = [None if count == 0 else data for data, count in zip(datasets, counts, strict=True)]
-    return [None if data is None else transport.SampleBytes(data) for data in kept]
+    return [None if data is None else ThroughPipe(data) for data in kept]
 
 
 train_valid_test_datasets_provider.is_distributed = True

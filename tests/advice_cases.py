@@ -320,6 +320,7 @@ NOT_FOLLOWED = {
     "needs --dtype bf16 or fp16 on a GPU": "needs a GPU",
     "Use --batch-size 1": "needs a full GPU; evaluation/test_ranks.py checks that it fits",
     "Use --kv-cache-dtype fp8": "needs a full GPU; evaluation/test_fp8.py checks that it fits",
+    "not with --cuda-graph-impl local, which records single": "needs a GPU; config/test_bad_inputs.py has the line",
     "CUDA graphs, because the GPU would wait": "needs a GPU; training/test_gpu.py runs without graphs by that flag",
     "--cuda-graphs: only with --engine megatron": "needs a GPU; evaluation/test_cuda_graphs.py has the line",
     "--cuda-graphs: only for a Megatron checkpoint": "needs a GPU; evaluation/test_suites.py has the line",

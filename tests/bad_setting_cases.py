@@ -131,6 +131,29 @@ FLAGS = {
     "Megatron's model configuration": ("--defer-embedding-wgrad-compute", 1, ["embedding wgrad"]),
     "Megatron's enum": ("--exit-signal SIGWHAT", 1, ["--exit-signal", "SIGWHAT"]),
     "recompute": ("--recompute-granularity full", 1, ["recompute"]),
+    "graphs without a GPU": ("--cuda-graph-impl local --te-rng-tracker", 1, ["--cuda-graph-impl local: needs a GPU"]),
+    "recompute in graphs": (
+        "--cuda-graph-impl local --recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1,
+        ["--recompute-granularity full: not with --cuda-graph-impl local", "leave one of them out"],
+    ),
+    "groups smaller than the pipeline": (
+        "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 8 "
+        "--microbatch-group-size-per-virtual-pipeline-stage 1", 2,
+        ["--microbatch-group-size-per-virtual-pipeline-stage 1", "from --pipeline-model-parallel-size 2 to the 4"],
+    ),
+    "a last group that is too small": (
+        "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 8 "
+        "--microbatch-group-size-per-virtual-pipeline-stage 3", 2,
+        ["--microbatch-group-size-per-virtual-pipeline-stage 3", "leaves 1 of the 4"],
+    ),
+    "micro-batches that interleaved stages cannot share": (
+        "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 6", 2,
+        ["--global-batch-size 6: its 3 micro-batches must be a multiple of --pipeline-model-parallel-size 2"],
+    ),
+    "groups of no micro-batch": (
+        "--microbatch-group-size-per-virtual-pipeline-stage -1", 1,
+        ["--microbatch-group-size-per-virtual-pipeline-stage -1: must not be negative"],
+    ),
     "modules of another model": (
         "--recompute-granularity selective --recompute-modules moe", 1, ["--recompute-modules moe", "choose from core_attn"],
     ),

@@ -19,6 +19,11 @@ def count_local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def format_bytes(count: int) -> str:
+    """Return a number of bytes in GB, or in MB if they are few."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def find_shortage(parameters: int, *, ranks: int, data_parallel: int, in_shared_memory: bool) -> str:
     """Return why the host has too little memory for a save, or "" if it has enough.
 
@@ -31,13 +36,13 @@ def find_shortage(parameters: int, *, ranks: int, data_parallel: int, in_shared_
     need, free = ranks * _BYTES * parameters // data_parallel, psutil.virtual_memory().available
     if need > free:
         return (
-            f"copying the optimizer needs {need / 1e9:.1f} GB of this host's memory, but {free / 1e9:.1f} GB are "
-            "free. --no-save-optim saves the weights alone."
+            f"copying the optimizer needs {format_bytes(need)} of this host's memory, but {format_bytes(free)} "
+            "are free. --no-save-optim saves the weights alone."
         )
     free = shutil.disk_usage(SHARED).free
     if in_shared_memory and need > free:
         return (
-            f"--async-save needs {need / 1e9:.1f} GB in {SHARED} for the optimizer, but {free / 1e9:.1f} GB are free. "
-            "Make it larger, or save without --async-save."
+            f"--async-save needs {format_bytes(need)} in {SHARED} for the optimizer, but {format_bytes(free)} are "
+            "free. Make it larger, or save without --async-save."
         )
     return ""

@@ -66,6 +66,7 @@ _memory: torch.Tensor | None = None
 _handover: _Handover | None = None
 _in_background = True
 _is_waiting_before_steps = False
+_free_at_start = 0  # bytes, before a rank of this host has reserved any
 _reserves_in_first_step = False
 
 
@@ -78,7 +79,8 @@ def install(*, in_background: bool, in_first_step: bool) -> None:
         in_first_step: reserve the memory before the first step, for the weights and state of the optimizer that steps
             first; otherwise the first save does.
     """
-    global _in_background, _is_waiting_before_steps, _reserves_in_first_step
+    global _in_background, _is_waiting_before_steps, _reserves_in_first_step, _free_at_start
+    _free_at_start = _find_free()
     _in_background, _reserves_in_first_step = in_background, in_first_step
     registry.install(hooks.STAGE_TENSORS, _stage)
     registry.install(hooks.SEND_BEFORE_WAITING, _send_before_waiting)
@@ -133,6 +135,8 @@ def _stage(original, self, request) -> None:
     size = sum(_align(tensor.numel() * tensor.itemsize) for tensor in tensors)
     is_on_gpu = _has_gpu_tensors(tensors)
     memory = _reserve(size, pinned=is_on_gpu)
+    if memory is None and 2 * _count_host_bytes(tensors) > shutil.disk_usage(host_memory.SHARED).free:
+        return _write_here(request)
     if memory is None:
         return original(self, request)
     staged, copies = _place(buckets, memory)
@@ -141,6 +145,17 @@ def _stage(original, self, request) -> None:
     _handover = _Handover(copies, memory, functools.partial(original, self, request))
     if not (_in_background and is_on_gpu):
         _send()
+
+
+def _count_host_bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors if not tensor.is_cuda)
+
+
+def _write_here(request) -> None:
+    """Write a save in this process, since the writer gets tensors of the host through shared memory only."""
+    rank, _, results = request.async_fn_args
+    request.async_fn(rank, request.preload_fn(), results, **request.async_fn_kwargs)
+    PersistentAsyncCaller._persistent_comp_q.put(request.call_idx)  # as the writer does when it is done
 
 
 def _send_before_waiting(original, self, blocking: bool = False, no_dist: bool = False) -> bool:
@@ -208,11 +223,9 @@ def _reserve(size: int, *, pinned: bool) -> torch.Tensor | None:
     if _memory is not None and pinned:
         torch.cuda.cudart().cudaHostUnregister(_memory.data_ptr())
     _memory = None  # before the new memory is reserved
-    shared = shutil.disk_usage(host_memory.SHARED)
-    # The other ranks of this host reserve as much each; what is used already may be theirs.
-    others = max((host_memory.count_local_ranks() - 1) * size - shared.used, 0)
-    free = min(shared.free, psutil.virtual_memory().available)
-    if free < size + others:
+    free = _find_free()
+    # All ranks of this host reserve as much, some of them before this one.
+    if free < size or _free_at_start < size * host_memory.count_local_ranks():
         return _say_too_little(size, free)
     try:
         _memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
@@ -225,12 +238,18 @@ def _reserve(size: int, *, pinned: bool) -> torch.Tensor | None:
     return _memory
 
 
+def _find_free() -> int:
+    """Return the bytes that are free in shared memory and in the host's memory."""
+    return min(shutil.disk_usage(host_memory.SHARED).free, psutil.virtual_memory().available)
+
+
 def _say_too_little(size: int, free: int) -> None:
     ranks = host_memory.count_local_ranks()
     print(
-        f"warning: --async-save: copies of {size / 1e9:.1f} GB for each of {ranks} local ranks need "
-        f"{ranks * size / 1e9:.1f} GB in {host_memory.SHARED} and in the host's memory; {free / 1e9:.1f} GB are free. "
-        f"So training waits while rank {os.environ.get('RANK', 0)} copies from its GPU.",
+        f"warning: --async-save: to copy {host_memory.format_bytes(size)} for each of {ranks} local ranks takes "
+        f"{host_memory.format_bytes(ranks * size)} in {host_memory.SHARED} and of the host's memory; "
+        f"{host_memory.format_bytes(free)} are free. Training waits longer for this save (rank "
+        f"{os.environ.get('RANK', 0)}).",
         file=sys.stderr,
         flush=True,
     )

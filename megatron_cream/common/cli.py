@@ -38,9 +38,13 @@ def path_or_name(text: str) -> str:
     return text
 
 
+_OTHER_NAMES = {"microbatch_group_size_per_vp_stage": "--microbatch-group-size-per-virtual-pipeline-stage"}
+"""{variable: its flag}, where the flag has other words than the variable."""
+
+
 def to_flag(name: str) -> str:
     """Return the flag that sets the variable `name`."""
-    return "--" + name.replace("_", "-")
+    return _OTHER_NAMES.get(name, "--" + name.replace("_", "-"))
 
 
 def split_names(text: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_cream.common.cli import to_flag
+from megatron_cream.config.checks.layout import find_interleaving_conflict
 from megatron_cream.model.user_buffers import is_ring_faster
 from megatron_cream.planning import memory, step_time
 from megatron_cream.planning.hardware import Cluster
@@ -70,11 +71,8 @@ def find_conflict(model: Model, layout: Layout) -> str | None:
             f"--global-batch-size {layout.global_batch}: must be a multiple of --micro-batch-size "
             f"{layout.micro_batch} x {layout.data} data-parallel ranks = {samples}"
         )
-    if virtual > 1 and layout.micro_batches % pp:
-        return (
-            f"--global-batch-size {layout.global_batch}: its {layout.micro_batches} micro-batches must be a multiple "
-            f"of --pipeline-model-parallel-size {pp} with virtual stages"
-        )
+    if virtual > 1:
+        return find_interleaving_conflict(pp, layout.global_batch, layout.micro_batches, layout.micro_batch_group)
     return None
 
 
@@ -108,7 +106,7 @@ def find_smallest(model: Model, base: Layout, engine: Engine, gpus: int, host: i
     found = (
         (layout, memory.predict(model, layout, engine))
         for split in _splits(model, base, gpus, host)
-        for layout in (split, *_recomputed(model, split))
+        for layout in (split, *_recomputed(model, split, engine))
     )
     return min(found, key=lambda each: each[1].device, default=None)
 
@@ -135,7 +133,7 @@ def rank_plan(plan: Plan) -> tuple[float, int]:
 
 def _fits(model: Model, split: Layout, engine: Engine, usable_memory: float) -> Iterator[tuple[Layout, Memory]]:
     """Yield the split if it fits, else with each kind of recompute, as little as fits."""
-    for layout in (split, *_recomputed(model, split)):
+    for layout in (split, *_recomputed(model, split, engine)):
         needed = memory.predict(model, layout, engine)
         if needed.device <= usable_memory:
             yield layout, needed
@@ -170,9 +168,14 @@ def _splits(model: Model, base: Layout, gpus: int, host: int) -> Iterator[Layout
                         yield layout
 
 
-def _recomputed(model: Model, layout: Layout) -> Iterator[Layout]:
-    """Yield the layout with selective recompute, then full recompute of ever more layers."""
+def _recomputed(model: Model, layout: Layout, engine: Engine) -> Iterator[Layout]:
+    """Yield the layout with selective recompute, then full recompute of ever more layers.
+
+    Megatron rejects full recompute with CUDA graphs of single layers.
+    """
     yield replace(layout, recompute="selective", recompute_modules=("mlp",))
+    if engine.graphs:
+        return
     for layers in range(1, model.num_layers // layout.pipeline + 1):
         yield replace(layout, recompute="full", recompute_method="block", recompute_layers=layers)
 

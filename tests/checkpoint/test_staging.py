@@ -1,5 +1,6 @@
 """What --async-save writes is copied to shared memory while training goes on."""
 
+import queue
 from argparse import Namespace
 
 import pytest
@@ -156,22 +157,41 @@ def test_too_little_shared_memory_leaves_the_copies_to_the_writer(sent, monkeypa
     def fail(size):
         raise RuntimeError("unable to allocate shared memory")
 
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Namespace(free=said_free, used=0))
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Namespace(free=said_free))
+    monkeypatch.setattr(staging, "_count_host_bytes", lambda tensors: 0)  # as if on a GPU
     monkeypatch.setattr(staging.torch.UntypedStorage, "_new_shared", fail)
     stage(sent, TENSORS)
     assert sent[0].preload_fn and sent[0].async_fn_args[1][0][2][1] == list(TENSORS.items())
     assert "warning: --async-save: " in capsys.readouterr().err
 
 
+def test_tensors_of_the_host_are_written_here_if_shared_memory_is_too_small(sent, monkeypatch):
+    """The writer could not get them: torch's queue would drop the save, and the rank wait for ever."""
+    done = queue.Queue()
+    monkeypatch.setattr(staging.PersistentAsyncCaller, "_persistent_comp_q", done)
+    monkeypatch.setattr(staging, "_reserve", lambda size, pinned: None)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: Namespace(free=100))
+    written = []
+    request = AsyncRequest(
+        async_fn=lambda rank, tensors, results: written.append((rank, tensors)),
+        async_fn_args=[0, [("path", "name", ([], list(TENSORS.items())))], []],
+        finalize_fns=[],
+        preload_fn=lambda: "loaded",
+        call_idx=7,
+    )
+    staging._stage(lambda self, request: sent.append(request), Namespace(process=Namespace()), request)
+    assert written == [(0, "loaded")] and done.get_nowait() == 7 and not sent
+
+
 @pytest.mark.parametrize(
-    "reserved, room, expected", [(0, 4, True), (0, 3.9, False), (3, 1, True), (3, 0.9, False), (2, 1.9, False)]
+    "at_start, room, expected", [(4, 4, True), (3.9, 3.9, False), (4, 1, True), (4, 0.9, False), (3.9, 1, False)]
 )
-def test_the_last_of_four_ranks_needs_no_room_for_those_before_it(sent, monkeypatch, reserved, room, expected):
-    """`reserved` ranks have their memory, and there is room for `room` more."""
+def test_the_last_of_four_ranks_needs_no_room_for_those_before_it(sent, monkeypatch, at_start, room, expected):
+    """There was room for `at_start` of them when the run began, and there is for `room` now."""
     size = 1 << 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    usage = Namespace(free=int(room * size), used=reserved * size)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(staging, "_free_at_start", int(at_start * size))
+    monkeypatch.setattr(staging, "_find_free", lambda: int(room * size))
     assert (staging._reserve(size, pinned=False) is not None) is expected
 
 

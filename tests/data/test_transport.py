@@ -1,4 +1,4 @@
-"""Samples that a data loader's worker sends as bytes."""
+"""Batches that a data loader's worker sends through its pipe."""
 
 import multiprocessing.resource_sharer
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cream.data.transport import SampleBytes, read_batch
+from megatron_cream.data.transport import ThroughPipe
 
 
 class Samples(torch.utils.data.Dataset):
@@ -24,21 +24,22 @@ class Samples(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_gives_the_samples(workers, monkeypatch):
-    """In order, as int64, and without a connection of its own for each tensor."""
+def test_batches_are_those_of_the_data_set(workers, monkeypatch):
+    """Also their types and that they can be written, without a connection of its own for each tensor."""
     connected = []
+    load = lambda dataset: torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=workers)
+    expected = list(load(Samples()))
     monkeypatch.setattr(multiprocessing.resource_sharer.DupFd, "detach", lambda self: connected.append(self))
-    loader = torch.utils.data.DataLoader(SampleBytes(Samples()), batch_size=2, num_workers=workers)
-    for number, batch in enumerate(loader):
-        found, expected = read_batch(batch), [Samples()[2 * number + i] for i in range(2)]
-        assert found.keys() == expected[0].keys()
-        for name, tensor in found.items():
-            wanted = torch.tensor(np.stack([sample[name] for sample in expected])).long()
-            assert tensor.dtype == torch.int64 and torch.equal(tensor, wanted)
-    assert number == 2 and not connected
+    found = list(load(ThroughPipe(Samples())))
+    assert len(found) == len(expected) == 3 and not connected
+    for mine, theirs in zip(found, expected):
+        assert type(mine) is dict and mine.keys() == theirs.keys()
+        for name, tensor in mine.items():
+            assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])
+            tensor.zero_()
 
 
 def test_it_has_what_megatron_asks_a_data_set_for():
-    assert SampleBytes(Samples()).split == "train" and len(SampleBytes(Samples())) == 6
-    assert not hasattr(SampleBytes(Samples()), "index_split")
-    assert SampleBytes(SimpleNamespace(index_split="valid")).index_split == "valid"
+    assert ThroughPipe(Samples()).split == "train" and len(ThroughPipe(Samples())) == 6
+    assert not hasattr(ThroughPipe(Samples()), "index_split")
+    assert ThroughPipe(SimpleNamespace(index_split="valid")).index_split == "valid"

@@ -111,6 +111,16 @@ def plan(*arguments: str) -> subprocess.CompletedProcess:
         (["--config", RECIPE, "--gpus", "2", "--attention-backend", "local"], "--attention-backend local"),
         (["--config", RECIPE, "--gpus", "4", "--micro-batch-size", "3"], "--global-batch-size 32"),
         (["--config", RECIPE, "--gpus", "3", "--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3"),
+        (
+            ["--config", RECIPE, "--gpus", "4", "--pipeline-model-parallel-size", "2"]
+            + [
+                "--num-layers-per-virtual-pipeline-stage",
+                "1",
+                "--microbatch-group-size-per-virtual-pipeline-stage",
+                "1",
+            ],
+            "--microbatch-group-size-per-virtual-pipeline-stage 1: must be from --pipeline-model-parallel-size 2 to the 16",
+        ),
         (["--config", RECIPE, "--gpus", "2", "--use-torch-fsdp2"], "--use-torch-fsdp2"),
         (["--load-hf", "nowhere/at/all", "--gpus", "2", "--seq-length", "4096"], "--load-hf"),
     ],

@@ -103,6 +103,11 @@ def _check_supported(args: Namespace) -> None:
             f"--cuda-graph-impl {args.cuda_graph_impl}: cannot replay position ids that change with each sample; "
             "use local"
         )
+    if args.cuda_graph_impl == "local" and args.recompute_granularity == "full":
+        raise UsageError(
+            "--recompute-granularity full: not with --cuda-graph-impl local, which records single layers; leave one of "
+            "them out"
+        )
     if args.log_straggler and not args.print_config and not (devices.has_cuda() and importlib.util.find_spec("pynvml")):
         raise UsageError(
             "--log-straggler: needs a GPU, and nvidia-ml-py to read its temperature and power; pip install nvidia-ml-py"
@@ -130,6 +135,8 @@ def _check_gpu_flags(args: Namespace) -> None:
     """Raise UsageError for flags on which Megatron crashes without a CUDA device."""
     if args.profile and not args.use_pytorch_profiler:
         raise UsageError("--profile: nsys needs a GPU, and this machine has none; add --use-pytorch-profiler")
+    if args.cuda_graph_impl == "local":
+        raise UsageError("--cuda-graph-impl local: needs a GPU, and this machine has none; leave it out")
     for name in ("record_memory_history", "gpu_sniff_test_interval"):
         if value := getattr(args, name):
             raise UsageError(f"{to_flag(name)} {value}: needs a GPU; leave it out")

@@ -67,6 +67,10 @@ def _check_parallel(args: Namespace) -> None:
             f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
             f"{args.micro_batch_size} x {data_parallel} data-parallel ranks = {samples}"
         )
+    if _is_interleaved(args) and args.global_batch_size is not None:
+        group, batch = args.microbatch_group_size_per_vp_stage, args.global_batch_size
+        if why := find_interleaving_conflict(pp, batch, batch // samples, group):
+            raise UsageError(why)
     if args.full_validation and not args.multiple_validation_sets:
         raise UsageError("--full-validation: works in megatron-core 0.19 only with --multiple-validation-sets")
     selective = args.recompute_granularity == "selective"
@@ -85,6 +89,43 @@ def _check_parallel(args: Namespace) -> None:
         _check_transformer_engine_flags(args)
     if args.tp_comm_overlap:
         _check_user_buffers(args)
+
+
+def _is_interleaved(args: Namespace) -> bool:
+    pp, chunk = args.pipeline_model_parallel_size, args.num_layers_per_virtual_pipeline_stage
+    virtual = args.num_virtual_stages_per_pipeline_rank or (args.num_layers // (pp * chunk) if chunk else 1)
+    return pp > 1 and virtual > 1
+
+
+def find_interleaving_conflict(pipeline: int, global_batch: int, micro_batches: int, group: int | None) -> str | None:
+    """Return why Megatron rejects the micro-batches of interleaved pipeline stages, beginning with the flag, or None.
+
+    A stage executes them in groups, and the last group may not be smaller than the number of stages.
+
+    Args:
+        pipeline: number of stages.
+        global_batch: samples of a step.
+        micro_batches: of a step, for each data-parallel rank.
+        group: micro-batches of a group; None is as many as stages.
+    """
+    flag = to_flag("microbatch_group_size_per_vp_stage")
+    if group is not None and not pipeline <= group <= micro_batches:
+        return (
+            f"{flag} {group}: must be from --pipeline-model-parallel-size {pipeline} to the {micro_batches} "
+            "micro-batches of a step"
+        )
+    last = micro_batches % (group or pipeline)
+    if last == 0 or (group and last >= pipeline):
+        return None
+    if group is None:
+        return (
+            f"--global-batch-size {global_batch}: its {micro_batches} micro-batches must be a multiple of "
+            f"--pipeline-model-parallel-size {pipeline} with virtual stages"
+        )
+    return (
+        f"{flag} {group}: leaves {last} of the {micro_batches} micro-batches of a step for the last group, fewer than "
+        f"--pipeline-model-parallel-size {pipeline}; a divisor of {micro_batches} leaves none"
+    )
 
 
 def _check_transformer_engine_flags(args: Namespace) -> None:
