@@ -6,6 +6,7 @@ LAYOUTS.json: {name: flags}. FOLDER/NAME.RANK.json: {operation: bytes of the who
 ranks. Tensors below 256 bytes (norms, counters) are left out.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -75,6 +76,7 @@ def main() -> None:
 
     step = training.train_step
 
+    @functools.wraps(step)  # whose parameters are checked before a run
     def heard(*args, **kwargs):
         global listening
         said.clear()  # keep only the last step

@@ -46,6 +46,12 @@ def check_together(args: Namespace) -> None:
     _check_rope(args)
 
 
+def check_graphs_have_gpu(args: Namespace) -> None:
+    """Raise UsageError for CUDA graphs in a run without a GPU; plans have them on any machine."""
+    if args.cuda_graph_impl == "local" and not devices.has_cuda():
+        raise UsageError("--cuda-graph-impl local: needs a GPU, and this machine has none; leave it out")
+
+
 def check_graphs_with_segments(args: Namespace) -> None:
     """Raise UsageError for CUDA graphs with expandable segments.
 
@@ -135,8 +141,6 @@ def _check_gpu_flags(args: Namespace) -> None:
     """Raise UsageError for flags on which Megatron crashes without a CUDA device."""
     if args.profile and not args.use_pytorch_profiler:
         raise UsageError("--profile: nsys needs a GPU, and this machine has none; add --use-pytorch-profiler")
-    if args.cuda_graph_impl == "local":
-        raise UsageError("--cuda-graph-impl local: needs a GPU, and this machine has none; leave it out")
     for name in ("record_memory_history", "gpu_sniff_test_interval"):
         if value := getattr(args, name):
             raise UsageError(f"{to_flag(name)} {value}: needs a GPU; leave it out")
