@@ -198,8 +198,8 @@ def _check_on_one_rank(argv: list[str] | None, output: io.StringIO, choose_graph
         if args.rank == 0:
             print(describe(args))
         raise SystemExit(0)
-    graphs = fill.set_graphs(args, sys.argv[1:] if argv is None else argv, choose_graphs)
     flag_checks.check_graphs_have_gpu(args)
+    graphs = fill.set_graphs(args, sys.argv[1:] if argv is None else argv, choose_graphs)
     flag_checks.check_graphs_with_segments(args)
     fill.use_expandable_segments(args)
     data_checks.check_splits(args, data)
