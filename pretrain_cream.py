@@ -146,8 +146,8 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
         if packed is not None:
             datasets[0] = usage.dataset = MixedDataset(datasets[0], packed, mix, train)
     # Megatron's samplers reject an empty data set, as with --eval-iters 0.
-    kept = [None if count == 0 else data for data, count in zip(datasets, counts, strict=True)]
-    return [None if data is None else ThroughPipe(data) for data in kept]
+    pairs = zip(datasets, counts, strict=True)
+    return [None if data is None or count == 0 else ThroughPipe(data) for data, count in pairs]
 
 
 train_valid_test_datasets_provider.is_distributed = True

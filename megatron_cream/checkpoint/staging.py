@@ -51,14 +51,12 @@ class _Handover:
     copies: the tensors and where they go.
     memory: the shared memory.
     send: sends the save to the writer.
-    has_begun: whether the copies have been started.
-    copied: recorded behind the copies from a GPU.
+    copied: recorded behind the copies from a GPU; None until they have been started.
     """
 
     copies: list[tuple[_Place, torch.Tensor]]
     memory: torch.Tensor
     send: Callable[[], None]
-    has_begun: bool = False
     copied: torch.cuda.Event | None = None
 
 
@@ -173,8 +171,8 @@ def _has_gpu_tensors(tensors: list[torch.Tensor]) -> bool:
 
 def _begin_copies() -> None:
     """Start the copies that are prepared."""
-    if _handover and not _handover.has_begun:
-        _handover.has_begun, _handover.copied = True, _copy(_handover.copies, _handover.memory)
+    if _handover and _handover.copied is None:
+        _handover.copied = _copy(_handover.copies, _handover.memory)
 
 
 def _send() -> None:

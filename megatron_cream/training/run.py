@@ -108,9 +108,10 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
             print(line, file=terminal, flush=True)
 
         saving.install(say, Path(args.save) if args.save else None)
-        staging.install(
-            in_background=not args.optimizer_cuda_graph, in_first_step=values.is_async_save_size_known(args)
-        )
+        if args.async_save:
+            staging.install(
+                in_background=not args.optimizer_cuda_graph, in_first_step=values.is_async_save_size_known(args)
+            )
         watch = evaluations.build_watch(args, data, step_line) if args.long_eval_interval else None
         if args.save:
             with rendezvous.share_errors():
