@@ -43,10 +43,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers, get_tokenizer
 
 from megatron_cream.config import values
+from megatron_cream.data.chunks import SharedMicroBatches
 from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDatasetConfig
 from megatron_cream.data.mixed_dataset import MixedDataset
 from megatron_cream.data.packed_dataset import PackedDocumentDataset
@@ -58,6 +59,7 @@ from megatron_cream.planning.expected_time import predict_step
 from megatron_cream.planning.graph_choice import choose_graphs
 from megatron_cream.training import run
 
+micro_batches = SharedMicroBatches()
 recent_samples = RecentSamples()
 usage = Usage()
 
@@ -118,7 +120,10 @@ def forward_step(data_iterator, model):
     """Run one micro-batch through this rank's part of the model."""
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, args.micro_batch_size if model.training else args.eval_micro_batch_size)
+    samples = args.micro_batch_size if model.training else args.eval_micro_batch_size
+    chunk = get_attr_wrapped_model(model, "vp_stage", allow_none=True)
+    chunks = args.virtual_pipeline_model_parallel_size
+    batch = micro_batches.take(lambda: get_batch(data_iterator, samples), chunk, chunks)
     timers("batch-generator").stop()
     packed = batch.get("documents")
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
@@ -126,7 +131,9 @@ def forward_step(data_iterator, model):
 
 
 def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None):
-    """Build the data sets, on the first tensor-parallel rank of every pipeline stage."""
+    """Build the data sets, on the first tensor-parallel rank of every pipeline stage, for its first chunk."""
+    if vp_stage:
+        return [None] * 3  # the first chunk reads for all
     args, (train, valid, test) = get_args(), train_val_test_num_samples
     if args.start_eval_at_iter and valid is not None:
         valid += (

@@ -20,6 +20,8 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.kernels import support
@@ -35,12 +37,23 @@ class LlamaModel(GPTModel):
     """GPTModel with rotary angles from `position_ids` [b, s] on every pipeline stage.
 
     Under context parallelism `position_ids` are this rank's, sliced like the tokens.
+
+    angles: cos and sin by `position_ids`, which the chunks of an interleaved pipeline stage share; they get the same
+        tensor for the same micro-batch. None: this model computes its own.
     """
 
-    def __init__(self, *args, rotary: RotaryEmbedding, real_vocab_size: int, **kwargs):
+    def __init__(
+        self,
+        *args,
+        rotary: RotaryEmbedding,
+        angles: WeakTensorKeyDictionary | None,
+        real_vocab_size: int,
+        **kwargs,
+    ):
         super().__init__(*args, position_embedding_type="none", **kwargs)
         # Not a module, so that casting the model to bf16 does not change the frequencies.
         self.rotary = rotary
+        self.angles = angles
         self.real_vocab_size = real_vocab_size
         self.has_adapters = False
         self._register_load_state_dict_pre_hook(self._add_norm_extra_states)
@@ -56,7 +69,15 @@ class LlamaModel(GPTModel):
         if self.has_adapters and decoder_input is not None and torch.is_grad_enabled():
             # A recomputed layer has gradients only if its input has, which a frozen embedding does not give it.
             decoder_input = decoder_input if decoder_input.requires_grad else decoder_input.requires_grad_()
-        return (decoder_input, torch.stack(self.rotary.cos_sin(position_ids)), *rest)
+        return (decoder_input, self._cos_sin(position_ids), *rest)
+
+    def _cos_sin(self, position_ids: Tensor) -> Tensor:
+        """Return cos and sin, float32 [2, b, s, head_dim]."""
+        if self.angles is None:
+            return torch.stack(self.rotary.cos_sin(position_ids))
+        if position_ids not in self.angles:
+            self.angles[position_ids] = torch.stack(self.rotary.cos_sin(position_ids))
+        return self.angles[position_ids]
 
     def sharded_state_dict(self, *args, **kwargs):
         """Return Megatron's state without the extra states of Transformer Engine's norms.
@@ -128,6 +149,10 @@ class LlamaModelConfig(GPTModelConfig):
 class LlamaModelBuilder(GPTModelBuilder):
     """Builder of one pipeline stage. The base class wraps it for distributed training."""
 
+    def __init__(self, model_config: LlamaModelConfig):
+        super().__init__(model_config)
+        self._angles = WeakTensorKeyDictionary()
+
     def build_model(
         self,
         pg_collection: ProcessGroupCollection,
@@ -160,6 +185,7 @@ class LlamaModelBuilder(GPTModelBuilder):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
             real_vocab_size=model.real_vocab_size,
+            angles=None if vp_stage is None else self._angles,
             rotary=RotaryEmbedding(
                 head_dim=config.kv_channels,
                 rope_theta=float(model.rotary_base),
