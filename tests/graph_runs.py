@@ -24,14 +24,17 @@ class Ran(NamedTuple):
     output: str
 
 
-def run_and_resume(folder: Path) -> dict[str, Ran]:
-    """Run four steps that choose graphs, and four without; then resume both, from step 2, with and without."""
+def run_and_resume(folder: Path, ranks: int, *more: str) -> dict[str, Ran]:
+    """Run four steps that choose graphs, and four without; then resume both, from step 2, with and without.
+
+    more: further flags of every run.
+    """
     save_model(folder / "hf", "llama-gqa-odd-vocabulary", hidden_size=256, intermediate_size=688, head_dim=64)
-    flags = [*FLAGS, "--data-path", write_documents(folder / "documents"), "--load-hf", folder / "hf"]
+    flags = [*FLAGS, "--data-path", write_documents(folder / "documents"), "--load-hf", folder / "hf", *more]
 
     def run(name: str, *extra) -> Ran:
         save = folder / name
-        ended = torchrun(1, *flags, "--save", save, "--tensorboard-dir", folder / f"tb {name}", *extra, timeout=240)
+        ended = torchrun(ranks, *flags, "--save", save, "--tensorboard-dir", folder / f"tb {name}", *extra, timeout=240)
         assert ended.returncode == 0, f"{name}\n{ended.stdout[-3000:]}\n{ended.stderr[-6000:]}"
         (record,) = (save / "runs").glob("*.yaml")
         settings = yaml.safe_load(record.read_text())["settings"]

@@ -55,7 +55,11 @@ def test_a_small_model_at_micro_batch_1_gets_graphs():
         "CUDA graphs, because the GPU would wait for the CPU: 66,403 tokens/s/GPU by plan, 40,006 without; "
         "--cuda-graph-impl none turns them off"
     )
-    assert choose([*SMALL, *TP], ranks=2)
+
+
+@pytest.mark.parametrize("flags, ranks", [((), 2), (TP, 2), (TP, 4)])
+def test_graphs_with_data_and_tensor_parallelism(flags, ranks):
+    assert choose([*SMALL, *flags, "--use-distributed-optimizer"], ranks)
 
 
 @pytest.mark.parametrize(
@@ -108,10 +112,8 @@ def test_other_attentions_and_layers_have_no_graphs(attention):
 @pytest.mark.parametrize(
     "flags, ranks",
     [
-        ("", 2),  # data parallelism
         ("--context-parallel-size 2", 2),
         ("--pipeline-model-parallel-size 2", 2),
-        ("--tensor-model-parallel-size 2 --sequence-parallel", 4),
         ("--tensor-model-parallel-size 2", 2),
     ],
 )

@@ -152,6 +152,8 @@ RUNS = {
     "bf16 te": (1, "bf16", "--attention-backend te"),
     "bf16 sdpa": (1, "bf16", "--attention-backend sdpa"),
     "flash in cuda graphs te": (1, "bf16", f"--attention-backend flash {GRAPHS}"),
+    "te in cuda graphs te": (1, "bf16", f"--attention-backend te {GRAPHS}"),
+    "dp2 flash in cuda graphs te": (2, "bf16", f"--attention-backend flash --use-distributed-optimizer {GRAPHS}"),
     "cp2 sdpa": (2, "bf16", f"{CP} sdpa"),
     "cp2 flash": (2, "bf16", f"{CP} flash"),
     "cp2 te": (2, "bf16", f"{CP} te --cp-comm-type p2p"),
@@ -225,11 +227,14 @@ def test_trains_as_sdpa_on_one_gpu_does_in_float32(losses, name):
     assert max(abs(mine[s] - reference[s]) / reference[s] for s in reference) < bound
 
 
-def test_a_run_that_chooses_graphs_by_itself_resumes_as_one_without(tmp_path):
+@pytest.mark.parametrize("ranks, flags", [(1, ""), (2, "--attention-backend flash --use-distributed-optimizer")])
+def test_a_run_that_chooses_graphs_by_itself_resumes_as_one_without(tmp_path, ranks, flags):
     """From checkpoints with and without graphs; losses are those of a run with --cuda-graph-impl none."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip("gpu: needs two GPUs")
     if find_flash_attention() is None or not has_transformer_engine() or devices.gpu_kind() not in GPUS:
         pytest.skip(f"gpu: needs flash-attn, Transformer Engine and one of {', '.join(GPUS)}")
-    runs = run_and_resume(tmp_path)
+    runs = run_and_resume(tmp_path, ranks, *flags.split())
     reference = runs["none"].losses
     for name, ran in runs.items():
         print(name, ran.losses)
