@@ -119,14 +119,11 @@ def test_constants_are_the_profiles(monkeypatch):
     links = dict(hardware.LINKS)
     among_four = fitted(share(communication.LINKS, "inside"), *a_step(named("transfers among four")))
     assert among_four == pytest.approx(links["inside"], rel=0.01)
-    rings, beside = named("transfers in rings"), named("transfers in rings", "beside")
-    gained = rings["tokens_per_second"] / beside["tokens_per_second"]
-
-    def gain() -> float:
-        return measured.check_run(rings).speed.tokens_per_second / measured.check_run(beside).speed.tokens_per_second
-
-    in_rings = fitted(lambda x: monkeypatch.setattr(step_time, "RINGS_OVERLAP_COST", x), gain, gained)
-    assert in_rings == pytest.approx(hardware.RINGS_OVERLAP_COST, rel=0.01)
+    in_rings = [row for row in MEASURED if measured.build_run(row).layout.rings]
+    mean_error = lambda: sum(measured.check_run(row).time_error for row in in_rings) / len(in_rings)
+    cost = fitted(lambda x: monkeypatch.setattr(step_time, "RINGS_OVERLAP_COST", x), mean_error, 0.0)
+    assert len(in_rings) >= 10
+    assert cost == pytest.approx(hardware.RINGS_OVERLAP_COST, rel=0.01)
     totals = {
         "OVERLAP_COST": "transfers beside products",
         "HALF_RATE": "attention at 32K",
