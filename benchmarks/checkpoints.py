@@ -67,6 +67,7 @@ def main() -> int:
     )
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--interval", type=int, default=6, help="steps from one save to the next")
+    parser.add_argument("--more-steps", type=int, default=0, help="after the last save, while it is written")
     parser.add_argument("--resume", help="flags of the layout to load at; default: tensor-parallel if it was not")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for a row")
     args, flags = parser.parse_known_args()
@@ -75,7 +76,7 @@ def main() -> int:
     check_room(args, flags)
     args.folder.mkdir(parents=True, exist_ok=True)
     steps = args.saves * args.interval
-    common = [*flags, "--train-iters", str(steps), "--lr-decay-iters", "1000", "--most-recent-k", "1"]
+    common = [*flags, "--train-iters", str(steps + args.more_steps), "--lr-decay-iters", "1000", "--most-recent-k", "1"]
     results, loaded = {}, None
     reshardable = [row for row in args.rows if not row.endswith("-dp")]
     for row in args.rows:
@@ -176,7 +177,9 @@ def child(result: Path, flags: list[str]) -> int:
     from megatron_cream.checkpoint import after_save, start
 
     clock = Clock()
-    training.save_checkpoint_and_time = clock.saving(training.save_checkpoint_and_time)
+    # Not the save after the last step, which --more-steps would add.
+    training.save_checkpoint_and_time = at_intervals(clock.saving(training.save_checkpoint_and_time))
+    training.save_checkpoint = at_intervals(training.save_checkpoint)
     training.maybe_finalize_async_save = clock.finalizing(training.maybe_finalize_async_save)
     training.train_step = clock.step(training.train_step)
     training.load_checkpoint = clock.timed("load", training.load_checkpoint)
@@ -188,6 +191,18 @@ def child(result: Path, flags: list[str]) -> int:
         steps = {"alone": clock.alone, "beside": clock.beside}
         result.write_text(json.dumps({"saves": list(clock.saves.values()), "steps": steps, **clock.seconds}))
     return code
+
+
+def at_intervals(save):
+    """Return a save of Megatron's that saves nothing between two --save-interval."""
+    from megatron.training import get_args
+
+    @functools.wraps(save)
+    def save_at_interval(iteration, *args, **kwargs):
+        if iteration % get_args().save_interval == 0:
+            save(iteration, *args, **kwargs)
+
+    return save_at_interval
 
 
 class Clock:

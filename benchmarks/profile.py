@@ -3,10 +3,11 @@
     python benchmarks/profile.py OUTPUT_FOLDER [--config llama_7b_width] [any flag of the job]
     python benchmarks/profile.py --trace rank-0.json.gz [--config ...]        # read an existing trace
 
-Runs pretrain_cream.py for twelve steps on one GPU, or on `--gpus 2`, traces two of the last steps on the first GPU, and
-sorts every kernel into a kind. A floor is the minimum work of the kind (FLOPs, or bytes read once and written once)
-divided by the rate that this GPU reached in a large matrix product, or copy, measured just before. `idle` is the time
-in which no kernel ran.
+Runs pretrain_cream.py for twelve steps on one GPU, or on `--gpus 2`, traces two of the last steps on the first GPU, or
+on those of `--ranks 0 1`, and sorts every kernel into a kind. A floor is the minimum work of the kind (FLOPs, or bytes
+read once and written once), shared evenly by the GPUs, divided by the rate that this GPU reached in a large matrix
+product, or copy, measured just before. `idle` is the time in which no kernel ran, `communication alone` the time in which
+only transfers did; NCCL's also wait for another GPU. Kernels that run at the same time are both counted.
 """
 
 import sys
@@ -31,7 +32,7 @@ from megatron_cream.config.recipe import locate
 FIRST_STEP, STEPS = 8, 2
 # The first pattern that matches a kernel's name decides its kind.
 KINDS = [
-    ("communication", r"nccl"),
+    ("communication", r"nccl|PtoP|userbuffers"),
     ("attention", r"flash|fmha|cudnn.*(attn|attention|sdpa)|mha_"),
     ("cross-entropy", r"cross_entropy|nll_loss|log_?softmax"),
     ("SwiGLU", r"swiglu|silu"),
@@ -58,32 +59,37 @@ def main() -> None:
     parser.add_argument(
         "--gpus", type=int, default=1, help="of this host; the layout that the flags say shares the work"
     )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0], help="whose steps to trace")
     args, flags = parser.parse_known_args()
     if bool(args.output) == bool(args.trace):
         parser.error("give OUTPUT_FOLDER, or --trace FILE")
     leave_no_ranks()
-    trace = args.trace or record(args.output, ["--config", args.config, *flags], args.gpus)
+    traces = (
+        [args.trace] if args.trace else record(args.output, ["--config", args.config, *flags], args.gpus, args.ranks)
+    )
     recipe = yaml.safe_load(locate(args.config).read_text())
     recipe |= {flag[2:].replace("-", "_"): int(value) for flag, value in itertools.pairwise(flags) if value.isdigit()}
-    show(kernels(trace), floors(recipe, args.gpus, *ceilings()))
+    floor = floors(recipe, args.gpus, *ceilings())
+    for trace in traces:
+        print(f"\n{trace.name}: ", end="")
+        show(read_trace(trace), floor)
 
 
-def record(folder: Path, flags: list[str], gpus: int) -> Path:
-    """Run the job and return the trace file of its first rank."""
+def record(folder: Path, flags: list[str], gpus: int, ranks: list[int]) -> list[Path]:
+    """Run the job and return the trace files of these ranks."""
     last = FIRST_STEP + STEPS
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "--standalone"]
     command += [str(ROOT / "pretrain_cream.py"), *flags, "--train-iters", str(last + 2), "--profile"]
     command += ["--use-pytorch-profiler", "--profile-step-start", str(FIRST_STEP), "--profile-step-end", str(last)]
-    command += ["--profile-ranks", "0", "--tensorboard-dir", str(folder / "tensorboard")]
+    command += ["--profile-ranks", *map(str, ranks), "--tensorboard-dir", str(folder / "tensorboard")]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log", "w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-    (trace,) = (folder / "torch_profile").glob("rank-0.json*")
-    return trace
+    return [next((folder / "torch_profile").glob(f"rank-{rank}.json*")) for rank in ranks]
 
 
-def kernels(trace: Path) -> tuple[Counter, Counter, float, float]:
-    """Return microseconds by kind, by kernel without a kind, in all, and idle (no kernel running)."""
+def read_trace(trace: Path) -> tuple[Counter, Counter, float]:
+    """Return microseconds by kind, by kernel without a kind, and in all; two of the kinds are times without others."""
     opened = gzip.open(trace) if trace.suffix == ".gz" else open(trace)
     with opened as file:
         events = json.load(file)["traceEvents"]
@@ -91,15 +97,22 @@ def kernels(trace: Path) -> tuple[Counter, Counter, float, float]:
         (e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"]
     )
     kinds, unknown = Counter(), Counter()
-    end, idle = events[0]["ts"], 0.0
+    begin = busy = computing = events[0]["ts"]  # the ends of what ran so far: of all kernels, of all but transfers
+    idle = without = 0.0
     for event in events:
-        idle += max(event["ts"] - end, 0.0)
-        end = max(end, event["ts"] + event["dur"])
         kind = next((kind for kind, pattern in KINDS if re.search(pattern, event["name"], re.IGNORECASE)), "other")
         kinds[kind] += event["dur"]
         if kind == "other":
             unknown[event["name"][:90]] += event["dur"]
-    return kinds, unknown, end - events[0]["ts"], idle
+        end = event["ts"] + event["dur"]
+        idle += max(event["ts"] - busy, 0.0)
+        busy = max(busy, end)
+        if kind != "communication":
+            without += max(event["ts"] - computing, 0.0)
+            computing = max(computing, end)
+    without += busy - max(computing, begin)
+    kinds.update({"idle": idle, "communication alone": without - idle})
+    return kinds, unknown, busy - begin
 
 
 def ceilings() -> tuple[float, float]:
@@ -151,13 +164,13 @@ def floors(c: dict, gpus: int, flops: float, bytes_: float) -> dict[str, float]:
     return {kind: 1e6 * seconds / gpus for kind, seconds in least.items()}
 
 
-def show(measured: tuple[Counter, Counter, float, float], floor: dict[str, float]) -> None:
-    kinds, unknown, whole, idle = measured
+def show(measured: tuple[Counter, Counter, float], floor: dict[str, float]) -> None:
+    kinds, unknown, whole = measured
     print(
         f"{STEPS} steps, {whole / 1000 / STEPS:.1f} ms each\n\n| kind | ms a step | share | floor, ms | of its floor |"
     )
     print("|---|---|---|---|---|")
-    for kind, duration in [*kinds.most_common(), ("idle", idle)]:
+    for kind, duration in kinds.most_common():
         each = duration / STEPS
         least = f"{floor[kind] / 1000:.1f} | {each / floor[kind]:.2f} x" if kind in floor else "|"
         print(f"| {kind} | {each / 1000:.1f} | {100 * duration / whole:.1f} % | {least} |")
