@@ -78,9 +78,10 @@ def get_batch(data_iterator, samples: int) -> dict[str, Any]:
     names += ["document_starts"] if values.short_mix(get_args()) else []
     packed = data = None
     if data_iterator is not None:
-        data = {name: tensor.long() for name, tensor in next(data_iterator).items()}
+        data = next(data_iterator)
         recent_samples.add(get_args().curr_iteration, data)
-        packed = torch.stack([data[name].cuda(non_blocking=True) for name in names])
+        # Converted on the device: the GPU has nothing to do yet, and would wait for the host's threads.
+        packed = torch.stack([data[name].cuda(non_blocking=True).long() for name in names])
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         shape = (len(names), samples, get_args().seq_length)
         packed = torch.empty(shape, dtype=torch.long, device="cuda") if packed is None else packed.view(shape)

@@ -1,6 +1,7 @@
 """The samples of the newest step, for the error report if the step fails."""
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -15,8 +16,9 @@ class RecentSamples:
         if step != self._step:
             self._step, self._batches = step, []
         kept = ("sample", "document", "dataset_id", "position_ids")
-        # Copies: a worker's tensor keeps a file open, and a step may have a thousand micro-batches.
-        self._batches.append({name: batch[name].clone() for name in kept if name in batch})
+        # Copies: a tensor in shared memory keeps a file open, and a step may have a thousand micro-batches. By numpy,
+        # which starts no threads: the GPU waits for the first micro-batch of a step.
+        self._batches.append({name: torch.from_numpy(batch[name].numpy().copy()) for name in kept if name in batch})
 
     def lines(self, step: int) -> list[str]:
         """Return a line for each sample of a step: its number, its document and its position ids."""
