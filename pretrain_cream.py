@@ -155,10 +155,15 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
             datasets[0] = usage.dataset = MixedDataset(datasets[0], packed, mix, train)
     # Megatron's samplers reject an empty data set, as with --eval-iters 0.
     pairs = zip(datasets, counts, strict=True)
-    return [None if data is None or count == 0 else ThroughPipe(data) for data, count in pairs]
+    return [None if data is None or count == 0 else _through_pipe(data) for data, count in pairs]
 
 
 train_valid_test_datasets_provider.is_distributed = True
+
+
+def _through_pipe(data):
+    """Return a data set whose batches go through a pipe, or a list of them: several --valid-data-path are one."""
+    return [ThroughPipe(each) for each in data] if isinstance(data, list) else ThroughPipe(data)
 
 
 def _build(kind: type, counts: list, config: LongDocumentDatasetConfig) -> list:

@@ -63,6 +63,8 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     if bool(args.output) == bool(args.trace):
         parser.error("give OUTPUT_FOLDER, or --trace FILE")
+    if wrong := [rank for rank in args.ranks if not 0 <= rank < args.gpus]:
+        parser.error(f"--ranks {wrong[0]}: must be from 0 to {args.gpus - 1}, of --gpus {args.gpus}")
     leave_no_ranks()
     traces = (
         [args.trace] if args.trace else record(args.output, ["--config", args.config, *flags], args.gpus, args.ranks)

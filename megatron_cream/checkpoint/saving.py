@@ -106,8 +106,8 @@ def has_failed(folder: str) -> bool:
 def _save_checkpoint(original, iteration, *args, **kwargs):
     training.maybe_finalize_async_save(blocking=True)  # all saves share one result queue, so run one at a time
     settings = checkpointing.get_args()
-    if _is_already_saved(settings, iteration):
-        return None  # a finished run that was restarted would overwrite its last checkpoint
+    if settings.save is None or _is_already_saved(settings, iteration):
+        return None  # the rerun state machine asks any run; a finished run, restarted, would overwrite its last one
     folder = _step_folder(settings.save, iteration)
     _state.step, _state.folder, _state.all_written = iteration, folder, False
     with watchdog.watch_save(folder):

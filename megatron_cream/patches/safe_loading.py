@@ -28,8 +28,17 @@ LOAD_BYTES = Patch(
 def install() -> None:
     """Install the patches. Call before a checkpoint is read."""
     declare_names_of_other_versions()
+    _declare_rerun_state()
     registry.install(READ_METADATA, _read_metadata)
     registry.install(LOAD_BYTES, _load_bytes)
+
+
+def _declare_rerun_state() -> None:
+    """Let torch load what the rerun state machine saves before it ends a run; Megatron does not declare its tuples."""
+    import torch
+    from megatron.core import rerun_state_machine as machine
+
+    torch.serialization.add_safe_globals([machine.Call, machine.Caller])
 
 
 def _read_metadata(original, self, *args, **kwargs):

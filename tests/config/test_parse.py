@@ -128,6 +128,7 @@ def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data
 
 
 # (settings beyond GOOD, ranks, words that the error message must contain: flag, value, what would be right)
+INTERLEAVED = {"num_layers": 4, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
 BAD = [
     ({"most_recent_k": 2}, 1, ["--most-recent-k 2: only with --save"]),
     ({"save_hook": "true"}, 1, ["--save-hook true: only with --save"]),
@@ -162,6 +163,17 @@ BAD = [
     ({"attention_backend": "magic"}, 1, ["attention_backend", "magic", "sdpa"]),
     ({"context_parallel_size": 2, "attention_backend": "local"}, 2, ["--context-parallel-size 2", "local"]),
     ({"full_validation": True}, 1, ["--full-validation", "--multiple-validation-sets"]),
+    (
+        {**INTERLEAVED, "full_validation": True, "multiple_validation_sets": True},
+        2,
+        ["--multiple-validation-sets", "not with virtual pipeline stages"],
+    ),
+    ({**INTERLEAVED, "iterations_to_skip": [2]}, 2, ["--iterations-to-skip", "not with virtual pipeline stages"]),
+    (
+        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et||t|L", "iterations_to_skip": [2]},
+        2,
+        ["--iterations-to-skip", "not with virtual pipeline stages"],
+    ),
     (
         {"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]},
         1,

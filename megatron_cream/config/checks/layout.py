@@ -71,6 +71,8 @@ def _check_parallel(args: Namespace) -> None:
         group, batch = args.microbatch_group_size_per_vp_stage, args.global_batch_size
         if why := find_interleaving_conflict(pp, batch, batch // samples, group):
             raise UsageError(why)
+    if _is_interleaved(args):
+        _check_iterators(args)
     if args.full_validation and not args.multiple_validation_sets:
         raise UsageError("--full-validation: works in megatron-core 0.19 only with --multiple-validation-sets")
     selective = args.recompute_granularity == "selective"
@@ -91,8 +93,17 @@ def _check_parallel(args: Namespace) -> None:
         _check_user_buffers(args)
 
 
+def _check_iterators(args: Namespace) -> None:
+    """Reject flags for which megatron-core 0.19 needs one data iterator; interleaved stages have a list of them."""
+    for name in ("multiple_validation_sets", "iterations_to_skip"):
+        if getattr(args, name):
+            raise UsageError(f"{to_flag(name)}: not with virtual pipeline stages in megatron-core 0.19; leave one out")
+
+
 def _is_interleaved(args: Namespace) -> bool:
     pp, chunk = args.pipeline_model_parallel_size, args.num_layers_per_virtual_pipeline_stage
+    if args.pipeline_model_parallel_layout:
+        return pp > 1 and len(str(args.pipeline_model_parallel_layout).split("|")) > pp
     virtual = args.num_virtual_stages_per_pipeline_rank or (args.num_layers // (pp * chunk) if chunk else 1)
     return pp > 1 and virtual > 1
 
