@@ -162,6 +162,7 @@ BAD = [
     ({"attention_backend": "te"}, 1, ["--attention-backend te", "auto"]),
     ({"attention_backend": "magic"}, 1, ["attention_backend", "magic", "sdpa"]),
     ({"context_parallel_size": 2, "attention_backend": "local"}, 2, ["--context-parallel-size 2", "local"]),
+    ({"rerun_mode": "report_stats"}, 1, ["--rerun-mode report_stats", "use validate_results"]),
     ({"full_validation": True}, 1, ["--full-validation", "--multiple-validation-sets"]),
     (
         {**INTERLEAVED, "full_validation": True, "multiple_validation_sets": True},

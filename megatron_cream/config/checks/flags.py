@@ -118,6 +118,8 @@ def _check_supported(args: Namespace) -> None:
         raise UsageError(
             "--log-straggler: needs a GPU, and nvidia-ml-py to read its temperature and power; pip install nvidia-ml-py"
         )
+    if args.rerun_mode == "report_stats":
+        raise UsageError("--rerun-mode report_stats: does not work in megatron-core 0.19; use validate_results")
     if args.fp16 and args.fp32:
         raise UsageError("--fp16 with --fp32: give one of the two")
     if args.exit_signal in (signal.SIGKILL, signal.SIGSTOP):
