@@ -49,16 +49,18 @@ def choose_graphs(argv: list[str], args: Namespace) -> str | None:
 def can_use_graphs(args: Namespace) -> bool:
     """Return whether this kind of run was tested with graphs.
 
-    tests/training/test_gpu.py has such runs: flash-attn in Transformer Engine's layers, with data parallelism, and with
-    tensor and sequence parallelism. `args.cuda_graph_impl` is not looked at.
+    tests/training/test_gpu.py has such runs: flash-attn in Transformer Engine's layers, on one GPU, with the
+    distributed optimizer on several, and with tensor and sequence parallelism. `args.cuda_graph_impl` is not looked at.
     """
+    tensor = args.tensor_model_parallel_size
     return (
         devices.has_cuda()
         and args.bf16
         and args.attention["name"] == "flash"
         and args.attention["transformer_engine"]
         and args.pipeline_model_parallel_size == args.context_parallel_size == 1
-        and (args.tensor_model_parallel_size == 1 or args.sequence_parallel)
+        and (tensor == 1 or args.sequence_parallel)
+        and (args.world_size == tensor or (tensor == 1 and args.use_distributed_optimizer))
         and args.rerun_mode == "disabled"
         and not any(getattr(args, name) for name in OFF_WITH)
         and expandable_segments_variable() is None

@@ -57,9 +57,9 @@ def test_a_small_model_at_micro_batch_1_gets_graphs():
     )
 
 
-@pytest.mark.parametrize("flags, ranks", [((), 2), (TP, 2), (TP, 4)])
-def test_graphs_with_data_and_tensor_parallelism(flags, ranks):
-    assert choose([*SMALL, *flags, "--use-distributed-optimizer"], ranks)
+@pytest.mark.parametrize("flags, ranks", [(["--use-distributed-optimizer"], 2), (TP, 2)])
+def test_graphs_with_data_or_tensor_parallelism(flags, ranks):
+    assert choose([*SMALL, *flags], ranks)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,19 @@ def test_other_attentions_and_layers_have_no_graphs(attention):
 @pytest.mark.parametrize(
     "flags, ranks",
     [
-        ("--context-parallel-size 2", 2),
+        ("--context-parallel-size 2 --use-distributed-optimizer", 2),
         ("--pipeline-model-parallel-size 2", 2),
+        ("--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer", 4),
         ("--tensor-model-parallel-size 2", 2),
     ],
 )
 def test_other_layouts_have_no_graphs(flags, ranks):
     assert choose([*SMALL, *flags.split()], ranks) is None
+
+
+def test_data_parallelism_without_the_distributed_optimizer_has_no_graphs():
+    assert choose(SMALL, ranks=2, use_distributed_optimizer=True)
+    assert choose(SMALL, ranks=2, use_distributed_optimizer=False) is None
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
