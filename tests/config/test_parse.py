@@ -162,6 +162,11 @@ BAD = [
     ({"attention_backend": "te"}, 1, ["--attention-backend te", "auto"]),
     ({"attention_backend": "magic"}, 1, ["attention_backend", "magic", "sdpa"]),
     ({"context_parallel_size": 2, "attention_backend": "local"}, 2, ["--context-parallel-size 2", "local"]),
+    (
+        {"pipeline_model_parallel_layout": "Ettx|L"},
+        1,
+        ["--pipeline-model-parallel-layout Ettx|L: ", "layer character: x"],
+    ),
     ({"rerun_mode": "report_stats"}, 1, ["--rerun-mode report_stats", "use validate_results"]),
     ({"full_validation": True}, 1, ["--full-validation", "--multiple-validation-sets"]),
     (
@@ -171,7 +176,7 @@ BAD = [
     ),
     ({**INTERLEAVED, "iterations_to_skip": [2]}, 2, ["--iterations-to-skip", "not with virtual pipeline stages"]),
     (
-        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et||t|L", "iterations_to_skip": [2]},
+        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "E(t|)*3L", "iterations_to_skip": [2]},
         2,
         ["--iterations-to-skip", "not with virtual pipeline stages"],
     ),

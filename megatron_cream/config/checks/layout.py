@@ -103,9 +103,18 @@ def _check_iterators(args: Namespace) -> None:
 def _is_interleaved(args: Namespace) -> bool:
     pp, chunk = args.pipeline_model_parallel_size, args.num_layers_per_virtual_pipeline_stage
     if args.pipeline_model_parallel_layout:
-        return pp > 1 and len(str(args.pipeline_model_parallel_layout).split("|")) > pp
+        return _count_stages(args.pipeline_model_parallel_layout) > pp > 1
     virtual = args.num_virtual_stages_per_pipeline_rank or (args.num_layers // (pp * chunk) if chunk else 1)
     return pp > 1 and virtual > 1
+
+
+def _count_stages(layout: str) -> int:
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    try:
+        return PipelineParallelLayerLayout.get_num_stages_from_str(layout)
+    except AssertionError as error:
+        raise UsageError(f"--pipeline-model-parallel-layout {layout}: {error}") from error
 
 
 def find_interleaving_conflict(pipeline: int, global_batch: int, micro_batches: int, group: int | None) -> str | None:
