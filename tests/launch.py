@@ -84,3 +84,9 @@ def read_losses(folder: Path) -> dict[int, float]:
     """Return step -> loss from a TensorBoard folder."""
     events = EventAccumulator(str(folder)).Reload()
     return {event.step: event.value for event in events.Scalars("lm loss")}
+
+
+def relative_error(losses: dict[int, float], reference: dict[int, float]) -> float:
+    """Return the largest relative error of losses by step; both must have the same steps."""
+    assert losses.keys() == reference.keys()
+    return max(abs(losses[step] - reference[step]) / reference[step] for step in reference)

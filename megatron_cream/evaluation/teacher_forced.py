@@ -6,6 +6,7 @@ decoding of the prompt gives exactly that answer. Only the scored tokens go thro
 logits of a whole long text would not fit in memory.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -53,15 +54,16 @@ def score_texts(model: list[torch.nn.Module], texts: list[ScoredText], length: i
 
     def batches() -> Iterator[tuple[int, dict[str, Tensor]]]:
         for i in own:
-            yield i, build_batch(texts[i], length)
+            yield i, _part_of_rank(build_batch(texts[i], length))
         for _ in range(padding):
-            yield own[0], build_batch(ScoredText(texts[own[0]].tokens, first=len(texts[own[0]].tokens)), length)
+            unscored = ScoredText(texts[own[0]].tokens, first=len(texts[own[0]].tokens))
+            yield own[0], _part_of_rank(build_batch(unscored, length))
 
     sums = torch.zeros(len(texts), 3, dtype=torch.float64, device=torch.cuda.current_device())
     if own:
         outputs = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=batches() if len(model) == 1 else [batches() for _ in model],
+            data_iterator=batches() if len(model) == 1 else list(itertools.tee(batches(), len(model))),
             model=model,
             num_microbatches=len(own) + padding,
             seq_length=length,
@@ -89,10 +91,14 @@ def build_batch(text: ScoredText, length: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
 
 
+def _part_of_rank(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return this context-parallel rank's part of a batch, on its device."""
+    batch = {name: tensor.to(torch.cuda.current_device()) for name, tensor in batch.items()}
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+
+
 def _forward_step(data_iterator: Iterator, model):
     text, batch = next(data_iterator)
-    batch = {name: tensor.to(torch.cuda.current_device()) for name, tensor in batch.items()}
-    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
     output = score_batch(model, batch)
 
     def collect(scores):

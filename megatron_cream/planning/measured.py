@@ -26,7 +26,7 @@ class Checked:
         model: fields of `Model` that differ from the recipe and have no flag.
         tokens_per_second: of each GPU.
         peak_gib: peak of torch's allocator, on the fullest pipeline stage or on `stage`.
-        fits: the constants of `hardware` that were fitted on it;
+        fits: the constants of `hardware` that were fitted on it.
         off: why the predicted time is wrong.
         profile: milliseconds of a traced step by kind of kernel.
     speed, peak_gib: the prediction.

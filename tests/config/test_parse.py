@@ -127,8 +127,8 @@ def test_printed_config_is_a_recipe_for_the_same_run(monkeypatch, tmp_path, data
     assert not different
 
 
-# (settings beyond GOOD, ranks, words that the error message must contain: flag, value, what would be right)
 INTERLEAVED = {"num_layers": 4, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+# (settings beyond GOOD, ranks, words that the error message must contain: flag, value, what would be right)
 BAD = [
     ({"most_recent_k": 2}, 1, ["--most-recent-k 2: only with --save"]),
     ({"save_hook": "true"}, 1, ["--save-hook true: only with --save"]),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.launch import ROOT, train, write_documents
+from tests.launch import ROOT, relative_error, train, write_documents
 from tests.selection import slow_but
 
 STEPS = 4
@@ -52,11 +52,6 @@ def start(tmp_path_factory):
     train(1, folder / "tb0", *data, "--train-iters", 1, "--eval-iters", 0, *save)
     flags = [*data, "--train-iters", STEPS, "--eval-interval", 2, "--pretrained-checkpoint", folder / "start"]
     return folder, flags, train(1, folder / "tb1", *flags)
-
-
-def relative_error(losses: dict[int, float], reference: dict[int, float]) -> float:
-    assert losses.keys() == reference.keys()
-    return max(abs(losses[step] - reference[step]) / reference[step] for step in reference)
 
 
 @pytest.mark.parametrize("layout", slow_but(LAYOUTS, "pp2"))

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.launch import ROOT, TINY, torchrun, train, write_documents
+from tests.launch import ROOT, TINY, relative_error, torchrun, train, write_documents
 from tests.selection import slow_but
 
 STEPS = 10
@@ -49,11 +49,6 @@ def start(tmp_path_factory):
     train(1, folder / "tb0", *data, *once, "--save", folder / "start", "--save-interval", 1)
     flags = [*data, "--train-iters", STEPS, "--pretrained-checkpoint", folder / "start"]
     return folder, flags, train(1, folder / "tb1", *flags)
-
-
-def relative_error(losses: dict[int, float], reference: dict[int, float]) -> float:
-    assert losses.keys() == reference.keys()
-    return max(abs(losses[step] - reference[step]) / reference[step] for step in reference)
 
 
 def test_one_rank_learns(start):

@@ -67,12 +67,8 @@ def _check_parallel(args: Namespace) -> None:
             f"--global-batch-size {args.global_batch_size}: must be a multiple of --micro-batch-size "
             f"{args.micro_batch_size} x {data_parallel} data-parallel ranks = {samples}"
         )
-    if _is_interleaved(args) and args.global_batch_size is not None:
-        group, batch = args.microbatch_group_size_per_vp_stage, args.global_batch_size
-        if why := find_interleaving_conflict(pp, batch, batch // samples, group):
-            raise UsageError(why)
     if _is_interleaved(args):
-        _check_iterators(args)
+        _check_interleaved(args, samples)
     if args.full_validation and not args.multiple_validation_sets:
         raise UsageError("--full-validation: works in megatron-core 0.19 only with --multiple-validation-sets")
     selective = args.recompute_granularity == "selective"
@@ -93,9 +89,16 @@ def _check_parallel(args: Namespace) -> None:
         _check_user_buffers(args)
 
 
-def _check_iterators(args: Namespace) -> None:
-    """Reject flags for which megatron-core 0.19 needs one data iterator; interleaved stages have a list of them."""
-    for name in ("multiple_validation_sets", "iterations_to_skip"):
+def _check_interleaved(args: Namespace, samples: int) -> None:
+    """Raise UsageError if interleaved stages cannot run.
+
+    samples: of the micro-batches of all data-parallel ranks.
+    """
+    if (batch := args.global_batch_size) is not None:
+        group = args.microbatch_group_size_per_vp_stage
+        if why := find_interleaving_conflict(args.pipeline_model_parallel_size, batch, batch // samples, group):
+            raise UsageError(why)
+    for name in ("multiple_validation_sets", "iterations_to_skip"):  # they need one data iterator, not a list
         if getattr(args, name):
             raise UsageError(f"{to_flag(name)}: not with virtual pipeline stages in megatron-core 0.19; leave one out")
 
