@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 benchmarks/long_ranks.py --context-parallel-size 4
 
 The weights are random, with linear RoPE scaling; each rank makes its own part of them, so that no file is needed. Both
-layouts must give the same tokens.
+layouts must give the same loss of the prompt's last tokens; in bf16 random weights can give other answers.
 """
 
 import argparse
@@ -32,6 +32,8 @@ from megatron_cream.evaluation.models.megatron_model import MegatronModel
 
 CUDA = devices.has_cuda()
 NEW = 16
+SCORED = 256
+"""Tokens at the end of the prompt whose mean loss is given."""
 GREEDY = dict(temperature=0.0, top_p=1.0, seeds=[0])
 SEVEN_B = dict(vocab_size=32000, hidden_size=4096, ffn_hidden_size=11008, num_layers=32, num_attention_heads=32)
 
@@ -85,6 +87,7 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
     read, _ = _timed(model, prompt, 1)
     both, answer = _timed(model, prompt, 1 + NEW)
+    loss = -model.log_probs(torch.tensor([prompt]), args.length - NEW - SCORED).mean().item()
     if rank == 0:
         found = dict(
             gpu=torch.cuda.get_device_name() if CUDA else "CPU",
@@ -93,6 +96,7 @@ def main() -> None:
             seconds_to_read=round(read, 2),
             ms_each_token_after=round(1000 * (both - read) / NEW, 1),
             peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if CUDA else None,
+            loss=round(loss, 4),
             answer=answer,
         )
         print(json.dumps(found), flush=True)

@@ -87,12 +87,13 @@ STAGES = {
     "tuning4": speed.tuning4,
     "long": speed.long,
     "70b": speed.seventy_b,
+    "evaluation": speed.evaluation,
     "parity-bf16": parity.parity_bf16,
 }
 DEFAULT = {
     2: ["default", "parity", "parity-bf16", "faults", "one+7b+long"],
-    4: ["one+prepare+parity-faults", "7b+tuning4+long+70b+7b-more+parity-bf16"],
-    8: ["one+prepare+parity-faults", "7b+tuning4+long+70b+7b-more+parity-bf16"],
+    4: ["one+prepare+parity-faults", "7b+tuning4+long+70b+7b-more+evaluation+parity-bf16"],
+    8: ["one+prepare+parity-faults", "7b+tuning4+long+70b+7b-more+evaluation+parity-bf16"],
 }
 
 if __name__ == "__main__":

@@ -166,8 +166,19 @@ SEVENTY_B_LAYOUTS = {
         "tp4, FP8": f"{TP[4]} {USER_BUFFERS} {FP8} --micro-batch-size 2",
         "tp2 x pp2, FP8": f"{TP[2]} {PP[2]} {USER_BUFFERS} {FP8}",
     },
-    8: {"tp8": f"{TP[8]} {USER_BUFFERS} --micro-batch-size 2"},
+    8: {
+        "tp8, rings": f"{TP[8]} {USER_BUFFERS} {RINGS} --micro-batch-size 2",
+        "tp8": f"{TP[8]} {USER_BUFFERS} --micro-batch-size 2",
+    },
 }
+LORA = "--lora-rank 16 --lora-alpha 32"
+SEVENTY_B_LORA = {
+    8: {
+        "tp8, LoRA": f"{TP[8]} {LORA} --micro-batch-size 4",
+        "tp4 x dp2, LoRA": f"{TP[4]} {OVERLAP} {LORA}",  # as in the recipe llama2_70b_32k_lora_8x80gb
+    },
+}
+"""Layouts of a whole 70B with adapters."""
 DEPTHS = (80, 72, 64, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8)
 
 
@@ -183,6 +194,7 @@ def list_runs() -> list[tuple[int, str]]:
         found += [
             (count, seventy_b_flags(how, layers)) for how in SEVENTY_B_LAYOUTS[count].values() for layers in DEPTHS
         ]
+        found += [(count, seventy_b_flags(how, DEPTHS[0])) for how in SEVENTY_B_LORA.get(count, {}).values()]
     return list(dict.fromkeys(found))
 
 

@@ -10,6 +10,7 @@ RESULTS.md that has them.
 import argparse
 import datetime
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def tables(found: dict[str, dict]) -> list[str]:
             "after the first kill.",
             "",
         ]
+    prompts = [run for run in found.values() if "seconds_to_read" in run]
+    if prompts:
+        lines += [
+            "| a prompt | tokens | read in | each token after | GiB of each GPU | loss of its end |",
+            "|---" * 6 + "|",
+        ]
+        lines += [
+            f"| {run['run'].split(', ')[1]} | {run['length']:,} | {run['seconds_to_read']} s | "
+            f"{run['ms_each_token_after']} ms | {run['peak_gib']} | {run['loss']} |"
+            for run in prompts
+        ]
+        lines += [""]
     return lines + _speed(found)
 
 
@@ -85,13 +98,14 @@ def _difference(found: dict[str, dict], precision: str, layout: str) -> str:
 
 
 def one_gpu(found: dict[str, dict]) -> tuple[float, str] | None:
-    """Return one GPU's tokens/s with the whole 7B, and how it was found.
+    """Return one GPU's mean tokens/s with the whole 7B, and how it was found.
 
     Where the whole model does not fit, its time is extrapolated from runs of some of its layers: each layer adds the
     same time.
     """
-    if run := found.get("7b one"):
-        return run["tokens_per_second"], "measured"
+    whole = [run["tokens_per_second"] for name, run in found.items() if re.fullmatch(r"7b one(, GPU \d+)?", name)]
+    if whole:
+        return statistics.mean(whole), f"measured on {len(whole)}"
     seconds = _seconds_by_layers(found)
     if len(seconds) < 2:
         return None

@@ -4,7 +4,7 @@ import re
 import statistics
 from dataclasses import replace
 
-from benchmarks.several_gpus import plan
+from benchmarks.several_gpus import plan, report
 from benchmarks.several_gpus.layouts import (
     BESIDE,
     CONFIG,
@@ -12,10 +12,12 @@ from benchmarks.several_gpus.layouts import (
     DEPTHS,
     FP8,
     HALF,
+    LONG,
     MORE,
     OVERLAP,
     SEVEN_B,
     SEVENTY_B_LAYOUTS,
+    SEVENTY_B_LORA,
     SPEED,
     TP,
     TUNING,
@@ -89,10 +91,32 @@ def documents(runs: Runs, gpus: tuple[int, ...] = ()) -> Job:
     return Job("documents", 0, [runs.folder / "documents"], lambda text: {}, gpus, script, limit=60)
 
 
+def evaluation(runs: Runs) -> list[Job]:
+    """Time one prompt of full length on a 7B of random weights, with tensor and with context parallelism."""
+    count = runs.machine.count
+    if not runs.machine.gpu:
+        return []
+    return [
+        Job(
+            f"prompt, {name}{count}",
+            count,
+            [f"--{kind}-parallel-size", count, "--length", LONG[count]],
+            report.last_json,
+            script=("benchmarks/long_ranks.py",),
+            limit=120,
+        )
+        for name, kind in (("tp", "tensor-model"), ("cp", "context"))
+    ]
+
+
 def seventy_b(runs: Runs) -> list[Job]:
-    """Time a 70B's layers in each layout, as many as fit."""
+    """Time a 70B's layers in each layout, as many as fit, and all of them with adapters."""
     count, memory = runs.machine.count, runs.machine.memory
     jobs = []
+    for name, how in SEVENTY_B_LORA.get(count, {}).items():
+        name, flags = f"70b {name}", seventy_b_flags(how, DEPTHS[0])
+        if plan.fits(runs.machine, name, count, _with(runs, flags)):
+            jobs.append(_job(runs, name, count, flags, limit=150))
     for name, how in SEVENTY_B_LAYOUTS[count].items():
         for layers in DEPTHS:
             flags = seventy_b_flags(how, layers)

@@ -112,8 +112,9 @@ for the host. Each value was fitted on a run that waited, at micro-batch 1: TP 2
 within 0.1 %), a 3B in FP8 and a 1.1B in bf16 on one H100. Three earlier runs with TP 2 on three hosts took 7.5 to
 8.3 ms; their predictions are marked as off."""
 
-HOST_ADAPTER = 0.25e-3
-"""The same for the kernels of LoRA's adapters at one linear. Assumed, not measured: about 20 kernels."""
+HOST_ADAPTER = {"tensor parallel": 1.45e-3, "alone": 0.25e-3}
+"""The same for the kernels of LoRA's adapters at one linear. tensor parallel: fitted on a 70B with TP 4 and micro-batch
+1 on eight H200s, and not profiled, so this includes all waiting. alone: assumed, about 20 kernels."""
 
 OFFLOADED = 0.7e-9
 """Seconds of an update for each parameter of a rank that --optimizer-cpu-offload moves to the host. Assumed, not
@@ -126,10 +127,11 @@ LINKS = {"pair": 0.43, "inside": 0.835, "between": 0.8}
 more at once agree with the same share. inside: of more GPUs of a host, fitted on the 7B with TP 4 without user buffers
 on four H200s; an all-reduce of 1 GiB on eight H100s reached 0.80. between: assumed."""
 
-OVERLAP_COST = 0.883
+OVERLAP_COST = {"pair": 0.883, "more": 0.576}
 """Share of an overlapped transfer's time by which it still slows computation, because it uses multiprocessors, memory
-bandwidth and power. Fitted on a run with TP 2 on two H100s in which all transfers of a layer overlap with its products
-(--tp-comm-overlap)."""
+bandwidth and power. pair: fitted on a run with TP 2 on two H100s in which all transfers of a layer overlap with its
+products (--tp-comm-overlap). more: of user buffers, gradients and weights among more than two GPUs; with it the ten
+measured runs of that kind are off by zero on average."""
 
 RINGS_OVERLAP_COST = 0.418
 """The same share for user buffers that send in rings by copy engines (model/user_buffers.yaml). With it the ten

@@ -135,8 +135,9 @@ def print_assumptions(console: Console, run: Run, cluster: Cluster) -> None:
         lines += [
             f"{links}; a ring reaches {LINKS['pair']:.0%} of it between two GPUs of a host, {LINKS['inside']:.0%} "
             f"among more (one run each on H200s), and {LINKS['between']:.0%} between hosts (not measured)",
-            f"overlapped transfers slow computation by {OVERLAP_COST:.0%} of their time, as in one run with TP 2; all "
-            "GPUs have the same speed",
+            f"overlapped transfers slow computation by {OVERLAP_COST['pair']:.0%} of their time, as in one run with TP "
+            f"2, gradients and user buffers among more GPUs by {OVERLAP_COST['more']:.0%}, as in ten runs",
+            "all GPUs have the same speed",
             f"gradients are reduced in buckets of {communication.BUCKET / 1e6:g} million parameters or more",
         ]
     lines.append("not included: start, waiting for data, evaluation, checkpoints")

@@ -114,7 +114,8 @@ def launch_seconds(model: Model, layout: Layout, engine: Engine) -> float:
     if engine.graphs:
         return 0.0
     layer = HOST["tensor parallel" if layout.tensor > 1 else "FP8" if engine.fp8 else "alone"]
-    return layer + HOST_ADAPTER * len(joined_adapters(model, layout.tensor))
+    adapter = HOST_ADAPTER["tensor parallel" if layout.tensor > 1 else "alone"]
+    return layer + adapter * len(joined_adapters(model, layout.tensor))
 
 
 def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: str | None) -> dict[str, float]:
@@ -218,12 +219,24 @@ def _step_transfer_cost(
         return duration
     exposed = communication.bucket_share(layout, trained_parameters(model, layout, stage)) * duration
     computed = sum((one.backward if transfer.at == "gradients" else one.forward).values())
-    return _cost(duration, min(computed, duration - exposed))
+    return _cost(duration, min(computed, duration - exposed), _overlap_cost(transfer, layout))
 
 
-def _cost(duration: float, overlapped: float, rings: bool = False) -> float:
+def _cost(duration: float, overlapped: float, share: float) -> float:
     """Return the seconds that a transfer adds if `overlapped` seconds of it overlap."""
-    return duration - overlapped + (RINGS_OVERLAP_COST if rings else OVERLAP_COST) * overlapped
+    return duration - overlapped + share * overlapped
+
+
+def _overlap_cost(transfer: Transfer, layout: Layout) -> float:
+    """Return the share of an overlapped transfer's time by which it slows computation.
+
+    For transfers without user buffers, LINKS and RING were fitted together with the share of a pair.
+    """
+    if transfer.group == "tp" and layout.rings:
+        return RINGS_OVERLAP_COST
+    size, _ = communication.group_shape(layout, transfer.group)
+    wide = size > 2 and (layout.overlap_tensor if transfer.group == "tp" else transfer.group == "dp")
+    return OVERLAP_COST["more" if wide else "pair"]
 
 
 def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster, stage: int) -> _MicroBatch:
@@ -254,7 +267,7 @@ def _micro_batch(model: Model, layout: Layout, engine: Engine, cluster: Cluster,
     if layout.pipeline > 1:
         transfer = communication.stage_transfer(model, layout, engine)
         duration = communication.transfer_seconds(transfer, layout, cluster)
-        cost = _cost(duration, duration if transfer.overlapped else 0.0)
+        cost = _cost(duration, duration if transfer.overlapped else 0.0, _overlap_cost(transfer, layout))
         forward["pipeline"] = backward["pipeline"] = layout.virtual_pipeline * cost
     return _MicroBatch(forward, backward)
 
@@ -320,5 +333,5 @@ def _total_cost(
         if transfer.group == group:
             duration = communication.transfer_seconds(transfer, layout, cluster)
             hidden = computed[transfer.at] / (2 if group == "tp" else 1) if transfer.overlapped else 0.0
-            total += _cost(duration, min(hidden, duration), rings=layout.rings and group == "tp")
+            total += _cost(duration, min(hidden, duration), _overlap_cost(transfer, layout))
     return total

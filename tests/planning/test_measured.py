@@ -6,6 +6,7 @@ import pytest
 from scipy.optimize import brentq
 
 from megatron_cream.planning import communication, hardware, measured, step_time
+from megatron_cream.planning.run import Layout
 from megatron_cream.planning.step_time import Time, predict
 from tests.planning.test_command import tool
 from tests.planning.test_step_time import CLUSTER
@@ -45,6 +46,12 @@ def untraced(row: dict, *kinds: str) -> float:
 def seconds(row: dict) -> float:
     """Return the seconds of a step of eight samples of 4096 tokens."""
     return 8 * 4096 / row["tokens_per_second"]
+
+
+def overlaps_among_more(layout: Layout) -> bool:
+    """Return whether gradients, or user buffers without rings, are all that overlaps, among more than two GPUs."""
+    alone = layout.tensor * layout.pipeline * layout.context == 1
+    return (layout.tensor > 2 and layout.overlap_tensor and not layout.rings) or (layout.data > 2 and alone)
 
 
 def test_constants_are_the_profiles(monkeypatch):
@@ -116,6 +123,9 @@ def test_constants_are_the_profiles(monkeypatch):
     for launch, fits in {"tensor parallel": "the host", "FP8": "the host, FP8", "alone": "the host, alone"}.items():
         host = fitted(share(step_time.HOST, launch), *a_step(named(fits)))
         assert host == pytest.approx(table[launch], rel=0.01)
+    table = dict(hardware.HOST_ADAPTER)
+    adapter = fitted(share(step_time.HOST_ADAPTER, "tensor parallel"), *a_step(named("the host, adapters")))
+    assert adapter == pytest.approx(table["tensor parallel"], rel=0.01)
     links = dict(hardware.LINKS)
     among_four = fitted(share(communication.LINKS, "inside"), *a_step(named("transfers among four")))
     assert among_four == pytest.approx(links["inside"], rel=0.01)
@@ -124,8 +134,15 @@ def test_constants_are_the_profiles(monkeypatch):
     cost = fitted(lambda x: monkeypatch.setattr(step_time, "RINGS_OVERLAP_COST", x), mean_error, 0.0)
     assert len(in_rings) >= 10
     assert cost == pytest.approx(hardware.RINGS_OVERLAP_COST, rel=0.01)
+    overlap = dict(hardware.OVERLAP_COST)
+    pair = fitted(share(step_time.OVERLAP_COST, "pair"), *a_step(named("transfers beside products")))
+    assert pair == pytest.approx(overlap["pair"], rel=0.01)
+    among_more = [row for row in MEASURED if overlaps_among_more(measured.build_run(row).layout)]
+    mean_error = lambda: sum(measured.check_run(row).time_error for row in among_more) / len(among_more)
+    more = fitted(share(step_time.OVERLAP_COST, "more"), mean_error, 0.0)
+    assert len(among_more) >= 10
+    assert more == pytest.approx(overlap["more"], rel=0.01)
     totals = {
-        "OVERLAP_COST": "transfers beside products",
         "HALF_RATE": "attention at 32K",
         "RING": "attention in a ring",
     }

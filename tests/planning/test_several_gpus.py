@@ -63,8 +63,24 @@ def test_one_gpu_is_extrapolated_where_the_model_does_not_fit():
     assert report.one_gpu(found)[0] == pytest.approx(rate[32])
     found["7b dp8"] = timed("7b dp8", rate[32] / 2, gpus=8)
     assert "| 7b dp8 | 3,641 | 0.500 |" in "\n".join(report.tables(found))
-    found["7b one"] = timed("7b one", 5.0)
-    assert report.one_gpu(found) == (5.0, "measured")
+    found |= {
+        name: timed(name, rate) for name, rate in {"7b one": 5.0, "7b one, GPU 3": 6.0, "7b one, FP8": 9.0}.items()
+    }
+    assert report.one_gpu(found) == (5.5, "measured on 2")
+
+
+def test_prompts_run_on_gpus_and_have_a_table(tmp_path):
+    on_cpus, on_gpus = Machine(8), Machine(8, "H200", 140.4, tuple("01234567"))
+    assert speed.evaluation(Runs(tmp_path, on_cpus, [], 1e9)) == []
+    jobs = speed.evaluation(Runs(tmp_path, on_gpus, [], 1e9))
+    assert [job.flags for job in jobs] == [
+        ["--tensor-model-parallel-size", 8, "--length", 262144],
+        ["--context-parallel-size", 8, "--length", 262144],
+    ]
+    said = dict(length=262144, seconds_to_read=9.68, ms_each_token_after=60.1, peak_gib=17.77, loss=10.4321, answer=[1])
+    log = "warning\n" + json.dumps(said) + "\n[rank1]: the end\n"
+    found = {job.name: {"run": job.name, **job.read(log)} for job in jobs}
+    assert "| tp8 | 262,144 | 9.68 s | 60.1 ms | 17.77 | 10.4321 |" in report.tables(found)
 
 
 def test_measured_runs_are_rows_of_the_planner(monkeypatch, tmp_path):
