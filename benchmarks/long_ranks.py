@@ -87,6 +87,7 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
     read, _ = _timed(model, prompt, 1)
     both, answer = _timed(model, prompt, 1 + NEW)
+    peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if CUDA else None  # of answering, not of the loss
     loss = -model.log_probs(torch.tensor([prompt]), args.length - NEW - SCORED).mean().item()
     if rank == 0:
         found = dict(
@@ -95,7 +96,7 @@ def main() -> None:
             length=args.length,
             seconds_to_read=round(read, 2),
             ms_each_token_after=round(1000 * (both - read) / NEW, 1),
-            peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if CUDA else None,
+            peak_gib=peak,
             loss=round(loss, 4),
             answer=answer,
         )

@@ -103,7 +103,7 @@ def evaluation(runs: Runs) -> list[Job]:
             [f"--{kind}-parallel-size", count, "--length", LONG[count]],
             report.last_json,
             script=("benchmarks/long_ranks.py",),
-            limit=120,
+            limit=150,
         )
         for name, kind in (("tp", "tensor-model"), ("cp", "context"))
     ]

@@ -113,9 +113,9 @@ def launch_seconds(model: Model, layout: Layout, engine: Engine) -> float:
     """
     if engine.graphs:
         return 0.0
-    layer = HOST["tensor parallel" if layout.tensor > 1 else "FP8" if engine.fp8 else "alone"]
-    adapter = HOST_ADAPTER["tensor parallel" if layout.tensor > 1 else "alone"]
-    return layer + adapter * len(joined_adapters(model, layout.tensor))
+    kind = "tensor parallel" if layout.tensor > 1 else "alone"
+    layer = HOST["FP8" if engine.fp8 and layout.tensor == 1 else kind]
+    return layer + HOST_ADAPTER[kind] * len(joined_adapters(model, layout.tensor))
 
 
 def product_seconds(shape: tuple[int, int, int], engine: Engine, gpu: Gpu, fp8: str | None) -> dict[str, float]:
