@@ -2,8 +2,9 @@
 
 torchrun --nproc_per_node=2 tests/traffic.py FOLDER LAYOUTS.json
 
-LAYOUTS.json: {name: flags}. FOLDER/NAME.RANK.json: {operation: bytes of the whole tensors}, for groups of several
-ranks. Tensors below 256 bytes (norms, counters) are left out.
+LAYOUTS.json: {name: flags}. FOLDER/NAME.RANK.json: {"bytes": {operation: bytes of the whole tensors}, "groups": names},
+for groups of several ranks. The bytes leave out tensors below 256 bytes (norms, counters); the groups are those that
+the whole training used.
 """
 
 import functools
@@ -23,6 +24,7 @@ from megatron_cream.patches import platform
 
 SMALLEST = 256  # bytes
 said: Counter[str] = Counter()
+groups: set[str] = set()
 listening = False
 
 # Operation: (function, position of the whole tensor among its arguments, keyword of that tensor).
@@ -53,8 +55,10 @@ def _wrap(name: str, operation: str, place: int, keyword: str | None) -> None:
         tensor = args[place] if len(args) > place else kwargs.get(keyword)
         group = kwargs.get("group") or next((x for x in args if isinstance(x, c10d.ProcessGroup)), None)
         nbytes = tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else SMALLEST
-        if listening and nbytes >= SMALLEST and torch.distributed.get_world_size(group) > 1:
-            said[operation] += nbytes
+        if torch.distributed.get_world_size(group) > 1:
+            groups.add((group or torch.distributed.group.WORLD).group_desc)
+            if listening and nbytes >= SMALLEST:
+                said[operation] += nbytes
         before, listening = listening, False  # do not count nested calls through torch's function modes
         try:
             return original(*args, **kwargs)
@@ -88,8 +92,10 @@ def main() -> None:
 
     training.train_step = heard
     for name, flags in layouts.items():
+        groups.clear()
         job["train"](flags)
-        (folder / f"{name}.{os.environ['RANK']}.json").write_text(json.dumps(said))
+        heard_all = {"bytes": said, "groups": sorted(groups)}
+        (folder / f"{name}.{os.environ['RANK']}.json").write_text(json.dumps(heard_all))
         training.destroy_global_state()
 
 

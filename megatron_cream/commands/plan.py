@@ -80,7 +80,7 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
             terminal.print(f"The layout of these flags cannot run: {misfit}", soft_wrap=True, highlight=False)
         if plans:
             report.print_layouts(terminal, plans, run.layout, usable)
-            report_time.print_user_buffers(terminal, run, plans[: report.MAX_LAYOUTS], around)
+            report_time.print_user_buffers(terminal, run, plans[: report.MAX_LAYOUTS], around, usable)
             print_full_length(terminal, options, long, plans[0], full, usable, around)
             report_time.print_assumptions(terminal, run, around)
             if command := next_command(options, flags, run, plans[0]):

@@ -28,6 +28,7 @@ class Checked:
         peak_gib: peak of torch's allocator, on the fullest pipeline stage or on `stage`.
         fits: the constants of `hardware` that were fitted on it.
         off: why the predicted time is wrong.
+        slow: what was slow on that host; no constant is fitted on the run.
         profile: milliseconds of a traced step by kind of kernel.
     speed, peak_gib: the prediction.
     """
@@ -83,7 +84,7 @@ def print_check(console: Console) -> None:
         found = check_run(row)
         time = (f"{found.speed.tokens_per_second:,.0f}", f"{row['tokens_per_second']:,}", f"{found.time_error:+.1%}")
         space = (f"{found.peak_gib:.1f}", f"{row['peak_gib']:.1f}", f"{found.memory_error:+.1%}")
-        note = f"off: {row['off']}" if "off" in row else row.get("fits", "")
+        note = f"off: {row['off']}" if "off" in row else row.get("slow", row.get("fits", ""))
         table.add_row(row["what"], *time, *space, note)
     console.print(table)
     console.print(

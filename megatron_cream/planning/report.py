@@ -12,7 +12,8 @@ from rich.table import Table
 from megatron_cream.planning import layouts
 from megatron_cream.planning.hardware import GIB, Cluster
 from megatron_cream.planning.layouts import Plan, flags, keys_to_remove, settings
-from megatron_cream.planning.memory import COMMUNICATORS, CONTEXT, FRAGMENTATION, Memory
+from megatron_cream.planning.memory import FRAGMENTATION, Memory
+from megatron_cream.planning.outside import COMMUNICATOR, CONTEXT, ERROR
 from megatron_cream.planning.run import Layout, Run
 from megatron_cream.planning.weights import parameters, trained_parameters
 
@@ -146,7 +147,8 @@ def _difference(layout: Layout, base: Layout) -> str:
 def _verdict(own: Memory, usable: float) -> str:
     left = (usable - own.device) / GIB
     if left >= 0:
-        return f"fits: {left:.1f} of {usable / GIB:.1f} GiB are left"
+        close = f", within the plan's error of {ERROR / GIB:.0f} GiB: it may run out of memory" * (left < ERROR / GIB)
+        return f"fits: {left:.1f} of {usable / GIB:.1f} GiB are left{close}"
     return f"does not fit: needs {-left:.1f} GiB more than the {usable / GIB:.1f} usable GiB of a GPU"
 
 
@@ -170,5 +172,9 @@ def _recompute(layout: Layout) -> str:
 
 
 def _outside(own: Memory) -> str:
-    parts = f"{FRAGMENTATION:.0%} unused pieces, {CONTEXT / GIB:.1f} CUDA"
-    return parts + (f", {COMMUNICATORS / GIB:.1f} NCCL" if own.several_gpus else "")
+    parts = [f"{FRAGMENTATION:.0%} unused pieces", f"{CONTEXT / GIB:.1f} CUDA"]
+    if own.communicators:
+        parts.append(f"{own.communicators * COMMUNICATOR / GIB:.1f} NCCL")
+    if own.user_buffers:
+        parts.append(f"{own.user_buffers / GIB:.1f} user buffers")
+    return ", ".join(parts)

@@ -74,11 +74,11 @@ def cost(run: Run, speed: Speed, gpus: int, price: float | None) -> str:
     return line if price is None else f"{line}, {hours * gpus * price:,.2f} at {price:g} a GPU-hour"
 
 
-def print_user_buffers(console: Console, run: Run, plans: list[Plan], cluster: Cluster) -> None:
-    """Print the gain of --tp-comm-overlap for the fastest plan that it makes faster."""
+def print_user_buffers(console: Console, run: Run, plans: list[Plan], cluster: Cluster, usable: float) -> None:
+    """Print the gain of --tp-comm-overlap for the fastest plan that it makes faster and that still fits with it."""
     for number, plan in enumerate(plans, 1):
         faster = layouts.with_user_buffers(plan, run.model, run.engine, cluster)
-        if faster and rank_plan(faster) < rank_plan(plan):
+        if faster and faster.memory.device <= usable and rank_plan(faster) < rank_plan(plan):
             console.print(
                 f"{number} with --tp-comm-overlap: {faster.speed.time.step:.2f} s a step, {rates(faster.speed)}, "
                 f"{faster.memory.device / GIB:.1f} GiB (Transformer Engine's user buffers, over NVLink)",

@@ -81,6 +81,17 @@ def test_gain_of_user_buffers(monkeypatch, capsys, flags, said):
         assert int(rate.replace(",", "")) > 1.02 * int(row.replace(",", ""))
 
 
+def test_user_buffers_that_do_not_fit(monkeypatch, capsys):
+    """On 80 GB the recipe has no room for them with its micro-batch of 2."""
+    assert tool(monkeypatch, "--config", RECIPE, "--gpus", "2", "--gpu", "H100") == 0
+    text = capsys.readouterr().out
+    own = ["--config", RECIPE, "--micro-batch-size", "2", "--tp-comm-overlap"]
+    assert re.search(r"^fits: .* it may run out of memory$", text, re.M) and "with --tp-comm-overlap" not in text
+    assert tool(monkeypatch, *own, "--gpus", "2", "--gpu", "H100") == 0
+    text = capsys.readouterr().out
+    assert "does not fit" in text and "0.8 user buffers" in text
+
+
 def test_nothing_fits(monkeypatch, capsys):
     assert tool(monkeypatch, "--config", RECIPE, "--gpus", "1", "--gpu-memory", "40GiB") == 1
     error = capsys.readouterr().err

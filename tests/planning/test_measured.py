@@ -129,7 +129,8 @@ def test_constants_are_the_profiles(monkeypatch):
     links = dict(hardware.LINKS)
     among_four = fitted(share(communication.LINKS, "inside"), *a_step(named("transfers among four")))
     assert among_four == pytest.approx(links["inside"], rel=0.01)
-    in_rings = [row for row in MEASURED if measured.build_run(row).layout.rings]
+    even = [row for row in MEASURED if "slow" not in row]  # no GPU of the host keeps the others waiting
+    in_rings = [row for row in even if measured.build_run(row).layout.rings]
     mean_error = lambda: sum(measured.check_run(row).time_error for row in in_rings) / len(in_rings)
     cost = fitted(lambda x: monkeypatch.setattr(step_time, "RINGS_OVERLAP_COST", x), mean_error, 0.0)
     assert len(in_rings) >= 10
@@ -137,7 +138,7 @@ def test_constants_are_the_profiles(monkeypatch):
     overlap = dict(hardware.OVERLAP_COST)
     pair = fitted(share(step_time.OVERLAP_COST, "pair"), *a_step(named("transfers beside products")))
     assert pair == pytest.approx(overlap["pair"], rel=0.01)
-    among_more = [row for row in MEASURED if overlaps_among_more(measured.build_run(row).layout)]
+    among_more = [row for row in even if overlaps_among_more(measured.build_run(row).layout)]
     mean_error = lambda: sum(measured.check_run(row).time_error for row in among_more) / len(among_more)
     more = fitted(share(step_time.OVERLAP_COST, "more"), mean_error, 0.0)
     assert len(among_more) >= 10

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_cream.planning import communication
+from megatron_cream.planning import communication, outside
 from megatron_cream.planning.flags import run_from_flags
 from tests.forked_commands import FRESH_TORCHRUN
 from tests.launch import ROOT, TINY, write_documents
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def heard(tmp_path_factory):
-    """Return {layout: flags} and {(layout, rank): {operation: bytes}} of one torchrun."""
+    """Return {layout: flags} and {(layout, rank): {"bytes": {operation: bytes}, "groups": names}} of one torchrun."""
     folder = tmp_path_factory.mktemp("traffic")
     data = write_documents(folder / "documents")
     (folder / "tied.yaml").write_text("untie_embeddings_and_output_weights: false\n")
@@ -68,4 +68,13 @@ def test_bytes_of_a_step(heard, name):
         for (_, operation), nbytes in communication.count_bytes(run.model, run.layout, run.engine, stage).items():
             expected[operation] += nbytes
         padded = 0.01 if name.startswith(("DP", "CP")) else 0.0
-        assert found[name, rank] == pytest.approx(expected, rel=padded)
+        assert found[name, rank]["bytes"] == pytest.approx(expected, rel=padded)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_groups_that_send(heard, name):
+    """Each needs an NCCL communicator, whose buffers the planner counts."""
+    flags, found = heard
+    run = run_from_flags([*flags[name], "--transformer-impl", "local"], 2)
+    groups = found[name, 0]["groups"]
+    assert len(groups) == outside.count_communicators(run.model, run.layout), groups
