@@ -339,6 +339,8 @@ NOT_FOLLOWED = {
     "torchrun --max-restarts on several nodes": "needs two nodes; tests/slurm has them",
     "--engine vllm": "needs vLLM; evaluation/test_vllm.py",
     "out of memory at {} tokens": "needs a full GPU; evaluation/test_evaluate.py has the line",
+    "Use --micro-batch-size {} instead of": "training/test_out_of_memory.py follows it until the run trains",
+    "Add --recompute-granularity selective --recompute-modules mlp": "needs a full GPU; training/test_gpu_memory.py",
     "use fewer --workers": "needs memory that runs out",
     "--tasks {} needs {}": "needs published data; evaluation/test_tasks_ruler.py has some",
     "contains an unfinished run with another": "data/test_resume_preprocess.py",

@@ -20,7 +20,7 @@ from megatron_cream.commands.next_step import training_command
 from megatron_cream.common import entry
 from megatron_cream.common.advice import evaluation_command
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
-from megatron_cream.common.errors import UsageError
+from megatron_cream.common.errors import UsageError, is_out_of_memory, one_line
 from megatron_cream.common.files import convert_disk_errors, read_text
 from megatron_cream.common.progress_bar import TransferBar
 
@@ -40,6 +40,12 @@ def main() -> int:
         return 2
     except OSError as error:  # such as a full disk or a deleted file
         print(f"{program_name()}: error: {error}; nothing was changed", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        words = f"out of memory: {one_line(error) or 'the host has too little'}; nothing was changed"
+        print(f"{program_name()}: error: {words}. Free memory of this host, or use one with more", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program_name()}: interrupted; nothing was changed", file=sys.stderr)

@@ -23,7 +23,7 @@ from rich.console import Console
 from megatron_cream.commands import compare, suite
 from megatron_cream.common import entry
 from megatron_cream.common.cli import program_name
-from megatron_cream.common.errors import UsageError
+from megatron_cream.common.errors import UsageError, is_out_of_memory, one_line
 from megatron_cream.common.files import convert_disk_errors
 from megatron_cream.evaluation import fit, harness, pictures, plans, ranks, report, sharing, sliding_window
 from megatron_cream.evaluation.engine_flags import (
@@ -81,6 +81,13 @@ def _main() -> int:
         return 2
     except (OutOfMemory, OSError) as error:
         print(f"{program_name()}: error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # While the model is loaded, for example; `runner` knows the lengths when a prompt is read.
+        words = f"out of memory: {one_line(error, 120)}; {kept}. Free memory of the GPU or host, or use more GPUs"
+        print(f"{program_name()}: error: {words}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program_name()}: interrupted; {kept}", file=sys.stderr)

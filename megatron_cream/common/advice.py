@@ -7,6 +7,7 @@ from pathlib import Path
 _INSTALLED = {
     "convert_hf": "megatron-cream-convert",
     "evaluate": "megatron-cream-evaluate",
+    "plan": "megatron-cream-plan",
     "preprocess_data": "megatron-cream-preprocess",
 }
 """{tool: its program in an installed package}."""

@@ -13,6 +13,14 @@ _LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|remote proces
 _NO_SHARED_MEMORY = re.compile(r"(shared memory|/torch_\d).*No space left on device", re.DOTALL)
 
 
+# Wordings of torch's allocators, CUDA, NCCL, cuBLAS, the system and NumPy.
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|STATUS_ALLOC_FAILED"
+    r"|Unable to allocate \S+ \S+ for an array",
+    re.IGNORECASE,
+)
+
+
 class UsageError(Exception):
     """A mistake in a setting or file. The command prints the message, one line, and exits with 2."""
 
@@ -73,6 +81,14 @@ def is_full_shared_memory(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
         return _passed_through(error, "multiprocessing/synchronize.py")
     return isinstance(error, RuntimeError) and bool(_NO_SHARED_MEMORY.search(str(error)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether torch, a library under it or NumPy could not allocate memory of a GPU or of the host.
+
+    For a GPU torch raises an error of its own, a RuntimeError; for the host a plain one.
+    """
+    return isinstance(error, RuntimeError | MemoryError) and bool(_NO_MEMORY.search(str(error)))
 
 
 def is_lost_peer(error: Exception) -> bool:

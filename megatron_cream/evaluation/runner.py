@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
-from megatron_cream.common.errors import UsageError
+from megatron_cream.common.errors import UsageError, is_out_of_memory
 from megatron_cream.evaluation import conventions
 from megatron_cream.evaluation.longppl import KeyTokenRule, find_key_spans, find_key_tokens, find_tokens_in_spans
 from megatron_cream.evaluation.models.generation import derive_seed
@@ -25,8 +24,6 @@ from megatron_cream.evaluation.tasks.task import Draft, Example
 
 _BATCHES_AT_ONCE = 8
 """Batches of examples that are sorted by length together."""
-
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class OutOfMemory(Exception):
@@ -286,9 +283,8 @@ def report_out_of_memory(tokens: int, samples: int) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU torch raises a plain RuntimeError.
-        if type(error) is RuntimeError and not any(phrase in str(error) for phrase in _NO_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         batch = "" if samples == 1 else "a smaller --batch-size, "
         raise OutOfMemory(

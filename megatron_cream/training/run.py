@@ -33,6 +33,7 @@ from megatron_cream.common.errors import (
     is_dead_data_worker,
     is_full_shared_memory,
     is_lost_peer,
+    is_out_of_memory,
     one_line,
     reason,
 )
@@ -43,7 +44,7 @@ from megatron_cream.data.usage import Usage
 from megatron_cream.distributed import launcher, rendezvous, watchdog
 from megatron_cream.optimizer import finite, lora_plus
 from megatron_cream.patches import cuda_graphs, install_all, table
-from megatron_cream.training import evaluations, progress, record, signals, summary
+from megatron_cream.training import evaluations, out_of_memory, progress, record, signals, summary
 from megatron_cream.training.watch import evaluate_during_training
 
 PROGRAM = "pretrain_cream.py"
@@ -209,7 +210,8 @@ class Ending:
     """The message and exit code of one kind of failure.
 
     matches: returns whether an error is of this kind.
-    message: the line after the program's name; may contain {error}, {line}, {rank} and {port}.
+    message: the line after the program's name, which may contain {error}, {line}, {rank} and {port}; or a function of
+        error and rank that returns it.
     code: exit code of the process.
     by: who prints it: "rank 0" (or another rank, if rank 0 has not failed), or "each" rank that fails.
     at_once: exit without Python's own cleanup, which can hang in NCCL collectives that other ranks never enter.
@@ -217,7 +219,7 @@ class Ending:
     """
 
     matches: Callable[[BaseException], bool]
-    message: str
+    message: str | Callable[[BaseException, int], str]
     code: int
     by: str = "each"
     at_once: bool = False
@@ -248,6 +250,7 @@ ENDINGS = (
         1,
         at_once=True,
     ),
+    Ending(is_out_of_memory, out_of_memory.describe, 1, at_once=True),
 )
 """The first match is used. Any other error is a bug: the process exits at once with a traceback and code 1."""
 
@@ -295,14 +298,20 @@ def _run(train: Callable[[list[str] | None], Namespace]) -> None:
         print(f"Next: {command}", flush=True)
 
 
+def _format_message(ending: Ending, error: Exception, rank: int) -> str:
+    if not isinstance(ending.message, str):
+        return ending.message(error, rank)
+    port = os.environ.get("MASTER_PORT")
+    return ending.message.format(error=error, rank=rank, line=one_line(error).rstrip("."), port=port)
+
+
 def _end(error: Exception, rank: int) -> int:
     """Print why the run ends, and return its exit code or exit at once."""
     ending = next((kind for kind in ENDINGS if kind.matches(error)), None)
     if ending is None:
         sys.excepthook(type(error), error, error.__traceback__)
     else:
-        port = os.environ.get("MASTER_PORT")
-        words = ending.message.format(error=error, rank=rank, line=one_line(error).rstrip("."), port=port)
+        words = _format_message(ending, error, rank)
         if ending.by == "rank 0":
             rendezvous.print_once(f"{PROGRAM}: {words}")
         else:

@@ -1,6 +1,7 @@
 """Tests of impossible outputs and flags of the tools: a one-line error before any work."""
 
 import os
+import re
 import time
 
 import datasets
@@ -15,6 +16,7 @@ from megatron_cream.patches import platform
 
 platform.setup()
 
+from megatron_cream.checkpoint import convert
 from megatron_cream.checkpoint.convert import export_hf, import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
@@ -110,6 +112,26 @@ def test_absurd_conversion_flags(tools, hf, tmp_path):
         ended = bad_inputs.start(tools["convert_hf"], "tools/convert_hf.py", *flags)()
         assert ended.code == 2 and message in ended.error and len(ended.error.splitlines()) == 1, ended.error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1")])
+def test_a_conversion_without_memory_is_one_line(tools, hf, tmp_path, monkeypatch, error):
+    """As on a host with too little room for the largest tensor. Nothing is left."""
+    import_hf(HfFolder(hf), tmp_path / "ckpt")
+
+    def allocate(*_):
+        raise error
+
+    monkeypatch.setattr(convert._Scratch, "get", allocate)
+    for flags in (
+        ["import", "--hf-path", hf, "--output", tmp_path / "new"],
+        ["export", "--checkpoint", tmp_path / "ckpt", "--hf-path", tmp_path / "new"],
+    ):
+        ended = bad_inputs.start(tools["convert_hf"], "tools/convert_hf.py", *flags)()
+        assert ended.code == 1 and "Traceback" not in ended.error, ended.error
+        said = ended.error.splitlines()[-1]
+        assert re.match(r"convert_hf.py: error: out of memory: .*nothing was changed. Free memory", said), said
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
 
 
 @pytest.mark.parametrize("target", ["same", "link", "inside", "above"])

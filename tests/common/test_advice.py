@@ -25,6 +25,7 @@ from tests.launch import ROOT
             "torchrun --nproc_per_node=1 -m pretrain_cream --model 'a b'",
         ),
         ("/usr/bin/megatron-cream-convert", "evaluate", "megatron-cream-evaluate --model 'a b'"),
+        ("/lib/site-packages/pretrain_cream.py", "plan", "megatron-cream-plan --model 'a b'"),
         ("/lib/site-packages/pretrain_cream.py", "convert_hf", "megatron-cream-convert --model 'a b'"),
     ],
 )

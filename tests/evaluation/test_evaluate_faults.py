@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 from megatron_cream.commands import evaluate as command
 from megatron_cream.common.errors import UsageError
@@ -33,6 +34,22 @@ def refused(monkeypatch, capsys, model, tmp_path):
         return line.removeprefix("evaluate.py: error: ")
 
     return run
+
+
+def test_out_of_memory_outside_a_prompt_is_one_line(monkeypatch, capsys, model, tmp_path):
+    """For example while the model is loaded, beside another process on the GPU."""
+
+    def load(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nGPU 0 has")
+
+    monkeypatch.setitem(command.RUNS, "kv", load)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "kv", "--model", str(model), "--output", str(tmp_path / "out")])
+    assert command.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evaluate.py: error: out of memory: CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
+    monkeypatch.setitem(command.RUNS, "kv", lambda _: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        command.main()
 
 
 def test_flags_are_named(refused, tmp_path):

@@ -11,7 +11,7 @@ from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation import pictures, plans, report
 from megatron_cream.evaluation.models.generation import derive_seed
 from megatron_cream.evaluation.results import RESULTS, SUMMARY, open_results
-from megatron_cream.evaluation.runner import Generation, OutOfMemory, Plan, run_task
+from megatron_cream.evaluation.runner import Generation, OutOfMemory, Plan, report_out_of_memory, run_task
 from megatron_cream.evaluation.tasks.task import Example
 from tests.evaluation_models import Knows, is_picture, records_of, small_tokenizer
 
@@ -97,6 +97,15 @@ def test_out_of_memory_prints_one_line_and_keeps_results(tokenizer, tmp_path):
         model = Knows(tokenizer, answers)
         assert len(run_task(lambda: model, plan_of(examples), Generation(batch_size=2), results)) == 20
     assert sum(map(len, model.batches)) == 20 - len(done)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1")])
+def test_memory_of_the_host_runs_out(error):
+    with pytest.raises(OutOfMemory, match="^out of memory at 9 tokens x 1: try a smaller --prefill-chunk"):
+        with report_out_of_memory(9, 1):
+            raise error
+    with pytest.raises(NotImplementedError, match="no kernel"), report_out_of_memory(9, 1):
+        raise NotImplementedError("no kernel")  # a RuntimeError by inheritance
 
 
 def test_other_errors_are_not_called_memory(tokenizer, tmp_path):

@@ -1,13 +1,15 @@
 """Tests of the flags that save memory, on a CUDA device. Run: pytest -m gpu"""
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from megatron_cream.model.attention import find_flash_attention, has_transformer_engine
 from tests.hf_models import save_model
-from tests.launch import ROOT, train, write_documents
+from tests.launch import ROOT, torchrun, train, write_documents
+from tests.training.test_out_of_memory import lines_of
 
 pytestmark = pytest.mark.gpu
 
@@ -26,6 +28,15 @@ os.environ["NVTE_CPU_OFFLOAD_V1"] = "1"
 if __name__ == "__main__":
     import sys
     import pretrain_cream as job
+    sys.exit(job.main())
+"""
+CAPPED_JOB = """
+import sys
+import torch
+import pretrain_cream as job
+if __name__ == "__main__":
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(3 * 2**30 / total, 0)
     sys.exit(job.main())
 """
 ADAPTERS = "--lora-rank 8 --lora-plus-ratio 4"
@@ -96,3 +107,42 @@ def test_trains_as_without_it(losses, name):
     print(name, mine, reference)
     assert mine.keys() == reference.keys() and reference[4] < reference[1]
     assert max(abs(mine[step] - reference[step]) / reference[step] for step in reference) < bound
+
+
+def test_a_full_gpu_ends_in_one_line_whose_advice_works(tmp_path):
+    """With 3 GiB of the GPU, the micro-batch is lowered as advised until the run trains."""
+    job = tmp_path / "capped_job.py"
+    job.write_text(CAPPED_JOB)
+    flags = [*BASE, *"--num-layers 2 --hidden-size 64 --ffn-hidden-size 176 --num-attention-heads 2".split()]
+    flags += [*"--vocab-size 131071 --global-batch-size 64 --attention-backend sdpa --cuda-graph-impl none".split()]
+    flags += ["--data-path", write_documents(tmp_path / "documents")]
+    tried, micro_batch = [], 64
+    while (ended := torchrun(1, *flags, "--micro-batch-size", micro_batch, script=job)).returncode:
+        (said,) = lines_of(ended, 1)
+        found = re.search(
+            r"out of memory in step 1 on GPU 0: of 3\.0 GiB torch has (\S+) in tensors and (\S+) in unused pieces; (\S+) "
+            r"are outside torch \(CUDA, NCCL, user buffers\).*\. Use --micro-batch-size (\d+) instead of (\d+); ",
+            said,
+        )
+        assert found, said
+        tensors, unused, outside = map(float, found.groups()[:3])
+        assert 0 < tensors <= 3 and tensors + unused <= 3.1 and 0 < outside < 8
+        assert int(found[5]) == micro_batch == 2 * int(found[4])
+        tried.append(micro_batch)
+        micro_batch //= 2
+    assert tried and "step 4/4 | loss" in ended.stdout
+
+
+def test_recompute_as_advised_trains_on_a_full_gpu(tmp_path):
+    """The activations of six wide MLPs do not fit into 3 GiB; those of one do."""
+    job = tmp_path / "capped_job.py"
+    job.write_text(CAPPED_JOB)
+    flags = [*BASE, *"--num-layers 6 --hidden-size 64 --ffn-hidden-size 12288 --num-attention-heads 2".split()]
+    flags += [*"--seq-length 8192 --target-length 32768 --micro-batch-size 1 --global-batch-size 1".split()]
+    flags += [*"--vocab-size 100 --attention-backend sdpa --cuda-graph-impl none".split()]
+    flags += ["--data-path", write_documents(tmp_path / "documents", documents=20, shortest=9000, longest=9100)]
+    (said,) = lines_of(torchrun(1, *flags, script=job), 1)
+    advice = "--recompute-granularity selective --recompute-modules mlp"
+    assert "out of memory in step 1 on GPU 0" in said and f". Add {advice}; " in said
+    ended = torchrun(1, *flags, *advice.split(), script=job)
+    assert ended.returncode == 0 and "step 4/4 | loss" in ended.stdout, ended.stderr[-3000:]
