@@ -55,8 +55,8 @@ from megatron_cream.data.recent import RecentSamples
 from megatron_cream.data.transport import ThroughPipe
 from megatron_cream.data.usage import Usage
 from megatron_cream.model.packed_attention import Documents
-from megatron_cream.planning.expected_time import predict_step
 from megatron_cream.planning.graph_choice import choose_graphs
+from megatron_cream.planning.own_run import predict_own_run
 from megatron_cream.training import run
 
 micro_batches = SharedMicroBatches()
@@ -175,7 +175,7 @@ def _build(kind: type, counts: list, config: LongDocumentDatasetConfig) -> list:
 def train(argv: list[str] | None = None) -> Namespace:
     """Run one training; see `megatron_cream.training.run.train`."""
     datasets = train_valid_test_datasets_provider
-    job = run.Job(datasets, forward_step, recent_samples, choose_graphs, predict_step, usage)
+    job = run.Job(datasets, forward_step, recent_samples, choose_graphs, predict_own_run, usage)
     return run.train(job, argv)
 
 

@@ -7,7 +7,7 @@ from megatron_cream.common import devices
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.checks.flags import expandable_segments_variable
 from megatron_cream.planning import memory, step_time
-from megatron_cream.planning.expected_time import OwnRun, find_own_run
+from megatron_cream.planning.own_run import OwnRun, find_own_run
 
 LEAST_GAIN = 0.05
 """Share of the step that graphs must save by plan. Predictions of small models are within 4 %."""

@@ -39,6 +39,7 @@ from megatron_cream.common.errors import (
 )
 from megatron_cream.common.files import lock_folder
 from megatron_cream.config import parse, values
+from megatron_cream.config.expected import Expected
 from megatron_cream.data.recent import RecentSamples
 from megatron_cream.data.usage import Usage
 from megatron_cream.distributed import launcher, rendezvous, watchdog
@@ -59,8 +60,7 @@ class Job:
     recent_samples: the samples that the data loader read last, named in the log when a gradient is not finite.
     choose_graphs: returns why the run should use CUDA graphs though no flag says so, or None, from the flags as given
         and as checked.
-    predict_step: returns the expected seconds of a step and the name of the GPU, or None, from the flags as given and
-        as checked.
+    predict: returns what the planner expects of the run, or None, from the flags as given and as checked.
     usage: describes the data that was used of each source, at the end.
     """
 
@@ -68,7 +68,7 @@ class Job:
     forward_step: Callable
     recent_samples: RecentSamples
     choose_graphs: parse.GraphChoice
-    predict_step: Callable[[list[str], Namespace], tuple[float, str] | None]
+    predict: Callable[[list[str], Namespace], Expected | None]
     usage: Usage
 
 
@@ -121,8 +121,8 @@ def train(job: Job, argv: list[str] | None = None) -> Namespace:
             args.save_retain_interval = None  # `after_save` deletes old checkpoints instead of Megatron
         finite.install(args.nan_policy, lambda norm: _log_non_finite(norm, job.recent_samples, terminal))
         if args.rank == 0:
-            step = job.predict_step(sys.argv[1:] if argv is None else argv, args)
-            say(summary.describe_run(args, origin, data, model.lora, step, parsed.graphs))
+            expected = job.predict(sys.argv[1:] if argv is None else argv, args)
+            say(summary.describe_run(args, origin, data, model.lora, expected, parsed.graphs))
         perplexity = None
         if args.eval_lengths:
             perplexity = evaluations.build_perplexity_callback(args, data, origin.weights, terminal)

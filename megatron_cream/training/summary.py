@@ -5,14 +5,17 @@ from pathlib import Path
 
 from megatron_cream.checkpoint.families import read_config
 from megatron_cream.checkpoint.start import Origin
-from megatron_cream.common.advice import evaluation_command, export_command
+from megatron_cream.common.advice import command_line, evaluation_command, export_command
 from megatron_cream.common.console import format_count
 from megatron_cream.config import values
+from megatron_cream.config.expected import Expected
 from megatron_cream.config.run_data import RunData
 from megatron_cream.config.samplers import sampler_names
 from megatron_cream.data.packing import MIN_TOKENS
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.lora_settings import TARGETS, LoraSettings
+
+GIB = 2**30
 
 
 def finished_message(args: Namespace, origin: Origin) -> str | None:
@@ -28,7 +31,7 @@ def describe_run(
     origin: Origin,
     data: RunData,
     lora: LoraSettings | None,
-    step: tuple[float, str] | None = None,
+    expected: Expected | None = None,
     graphs: str | None = None,
 ) -> str:
     """Return the lines that say what the run will do.
@@ -38,7 +41,7 @@ def describe_run(
         origin: where the run starts from.
         data: the data that it reads.
         lora: the adapters, or None.
-        step: expected seconds of a step and the name of the GPU; None if they are unknown.
+        expected: the plan of the run; None if there is none.
         graphs: why the run uses CUDA graphs though no flag says so; None if it does not.
     """
     rows = [
@@ -50,7 +53,8 @@ def describe_run(
         *([("graphs", graphs)] if graphs else []),
         ("data", _data(args, data)),
         *(("short", line) for line in _short_texts(args, data)),
-        ("train", describe_steps(args, origin.resumed_step, step)),
+        ("train", describe_steps(args, origin.resumed_step, expected)),
+        *([("memory", describe_memory(args, expected))] if expected and not args.skip_train else []),
         ("output", _output(args, origin.flags.save)),
     ]
     return "".join(f"{name:<8}{text}\n" for name, text in rows)
@@ -147,13 +151,13 @@ def _short_texts(args: Namespace, data: RunData) -> list[str]:
     return lines
 
 
-def describe_steps(args: Namespace, done: int | None, step: tuple[float, str] | None) -> str:
+def describe_steps(args: Namespace, done: int | None, expected: Expected | None) -> str:
     """Return the number of steps and tokens, and the expected time.
 
     Args:
         args: Megatron's.
         done: steps of the checkpoint that the run resumes from, or None.
-        step: as for `describe_run`.
+        expected: as for `describe_run`.
     """
     if args.skip_train:
         return "none (--skip-train): the model is evaluated"
@@ -163,10 +167,18 @@ def describe_steps(args: Namespace, done: int | None, step: tuple[float, str] | 
     if done:
         left = max(steps - done, 0)
         text += f", {left:,} left"
-    if step is None:
+    if expected is None:
         return f"{text}; each step's line has the time left (ETA)"
-    seconds, gpu = step
-    return f"{text}; about {_rough(left * seconds)} by plan on {args.world_size} x {gpu}"
+    return f"{text}; about {_rough(left * expected.step)} by plan on {args.world_size} x {expected.gpu}"
+
+
+def describe_memory(args: Namespace, expected: Expected) -> str:
+    """Return the memory of a GPU by plan, and what needs less if it may not suffice."""
+    text = f"{expected.memory / GIB:.1f} of the {expected.usable / GIB:.1f} GiB of each {expected.gpu} by plan"
+    if not expected.is_close:
+        return text
+    plan = f"{command_line('plan', '--gpus', str(args.world_size), '--gpu', expected.gpu)} with the flags of this run"
+    return f"{text}: it may run out of memory; {plan} lists the layouts that need less"
 
 
 def _rough(seconds: float) -> str:

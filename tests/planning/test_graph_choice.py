@@ -12,8 +12,8 @@ from megatron_cream.config import fill
 from megatron_cream.config.parser import build_parser, default_values
 from megatron_cream.config.recipe import read_recipe, recipe_path
 from megatron_cream.planning import graph_choice, memory
-from megatron_cream.planning.expected_time import find_own_run, predict_step
 from megatron_cream.planning.hardware import GPUS
+from megatron_cream.planning.own_run import find_own_run, predict_own_run
 from tests.processes import ROOT
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -162,8 +162,8 @@ def test_graphs_leave_a_tenth_of_the_memory():
 
 def test_the_expected_time_is_that_with_the_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: H100)
-    without, having = (predict_step(SMALL, checked(SMALL, cuda_graph_impl=impl)) for impl in ("none", "local"))
-    assert having[0] < 0.7 * without[0]
+    without, having = (predict_own_run(SMALL, checked(SMALL, cuda_graph_impl=impl)) for impl in ("none", "local"))
+    assert having.step < 0.7 * without.step
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The step time that the planner predicts for a run on the GPUs of this machine."""
+"""The step time and memory that the planner predicts for a run on the GPUs of this machine."""
 
 import os
 from argparse import Namespace
@@ -8,7 +8,8 @@ import torch
 
 from megatron_cream.common import devices
 from megatron_cream.common.errors import UsageError
-from megatron_cream.planning import step_time
+from megatron_cream.config.expected import Expected
+from megatron_cream.planning import memory, outside, step_time
 from megatron_cream.planning.flags import run_from_flags
 from megatron_cream.planning.hardware import GPUS, Cluster
 from megatron_cream.planning.run import Engine, Layout, Model
@@ -62,8 +63,8 @@ def find_own_run(argv: list[str], args: Namespace, gpu_name: str) -> OwnRun | No
     return OwnRun(run.model, run.layout, engine, cluster, kind)
 
 
-def predict_step(argv: list[str], args: Namespace) -> tuple[float, str] | None:
-    """Return the predicted seconds of a step and the name of the GPU; None if the planner does not know them.
+def predict_own_run(argv: list[str], args: Namespace) -> Expected | None:
+    """Return the predicted step time and memory; None if the planner does not know them.
 
     Args:
         argv: the run's flags.
@@ -73,6 +74,9 @@ def predict_step(argv: list[str], args: Namespace) -> tuple[float, str] | None:
     if own is None:
         return None
     try:
-        return step_time.predict(own.model, own.layout, own.engine, own.cluster).time.step, own.kind
+        step = step_time.predict(own.model, own.layout, own.engine, own.cluster).time.step
     except UsageError:
         return None
+    needed = memory.predict(own.model, own.layout, own.engine).device
+    usable = torch.cuda.get_device_properties().total_memory
+    return Expected(own.kind, step, needed, usable, is_close=needed > usable - outside.ERROR)
