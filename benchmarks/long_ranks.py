@@ -31,6 +31,7 @@ from megatron_cream.distributed import rendezvous
 from megatron_cream.evaluation.models.megatron_model import MegatronModel
 
 CUDA = devices.has_cuda()
+WINDOW = 4096
 NEW = 16
 SCORED = 256
 """Tokens at the end of the prompt whose mean loss is given."""
@@ -47,7 +48,7 @@ class RandomWeights:
     """
 
     def __init__(self, recipe: dict, longest: int):
-        scaling = {"rope_type": "linear", "factor": longest / 4096, "rope_theta": 10000.0}
+        scaling = {"rope_type": "linear", "factor": longest / WINDOW, "rope_theta": 10000.0}
         config = llama_config(recipe, rms_norm_eps=1e-5, max_position_embeddings=longest, rope_parameters=scaling)
         self.shape = shape_from_config(config.to_dict(), Path("config.json"))
         self._noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=SEVEN_B["num_layers"])
     parser.add_argument("--prefill-chunk", type=int, default=4096)
     args = parser.parse_args()
+    if args.length < WINDOW:
+        parser.error(f"--length {args.length}: must be at least {WINDOW}, the window that is extended")
     if CUDA:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rank = int(os.environ["RANK"])

@@ -59,16 +59,17 @@ def main() -> None:
     parser.add_argument(
         "--gpus", type=int, default=1, help="of this host; the layout that the flags say shares the work"
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=[0], help="whose steps to trace")
+    parser.add_argument("--ranks", type=int, nargs="+", help="whose steps to trace (default: 0)")
     args, flags = parser.parse_known_args()
     if bool(args.output) == bool(args.trace):
         parser.error("give OUTPUT_FOLDER, or --trace FILE")
-    if wrong := [rank for rank in args.ranks if not 0 <= rank < args.gpus]:
+    if args.trace and args.ranks:
+        parser.error("--ranks: not with --trace, whose file has one rank")
+    ranks = args.ranks or [0]
+    if wrong := [rank for rank in ranks if not 0 <= rank < args.gpus]:
         parser.error(f"--ranks {wrong[0]}: must be from 0 to {args.gpus - 1}, of --gpus {args.gpus}")
     leave_no_ranks()
-    traces = (
-        [args.trace] if args.trace else record(args.output, ["--config", args.config, *flags], args.gpus, args.ranks)
-    )
+    traces = [args.trace] if args.trace else record(args.output, ["--config", args.config, *flags], args.gpus, ranks)
     recipe = yaml.safe_load(locate(args.config).read_text())
     recipe |= {flag[2:].replace("-", "_"): int(value) for flag, value in itertools.pairwise(flags) if value.isdigit()}
     floor = floors(recipe, args.gpus, *ceilings())
