@@ -83,7 +83,8 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
             report_time.print_user_buffers(terminal, run, plans[: report.MAX_LAYOUTS], around, usable)
             print_full_length(terminal, options, long, plans[0], full, usable, around)
             report_time.print_assumptions(terminal, run, around)
-            if command := next_command(options, flags, run, plans[0]):
+            roomy = next((plan for plan in plans if not report.is_close(plan.memory, usable)), plans[0])
+            if command := next_command(options, flags, run, roomy):
                 terminal.print(f"Next: {command}", soft_wrap=True, highlight=False)
     if options.picture and plans:
         shown = (
@@ -96,14 +97,14 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
     return 0 if plans else 1
 
 
-def next_command(options: argparse.Namespace, flags: list[str], run: Run, best: Plan) -> str:
-    """Return the command that trains with the fastest layout.
+def next_command(options: argparse.Namespace, flags: list[str], run: Run, plan: Plan) -> str:
+    """Return the command that trains with this layout.
 
     It is "" where the recipe must be edited first.
     """
-    if layouts.keys_to_remove(best.layout, run.layout):
+    if layouts.keys_to_remove(plan.layout, run.layout):
         return ""
-    words = [*flags, *layouts.flags(best.layout, run.layout)]
+    words = [*flags, *layouts.flags(plan.layout, run.layout)]
     missing = ((("--load-hf", "--pretrained-checkpoint", "--load"), "HF_MODEL"), (("--data-path",), "DATA"))
     for names, value in (*missing, (("--save", "--save-hf"), "extended")):
         if not any(word.partition("=")[0] in names for word in words):
