@@ -29,6 +29,7 @@ from megatron_cream.planning import layouts, measured, memory, picture, report, 
 from megatron_cream.planning.flags import run_from_flags
 from megatron_cream.planning.hardware import GIB, GPUS, Cluster
 from megatron_cream.planning.layouts import Plan
+from megatron_cream.planning.outside import is_close
 from megatron_cream.planning.run import Run
 
 MAX_GPUS = 1024
@@ -83,7 +84,7 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
             report_time.print_user_buffers(terminal, run, plans[: report.MAX_LAYOUTS], around, usable)
             print_full_length(terminal, options, long, plans[0], full, usable, around)
             report_time.print_assumptions(terminal, run, around)
-            roomy = next((plan for plan in plans if not report.is_close(plan.memory, usable)), plans[0])
+            roomy = next((plan for plan in plans if not is_close(plan.memory.device, usable)), plans[0])
             if command := next_command(options, flags, run, roomy):
                 terminal.print(f"Next: {command}", soft_wrap=True, highlight=False)
     if options.picture and plans:

@@ -14,6 +14,11 @@ ERROR = GIB
 too large, and with TP 2 x DP 2 one did not that was planned 0.1 GiB smaller than the GPU."""
 
 
+def is_close(needed: int, usable: float) -> bool:
+    """Return whether a GPU with these usable bytes may be too small, as far as the plan can tell."""
+    return needed > usable - ERROR
+
+
 def count_communicators(model: Model, layout: Layout) -> int:
     """Return the number of groups of several ranks that send in a training. Each has an NCCL communicator.
 

@@ -13,7 +13,7 @@ from megatron_cream.planning import layouts
 from megatron_cream.planning.hardware import GIB, Cluster
 from megatron_cream.planning.layouts import Plan, flags, keys_to_remove, settings
 from megatron_cream.planning.memory import FRAGMENTATION, Memory
-from megatron_cream.planning.outside import COMMUNICATOR, CONTEXT, ERROR
+from megatron_cream.planning.outside import COMMUNICATOR, CONTEXT, ERROR, is_close
 from megatron_cream.planning.run import Layout, Run
 from megatron_cream.planning.weights import parameters, trained_parameters
 
@@ -76,7 +76,7 @@ def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: flo
             f"{speed.utilization:.1%}",
         )
     console.print(table)
-    close = [str(number) for number, plan in enumerate(plans[:MAX_LAYOUTS], 1) if is_close(plan.memory, usable)]
+    close = [str(number) for number, plan in enumerate(plans[:MAX_LAYOUTS], 1) if is_close(plan.memory.device, usable)]
     if close:
         console.print(f"{', '.join(close)}: within the plan's error of {ERROR / GIB:.0f} GiB; may run out of memory")
     console.print("flags to add for each layout:")
@@ -147,15 +147,12 @@ def _difference(layout: Layout, base: Layout) -> str:
     return "; ".join(parts) or "none: this is the layout above"
 
 
-def is_close(needed: Memory, usable: float) -> bool:
-    """Return whether the layout may not fit, as far as the plan can tell."""
-    return needed.device > usable - ERROR
-
-
 def _verdict(own: Memory, usable: float) -> str:
     left = (usable - own.device) / GIB
     if left >= 0:
-        close = f", within the plan's error of {ERROR / GIB:.0f} GiB: it may run out of memory" * is_close(own, usable)
+        close = f", within the plan's error of {ERROR / GIB:.0f} GiB: it may run out of memory" * is_close(
+            own.device, usable
+        )
         return f"fits: {left:.1f} of {usable / GIB:.1f} GiB are left{close}"
     return f"does not fit: needs {-left:.1f} GiB more than the {usable / GIB:.1f} usable GiB of a GPU"
 
