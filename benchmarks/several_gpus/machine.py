@@ -27,6 +27,13 @@ class Machine:
         """Return CUDA_VISIBLE_DEVICES for these GPUs."""
         return ",".join(self.names[gpu] for gpu in sorted(gpus))
 
+    def read_used_memory(self) -> list[float]:
+        """Return the GiB that are used of each GPU, by all processes; without GPUs none."""
+        if not self.names or not shutil.which("nvidia-smi"):
+            return []
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", ",".join(self.names)]
+        return [int(line) / 1024 for line in subprocess.run(query, capture_output=True, text=True).stdout.split()]
+
 
 def find_machine(count: int) -> Machine:
     """Return the first `count` GPUs of this machine.

@@ -130,14 +130,19 @@ def _speed(found: dict[str, dict]) -> list[str]:
     one, lines = one_gpu(found), []
     if one:
         lines += [f"One GPU, the whole 7B, global batch {BATCH_OF_ONE}: {one[0]:,.0f} tokens/s ({one[1]}).", ""]
-    lines += ["| run | tokens/s/GPU | beside one GPU | MFU | GiB | planned tokens/s | off by | planned GiB | loss |"]
-    lines += ["|---" * 9 + "|"]
+    lines += [
+        "| run | tokens/s/GPU | beside one GPU | MFU | torch's GiB | the GPU's | planned tokens/s | off by | planned GiB "
+        "| the GPU's | loss |",
+        "|---" * 11 + "|",
+    ]
     for run in rows:
         rate, planned = run["tokens_per_second"], run["planned_tokens_per_second"]
         beside = f"{rate / one[0]:.3f}" if one and run["run"].startswith("7b") else ""
         plan = f"{planned:,} | {planned / rate - 1:+.1%} | {run['planned_gib']}" if planned else " | | "
+        device, planned_device = (run.get(name, "") for name in ("device_gib", "planned_device_gib"))
         lines.append(
-            f"| {run['run']} | {rate:,.0f} | {beside} | {run['mfu']:.1f} % | {run['peak_gib']:.1f} | {plan} | {run['loss']} |"
+            f"| {run['run']} | {rate:,.0f} | {beside} | {run['mfu']:.1f} % | {run['peak_gib']:.1f} | {device} | {plan} "
+            f"| {planned_device} | {run['loss']} |"
         )
     return lines
 

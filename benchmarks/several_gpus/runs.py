@@ -17,6 +17,8 @@ from benchmarks.several_gpus.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = ("pretrain_cream.py",)
+SECONDS_BETWEEN_LOOKS = 1.0
+"""At the memory of the GPUs."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class _Started:
     gpus: set[int]
     since: float = field(default_factory=time.monotonic)
     runs: bool = False
+    device_gib: float = 0.0
 
 
 class Runs:
@@ -83,7 +86,11 @@ class Runs:
         """
         left = [job for i, job in enumerate(jobs) if job.name not in {*self.results, *(each.name for each in jobs[:i])}]
         started: list[_Started] = []
+        looked = time.monotonic()
         while left or started:
+            if time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
+                looked = time.monotonic()
+                self._look_at_memory(started)
             for each in [each for each in started if each.process.poll() is not None or self._is_late(each)]:
                 started.remove(each)
                 self._end(each)
@@ -103,6 +110,13 @@ class Runs:
                     started.append(self._start(job))
                 continue
             time.sleep(0.02)
+
+    def _look_at_memory(self, started: list[_Started]) -> None:
+        """Keep the most memory that nvidia-smi has shown of a job's GPUs. A job that waits for its GPUs has none."""
+        if used := self.machine.read_used_memory():
+            for each in started:
+                if each.runs and each.gpus:
+                    each.device_gib = max(each.device_gib, *(used[gpu] for gpu in each.gpus))
 
     def _may_start(self, job: Job, started: list[_Started]) -> bool:
         if not self._gpus(job):  # in its turn
@@ -146,7 +160,7 @@ class Runs:
     def _end(self, started: _Started) -> None:
         job, code = started.job, started.process.poll()
         seconds = round(time.monotonic() - started.since, 1)
-        more = {"seconds": seconds}
+        more = {"seconds": seconds} | ({"device_gib": round(started.device_gib, 1)} if started.device_gib else {})
         if code is None:
             end_tree(started.process)
             more["killed"] = True

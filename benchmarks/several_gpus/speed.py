@@ -120,7 +120,7 @@ def seventy_b(runs: Runs) -> list[Job]:
     for name, how in SEVENTY_B_LAYOUTS[count].items():
         for layers in DEPTHS:
             flags = seventy_b_flags(how, layers)
-            if plan.predict(runs.machine.gpu, count, _with(runs, flags)).get("gib", memory) <= plan.SHARE * memory:
+            if plan.predict(runs.machine.gpu, count, _with(runs, flags)).get("device", memory) <= memory - plan.ROOM:
                 jobs.append(_job(runs, f"70b width {name}, {layers} layers", count, flags, limit=75))
                 break
     return jobs
@@ -175,6 +175,7 @@ def _job(
             loss=float(re.findall(r"\| loss ([\d.]+)", text)[-1]),
             planned_tokens_per_second=found.get("tokens_per_second"),
             planned_gib=found.get("gib"),
+            planned_device_gib=found.get("device"),
             flags=flags.split(),
         )
 

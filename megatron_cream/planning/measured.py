@@ -30,12 +30,13 @@ class Checked:
         off: why the predicted time is wrong.
         slow: what was slow on that host; no constant is fitted on the run.
         profile: milliseconds of a traced step by kind of kernel.
-    speed, peak_gib: the prediction.
+    speed, peak_gib, device_gib: the prediction.
     """
 
     row: dict
     speed: Speed
     peak_gib: float
+    device_gib: float
 
     @property
     def memory_error(self) -> float:
@@ -70,7 +71,8 @@ def check_run(row: dict) -> Checked:
     """Predict a measured run."""
     ran, around = build_run(row), build_cluster(row)
     needed = memory.predict(ran.model, ran.layout, ran.engine, row.get("stage"))
-    return Checked(row, step_time.predict(ran.model, ran.layout, ran.engine, around), needed.allocated / GIB)
+    speed = step_time.predict(ran.model, ran.layout, ran.engine, around)
+    return Checked(row, speed, needed.allocated / GIB, needed.device / GIB)
 
 
 def print_check(console: Console) -> None:

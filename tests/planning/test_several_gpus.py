@@ -56,6 +56,25 @@ def test_jobs_wait_for_their_gpus_and_late_ones_are_killed(tmp_path):
     assert again.failed == ["late"]  # the others have their results
 
 
+def test_the_most_memory_of_each_gpu_is_kept(monkeypatch, tmp_path):
+    """As nvidia-smi shows it, whose order is that of the names; a job has its own GPUs' only."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\n"
+        f'[ "$*" = "--query-gpu=memory.used --format=csv,noheader,nounits -i 2,5" ] || exit 1\n'
+        f"[ -e {tmp_path}/seen ] && printf '2048\\n512\\n' || printf '4096\\n1024\\n'\n"
+        f"touch {tmp_path}/seen\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("benchmarks.several_gpus.runs.SECONDS_BETWEEN_LOOKS", 0.1)
+    runs = Runs(tmp_path, Machine(2, "H100", names=("2", "5")), [], 1e9)
+    sleep = ["-n", "1", "-r", "1", "-s", "import time; time.sleep(1.5)", "pass"]
+    runs.run([Job(name, 0, sleep, lambda text: {}, gpus, ("timeit",)) for name, gpus in (("a", (0,)), ("b", (1,)))])
+    assert (runs.results["a"]["device_gib"], runs.results["b"]["device_gib"]) == (4.0, 1.0)
+    assert Machine(2).read_used_memory() == []
+
+
 def test_one_gpu_is_extrapolated_where_the_model_does_not_fit():
     """A layer takes 0.25 s and everything else 1 s: 32 layers take 9 s."""
     rate = {layers: 16 * 4096 / (1 + 0.25 * layers) for layers in (8, 16, 32)}
