@@ -14,6 +14,11 @@ ERROR = GIB
 too large, and with TP 2 x DP 2 one did not that was planned 0.1 GiB smaller than the GPU."""
 
 
+def is_close(needed: float, usable: float) -> bool:
+    """Return whether a run that is planned to need these bytes may run out of memory."""
+    return needed > usable - ERROR
+
+
 def count_communicators(model: Model, layout: Layout) -> int:
     """Return the number of groups of several ranks that send in a training. Each has an NCCL communicator.
 
