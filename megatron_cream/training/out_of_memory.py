@@ -148,10 +148,10 @@ def _advise_micro_batch(args: Namespace) -> str:
 
     A run without --global-batch-size has one micro-batch of each rank in it.
     """
-    advice = f"Use --micro-batch-size {_largest_divisor(args.micro_batch_size)} instead of {args.micro_batch_size}"
+    fewer, keeps = _largest_divisor(args.micro_batch_size), ""
     if args.global_batch_size == args.micro_batch_size * args.data_parallel_size:
-        advice += f"; --global-batch-size {args.global_batch_size} keeps the batch"
-    return advice
+        keeps = f"; --global-batch-size {args.global_batch_size} keeps the batch"
+    return f"Use --micro-batch-size {fewer} instead of {args.micro_batch_size}{keeps}"
 
 
 def _advise_host(args: Namespace | None, place: Place) -> str:
