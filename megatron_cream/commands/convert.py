@@ -42,7 +42,7 @@ def main() -> int:
         print(f"{program_name()}: error: {error}; nothing was changed", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         words = f"out of memory: {one_line(error) or 'the host has too little'}; nothing was changed"
         print(f"{program_name()}: error: {words}. Free memory of this host, or use one with more", file=sys.stderr)

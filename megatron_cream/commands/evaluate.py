@@ -82,11 +82,12 @@ def _main() -> int:
     except (OutOfMemory, OSError) as error:
         print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         # While the model is loaded, for example; `runner` knows the lengths when a prompt is read.
-        words = f"out of memory: {one_line(error, 120)}; {kept}. Free memory of the GPU or host, or use more GPUs"
+        why = one_line(error, 120) or "the host has too little"
+        words = f"out of memory: {why}; {kept}. Free memory of the GPU or host, or use more GPUs"
         print(f"{program_name()}: error: {words}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

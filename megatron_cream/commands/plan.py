@@ -25,11 +25,10 @@ from megatron_cream.common.advice import command_line
 from megatron_cream.common.cli import path, program_name
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import check_picture, convert_disk_errors, to_json
-from megatron_cream.planning import layouts, measured, memory, picture, report, report_time, step_time
+from megatron_cream.planning import layouts, measured, memory, outside, picture, report, report_time, step_time
 from megatron_cream.planning.flags import run_from_flags
 from megatron_cream.planning.hardware import GIB, GPUS, Cluster
 from megatron_cream.planning.layouts import Plan
-from megatron_cream.planning.outside import is_close
 from megatron_cream.planning.run import Run
 
 MAX_GPUS = 1024
@@ -84,8 +83,12 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
             report_time.print_user_buffers(terminal, run, plans[: report.MAX_LAYOUTS], around, usable)
             print_full_length(terminal, options, long, plans[0], full, usable, around)
             report_time.print_assumptions(terminal, run, around)
-            roomy = next((plan for plan in plans if not is_close(plan.memory.device, usable)), plans[0])
-            if command := next_command(options, flags, run, roomy):
+            best = find_roomy(plans[: report.MAX_LAYOUTS], usable)
+            if best is not plans[0]:
+                terminal.print(
+                    f"Layout 1 may run out of memory; the next command is of layout {plans.index(best) + 1}."
+                )
+            if command := next_command(options, flags, run, best):
                 terminal.print(f"Next: {command}", soft_wrap=True, highlight=False)
     if options.picture and plans:
         shown = (
@@ -98,14 +101,19 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
     return 0 if plans else 1
 
 
-def next_command(options: argparse.Namespace, flags: list[str], run: Run, plan: Plan) -> str:
-    """Return the command that trains with this layout.
+def find_roomy(plans: list[Plan], usable: float) -> Plan:
+    """Return the fastest plan with more memory left than the plan's error, or the fastest if none has."""
+    return next((plan for plan in plans if not outside.is_close(plan.memory.device, usable)), plans[0])
+
+
+def next_command(options: argparse.Namespace, flags: list[str], run: Run, best: Plan) -> str:
+    """Return the command that trains with the layout of `best`.
 
     It is "" where the recipe must be edited first.
     """
-    if layouts.keys_to_remove(plan.layout, run.layout):
+    if layouts.keys_to_remove(best.layout, run.layout):
         return ""
-    words = [*flags, *layouts.flags(plan.layout, run.layout)]
+    words = [*flags, *layouts.flags(best.layout, run.layout)]
     missing = ((("--load-hf", "--pretrained-checkpoint", "--load"), "HF_MODEL"), (("--data-path",), "DATA"))
     for names, value in (*missing, (("--save", "--save-hf"), "extended")):
         if not any(word.partition("=")[0] in names for word in words):

@@ -17,7 +17,7 @@ from rich.table import Table
 from megatron_cream.common import devices
 from megatron_cream.common.advice import command_line
 from megatron_cream.common.cli import program_name, to_flag
-from megatron_cream.common.errors import NotAvailable, UsageError, one_line
+from megatron_cream.common.errors import NotAvailable, UsageError, is_out_of_memory, one_line
 from megatron_cream.common.files import atomic_write, read_json, to_json
 from megatron_cream.evaluation.engine_flags import (
     check_chat,
@@ -129,8 +129,12 @@ def _run_one(
         run(parser.parse_args([*words, "--output", str(folder)]))
     except NotAvailable as error:
         return {"state": "left out", "reason": one_line(error)}
-    except (UsageError, TooShort, OutOfMemory, torch.OutOfMemoryError) as error:
+    except (UsageError, TooShort, OutOfMemory) as error:
         return {"state": "failed", "reason": one_line(error)}
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"state": "failed", "reason": one_line(error) or "the host has too little memory"}
     finally:  # the next evaluation loads the model again
         gc.collect()
         if devices.has_cuda():

@@ -13,7 +13,8 @@ _LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|remote proces
 _NO_SHARED_MEMORY = re.compile(r"(shared memory|/torch_\d).*No space left on device", re.DOTALL)
 
 
-# Wordings of torch's allocators, CUDA, NCCL, cuBLAS, the system and NumPy.
+# Wordings of torch's allocators, CUDA, NCCL, cuBLAS, the system and NumPy. InfiniBand's "ibv_..., Cannot allocate
+# memory" is about the limit of locked memory (`ulimit -l`).
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|STATUS_ALLOC_FAILED"
     r"|Unable to allocate \S+ \S+ for an array",
@@ -84,11 +85,15 @@ def is_full_shared_memory(error: Exception) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether torch, a library under it or NumPy could not allocate memory of a GPU or of the host.
+    """Return whether Python, torch, a library under it or the system could not allocate memory of a GPU or of the host.
 
-    For a GPU torch raises an error of its own, a RuntimeError; for the host a plain one.
+    For a GPU torch raises an error of its own, a RuntimeError; for the host a plain one. Python's own has no text.
     """
-    return isinstance(error, RuntimeError | MemoryError) and bool(_NO_MEMORY.search(str(error)))
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return bool(_NO_MEMORY.search(str(error))) and "ibv_" not in str(error)
+    return isinstance(error, MemoryError)
 
 
 def is_lost_peer(error: Exception) -> bool:

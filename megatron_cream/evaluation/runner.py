@@ -284,7 +284,7 @@ def report_out_of_memory(tokens: int, samples: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         batch = "" if samples == 1 else "a smaller --batch-size, "
         raise OutOfMemory(

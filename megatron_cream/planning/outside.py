@@ -14,8 +14,8 @@ ERROR = GIB
 too large, and with TP 2 x DP 2 one did not that was planned 0.1 GiB smaller than the GPU."""
 
 
-def is_close(needed: int, usable: float) -> bool:
-    """Return whether a GPU with these usable bytes may be too small, as far as the plan can tell."""
+def is_close(needed: float, usable: float) -> bool:
+    """Return whether a run that is planned to need these bytes may run out of memory."""
     return needed > usable - ERROR
 
 

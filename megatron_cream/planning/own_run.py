@@ -79,4 +79,4 @@ def predict_own_run(argv: list[str], args: Namespace) -> Expected | None:
         return None
     needed = memory.predict(own.model, own.layout, own.engine).device
     usable = torch.cuda.get_device_properties().total_memory
-    return Expected(own.kind, step, needed, usable, outside.is_close(needed, usable))
+    return Expected(own.kind, step, needed, usable, is_close=outside.is_close(needed, usable))

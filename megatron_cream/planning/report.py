@@ -58,7 +58,7 @@ def print_memory(console: Console, run: Run, own: Memory, usable: float) -> None
 
 
 def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: float) -> None:
-    """Print the layouts that fit, fastest first, with the flags of each."""
+    """Print the layouts that fit, fastest first, with the flags of each, and mark those that may not."""
     table = Table(title="layouts that fit, fastest first", title_justify="left")
     names = ("", "TP", "PP", "CP", "DP", "micro-batch", "recompute", "GiB", "left", "s/step", "tokens/s/GPU", "MFU")
     for name in names:
@@ -66,19 +66,19 @@ def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: flo
     for number, plan in enumerate(plans[:MAX_LAYOUTS], 1):
         layout, needed, speed = plan.layout, plan.memory.device, plan.speed
         sizes = (number, layout.tensor, layout.pipeline, layout.context, layout.data, layout.micro_batch)
-        values = (needed / GIB, (usable - needed) / GIB)
+        left = f"{(usable - needed) / GIB:.1f}" + "*" * is_close(needed, usable)
         table.add_row(
             *map(str, sizes),
             _recompute(layout),
-            *(f"{value:.1f}" for value in values),
+            f"{needed / GIB:.1f}",
+            left,
             f"{speed.time.step:.2f}",
             f"{speed.tokens_per_second:,.0f}",
             f"{speed.utilization:.1%}",
         )
     console.print(table)
-    close = [str(number) for number, plan in enumerate(plans[:MAX_LAYOUTS], 1) if is_close(plan.memory.device, usable)]
-    if close:
-        console.print(f"{', '.join(close)}: within the plan's error of {ERROR / GIB:.0f} GiB; may run out of memory")
+    if any(is_close(plan.memory.device, usable) for plan in plans[:MAX_LAYOUTS]):
+        console.print(f"* within the plan's error of {ERROR / GIB:.0f} GiB: it may run out of memory")
     console.print("flags to add for each layout:")
     for number, plan in enumerate(plans[:MAX_LAYOUTS], 1):
         console.print(f"{number}: {_difference(plan.layout, base)}", soft_wrap=True, highlight=False)
@@ -122,17 +122,18 @@ def as_dict(
         "engine": asdict(run.engine),
         "cluster": asdict(cluster),
         "steps": run.steps,
-        "own": _plan(own) | {"fits": own.memory.device <= usable} if own else None,
-        "layouts": [_plan(plan) for plan in plans],
-        "full": [_plan(plan) for plan in full],
+        "own": _plan(own, usable) | {"fits": own.memory.device <= usable} if own else None,
+        "layouts": [_plan(plan, usable) for plan in plans],
+        "full": [_plan(plan, usable) for plan in full],
     }
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
+def _plan(plan: Plan, usable: float) -> dict[str, Any]:
     totals = {"allocated": plan.memory.allocated, "device": plan.memory.device}
     return {
         "layout": asdict(plan.layout),
         "memory": asdict(plan.memory) | totals,
+        "is_close": is_close(plan.memory.device, usable),
         "settings": settings(plan.layout),
         "time": asdict(plan.speed.time) | {"step": plan.speed.time.step},
         "tokens_per_second": plan.speed.tokens_per_second,
@@ -150,9 +151,8 @@ def _difference(layout: Layout, base: Layout) -> str:
 def _verdict(own: Memory, usable: float) -> str:
     left = (usable - own.device) / GIB
     if left >= 0:
-        close = f", within the plan's error of {ERROR / GIB:.0f} GiB: it may run out of memory" * is_close(
-            own.device, usable
-        )
+        close = f", within the plan's error of {ERROR / GIB:.0f} GiB: it may run out of memory"
+        close *= is_close(own.device, usable)
         return f"fits: {left:.1f} of {usable / GIB:.1f} GiB are left{close}"
     return f"does not fit: needs {-left:.1f} GiB more than the {usable / GIB:.1f} usable GiB of a GPU"
 

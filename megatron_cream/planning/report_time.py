@@ -8,6 +8,7 @@ from rich.table import Table
 from megatron_cream.planning import communication, layouts
 from megatron_cream.planning.hardware import FP8_PARAMETERS, GIB, LINKS, OVERLAP_COST, PASSES, RING, Cluster
 from megatron_cream.planning.layouts import Plan, rank_plan
+from megatron_cream.planning.outside import is_close
 from megatron_cream.planning.report import format_layout
 from megatron_cream.planning.run import Run
 from megatron_cream.planning.step_time import Speed, Time, attention_share, launch_seconds, product_share
@@ -79,9 +80,10 @@ def print_user_buffers(console: Console, run: Run, plans: list[Plan], cluster: C
     for number, plan in enumerate(plans, 1):
         faster = layouts.with_user_buffers(plan, run.model, run.engine, cluster)
         if faster and faster.memory.device <= usable and rank_plan(faster) < rank_plan(plan):
+            close = "; it may run out of memory" if is_close(faster.memory.device, usable) else ""
             console.print(
                 f"{number} with --tp-comm-overlap: {faster.speed.time.step:.2f} s a step, {rates(faster.speed)}, "
-                f"{faster.memory.device / GIB:.1f} GiB (Transformer Engine's user buffers, over NVLink)",
+                f"{faster.memory.device / GIB:.1f} GiB (Transformer Engine's user buffers, over NVLink){close}",
                 soft_wrap=True,
                 highlight=False,
             )

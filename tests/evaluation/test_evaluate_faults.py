@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,6 +37,16 @@ def refused(monkeypatch, capsys, model, tmp_path):
     return run
 
 
+def test_a_model_that_does_not_fit_is_not_called_damaged(monkeypatch, capsys, model, tmp_path):
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", Mock(side_effect=full))
+    flags = ["lines", "--lengths", "700", "--samples", "1", "--model", str(model), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
+    assert command.main() == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("evaluate.py: error: out of memory: DefaultCPUAllocator: ") and "cannot load" not in line
+
+
 def test_out_of_memory_outside_a_prompt_is_one_line(monkeypatch, capsys, model, tmp_path):
     """For example while the model is loaded, beside another process on the GPU."""
 
@@ -47,6 +58,9 @@ def test_out_of_memory_outside_a_prompt_is_one_line(monkeypatch, capsys, model, 
     assert command.main() == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("evaluate.py: error: out of memory: CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0")
+    monkeypatch.setitem(command.RUNS, "kv", Mock(side_effect=MemoryError()))
+    assert command.main() == 1
+    assert "evaluate.py: error: out of memory: the host has too little; finished" in capsys.readouterr().err
     monkeypatch.setitem(command.RUNS, "kv", lambda _: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         command.main()

@@ -1,10 +1,12 @@
 """evaluate.py suite: lists of evaluations, what is left out, resuming, and the comparison of two suites."""
 
 import json
+import re
 import shlex
 import shutil
 
 import pytest
+import torch
 
 from megatron_cream.commands import evaluate as command
 from megatron_cream.commands import suite
@@ -128,6 +130,22 @@ def test_failures_and_missing_files(monkeypatch, model, tmp_path, capsys):
     monkeypatch.setattr(suite, "_has_dataset", lambda name: False)
     assert run(monkeypatch, "suite", "short", model, "--output", tmp_path / "none") == 2
     assert "suite short: nothing was run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("can't allocate memory"), MemoryError()]
+)
+def test_an_evaluation_without_memory_does_not_stop_the_others(monkeypatch, model, tmp_path, capsys, error):
+    def fake(args):
+        if args.command == "lines":
+            raise error
+        write_result(args.output, args.command, [], results={"score": 0.5})
+
+    for name in ("lines", "kv", "needle", "harness"):
+        monkeypatch.setitem(command.RUNS, name, fake)
+    assert run(monkeypatch, "suite", "paper", model, "--lengths", 1024, "--output", tmp_path) == 2
+    assert re.search(r"lines failed: .*memory", capsys.readouterr().err)
+    assert states_of(tmp_path)["lines"] == "failed" and states_of(tmp_path)["needle"] == "finished"
 
 
 def test_flags_that_every_evaluation_rejects_are_one_line_at_the_start(monkeypatch, model, tmp_path, capsys):

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from transformers import LlamaConfig
@@ -90,6 +91,35 @@ def test_user_buffers_that_do_not_fit(monkeypatch, capsys):
     assert tool(monkeypatch, *own, "--gpus", "2", "--gpu", "H100") == 0
     text = capsys.readouterr().out
     assert "does not fit" in text and "0.8 user buffers" in text
+
+
+def test_layouts_that_may_run_out_of_memory(monkeypatch, capsys):
+    """Table, JSON and the next command agree: on four 80 GB GPUs the fastest layout has 0.7 GiB left."""
+    flags = ["--config", RECIPE, "--gpus", "4", "--gpu", "H100"]
+    assert tool(monkeypatch, *flags) == 0
+    text = capsys.readouterr().out
+    left = re.findall(r"^│ +\d │.*│ +([\d.]+)(\*?) │ +[\d.]+ │ +[\d,]+ │ +[\d.]+% │$", text, re.M)
+    marked = [bool(mark) for _, mark in left]
+    assert marked[0] and not all(marked) and marked == [float(gib) < 1 for gib, _ in left]
+    assert re.search(r"^\* within the plan's error of 1 GiB: it may run out of memory$", text, re.M)
+    assert re.search(r"^\d with --tp-comm-overlap: .*; it may run out of memory$", text, re.M)
+    number = marked.index(False) + 1
+    assert f"Layout 1 may run out of memory; the next command is of layout {number}." in text
+    (added,) = re.findall(rf"^{number}: (.+)$", text, re.M)
+    assert re.search(rf"^Next: torchrun .* {re.escape(added)} --load-hf", text, re.M)
+    assert tool(monkeypatch, *flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["is_close"] for each in found["layouts"]][: len(marked)] == marked and not found["own"]["is_close"]
+    assert tool(monkeypatch, *flags[:-1], "H200") == 0
+    roomy = capsys.readouterr().out
+    assert "* within" not in roomy and "may run out" not in roomy and "Layout 1" not in roomy
+
+
+def test_the_next_command_is_of_a_layout_with_room():
+    """If none has room, it is the fastest's."""
+    plans = [Mock(memory=Mock(device=size * GIB)) for size in (79.0, 78.9)]
+    assert command.find_roomy(plans, 79.2 * GIB) is plans[0]
+    assert command.find_roomy(plans, 79.91 * GIB) is plans[1]
 
 
 def test_nothing_fits(monkeypatch, capsys):

@@ -60,17 +60,21 @@ def test_the_most_memory_of_each_gpu_is_kept(monkeypatch, tmp_path):
     """As nvidia-smi shows it, whose order is that of the names; a job has its own GPUs' only."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
-        "#!/bin/sh\n"
-        f'[ "$*" = "--query-gpu=memory.used --format=csv,noheader,nounits -i 2,5" ] || exit 1\n'
-        f"[ -e {tmp_path}/seen ] && printf '2048\\n512\\n' || printf '4096\\n1024\\n'\n"
-        f"touch {tmp_path}/seen\n"
+        f"""#!/bin/sh
+        cd {tmp_path}
+        [ "$*" = "--query-gpu=memory.used --format=csv,noheader,nounits -i 2,5" ] || exit 1
+        if [ -e a.runs ] && [ -e b.runs ] && [ ! -e seen ]; then printf '4096\\n1024\\n'; touch seen
+        else printf '2048\\n512\\n'; fi"""
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr("benchmarks.several_gpus.runs.SECONDS_BETWEEN_LOOKS", 0.1)
     runs = Runs(tmp_path, Machine(2, "H100", names=("2", "5")), [], 1e9)
-    sleep = ["-n", "1", "-r", "1", "-s", "import time; time.sleep(1.5)", "pass"]
-    runs.run([Job(name, 0, sleep, lambda text: {}, gpus, ("timeit",)) for name, gpus in (("a", (0,)), ("b", (1,)))])
+    body = "import os, time\nopen('{0}/{1}.runs', 'w')\nwhile not os.path.exists('{0}/seen'): time.sleep(0.05)"
+    jobs = {name: ["-n", "1", "-r", "1", "-s", body.format(tmp_path, name), "pass"] for name in "ab"}
+    runs.run(
+        [Job(name, 0, words, lambda text: {}, (gpu,), ("timeit",)) for gpu, (name, words) in enumerate(jobs.items())]
+    )
     assert (runs.results["a"]["device_gib"], runs.results["b"]["device_gib"]) == (4.0, 1.0)
     assert Machine(2).read_used_memory() == []
 

@@ -1,5 +1,6 @@
 """Tests of the line that ends a run without enough memory, and of its advice."""
 
+import errno
 import re
 import resource
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
 from megatron_cream.common.errors import is_out_of_memory
 from megatron_cream.training import out_of_memory
@@ -35,6 +37,7 @@ FLAGS = (
 
 def line(message: str = MESSAGE, place: str = "activations", has_gpu: bool = True, **changes) -> str:
     given = dict(micro_batch_size=1, recompute_granularity=None, world_size=4, optimizer_cpu_offload=False)
+    given |= dict(global_batch_size=96, data_parallel_size=4, num_workers=0)
     memory = out_of_memory.read_message(message)
     where = Place("in step 2", place)
     return out_of_memory.format_line(3, message, memory, Namespace(**given | changes), where, has_gpu=has_gpu)
@@ -99,22 +102,105 @@ def test_messages_of_other_allocations():
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("NCCL error. Last error: Call to ibv_reg_mr failed with error Cannot allocate memory"), False),
     ],
 )
 def test_which_errors_are_out_of_memory(error, expected):
     assert is_out_of_memory(error) == expected
 
 
+NCCL = "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"
+
+
+def describe(error: Exception, monkeypatch, *frames: tuple[str, str], **changes) -> str:
+    """Return the line of a rank with a GPU for an error that passes through `frames`, (file, function)."""
+    given = dict(micro_batch_size=4, recompute_granularity=None, world_size=1, optimizer_cpu_offload=False)
+    given |= dict(global_batch_size=96, data_parallel_size=1, num_workers=2, curr_iteration=0)
+    monkeypatch.setattr("megatron.training.get_args", lambda: Namespace(**given | changes))
+    monkeypatch.setattr(out_of_memory.devices, "has_cuda", lambda: True)
+    monkeypatch.setattr(out_of_memory, "_read_gpu", lambda: Memory(0, 80 << 30, 10 << 30, 0, 0))
+
+    def fail():
+        raise error
+
+    call = fail
+    for file, function in frames:
+        space = {"call": call}
+        exec(compile(f"def {function}(): call()", file, "exec"), space)
+        call = space[function]
+    with pytest.raises(type(error)) as caught:
+        call()
+    return out_of_memory.describe(caught.value, 0)
+
+
+STEP, DATA = ("training/training.py", "train_step"), ("training/training.py", "build_train_valid_test_data_iterators")
+
+
+def test_an_error_without_figures_is_quoted(monkeypatch):
+    """A reader can then see that the GPU was not full, as where cuBLAS reports another error so."""
+    said = describe(RuntimeError(NCCL), monkeypatch, STEP)
+    assert " in step 1 on GPU 0 (NCCL error in: NCCLUtils.cpp:94, unhandled cuda error Last error: Cuda" in said
+    assert "'out of memory'): of 80.0 GiB torch has 10.0 in tensors" in said and ". Use --micro-batch-size 2" in said
+    failed = out_of_memory.format_line(0, NCCL, None, None, Place(), has_gpu=True)
+    assert failed.startswith("error: rank 0: out of memory (NCCL error in: ") and "the host" not in failed
+    assert "(" not in line(HOST).replace("plan.py", "") and "(CUDA out" not in line()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError(NUMPY)])
+@pytest.mark.parametrize(
+    "frame, place", [(DATA, " while building the data on the host"), (("x.py", "f"), " on the host")]
+)
+def test_memory_of_the_host_for_the_data(monkeypatch, error, frame, place):
+    """A smaller micro-batch does not help, without a GPU neither."""
+    said = describe(error, monkeypatch, frame)
+    assert place in said and said.endswith("Give the job more of the host's memory, or use fewer --num-workers than 2")
+    monkeypatch.setattr(out_of_memory.devices, "has_cuda", lambda: False)
+    where, given = out_of_memory.find_place(error, None), dict(world_size=2, num_workers=0, optimizer_cpu_offload=False)
+    without = out_of_memory.format_line(0, str(error), None, Namespace(**given), where, has_gpu=False)
+    assert without.endswith("Give the job more of the host's memory, or start fewer ranks on this host")
+
+
+@pytest.mark.parametrize("cause", [RuntimeError(HOST), MemoryError()])
+def test_a_data_loader_worker_without_memory(monkeypatch, cause):
+    try:
+        raise cause
+    except type(cause):
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(type(cause)) as caught:
+        wrapped.reraise()
+    said = describe(caught.value, monkeypatch, STEP)
+    assert (
+        said.startswith("error: rank 0: out of memory in a data loader worker on the host") and "Traceback" not in said
+    )
+    assert said.endswith("or use fewer --num-workers than 2")
+
+
+def test_the_advised_micro_batch_keeps_the_global_batch():
+    """Without --global-batch-size it is that of one micro-batch of each rank."""
+    said = line(micro_batch_size=4, global_batch_size=16)
+    assert "Use --micro-batch-size 2 instead of 4; --global-batch-size 16 keeps the batch; " in said
+    assert "--global-batch-size" not in line(micro_batch_size=4, global_batch_size=32)
+
+
+def test_numpy_names_any_size():
+    asked = "Unable to allocate 7.45 EiB for an array with shape (1073741824, 1000000000) and data type float64"
+    assert "on the host: it could not give 8000000000.0 GiB" in line(asked.replace("7.45", "7.450580596923828"))
+
+
 def test_the_frames_that_tell_the_place_exist():
     """Megatron's files and functions have these names; a run would otherwise not say where it was."""
     import megatron.core.optimizer.optimizer
     import megatron.training.checkpointing
+    import megatron.training.initialize
     import megatron.training.training
 
     from megatron_cream.training import evaluations, watch
 
     sources = [megatron.core.optimizer, megatron.core.optimizer.optimizer, evaluations, watch]
-    sources += [megatron.training.training, megatron.training.checkpointing]
+    sources += [megatron.training.training, megatron.training.checkpointing, megatron.training.initialize]
     texts = {module.__file__: Path(module.__file__).read_text() for module in sources}
     for end, function, _, _ in out_of_memory._PLACES:
         assert any(file.endswith(end) and f"def {function}(" in text for file, text in texts.items()), (end, function)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_cream.common import devices
-from megatron_cream.common.errors import UsageError, one_line
+from megatron_cream.common.errors import UsageError, is_out_of_memory, one_line
 from megatron_cream.evaluation.models import generation
 from megatron_cream.evaluation.models.tokenizer import ModelTokenizer
 
@@ -98,12 +98,14 @@ def check_cache_dtype(folder: Path, kv_cache_dtype: str) -> None:
 
 @contextlib.contextmanager
 def _report_load_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of transformers in the block into UsageError."""
+    """Turn errors of transformers in the block into UsageError, except for too little memory."""
     try:
         yield
     except UsageError:
         raise
     except Exception as error:  # for example a damaged file, or an architecture that is unknown or has no sdpa
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"--model {folder}: transformers cannot load it: {one_line(error)}") from error
 
 
