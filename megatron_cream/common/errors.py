@@ -89,11 +89,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     For a GPU torch raises an error of its own, a RuntimeError; for the host a plain one. Python's own has no text.
     """
+    text = str(error)
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    if isinstance(error, RuntimeError):
-        return bool(_NO_MEMORY.search(str(error))) and "ibv_" not in str(error)
-    return isinstance(error, MemoryError)
+    if isinstance(error, MemoryError) and not text:
+        return True
+    return isinstance(error, RuntimeError | MemoryError) and bool(_NO_MEMORY.search(text)) and "ibv_" not in text
 
 
 def is_lost_peer(error: Exception) -> bool:
