@@ -130,7 +130,8 @@ def format_line(
 def _advise(memory: Memory | None, args: Namespace | None, place: Place) -> str:
     """Return what to change, by the run's own flags."""
     ranks = str(args.world_size if args else os.environ.get("WORLD_SIZE", 1))
-    size = ["--gpu-memory", str(memory.total // GIB)] if memory and memory.total >= GIB else []
+    # The planner wants the size in the GPU's name, of which CUDA shows less: 79.2 of 80 GiB.
+    size = ["--gpu-memory", str(-(-memory.total // GIB))] if memory and memory.total >= GIB else []
     plan = f"{command_line('plan', '--gpus', ranks, *size)} with the flags of this run"
     lists = f"{plan} lists the layouts that fit"
     if args is not None and place.kind == "activations":

@@ -65,7 +65,7 @@ def test_the_advice_follows_the_flags(advice, changes):
     said = line(**changes)
     assert f". {advice}" in said and "\n" not in said
     assert re.search(
-        r"plan(\.py)? --gpus 4 --gpu-memory 79 with the flags of this run lists the layouts that fit", said
+        r"plan(\.py)? --gpus 4 --gpu-memory 80 with the flags of this run lists the layouts that fit", said
     )
 
 
