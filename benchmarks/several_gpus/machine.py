@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-GIB = 2**30
+TOOL = "nvidia-smi"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,9 @@ class Machine:
 
     def read_used_memory(self) -> list[float]:
         """Return the GiB that are used of each GPU, by all processes; without GPUs none."""
-        if not self.names or not shutil.which("nvidia-smi"):
+        if not self.names or not shutil.which(TOOL):
             return []
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", ",".join(self.names)]
-        return [int(line) / 1024 for line in subprocess.run(query, capture_output=True, text=True).stdout.split()]
+        return [int(line) / 1024 for line in _query("memory.used", "-i", ",".join(self.names))]
 
 
 def find_machine(count: int) -> Machine:
@@ -41,10 +40,9 @@ def find_machine(count: int) -> Machine:
     Raises:
         SystemExit: it has fewer.
     """
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    if not shutil.which(query[0]):
+    if not shutil.which(TOOL):
         return Machine(count)
-    lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    lines = _query("name,memory.total")
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(gpu) for gpu in range(len(lines))]
     if len(names) < count:
@@ -52,3 +50,9 @@ def find_machine(count: int) -> Machine:
     model, memory = lines[0].rsplit(",", 1)
     kind = next((kind for kind in ("H200", "H100", "A100") if kind in model), "H100")
     return Machine(count, kind, int(memory) / 1024, tuple(names[:count]))
+
+
+def _query(fields: str, *flags: str) -> list[str]:
+    """Return what nvidia-smi says of each GPU, memory in MiB."""
+    command = [TOOL, f"--query-gpu={fields}", "--format=csv,noheader,nounits", *flags]
+    return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()

@@ -54,13 +54,18 @@ def _ask_planner(gpu: str, gpus: int, flags: str) -> dict:
     return {"tokens_per_second": round(rate), "gib": round(gib, 1), "device": round(device, 1)}
 
 
+def leaves_room(plan: dict, memory: float) -> bool:
+    """Return whether a run leaves ROOM of a GPU's GiB, by its plan."""
+    return "error" not in plan and plan["device"] <= memory - ROOM
+
+
 def fits(machine: Machine, name: str, gpus: int, flags: str) -> bool:
     """Return whether a run fits by its plan; print why not."""
     plan = predict(machine.gpu, gpus, flags)
     if "error" in plan:
         print(f"{name:28} left out: {plan['error']}", flush=True)
         return False
-    if plan["device"] > machine.memory - ROOM:
+    if not leaves_room(plan, machine.memory):
         print(f"{name:28} left out: the planner says that it takes {plan['device']} GiB", flush=True)
         return False
     return True

@@ -120,7 +120,7 @@ def seventy_b(runs: Runs) -> list[Job]:
     for name, how in SEVENTY_B_LAYOUTS[count].items():
         for layers in DEPTHS:
             flags = seventy_b_flags(how, layers)
-            if plan.predict(runs.machine.gpu, count, _with(runs, flags)).get("device", memory) <= memory - plan.ROOM:
+            if plan.leaves_room(plan.predict(runs.machine.gpu, count, _with(runs, flags)), memory):
                 jobs.append(_job(runs, f"70b width {name}, {layers} layers", count, flags, limit=75))
                 break
     return jobs

@@ -33,6 +33,11 @@ def command_line(tool: str, *words: str | Path, torchrun: tuple[str, ...] = ("--
     return shlex.join(map(str, [*start, *words]))
 
 
+def plan_command(ranks: int | str, *words: str) -> str:
+    """Return the command that lists the layouts that fit on as many GPUs; it needs the flags of the run besides."""
+    return f"{command_line('plan', '--gpus', str(ranks), *words)} with the flags of this run"
+
+
 def export_command(checkpoint: str | Path) -> str:
     """Return the command that writes a checkpoint as a Hugging Face folder beside it."""
     return command_line("convert_hf", "export", "--checkpoint", checkpoint, "--hf-path", f"{checkpoint}-hf")

@@ -151,9 +151,10 @@ def _difference(layout: Layout, base: Layout) -> str:
 def _verdict(own: Memory, usable: float) -> str:
     left = (usable - own.device) / GIB
     if left >= 0:
-        close = f", within the plan's error of {ERROR / GIB:.0f} GiB: it may run out of memory"
-        close *= is_close(own.device, usable)
-        return f"fits: {left:.1f} of {usable / GIB:.1f} GiB are left{close}"
+        said = f"fits: {left:.1f} of {usable / GIB:.1f} GiB are left"
+        if is_close(own.device, usable):
+            said += f", within the plan's error of {ERROR / GIB:.0f} GiB: it may run out of memory"
+        return said
     return f"does not fit: needs {-left:.1f} GiB more than the {usable / GIB:.1f} usable GiB of a GPU"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_cream.common import devices
-from megatron_cream.common.advice import command_line
+from megatron_cream.common.advice import plan_command
 from megatron_cream.common.errors import one_line
 
 GIB = 1 << 30
@@ -129,11 +129,10 @@ def format_line(
 
 def _advise(memory: Memory | None, args: Namespace | None, place: Place) -> str:
     """Return what to change, by the run's own flags."""
-    ranks = str(args.world_size if args else os.environ.get("WORLD_SIZE", 1))
+    ranks = args.world_size if args else os.environ.get("WORLD_SIZE", 1)
     # The planner wants the size in the GPU's name, of which CUDA shows less: 79.2 of 80 GiB.
     size = ["--gpu-memory", str(-(-memory.total // GIB))] if memory and memory.total >= GIB else []
-    plan = f"{command_line('plan', '--gpus', ranks, *size)} with the flags of this run"
-    lists = f"{plan} lists the layouts that fit"
+    lists = f"{plan_command(ranks, *size)} lists the layouts that fit"
     if args is not None and place.kind == "activations":
         if args.micro_batch_size > 1:
             return f"{_advise_micro_batch(args)}; {lists}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_cream.checkpoint.families import read_config
 from megatron_cream.checkpoint.start import Origin
-from megatron_cream.common.advice import command_line, evaluation_command, export_command
+from megatron_cream.common.advice import evaluation_command, export_command, plan_command
 from megatron_cream.common.console import format_count
 from megatron_cream.config import values
 from megatron_cream.config.expected import Expected
@@ -177,7 +177,7 @@ def describe_memory(args: Namespace, expected: Expected) -> str:
     text = f"{expected.memory / GIB:.1f} of the {expected.usable / GIB:.1f} GiB of each {expected.gpu} by plan"
     if not expected.is_close:
         return text
-    plan = f"{command_line('plan', '--gpus', str(args.world_size), '--gpu', expected.gpu)} with the flags of this run"
+    plan = plan_command(args.world_size, "--gpu", expected.gpu)
     return f"{text}: it may run out of memory; {plan} lists the layouts that need less"
 
 
