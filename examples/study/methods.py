@@ -7,6 +7,8 @@ from pathlib import Path
 
 from corpus import Corpus
 
+from megatron_cream.model.rope_choice import compute_critical_theta
+
 HERE = Path(__file__).resolve().parent
 WINDOW = 256
 THETA = 10_000.0
@@ -35,12 +37,14 @@ BEYOND = {
 """Methods of the part `scalings` alone. LONG_END trains its last steps on samples of the target length."""
 ALL = {**METHODS, **SIGMAS, **BEYOND}
 
-PUBLISHED, WIDE = "linear", "wide theta"
-SCALINGS = (PUBLISHED, "theta", WIDE, "yarn")
+PUBLISHED, WIDE, WIDER = "linear", "wide theta", "4 wide theta"
+SCALINGS = (PUBLISHED, "theta", WIDE, WIDER, "yarn")
+THETAS = ("theta", WIDE, WIDER)
+"""Scalings that raise RoPE theta and scale nothing; all take the learning rate chosen for `theta`."""
 RATE = 3e-4
 """Learning rate of the part `samplers`."""
 RATES = (1.5e-4, 3e-4, 6e-4, 1.2e-3, 2.4e-3)
-"""Learning rates that the part `scalings` chooses from for each of TRIED; WIDE takes that of `theta`."""
+"""Learning rates that the part `scalings` chooses from for each of TRIED."""
 TRIED = (PUBLISHED, "theta", "yarn")
 
 BASE_BLEND = {"text": 0.3, 2: 0.14, 4: 0.14, 8: 0.14, 16: 0.14, 32: 0.14}
@@ -103,12 +107,12 @@ def scaled(seeds: list[int], factors: list[int], rates: dict[str, float]) -> lis
     plain = ["pose", "pi", "cream, no Gaussian", "mix"]
     blocks = [
         ([PUBLISHED, "theta", "yarn"], ["cream"]),
+        ([WIDE, WIDER], ["cream"]),
         (["yarn"], [LONG_END, "cream + randpos", "pose", "pi"]),
-        ([WIDE], ["cream"]),
         (["theta"], [LONG_END, "cream + randpos"]),
         (["yarn"], ["pose, 8 chunks", "cream, no Gaussian", "mix"]),
         ([PUBLISHED, "theta"], ["pose, 8 chunks", *plain]),
-        ([WIDE], [LONG_END, "cream + randpos", "pose, 8 chunks", *plain]),
+        ([WIDE, WIDER], [LONG_END, "cream + randpos", "pose, 8 chunks", *plain]),
         ([PUBLISHED], [LONG_END, "cream + randpos"]),
     ]
     order = sorted(factors, key=lambda factor: (factor != 8, -factor))
@@ -126,13 +130,12 @@ def theta(scaling: str, factor: int) -> float:
     """Return the RoPE theta of a scaling that raises it.
 
     `theta` is 50 times the base's at a factor of 8, as in the recipes and the study of a real model, and the same
-    power of the factor at others. WIDE is the theta at which the dimension that turns just once within the base's
-    window turns once within the target: the critical base of Liu et al., arXiv 2310.05209.
+    power of the factor at others. WIDE is the critical base (`compute_critical_theta`), and WIDER four times that.
     """
     if scaling == "theta":
         return float(f"{THETA * 50 ** math.log(factor, 8):.3g}")
-    turns = [math.log(length / (2 * math.pi)) for length in (WINDOW * factor, WINDOW)]
-    return float(f"{THETA ** (turns[0] / turns[1]):.3g}")
+    critical = compute_critical_theta(THETA, WINDOW, WINDOW * factor)
+    return float(f"{critical * (4 if scaling == WIDER else 1):.3g}")
 
 
 def stages(run: Run, folder: Path, corpus: Corpus) -> list[list[str]]:
@@ -190,7 +193,7 @@ def flags(run: Run, folder: Path, corpus: Corpus) -> list[str]:
 
 
 def _scaling(run: Run) -> list[str]:
-    if run.scaling in ("theta", WIDE):
+    if run.scaling in THETAS:
         return ["--rope-scaling-type", "none", "--rotary-base", f"{theta(run.scaling, run.factor):.0f}"]
     return ["--rope-scaling-type", run.scaling, "--rope-scaling-factor", str(run.factor)]
 

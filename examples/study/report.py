@@ -28,6 +28,7 @@ RECIPES = {
     "yarn, cream": (("yarn", "cream"), "#8a6fb0"),
     "theta, cream": (("theta", "cream"), "#2a6f97"),
     "wide theta, cream": ((methods.WIDE, "cream"), "#57a0a8"),
+    "4 wide theta, cream": ((methods.WIDER, "cream"), "#4f8f4f"),
     "yarn, cream + randpos": (("yarn", "cream + randpos"), "#d08c2e"),
     "yarn, cream, long end": (("yarn", methods.LONG_END), "0.35"),
 }
@@ -154,7 +155,7 @@ def _rate_lines(study: _Results) -> list[str]:
 
 def chosen_rate(results: list[dict], scaling: str, seed: int) -> float | None:
     """Return the learning rate with the lowest score, or None if this seed has not tried several."""
-    scores = _scores(results, "theta" if scaling == methods.WIDE else scaling, seed)
+    scores = _scores(results, "theta" if scaling in methods.THETAS else scaling, seed)
     return min(scores, key=scores.get) if scores else None
 
 

@@ -8,9 +8,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from megatron_cream.model.rope_choice import compute_critical_theta
+
 HERE = Path(__file__).resolve().parent
 
 SCALINGS = ("theta", "yarn", "linear", "ntk")
+CRITICAL = {"critical": 1.0, "4 critical": 4.0, "16 critical": 16.0}
+"""Larger thetas that follow from the target, as multiples of its critical base (`compute_critical_theta`). They train at
+the learning rate of `theta`."""
+THETAS = ("theta", *CRITICAL)
+LONG_END = "cream long end"
 SAMPLERS = {
     "cream": [],
     "pose": ["--position-sampler", "pose"],
@@ -19,11 +26,15 @@ SAMPLERS = {
     "mix": ["--position-mix", "cream=0.6,pose=0.2,pi=0.2"],
     "randpos": ["--position-sampler", "randpos"],
     "full": ["--position-sampler", "full"],
+    LONG_END: [],
     "cream lora": ["--lora-rank", "32"],
     "cream lora+8": ["--lora-rank", "32", "--lora-plus-ratio", "8"],
 }
 ADAPTERS = ("cream lora", "cream lora+8")
 """CREAM's positions, trained by LoRA in place of all weights; at the learning rate that all weights have."""
+_LONG_SHARE, _LONG_COST = 0.3, 0.6
+"""LONG_END trains on samples of the target length in its last part, and takes about as long as `cream`: that part is
+this share of the time, and a step of it is assumed to take _LONG_COST x factor as long as one at the window."""
 BEST = ("theta", "yarn")
 """The scalings with the best scores at the first seed: they get all samplers before the others do."""
 WITHIN_SPREAD = ("pose", "pi", "mix", "cream even")
@@ -44,6 +55,7 @@ class Settings:
     steps: int = 115
     batch: int = 32
     micro_batch: int = 4
+    model_theta: float = 1e5
     theta: float = 5e6
     rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4, 1.6e-3, 3.2e-3)
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -55,10 +67,19 @@ class Settings:
     @staticmethod
     def read(folder: Path) -> "Settings":
         found = json.loads((folder / "settings.json").read_text())
+        if "model_theta" not in found:  # prepared before it was kept
+            found["model_theta"] = read_theta(folder / "hf")
         return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
 
     def write(self, folder: Path) -> None:
         (folder / "settings.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_theta(hf: Path) -> float:
+    """Return the RoPE theta in a Hugging Face folder's config.json."""
+    config = json.loads((hf / "config.json").read_text())
+    rope = config.get("rope_parameters") or {}
+    return float(rope.get("rope_theta") or config.get("rope_theta", 10000.0))
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,16 @@ class Cell:
 
 def choosing(settings: Settings, scaling: str) -> list[Cell]:
     """Return the cells whose results choose a scaling's learning rate."""
+    scaling = "theta" if scaling in THETAS else scaling
     return [Cell(scaling, "cream", settings.factors[0], settings.seeds[0], rate) for rate in settings.rates]
+
+
+def theta(settings: Settings, scaling: str, factor: int) -> float:
+    """Return the RoPE theta of one of THETAS, to three digits where it follows from the target."""
+    if scaling == "theta":
+        return settings.theta
+    critical = compute_critical_theta(settings.model_theta, settings.window, settings.window * factor)
+    return float(f"{CRITICAL[scaling] * critical:.3g}")
 
 
 def short(settings: Settings) -> list[Cell]:
@@ -125,14 +155,39 @@ def order(settings: Settings) -> list[Cell]:
         cells += block(BEST, WITHIN_SPREAD, settings.seeds, factor)
         cells += block(BEST, ["full"], later, factor)
     for factor in settings.factors:
-        windows = [sampler for sampler in SAMPLERS if sampler not in ("full", *ADAPTERS)]
+        windows = [sampler for sampler in SAMPLERS if sampler not in ("full", LONG_END, *ADAPTERS)]
         cells += block(SCALINGS, windows, settings.seeds, factor)
+        cells += block(CRITICAL, ["cream"], settings.seeds, factor)
+        cells += block(BEST, [LONG_END], settings.seeds, factor)
     cells += block(BEST[:1], ADAPTERS, settings.seeds)
     return list(dict.fromkeys(cells + short(settings)))
 
 
-def flags(cell: Cell, settings: Settings, data: Path, runs: Path) -> list[str]:
-    """Return the flags of pretrain_cream.py for a run on the prepared `data` that saves into runs / cell.name."""
+def stages(cell: Cell, settings: Settings, data: Path, runs: Path) -> list[list[str]]:
+    """Return the flags of each training of a run; the last saves into runs / cell.name."""
+    if cell.sampler != LONG_END:
+        return [flags(cell, settings, data, runs)]
+    first, cache = runs / f"{cell.name}.first", runs / f"{cell.name}.cache"
+    last = max(1, round(_LONG_SHARE * settings.steps / (_LONG_COST * cell.factor)))
+    trainings = [
+        ("cream", round((1 - _LONG_SHARE) * settings.steps), {"--save": first, "--lr-decay-style": "constant"}),
+        ("full", last, {"--save": runs / cell.name, "--load-hf": None, "--pretrained-checkpoint": first}),
+    ]
+    return [
+        flags(
+            replace(cell, sampler=sampler),
+            *(settings, data, runs),
+            {"--train-iters": steps, "--save-interval": steps, "--data-cache-path": cache, **changes},
+        )
+        for sampler, steps, changes in trainings
+    ]
+
+
+def flags(cell: Cell, settings: Settings, data: Path, runs: Path, changes: dict | None = None) -> list[str]:
+    """Return the flags of pretrain_cream.py for a run in one training on the prepared `data`.
+
+    It saves into runs / cell.name. `changes` has other values for some flags, None for one to leave out.
+    """
     window, target = settings.window, settings.window * cell.factor
     full = cell.sampler == "full"
     longer = cell.factor if full else 1  # samples of the target length: fewer, for the same number of tokens
@@ -150,14 +205,15 @@ def flags(cell: Cell, settings: Settings, data: Path, runs: Path) -> list[str]:
         "--save-interval": settings.steps,
         "--lr": cell.rate,
         "--seed": 1000 + cell.seed,
-        "--rope-scaling-type": "none" if cell.scaling == "theta" else cell.scaling,
+        "--rope-scaling-type": "none" if cell.scaling in THETAS else cell.scaling,
     }
-    if cell.scaling == "theta":
-        given["--rotary-base"] = settings.theta
+    if cell.scaling in THETAS:
+        given["--rotary-base"] = theta(settings, cell.scaling, cell.factor)
     else:
         given |= {"--rope-scaling-factor": cell.factor, "--original-max-position-embeddings": window}
     if cell.share:
         given |= {"--short-data-path": data / "tokens" / "short", "--short-share": cell.share}
+    given = {flag: value for flag, value in (given | (changes or {})).items() if value is not None}
     texts = [text for pair in given.items() for text in map(str, pair)]
     return [*texts, *SAMPLERS[cell.sampler], *settings.extra]
 
@@ -173,14 +229,13 @@ def write_models(settings: Settings, data: Path) -> None:
 
     source = data / "hf"
     config = json.loads((source / "config.json").read_text())
-    rope = config.pop("rope_parameters", None) or {}
-    theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+    config.pop("rope_parameters", None)
     longest = settings.window * settings.factors[0]
-    variants = {"none": {"rope_theta": theta}, "theta": {"rope_theta": settings.theta}}
+    variants = {"none": {"rope_theta": settings.model_theta}, "theta": {"rope_theta": settings.theta}}
     for factor in settings.factors:
         for scaling in ("yarn", "ntk", "linear"):
             parameters = build_rope_scaling(scaling, float(factor), settings.window)
-            variants[f"{scaling}_{factor}"] = {"rope_theta": theta, "rope_scaling": parameters}
+            variants[f"{scaling}_{factor}"] = {"rope_theta": settings.model_theta, "rope_scaling": parameters}
     for name, change in variants.items():
         folder = data / "models" / name
         shutil.rmtree(folder, ignore_errors=True)

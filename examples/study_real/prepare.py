@@ -46,6 +46,7 @@ def main() -> int:
         steps=flags.steps,
         batch=flags.batch,
         micro_batch=flags.micro_batch,
+        model_theta=cells.read_theta(flags.hf),
         theta=flags.theta,
         rates=tuple(flags.rates),
         seeds=tuple(flags.seeds),
@@ -132,7 +133,8 @@ def _check(settings: cells.Settings, data: Path) -> None:
         (cell.scaling, cell.sampler, cell.factor, cell.share): cell for cell in cells.order(settings) if cell.trains
     }
     for cell in alike.values():
-        given = cells.flags(cell.with_rate(settings.rates[0]), settings, data, data / "none")
+        # Only the first training: a later one starts from what that has saved.
+        given = cells.stages(cell.with_rate(settings.rates[0]), settings, data, data / "none")[0]
         with contextlib.redirect_stdout(io.StringIO()):
             args = parse.read(given)
         lines = describe.describe(args).splitlines()

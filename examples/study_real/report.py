@@ -21,7 +21,7 @@ import numpy as np
 from megatron_cream.common.files import save_picture
 
 SAMPLERS = ("base", *cells.SAMPLERS)
-SCALINGS = ("none", *cells.SCALINGS)
+SCALINGS = ("none", *cells.SCALINGS, *cells.CRITICAL)
 TASKS = {"needle": "needle", "multikey": "16 facts in text", "lines": "16 of many lines"}
 _COLOURS = {
     "cream": "#2a6f97",
@@ -31,6 +31,7 @@ _COLOURS = {
     "mix": "#4f8f4f",
     "randpos": "#8a6fb0",
     "full": "0.35",
+    "cream long end": "#7d5a3c",
     "cream lora": "#c0559a",
     "cream lora+8": "#e08fc0",
     "base": "0.65",
@@ -48,13 +49,15 @@ class Results:
         first = min(((-line["factor"], line["seed"]) for line in creams), default=None)
         self.rates: dict[str, list[dict]] = {}
         for line in creams:
-            if (-line["factor"], line["seed"]) == first:
+            if (-line["factor"], line["seed"]) == first and line["scaling"] not in cells.CRITICAL:
                 self.rates.setdefault(line["scaling"], []).append(line)
         self.chosen = {
             scaling: min(found, key=cells.score)["rate"]
             for scaling, found in self.rates.items()
             if any(math.isfinite(cells.score(line)) for line in found)
         }
+        if "theta" in self.chosen:
+            self.chosen |= dict.fromkeys(cells.CRITICAL, self.chosen["theta"])
         self.factors = sorted({line["factor"] for line in self.evaluations}, reverse=True)
 
     def of(self, scaling: str, sampler: str, factor: int) -> list[dict]:

@@ -155,7 +155,7 @@ class Study:
     def _expected(self, cell: cells.Cell) -> float:
         """Return the expected seconds of a run: 1.05 times the longest of its kind, or a guess from --run-seconds."""
         kind = _kind(cell)
-        guess = self.flags.run_seconds * {"base": 0.3, "full": 2.0}.get(kind[0], 1.0)
+        guess = self.flags.run_seconds * {"base": 0.3, "full": 2.0, cells.LONG_END: 1.3}.get(kind[0], 1.0)
         return 1.05 * self.longest[kind] if kind in self.longest else guess
 
     def _collect(self) -> None:
@@ -208,11 +208,14 @@ class Study:
 
 def _kind(cell: cells.Cell) -> tuple[str, int]:
     """Return a key that is equal for runs that take the same time."""
-    return cell.sampler if cell.sampler in ("base", "full") else "window", cell.factor
+    return cell.sampler if cell.sampler in ("base", "full", cells.LONG_END) else "window", cell.factor
 
 
 def wanted(settings: cells.Settings, texts: list[str]) -> list[cells.Cell]:
-    """Return, in order, the cells that match all words of a text, and the cells that choose their learning rates."""
+    """Return the cells that choose learning rates, then those that match all words of a text, in the order of `texts`.
+
+    Cells of one text have the grid's order. Without texts it is the whole grid.
+    """
     every = cells.order(settings)
     if not texts:
         return every
@@ -221,10 +224,10 @@ def wanted(settings: cells.Settings, texts: list[str]) -> list[cells.Cell]:
         *(cell.scaling, cell.sampler, f"s{cell.factor}", f"seed {cell.seed}"),
         *(("short", f"share {cell.share:g}") if cell in short else ()),
     }
-    named = {cell for cell in every if any(set(text.split(",")) <= words(cell) for text in texts)}
+    named = dict.fromkeys(cell for text in texts for cell in every if set(text.split(",")) <= words(cell))
     scalings = {cell.scaling for cell in named if cell.trains and cell.rate is None}
     choosing = {cell for scaling in scalings for cell in cells.choosing(settings, scaling)}
-    return [cell for cell in every if cell in named or cell in choosing]
+    return [*(cell for cell in every if cell in choosing), *(cell for cell in named if cell not in choosing)]
 
 
 def main() -> int:
@@ -241,7 +244,7 @@ def main() -> int:
         default=[],
         metavar="WORDS",
         help="only cells that have all words of one of these, such as yarn,s8 or 'ntk,cream even' or short, and those that "
-        "choose their learning rates",
+        "choose their learning rates; in the order given",
     )
     add(
         "--ahead",

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -23,6 +24,8 @@ import retrieval
 
 from megatron_cream.common.processes import end_with_parent
 
+_FLAGS = "training with the flags"
+"""Starts the lines of a training in the log."""
 UNLIMITED = 1 << 40
 """Maximum position, so that longer texts than the model was trained for are evaluated too, as transformers does."""
 
@@ -40,16 +43,21 @@ def main() -> int:
         os.dup2(log.fileno(), 2)
     settings = cells.Settings.read(data)
     if cell.trains and not task["evaluate_only"]:
-        shutil.rmtree(runs / cell.name, ignore_errors=True)
+        _remove(runs, cell)
         began = time.monotonic()
-        _train(cells.flags(cell, settings, data, runs))
-        _write(runs, cell, "training", _training(runs / f"{cell.name}.log", began))
+        stages = cells.stages(cell, settings, data, runs)
+        _train(stages)
+        _write(runs, cell, "training", _training(runs / f"{cell.name}.log", len(stages), began))
     began = time.monotonic()
     found = _evaluate(cell, settings, data, runs)
     _write(runs, cell, "evaluation", found | {"wall": round(time.monotonic() - began, 1)})
-    shutil.rmtree(runs / cell.name, ignore_errors=True)
-    shutil.rmtree(runs / f"{cell.name}.cache", ignore_errors=True)
+    _remove(runs, cell)
     return 0
+
+
+def _remove(runs: Path, cell: cells.Cell) -> None:
+    for folder in (cell.name, f"{cell.name}.first", f"{cell.name}.cache"):
+        shutil.rmtree(runs / folder, ignore_errors=True)
 
 
 def _prepare() -> None:
@@ -80,24 +88,30 @@ def _prepare() -> None:
         print(f"flash-attn ahead of the run: {error!r}", flush=True)
 
 
-def _train(flags: list[str]) -> None:
-    print("flags:", *flags, flush=True)
-    pretrain_cream.train(flags)
+def _train(stages: list[list[str]]) -> None:
+    """Do the trainings of a run, the last in this process: Megatron trains once in a process."""
+    for flags in stages[:-1]:
+        print(_FLAGS, *flags, flush=True)
+        subprocess.run([sys.executable, str(HERE.parents[1] / "pretrain_cream.py"), *flags], check=True)
+    print(_FLAGS, *stages[-1], flush=True)
+    pretrain_cream.train(stages[-1])
     sys.stdout.flush()
 
 
-def _training(log: Path, began: float) -> dict:
-    """Read losses by step and GPU seconds (median step time times number of steps) from the log."""
+def _training(log: Path, trainings: int, began: float) -> dict:
+    """Read losses by step, and GPU seconds: the median time of a step times the number of steps, of each training."""
     pattern = r"iteration +(\d+)/ +(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: ([\d.E+-]+)"
-    steps = re.findall(pattern, log.read_text())
-    if not steps or steps[-1][0] != steps[-1][1]:
-        raise RuntimeError(f"training did not come to its last step: see {log}")
-    milliseconds = statistics.median(float(ms) for *_, ms, _ in steps)
-    return {
-        "losses": {step: round(float(loss), 4) for step, _, _, loss in steps},
-        "seconds": round(milliseconds * int(steps[-1][1]) / 1000, 1),
-        "wall": round(time.monotonic() - began, 1),
-    }
+    losses: dict[str, float] = {}
+    seconds = before = 0.0
+    # An earlier worker that was killed has written to the same log.
+    for text in log.read_text().split(_FLAGS)[-trainings:]:
+        steps = re.findall(pattern, text)
+        if not steps or steps[-1][0] != steps[-1][1]:
+            raise RuntimeError(f"training did not come to its last step: see {log}")
+        losses |= {str(int(before) + int(step)): round(float(loss), 4) for step, _, _, loss in steps}
+        seconds += statistics.median(float(ms) for *_, ms, _ in steps) * int(steps[-1][1]) / 1000
+        before += int(steps[-1][1])
+    return {"losses": losses, "seconds": round(seconds, 1), "wall": round(time.monotonic() - began, 1)}
 
 
 def _evaluate(cell: cells.Cell, settings: cells.Settings, data: Path, runs: Path) -> dict:

@@ -124,6 +124,20 @@ def count_served_positions(model: ModelRope) -> int:
     return _find_windows(model, None).reach
 
 
+def compute_critical_theta(theta: float, window: int, target: int) -> float:
+    """Return the theta at which the dimension that turns once within the window turns once within the target.
+
+    Dimensions that turn more slowly have not been seen whole in training at the window; with a smaller theta their
+    angles within the target go beyond those seen. This is the critical base of Liu et al., arXiv 2310.05209.
+
+    Args:
+        theta: the model's own.
+        window: positions that the model was trained with under it; more than 2 pi.
+        target: positions to serve; more than 2 pi.
+    """
+    return theta ** (math.log(target / (2 * math.pi)) / math.log(window / (2 * math.pi)))
+
+
 def has_other_rope(flags: RopeFlags, saved: ModelRope) -> bool:
     """Return whether the flags ask for another rotary embedding than the saved one."""
     scaling = saved.scaling or {"rope_type": "none", "factor": 1.0}

@@ -117,6 +117,7 @@ def test_the_trainer_accepts_every_run(study, tmp_path):
     assert len(samplers) == 1 + 3 * len(methods.METHODS) + len(methods.SIGMAS) + len(scaled)
     assert ropes["theta_mix_s_8_seed_0_lr_0_0006"] == (500_000, None)
     assert ropes["wide_theta_mix_s_8_seed_0_lr_0_0006"] == (1_750_000, None)
+    assert ropes["4_wide_theta_mix_s_8_seed_0_lr_0_0006"] == (7_010_000, None)
     assert (
         ropes["yarn_mix_s_8_seed_0_lr_0_0006"][1]["factor"] == 8 and ropes["yarn_mix_s_8_seed_0_lr_0_0006"][0] == 10_000
     )
@@ -229,7 +230,7 @@ def test_learning_rates_are_chosen_and_pairs_have_the_same_bases(study, tmp_path
     results += [scaled("theta", 6e-4, 3, 0.9, float("nan"))]
     results += [scaled("theta", 1.2e-3, 3, 0.9, 2.5)]
     rates = {scaling: study.report.chosen_rate(results, scaling, 3) for scaling in study.methods.SCALINGS}
-    assert rates == {"linear": 1.2e-3, "theta": 3e-4, "wide theta": 3e-4, "yarn": None}
+    assert rates == {"linear": 1.2e-3, "theta": 3e-4, "wide theta": 3e-4, "4 wide theta": 3e-4, "yarn": None}
     table = study.report.table(results)
     assert "| linear | cream | 0.0003 | 1 | 10.0" in table and "| linear | cream | 0.0012 | 2 | 55.0 ± 7.1" in table
     assert "| linear | cream | 0.0006 |" not in table  # it was only tried
@@ -267,9 +268,10 @@ def test_the_runs_of_the_part_scalings_take_the_chosen_rates(study):
         ("linear", 1.2e-3),
         ("theta", 6e-4),
         ("wide theta", 6e-4),
+        ("4 wide theta", 6e-4),
         ("yarn", 6e-4),
     }
-    assert len({run.name for run in scaled}) == len(scaled) == 4 * 2 * 3 * 3
+    assert len({run.name for run in scaled}) == len(scaled) == 5 * 2 * 3 * 3
     assert {run.name for run in scaled[:9]} == {
         f"{name}cream_s_8_seed_{seed}_lr_{rate}"
         for seed in (3, 4, 5)

@@ -37,16 +37,68 @@ def test_the_grid_starts_with_prerequisites(study):
     assert len({cell.name for cell in order}) == len(order)
     choosing = [cell for scaling in study.cells.SCALINGS for cell in study.cells.choosing(settings, scaling)]
     assert order[: len(choosing)] == choosing and all(cell.rate is None for cell in order[len(choosing) :])
-    apart = ("full", *study.cells.ADAPTERS)
+    apart = ("full", study.cells.LONG_END, *study.cells.ADAPTERS)
     trained = {(c.scaling, c.sampler, c.factor, c.seed) for c in order if c.trains and c.sampler not in apart}
-    assert len(trained) == 4 * 6 * 2 * 3  # every scaling, sampler, target and seed
+    critical = {cell for cell in trained if cell[0] in study.cells.CRITICAL}
+    assert len(trained - critical) == 4 * 6 * 2 * 3  # every scaling, sampler, target and seed
+    assert len(critical) == 3 * 2 * 3 and {sampler for _, sampler, *_ in critical} == {"cream"}
     assert study.study.wanted(settings, []) == order
+    named = study.study.wanted(settings, ["yarn,pose,s4,seed 2", "theta,pi,s8,seed 1", "theta,pi,s8"])
+    assert [cell.name for cell in named if cell.rate is None] == [
+        "yarn_pose_s4_seed_2",
+        *(f"theta_pi_s8_seed_{seed}" for seed in (1, 2, 3)),
+    ]
+    assert [cell.rate is None for cell in named] == [False] * 10 + [True] * 4  # what they wait for is first
     some = study.study.wanted(settings, ["ntk,pose,s8", "none,base"])
     assert {cell.name for cell in some} == {
         *(f"ntk_pose_s8_seed_{seed}" for seed in (1, 2, 3)),
         "none_base_s8_seed_0",
         *(f"ntk_cream_s8_seed_1_lr_{rate}" for rate in ("5e5", "0.0002", "0.0008", "0.0016", "0.0032")),
     }
+
+
+def test_the_long_end_takes_the_time_of_cream(study, tmp_path):
+    """Steps at the window, then a few of the target length from what these saved, at a rate that decays there only."""
+    settings = study.cells.Settings()
+    for factor, steps in ((4, [80, 14]), (8, [80, 7])):
+        cell = study.cells.Cell("yarn", study.cells.LONG_END, factor, 1, 8e-4)
+        stages = study.cells.stages(cell, settings, tmp_path, tmp_path)
+        first, last = (dict(zip(flags[::2], flags[1::2], strict=True)) for flags in stages)
+        assert [int(stage["--train-iters"]) for stage in (first, last)] == steps
+        assert (first["--seq-length"], last["--seq-length"]) == ("8192", str(8192 * factor))
+        assert "--position-sampler" not in first and last["--position-sampler"] == "full"
+        assert last["--pretrained-checkpoint"] == first["--save"] != last["--save"] == str(tmp_path / cell.name)
+        assert "--load-hf" in first and "--load-hf" not in last
+        assert first["--lr-decay-style"] == "constant" and "--lr-decay-style" not in last
+        for flag in ("--rope-scaling-type", "--rope-scaling-factor", "--lr", "--target-length", "--data-cache-path"):
+            assert first[flag] == last[flag]
+        time = (steps[0] + steps[1] * 0.6 * factor) / settings.steps
+        assert time == pytest.approx(1, abs=0.02)
+
+
+def test_critical_thetas_follow_from_the_target(study, tmp_path):
+    """At the critical base a dimension that turns once within the window turns once within the target."""
+    settings = study.cells.Settings()
+    for factor in (8, 4):
+        theta = study.cells.theta(settings, "critical", factor)
+        dimension = math.log(8192 / (2 * math.pi)) / math.log(1e5)  # as a share of the head
+        assert 2 * math.pi * theta**dimension == pytest.approx(8192 * factor, rel=0.01)
+        assert study.cells.theta(settings, "16 critical", factor) == pytest.approx(16 * theta, rel=0.01)
+        (cell,) = [c for c in study.study.wanted(settings, [f"4 critical,s{factor},seed 2"]) if c.scaling != "theta"]
+        flags = study.cells.flags(cell.with_rate(8e-4), settings, tmp_path, tmp_path)
+        assert float(flags[flags.index("--rotary-base") + 1]) == pytest.approx(4 * theta, rel=0.01)
+        assert flags[flags.index("--rope-scaling-type") + 1] == "none" and "--rope-scaling-factor" not in flags
+
+
+def test_critical_thetas_take_the_rate_of_theta(study):
+    settings = study.cells.Settings(factors=(4,), rates=(1.0, 2.0))
+    lines = [result(study, "theta", "cream", 1, rate, 3 - rate) for rate in (1.0, 2.0)]
+    lines.append(result(study, "critical", "cream", 1, 2.0, 0.5))
+    found = {line["run"]: line for line in lines}
+    assert study.cells.chosen_rate(settings, "critical", found) == 2.0
+    results = study.report.Results(lines)
+    assert results.chosen["critical"] == 2.0 and set(results.rates) == {"theta"}
+    assert "| critical | cream | 1 | 50.0 |" in study.report.report(results)
 
 
 def test_shares_of_short_text_have_cells_of_their_own(study, tmp_path):
@@ -205,10 +257,10 @@ def prepared(tmp_path_factory):
     (folder / "held.jsonl").write_text("".join(line(9000 * i, kind) for i, kind in enumerate(("code", "manual"))))
     files = ["--hf", folder / "hf", "--train", folder / "train.jsonl", "--held", folder / "held.jsonl"]
     size = "--window 256 --factors 4 --steps 2 --batch 2 --micro-batch 1 --rates 1e-3 --seeds 1 --prompts 1 1 1".split()
-    extra = "--questions 2 --texts 1 --workers 1 -- --lr-warmup-iters 1 --num-workers 0 --log-interval 1".split()
+    extra = "--questions 2 --texts 1 --workers 1 -- --lr-warmup-iters 0 --num-workers 0 --log-interval 1".split()
     made = run(STUDY / "prepare.py", *files, "--output", folder / "data", *size, *extra)
     assert made.returncode == 0, made.stderr
-    assert made.stdout.count("positions:") == 4 * 6 + 2  # every cell was checked
+    assert made.stdout.count("positions:") == 4 * 6 + 2 + 3 + 2  # every cell was checked
     return folder
 
 
@@ -233,8 +285,13 @@ def test_the_command_resumes_at_what_is_missing(prepared):
     for line in lines[1:]:
         assert set(line["tasks"]) == {"needle", "multikey", "lines"} and set(line["perplexity"]) == {"code", "manual"}
         assert list(line["tasks"]["lines"]) == ["256", "512", "1024"]
+    ended = run(*command, "yarn,cream long end")
+    assert "over: 3 cells have results, 0 are left" in ended.stdout, ended.stdout + ended.stderr
+    trained = json.loads((out / "results.jsonl").read_text().splitlines()[3])
+    assert (trained["sampler"], list(trained["losses"])) == ("cream long end", ["1", "2"])
+    assert not list((out / "runs").glob("*end*/"))
     third = run(*command, "yarn,cream", "none,base")
-    assert "GPU 0" not in third.stdout and "over: 2 cells have results" in third.stdout, third.stdout + third.stderr
+    assert "GPU 0" not in third.stdout and "over: 3 cells have results" in third.stdout, third.stdout + third.stderr
     report = run(STUDY / "report.py", "--results", out / "results.jsonl", "--output", out)
     assert report.returncode == 0 and "| yarn | cream | 1 |" in (out / "report.md").read_text(), report.stderr
 
