@@ -37,16 +37,20 @@ _COLOURS |= {name: colour for name, (_, colour) in RECIPES.items()}
 
 
 def write(results: list[dict], folder: Path) -> None:
-    """Write table.md, recall.png, perplexity.png, cost.png and scalings.png to `folder`, from the results so far."""
+    """Write table.md, and the pictures of the parts of the study that have results, to `folder`.
+
+    `scalings` has scalings.png, `samplers` recall.png, perplexity.png and cost.png.
+    """
     study = _Results(results)
     if not study.factors:
         return
     (folder / "table.md").write_text(table(results))
-    _by_depth(study, folder / "recall.png")
-    _by_length(study, folder / "perplexity.png")
     if any(study.held("theta", "cream", factor) for factor in study.factors):
         _by_scaling(study, folder / "scalings.png")
-    _cost_and_sigma(study, folder / "cost.png")
+    if any(study.of(method, factor) for method in COMPARED for factor in study.factors):
+        _by_depth(study, folder / "recall.png")
+        _by_length(study, folder / "perplexity.png")
+        _cost_and_sigma(study, folder / "cost.png")
 
 
 class _Results:
@@ -312,9 +316,9 @@ def _by_depth(study: _Results, path: Path) -> None:
 def _by_length(study: _Results, path: Path) -> None:
     figure, axes = _plots(1, len(study.factors), 3.2)
     for panel, factor in zip(axes[0], study.factors):
+        lengths = [methods.WINDOW * 2**i for i in range(factor.bit_length())]
         for method in COMPARED:
-            if found := study.of(method, factor):
-                lengths = sorted(map(int, found[0]["perplexity"]))
+            if study.of(method, factor):
                 of_length = lambda n: study.over_seeds(method, factor, lambda r: r["perplexity"][str(n)])
                 _line(panel, lengths, [of_length(n) for n in lengths], method)
         panel.set_xscale("log", base=2)

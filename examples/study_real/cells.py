@@ -169,9 +169,10 @@ def stages(cell: Cell, settings: Settings, data: Path, runs: Path) -> list[list[
         return [flags(cell, settings, data, runs)]
     first, cache = runs / f"{cell.name}.first", runs / f"{cell.name}.cache"
     last = max(1, round(_LONG_SHARE * settings.steps / (_LONG_COST * cell.factor)))
+    start = {"--load-hf": None, "--pretrained-checkpoint": first}
     trainings = [
         ("cream", round((1 - _LONG_SHARE) * settings.steps), {"--save": first, "--lr-decay-style": "constant"}),
-        ("full", last, {"--save": runs / cell.name, "--load-hf": None, "--pretrained-checkpoint": first}),
+        ("full", last, {"--save": runs / cell.name, "--lr-warmup-iters": last // 5, "--log-interval": 1, **start}),
     ]
     return [
         flags(

@@ -310,13 +310,17 @@ def _warn_if_short(flags: RopeFlags, reach: float) -> list[str]:
 
 
 def _warn_if_unscaled(target: int, window: int, thetas: tuple[float, float], head_dim: int) -> list[str]:
-    """Return a warning if neither scaling nor a larger theta reaches the target."""
+    """Return a warning if neither scaling nor a larger theta reaches the target.
+
+    It advises the critical base. The least theta that reaches the target, ntk's, does badly near the target in
+    examples/study_real.
+    """
     before, after = thetas
     exponent = head_dim / (head_dim - 2) if head_dim > 2 else 1.0
     reach = window * (after / before) ** (1 / exponent)
     if target <= max(reach, window):
         return []
-    needed = before * (target / window) ** exponent
+    needed = max(before * (target / window) ** exponent, compute_critical_theta(before, window, target))
     theta = f"--rotary-base {needed:.6g}" if after == before else f"--rotary-base {needed:.6g} instead of {after:g}"
     return [
         f"warning: the target of {target} positions is beyond the model's window of {window}, and its rotary embedding "

@@ -238,6 +238,12 @@ def test_learning_rates_are_chosen_and_pairs_have_the_same_bases(study, tmp_path
     (pair,) = [line for line in table.splitlines() if "theta - linear" in line]
     study.report.write(results, tmp_path)
     assert (tmp_path / "scalings.png").stat().st_size > 10_000 and (tmp_path / "table.md").read_text() == table
+    scalings = [
+        result for result in results if result.get("loss") and (result["scaling"], result["rate"]) != ("linear", 3e-4)
+    ]
+    (tmp_path / "scalings alone").mkdir()
+    study.report.write(scalings, tmp_path / "scalings alone")
+    assert {file.name for file in (tmp_path / "scalings alone").iterdir()} == {"table.md", "scalings.png"}
     # A later search, on a base of its own, changes nothing for the seeds before it, and is paired at its own rates.
     later = [scaled("linear", rate, 7, 0.5, 4.0 + 1000 * rate) for rate in (3e-4, 6e-4)]
     later += [scaled("theta", rate, 7, 0.8, 4.0 - 1000 * rate) for rate in (3e-4, 6e-4)]

@@ -14,7 +14,7 @@ from tests.evaluation_models import save_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "examples" / "study_real"
-NAMES = ("cells", "retrieval", "report", "study")
+NAMES = ("cells", "retrieval", "report", "study", "worker")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,7 @@ def test_the_long_end_takes_the_time_of_cream(study, tmp_path):
         assert last["--pretrained-checkpoint"] == first["--save"] != last["--save"] == str(tmp_path / cell.name)
         assert "--load-hf" in first and "--load-hf" not in last
         assert first["--lr-decay-style"] == "constant" and "--lr-decay-style" not in last
+        assert int(last["--lr-warmup-iters"]) < steps[1] and last["--log-interval"] == "1"
         for flag in ("--rope-scaling-type", "--rope-scaling-factor", "--lr", "--target-length", "--data-cache-path"):
             assert first[flag] == last[flag]
         time = (steps[0] + steps[1] * 0.6 * factor) / settings.steps
@@ -150,6 +151,25 @@ def test_every_run_has_the_same_tokens(study, tmp_path):
             assert value("--global-batch-size") * value("--seq-length") * value("--train-iters") == 115 * 32 * 8192
             assert value("--target-length") == 8192 * cell.factor and value("--lr") == (cell.rate or 1e-4)
             assert value("--micro-batch-size") * value("--seq-length") == 4 * 8192
+
+
+def test_a_training_is_read_from_its_log(study, tmp_path):
+    """Megatron prints one line in --log-interval steps; one that ended early is an error."""
+    worker = study.worker
+    line = "iteration {:8}/{:8} | elapsed time per iteration (ms): {} | learning rate: 1E-4 | lm loss: {} | x\n"
+    first = worker._FLAGS + " ..\n" + line.format(5, 80, 9.0, "9E+00")  # of a worker that was killed
+    first += worker._FLAGS + " ..\n" + "".join(line.format(step, 80, 100.0, "2E+00") for step in range(5, 81, 5))
+    last = worker._FLAGS + " ..\n" + "".join(line.format(step, 7, 1000.0, "1E+00") for step in range(1, 8))
+    log = tmp_path / "log"
+    log.write_text(first + last)
+    found = worker._training(log, 2, 0.0)
+    assert found["seconds"] == 80 * 0.1 + 7 and list(found["losses"])[-8:] == [str(n) for n in range(80, 88)]
+    log.write_text(worker._FLAGS + " ..\n" + "".join(line.format(step, 14, 1000.0, "1E+00") for step in (5, 10)))
+    assert worker._training(log, 1, 0.0)["seconds"] == 14
+    for early in ("", line.format(5, 14, 1000.0, "1E+00")):
+        log.write_text(worker._FLAGS + " ..\n" + early)
+        with pytest.raises(RuntimeError, match="did not come to its last step"):
+            worker._training(log, 1, 0.0)
 
 
 def result(study, scaling, sampler, seed, rate, loss, accuracy=0.5):

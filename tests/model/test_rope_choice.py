@@ -108,13 +108,24 @@ def test_the_scaling_follows_from_the_model(model, flags, expected, words):
 
 
 def test_a_larger_theta_is_reported_and_compared_with_the_target():
-    """For eight times Llama 2's window ntk needs a theta of 82,685: 2.0e5 is enough, 2.0e4 is not."""
+    """For eight times Llama 2's window ntk needs a theta of 82,685: 2.0e5 is enough, 2.0e4 is not.
+
+    Advised is the critical base: wavelengths of 4,096 become 32,768.
+    """
     rope = choose(LLAMA2, target=32768, theta=2e5)
     assert (rope.theta, rope.scaling) == (2e5, None)
     assert rope.lines == ("rope: theta changes from the model's 10000 to 200000 (--rotary-base)",)
     rope = choose(LLAMA2, target=32768, theta=2e4)
-    assert "stretched to 8104 positions only" in rope.lines[1] and "--rotary-base 82684.6" in rope.lines[1]
-    assert choose(LLAMA2, target=32768, theta=82685.0).lines[1:] == ()  # the advised value
+    assert (
+        "stretched to 8104 positions only" in rope.lines[1] and "--rotary-base 192144 instead of 20000" in rope.lines[1]
+    )
+    turns_once = math.log(4096 / (2 * math.pi)) / math.log(1e4)  # place of that dimension among those of the head
+    assert 2 * math.pi * 192144**turns_once == pytest.approx(32768, rel=1e-5)
+    for enough in (192144.0, 82685.0):  # the advised value, and ntk's
+        assert choose(LLAMA2, target=32768, theta=enough).lines[1:] == ()
+    # A window longer than the slowest wavelength: all dimensions have turned, and ntk's is the larger one.
+    long = dict(theta=1e4, scaling=None, positions=131072)
+    assert "or --rotary-base 20221.3" in choose(long, target=262144).lines[0]
     with_scaling = choose(LLAMA31, target=262144, theta=4e6)
     assert (with_scaling.theta, with_scaling.scaling["factor"]) == (4e6, 16) and len(with_scaling.lines) == 2
     assert choose(None, target=32768, theta=2e5).theta == 2e5

@@ -20,7 +20,7 @@ LLAMA3 |= {"rope_type": "llama3", "factor": 8.0}
 MODELS = {
     "Llama-2-7b-hf": (
         {"max_position_embeddings": 4096, "rope_scaling": None},
-        {4 * K: (None, []), 32 * K: (None, ["warning: the target of 32768", "--rotary-base 82684.6"])},
+        {4 * K: (None, []), 32 * K: (None, ["warning: the target of 32768", "--rotary-base 192144"])},
     ),
     "Llama-3.1-8B": (
         {"max_position_embeddings": 131072, "rope_theta": 500000.0, "rope_scaling": LLAMA3},

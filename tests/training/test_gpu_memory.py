@@ -120,7 +120,7 @@ def test_a_full_gpu_ends_in_one_line_whose_advice_works(tmp_path):
     while (ended := torchrun(1, *flags, "--micro-batch-size", micro_batch, script=job)).returncode:
         (said,) = lines_of(ended, 1)
         found = re.search(
-            r"out of memory in step 1 on GPU 0: of 3\.0 GiB torch has (\S+) in tensors and (\S+) in unused pieces; (\S+) "
+            r"out of memory in step \d on GPU 0: of 3\.0 GiB torch has (\S+) in tensors and (\S+) in unused pieces; (\S+) "
             r"are outside torch \(CUDA, NCCL, user buffers\).*\. Use --micro-batch-size (\d+) instead of (\d+); ",
             said,
         )
