@@ -5,7 +5,6 @@ uploaded. If it is killed, it leaves an incomplete folder under a checkpoint's n
 a name that nothing loads, and then removed in the background.
 """
 
-import contextlib
 import re
 import shutil
 import sys
@@ -95,11 +94,12 @@ class Retention:
             if before:
                 before.join()
             for folder in left:
-                with contextlib.suppress(FileNotFoundError):
-                    try:
-                        shutil.rmtree(folder)
-                    except OSError as error:
-                        _warn(folder, error)
+                try:
+                    shutil.rmtree(folder)
+                except FileNotFoundError:
+                    pass  # the removal before this one has removed it
+                except OSError as error:
+                    _warn(folder, error)
 
         if left:
             self._removal = threading.Thread(target=remove, daemon=True)

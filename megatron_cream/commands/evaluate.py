@@ -23,7 +23,7 @@ from rich.console import Console
 from megatron_cream.commands import compare, suite
 from megatron_cream.common import entry
 from megatron_cream.common.cli import program_name
-from megatron_cream.common.errors import UsageError, is_out_of_memory, one_line
+from megatron_cream.common.errors import NotAvailable, UsageError, is_out_of_memory, one_line
 from megatron_cream.common.files import convert_disk_errors
 from megatron_cream.evaluation import fit, harness, pictures, plans, ranks, report, sharing, sliding_window
 from megatron_cream.evaluation.engine_flags import (
@@ -244,8 +244,8 @@ def check_convention(args, source: language_model.Source, shortest: int, stride:
         raise UsageError(f"--stride {stride}: must be less than the shortest of --lengths, {shortest}")
     if args.convention == "cream" and shortest < 2:
         raise UsageError(f"--lengths {shortest}: must be 2 or more: a document's first token is not scored")
-    if args.convention != "ours" and source.tokenizer.bos is None:
-        raise UsageError(
+    if args.convention != "ours" and source.tokenizer.bos is None:  # a suite leaves it out: its convention is fixed
+        raise NotAvailable(
             f"--convention {args.convention}: the tokenizer of --model puts no BOS before a text. Use --convention ours"
         )
 

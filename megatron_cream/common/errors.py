@@ -31,7 +31,7 @@ class UsageError(Exception):
 
 
 class NotAvailable(UsageError):
-    """Data or a package that an evaluation needs is not here; a suite leaves the evaluation out."""
+    """What an evaluation needs is not here, such as data, a package, or a BOS; a suite leaves the evaluation out."""
 
 
 def one_line(error: object, max_chars: int = 300) -> str:

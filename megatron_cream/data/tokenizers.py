@@ -5,7 +5,11 @@ so the ids are the same.
 """
 
 import hashlib
+import json
+import shutil
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,12 @@ TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 
 _PROBE = "A quick brown fox,\n\n  12345 é Ж 中文 🙂\tx = [1];  end"
 """A text with spaces, line feeds, digits and non-Latin letters, which tokenizers treat differently."""
+
+_PLAIN_CLASS = "PreTrainedTokenizerFast"
+"""The class that loads a tokenizer.json as it is."""
+
+_TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
+"""Of the files in a model's folder that a tokenizer may load."""
 
 
 def check_tokenizer_files(tokenizer_type: str, tokenizer_model: Path) -> None:
@@ -83,37 +93,72 @@ def check_megatron_ids(tokenizer: Any) -> None:
 
 
 def check_token_ids(folder: Path, tokenizer: Any) -> None:
-    """Check that transformers' tokenizer gives the ids of the folder's tokenizer.json.
+    """Check that transformers' tokenizer gives the ids of the folder's tokenizer.json, or else of its tokenizer.model.
 
     transformers rebuilds some tokenizer classes, not always with the same result: 5.3 drops all spaces for a
-    byte-level tokenizer whose class is LlamaTokenizerFast, such as DeepSeek-R1-Distill-Llama's.
+    byte-level tokenizer whose class is LlamaTokenizerFast, such as DeepSeek-R1-Distill-Llama's; 5.24 splits two spaces
+    before a word otherwise than sentencepiece, where LlamaTokenizer has a tokenizer.model alone, such as Vicuna's.
 
     Raises:
         TokenIdMismatch: ids differ after the first one, which an added leading space may change.
     """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    file = next((file for name in ("tokenizer.json", "tokenizer.model") if (file := folder / name).is_file()), None)
+    if file is None:
         return
-    import tokenizers
+    expected, decode = _encode_with_file(file)
+    actual = _encode_probe(tokenizer)
+    if actual[1:] == expected[1:]:
+        return
     import transformers
+
+    place = next((i for i, (a, b) in enumerate(zip(actual, expected)) if i and a != b), 1)
+    shown = [" ".join(map(str, ids[place : place + 4])) for ids in (actual, expected)]
+    if _encode_probe(_load_with_class(folder, _PLAIN_CLASS))[1:] == expected[1:]:
+        advice = (
+            f'Set "tokenizer_class": "{_PLAIN_CLASS}" in its tokenizer_config.json, or install another transformers'
+        )
+    else:
+        advice = (
+            f"It builds a {type(tokenizer).__name__} whatever tokenizer_class says. If the model was trained with it, "
+            "save it: transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    raise TokenIdMismatch(
+        f"{folder}: transformers {transformers.__version__} tokenizes text differently from its {file.name}: "
+        f"{decode(expected[place : place + 4])!r} becomes {shown[0]}, not {shown[1]}. {advice}"
+    )
+
+
+def _encode_with_file(file: Path) -> tuple[list[int], Callable[[list[int]], str]]:
+    """Return the probe's ids by the library that wrote a tokenizer file, and its function from ids to text."""
+    if file.name == "tokenizer.model":
+        import sentencepiece
+
+        raw = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        return raw.encode(_PROBE), raw.decode
+    import tokenizers
 
     raw = tokenizers.Tokenizer.from_file(str(file))
     raw.no_truncation()
     raw.no_padding()
-    actual, expected = (
-        tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
-        raw.encode(_PROBE, add_special_tokens=False),
-    )
-    if actual[1:] == expected.ids[1:]:
-        return
-    place = next((i for i, (a, b) in enumerate(zip(actual, expected.ids)) if i and a != b), 1)
-    shown = [" ".join(map(str, ids[place : place + 4])) for ids in (actual, expected.ids)]
-    raise TokenIdMismatch(
-        f"{folder}: transformers {transformers.__version__} tokenizes text differently from its tokenizer.json: "
-        f"{_PROBE[:13]!r} becomes {tokenizer.decode(actual)[:13]!r}, and the ids from index {place} on are {shown[0]}, "
-        f'not {shown[1]}. Set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json, or install '
-        "another transformers"
-    )
+    return raw.encode(_PROBE, add_special_tokens=False).ids, raw.decode
+
+
+def _encode_probe(tokenizer: Any) -> list[int]:
+    return tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+
+
+def _load_with_class(folder: Path, name: str) -> Any:
+    """Return the tokenizer that transformers would build with another tokenizer_class; the folder stays as it is."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as copy:
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix in _TOKENIZER_SUFFIXES:
+                shutil.copy(file, copy)
+        config = Path(copy) / "tokenizer_config.json"
+        found = json.loads(config.read_text()) if config.exists() else {}
+        config.write_text(json.dumps(found | {"tokenizer_class": name}))
+        return AutoTokenizer.from_pretrained(copy)
 
 
 def has_eod(tokenizer: Any) -> bool:
@@ -127,8 +172,8 @@ def tokenizer_id(tokenizer_type: str, tokenizer_model: Path) -> str:
     In a folder, only files that a tokenizer may load are included, not weights.
     """
     path = Path(tokenizer_model)
-    wanted = (".json", ".jinja", ".model", ".txt", ".py")
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in wanted)
+    every = [path] if path.is_file() else sorted(path.iterdir())
+    files = [file for file in every if path.is_file() or file.suffix in _TOKENIZER_SUFFIXES]
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}:".encode() + hashlib.sha256(file.read_bytes()).digest())

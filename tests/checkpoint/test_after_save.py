@@ -101,6 +101,23 @@ def test_a_crash_during_removal_leaves_no_incomplete_checkpoint(tmp_path, monkey
     assert not (save / ".iter_0000001.removed").exists()
 
 
+def test_a_removal_that_starts_during_another_is_silent(tmp_path, monkeypatch, capfd):
+    """A hook that ends beside a save prunes while the removal before it runs, and finds its folder."""
+    save, goes_on, rmtree = put(tmp_path, 1, 2, 3), threading.Event(), retention.shutil.rmtree
+
+    def waits(folder):
+        assert goes_on.wait(60)
+        rmtree(folder)
+
+    monkeypatch.setattr(retention.shutil, "rmtree", waits)
+    kept = Retention(save, last=1, every=None, protected=[])
+    kept.prune()
+    kept.prune()
+    goes_on.set()
+    kept.close()
+    assert left(save) == [3] and not list(save.glob(".iter_*")) and capfd.readouterr().err == ""
+
+
 def test_a_failed_removal_prints_one_line(tmp_path, monkeypatch, capfd):
     save = put(tmp_path, 1, 2)
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from sentencepiece import SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -54,6 +54,53 @@ def test_differing_ids_are_reported_and_the_advice_works(tmp_path):
     assert 'Set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json' in str(caught.value)
     set_class(tmp_path, "PreTrainedTokenizerFast")
     assert load_tokenizer("HuggingFaceTokenizer", tmp_path).vocab_size == 200
+
+
+def test_a_sentencepiece_model_alone_is_read_as_sentencepiece_reads_it(tmp_path):
+    """Vicuna's and OpenLLaMA's folders have no tokenizer.json; one that merges spaces is read otherwise as a LlamaTokenizer."""
+    text = Path(__file__).read_text()
+    with (tmp_path / "tokenizer.model").open("wb") as writer:
+        lines = iter(text.splitlines() * 2)
+        SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=writer, vocab_size=600, model_type="bpe", minloglevel=9
+        )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    set_class(tmp_path, "LlamaTokenizer")
+    with pytest.raises(TokenIdMismatch, match="tokenizes text differently from its tokenizer.model: ") as caught:
+        load_tokenizer("HuggingFaceTokenizer", tmp_path)
+    with pytest.raises(UsageError, match=f"^--model {tmp_path}: transformers 5"):
+        open_tokenizer(tmp_path, flag="--model")
+    assert 'Set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json' in str(caught.value)
+    set_class(tmp_path, "PreTrainedTokenizerFast")
+    ids = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).encode(text)
+    assert load_tokenizer("HuggingFaceTokenizer", tmp_path).tokenize(text) == ids
+    assert open_tokenizer(tmp_path, flag="--model").encode(text)[-len(ids) :] == ids
+
+
+def test_a_class_that_transformers_insists_on_has_advice_of_its_own(tmp_path):
+    """For model_type qwen2 transformers builds Qwen2Tokenizer, which splits digits and line feeds in its own way."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, special_tokens=["</s>"], show_progress=False
+    )
+    raw.train_from_iterator([Path(__file__).read_text() * 2, "A quick brown fox,\n\n  12345\n\n  12345" * 50], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(TokenIdMismatch) as caught:
+        load_tokenizer("HuggingFaceTokenizer", tmp_path)
+    said = str(caught.value)
+    assert "It builds a Qwen2Tokenizer whatever tokenizer_class says" in said and "Set" not in said and "\n" not in said
+    (tmp_path / "weights.bin").touch()
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(TokenIdMismatch):
+        load_tokenizer("HuggingFaceTokenizer", tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    advised = said.split("save it: ")[1].replace("FOLDER", repr(str(tmp_path)))
+    exec(f"import transformers; {advised}")
+    assert load_tokenizer("HuggingFaceTokenizer", tmp_path).vocab_size >= 600
 
 
 def without_eos(folder: Path) -> Path:

@@ -89,6 +89,20 @@ def test_a_suite_with_what_is_at_hand(monkeypatch, model, tmp_path, capsys):
     assert run(monkeypatch, *flags) == 0
 
 
+def test_a_suite_leaves_out_what_its_tokenizer_cannot_do(monkeypatch, tmp_path, capsys):
+    """The paper's perplexity starts with a BOS, which SmolLM2's tokenizer does not put before a text."""
+    model = save_llama(tmp_path / "model", bos=False)
+    (tmp_path / "books.txt").write_text("A sentence of a book. " * 400)
+    monkeypatch.setattr(suite, "_has_dataset", lambda name: False)
+    for name in ("lines", "kv", "needle"):
+        monkeypatch.setitem(command.RUNS, name, lambda args: write_result(args.output, args.command, [], results={}))
+    flags = ["suite", "paper", model, "--lengths", 1024, "--samples", 1, "--dataset", tmp_path / "books.txt"]
+    assert run(monkeypatch, *flags, "--output", tmp_path / "paper") == 0
+    states = states_of(tmp_path / "paper")
+    assert states["perplexity"] == "left out" and states["lines"] == "finished"
+    assert "perplexity left out: --convention cream: the tokenizer of --model puts no BOS" in capsys.readouterr().err
+
+
 def test_failures_and_missing_files(monkeypatch, model, tmp_path, capsys):
     """A failed evaluation does not stop the others, and runs again; what is missing is named."""
     asked, broken = [], {"lines": UsageError("--lengths: too short"), "kv": NotAvailable("needs a package")}
