@@ -150,7 +150,8 @@ def draw_scalings() -> plt.Figure:
     """Show what each RoPE scaling did to a real model: examples/study_real."""
     figure, (found, perplexity) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     styles = {"none": "x:", "linear": "D:", "ntk": "^-.", "yarn": "o-", "theta": "s--"}
-    for scaling, (needles, manual) in read_study().items():
+    study = read_study()
+    for scaling, (needles, manual) in ((scaling, study[scaling]) for scaling in styles):
         style = dict(color="0.55" if scaling == "none" else "0.1", markersize=5, markerfacecolor="white")
         label = {"none": "before", "theta": "larger theta"}.get(scaling, scaling)
         lengths = sorted(needles)

@@ -188,3 +188,13 @@ def test_troubleshooting_quotes_messages():
     assert len(rows) > 30
     missing = [words for row in rows for words in re.findall("`([^`]+)`", row) if not any(words in s for s in joined)]
     assert not missing, f"no message says: {missing}"
+
+
+def test_pictures_are_drawn_from_what_the_repository_has(tmp_path):
+    """One of them is of the results of examples/study_real, which grow."""
+    drawn = subprocess.run(
+        [sys.executable, ROOT / "docs" / "draw_pictures.py", tmp_path], capture_output=True, text=True
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    names = {file.name for file in tmp_path.iterdir()}
+    assert "scalings.png" in names and names <= {file.name for file in (ROOT / "docs" / "pictures").iterdir()}

@@ -1,6 +1,6 @@
 """Make the study's tables and pictures from its results: report.py --results results.jsonl --output FOLDER
 
-Writes report.md, retrieval.png, depth.png and perplexity.png. Negative results are included.
+Writes report.md, tradeoff.png, retrieval.png, depth.png and perplexity.png. Negative results are included.
 """
 
 import argparse
@@ -173,12 +173,11 @@ def _pairs(results: Results, factor: int) -> list[str]:
 
     It says whether a difference exceeds what the seeds' spread explains. Without such a pair there is no table.
     """
-    lengths, kinds = results.lengths(factor), list(results.evaluations[0]["perplexity"])
-    longer = lengths[1:]
+    longer = results.lengths(factor)[1:]
     measures = [
-        (lambda e: statistics.fmean(accuracy(t, n)(e) for t in e["tasks"] for n in longer), 1),
+        (lambda e: _found(e, longer), 1),
         (lambda e: statistics.fmean(loss(t, n)(e) for t in e["tasks"] for n in longer), 3),
-        (lambda e: statistics.fmean(math.log(perplexity(k, n)(e)) for k in kinds for n in longer), 4),
+        (lambda e: _log_perplexity(e, longer), 4),
     ]
     title = [
         "**Pairs**, mean over tasks (or kinds of text) and the lengths beyond the window: the first less the second. "
@@ -238,8 +237,17 @@ def _deviation(values: list[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def _found(e: dict, lengths: list[str]) -> float:
+    return statistics.fmean(accuracy(task, n)(e) for task in e["tasks"] for n in lengths)
+
+
+def _log_perplexity(e: dict, lengths: list[str]) -> float:
+    return statistics.fmean(math.log(perplexity(kind, n)(e)) for kind in e["perplexity"] for n in lengths)
+
+
 def draw(results: Results, folder: Path) -> None:
-    """Draw the pictures for the longest target."""
+    """Draw the pictures: of each target what is won and lost, of the longest target the rest."""
+    _tradeoff(results, folder / "tradeoff.png")
     factor = results.factors[0]
     lengths = results.lengths(factor)
     kinds = list(results.evaluations[0]["perplexity"])
@@ -251,6 +259,36 @@ def draw(results: Results, folder: Path) -> None:
     _picture(results, factor, rows, "depth, %", folder / "depth.png")
     rows = {f"perplexity, {kind}": by_length(lambda n, k=kind: perplexity(k, n)) for kind in kinds}
     _picture(results, factor, rows, "tokens of context", folder / "perplexity.png", log=True)
+
+
+def _tradeoff(results: Results, path: Path) -> None:
+    """Draw answers found over perplexity, both means over the lengths beyond the window: a panel for each target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    count = len(results.factors)
+    figure, axes = plt.subplots(1, count, figsize=(5.2 * count + 1.2, 4.4), layout="constrained", squeeze=False)
+    for panel, factor in zip(axes[0], results.factors):
+        lengths = results.lengths(factor)
+        for scaling, sampler, found in results.groups(factor):
+            if sampler in ("base", "randpos"):
+                continue  # off the scale
+            x = math.exp(statistics.fmean(_log_perplexity(e, lengths[1:]) for e in found))
+            values = [_found(e, lengths[1:]) for e in found]
+            y = statistics.fmean(values)
+            panel.errorbar(x, y, _deviation(values), fmt="o", markersize=4, color=_COLOURS[sampler], label=sampler)
+            if sampler == "cream":
+                panel.annotate(scaling, (x, y), (6, -9), textcoords="offset points", fontsize=8)
+        panel.set_title(f"{lengths[0]} to {int(lengths[0]) * factor} tokens", fontsize=10)
+        panel.set_xlabel("perplexity beyond the window (further left is better)")
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("answers found beyond the window, %")
+    handles = {label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside right upper")
+    save_picture(figure, path, dpi=130)
+    plt.close(figure)
 
 
 def _picture(results: Results, factor: int, rows: dict, x: str, path: Path, log: bool = False) -> None:
@@ -276,7 +314,7 @@ def _picture(results: Results, factor: int, rows: dict, x: str, path: Path, log:
         line[0].set_ylabel(title)
         for panel, scaling in zip(line, scalings):
             for _, sampler, found in (group for group in results.groups(factor) if group[0] == scaling):
-                if sampler == "base" and title.startswith("perplexity"):
+                if sampler in ("base", "randpos") and title.startswith("perplexity"):
                     continue  # off the scale
                 values = [[value(e) for e in found] for _, value in points]
                 means = [statistics.fmean(v) for v in values]

@@ -314,6 +314,8 @@ def test_the_command_resumes_at_what_is_missing(prepared):
     assert "GPU 0" not in third.stdout and "over: 3 cells have results" in third.stdout, third.stdout + third.stderr
     report = run(STUDY / "report.py", "--results", out / "results.jsonl", "--output", out)
     assert report.returncode == 0 and "| yarn | cream | 1 |" in (out / "report.md").read_text(), report.stderr
+    for name in ("tradeoff", "retrieval", "depth", "perplexity"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
