@@ -109,7 +109,7 @@ def save_hf(args: Namespace) -> None:
     else:
         with TransferBar("exported") as progress:
             export_hf(source, target, flag="--save-hf", with_card=True, progress=progress)
-    kind = "adapter" if args.adapter else "model"
-    print(f"{args.save_hf}: {kind} for {args.target_length} positions", flush=True)
+    kind, how = ("adapter", "; its README.md shows how to load it with PEFT") if args.adapter else ("model", "")
+    print(f"{args.save_hf}: {kind} for {args.target_length} positions{how}", flush=True)
     if uses_intermediate_folder(args):
         shutil.rmtree(args.save)

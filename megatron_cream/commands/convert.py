@@ -18,7 +18,7 @@ from megatron_cream.checkpoint.megatron_folder import MegatronCheckpoint
 from megatron_cream.checkpoint.peft_folder import export_adapter
 from megatron_cream.commands.next_step import training_command
 from megatron_cream.common import entry
-from megatron_cream.common.advice import evaluation_command
+from megatron_cream.common.advice import evaluation_command, export_command
 from megatron_cream.common.cli import OneLineParser, path, path_or_name, positive, program_name
 from megatron_cream.common.errors import UsageError, is_out_of_memory, one_line
 from megatron_cream.common.files import convert_disk_errors, read_text
@@ -77,7 +77,7 @@ def run_import(args) -> int:
             overwrite=args.overwrite,
             progress=progress,
         )
-    print(f"Next: {training_command('--pretrained-checkpoint', args.output, 'DATA', source.shape)}")
+    print(f"Next: {training_command('--pretrained-checkpoint', args.output, 'DATA', source.shape, parallel)}")
     return 0
 
 
@@ -116,6 +116,11 @@ def _export_adapter(source: MegatronCheckpoint, args) -> int:
         export_adapter(source, Path(args.hf_path), overwrite=args.overwrite)
     positions = source.shape.max_position_embeddings
     print(f"{args.hf_path}: adapter of {source.folder.name} for PEFT, for {positions} positions; see its README.md")
+    step = [] if args.ckpt_step is None else ["--ckpt-step", str(args.ckpt_step)]
+    if args.base:  # an evaluation would look for the base model where it was
+        print(f"Next: {export_command(args.checkpoint, *step, '--base', args.base)}")
+    else:
+        print(f"Next: {evaluation_command(args.checkpoint, positions, *step)}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The command that a tool advises when it has finished."""
 
+import math
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,9 @@ _LONGEST_SAMPLE = 8192
 """--seq-length of the advised run is at most this: a sample of a model's whole long window may not fit on a GPU."""
 
 
-def training_command(flag: str, weights: str | Path, data: str | Path, shape: ModelShape | None) -> str:
+def training_command(
+    flag: str, weights: str | Path, data: str | Path, shape: ModelShape | None, parallel: tuple[int, int] = (1, 1)
+) -> str:
     """Return the command of a run that makes a model's window four times as long.
 
     Args:
@@ -22,13 +25,17 @@ def training_command(flag: str, weights: str | Path, data: str | Path, shape: Mo
         weights: its value.
         data: value of --data-path.
         shape: of the model; None if unknown.
+        parallel: tensor- and pipeline-parallel ranks of the only layout that opens the weights.
     """
     window, sample = shape.window if shape else _WINDOW, sample_length(shape)
     target = -(-4 * window // sample) * sample
     scaling = [] if shape and shape.rope_scaling else ["--rope-scaling-type", "yarn"]  # else the model's own grows
     words = f"--seq-length {sample} --target-length {target} --micro-batch-size 1 --global-batch-size 32"
     words += " --train-iters 100 --lr 2e-5 --split 90,10,0 --eval-iters 2 --save extended"
-    return command_line("pretrain_cream", flag, weights, "--data-path", data, *scaling, *words.split())
+    for name, ranks in zip(("tensor", "pipeline"), parallel, strict=True):
+        words += f" --{name}-model-parallel-size {ranks}" * (ranks > 1)
+    ranks = (f"--nproc_per_node={math.prod(parallel)}",)
+    return command_line("pretrain_cream", flag, weights, "--data-path", data, *scaling, *words.split(), torchrun=ranks)
 
 
 def training_on(data: Path, tokenizer: Path, longest: int) -> str:

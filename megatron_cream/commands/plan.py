@@ -22,11 +22,12 @@ platform.setup()  # before anything of Megatron is imported
 from rich.console import Console
 
 from megatron_cream.common.advice import command_line
-from megatron_cream.common.cli import path, program_name
+from megatron_cream.common.cli import path, program_name, to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.common.files import check_picture, convert_disk_errors, to_json
+from megatron_cream.config.checks.flags import LONG_DATA
 from megatron_cream.planning import layouts, measured, memory, outside, picture, report, report_time, step_time
-from megatron_cream.planning.flags import run_from_flags
+from megatron_cream.planning.flags import parse_flags, run_from_flags
 from megatron_cream.planning.hardware import GIB, GPUS, Cluster
 from megatron_cream.planning.layouts import Plan
 from megatron_cream.planning.run import Run
@@ -53,10 +54,7 @@ def main() -> int:
 def plan(options: argparse.Namespace, flags: list[str]) -> int:
     """Print the plan, and return the exit code: 1 if no layout fits."""
     run = run_from_flags(flags, options.gpus)
-    misfit = run.find_misfit()
-    reason = None if misfit else layouts.find_conflict(run.model, run.layout)
-    if reason is not None:
-        raise UsageError(reason)
+    misfit = run.find_misfit() or find_own_conflict(run)
     gpu_memory = options.gpu_memory or GPUS[options.gpu].memory
     usable = layouts.usable(gpu_memory)
     around = cluster(options)
@@ -80,6 +78,8 @@ def plan(options: argparse.Namespace, flags: list[str]) -> int:
             terminal.print(f"The layout of these flags cannot run: {misfit}", soft_wrap=True, highlight=False)
         if plans:
             report.print_layouts(terminal, plans, run.layout, usable)
+            if not own:
+                report_time.print_cost(terminal, run, plans[0], options.price)
             report_time.print_user_buffers(terminal, run, plans[: report.MAX_LAYOUTS], around, usable)
             print_full_length(terminal, options, long, plans[0], full, usable, around)
             report_time.print_assumptions(terminal, run, around)
@@ -106,29 +106,60 @@ def find_roomy(plans: list[Plan], usable: float) -> Plan:
     return next((plan for plan in plans if not outside.is_close(plan.memory.device, usable)), plans[0])
 
 
+def find_own_conflict(run: Run) -> str | None:
+    """Return why the layout of the flags cannot run on this number of GPUs; None if it can.
+
+    Raises:
+        UsageError: it cannot run on any number of GPUs.
+    """
+    reason = layouts.find_conflict(run.model, run.layout)
+    if reason and layouts.find_conflict(run.model, replace(run.layout, data=1)):
+        raise UsageError(reason)
+    return reason
+
+
 def next_command(options: argparse.Namespace, flags: list[str], run: Run, best: Plan) -> str:
     """Return the command that trains with the layout of `best`.
 
-    It is "" where the recipe must be edited first.
+    Recipe and flags keep their model, data and output; a placeholder stands for what neither has. It is "" where the
+    recipe must be edited first.
     """
-    if layouts.keys_to_remove(best.layout, run.layout):
+    words = flags
+    for name in layouts.keys_to_remove(best.layout, run.layout):
+        words = remove_flag(words, to_flag(name))
+    words = [*words, *layouts.flags(best.layout, run.layout)]
+    if run_from_flags(words, options.gpus).layout != best.layout:
         return ""
-    words = [*flags, *layouts.flags(best.layout, run.layout)]
-    missing = ((("--load-hf", "--pretrained-checkpoint", "--load"), "HF_MODEL"), (("--data-path",), "DATA"))
-    for names, value in (*missing, (("--save", "--save-hf"), "extended")):
-        if not any(word.partition("=")[0] in names for word in words):
-            words += [names[0], value]
-    hosts = -(-options.gpus // options.gpus_per_host)
-    torchrun = (f"--nproc_per_node={options.gpus // hosts}",)
-    if hosts > 1:
-        torchrun = (
-            f"--nnodes={hosts}",
-            *torchrun,
-            "--rdzv_id=run1",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=node0:29500",
-        )
-    return command_line("pretrain_cream", *words, torchrun=torchrun)
+    args = parse_flags(flags)
+    if not (args.embedded_data or args.load_hf or args.pretrained_checkpoint or args.load):
+        words += ["--load-hf", "HF_MODEL"]
+    if not (args.embedded_data or any(getattr(args, name) for name in LONG_DATA)):
+        words += ["--data-path", "DATA"]
+    if not (args.save or args.save_hf):
+        words += ["--save", "extended"]
+    return command_line("pretrain_cream", *words, torchrun=torchrun_flags(options, best.layout.tensor))
+
+
+def remove_flag(words: list[str], flag: str) -> list[str]:
+    """Return a command line without a flag and its values."""
+    kept, inside = [], False
+    for word in words:
+        if word.startswith("--"):
+            inside = word.partition("=")[0] == flag
+        if not inside:
+            kept.append(word)
+    return kept
+
+
+def torchrun_flags(options: argparse.Namespace, tensor: int) -> tuple[str, ...]:
+    """Return the flags of torchrun: the fewest hosts with equal numbers of ranks, and whole tensor-parallel groups."""
+    gpus = options.gpus
+    fewest = -(-gpus // options.gpus_per_host)
+    hosts = next(count for count in range(fewest, gpus + 1) if gpus % (count * tensor) == 0)
+    ranks = f"--nproc_per_node={gpus // hosts}"
+    if hosts == 1:
+        return (ranks,)
+    return (f"--nnodes={hosts}", ranks, "--rdzv_id=run1", "--rdzv_backend=c10d", "--rdzv_endpoint=node0:29500")
 
 
 def print_full_length(

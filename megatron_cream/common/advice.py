@@ -38,12 +38,12 @@ def plan_command(ranks: int | str, *words: str) -> str:
     return f"{command_line('plan', '--gpus', str(ranks), *words)} with the flags of this run"
 
 
-def export_command(checkpoint: str | Path) -> str:
+def export_command(checkpoint: str | Path, *words: str) -> str:
     """Return the command that writes a checkpoint as a Hugging Face folder beside it."""
-    return command_line("convert_hf", "export", "--checkpoint", checkpoint, "--hf-path", f"{checkpoint}-hf")
+    return command_line("convert_hf", "export", "--checkpoint", checkpoint, *words, "--hf-path", f"{checkpoint}-hf")
 
 
-def evaluation_command(model: str | Path, positions: int) -> str:
-    """Return the command that tests a Hugging Face folder up to its last position."""
+def evaluation_command(model: str | Path, positions: int, *words: str) -> str:
+    """Return the command that tests a Hugging Face folder or a checkpoint up to its last position."""
     lengths = ["--min-length", str(min(1024, positions)), "--max-length", str(positions)]
-    return command_line("evaluate", "needle", "--model", model, *lengths)
+    return command_line("evaluate", "needle", "--model", model, *words, *lengths)

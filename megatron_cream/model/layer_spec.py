@@ -61,6 +61,15 @@ def build_block_spec(
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
+def other_norm_name(name: str) -> str:
+    """Return the name of a parameter in the other kind of layers: only those of norms differ."""
+    for separate, fused in _FUSED_NORMS.items():
+        for ours, theirs in ((separate, fused), (fused, separate)):
+            if ours in name:
+                return name.replace(ours, theirs)
+    return name
+
+
 def _separate_norms(layer: TransformerLayerSubmodules) -> None:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.kernels import support
-from megatron_cream.model.layer_spec import build_block_spec
+from megatron_cream.model.layer_spec import build_block_spec, other_norm_name
 from megatron_cream.model.lora import add_adapters
 from megatron_cream.model.lora_settings import LoraSettings
 from megatron_cream.model.rotary import RotaryEmbedding
@@ -57,6 +57,7 @@ class LlamaModel(GPTModel):
         self.real_vocab_size = real_vocab_size
         self.has_adapters = False
         self._register_load_state_dict_pre_hook(self._add_norm_extra_states)
+        self._register_load_state_dict_pre_hook(self._rename_norms)
 
     def add_adapters(self, settings: LoraSettings) -> None:
         """Add LoRA adapters, and freeze the other weights."""
@@ -97,6 +98,16 @@ class LlamaModel(GPTModel):
             has_state = type(module).set_extra_state is not torch.nn.Module.set_extra_state
             if name.endswith("norm") and has_state:
                 state_dict.setdefault(f"{prefix}{name}._extra_state", None)
+
+    def _rename_norms(self, state_dict, prefix, *_):
+        """Accept norms by the names of either kind of layers, as `mp_rank_XX` files have them.
+
+        Megatron would print the missing names, and train with the initial norms.
+        """
+        for name, _ in self.named_parameters():
+            ours, theirs = prefix + name, prefix + other_norm_name(name)
+            if ours not in state_dict and theirs in state_dict:
+                state_dict[ours] = state_dict.pop(theirs)
 
     def _keep_frozen_weights(self, state_dict, prefix, *_):
         """Complete the state of a checkpoint, which has only what trains, with the frozen weights."""

@@ -50,7 +50,7 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
     Raises:
         UsageError: a flag is missing or wrong, or the run cannot be planned.
     """
-    args = _parse(argv)
+    args = parse_flags(argv)
     defaults = default_values()
     flag_checks.check_each(args)
     fill.set_adapter(args)
@@ -90,7 +90,8 @@ def run_from_flags(argv: list[str], gpus: int) -> Run:
 _build_parser = functools.cache(build_parser)
 
 
-def _parse(argv: list[str]) -> Namespace:
+def parse_flags(argv: list[str]) -> Namespace:
+    """Return the values of the flags, of the recipe that they name, and the defaults of all others."""
     parser = _build_parser(recipe=False)  # building it takes longer than a plan
     path = recipe_path(argv)
     return parser.parse_args(argv, Namespace(**read_recipe(path, parser) if path else {}))
@@ -173,6 +174,7 @@ def _layout(args: Namespace, gpus: int, engine: Engine) -> Layout:
         context=cp,
         data=data,
         virtual_pipeline=_virtual_stages(args, pp),
+        layers_per_chunk=args.num_layers_per_virtual_pipeline_stage,
         micro_batch_group=args.microbatch_group_size_per_vp_stage,
         first_stage=args.decoder_first_pipeline_num_layers,
         last_stage=args.decoder_last_pipeline_num_layers,

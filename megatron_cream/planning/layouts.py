@@ -190,11 +190,17 @@ def _divisors(number: int) -> list[int]:
 def settings(layout: Layout) -> dict[str, int | bool | str | list[str] | None]:
     """Return the layout as {key: value} of a recipe; None removes a setting of a recipe."""
     selective, full = layout.recompute == "selective", layout.recompute == "full"
+    stages = layout.virtual_pipeline if layout.virtual_pipeline > 1 and not layout.layers_per_chunk else None
     return {
         "tensor_model_parallel_size": layout.tensor,
         "sequence_parallel": layout.sequence_parallel,
         "tp_comm_overlap": layout.overlap_tensor,
         "pipeline_model_parallel_size": layout.pipeline,
+        "num_virtual_stages_per_pipeline_rank": stages,
+        "num_layers_per_virtual_pipeline_stage": layout.layers_per_chunk,
+        "microbatch_group_size_per_vp_stage": layout.micro_batch_group,
+        "decoder_first_pipeline_num_layers": layout.first_stage,
+        "decoder_last_pipeline_num_layers": layout.last_stage,
         "context_parallel_size": layout.context,
         "use_distributed_optimizer": layout.distributed_optimizer,
         "overlap_grad_reduce": layout.overlap_grad_reduce,
@@ -221,6 +227,6 @@ def flags(layout: Layout, base: Layout | None = None) -> list[str]:
 
 
 def keys_to_remove(layout: Layout, base: Layout) -> list[str]:
-    """Return the recipe keys of `base` that `layout` must not have and no flag can undo."""
+    """Return the settings of `base` that `layout` must not have and no flag can undo."""
     wanted, given = settings(layout), settings(base)
     return [name for name in wanted if wanted[name] is None and given[name] is not None]

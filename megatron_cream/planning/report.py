@@ -3,7 +3,7 @@
 `report_time` has the tables of time.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
@@ -88,9 +88,11 @@ def print_layouts(console: Console, plans: list[Plan], base: Layout, usable: flo
 
 def explain_no_fit(run: Run, usable: float, max_gpus: int, cluster: Cluster) -> str:
     """Return one line with the memory or the number of GPUs that the run would need."""
-    line = f"no layout fits into {usable / GIB:.1f} usable GiB of each of {run.gpus} GPU{'s' * (run.gpus > 1)}"
     smallest = layouts.find_smallest(run.model, run.layout, run.engine, run.gpus, cluster.host)
-    if smallest:
+    if smallest is None:
+        line = _explain_no_split(run, usable, cluster)
+    else:
+        line = f"no layout fits into {usable / GIB:.1f} usable GiB of each of {run.gpus} GPU{'s' * (run.gpus > 1)}"
         line += f"; the smallest needs {smallest[1].device / GIB:.1f} GiB, with {format_layout(smallest[0])}"
     more = 1 << (run.gpus.bit_length() - 1)
     while (more := 2 * more) <= max_gpus:
@@ -98,6 +100,23 @@ def explain_no_fit(run: Run, usable: float, max_gpus: int, cluster: Cluster) -> 
         if found:
             return f"{line}; {more} GPUs are enough, with {format_layout(found[0].layout)}"
     return f"{line}; at this global batch and length even {max_gpus} GPUs are not enough"
+
+
+def _explain_no_split(run: Run, usable: float, cluster: Cluster) -> str:
+    """Return that nothing can be divided over this number of GPUs, and a larger global batch that can.
+
+    Each data-parallel rank has a share of a multiple of the number of GPUs.
+    """
+    model, layout = run.model, run.layout
+    line = (
+        f"--gpus {run.gpus}: no layout divides the {model.num_layers} layers, {model.num_attention_heads} heads, "
+        f"{layout.seq_length} tokens and --global-batch-size {layout.global_batch} over them"
+    )
+    batch = -(-layout.global_batch // run.gpus) * run.gpus
+    larger = replace(layout, global_batch=batch)
+    if layouts.find_fitting(run.model, larger, run.engine, run.gpus, usable, cluster):
+        line += f"; with --global-batch-size {batch} one fits"
+    return line
 
 
 def as_dict(
@@ -108,7 +127,7 @@ def as_dict(
     Args:
         run: the run of the flags.
         cluster: the assumed cluster.
-        own: the run's own layout; None if it needs another number of GPUs.
+        own: the run's own layout; None if it cannot run on this number of GPUs.
         plans: layouts that fit, fastest first.
         full: layouts for training at the target length.
         gpu_memory: bytes of a GPU.
@@ -144,7 +163,7 @@ def _plan(plan: Plan, usable: float) -> dict[str, Any]:
 def _difference(layout: Layout, base: Layout) -> str:
     parts = [" ".join(flags(layout, base))] if flags(layout, base) else []
     if removed := keys_to_remove(layout, base):
-        parts.append(f"in the recipe, {', '.join(f'{name}: null' for name in removed)}")
+        parts.append(f"leave out, or set in the recipe, {', '.join(f'{name}: null' for name in removed)}")
     return "; ".join(parts) or "none: this is the layout above"
 
 

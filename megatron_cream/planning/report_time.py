@@ -45,6 +45,11 @@ def print_time(console: Console, run: Run, speed: Speed, price: float | None) ->
     console.print(cost(run, speed, run.layout.gpus, price), soft_wrap=True, highlight=False)
 
 
+def print_cost(console: Console, run: Run, fastest: Plan, price: float | None) -> None:
+    """Print the time and cost of all steps in the fastest layout."""
+    console.print(f"layout 1: {cost(run, fastest.speed, fastest.layout.gpus, price)}", soft_wrap=True, highlight=False)
+
+
 def _format_volume(run: Run, part: str) -> str:
     """Return the gigabytes that a rank's group exchanges in a step, overlapped or not."""
     group = {"tensor": "tp", "context": "cp", "pipeline": "pp", "data": "dp"}.get(part)

@@ -49,6 +49,7 @@ class Model:
 class Layout:
     """The split of the work over ranks, micro-batches and recompute.
 
+    layers_per_chunk: layers of a virtual stage, if the flags give it instead of the number of virtual stages.
     micro_batch_group: micro-batches that an interleaved stage executes in one chunk before the next; None: as many as
         there are stages.
     first_stage, last_stage: number of layers of these pipeline stages, if given; the other stages share the rest.
@@ -67,6 +68,7 @@ class Layout:
     context: int = 1
     data: int = 1
     virtual_pipeline: int = 1
+    layers_per_chunk: int | None = None
     micro_batch_group: int | None = None
     first_stage: int | None = None
     last_stage: int | None = None

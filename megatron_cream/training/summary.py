@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_cream.checkpoint.families import read_config
+from megatron_cream.checkpoint.pretrained import uses_intermediate_folder
 from megatron_cream.checkpoint.start import Origin
 from megatron_cream.common.advice import evaluation_command, export_command, plan_command
 from megatron_cream.common.console import format_count
@@ -64,8 +65,8 @@ def next_command(args: Namespace) -> str:
     """Return the command to run after this run; "" if it has written no weights."""
     if args.skip_train:
         return ""
-    if args.save_hf and args.adapter:
-        return ""  # its README.md says how to load it
+    if args.save_hf and args.adapter:  # evaluations merge a checkpoint's adapters; of the folder only PEFT can
+        return "" if uses_intermediate_folder(args) else evaluation_command(args.save, args.target_length)
     if args.save_hf:
         return evaluation_command(args.save_hf, args.target_length)
     return export_command(Path(args.save)) if args.save else ""

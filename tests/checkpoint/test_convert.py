@@ -264,14 +264,15 @@ def test_from_hugging_face_to_hugging_face(start):
     assert all(relative(ours[name], theirs[name]) < 0.1 for name in ours)
 
 
-def test_classic_format(start):
-    """`--format torch` loads as Megatron's older checkpoint at the layout it was written for."""
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+def test_classic_format(start, layers):
+    """`--format torch` loads as Megatron's older checkpoint at the layout it was written for, by either layers' names."""
     folder, flags, reference = start
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1".split()
-    options = [*layout, "--format", "torch", "--transformer-impl", "local"]
-    result = run_tool("import", "--hf-path", folder / "hf", "--output", folder / "classic", *options)
+    options = [*layout, "--format", "torch", "--transformer-impl", layers]
+    result = run_tool("import", "--hf-path", folder / "hf", "--output", folder / layers, *options)
     assert result.returncode == 0, result.stderr
-    assert len(list((folder / "classic" / "release").glob("mp_rank_*/model_optim_rng.pt"))) == 2
-    load = ["--load", folder / "classic", "--ckpt-format", "torch", *layout]
-    losses = train(2, folder / "tb-classic", *flags, *load, base=())
+    assert len(list((folder / layers / "release").glob("mp_rank_*/model_optim_rng.pt"))) == 2
+    load = ["--load", folder / layers, "--ckpt-format", "torch", *layout]
+    losses = train(2, folder / f"tb-{layers}", *flags, *load, base=())
     assert max(abs(losses[step] - reference[step]) / reference[step] for step in reference) < 1e-5

@@ -6,12 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from transformers import LlamaConfig
 
+from megatron_cream.checkpoint import start
 from megatron_cream.commands import plan as command
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.recipe import RECIPES as FOLDER
@@ -68,6 +70,131 @@ def test_another_number_of_gpus_than_the_recipe_needs(monkeypatch, capsys):
     flags = shlex.split(re.search(r"^Next: torchrun --nproc_per_node=1 \S*pretrain_cream.py (.+)$", text, re.M)[1])
     assert flags[flags.index("--load-hf") :] == "--load-hf HF_MODEL --data-path DATA --save extended".split()
     assert run_from_flags(flags[: flags.index("--load-hf")], 1).find_misfit() is None
+
+
+def next_words(text: str) -> list[str]:
+    """Return the words of the command that the plan advises."""
+    return shlex.split(re.search(r"^Next: (.+)$", text, re.M)[1])
+
+
+EXAMPLES = re.findall(r"^python tools/plan.py (.+)$", command.__doc__, re.M)
+PAGE = (ROOT / "docs" / "planner.md").read_text().replace("\\\n", " ")
+EXAMPLES += re.findall(r"^python tools/plan.py (.+)$", PAGE, re.M)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_of_help_and_docs(monkeypatch, capsys, tmp_path, example):
+    """Each lists a layout."""
+    monkeypatch.chdir(tmp_path)
+    shape = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)
+    config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"])
+    config.save_pretrained("Llama-2-13b-hf")
+    sizes = dict(load_hf="Llama-2-13b-hf", seq_length=4096, target_length=8192, global_batch_size=8, train_iters=9)
+    Path("extend.yaml").write_text(json.dumps(sizes))
+    assert tool(monkeypatch, *shlex.split(example)) == 0
+    text = capsys.readouterr().out
+    if "--json" in example:
+        assert json.loads(text)["layouts"]
+    elif "--check" not in example:
+        assert "layouts that fit, fastest first" in text and next_words(text)
+    assert " at 2.5 a GPU-hour" in text or "--price 2.5" not in example
+
+
+@pytest.mark.parametrize("name, gpus", [("llama2_7b_256k", 64), ("llama2_7b_32k", 64), ("llama2_7b_32k", 32)])
+def test_a_batch_that_the_layout_of_the_flags_cannot_divide(monkeypatch, capsys, name, gpus):
+    assert tool(monkeypatch, "--config", name, "--gpus", str(gpus)) == 0
+    text = capsys.readouterr().out
+    misfit = f"--global-batch-size 32: must be a multiple of --micro-batch-size 2 x {gpus // 2} data-parallel ranks"
+    assert (f"The layout of these flags cannot run: {misfit} = {gpus}" in text) == (gpus == 64)
+    assert re.search(r"^layout 1: 1,000 steps: .* GPU-hours$", text, re.M) or gpus == 32
+    flags = next_words(text)[next_words(text).index("--config") : -6]
+    run = run_from_flags(flags, gpus)
+    assert run.find_misfit() is None and layouts.find_conflict(run.model, run.layout) is None
+
+
+@pytest.mark.parametrize("gpus", [3, 12, 24])
+def test_gpus_over_which_no_layout_divides_the_batch(monkeypatch, capsys, gpus):
+    """The line names a batch that fits."""
+    flags = ["--config", "llama2_7b_32k", "--gpus", str(gpus), "--gpu", "H200"]
+    assert tool(monkeypatch, *flags) == 1
+    said = capsys.readouterr()
+    assert "The layout of these flags cannot run" in said.out
+    batch = re.search(r"over them; with (--global-batch-size \d+) one fits; \d+ GPUs are enough", said.err)[1]
+    assert tool(monkeypatch, *flags, *batch.split()) == 0
+
+
+@pytest.mark.parametrize(
+    "recipe, flags, placeholders",
+    [
+        ({}, [], ["--load-hf", "HF_MODEL", "--data-path", "DATA", "--save", "extended"]),
+        ({}, ["--save-hf=out"], ["--load-hf", "HF_MODEL", "--data-path", "DATA"]),
+        ({"load_hf": "hf"}, ["--data-path", "a"], ["--save", "extended"]),
+        ({"load": "run", "save": "run"}, [], ["--data-path", "DATA"]),
+        ({"load_hf": "hf", "train_data_path": ["a"], "save_hf": "out"}, [], []),
+        ({"embedded_data": True, "vocab_size": 256}, [], ["--save", "extended"]),
+    ],
+)
+def test_no_placeholder_for_what_is_given(monkeypatch, capsys, tmp_path, recipe, flags, placeholders):
+    monkeypatch.chdir(tmp_path)
+    shape = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4)
+    config = LlamaConfig(**shape, intermediate_size=96, vocab_size=256, architectures=["LlamaForCausalLM"])
+    config.save_pretrained("hf")
+    own = {} if "load_hf" in recipe else dict(num_layers=4, hidden_size=64, num_attention_heads=4, vocab_size=256)
+    sizes = dict(seq_length=64, micro_batch_size=1, global_batch_size=4, train_iters=2)
+    Path("recipe.yaml").write_text(json.dumps(sizes | own | recipe))
+    monkeypatch.setattr(start, "find_model", keep_missing(start.find_model))
+    assert tool(monkeypatch, "--config", "recipe.yaml", "--gpus", "1", *flags) == 0
+    words = next_words(capsys.readouterr().out)
+    assert words[words.index("--config") :][2 : 2 + len(flags)] == flags
+    given = {"HF_MODEL", "DATA", "extended"} & set(words)
+    assert given == set(placeholders[1::2]) and (not placeholders or words[-len(placeholders) :] == placeholders)
+
+
+def keep_missing(find_model):
+    """Return `find_model` for a machine without the checkpoint of --load."""
+    return lambda flags: (None, None) if flags.load else find_model(flags)
+
+
+@pytest.mark.parametrize(
+    "gpus, host, tensor, hosts",
+    [(8, 8, 1, 1), (9, 8, 1, 3), (12, 8, 2, 2), (12, 8, 4, 3), (11, 8, 1, 11), (64, 8, 4, 8)],
+)
+def test_ranks_of_each_host(gpus, host, tensor, hosts):
+    """All GPUs are used, and no tensor-parallel group is on two hosts."""
+    words = command.torchrun_flags(Namespace(gpus=gpus, gpus_per_host=host), tensor)
+    given = dict(word.removeprefix("--").split("=") for word in words)
+    assert int(given.get("nnodes", 1)) == hosts and int(given["nproc_per_node"]) * hosts == gpus
+    assert int(given["nproc_per_node"]) % tensor == 0
+
+
+STAGES = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "4"]
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+
+
+@pytest.mark.parametrize("flags", [STAGES, FULL], ids=["virtual stages", "full recompute"])
+def test_the_next_command_leaves_out_what_its_layout_has_not(monkeypatch, capsys, flags):
+    """It has the listed layout. In a recipe these settings must be edited, and there is no such command."""
+    monkeypatch.setattr(layouts, "find_fitting", only_plain(layouts.find_fitting))
+    assert tool(monkeypatch, "--config", "llama2_7b_32k", *flags, "--gpus", "8", "--gpu", "H200") == 0
+    text = capsys.readouterr().out
+    words = next_words(text)
+    assert flags[-2] not in words and re.search(r"^1: .*leave out, or set in the recipe, \w+: null", text, re.M)
+    layout = run_from_flags(words[words.index("--config") : -6], 8).layout
+    assert layout.recompute == "none" and layout.virtual_pipeline == 1
+
+
+def only_plain(find_fitting):
+    """Return `find_fitting` that keeps only layouts without recompute."""
+    return lambda *given: [plan for plan in find_fitting(*given) if plan.layout.recompute == "none"]
+
+
+def test_no_next_command_of_a_recipe_to_edit(monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    stages = "pipeline_model_parallel_size: 2\nnum_layers_per_virtual_pipeline_stage: 4\n"
+    recipe.write_text(Path(RECIPE).read_text() + stages)
+    assert tool(monkeypatch, "--config", str(recipe), "--gpus", "8", "--gpu", "H200") == 0
+    text = capsys.readouterr().out
+    assert "num_layers_per_virtual_pipeline_stage: null" in text and "Next:" not in text
 
 
 @pytest.mark.parametrize("flags, said", [([], True), (["--tp-comm-overlap"], False), (["--host-link", "pcie"], False)])

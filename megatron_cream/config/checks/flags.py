@@ -29,7 +29,9 @@ _PATHS = (
 )  # fmt: skip
 _WHOLE_DATA = ("data_path", "data_args_path", "per_split_data_args_path")
 """Each names all of the long data."""
-_DATA = (*_WHOLE_DATA, "train_data_path", "valid_data_path", "test_data_path")
+
+LONG_DATA = (*_WHOLE_DATA, "train_data_path", "valid_data_path", "test_data_path")
+"""Each names some of the long data."""
 
 
 def check_each(args: Namespace) -> None:
@@ -166,14 +168,14 @@ def _check_paths(args: Namespace) -> None:
 
 def _check_embedded_data(args: Namespace) -> None:
     """Raise UsageError for data or a tokenizer given with --embedded-data."""
-    for name in (*_DATA, "tokenizer_model"):
+    for name in (*LONG_DATA, "tokenizer_model"):
         if args.embedded_data and getattr(args, name):
             raise UsageError(f"{to_flag(name)} with --embedded-data: give one of the two")
 
 
 def _check_data(args: Namespace) -> None:
     """Raise UsageError for two flags that name the same data, of which Megatron would ignore one or fail."""
-    given = [name for name in _DATA if getattr(args, name)]
+    given = [name for name in LONG_DATA if getattr(args, name)]
     if len(given) > 1 and given[0] in _WHOLE_DATA:
         raise UsageError(f"{to_flag(given[1])} with {to_flag(given[0])}: give one of the two")
 
