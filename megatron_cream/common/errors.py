@@ -30,6 +30,10 @@ class UsageError(Exception):
         super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
+class OtherWeights(UsageError):
+    """A checkpoint lacks weights of the model, or has others; each rank finds it for its own part."""
+
+
 class NotAvailable(UsageError):
     """What an evaluation needs is not here, such as data, a package, or a BOS; a suite leaves the evaluation out."""
 

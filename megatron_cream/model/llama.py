@@ -23,6 +23,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from megatron_cream.common.errors import OtherWeights
 from megatron_cream.model.attention import AttentionBackend
 from megatron_cream.model.kernels import support
 from megatron_cream.model.layer_spec import build_block_spec, other_norm_name
@@ -31,6 +32,24 @@ from megatron_cream.model.lora_settings import LoraSettings
 from megatron_cream.model.rotary import RotaryEmbedding
 
 _NORM_EXTRA_STATE = "norm._extra_state"
+
+
+def _refuse_other_weights(model: torch.nn.Module, keys: Any) -> None:
+    """Refuse a state that lacks weights of the model or has others, as an `mp_rank_XX` file of another model may.
+
+    Megatron would print their names, and train with the initial weights in place of those that are missing.
+    """
+    missing, unknown = (
+        [name for name in names if not name.endswith("_extra_state")]
+        for names in (keys.missing_keys, keys.unexpected_keys)
+    )
+    if missing or unknown:
+        parts = []
+        if missing:
+            parts.append(f"lacks {len(missing)} weights, such as {missing[0]}")
+        if unknown:
+            parts.append(f"has {len(unknown)} that the model has not, such as {unknown[0]}")
+        raise OtherWeights(f"the checkpoint is not of this model: it {', and '.join(parts)}")
 
 
 class LlamaModel(GPTModel):
@@ -58,6 +77,7 @@ class LlamaModel(GPTModel):
         self.has_adapters = False
         self._register_load_state_dict_pre_hook(self._add_norm_extra_states)
         self._register_load_state_dict_pre_hook(self._rename_norms)
+        self.register_load_state_dict_post_hook(_refuse_other_weights)
 
     def add_adapters(self, settings: LoraSettings) -> None:
         """Add LoRA adapters, and freeze the other weights."""
@@ -102,7 +122,7 @@ class LlamaModel(GPTModel):
     def _rename_norms(self, state_dict, prefix, *_):
         """Accept norms by the names of either kind of layers, as `mp_rank_XX` files have them.
 
-        Megatron would print the missing names, and train with the initial norms.
+        `_refuse_other_weights` would refuse them.
         """
         for name, _ in self.named_parameters():
             ours, theirs = prefix + name, prefix + other_norm_name(name)

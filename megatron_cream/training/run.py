@@ -29,6 +29,7 @@ from megatron_cream.checkpoint import (
 )
 from megatron_cream.common import console, entry
 from megatron_cream.common.errors import (
+    OtherWeights,
     UsageError,
     is_dead_data_worker,
     is_full_shared_memory,
@@ -231,6 +232,7 @@ def _of(*types: type[BaseException]) -> Callable[[BaseException], bool]:
 
 
 ENDINGS = (
+    Ending(_of(OtherWeights), "error: rank {rank}: {error}", 2, at_once=True),
     Ending(_of(UsageError), "error: {error}", 2, by="rank 0"),
     Ending(_of(finite.NonFiniteError), "stopped: {error}", 1),
     Ending(_of(saving.SaveFailed), "error: {error}", 1, by="rank 0"),

@@ -24,7 +24,7 @@ from megatron_cream.model.rotary import build_rope_scaling
 from tests import forked_commands
 from tests.evaluation_models import save_tokenizer
 from tests.hf_models import MODELS, logits_of, relative, save_model, some_tokens
-from tests.launch import ROOT, train, write_documents
+from tests.launch import ROOT, torchrun, train, write_documents
 from tests.process_groups import leave_process_group
 
 WINDOW = 128
@@ -276,3 +276,21 @@ def test_classic_format(start, layers):
     load = ["--load", folder / layers, "--ckpt-format", "torch", *layout]
     losses = train(2, folder / f"tb-{layers}", *flags, *load, base=())
     assert max(abs(losses[step] - reference[step]) / reference[step] for step in reference) < 1e-5
+
+
+def test_classic_files_of_another_model_are_refused(start):
+    """Megatron would train with the initial weights in place of those that a file lacks, of any rank."""
+    folder, flags, _ = start
+    layout = "--tensor-model-parallel-size 2".split()
+    made = run_tool("import", "--hf-path", folder / "hf", "--output", folder / "holes", *layout, "--format", "torch")
+    assert made.returncode == 0, made.stderr
+    file = folder / "holes" / "release" / "mp_rank_01" / "model_optim_rng.pt"
+    state = torch.load(file, weights_only=False)
+    name = "decoder.layers.1.mlp.linear_fc2.weight"
+    state["model"]["another"] = state["model"].pop(name)
+    torch.save(state, file)
+    (folder / "holes" / "release" / "integrity.json").unlink()  # Megatron's own folders have none
+    ended = torchrun(2, *flags, "--pretrained-checkpoint", folder / "holes", "--ckpt-format", "torch", *layout)
+    wanted = f"lacks 1 weights, such as {name}, and has 1 that the model has not, such as another"
+    assert ended.returncode and f"error: rank 1: the checkpoint is not of this model: it {wanted}" in ended.stderr
+    assert "Traceback" not in ended.stderr
