@@ -273,14 +273,14 @@ CHECKPOINTS = {
     "another optimizer": (also(), SGD, ["--optimizer adam", "these flags set sgd", "--no-load-optim"]),
     "another precision": (also(), FP16, ["--fp16 False", "these flags set True", "--no-load-optim"]),
     "another norm": (also(), (*RESUME, "--norm-epsilon", "1e-3"), ["--norm-epsilon 1e-05", "these flags set 0.001"]),
-    "another warm-up": (also(), (*RESUME, "--lr-warmup-fraction", "0.5"), ["--lr-warmup-fraction", "lr_warmup_steps 0"]),
+    "another warm-up": (also(), (*RESUME, "--lr-warmup-fraction", "0.5"), ["--lr-warmup-iters 0", "set --lr-warmup-fraction 0.5"]),
     "a tracker that leads nowhere": (astray, GO_ON, ["--load", TRACKER, "--ckpt-step"]),
     "checksums that lead nowhere": (
         also(remove(f"{STEP}/integrity.json"), lambda w: (w / STEP / "integrity.json").symlink_to("/nowhere")),
         RESUME, ["iter_0000002/integrity.json", "No such file"],
     ),
     "two checkpoints without a tracker": (untracked, GO_ON, ["--load", "iter_0000002, iter_0000004", "--ckpt-step"]),
-    "more steps": (also(), (*RESUME, "--train-iters", "9"), ["16", "72", "--override-opt-param-scheduler"]),
+    "more steps": (also(), (*RESUME, "--train-iters", "9"), ["--train-iters 2", "set --train-iters 9", "--override-opt-param-scheduler"]),
     "a parameter of another shape": (
         metadata(STEP, lambda w, m: setattr(m.state_dict_metadata[NORM_KEY], "size", torch.Size([7]))),
         RESUME, ["--load", NORM_KEY, "[7]"],

@@ -7,7 +7,7 @@ import math
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,8 @@ def set_rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
     )
     found, shape = origin.checkpoint, origin.shape
     saved = start.read_saved_rope(found)
+    if saved and origin.resumed:
+        flags = replace(flags, saved_target=saved.positions)
     if saved and origin.resumed and not has_other_rope(flags, saved):
         chosen = Rope(theta=saved.theta, scaling=saved.scaling, original=saved.original)
     else:

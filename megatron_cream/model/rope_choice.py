@@ -41,6 +41,7 @@ class RopeFlags:
     factor: --rope-scaling-factor.
     original: --original-max-position-embeddings.
     theta: --rotary-base.
+    saved_target: --target-length of the run that this one resumes; None if it starts anew.
     """
 
     target: int
@@ -49,6 +50,7 @@ class RopeFlags:
     factor: float | None = None
     original: int | None = None
     theta: float | None = None
+    saved_target: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ def choose_rope(flags: RopeFlags, model: ModelRope | None, *, head_dim: int, def
     if windows.guessed and (flags.target > model.positions or flags.type not in (None, own)):
         lines.append(_warn_of_guess(model, windows))
     if scaling is None:
-        lines += _warn_if_unscaled(flags.target, windows.original, (model.theta, theta), head_dim)
+        lines += _warn_if_unscaled(flags, windows.original, (model.theta, theta), head_dim)
     return Rope(theta=theta, scaling=scaling, original=windows.original, lines=tuple(lines))
 
 
@@ -303,30 +305,45 @@ def _warn_of_guess(model: ModelRope, windows: _Windows) -> str:
 def _warn_if_short(flags: RopeFlags, reach: float) -> list[str]:
     if flags.factor is None or reach >= flags.target:
         return []
-    return [
+    warning = (
         f"warning: --rope-scaling-factor {flags.factor:g}: serves {reach:.0f} positions, fewer than the target of "
-        f"{flags.target}. Leave the flag out for a factor that fits"
-    ]
+        f"{flags.target}"
+    )
+    if hint := _advise_resumed(flags):
+        return [f"{warning}. {hint}"]
+    return [f"{warning}. Leave out --rope-scaling-factor for a factor that fits"]
 
 
-def _warn_if_unscaled(target: int, window: int, thetas: tuple[float, float], head_dim: int) -> list[str]:
+def _advise_resumed(flags: RopeFlags) -> str:
+    """Return what a resumed run can do about a target that is too long, or "" if the run starts anew."""
+    if flags.saved_target is None:
+        return ""
+    return (
+        f"A resumed run keeps its rotary embedding: give --target-length {flags.saved_target}, or for a longer "
+        "extension --pretrained-checkpoint in place of --load"
+    )
+
+
+def _warn_if_unscaled(flags: RopeFlags, window: int, thetas: tuple[float, float], head_dim: int) -> list[str]:
     """Return a warning if neither scaling nor a larger theta reaches the target.
 
     It advises the critical base. The least theta that reaches the target, ntk's, does badly near the target in
     examples/study_real.
     """
-    before, after = thetas
+    (before, after), target = thetas, flags.target
     exponent = head_dim / (head_dim - 2) if head_dim > 2 else 1.0
     reach = window * (after / before) ** (1 / exponent)
     if target <= max(reach, window):
         return []
     needed = max(before * (target / window) ** exponent, compute_critical_theta(before, window, target))
     theta = f"--rotary-base {needed:.6g}" if after == before else f"--rotary-base {needed:.6g} instead of {after:g}"
-    return [
+    warning = (
         f"warning: the target of {target} positions is beyond the model's window of {window}, and its rotary embedding "
-        f"is {'not scaled' if after == before else f'stretched to {reach:.0f} positions only'}. Add "
-        f"--rope-scaling-type yarn (or ntk, linear), or {theta}"
-    ]
+        f"is {'not scaled' if after == before else f'stretched to {reach:.0f} positions only'}"
+    )
+    if hint := _advise_resumed(flags):
+        return [f"{warning}. {hint}"]
+    return [f"{warning}. Add --rope-scaling-type yarn (or ntk, linear), or {theta}"]
 
 
 def _describe(scaling: dict[str, Any]) -> str:

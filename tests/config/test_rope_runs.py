@@ -1,10 +1,17 @@
 """Tests of a model with extended RoPE: train, export, load with transformers, resume, and extend again."""
 
 import json
+import re
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
+from megatron_cream.checkpoint.start import FoundCheckpoint
+from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse
+from megatron_cream.config.checks import checkpoint as checkpoint_checks
+from megatron_cream.model.rotary import build_rope_scaling
 from tests.checkpoint.test_convert import run_tool
 from tests.hf_models import LLAMA3, save_model
 from tests.launch import torchrun, write_documents
@@ -81,6 +88,53 @@ def test_resuming_and_extending_again_keep_the_trained_rope(run):
         again = read(folder, *source, "--target-length", 2048, "--position-sampler", "pose")
         assert (again.rotary_base, again.rope_scaling_config) == (1e6, SCALING | {"factor": 32.0})
         assert "from factor 16 (1024 positions) to factor 32 (2048 positions)" in again.rope_lines[0]
+
+
+def test_resuming_with_a_longer_target_advises_what_works(run, tmp_path):
+    """The factor that the flags give is not widened; neither line leads back to the other."""
+    folder, _ = run
+    data = ["--data-path", folder / "documents", "--train-iters", 3, "--override-opt-param-scheduler"]
+    start = ["--load-hf", folder / "hf", "--save", tmp_path / "new"]
+
+    def resume(*flags):
+        return torchrun(1, *WIDER, *data, "--load", folder / "run", *flags)
+
+    longer = ["--target-length", 2048, "--position-sampler", "pose"]
+    said = resume(*start, *longer).stderr.splitlines()[0]
+    assert "To resume, give --target-length 1024 --rotary-base 1000000. For a longer extension" in said
+    new = f"give --pretrained-checkpoint {folder / 'run'} in place of --load and --load-hf, and another --save folder"
+    assert said.endswith(new)
+    ended = resume(*start, "--target-length", 1024, "--rotary-base", 1000000)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    ended = torchrun(
+        1, *WIDER, *data, *longer, "--pretrained-checkpoint", folder / "run", "--save", tmp_path / "extended"
+    )
+    assert ended.returncode == 0 and "warning" not in ended.stderr, ended.stderr[-3000:]
+    assert "to factor 32 (2048 positions)" in ended.stdout
+    short = ["--load-hf", folder / "hf", "--rotary-base", "1e6", "--rope-scaling-factor", 16]
+    said = resume(*short, *longer).stderr
+    assert (
+        "serves 1024 positions, fewer than the target of 2048. A resumed run keeps its rotary embedding: give" in said
+    )
+    assert "Leave out --rope-scaling-factor" not in said
+    said = resume(*short, "--target-length", 1024).stderr
+    assert "warning" not in said
+
+
+@pytest.mark.parametrize("target", [1024, 768])
+def test_the_advised_factor_and_theta_are_the_saved_ones(target):
+    """A rounded factor or theta would lead to the same error again."""
+    saved = Namespace(
+        rope_scaling_config=build_rope_scaling("yarn", 4 / 3, 768), rotary_base=123456.789, target_length=1024
+    )
+    given = Namespace(rope_scaling_type="ntk", rope_scaling_factor=None, original_max_position_embeddings=None)
+    given = Namespace(**vars(given), rope_scaling_config=None, rotary_base=1e4, target_length=target, lora_rank=0)
+    found = FoundCheckpoint("--load", Path("run/iter_0000002"), saved, None)
+    with pytest.raises(UsageError) as error:
+        checkpoint_checks.check_model(given, Namespace(checkpoint=found, resumed=found))
+    said = re.search(r"--rope-scaling-type yarn --rope-scaling-factor (\S+) --rotary-base (\S+)$", str(error.value))
+    assert (float(said[1]), float(said[2])) == (4 / 3, 123456.789)
+    assert ("--target-length 1024" in str(error.value)) == (target == 768)
 
 
 def test_an_import_is_read_like_its_source_folder(run):

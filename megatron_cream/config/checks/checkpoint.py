@@ -4,11 +4,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint import base_weights
+from megatron_cream.checkpoint import base_weights, start
 from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
 from megatron_cream.checkpoint.start import FoundCheckpoint, Origin, parse_step
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
+from megatron_cream.config.checks import schedule
 
 # Flags that describe the model of a checkpoint.
 _SHAPE = (
@@ -16,6 +17,7 @@ _SHAPE = (
     "vocab_size", "untie_embeddings_and_output_weights", "add_qkv_bias", "qk_layernorm", "add_bias_linear", "swiglu",
     "normalization", "layernorm_epsilon",
 )  # fmt: skip
+_ROPE = ("rotary_base", "rope_scaling_config")
 _SET_BY = {"rope_scaling_config": "rope_scaling_type", "layernorm_epsilon": "norm_epsilon"}
 
 # Flags that must agree with the saved optimizer state, because the state includes these settings.
@@ -45,32 +47,59 @@ def check_model(args: Namespace, origin: Origin) -> None:
     found, resumed = origin.checkpoint, origin.resumed
     if found is None:
         return
-    for name in (*_SHAPE, *(["rotary_base", "rope_scaling_config"] if resumed else [])):
+    for name in (*_SHAPE, *(_ROPE if resumed else ())):
         saved, ours = _get_value(found.args, name), _get_value(args, name)
         if saved != ours and hasattr(found.args, name) and (saved is not None or name == "rope_scaling_config"):
             raise UsageError(
                 f"{found.flag} {found.folder.parent}: {found.folder.name} was saved with "
                 f"{to_flag(_SET_BY.get(name, name))} {saved}, but these flags set {ours}"
-                f"{_advise_rope(name, found.args)}"
+                f"{_advise_rope(args, found) if name in _ROPE else ''}"
             )
     if resumed:
         _check_optimizer(args, found)
-        if found.step and not args.no_load_optim:
-            _check_schedule(args, found.step.common, f"{found.flag} {found.folder.parent}", found.folder.name)
+        if not args.no_load_optim:
+            schedule.check(args, found)
     if found.step and _is_own_model(found.args):
         base = base_weights.folder_of(args.lora_base) if found.flag == "--load" else None
         step = parse_step(found.folder)
         open_checkpoint(found.folder.parent, step, flag=found.flag, checksums=False, base=base)
 
 
-def _advise_rope(name: str, saved: Namespace) -> str:
-    """Return the flags of the saved rotary embedding, if it is what differs and flags can give it."""
-    scaling = getattr(saved, "rope_scaling_config", None)
-    kind = scaling["rope_type"] if scaling else "none"
-    if name not in ("rotary_base", "rope_scaling_config") or kind not in ("none", "linear", "ntk", "yarn"):
+def _advise_rope(args: Namespace, found: FoundCheckpoint) -> str:
+    """Return the flags that give the saved rotary embedding, or "" if no flag does.
+
+    If the target differs, they may be the saved target alone.
+    """
+    saved = start.read_saved_rope(found)
+    if saved is None:
         return ""
-    factor = f" --rope-scaling-factor {scaling['factor']:g}" if scaling else ""
-    return f". To resume, give --rope-scaling-type {kind}{factor} --rotary-base {saved.rotary_base:g}"
+    scaling = saved.scaling or {"rope_type": "none"}
+    kind, factor = scaling["rope_type"], scaling.get("factor")
+    original = scaling.get("original_max_position_embeddings", saved.original)
+    given = args.original_max_position_embeddings
+    theta = _format_exactly(saved.theta)
+    window = f" --original-max-position-embeddings {original}" if original and given not in (None, original) else ""
+    kinds = f"{kind} --rope-scaling-factor {_format_exactly(factor)}" if factor else kind
+    is_flag = kind in ("none", "linear", "ntk", "yarn")
+    if args.target_length == saved.positions:
+        return f". To resume, give --rope-scaling-type {kinds} --rotary-base {theta}{window}" if is_flag else ""
+    rest = window if args.rotary_base == saved.theta else f" --rotary-base {theta}{window}"
+    if args.rope_scaling_type not in (None, kind) or args.rope_scaling_factor not in (None, factor):
+        if not is_flag:
+            return ""
+        rest = f" --rope-scaling-type {kinds}{rest}"
+    if args.target_length < saved.positions or args.lora_rank:  # no other run can start from adapters alone
+        return f". To resume, give --target-length {saved.positions}{rest}"
+    return (
+        f". To resume, give --target-length {saved.positions}{rest}. For a longer extension from these weights, give "
+        f"--pretrained-checkpoint {found.folder.parent} in place of --load{' and --load-hf' if args.load_hf else ''}, "
+        "and another --save folder"
+    )
+
+
+def _format_exactly(value: float) -> str:
+    """Return a number so that it is read as the same number: a factor of 4 / 3 needs all its digits."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
@@ -114,54 +143,6 @@ def _get_value(args: Namespace, name: str) -> Any:
     return getattr(args, name, None)
 
 
-def _check_schedule(args: Namespace, common: dict[str, Any], checkpoint: str, step: str) -> None:
-    """Compare the schedule of these flags with the saved one.
-
-    Args:
-        args: Megatron's flags of this run.
-        common: Megatron's state beside the tensors.
-        checkpoint: flag and folder, for messages.
-        step: name of the step folder.
-
-    Raises:
-        UsageError: they differ, and no flag chooses one.
-    """
-    saved = common.get("opt_param_scheduler")
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler or not isinstance(saved, dict):
-        return
-    for (key, name), value in _schedule_of_flags(args).items():
-        if key in saved and saved[key] != value:
-            raise UsageError(
-                f"{checkpoint}: {to_flag(name)}: {step} was saved with {key} {saved[key]}, but these flags "
-                f"set {value}. Give the saved value, or --override-opt-param-scheduler for the schedule of these "
-                "flags, or --use-checkpoint-opt-param-scheduler for the saved one."
-            )
-
-
-def _schedule_of_flags(args: Namespace) -> dict[tuple[str, str], Any]:
-    """Return {(Megatron's key in a checkpoint, name of the flag): value}."""
-    found = {
-        ("max_lr", "lr"): args.lr,
-        ("min_lr", "min_lr"): args.min_lr,
-        ("lr_decay_style", "lr_decay_style"): args.lr_decay_style,
-        ("start_wd", "weight_decay"): args.start_weight_decay,
-        ("end_wd", "weight_decay"): args.end_weight_decay,
-        ("wd_incr_style", "weight_decay_incr_style"): args.weight_decay_incr_style,
-    }
-    kind, samples = ("iters", args.global_batch_size) if args.train_iters else ("samples", 1)
-    total = getattr(args, f"train_{kind}")
-    if not total or not samples:
-        return found
-    decay = getattr(args, f"lr_decay_{kind}") or total
-    found["lr_decay_steps", f"lr_decay_{kind}"] = decay * samples
-    found["wd_incr_steps", f"train_{kind}"] = total * samples
-    if args.lr_warmup_fraction is None:
-        found["lr_warmup_steps", f"lr_warmup_{kind}"] = getattr(args, f"lr_warmup_{kind}") * samples
-    else:
-        found["lr_warmup_steps", "lr_warmup_fraction"] = args.lr_warmup_fraction * (decay * samples)
-    return found
-
-
 def resume_warning(args: Namespace, origin: Origin) -> str:
     """Return notes on allowed but usually unintended differences of a resumed run, or "".
 
@@ -169,7 +150,7 @@ def resume_warning(args: Namespace, origin: Origin) -> str:
     """
     if (found := origin.resumed) is None:
         return ""
-    notes, changed = [], []
+    notes, changed = list(filter(None, [schedule.warn_of_minimum_rate(args, found)])), []
     if args.no_load_optim and not args.skip_train:
         notes.append("note: --no-load-optim: the optimizer and the learning-rate schedule start from the beginning")
     for name in (*_SAMPLES, *(() if args.embedded_data else _DATA)):
