@@ -52,6 +52,7 @@ from megatron_cream.data.dataset import LongDocumentDataset, LongDocumentDataset
 from megatron_cream.data.mixed_dataset import MixedDataset
 from megatron_cream.data.packed_dataset import PackedDocumentDataset
 from megatron_cream.data.recent import RecentSamples
+from megatron_cream.data.repeated_blend import repeat_if_short
 from megatron_cream.data.transport import ThroughPipe
 from megatron_cream.data.usage import Usage
 from megatron_cream.model.packed_attention import Documents
@@ -169,7 +170,8 @@ def _through_pipe(data):
 def _build(kind: type, counts: list, config: LongDocumentDatasetConfig) -> list:
     """Build a data set of each split on the first tensor-parallel rank; elsewhere they are None. All ranks call it."""
     is_built_here = parallel_state.get_tensor_model_parallel_rank() == 0
-    return BlendedMegatronDatasetBuilder(kind, counts, lambda: is_built_here, config).build()
+    built = BlendedMegatronDatasetBuilder(kind, counts, lambda: is_built_here, config).build()
+    return [repeat_if_short(data, count) for data, count in zip(built, counts, strict=True)]
 
 
 def train(argv: list[str] | None = None) -> Namespace:

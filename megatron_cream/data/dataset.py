@@ -25,6 +25,9 @@ from megatron_cream.positions import build_sampler
 
 logger = logging.getLogger(__name__)
 
+_PLACE_BITS = 40
+"""The data sets of a blend number their samples from multiples of this power of two, so that no two draw alike."""
+
 
 def _warn(line: str) -> None:
     log_single_rank(logger, logging.WARNING, line)
@@ -68,6 +71,13 @@ def open_loss_mask(dataset_path: str, config: LongDocumentDatasetConfig) -> Inde
     return IndexedDataset(prefix, multimodal=False, mmap=config.mmap_bin_files)
 
 
+def _find_place(config: LongDocumentDatasetConfig, dataset_path: str, split: Split) -> int:
+    """Return the place of a data set in the blend of its split, from 0."""
+    blend = config.blend_per_split[split.value] if config.blend_per_split else config.blend
+    prefixes = blend[0] if blend else []
+    return prefixes.index(dataset_path) if dataset_path in prefixes else 0
+
+
 class DocumentDataset(MegatronDataset):
     """Samples of the documents of one PREFIX.bin/.idx, for Megatron's dataset builder."""
 
@@ -91,7 +101,8 @@ class LongDocumentDataset(DocumentDataset):
     Megatron averages over a global batch's tokens.
 
     Sample i is in epoch i // len(documents), at place i % len(documents) of that epoch's order;
-    it does not depend on ranks, workers or batch sizes.
+    it does not depend on ranks, workers or batch sizes. The data sets of a blend draw positions of their own, each by
+    its place in the blend.
 
     Raises:
         UsageError: samples are requested of a split that has no document long enough.
@@ -113,6 +124,12 @@ class LongDocumentDataset(DocumentDataset):
             f"{minimum} tokens or more",
         )
         self.loss_mask = open_loss_mask(dataset_path, config)
+        self._first_sample = _find_place(config, dataset_path, index_split) << _PLACE_BITS
+        if num_samples is None and not len(self.documents):
+            raise UsageError(
+                f"{index_split.name} split of {dataset_path}: none of its {len(indices)} documents has "
+                f"{minimum} tokens; leave it out, or give a weight before each prefix and set eval-iters 0"
+            )
         if num_samples and not len(self.documents):
             raise UsageError(
                 f"{index_split.name} split of {dataset_path}: none of its {len(indices)} documents has "
@@ -136,7 +153,7 @@ class LongDocumentDataset(DocumentDataset):
             epoch = 0  # every evaluation sees the same held-out samples
         document = int(self.documents[sample])
         length = int(self.dataset.sequence_lengths[document])
-        plan = self.sampler.plan(epoch=epoch, sample=sample, document_length=length)
+        plan = self.sampler.plan(epoch=epoch, sample=self._first_sample + sample, document_length=length)
         tokens = self._read(self.dataset, document, plan.token_indices)
         check_token_ids(tokens, document, self.dataset_path, self.config.vocab_size)
 

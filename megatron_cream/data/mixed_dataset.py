@@ -59,5 +59,5 @@ class MixedDataset(Dataset):
         source, number, first = self.long, index - before, 0
         if self.mix.is_short(index):
             source, number, first = self.short, before, len(getattr(self.long, "datasets", [self.long]))
-        sample = source[number % len(source)]  # a blend without weights has one epoch
+        sample = source[number]
         return sample | {"dataset_id": np.int64(first + sample.get("dataset_id", 0))}

@@ -27,7 +27,7 @@ class PackedDocumentDataset(DocumentDataset):
         self._begin = begin
         self.packing = Packing(dataset.sequence_lengths[begin:end], config.sequence_length)
         self._loss_mask = open_loss_mask(dataset_path, config)
-        if num_samples and not self.packing.samples:
+        if num_samples != 0 and not self.packing.samples:  # None: of a blend without weights
             raise UsageError(
                 f"--short-data-path {dataset_path}: none of its {end - begin} documents has from {MIN_TOKENS} to "
                 f"{config.sequence_length} tokens (--seq-length); give longer ones in --data-path"

@@ -12,6 +12,7 @@ from megatron_cream.data.dataset import LongDocumentDataset
 from megatron_cream.data.mixed_dataset import MixedDataset
 from megatron_cream.data.order import permute_range
 from megatron_cream.data.packed_dataset import PackedDocumentDataset
+from megatron_cream.data.repeated_blend import RepeatedBlend
 
 
 class Usage:
@@ -32,31 +33,30 @@ class Usage:
 
 def _describe_part(dataset: Dataset, samples: int) -> Iterator[str]:
     sources = getattr(dataset, "datasets", [dataset])
-    used = [[samples]]
-    if hasattr(dataset, "dataset_index"):
-        # A blend that is shorter than the run repeats from its beginning.
-        rounds, rest = divmod(samples, len(dataset))
-        whole, part = (np.bincount(dataset.dataset_index[:n], minlength=len(sources)) for n in (len(dataset), rest))
-        used = [[int(a)] * rounds + [int(b)] for a, b in zip(whole, part, strict=True)]
-    for source, counts in zip(sources, used, strict=True):
+    used = [samples]
+    if isinstance(dataset, RepeatedBlend):
+        used = dataset.count_samples(samples)
+    elif hasattr(dataset, "dataset_index"):
+        used = np.bincount(dataset.dataset_index[:samples], minlength=len(sources))
+    for source, count in zip(sources, map(int, used), strict=True):
         describe = _describe_packed if isinstance(source, PackedDocumentDataset) else _describe_long
-        yield f"{source.dataset_path}: {describe(source, counts)}"
+        yield f"{source.dataset_path}: {describe(source, count)}"
 
 
-def _describe_packed(source: PackedDocumentDataset, counts: list[int]) -> str:
-    window, seed = source.config.sequence_length, source.config.random_seed
-    documents = sum(source.packing.count_documents(count, seed) for count in counts)
-    tokens, capacity = int(documents @ np.arange(window + 1)), sum(counts) * window
+def _describe_packed(source: PackedDocumentDataset, count: int) -> str:
+    window = source.config.sequence_length
+    documents = source.packing.count_documents(count, source.config.random_seed)
+    tokens, capacity = int(documents @ np.arange(window + 1)), count * window
     padding = f"{100 * (1 - tokens / capacity):.1f} % padding" if capacity else "no padding"
     by_length = _by_length(np.arange(window + 1), documents, window // 8, window)
-    return f"{sum(counts):,} packed samples, {tokens:,} tokens, {padding}; {by_length}"
+    return f"{count:,} packed samples, {tokens:,} tokens, {padding}; {by_length}"
 
 
-def _describe_long(source: LongDocumentDataset, counts: list[int]) -> str:
-    documents = sum(_count_visits(source, count) for count in counts)
+def _describe_long(source: LongDocumentDataset, count: int) -> str:
+    documents = _count_visits(source, count)
     lengths, window = source.dataset.sequence_lengths[np.asarray(source.documents)], source.sampler.sequence_length
     by_length = _by_length(lengths, documents, 2 * window, 8 * window)
-    return f"{sum(counts):,} samples, {sum(counts) * window:,} tokens; {by_length}"
+    return f"{count:,} samples, {count * window:,} tokens; {by_length}"
 
 
 def _count_visits(source: LongDocumentDataset, samples: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from megatron_cream.data.mixed_dataset import Mix, MixedDataset
 from megatron_cream.data.order import permute, permute_range
 from megatron_cream.data.packed_dataset import PackedDocumentDataset
 from megatron_cream.data.packing import Packing
+from megatron_cream.data.repeated_blend import repeat_if_short
 from megatron_cream.data.usage import Usage
 from megatron_cream.model.packed_attention import Documents
 
@@ -110,12 +111,13 @@ def test_usage_counts_what_was_used(tmp_path):
     """Against the samples themselves: epochs, parts of epochs, and a blend that repeats."""
     long = build(LongDocumentDataset, 70, [write(tmp_path / "long", [*range(96, 126), 300, 900], base=100_000)])
     prefixes = [write(tmp_path / name, LENGTHS) for name in "ab"]
-    short = build(PackedDocumentDataset, 200, prefixes)  # without weights: one epoch
+    one_epoch = build(PackedDocumentDataset, 200, prefixes)  # without weights
+    short = repeat_if_short(one_epoch, 200)
     usage, samples = Usage(), 128 + 37
     usage.dataset = MixedDataset(long, short, Mix(0.6, 3), samples)
     items = [usage.dataset[i] for i in range(samples)]
     lines = usage.describe_sources(samples)
-    assert usage.dataset.mix.count_short(samples) > len(short) and len(lines) == 3
+    assert usage.dataset.mix.count_short(samples) > len(one_epoch) and len(lines) == 3
 
     def count(source: int) -> tuple[int, int, int]:
         """Return the samples of a source, their documents and the documents' tokens."""
