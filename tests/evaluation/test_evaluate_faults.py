@@ -143,6 +143,34 @@ def test_positions_of_another_family(tmp_path, positions, right):
         command.default_lengths(source)
 
 
+@pytest.mark.parametrize(
+    ("positions", "length", "lengths"),
+    [
+        (262144, 262144, [4096, 8192, 16384, 32768, 65536, 131072, 262144]),
+        (40960, 40960, [4096, 8192, 16384, 32768]),
+        (4095, 4095, [4095]),
+        (None, 131072, [4096, 8192, 16384, 32768, 65536, 131072]),
+    ],
+)
+def test_the_default_length_is_the_models_positions(monkeypatch, tmp_path, positions, length, lengths):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "other", "max_position_embeddings": positions}))
+    source = language_model.Source(tmp_path, None, None, "transformers", None)
+    monkeypatch.setattr(command, "find_model", lambda args: source)
+    made = {}
+    for flag, words in {
+        "lengths": ["needle", "--length-steps", "2"],
+        "length": ["longbench", "--data", "x"],
+        "lines": ["lines"],
+    }.items():
+        plan = Mock(side_effect=UsageError("planned"))
+        monkeypatch.setattr(command.plans, f"plan_{words[0]}", plan)
+        given = [*words, "--model", str(tmp_path), "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *given])
+        assert command.main() == 2
+        made[flag] = plan.call_args.kwargs["length" if flag == "length" else "lengths"]
+    assert made == {"lengths": [1024, length], "length": length, "lines": lengths}
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"eos_token_id": [Infinity]}'])
 def test_a_damaged_generation_config_prints_one_line(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
