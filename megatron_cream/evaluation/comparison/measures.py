@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_cream.evaluation.comparison.bootstrap import Interval, bootstrap_mean
 from megatron_cream.evaluation.comparison.sides import Pair
-from megatron_cream.evaluation.tasks import longbench
+from megatron_cream.evaluation.tasks import kv, longbench
 
 FEW = 10
 """With fewer examples than this no row claims a change."""
@@ -243,6 +243,10 @@ def _get_depth(record: dict[str, Any]) -> tuple[int, str]:
     return round(100 * record["depth"]), f"{100 * record['depth']:.0f} %"
 
 
+def _get_place(record: dict[str, Any]) -> tuple[int, str]:
+    return _get_depth({"depth": kv.find_asked_depth(record)})
+
+
 def _get_part(record: dict[str, Any]) -> tuple[int, str]:
     return 0, record["part"]
 
@@ -262,7 +266,7 @@ _TABLES: dict[str, list[tuple[str, tuple[str, ...], tuple[Key, ...]]]] = {
     ],
     "kv": [
         ("by size", ("size",), (_get_size,)),
-        ("by size and place", ("size", "place of the pair"), (_get_size, _get_depth)),
+        ("by size and place", ("size", "place of the pair"), (_get_size, _get_place)),
     ],
     "lines": [("by length", ("length",), (_get_size,))],
     "ruler": [
