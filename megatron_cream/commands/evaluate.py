@@ -103,7 +103,9 @@ def run_needle(args) -> None:
     lengths, depths = needle.build_grid(args.min_length, longest, args.length_steps, args.depth_steps)
     options = dict(kind=args.needle, samples=args.samples, seed=args.seed, haystack=args.haystack)
     plan = plans.plan_needle(source.tokenizer, lengths=lengths, depths=depths, **options)
-    run_examples(args, source, plan, {"lengths": lengths, "depths": depths, **options})
+    # Earlier versions asked the sandwich several times with the same prompt.
+    varied = {"varied_filler": True} if args.needle == "sandwich" and args.samples > 1 else {}
+    run_examples(args, source, plan, {"lengths": lengths, "depths": depths, **options, **varied})
 
 
 def run_lines(args) -> None:

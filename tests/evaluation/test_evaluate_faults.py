@@ -171,6 +171,24 @@ def test_the_default_length_is_the_models_positions(monkeypatch, tmp_path, posit
     assert made == {"lengths": [1024, length], "length": length, "lines": lengths}
 
 
+def test_sandwiches_of_one_prompt_are_not_resumed(monkeypatch, model, tmp_path):
+    """Earlier versions gave all samples of a cell one prompt, and did not write that down."""
+    seen = {}
+    monkeypatch.setattr(command, "run_examples", lambda args, source, plan, options: seen.update(options))
+    flags = ["needle", "--needle", "sandwich", "--max-length", "1024", "--depth-steps", "1"]
+    for samples in ("1", "2"):
+        seen.clear()
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags, "--samples", samples, "--model", str(model)])
+        assert command.main() == 0
+        assert seen.get("varied_filler") == (True if samples == "2" else None)
+    options = dict(model={}, model_path=tmp_path, overwrite=False)
+    with open_results(tmp_path / "old", settings={"samples": 2}, **options) as results:
+        results.add({"name": "a", "score": 1.0, "part": "", "length": 9, "depth": None})
+    with pytest.raises(UsageError, match="were made with varied_filler false, not true. Give another folder"):
+        with open_results(tmp_path / "old", settings={"samples": 2, "varied_filler": True}, **options):
+            pass
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"eos_token_id": [Infinity]}'])
 def test_a_damaged_generation_config_prints_one_line(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
