@@ -51,8 +51,8 @@ from megatron_cream.evaluation.tasks import needle
 from megatron_cream.evaluation.tasks.filler import TooShort
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
-MAX_DEFAULT_LENGTH = 131072
-"""The longest context without --lengths, in tokens."""
+UNKNOWN_WINDOW = 131072
+"""The longest context without --lengths, in tokens, of a model whose configuration names no positions."""
 
 LENGTH_FLAGS = {"needle": "--min-length", "longbench": "--length"}
 """{command: flag of the shortest context}; --lengths for all others."""
@@ -97,13 +97,15 @@ def _main() -> int:
 
 def run_needle(args) -> None:
     source = find_model(args)
-    longest = args.max_length or default_lengths(source)[-1]
+    longest = args.max_length or default_length(source)
     if args.min_length > longest:
         raise UsageError(f"--min-length {args.min_length}: must be at most --max-length, which is {longest}")
     lengths, depths = needle.build_grid(args.min_length, longest, args.length_steps, args.depth_steps)
     options = dict(kind=args.needle, samples=args.samples, seed=args.seed, haystack=args.haystack)
     plan = plans.plan_needle(source.tokenizer, lengths=lengths, depths=depths, **options)
-    run_examples(args, source, plan, {"lengths": lengths, "depths": depths, **options})
+    # Earlier versions asked the sandwich several times with the same prompt.
+    varied = {"varied_filler": True} if args.needle == "sandwich" and args.samples > 1 else {}
+    run_examples(args, source, plan, {"lengths": lengths, "depths": depths, **options, **varied})
 
 
 def run_lines(args) -> None:
@@ -146,7 +148,7 @@ def run_ruler(args) -> None:
 
 def run_longbench(args) -> None:
     source = find_model(args)
-    length = args.length or default_lengths(source)[-1]
+    length = args.length or default_length(source)
     options = dict(
         folder=args.data,
         length=length,
@@ -344,10 +346,15 @@ def default_output(args) -> Path:
     return suite.DEFAULT_OUTPUT / Path(args.model).resolve().name / name
 
 
+def default_length(source: language_model.Source) -> int:
+    """Return the model's positions."""
+    return UNKNOWN_WINDOW if source.max_positions >= 1 << 40 else source.max_positions
+
+
 def default_lengths(source: language_model.Source) -> list[int]:
     """Return powers of two from 4096 to the model's positions; if they are fewer, only these."""
-    longest = min(source.max_positions, MAX_DEFAULT_LENGTH)
-    return [length for length in (1 << power for power in range(12, 18)) if length <= longest] or [longest]
+    longest = default_length(source)
+    return [1 << power for power in range(12, longest.bit_length())] or [longest]
 
 
 def warn_beyond(source: language_model.Source, length: int) -> None:

@@ -12,7 +12,7 @@ from megatron_cream.data.chat import Llama2Chat, TemplateChat
 from megatron_cream.data.chat_records import CHAT_KEYS, Chat, extract_chat
 from megatron_cream.data.documents import BadDocument, Batch, Position, extract_text, read_documents
 from megatron_cream.data.indexed import token_type
-from megatron_cream.data.tokenizers import bos_to_prepend, has_eod, text_ids
+from megatron_cream.data.tokenizers import TextEncoder, bos_to_prepend, has_eod
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Encoder:
         self.chats = chat_format is not None
         self.keys = (json_key,) if json_key else CHAT_KEYS if self.chats else ("text",)
         self.dtype = token_type(tokenizer.vocab_size)
-        self._tokenizer, self._vocab_size = tokenizer, tokenizer.vocab_size
+        self._vocab_size = tokenizer.vocab_size
         self._min_tokens, self._strict = min_tokens, strict
         self._extract: Callable[[dict], Any]
         if self.chats:
@@ -79,6 +79,7 @@ class Encoder:
             bos = bos_to_prepend(tokenizer, prepend_bos)
             self._start = [] if bos is None else [bos]
             self._end = [_eod(tokenizer)] if append_eod else []
+            self._encode_text = TextEncoder(tokenizer)
 
     def __call__(self, batch: Batch) -> Encoded:
         encoded = Encoded(batch.end)
@@ -120,7 +121,13 @@ class Encoder:
     def _encode(self, document: Any) -> tuple[list[int], np.ndarray | None]:
         if isinstance(document, Chat):
             return self._encode_chat(document.messages, document.tools, document.without_loss)
-        return text_ids(self._tokenizer, document), None
+        ids = self._encode_text(document)
+        # A text that was rendered from a chat, and is parsed, may spell the BOS and EOD that `_add` puts around it.
+        if self._start and ids[:1] == self._start:
+            ids = ids[1:]
+        if self._end and ids[-1:] == self._end:
+            ids = ids[:-1]
+        return ids, None
 
 
 class _TooShort(BadDocument):

@@ -199,11 +199,22 @@ def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None) -> int | None:
     return bos if prepend_bos else None
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return a text's ids without the BOS and EOD that a Hugging Face tokenizer may add."""
-    ids = list(tokenizer.tokenize(text))
-    if ids[:1] == [tokenizer.bos]:
-        ids = ids[1:]
-    if ids[-1:] == [tokenizer.eod]:
-        ids = ids[:-1]
-    return ids
+class TextEncoder:
+    """A function from a text to its ids, without the BOS and EOD that the tokenizer adds to any text by itself.
+
+    Those that the text spells stay, where the tokenizer parses them.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        adds = getattr(tokenizer, "library", "") == "huggingface"  # sentencepiece adds none
+        probe = list(tokenizer.tokenize("a")) if adds else []
+        self._adds_bos, self._adds_eod = probe[:1] == [tokenizer.bos], probe[-1:] == [tokenizer.eod]
+
+    def __call__(self, text: str) -> list[int]:
+        ids = list(self._tokenizer.tokenize(text))
+        if self._adds_bos and ids[:1] == [self._tokenizer.bos]:
+            ids = ids[1:]
+        if self._adds_eod and ids[-1:] == [self._tokenizer.eod]:
+            ids = ids[:-1]
+        return ids

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron_cream.evaluation.tasks import kv
 from megatron_cream.evaluation.tasks.ruler import suite as ruler
 
 Records = list[dict[str, Any]]
@@ -33,7 +34,7 @@ def summarise(task: str, records: Records) -> dict[str, Any]:
     elif task == "lines":
         summary["by_length"] = _means_by(records, _size_key)
     elif task == "kv":
-        summary["by_position"] = _means_by_two(records, _size_key, _depth_key)
+        summary["by_position"] = _means_by_two(records, _size_key, lambda r: f"{kv.find_asked_depth(r):.4g}")
     elif task == "ruler":
         by_task = _means_by_two(records, lambda r: r["part"], lambda r: r["length"])
         lengths = sorted({length for means in by_task.values() for length in means}, key=int)

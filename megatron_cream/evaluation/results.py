@@ -36,6 +36,7 @@ FORMER_SETTINGS = {
     "max_length": None,
     "metadata": {},
     "plain_datasets": [],
+    "varied_filler": False,
 }
 """Settings that runs of earlier versions did not write down, and what they did."""
 

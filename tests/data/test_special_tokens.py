@@ -62,6 +62,31 @@ def test_a_text_that_spells_special_tokens_is_text(tmp_path, load):
     assert parsed[1].count(END) == 1 and parsed[0].count(EOS) == 2 and parsed[-1] == read_back(tmp_path / "x")[-1]
 
 
+@pytest.mark.parametrize("append_eod", [True, False])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_rendered_chat_has_each_control_token_once(tmp_path, folder, adds_bos, append_eod):
+    """Texts that spell BOS, as Llama 3's template writes it, or begin with a BOS that is also the mark of a turn."""
+    if not adds_bos:  # as SmolLM2's: BOS is <|im_start|>, EOS is <|im_end|>
+        inner = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        inner.post_processor = processors.ByteLevel(trim_offsets=False)
+        folder = tmp_path / "smol"
+        names = dict(bos_token="<|im_start|>", eos_token="<|im_end|>")
+        PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
+    bos, eos = (BOS, EOS) if adds_bos else (START, END)
+    begin, end = SPECIAL[bos], SPECIAL[eos]
+    texts = [f"{begin}the price{end}", f"{begin}the{end}{begin}price", "the price", f"the price{end}"]
+    path = write_lines(tmp_path / "a.jsonl", texts)
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", folder, parse_special=True)
+    preprocess([path], tmp_path / "x", tokenizer, append_eod=append_eod, progress=False)
+    added = end if append_eod else ""
+    first = begin if adds_bos else ""
+    expected = [texts[0], texts[1] + added, first + texts[2] + added, first + texts[3]]
+    written = read_back(tmp_path / "x")
+    assert [decode(tokenizer, ids) for ids in written] == expected
+    plain = tokenizer._tokenizer.tokenizer("the price", add_special_tokens=False)["input_ids"]
+    assert list(written[2]) == [bos] * adds_bos + plain + [eos] * append_eod
+
+
 def test_an_unfinished_run_is_resumed_only_under_the_same_rule(tmp_path, load, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", TEXTS)
     seen = []

@@ -171,7 +171,7 @@ def test_rows_of_each_task(tmp_path):
         "ruler": [example | dict(name=f"{task}/{length}", part=task, length=length)
                   for length in (8192, 4096) for task in ("vt", "cwe")],
         "lines": [example | dict(name=f"lines/{count}", part=f"{count}_lines") for count in (1000, 200)],
-        "longbench": [example | dict(name=name, part=name) for name in ("trec", "qasper")],
+        "longbench": [example | dict(name=name, part=name, prompt_tokens=8000) for name in ("trec", "qasper")],
     }  # fmt: skip
     for side, score in (("base", 0.0), ("extended", 1.0)):
         for task, some in records.items():
@@ -190,6 +190,24 @@ def test_rows_of_each_task(tmp_path):
     assert list(names) == ["kv", "lines", "ruler", "longbench"]
     assert [row.names[0] for row in comparison.beyond] == [f"{name}, beyond 4K" for name in names]
     assert [row.names[0] for row in comparison.within] == ["ruler, up to 4K"]
+
+
+def test_longbench_is_sorted_by_its_prompts_and_weighs_data_sets_alike(tmp_path):
+    """--length only limits prompts; answers of trec have 64 tokens, so 4,032 of the prompt just fit the window."""
+    example = dict(depth=None, length=8192, output="", answers=["7"])
+    sizes = [("trec_e", 4032, 30), ("qasper", 2000, 10), ("trec_e", 4033, 1), ("qasper", 8192, 3)]
+    for side in ("base", "extended"):
+        records = [example | dict(name=f"{part}/{tokens}/{i}", part=part, prompt_tokens=tokens,
+                                  score=float(part == "trec_e" and side == "extended"))
+                   for part, tokens, count in sizes for i in range(count)]  # fmt: skip
+        write_result(tmp_path / side, "longbench", records, model=side)
+    found = measures.compare(read_pairs(tmp_path / "base", tmp_path / "extended"))
+    rows = [(row.names[0], row.examples, row.base.mean, row.extended.mean) for row in (*found.within, *found.beyond)]
+    assert rows == [
+        ("longbench, up to 4K", 40, 0, pytest.approx(50)),
+        ("longbench, beyond 4K", 4, 0, pytest.approx(50)),
+    ]
+    assert found.within[0].change.low < 50 < found.within[0].change.high
 
 
 def test_results_that_do_not_say_the_window(monkeypatch, sides):

@@ -143,6 +143,52 @@ def test_positions_of_another_family(tmp_path, positions, right):
         command.default_lengths(source)
 
 
+@pytest.mark.parametrize(
+    ("positions", "length", "lengths"),
+    [
+        (262144, 262144, [4096, 8192, 16384, 32768, 65536, 131072, 262144]),
+        (40960, 40960, [4096, 8192, 16384, 32768]),
+        (4095, 4095, [4095]),
+        (None, 131072, [4096, 8192, 16384, 32768, 65536, 131072]),
+    ],
+)
+def test_the_default_length_is_the_models_positions(monkeypatch, tmp_path, positions, length, lengths):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "other", "max_position_embeddings": positions}))
+    source = language_model.Source(tmp_path, None, None, "transformers", None)
+    monkeypatch.setattr(command, "find_model", lambda args: source)
+    made = {}
+    for flag, words in {
+        "lengths": ["needle", "--length-steps", "2"],
+        "length": ["longbench", "--data", "x"],
+        "lines": ["lines"],
+    }.items():
+        plan = Mock(side_effect=UsageError("planned"))
+        monkeypatch.setattr(command.plans, f"plan_{words[0]}", plan)
+        given = [*words, "--model", str(tmp_path), "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *given])
+        assert command.main() == 2
+        made[flag] = plan.call_args.kwargs["length" if flag == "length" else "lengths"]
+    assert made == {"lengths": [1024, length], "length": length, "lines": lengths}
+
+
+def test_sandwiches_of_one_prompt_are_not_resumed(monkeypatch, model, tmp_path):
+    """Earlier versions gave all samples of a cell one prompt, and did not write that down."""
+    seen = {}
+    monkeypatch.setattr(command, "run_examples", lambda args, source, plan, options: seen.update(options))
+    flags = ["needle", "--needle", "sandwich", "--max-length", "1024", "--depth-steps", "1"]
+    for samples in ("1", "2"):
+        seen.clear()
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags, "--samples", samples, "--model", str(model)])
+        assert command.main() == 0
+        assert seen.get("varied_filler") == (True if samples == "2" else None)
+    options = dict(model={}, model_path=tmp_path, overwrite=False)
+    with open_results(tmp_path / "old", settings={"samples": 2}, **options) as results:
+        results.add({"name": "a", "score": 1.0, "part": "", "length": 9, "depth": None})
+    with pytest.raises(UsageError, match="were made with varied_filler false, not true. Give another folder"):
+        with open_results(tmp_path / "old", settings={"samples": 2, "varied_filler": True}, **options):
+            pass
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"eos_token_id": [Infinity]}'])
 def test_a_damaged_generation_config_prints_one_line(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)

@@ -9,10 +9,13 @@ import pytest
 
 from megatron_cream.common.errors import UsageError
 from megatron_cream.evaluation import pictures, plans, report
+from megatron_cream.evaluation.comparison import measures
+from megatron_cream.evaluation.comparison.sides import read_pairs
 from megatron_cream.evaluation.models.generation import derive_seed
 from megatron_cream.evaluation.results import RESULTS, SUMMARY, open_results
 from megatron_cream.evaluation.runner import Generation, OutOfMemory, Plan, report_out_of_memory, run_task
 from megatron_cream.evaluation.tasks.task import Example
+from tests.evaluation.test_comparison import write_result
 from tests.evaluation_models import Knows, is_picture, records_of, small_tokenizer
 
 
@@ -146,6 +149,24 @@ def test_means_are_grouped_by_task_parameter():
     assert ruler["by_length"] == {"10": 0.9, "20": 0.8, "40": 1.0} and ruler["tasks"] == 2
     longbench = report.summarise("longbench", [record(1.0, "a"), record(0.0, "a"), record(0.0, "a"), record(1.0, "b")])
     assert longbench["score"] == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_kv_by_length_has_five_places(tokenizer, tmp_path):
+    """The number of pairs that fit differs by example, and with it the exact depth of a place."""
+    plan = plans.plan_kv(tokenizer, keys=[], lengths=[900], gold=None, files=[], samples=8, seed=0)
+    examples = [draft.build() for draft in plan.list_drafts()]
+    assert len({example.depth for example in examples}) > 5
+    records = [
+        {"name": e.name, "part": e.part, "length": e.length, "depth": e.depth, "score": 1.0, "prompt_tokens": 800}
+        for e in examples
+    ]
+    means = report.summarise("kv", records)["by_position"]
+    assert means == {"900": {"0": 1.0, "0.25": 1.0, "0.5": 1.0, "0.75": 1.0, "1": 1.0}}
+    for side in ("base", "extended"):
+        write_result(tmp_path / side, "kv", records, model=side)
+    (tables,) = measures.compare(read_pairs(tmp_path / "base", tmp_path / "extended")).tables.values()
+    rows = [(row.names, row.examples) for row in tables[1].rows]
+    assert rows == [(("900", f"{percent} %"), 8) for percent in (0, 25, 50, 75, 100)]
 
 
 def test_no_key_token_gives_null():

@@ -55,3 +55,23 @@ def test_log_probs_are_those_of_one_forward_pass(name, tmp_path):
     with torch.inference_mode():
         unscaled = theirs(tokens[:, :-1]).logits.log_softmax(-1)[0].gather(-1, tokens[0, 1:, None])[:, 0]
     assert (unscaled - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_answers_do_not_depend_on_other_texts(name, tmp_path):
+    """Neither on those of the batch nor on earlier ones; a model that answers alone in a new process is the oracle."""
+    folder = save_llama(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": None} | SCALINGS[name]))
+    import_hf(HfFolder(folder), tmp_path / "ckpt")
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, 2000, (length,), generator=generator).tolist() for length in (30, 90, 200)]
+    sampling = dict(temperature=1.0, top_p=1.0)
+    for path in (folder, tmp_path / "ckpt"):
+        open_model = lambda path=path: load(find_model(str(path), dtype="fp32"), prefill_chunk=16)
+        alone = [open_model().generate([prompts[i]], 12, seeds=[i], **sampling)[0] for i in range(3)]
+        model = open_model()
+        scores = model.log_probs(torch.tensor([prompts[1]]), 1)
+        assert model.generate(prompts, 12, seeds=[0, 1, 2], **sampling) == alone
+        assert model.generate(prompts[::-1], 12, seeds=[2, 1, 0], **sampling) == alone[::-1]
+        torch.testing.assert_close(model.log_probs(torch.tensor([prompts[1]]), 1), scores, rtol=0, atol=1e-4)

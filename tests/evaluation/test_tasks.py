@@ -180,6 +180,19 @@ def test_needle_lies_at_its_depth(name, kind):
         assert example.depth < 1 or not after.strip()
 
 
+def test_samples_of_the_sandwich_have_their_own_filler():
+    """The fact is always the same, so that samples with the same filler would be one prompt, counted several times."""
+    options = dict(lengths=[900, 1200], depths=[0.5, 1], needle="sandwich")
+    first = list(needle.examples(tokenizer("byte-level"), **options))
+    made = list(needle.examples(tokenizer("byte-level"), per_cell=6, **options))
+    fillers = {example.prompt.replace(needle._SANDWICH, "")[:400] for example in made if example.depth == 1}
+    assert len({example.prompt for example in made}) == len(made) == 24 and len(fillers) == 6
+    assert [example for example in made if example.name.endswith("/0")] == first
+    assert list(needle.examples(tokenizer("byte-level"), per_cell=6, seed=1, **options))[1].prompt != made[1].prompt
+    more = {each.name: each for each in needle.examples(tokenizer("byte-level"), per_cell=8, **options)}
+    assert all(more[example.name] == example for example in made)
+
+
 def test_needle_scoring():
     (number,) = needle.examples(tokenizer("byte-level"), lengths=[700], depths=[0.5])
     assert needle.score(number, f"1{number.answers[0]}") == 0  # a longer number is wrong

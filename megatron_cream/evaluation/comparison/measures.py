@@ -1,5 +1,6 @@
 """What changed between two models: rows of means with their intervals, by length, depth, task or data set."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,6 +9,7 @@ import numpy as np
 
 from megatron_cream.evaluation.comparison.bootstrap import Interval, bootstrap_mean
 from megatron_cream.evaluation.comparison.sides import Pair
+from megatron_cream.evaluation.tasks import kv, longbench
 
 FEW = 10
 """With fewer examples than this no row claims a change."""
@@ -135,10 +137,10 @@ def _make_overview(pairs: list[Pair], window: int | None) -> tuple[list[Row], li
                 rows = [row for row in rows if _is_within(row.longest, window) == is_within][-1:]  # the longest
                 target += [_rename(row, f"{pair.title}, context {row.names[0]}") for row in rows]
             else:
-                some = [each for each in records if _is_within(each[0]["length"], window) == is_within]
-                target += [
-                    _rename(row, _name_in_overview(pair, window, is_within)) for row in make_score_rows(some, ())
-                ]
+                some = [each for each in records if _is_within(_count_tokens(pair, each[0]), window) == is_within]
+                if some:
+                    weights = _weigh_alike(some) if pair.task == "longbench" else None
+                    target.append(_make_score_row((_name_in_overview(pair, window, is_within),), some, weights))
     return beyond, within
 
 
@@ -150,14 +152,28 @@ def make_score_rows(records: Records, keys: tuple[Key, ...]) -> list[Row]:
     return [_make_score_row(tuple(text for _, text in group), groups[group]) for group in sorted(groups)]
 
 
-def _make_score_row(names: tuple[str, ...], records: Records) -> Row:
+def _count_tokens(pair: Pair, record: dict[str, Any]) -> int:
+    """Return the tokens of an example's prompt and answer; LongBench's `length` is only their maximum."""
+    dataset = longbench.DATASETS.get(record["part"].removesuffix("_e")) if pair.task == "longbench" else None
+    if dataset is None or "prompt_tokens" not in record:
+        return record["length"]
+    return min(record["length"], record["prompt_tokens"] + dataset.max_new_tokens)
+
+
+def _weigh_alike(records: Records) -> np.ndarray:
+    """Return weights with which the mean over examples is the mean over data sets, as in LongBench's score."""
+    counts = Counter(base["part"] for base, _ in records)
+    return np.array([1 / counts[base["part"]] for base, _ in records])
+
+
+def _make_score_row(names: tuple[str, ...], records: Records, weights: np.ndarray | None = None) -> Row:
     base, extended = (100 * np.array([pair[side]["score"] for pair in records], dtype=float) for side in (0, 1))
     return Row(
         names,
         "score",
-        bootstrap_mean(base),
-        bootstrap_mean(extended),
-        bootstrap_mean(extended - base),
+        bootstrap_mean(base, weights),
+        bootstrap_mean(extended, weights),
+        bootstrap_mean(extended - base, weights),
         len(records),
         max(pair[0]["length"] for pair in records),
     )
@@ -227,6 +243,10 @@ def _get_depth(record: dict[str, Any]) -> tuple[int, str]:
     return round(100 * record["depth"]), f"{100 * record['depth']:.0f} %"
 
 
+def _get_place(record: dict[str, Any]) -> tuple[int, str]:
+    return _get_depth({"depth": kv.find_asked_depth(record)})
+
+
 def _get_part(record: dict[str, Any]) -> tuple[int, str]:
     return 0, record["part"]
 
@@ -246,7 +266,7 @@ _TABLES: dict[str, list[tuple[str, tuple[str, ...], tuple[Key, ...]]]] = {
     ],
     "kv": [
         ("by size", ("size",), (_get_size,)),
-        ("by size and place", ("size", "place of the pair"), (_get_size, _get_depth)),
+        ("by size and place", ("size", "place of the pair"), (_get_size, _get_place)),
     ],
     "lines": [("by length", ("length",), (_get_size,))],
     "ruler": [

@@ -58,12 +58,14 @@ class HfModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
+        _forget_longest_text(self._model)
         cache = _new_cache(self._model.config, max(map(len, prompts)) + max_new_tokens, self._kv_cache_dtype)
         batch = _LeftPaddedBatch(self._model, self._chunk, cache)
         return generation.generate(batch, prompts, max_new_tokens, stop_ids=self._stop_ids, **sampling)
 
     @torch.inference_mode()
     def log_probs(self, tokens: Tensor, start: int) -> Tensor:
+        _forget_longest_text(self._model)
         tokens = tokens.to(self._model.device)
         inputs = tokens[:, :-1]  # the prediction after the last token is not scored
         total = inputs.shape[1]
@@ -122,6 +124,14 @@ def _pick_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 def _cache_argument(model) -> str:
     """Return the name of the cache among the model's arguments; newer releases of transformers rename it."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _forget_longest_text(model: torch.nn.Module) -> None:
+    """Give `dynamic` its first frequencies: transformers keeps those of the longest text beyond the window."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached"):
+            module.register_buffer("inv_freq", module.original_inv_freq.to(model.device), persistent=False)
+            module.max_seq_len_cached = module.original_max_seq_len
 
 
 def _new_cache(config, length: int, kv_cache_dtype: str):

@@ -227,11 +227,18 @@ class _CheckedModel:
         self._model, self._source = model, source
         self.tokenizer, self.max_positions = model.tokenizer, model.max_positions
         self._vocab_size = source.vocab_size
+        # vLLM chooses one set of frequencies for all prompts; elsewhere a batch has those of its longest text.
+        self._one_by_one = source.engine != "vllm" and read_rope_type(source) in LENGTH_DEPENDENT_TYPES
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling) -> list[list[int]]:
         self._check_ids(max(map(max, filter(None, prompts)), default=0))
         try:
-            return self._model.generate(prompts, max_new_tokens, **sampling)
+            if not self._one_by_one:
+                return self._model.generate(prompts, max_new_tokens, **sampling)
+            answers = []
+            for prompt, seed in zip(prompts, sampling["seeds"], strict=True):
+                answers += self._model.generate([prompt], max_new_tokens, **sampling | {"seeds": [seed]})
+            return answers
         except NonFiniteLogits:
             raise non_finite_error(self._source, self._model.weights()) from None
 

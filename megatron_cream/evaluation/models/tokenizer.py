@@ -11,7 +11,7 @@ from typing import Any
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.data.special_tokens import ChatTokenizer, keep_as_text
 from megatron_cream.data.time_limit import TemplateTimeout, limit_rendering_time
-from megatron_cream.data.tokenizers import TokenIdMismatch, bos_to_prepend, check_token_ids, has_eod, text_ids
+from megatron_cream.data.tokenizers import TextEncoder, TokenIdMismatch, bos_to_prepend, check_token_ids, has_eod
 
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 _SENTENCEPIECE = "tokenizer.model"
@@ -177,12 +177,12 @@ class TrainingTokenizer(ModelTokenizer):
 
     def __init__(self, tokenizer: Any):
         keep_as_text(tokenizer)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._encode_text = tokenizer, TextEncoder(tokenizer)
         self.bos = bos_to_prepend(tokenizer, None)
         self.stop_ids = frozenset([tokenizer.eod] if has_eod(tokenizer) else [])
 
     def encode(self, text: str) -> list[int]:
-        return text_ids(self._tokenizer, text)
+        return self._encode_text(text)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.detokenize(ids)

@@ -43,11 +43,11 @@ def split_sentences(text: str) -> list[str]:
 
 
 class Haystack:
-    """Filler of any length: the sentences in order, repeated from the first after the last."""
+    """Filler of any length: the sentences in order from number `start`, repeated from the first after the last."""
 
-    def __init__(self, tokenizer: Tokenizer, sentences: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, sentences: Sequence[str], start: int = 0):
         self._tokenizer = tokenizer
-        self._sentences = sentences
+        self._sentences, self._start = sentences, start
         self._words: list[str] = []
         # For each sentence taken so far and for the next one: words before it, tokens before it.
         self._starts, self._tokens = [0], [0]
@@ -78,7 +78,7 @@ class Haystack:
         return [" ".join(self._words[first:end]) for first, end in pairwise(cuts)]
 
     def _take_sentence(self) -> None:
-        sentence = self._sentences[(len(self._starts) - 1) % len(self._sentences)]
+        sentence = self._sentences[(self._start + len(self._starts) - 1) % len(self._sentences)]
         self._words += sentence.split()
         self._starts.append(len(self._words))
         self._tokens.append(self._tokens[-1] + len(self._tokenizer.encode(sentence)))

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.evaluation.tasks.filler import LazyList, draw_distinct, fit
@@ -114,6 +115,17 @@ def load(
 def score(example: Example, output: str) -> float:
     """Return 1 if the value is in the output, else 0."""
     return float(example.answers[0].lower() in output.lower())
+
+
+def find_asked_depth(record: dict[str, Any]) -> float:
+    """Return the depth that a result's gold pair was meant to have.
+
+    With `lengths` the number of pairs that fit differs among the examples of one place, and so does their exact depth.
+    """
+    parts = record.get("name", "").split("/")
+    if record["part"] or len(parts) != 4 or not parts[2].isdecimal():
+        return record["depth"]
+    return int(parts[2]) / (PLACES - 1)
 
 
 def choose_places(count: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ words that are in the output; for a number it is 0 or 1.
 import random
 import re
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +93,17 @@ def drafts(
     for depth in depths:
         if not 0 <= depth <= 1:
             raise UsageError(f"needle depth {depth}: must be from 0 to 1")
-    filler = Haystack(tokenizer, load_sentences(haystack))
+    sentences = load_sentences(haystack)
+    starts = _draw_starts(len(sentences), seed)
 
-    def build(name: str, length: int, depth: float) -> Example:
+    @cache
+    def open_filler(start: int) -> Haystack:
+        return Haystack(tokenizer, sentences, start)
+
+    def build(name: str, length: int, depth: float, i: int) -> Example:
         fact, question, answers = _draw_needle(needle, random.Random(f"{seed}/{name}"))
+        # The number differs among the samples of a cell; with the one sandwich only other filler can.
+        filler = open_filler(starts[i % len(starts)] if needle == "sandwich" else 0)
         prompt = _build_prompt(tokenizer, filler, fact, question, length, depth)
         return Example(name, prompt, answers, MAX_NEW_TOKENS, length, depth, part=needle)
 
@@ -104,7 +111,7 @@ def drafts(
         for depth in depths:
             for i in range(per_cell):
                 name = f"needle/{needle}/{length}/{depth:.6g}/{i}"
-                yield Draft(name, partial(build, name, length, depth))
+                yield Draft(name, partial(build, name, length, depth, i))
 
 
 def score(example: Example, output: str) -> float:
@@ -116,6 +123,13 @@ def score(example: Example, output: str) -> float:
 def rouge_l(output: str) -> float:
     """Return the ROUGE-L F1 of the output's first line, as in CREAM's code."""
     return longbench_metrics.rouge_l(output.split("\n")[0], _SANDWICH)
+
+
+def _draw_starts(count: int, seed: int) -> list[int]:
+    """Return the numbers of `count` sentences in random order after 0, the start of each cell's first sample."""
+    others = list(range(1, count))
+    random.Random(f"{seed}/needle/starts").shuffle(others)
+    return [0, *others]
 
 
 def _draw_needle(kind: str, rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
