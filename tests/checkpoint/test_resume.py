@@ -1,6 +1,7 @@
 """Runs resume with another schedule, and with or without the distributed optimizer."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,15 @@ def test_smaller_batches_do_not_run_out_of_data(runs):
     """Megatron counts the samples of a run as if all batches had this size."""
     flags = ["--load", runs / "plain", "--override-opt-param-scheduler", "--global-batch-size", 4]
     assert run(1, runs, "smaller", *flags).keys() == {4, 5, 6}
+
+
+@pytest.mark.parametrize("flags", [[], ["--ckpt-step", SAVED]], ids=["the only step", "a given step"])
+def test_resuming_without_a_tracker_does_not_start_from_the_pretrained_weights(runs, alone, tmp_path, flags):
+    """Megatron takes --pretrained-checkpoint where --load has no tracker, and starts from step 0."""
+    save = shutil.copytree(runs / "plain", tmp_path / "run")
+    (save / "latest_checkpointed_iteration.txt").unlink()
+    flags = [*flags, "--pretrained-checkpoint", runs / "sharded", "--load", save, "--save", save]
+    resumed = run(1, runs, f"untracked {len(flags)}", *flags)
+    assert resumed.keys() == set(range(SAVED + 1, STEPS + 1))
+    for step in resumed:
+        assert resumed[step] == pytest.approx(alone[step], rel=1e-5), f"step {step}"
