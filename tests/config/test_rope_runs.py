@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_cream.checkpoint import pretrained
+from megatron_cream.checkpoint.convert import import_hf
+from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.start import FoundCheckpoint
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse
@@ -152,3 +155,36 @@ def test_an_import_is_read_like_its_source_folder(run):
         ]
         ropes = [(args.rotary_base, args.rope_scaling_config, args.rope_lines) for args in found]
         assert ropes[0][2] and ropes == [ropes[0]] * 3
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """A folder `run` of a start from `first` that ended before its first save, and `second` with another RoPE."""
+    folder = tmp_path_factory.mktemp("left")
+    write_documents(folder / "documents")
+    for name, theta in (("first", 1e6), ("second", 2e6)):
+        save_model(folder / "hf" / name, rope_parameters={"rope_type": "default", "rope_theta": theta})
+        (folder / "hf" / name / f"NOTICE.{name}").write_text(name)
+        import_hf(HfFolder(folder / "hf" / name), folder / name)
+    first = read(folder, "--pretrained-checkpoint", folder / "first", "--save", folder / "run")
+    first.rank = 0
+    pretrained.copy_model_files(first)
+    (folder / "run" / "hf" / "mine.safetensors").write_text("of the user")
+    return folder
+
+
+def test_files_of_a_start_that_never_saved_decide_nothing(left):
+    """Its `hf/` gave the RoPE to a run from another model in the same folder, and to its export."""
+    copies = left / "run" / "hf"
+    assert (copies / "NOTICE.first").is_file()
+    flags = ["--load", left / "run", "--save", left / "run"]
+    scratch = ["--num-layers", 2, "--hidden-size", 32, "--num-attention-heads", 2, "--vocab-size", 100]
+    assert read(left, *flags, *scratch).model_folder is None
+    flags += ["--pretrained-checkpoint", left / "second"]
+    result = torchrun(1, *WIDER, "--data-path", left / "documents", *flags)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert json.loads((copies / "config.json").read_text())["rope_parameters"]["rope_theta"] == 2e6
+    assert (copies / "NOTICE.second").is_file() and not (copies / "NOTICE.first").exists()
+    assert (copies / "mine.safetensors").is_file()
+    resumed = read(left, *flags)
+    assert resumed.rotary_base == 2e6 and resumed.model_folder == copies
