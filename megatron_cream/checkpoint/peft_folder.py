@@ -25,6 +25,7 @@ from megatron_cream.checkpoint.mapping import Row, hf_shapes, megatron_shape, sp
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import read_json, write_json
 from megatron_cream.model.lora_settings import TARGETS
+from megatron_cream.model.rope_choice import ModelRope
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -269,6 +270,11 @@ class PeftFolder:
             return whole
 
         return read_trained
+
+
+def read_rope(folder: Path | None) -> ModelRope | None:
+    """Return the RoPE of an adapter's config.json, if there is an adapter that has one."""
+    return read_config(folder)[1].rope() if folder is not None and (folder / CONFIG).is_file() else None
 
 
 def take_rope(shape: ModelShape, folder: Path) -> ModelShape:

@@ -203,6 +203,8 @@ def set_rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
         chosen = Rope(theta=saved.theta, scaling=saved.scaling, original=saved.original)
     else:
         model = saved if saved and not origin.resumed else shape and shape.rope()
+        if not origin.resumed:  # an adapter was trained with its own, not with that of a base that was trained too
+            model = peft_folder.read_rope(args.load_adapter and Path(args.load_adapter)) or model
         try:
             chosen = choose_rope(flags, model, head_dim=args.kv_channels, default_theta=default_theta)
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 
 from megatron_cream.checkpoint import pretrained
 from megatron_cream.checkpoint.convert import import_hf
+from megatron_cream.checkpoint.families import read_config
 from megatron_cream.checkpoint.hf_folder import HfFolder
 from megatron_cream.checkpoint.start import FoundCheckpoint
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse
 from megatron_cream.config.checks import checkpoint as checkpoint_checks
 from megatron_cream.model.rotary import build_rope_scaling
+from tests.checkpoint.test_adapters import write_adapter
 from tests.checkpoint.test_convert import run_tool
 from tests.hf_models import LLAMA3, save_model
 from tests.launch import torchrun, write_documents
@@ -22,6 +25,8 @@ from tests.launch import torchrun, write_documents
 FLAGS = "--seq-length 128 --micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-4 --fp32 --num-workers 0"
 FLAGS += " --split 90,10,0 --eval-iters 0 --tokenizer-type NullTokenizer --log-interval 1"
 WIDER = [*FLAGS.split(), "--target-length", "1024"]
+SHAPE = "--num-layers 3 --hidden-size 64 --ffn-hidden-size 176 --num-attention-heads 8 --group-query-attention"
+SHAPE = [*SHAPE.split(), "--num-query-groups", "2", "--vocab-size", "515", "--norm-epsilon", "1e-5"]
 SCALING = {key: value for key, value in LLAMA3.items() if key != "rope_theta"} | {"factor": 16.0}
 
 
@@ -91,6 +96,23 @@ def test_resuming_and_extending_again_keep_the_trained_rope(run):
         again = read(folder, *source, "--target-length", 2048, "--position-sampler", "pose")
         assert (again.rotary_base, again.rope_scaling_config) == (1e6, SCALING | {"factor": 32.0})
         assert "from factor 16 (1024 positions) to factor 32 (2048 positions)" in again.rope_lines[0]
+
+
+def test_an_adapter_brings_its_rope_to_a_trained_base(run, tmp_path):
+    """Also where the base has no config.json, and not without one of its own."""
+    folder, _ = run
+    shutil.copytree(folder / "run", tmp_path / "bare", ignore=lambda path, names: {"hf"} & set(names))
+    write_adapter(tmp_path / "adapter", read_config(folder / "out")[1])
+    found = []
+    for base in (folder / "run", tmp_path / "bare"):
+        flags = ["--pretrained-checkpoint", base, "--load-adapter", tmp_path / "adapter"]
+        flags += [] if base.name == "run" else SHAPE
+        found.append(read(folder, *flags).rotary_base)
+        config = json.loads((folder / "out" / "config.json").read_text())
+        (tmp_path / "adapter" / "config.json").write_text(json.dumps(config | {"rope_theta": 3e6}))
+        found.append(read(folder, *flags).rotary_base)
+        (tmp_path / "adapter" / "config.json").unlink()
+    assert found == [1e6, 3e6, 1e6, 3e6]
 
 
 def test_resuming_with_a_longer_target_advises_what_works(run, tmp_path):
