@@ -373,6 +373,8 @@ NOT_FOLLOWED = {
     "A resumed run keeps its rotary embedding: give": "config/test_rope_runs.py",
     "Use --override-opt-param-scheduler{} for the schedule of these flags": "checkpoint/test_schedule.py",
     "the last {} steps train at the minimum rate": "checkpoint/test_schedule.py",
+    "--rotary-interleaved: only models without it": "names no way on: Llama's rotary embedding is the other one",
+    "--use-rope-scaling. Give --rope-scaling-type llama3": "config/test_rope_runs.py",
     "--convention cream scores one window": "names no way on: CREAM's convention has no stride",
     "Give the model's own tokenizer with --tokenizer": "evaluation/test_evaluate_faults.py has the line",
     "or --long-eval-tasks without perplexity": "needs a tokenizer of text: evaluation/test_long_evaluation.py",

@@ -249,14 +249,20 @@ def _open_checkpoint(flags: StartFlags, source: tuple[str, Path] | None) -> Foun
 def read_saved_rope(found: FoundCheckpoint | None) -> ModelRope | None:
     """Return the rotary embedding that a checkpoint was trained with.
 
-    None if this project did not save it, and for a converted model, whose config.json has more details.
+    None for a converted model, and for one of Megatron-LM, that has a config.json: it has more details. Megatron-LM's
+    own scaling (--use-rope-scaling) is left out.
     """
-    saved = found and found.args
-    if saved is None or found.folder.name == "release" or not hasattr(saved, "rope_scaling_config"):
+    if found is None:
         return None
+    saved, is_converted, is_own = found.args, found.folder.name == "release", hasattr(found.args, "rope_scaling_config")
+    if (is_converted or not is_own) and (found.folder.parent / HF / hf_folder.CONFIG).is_file():
+        return None
+    if not is_own:
+        theta, positions = getattr(saved, "rotary_base", None), getattr(saved, "max_position_embeddings", None)
+        return ModelRope(theta=float(theta), scaling=None, positions=positions) if theta and positions else None
     scaling, positions = saved.rope_scaling_config, saved.target_length
     original = getattr(saved, "rope_window", None)
-    if original is None and scaling and "original_max_position_embeddings" not in scaling:
+    if original is None and not is_converted and scaling and "original_max_position_embeddings" not in scaling:
         original = round(positions / scaling["factor"])  # saved by an older release without rope_window
     return ModelRope(theta=float(saved.rotary_base), scaling=scaling, positions=positions, original=original)
 

@@ -12,10 +12,11 @@ from megatron_cream.checkpoint import pretrained
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.families import read_config
 from megatron_cream.checkpoint.hf_folder import HfFolder
-from megatron_cream.checkpoint.start import FoundCheckpoint
+from megatron_cream.checkpoint.start import FoundCheckpoint, read_saved_rope
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse
 from megatron_cream.config.checks import checkpoint as checkpoint_checks
+from megatron_cream.model.rope_choice import ModelRope
 from megatron_cream.model.rotary import build_rope_scaling
 from tests.checkpoint.test_adapters import write_adapter
 from tests.checkpoint.test_convert import run_tool
@@ -210,3 +211,60 @@ def test_files_of_a_start_that_never_saved_decide_nothing(left):
     assert (copies / "mine.safetensors").is_file()
     resumed = read(left, *flags)
     assert resumed.rotary_base == 2e6 and resumed.model_folder == copies
+
+
+def test_a_converted_model_without_its_config_keeps_its_rope(left, tmp_path):
+    """Only the flags in the checkpoint say it then; the theta of a run without a model was taken."""
+    bare = shutil.copytree(left / "first", tmp_path / "bare", ignore=lambda path, names: {"hf"} & set(names))
+    flags = [*SHAPE, "--num-attention-heads", 4, "--num-query-groups", 4, "--pretrained-checkpoint", bare]
+    whole = read(left, "--pretrained-checkpoint", left / "first", "--rope-scaling-type", "linear")
+    args = read(left, *flags, "--rope-scaling-type", "linear")
+    assert args.rotary_base == 1e6 and args.rope_scaling_config == {"rope_type": "linear", "factor": 2.0}
+    assert (args.rope_scaling_config, args.rope_lines) == (whole.rope_scaling_config, whole.rope_lines)
+
+
+def megatron_checkpoint(folder, **flags):
+    """Return a checkpoint as Megatron-LM saves it, whose flags do not have this project's."""
+    saved = Namespace(rotary_base=500000, max_position_embeddings=8192, rotary_percent=1.0, rotary_interleaved=False)
+    return FoundCheckpoint("--pretrained-checkpoint", folder / "iter_0000002", Namespace(**(vars(saved) | flags)), None)
+
+
+def test_a_checkpoint_of_megatron_brings_its_theta(tmp_path):
+    rope = read_saved_rope(megatron_checkpoint(tmp_path))
+    assert rope == ModelRope(theta=500000.0, scaling=None, positions=8192)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    assert read_saved_rope(megatron_checkpoint(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "saved, words",
+    [
+        ({}, None),
+        ({"rotary_percent": 0.5}, "saved with --rotary-percent 0.5: only models with 1.0"),
+        ({"rotary_interleaved": True}, "saved with --rotary-interleaved: only models without it"),
+        (
+            {"use_rope_scaling": True, "rope_scaling_factor": 32.0},
+            "saved with --use-rope-scaling. Give --rope-scaling-type llama3 --rope-scaling-factor 32 "
+            "--original-max-position-embeddings 8192",
+        ),
+    ],
+)
+def test_other_rotary_embeddings_of_megatron_are_refused(tmp_path, saved, words):
+    found = megatron_checkpoint(tmp_path, **saved)
+    given = Namespace(rope_scaling_type=None, rope_scaling_config=None)
+    if words is None:
+        checkpoint_checks.check_model(given, Namespace(checkpoint=found, resumed=None))
+        return
+    with pytest.raises(UsageError) as error:
+        checkpoint_checks.check_model(given, Namespace(checkpoint=found, resumed=None))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    if "use_rope_scaling" in saved:  # what the line advises is accepted, and may be resumed from
+        scaling = build_rope_scaling("llama3", 32.0, 8192)
+        given = Namespace(rope_scaling_type="llama3", rope_scaling_config=scaling)
+        checkpoint_checks._check_megatron_rope(given, found, False)
+        checkpoint_checks._check_megatron_rope(given, found, True)
+        with pytest.raises(UsageError, match="--use-rope-scaling"):
+            checkpoint_checks._check_megatron_rope(
+                Namespace(**vars(given) | {"rope_scaling_config": None}), found, True
+            )

@@ -10,6 +10,7 @@ from megatron_cream.checkpoint.start import FoundCheckpoint, Origin, parse_step
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.checks import schedule
+from megatron_cream.model.rotary import build_rope_scaling
 
 # Flags that describe the model of a checkpoint.
 _SHAPE = (
@@ -47,6 +48,7 @@ def check_model(args: Namespace, origin: Origin) -> None:
     found, resumed = origin.checkpoint, origin.resumed
     if found is None:
         return
+    _check_megatron_rope(args, found, resumed is not None)
     for name in (*_SHAPE, *(_ROPE if resumed else ())):
         saved, ours = _get_value(found.args, name), _get_value(args, name)
         if saved != ours and hasattr(found.args, name) and (saved is not None or name == "rope_scaling_config"):
@@ -63,6 +65,25 @@ def check_model(args: Namespace, origin: Origin) -> None:
         base = base_weights.folder_of(args.lora_base) if found.flag == "--load" else None
         step = parse_step(found.folder)
         open_checkpoint(found.folder.parent, step, flag=found.flag, checksums=False, base=base)
+
+
+def _check_megatron_rope(args: Namespace, found: FoundCheckpoint, is_resumed: bool) -> None:
+    """Raise UsageError if Megatron-LM trained the model with a rotary embedding that this run would not use."""
+    saved, where = found.args, f"{found.flag} {found.folder.parent}: {found.folder.name} was saved with"
+    percent = getattr(saved, "rotary_percent", None)
+    if percent not in (None, 1.0):
+        raise UsageError(f"{where} --rotary-percent {percent}: only models with 1.0, as Llama's, are supported")
+    if getattr(saved, "rotary_interleaved", False):
+        raise UsageError(f"{where} --rotary-interleaved: only models without it, as Llama's, are supported")
+    if not getattr(saved, "use_rope_scaling", False):
+        return
+    factor = getattr(saved, "rope_scaling_factor", None) or 8.0  # Megatron's default; its window is fixed
+    is_chosen = args.rope_scaling_type is not None or args.rope_scaling_config is not None
+    if args.rope_scaling_config != build_rope_scaling("llama3", factor, 8192) if is_resumed else not is_chosen:
+        raise UsageError(
+            f"{where} --use-rope-scaling. Give --rope-scaling-type llama3 --rope-scaling-factor "
+            f"{_format_exactly(factor)} --original-max-position-embeddings 8192"
+        )
 
 
 def _advise_rope(args: Namespace, found: FoundCheckpoint) -> str:
