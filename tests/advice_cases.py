@@ -374,6 +374,7 @@ NOT_FOLLOWED = {
     "Use --override-opt-param-scheduler{} for the schedule of these flags": "checkpoint/test_schedule.py",
     "the last {} steps train at the minimum rate": "checkpoint/test_schedule.py",
     "--rotary-interleaved: only models without it": "names no way on: Llama's rotary embedding is the other one",
+    "the distributed optimizer resumes only at step": "needs a checkpoint of Megatron-LM; checkpoint/test_resume.py",
     "--use-rope-scaling. Give --rope-scaling-type llama3": "config/test_rope_runs.py",
     "--convention cream scores one window": "names no way on: CREAM's convention has no stride",
     "Give the model's own tokenizer with --tokenizer": "evaluation/test_evaluate_faults.py has the line",

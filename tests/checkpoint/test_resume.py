@@ -2,12 +2,17 @@
 
 import math
 import shutil
+from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_cream.checkpoint.opening import open_step
+from megatron_cream.checkpoint.start import FoundCheckpoint
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config.checks import checkpoint as checkpoint_checks
 from tests.launch import train, write_documents
 from tests.selection import slow_but
 
@@ -111,3 +116,17 @@ def test_resuming_without_a_tracker_does_not_start_from_the_pretrained_weights(r
     assert resumed.keys() == set(range(SAVED + 1, STEPS + 1))
     for step in resumed:
         assert resumed[step] == pytest.approx(alone[step], rel=1e-5), f"step {step}"
+
+
+@pytest.mark.parametrize(
+    "step, sharded, without_optimizer, is_refused",
+    [(2, True, False, True), (4, True, False, False), (2, False, False, False), (2, True, True, False)],
+)
+def test_mp_rank_files_resume_with_the_optimizer_of_their_step(tmp_path, step, sharded, without_optimizer, is_refused):
+    """Megatron reads the optimizer's files of the tracker's step. Only Megatron-LM saves them, so it is not run here."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    found = FoundCheckpoint("--load", tmp_path / f"iter_{step:07d}", Namespace(), None)
+    args = Namespace(no_load_optim=without_optimizer, use_distributed_optimizer=sharded)
+    words = "^--ckpt-step 2: .* only at step 4, .* add --no-load-optim.$"
+    with pytest.raises(UsageError, match=words) if is_refused else nullcontext():
+        checkpoint_checks._check_optimizer(args, found)

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint import base_weights, start
+from megatron_cream.checkpoint import base_weights, opening, start
 from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
 from megatron_cream.checkpoint.start import FoundCheckpoint, Origin, parse_step
 from megatron_cream.common.cli import to_flag
@@ -125,7 +125,10 @@ def _format_exactly(value: float) -> str:
 
 def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
     """Raise UsageError if this run's optimizer cannot load the saved state."""
-    if args.no_load_optim or found.step is None:
+    if args.no_load_optim:
+        return
+    if found.step is None:
+        _check_newest(args, found)
         return
     where, saved = f"{found.flag} {found.folder.parent}", found.args
     if getattr(saved, "no_save_optim", False):
@@ -148,6 +151,16 @@ def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
         raise UsageError(
             f"{where}: {found.folder.name} was saved with {to_flag(name)} {theirs}, but these flags set {ours}. "
             "To resume with the weights only, add --no-load-optim."
+        )
+
+
+def _check_newest(args: Namespace, found: FoundCheckpoint) -> None:
+    """Raise UsageError if Megatron would load the optimizer's `mp_rank_XX` files of another step than the weights."""
+    step, folder = parse_step(found.folder), found.folder.parent
+    if args.use_distributed_optimizer and (newest := opening.read_newest_step(folder, found.flag)) != step:
+        raise UsageError(
+            f"--ckpt-step {step}: from mp_rank_XX files the distributed optimizer resumes only at step {newest}, the "
+            f"newest of {found.flag} {folder}. To resume with the weights only, add --no-load-optim."
         )
 
 
