@@ -141,14 +141,25 @@ def fill_model(model: LlamaModel, shape: ModelShape, produce) -> None:
                 out = torch.zeros(
                     _whole_shape(row, shape, parameter, group.size()), dtype=parameter.dtype, device="cpu"
                 )
-                parameter.copy_(tensor_parallel_shard(row, produce(row, layer, out), group.rank(), group.size()))
+                _overwrite(parameter, tensor_parallel_shard(row, produce(row, layer, out), group.rank(), group.size()))
                 break
     tied_copy = parameters.pop("output_layer.weight", None)
     if tied_copy is not None and shape.tied:  # on the last pipeline stage
         row, layer = next(list_parameters(shape))
         out = torch.zeros(_whole_shape(row, shape, tied_copy, group.size()), dtype=tied_copy.dtype, device="cpu")
-        tied_copy.copy_(tensor_parallel_shard(row, produce(row, layer, out), group.rank(), group.size()))
+        _overwrite(tied_copy, tensor_parallel_shard(row, produce(row, layer, out), group.rank(), group.size()))
     assert not parameters, f"not filled: {sorted(parameters)}"
+
+
+def _overwrite(parameter: Any, weights: Tensor) -> None:
+    """Overwrite a parameter, and the initial value that Transformer Engine keeps beside one in FP8.
+
+    Megatron's distributed optimizer makes the float32 weights from that value, which is not rounded to FP8.
+    """
+    parameter.copy_(weights)
+    get = getattr(parameter, "get_high_precision_init_val", None)
+    if get is not None and (initial := get()) is not None:
+        initial.copy_(weights)
 
 
 def _parameter_names(row: Row, layer: int | None) -> list[str]:

@@ -25,6 +25,7 @@ from megatron_cream.checkpoint.mapping import Row, hf_shapes, megatron_shape, sp
 from megatron_cream.common.errors import UsageError, one_line
 from megatron_cream.common.files import read_json, write_json
 from megatron_cream.model.lora_settings import TARGETS
+from megatron_cream.model.rope_choice import ModelRope
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -45,8 +46,20 @@ _PLAIN: dict[str, tuple] = {
     "trainable_token_indices": (),
     "target_parameters": (),
     "exclude_modules": (),
+    "use_qalora": (False,),
+    "use_bdlora": (),
+    "alora_invocation_tokens": (),
+    "velora_config": (),
+    "monteclora_config": (),
+    "kasa_config": (),
+    "arrow_config": (),
 }
 """{key of adapter_config.json: supported values, besides null}."""
+
+_KEEP_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""PEFT's initialisations that leave the base model's weights as they are."""
+_CONVERTIBLE = ("pissa", "corda", "olora")
+"""Beginnings of those that PEFT can turn into plain LoRA."""
 
 _README = """---
 library_name: peft
@@ -181,6 +194,14 @@ class PeftFolder:
         for name, allowed in _PLAIN.items():
             if config.get(name) not in (None, *allowed):
                 raise UsageError(f"{self._where}: {name} {config[name]}: not supported; only plain LoRA is")
+        if (start := config.get("init_lora_weights")) not in _KEEP_BASE:
+            advice = "Merge it by PEFT's merge_and_unload, and give the merged model as --load-hf"
+            if str(start).startswith(_CONVERTIBLE):
+                advice = "Save it by PEFT's save_pretrained with path_initial_model_for_weight_conversion"
+            raise UsageError(
+                f"{self._where}: init_lora_weights {start}: this initialisation changes the base model's weights. "
+                f"{advice}"
+            )
         targets, rank, alpha = config.get("target_modules"), config.get("r"), config.get("lora_alpha")
         if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
             raise UsageError(f"{self._where}: {ADAPTER_CONFIG} must have numbers for r and lora_alpha")
@@ -249,6 +270,11 @@ class PeftFolder:
             return whole
 
         return read_trained
+
+
+def read_rope(folder: Path | None) -> ModelRope | None:
+    """Return the RoPE of an adapter's config.json, if there is an adapter that has one."""
+    return read_config(folder)[1].rope() if folder is not None and (folder / CONFIG).is_file() else None
 
 
 def take_rope(shape: ModelShape, folder: Path) -> ModelShape:

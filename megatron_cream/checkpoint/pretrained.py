@@ -77,10 +77,15 @@ class InitialWeights:
         return chunks
 
 
-def copy_model_files(args: Namespace) -> None:
+def copy_model_files(args: Namespace, *, is_new: bool = False) -> None:
     """Copy the original model's config, tokenizer and generation config to `hf/` of --save.
 
     Without an original model, copy only the tokenizer.
+
+    Args:
+        args: Megatron's.
+        is_new: no run has saved in --save, so that `hf/` is from a start that ended before its first save, maybe with
+            another model.
     """
     if args.save is None or args.rank != 0:
         return
@@ -88,6 +93,8 @@ def copy_model_files(args: Namespace) -> None:
     if args.model_folder is not None and target.exists() and target.samefile(args.model_folder):
         return
     target.mkdir(parents=True, exist_ok=True)
+    if is_new:
+        _remove_copied(target, keep_tokenizer=target.resolve() in (tokenizer.resolve(), *tokenizer.resolve().parents))
     if args.model_folder is not None:
         carried.copy_files(args.model_folder, target, hf_folder.CONFIG)  # last: it marks the folder as complete
     elif tokenizer.suffix == ".model" and tokenizer.is_file():
@@ -95,6 +102,13 @@ def copy_model_files(args: Namespace) -> None:
     elif tokenizer.is_dir() and args.tokenizer_type == "HuggingFaceTokenizer":
         carried.copy_files(tokenizer, target)
     output.write_manifest(target, {})
+
+
+def _remove_copied(folder: Path, *, keep_tokenizer: bool) -> None:
+    """Remove the files that `copy_model_files` copied to `folder`, as its manifest lists them."""
+    for name in sorted(output.read_manifest(folder), key=lambda name: name != hf_folder.CONFIG):
+        if name == hf_folder.CONFIG or (carried.is_carried(name) and not keep_tokenizer):
+            (folder / name).unlink(missing_ok=True)
 
 
 def save_hf(args: Namespace) -> None:

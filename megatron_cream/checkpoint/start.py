@@ -95,6 +95,11 @@ class Origin:
         return step if isinstance(step, int) else None
 
     @property
+    def continues_save(self) -> bool:
+        """Whether the run goes on in the folder of its checkpoint, so that what lies in --save is its own."""
+        return self.source is not None and self.source[0] == "--load" and self.flags.is_load_equal_save
+
+    @property
     def weights(self) -> str:
         """The flag and value that name the run's weights, for messages."""
         if self.source and self.source[0] == "--load":
@@ -117,21 +122,26 @@ def find_origin(flags: StartFlags) -> Origin:
     """
     reject_other_run(flags)
     flags = replace(flags, ckpt_step=_choose_step(flags))
-    folder, shape = find_model(flags)
     source = find_checkpoint(flags)
+    folder, shape = find_model(flags, is_loaded=source is not None and source[0] == "--load")
     return Origin(flags, folder, shape, source, _open_checkpoint(flags, source))
 
 
-def find_model(flags: StartFlags) -> tuple[Path | None, ModelShape | None]:
-    """Return the Hugging Face folder of the run's original model, and the model's shape."""
-    folder = _find_model_folder(flags)
+def find_model(flags: StartFlags, *, is_loaded: bool = True) -> tuple[Path | None, ModelShape | None]:
+    """Return the Hugging Face folder of the run's original model, and the model's shape.
+
+    Args:
+        flags: the flags that name it.
+        is_loaded: whether --load has the weights. If not, its `hf/` is from a start that ended before its first save.
+    """
+    folder = _find_model_folder(flags, is_loaded)
     if folder is None:
         return None, None
     shape = read_config(folder)[1]
     return folder, shape if flags.load_adapter is None else peft_folder.take_rope(shape, Path(flags.load_adapter))
 
 
-def _find_model_folder(flags: StartFlags) -> Path | None:
+def _find_model_folder(flags: StartFlags, is_loaded: bool) -> Path | None:
     if flags.load_hf is not None:
         if flags.pretrained_checkpoint is not None:
             raise UsageError(f"--load-hf {flags.load_hf} with --pretrained-checkpoint: give one of the two")
@@ -142,7 +152,7 @@ def _find_model_folder(flags: StartFlags) -> Path | None:
                 "model."
             )
         return folder
-    for name in (flags.load, flags.pretrained_checkpoint):
+    for name in (flags.load if is_loaded else None, flags.pretrained_checkpoint):
         if name is not None and (Path(name) / HF / hf_folder.CONFIG).is_file():
             return Path(name) / HF
     return None
@@ -239,14 +249,20 @@ def _open_checkpoint(flags: StartFlags, source: tuple[str, Path] | None) -> Foun
 def read_saved_rope(found: FoundCheckpoint | None) -> ModelRope | None:
     """Return the rotary embedding that a checkpoint was trained with.
 
-    None if this project did not save it, and for a converted model, whose config.json has more details.
+    None for a converted model, and for one of Megatron-LM, that has a config.json: it has more details. Megatron-LM's
+    own scaling (--use-rope-scaling) is left out.
     """
-    saved = found and found.args
-    if saved is None or found.folder.name == "release" or not hasattr(saved, "rope_scaling_config"):
+    if found is None:
         return None
+    saved, is_converted, is_own = found.args, found.folder.name == "release", hasattr(found.args, "rope_scaling_config")
+    if (is_converted or not is_own) and (found.folder.parent / HF / hf_folder.CONFIG).is_file():
+        return None
+    if not is_own:
+        theta, positions = getattr(saved, "rotary_base", None), getattr(saved, "max_position_embeddings", None)
+        return ModelRope(theta=float(theta), scaling=None, positions=positions) if theta and positions else None
     scaling, positions = saved.rope_scaling_config, saved.target_length
     original = getattr(saved, "rope_window", None)
-    if original is None and scaling and "original_max_position_embeddings" not in scaling:
+    if original is None and not is_converted and scaling and "original_max_position_embeddings" not in scaling:
         original = round(positions / scaling["factor"])  # saved by an older release without rope_window
     return ModelRope(theta=float(saved.rotary_base), scaling=scaling, positions=positions, original=original)
 

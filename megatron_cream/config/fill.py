@@ -74,6 +74,8 @@ def set_model_shape(args: Namespace, origin: Origin, defaults: dict[str, Any]) -
     A tokenizer that a flag sets is kept. `args.model_folder` is set too; training, saving and export read it.
     """
     args.model_folder, args.ckpt_step = origin.model_folder, origin.flags.ckpt_step
+    if origin.source and origin.source[0] == "--load" and not (Path(args.load) / TRACKER).exists():
+        args.pretrained_checkpoint = None  # Megatron looks only for the tracker, and would start from these weights
     if origin.shape is None or origin.model_folder is None:
         return
     for name, value in origin.shape.megatron_args().items():
@@ -201,6 +203,8 @@ def set_rope(args: Namespace, origin: Origin, defaults: dict[str, Any]) -> None:
         chosen = Rope(theta=saved.theta, scaling=saved.scaling, original=saved.original)
     else:
         model = saved if saved and not origin.resumed else shape and shape.rope()
+        if not origin.resumed:  # an adapter was trained with its own, not with that of a base that was trained too
+            model = peft_folder.read_rope(args.load_adapter and Path(args.load_adapter)) or model
         try:
             chosen = choose_rope(flags, model, head_dim=args.kv_channels, default_theta=default_theta)
         except ValueError as error:

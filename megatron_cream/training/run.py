@@ -181,7 +181,7 @@ def _open_folder(args: Namespace, origin: start.Origin, argv: list[str] | None) 
         lock_folder(folder, "--save")
         start.reject_other_run(origin.flags)  # it may have saved before the lock was taken
         record.write(args, sys.argv[1:] if argv is None else argv)
-        pretrained.copy_model_files(args)
+        pretrained.copy_model_files(args, is_new=not origin.continues_save)
         loaded = start.find_checkpoint(origin.flags)
         after_save.install(args, loaded and loaded[1])
     except OSError as error:

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from megatron_cream.checkpoint import base_weights
+from megatron_cream.checkpoint import base_weights, peft_folder
 from megatron_cream.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from megatron_cream.checkpoint.adapters import adapter_rows, adapter_shape, list_layers
 from megatron_cream.checkpoint.convert import import_hf
@@ -90,6 +91,14 @@ def write_adapter(folder, shape, changes=None, tensors=None):
 BAD = {
     "use_dora True": ({"use_dora": True}, {}),
     "rank_pattern {'q_proj': 8}": ({"rank_pattern": {"q_proj": 8}}, {}),
+    "init_lora_weights pissa_niter_4: this initialisation changes": ({"init_lora_weights": "pissa_niter_4"}, {}),
+    "init_lora_weights olora: ": ({"init_lora_weights": "olora"}, {}),
+    "init_lora_weights corda: ": ({"init_lora_weights": "corda"}, {}),
+    "init_lora_weights loftq: ": ({"init_lora_weights": "loftq"}, {}),
+    "init_lora_weights lora_ga: ": ({"init_lora_weights": "lora_ga"}, {}),
+    "use_qalora True: not supported; only plain LoRA is": ({"use_qalora": True}, {}),
+    "alora_invocation_tokens [1, 2]: not supported": ({"alora_invocation_tokens": [1, 2]}, {}),
+    "kasa_config {'beta': 0.1}: not supported": ({"kasa_config": {"beta": 0.1}}, {}),
     "peft_type IA3": ({"peft_type": "IA3"}, {}),
     "must have numbers for r and lora_alpha": ({"r": "2"}, {}),
     "target_modules all-linear: must be a list of q_proj": ({"target_modules": "all-linear"}, {}),
@@ -106,6 +115,17 @@ def test_bad_adapters(model, tmp_path, message):
     with pytest.raises(UsageError) as error:
         PeftFolder(tmp_path / "adapter").check(shape, ["norms"])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", *peft_folder._KEEP_BASE])
+def test_initialisations_that_are_taken_leave_the_base_model_as_it_is(name):
+    """PEFT initialises anew on the unchanged base model when it loads an adapter."""
+    layer = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False))
+    before = layer[0].weight.clone()
+    options = {} if name is None else {"init_lora_weights": name}
+    get_peft_model(layer, LoraConfig(r=2, target_modules=["0"], **options), low_cpu_mem_usage=False)
+    kept = torch.equal(layer[0].base_layer.weight, before)
+    assert kept == (name in peft_folder._KEEP_BASE)
 
 
 def test_an_adapter_is_not_cast(tmp_path):

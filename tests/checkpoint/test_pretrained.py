@@ -1,12 +1,14 @@
 """What a run takes from its original model, and which models it rejects."""
 
 import json
+import shutil
 
 import pytest
 
 from megatron_cream.checkpoint import carried, pretrained
 from megatron_cream.checkpoint.convert import import_hf
 from megatron_cream.checkpoint.hf_folder import HfFolder
+from megatron_cream.checkpoint.output import TRACKER
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import parse, values
 from tests.hf_models import LLAMA3, save_model
@@ -111,6 +113,8 @@ def test_files_copied_with_a_run(folder, tmp_path):
     config = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
     assert config["model_type"] == "qwen2"
     assert (tmp_path / "run" / "hf" / "generation_config.json").is_file()
+    shutil.copytree(folder / "ckpt" / "release", tmp_path / "run" / "release")
+    shutil.copyfile(folder / "ckpt" / TRACKER, tmp_path / "run" / TRACKER)
     again = read(folder, "--load", tmp_path / "run", "--save", tmp_path / "run")
     again.rank = 0
     pretrained.copy_model_files(again)

@@ -1,12 +1,18 @@
 """Runs resume with another schedule, and with or without the distributed optimizer."""
 
 import math
+import shutil
+from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_cream.checkpoint.opening import open_step
+from megatron_cream.checkpoint.start import FoundCheckpoint
+from megatron_cream.common.errors import UsageError
+from megatron_cream.config.checks import checkpoint as checkpoint_checks
 from tests.launch import train, write_documents
 from tests.selection import slow_but
 
@@ -98,3 +104,29 @@ def test_smaller_batches_do_not_run_out_of_data(runs):
     """Megatron counts the samples of a run as if all batches had this size."""
     flags = ["--load", runs / "plain", "--override-opt-param-scheduler", "--global-batch-size", 4]
     assert run(1, runs, "smaller", *flags).keys() == {4, 5, 6}
+
+
+@pytest.mark.parametrize("flags", [[], ["--ckpt-step", SAVED]], ids=["the only step", "a given step"])
+def test_resuming_without_a_tracker_does_not_start_from_the_pretrained_weights(runs, alone, tmp_path, flags):
+    """Megatron takes --pretrained-checkpoint where --load has no tracker, and starts from step 0."""
+    save = shutil.copytree(runs / "plain", tmp_path / "run")
+    (save / "latest_checkpointed_iteration.txt").unlink()
+    flags = [*flags, "--pretrained-checkpoint", runs / "sharded", "--load", save, "--save", save]
+    resumed = run(1, runs, f"untracked {len(flags)}", *flags)
+    assert resumed.keys() == set(range(SAVED + 1, STEPS + 1))
+    for step in resumed:
+        assert resumed[step] == pytest.approx(alone[step], rel=1e-5), f"step {step}"
+
+
+@pytest.mark.parametrize(
+    "step, sharded, without_optimizer, is_refused",
+    [(2, True, False, True), (4, True, False, False), (2, False, False, False), (2, True, True, False)],
+)
+def test_mp_rank_files_resume_with_the_optimizer_of_their_step(tmp_path, step, sharded, without_optimizer, is_refused):
+    """Megatron reads the optimizer's files of the tracker's step. Only Megatron-LM saves them, so it is not run here."""
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    found = FoundCheckpoint("--load", tmp_path / f"iter_{step:07d}", Namespace(), None)
+    args = Namespace(no_load_optim=without_optimizer, use_distributed_optimizer=sharded)
+    words = "^--ckpt-step 2: .* only at step 4, .* add --no-load-optim.$"
+    with pytest.raises(UsageError, match=words) if is_refused else nullcontext():
+        checkpoint_checks._check_optimizer(args, found)

@@ -4,12 +4,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_cream.checkpoint import base_weights, start
+from megatron_cream.checkpoint import base_weights, opening, start
 from megatron_cream.checkpoint.adapter_checkpoint import open_checkpoint
 from megatron_cream.checkpoint.start import FoundCheckpoint, Origin, parse_step
 from megatron_cream.common.cli import to_flag
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config.checks import schedule
+from megatron_cream.model.rotary import build_rope_scaling
 
 # Flags that describe the model of a checkpoint.
 _SHAPE = (
@@ -47,6 +48,7 @@ def check_model(args: Namespace, origin: Origin) -> None:
     found, resumed = origin.checkpoint, origin.resumed
     if found is None:
         return
+    _check_megatron_rope(args, found, resumed is not None)
     for name in (*_SHAPE, *(_ROPE if resumed else ())):
         saved, ours = _get_value(found.args, name), _get_value(args, name)
         if saved != ours and hasattr(found.args, name) and (saved is not None or name == "rope_scaling_config"):
@@ -63,6 +65,25 @@ def check_model(args: Namespace, origin: Origin) -> None:
         base = base_weights.folder_of(args.lora_base) if found.flag == "--load" else None
         step = parse_step(found.folder)
         open_checkpoint(found.folder.parent, step, flag=found.flag, checksums=False, base=base)
+
+
+def _check_megatron_rope(args: Namespace, found: FoundCheckpoint, is_resumed: bool) -> None:
+    """Raise UsageError if Megatron-LM trained the model with a rotary embedding that this run would not use."""
+    saved, where = found.args, f"{found.flag} {found.folder.parent}: {found.folder.name} was saved with"
+    percent = getattr(saved, "rotary_percent", None)
+    if percent not in (None, 1.0):
+        raise UsageError(f"{where} --rotary-percent {percent}: only models with 1.0, as Llama's, are supported")
+    if getattr(saved, "rotary_interleaved", False):
+        raise UsageError(f"{where} --rotary-interleaved: only models without it, as Llama's, are supported")
+    if not getattr(saved, "use_rope_scaling", False):
+        return
+    factor = getattr(saved, "rope_scaling_factor", None) or 8.0  # Megatron's default; its window is fixed
+    is_chosen = args.rope_scaling_type is not None or args.rope_scaling_config is not None
+    if args.rope_scaling_config != build_rope_scaling("llama3", factor, 8192) if is_resumed else not is_chosen:
+        raise UsageError(
+            f"{where} --use-rope-scaling. Give --rope-scaling-type llama3 --rope-scaling-factor "
+            f"{_format_exactly(factor)} --original-max-position-embeddings 8192"
+        )
 
 
 def _advise_rope(args: Namespace, found: FoundCheckpoint) -> str:
@@ -104,7 +125,10 @@ def _format_exactly(value: float) -> str:
 
 def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
     """Raise UsageError if this run's optimizer cannot load the saved state."""
-    if args.no_load_optim or found.step is None:
+    if args.no_load_optim:
+        return
+    if found.step is None:
+        _check_newest(args, found)
         return
     where, saved = f"{found.flag} {found.folder.parent}", found.args
     if getattr(saved, "no_save_optim", False):
@@ -127,6 +151,16 @@ def _check_optimizer(args: Namespace, found: FoundCheckpoint) -> None:
         raise UsageError(
             f"{where}: {found.folder.name} was saved with {to_flag(name)} {theirs}, but these flags set {ours}. "
             "To resume with the weights only, add --no-load-optim."
+        )
+
+
+def _check_newest(args: Namespace, found: FoundCheckpoint) -> None:
+    """Raise UsageError if Megatron would load the optimizer's `mp_rank_XX` files of another step than the weights."""
+    step, folder = parse_step(found.folder), found.folder.parent
+    if args.use_distributed_optimizer and (newest := opening.read_newest_step(folder, found.flag)) != step:
+        raise UsageError(
+            f"--ckpt-step {step}: from mp_rank_XX files the distributed optimizer resumes only at step {newest}, the "
+            f"newest of {found.flag} {folder}. To resume with the weights only, add --no-load-optim."
         )
 
 
