@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from megatron_cream.checkpoint.families import read_config
 from megatron_cream.model.rope_choice import compute_critical_theta
 
 HERE = Path(__file__).resolve().parent
@@ -68,18 +69,11 @@ class Settings:
     def read(folder: Path) -> "Settings":
         found = json.loads((folder / "settings.json").read_text())
         if "model_theta" not in found:  # prepared before it was kept
-            found["model_theta"] = read_theta(folder / "hf")
+            found["model_theta"] = read_config(folder / "hf")[1].rope_theta
         return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
 
     def write(self, folder: Path) -> None:
         (folder / "settings.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
-
-
-def read_theta(hf: Path) -> float:
-    """Return the RoPE theta in a Hugging Face folder's config.json."""
-    config = json.loads((hf / "config.json").read_text())
-    rope = config.get("rope_parameters") or {}
-    return float(rope.get("rope_theta") or config.get("rope_theta", 10000.0))
 
 
 @dataclass(frozen=True)

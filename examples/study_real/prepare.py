@@ -28,6 +28,7 @@ import numpy as np
 import retrieval
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_cream.checkpoint.families import read_config
 from megatron_cream.common.errors import UsageError
 from megatron_cream.config import describe, parse
 from megatron_cream.evaluation.models.tokenizer import open_tokenizer
@@ -46,7 +47,7 @@ def main() -> int:
         steps=flags.steps,
         batch=flags.batch,
         micro_batch=flags.micro_batch,
-        model_theta=cells.read_theta(flags.hf),
+        model_theta=read_config(flags.hf)[1].rope_theta,
         theta=flags.theta,
         rates=tuple(flags.rates),
         seeds=tuple(flags.seeds),

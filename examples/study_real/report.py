@@ -36,6 +36,8 @@ _COLOURS = {
     "cream lora+8": "#e08fc0",
     "base": "0.65",
 }
+_OFF_SCALE = ("base", "randpos")
+"""Left out of pictures of perplexity."""
 Value = Callable[[dict], float | None]
 
 
@@ -273,8 +275,8 @@ def _tradeoff(results: Results, path: Path) -> None:
     for panel, factor in zip(axes[0], results.factors):
         lengths = results.lengths(factor)
         for scaling, sampler, found in results.groups(factor):
-            if sampler in ("base", "randpos"):
-                continue  # off the scale
+            if sampler in _OFF_SCALE:
+                continue
             x = math.exp(statistics.fmean(_log_perplexity(e, lengths[1:]) for e in found))
             values = [_found(e, lengths[1:]) for e in found]
             y = statistics.fmean(values)
@@ -285,10 +287,7 @@ def _tradeoff(results: Results, path: Path) -> None:
         panel.set_xlabel("perplexity beyond the window (further left is better)")
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("answers found beyond the window, %")
-    handles = {label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside right upper")
-    save_picture(figure, path, dpi=130)
-    plt.close(figure)
+    _save(figure, axes, path)
 
 
 def _picture(results: Results, factor: int, rows: dict, x: str, path: Path, log: bool = False) -> None:
@@ -314,8 +313,8 @@ def _picture(results: Results, factor: int, rows: dict, x: str, path: Path, log:
         line[0].set_ylabel(title)
         for panel, scaling in zip(line, scalings):
             for _, sampler, found in (group for group in results.groups(factor) if group[0] == scaling):
-                if sampler in ("base", "randpos") and title.startswith("perplexity"):
-                    continue  # off the scale
+                if sampler in _OFF_SCALE and title.startswith("perplexity"):
+                    continue
                 values = [[value(e) for e in found] for _, value in points]
                 means = [statistics.fmean(v) for v in values]
                 spread = [_deviation(v) for v in values]
@@ -332,6 +331,13 @@ def _picture(results: Results, factor: int, rows: dict, x: str, path: Path, log:
         panel.set_title(scaling, fontsize=10)
     for panel in axes[-1]:
         panel.set_xlabel(x)
+    _save(figure, axes, path)
+
+
+def _save(figure, axes, path: Path) -> None:
+    """Save a figure with one legend of all its panels."""
+    import matplotlib.pyplot as plt
+
     handles = {label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside right upper")
     save_picture(figure, path, dpi=130)

@@ -102,13 +102,13 @@ def _training(log: Path, trainings: int, began: float) -> dict:
     """Read losses by step, and GPU seconds: the median time of a step times the number of steps, of each training."""
     pattern = r"iteration +(\d+)/ +(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: ([\d.E+-]+)"
     losses: dict[str, float] = {}
-    seconds = before = 0.0
+    seconds, before = 0.0, 0
     # An earlier worker that was killed has written to the same log.
     for text in log.read_text().split(_FLAGS)[-trainings:]:
         steps = re.findall(pattern, text)
         if not steps or int(steps[-1][0]) + int(steps[0][0]) <= int(steps[-1][1]):  # one line in --log-interval steps
             raise RuntimeError(f"training did not come to its last step: see {log}")
-        losses |= {str(int(before) + int(step)): round(float(loss), 4) for step, _, _, loss in steps}
+        losses |= {str(before + int(step)): round(float(loss), 4) for step, _, _, loss in steps}
         seconds += statistics.median(float(ms) for *_, ms, _ in steps) * int(steps[-1][1]) / 1000
         before += int(steps[-1][1])
     return {"losses": losses, "seconds": round(seconds, 1), "wall": round(time.monotonic() - began, 1)}

@@ -89,20 +89,25 @@ class Origin:
     @property
     def resumed_step(self) -> int | None:
         """The step that the run resumes its training from; None if it starts from step 0."""
-        if self.source is None or self.flags.finetune or self.source[0] != "--load":
+        if self.flags.finetune or not self.is_loaded:
             return None
         step = parse_step(self.source[1])
         return step if isinstance(step, int) else None
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are those of --load."""
+        return _is_load(self.source)
+
+    @property
     def continues_save(self) -> bool:
         """Whether the run goes on in the folder of its checkpoint, so that what lies in --save is its own."""
-        return self.source is not None and self.source[0] == "--load" and self.flags.is_load_equal_save
+        return self.is_loaded and self.flags.is_load_equal_save
 
     @property
     def weights(self) -> str:
         """The flag and value that name the run's weights, for messages."""
-        if self.source and self.source[0] == "--load":
+        if self.is_loaded:
             return f"--load {self.flags.load}"
         if self.flags.load_hf:
             return f"--load-hf {self.flags.load_hf}"
@@ -114,6 +119,10 @@ class Origin:
         return None if self.resumed_step is None else self.checkpoint
 
 
+def _is_load(source: tuple[str, Path] | None) -> bool:
+    return source is not None and source[0] == "--load"
+
+
 def find_origin(flags: StartFlags) -> Origin:
     """Find the model and the checkpoint that the flags name. No tensor is read.
 
@@ -123,7 +132,7 @@ def find_origin(flags: StartFlags) -> Origin:
     reject_other_run(flags)
     flags = replace(flags, ckpt_step=_choose_step(flags))
     source = find_checkpoint(flags)
-    folder, shape = find_model(flags, is_loaded=source is not None and source[0] == "--load")
+    folder, shape = find_model(flags, is_loaded=_is_load(source))
     return Origin(flags, folder, shape, source, _open_checkpoint(flags, source))
 
 

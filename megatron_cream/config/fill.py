@@ -74,7 +74,7 @@ def set_model_shape(args: Namespace, origin: Origin, defaults: dict[str, Any]) -
     A tokenizer that a flag sets is kept. `args.model_folder` is set too; training, saving and export read it.
     """
     args.model_folder, args.ckpt_step = origin.model_folder, origin.flags.ckpt_step
-    if origin.source and origin.source[0] == "--load" and not (Path(args.load) / TRACKER).exists():
+    if origin.is_loaded and not (Path(args.load) / TRACKER).exists():
         args.pretrained_checkpoint = None  # Megatron looks only for the tracker, and would start from these weights
     if origin.shape is None or origin.model_folder is None:
         return

@@ -125,16 +125,13 @@ class LongDocumentDataset(DocumentDataset):
         )
         self.loss_mask = open_loss_mask(dataset_path, config)
         self._first_sample = _find_place(config, dataset_path, index_split) << _PLACE_BITS
-        if num_samples is None and not len(self.documents):
+        if num_samples != 0 and not len(self.documents):
+            advice = "give longer documents, or set eval-iters 0 to skip validation and test"
+            if num_samples is None:  # of a blend without weights
+                advice = "leave it out, or give a weight before each prefix and set eval-iters 0"
             raise UsageError(
                 f"{index_split.name} split of {dataset_path}: none of its {len(indices)} documents has "
-                f"{minimum} tokens; leave it out, or give a weight before each prefix and set eval-iters 0"
-            )
-        if num_samples and not len(self.documents):
-            raise UsageError(
-                f"{index_split.name} split of {dataset_path}: none of its {len(indices)} documents has "
-                f"{minimum} tokens; give longer documents, or set eval-iters 0 to "
-                "skip validation and test"
+                f"{minimum} tokens; {advice}"
             )
 
     @staticmethod

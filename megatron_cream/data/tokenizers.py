@@ -172,8 +172,7 @@ def tokenizer_id(tokenizer_type: str, tokenizer_model: Path) -> str:
     In a folder, only files that a tokenizer may load are included, not weights.
     """
     path = Path(tokenizer_model)
-    every = [path] if path.is_file() else sorted(path.iterdir())
-    files = [file for file in every if path.is_file() or file.suffix in _TOKENIZER_SUFFIXES]
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in _TOKENIZER_SUFFIXES)
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}:".encode() + hashlib.sha256(file.read_bytes()).digest())
@@ -195,8 +194,18 @@ def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None) -> int | None:
             raise ValueError("the tokenizer has no BOS token to prepend (--no-prepend-bos)")
         return None
     if prepend_bos is None:
-        prepend_bos = getattr(tokenizer, "library", "") != "huggingface" or tokenizer.tokenize("a")[:1] == [bos]
+        prepend_bos = not _is_hugging_face(tokenizer) or _find_added(tokenizer)[0]
     return bos if prepend_bos else None
+
+
+def _is_hugging_face(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "library", "") == "huggingface"
+
+
+def _find_added(tokenizer: Any) -> tuple[bool, bool]:
+    """Return whether a tokenizer adds BOS and EOD to any text by itself; Megatron's sentencepiece adds none."""
+    ids = list(tokenizer.tokenize("a")) if _is_hugging_face(tokenizer) else []
+    return ids[:1] == [tokenizer.bos], ids[-1:] == [tokenizer.eod]
 
 
 class TextEncoder:
@@ -207,9 +216,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        adds = getattr(tokenizer, "library", "") == "huggingface"  # sentencepiece adds none
-        probe = list(tokenizer.tokenize("a")) if adds else []
-        self._adds_bos, self._adds_eod = probe[:1] == [tokenizer.bos], probe[-1:] == [tokenizer.eod]
+        self._adds_bos, self._adds_eod = _find_added(tokenizer)
 
     def __call__(self, text: str) -> list[int]:
         ids = list(self._tokenizer.tokenize(text))

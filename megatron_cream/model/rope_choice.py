@@ -305,13 +305,11 @@ def _warn_of_guess(model: ModelRope, windows: _Windows) -> str:
 def _warn_if_short(flags: RopeFlags, reach: float) -> list[str]:
     if flags.factor is None or reach >= flags.target:
         return []
-    warning = (
+    advice = _advise_resumed(flags) or "Leave out --rope-scaling-factor for a factor that fits"
+    return [
         f"warning: --rope-scaling-factor {flags.factor:g}: serves {reach:.0f} positions, fewer than the target of "
-        f"{flags.target}"
-    )
-    if hint := _advise_resumed(flags):
-        return [f"{warning}. {hint}"]
-    return [f"{warning}. Leave out --rope-scaling-factor for a factor that fits"]
+        f"{flags.target}. {advice}"
+    ]
 
 
 def _advise_resumed(flags: RopeFlags) -> str:
@@ -337,13 +335,11 @@ def _warn_if_unscaled(flags: RopeFlags, window: int, thetas: tuple[float, float]
         return []
     needed = max(before * (target / window) ** exponent, compute_critical_theta(before, window, target))
     theta = f"--rotary-base {needed:.6g}" if after == before else f"--rotary-base {needed:.6g} instead of {after:g}"
-    warning = (
+    advice = _advise_resumed(flags) or f"Add --rope-scaling-type yarn (or ntk, linear), or {theta}"
+    return [
         f"warning: the target of {target} positions is beyond the model's window of {window}, and its rotary embedding "
-        f"is {'not scaled' if after == before else f'stretched to {reach:.0f} positions only'}"
-    )
-    if hint := _advise_resumed(flags):
-        return [f"{warning}. {hint}"]
-    return [f"{warning}. Add --rope-scaling-type yarn (or ntk, linear), or {theta}"]
+        f"is {'not scaled' if after == before else f'stretched to {reach:.0f} positions only'}. {advice}"
+    ]
 
 
 def _describe(scaling: dict[str, Any]) -> str:

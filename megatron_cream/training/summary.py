@@ -82,7 +82,7 @@ def _weights(args: Namespace, origin: Origin) -> str:
     """Return where the weights come from."""
     if (step := origin.resumed_step) is not None:
         return f"resumed from {args.load} at step {step:,}"
-    if origin.source and (origin.source[0] == "--load" or not args.lora_base):
+    if origin.source and (origin.is_loaded or not args.lora_base):
         return f"weights of {origin.source[1].parent}"
     named = args.lora_base["name"] if args.lora_base else args.load_hf
     return "random weights" if named is None else f"weights of {named}"
