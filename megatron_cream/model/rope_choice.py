@@ -305,11 +305,13 @@ def _warn_of_guess(model: ModelRope, windows: _Windows) -> str:
 def _warn_if_short(flags: RopeFlags, reach: float) -> list[str]:
     if flags.factor is None or reach >= flags.target:
         return []
-    advice = _advise_resumed(flags) or "Leave out --rope-scaling-factor for a factor that fits"
-    return [
+    warning = (
         f"warning: --rope-scaling-factor {flags.factor:g}: serves {reach:.0f} positions, fewer than the target of "
-        f"{flags.target}. {advice}"
-    ]
+        f"{flags.target}"
+    )
+    if hint := _advise_resumed(flags):
+        return [f"{warning}. {hint}"]
+    return [f"{warning}. Leave out --rope-scaling-factor for a factor that fits"]
 
 
 def _advise_resumed(flags: RopeFlags) -> str:
@@ -335,11 +337,13 @@ def _warn_if_unscaled(flags: RopeFlags, window: int, thetas: tuple[float, float]
         return []
     needed = max(before * (target / window) ** exponent, compute_critical_theta(before, window, target))
     theta = f"--rotary-base {needed:.6g}" if after == before else f"--rotary-base {needed:.6g} instead of {after:g}"
-    advice = _advise_resumed(flags) or f"Add --rope-scaling-type yarn (or ntk, linear), or {theta}"
-    return [
+    warning = (
         f"warning: the target of {target} positions is beyond the model's window of {window}, and its rotary embedding "
-        f"is {'not scaled' if after == before else f'stretched to {reach:.0f} positions only'}. {advice}"
-    ]
+        f"is {'not scaled' if after == before else f'stretched to {reach:.0f} positions only'}"
+    )
+    if hint := _advise_resumed(flags):
+        return [f"{warning}. {hint}"]
+    return [f"{warning}. Add --rope-scaling-type yarn (or ntk, linear), or {theta}"]
 
 
 def _describe(scaling: dict[str, Any]) -> str:
